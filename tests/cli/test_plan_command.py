@@ -79,6 +79,8 @@ def test_processes_share_the_cores(base, capsys, monkeypatch):
     assert "shared 2 processes compute each step; memory and time are those of one" in shown
     assert main(["plan", "--base.name", base, "--length", "32", "--processes", "0"]) == 1
     assert "processes" in capsys.readouterr().err
+    assert main(["plan", "--base.name", base, "--length", "32", "--shard"]) == 1
+    assert "shard is true, but the plan has one process" in capsys.readouterr().err
 
 
 @pytest.mark.slow

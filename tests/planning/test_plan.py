@@ -182,6 +182,37 @@ def test_several_processes_share_a_step(base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_split_weights(base, tmp_path, method):
+    """Each of two processes holds half of the blocks, and one whole block while it computes."""
+    config = tiny_runs.config(tmp_path, base, method=method, batch_size=8, accumulation=1)
+    split = dataclasses.replace(config, shard=True)
+    whole, half = (
+        plan(c, length=64, compare=False, processes=2, machine=MACHINE).chosen
+        for c in (config, split)
+    )
+    model = tiny_models.build("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=5)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    if method == "lora":
+        assert whole.memory.base - half.memory.base == 4 * (blocks // 2 - blocks // 5)
+        assert half.memory.adapter == whole.memory.adapter
+        assert half.memory.optimizer == whole.memory.optimizer
+        assert half.sent - whole.sent == 4 * blocks
+    else:
+        assert whole.memory.base - half.memory.base == 4 * (blocks - blocks // 5)
+        assert whole.memory.adapter - half.memory.adapter == 2 * blocks
+        assert whole.memory.optimizer - half.memory.optimizer == 4 * blocks
+        assert half.sent - whole.sent == 4 * blocks - 4 * blocks + 2 * blocks
+    assert half.trained == whole.trained
+    assert half.file_bytes == whole.file_bytes
+    assert half.seconds - whole.seconds == pytest.approx(
+        (half.sent - whole.sent) / MACHINE.sent
+        - (4 * blocks // 8 * 40 / 1e9 if method == "full" else 0),
+        rel=1e-3,
+    )
+
+
+@pytest.mark.slow
 def test_a_copy_of_the_gradients_can_be_the_peak(base, tmp_path):
     """The processes add their gradients in a flat copy, which exceeds the activations of a small batch."""
     config = tiny_runs.config(tmp_path, base, method="full", batch_size=2, accumulation=1)

@@ -60,6 +60,10 @@ class PlanConfig(TrainConfig):
         if self.length is not None:
             require_at_least("length", self.length, 2)
         require_at_least("processes", self.processes, 1)
+        if self.shard and self.processes == 1:
+            raise ConfigurationError(
+                "shard is true, but the plan has one process; add their number, for example --processes 2."
+            )
         if self.targets is not None:
             require_at_least("targets", self.targets, 1)
             if self.length is None:

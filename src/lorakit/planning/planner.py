@@ -106,6 +106,8 @@ class Plan:
     """Optimizer steps of the run; None if the number of examples is unknown."""
     processes: int
     """Processes that share each step. Memory and time are those of the process with the most to compute."""
+    split: bool
+    """Whether they split the weights of the blocks."""
     machine: Machine
     loading: int
     """Peak bytes while loading the base, excluding the Python interpreter with torch imported. If the file has another
@@ -214,6 +216,7 @@ def plan(
         tokens=run.tokens * run.batches * processes,
         steps=batches.steps,
         processes=processes,
+        split=config.shard,
         machine=machine,
         loading=_loading(shape, run, dtype) if device.type == "cpu" else 0,
         chosen=predict(run),
