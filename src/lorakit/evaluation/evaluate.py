@@ -271,11 +271,15 @@ def generated(
     lowercase: bool = True,
     batch_size: BatchSize | None = None,
     progress: Progress | None = None,
+    rank: int = 0,
+    count: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
 ) -> Evaluation:
     """Generate once per distinct prompt of `examples` and score against all completions it has there.
 
     The scores are those of `task`, with `quick` only the cheap ones. `batch_size` overrides that of `decoding`, and
-    keeps the number of prompts that fit into memory.
+    keeps the number of prompts that fit into memory. `count` processes can share the prompts: the one with this `rank`
+    answers each `count`-th prompt, and `gather` returns the answers of all.
     """
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
     encodes = base.model.config.is_encoder_decoder
@@ -290,15 +294,18 @@ def generated(
         if progress is not None:
             progress("prompts answered", done, len(prompts))
 
-    texts = generate(
+    own = generate(
         base.model,
         base.tokenizer,
-        prompts,
+        prompts[rank::count],
         decoding,
         batch_size=batch_size,
         progress=answered,
         stop_ids=stop_ids,
     )
+    texts = [""] * len(prompts)
+    for other, answers_of_one in enumerate(gather(own)):
+        texts[other::count] = answers_of_one
     added = base.tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]
     outputs = [

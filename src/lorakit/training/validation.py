@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lorakit.errors import LorakitError
 from lorakit.evaluation.decoding import Decoding
@@ -11,6 +12,7 @@ from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
+from lorakit.training.distributed import Processes
 from lorakit.training.events import record_batch_sizes
 from lorakit.training.loggers import Loggers
 from lorakit.training.progress import Reporter
@@ -36,9 +38,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.collate,
             batch_size=job.evaluation_batch_size,
             task=job.task,
-            rank=job.processes.rank,
-            count=job.processes.count,
-            gather=job.processes.gather,
+            **_share_of(job.processes),
         )
         state.scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
@@ -85,30 +85,29 @@ def _require_finite(scores: dict[str, float], task: str) -> None:
 def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
     """Generate text for some validation prompts, record it in samples.jsonl, and score it.
 
-    The first process does all that, while the others wait. If the weights are split, they generate the same texts.
+    The processes share the prompts. If the weights are split, all generate the same texts.
     """
-    if job.config.shard:
-        evaluation = job.processes.from_first(_generated(job))
-    else:
-        evaluation = job.processes.on_first(lambda: _generated(job))
-
-    def record() -> None:
-        for output in evaluation.outputs:
-            run.samples.append(step=step, **output)
-
-    job.processes.on_first(record)
-    return evaluation
-
-
-def _generated(job: Job) -> Evaluation:
-    settings = job.config.evaluation
+    settings, processes = job.config.evaluation, job.processes
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
-    return generated(
+    evaluation = generated(
         job.base,
         [example for group in spread(groups, settings.samples) for example in group],
         Decoding(max_new_tokens=settings.max_new_tokens),
         batch_size=job.evaluation_batch_size,
         task=job.task,
         quick=True,
+        **({} if job.config.shard else _share_of(processes)),
     )
+
+    def record() -> None:
+        for output in evaluation.outputs:
+            run.samples.append(step=step, **output)
+
+    processes.on_first(record)
+    return evaluation
+
+
+def _share_of(processes: Processes) -> dict[str, Any]:
+    """Return the arguments of an evaluation that all processes share."""
+    return {"rank": processes.rank, "count": processes.count, "gather": processes.gather}
