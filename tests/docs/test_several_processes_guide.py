@@ -57,7 +57,7 @@ def test_the_jobs_for_clusters_are_valid(tmp_path: Path) -> None:
     config.write_text("{base: {name: a}, data: {train: b}, output: c}")
     for arguments in cluster_jobs():
         launched = get_args_parser().parse_args(arguments)
-        assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 3)
+        assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
         assert (launched.module, launched.training_script) == (True, "lorakit")
         command, *options = launched.training_script_args
         assert command == "train"

@@ -14,6 +14,7 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
+from lorakit.compute.batch_size import BatchSize
 from lorakit.data import DataConfig
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
@@ -24,7 +25,7 @@ from lorakit.planning.batches import from_data
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
-from lorakit.training.distributed import Processes
+from lorakit.training.schedule import Share
 from lorakit.training.setup import prepare
 
 OWN_METHOD = f"{Path(__file__).parents[2] / 'examples' / 'own_method.py'}:IA3"
@@ -146,10 +147,11 @@ def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, batch_size=4, accumulation=accumulation)
     batches = from_data(config, 2)
-    jobs = [prepare(config, Processes(rank=rank, count=2)) for rank in range(2)]
+    job = prepare(config)
+    of_rank = [Share(job.train, batch_size=BatchSize(4), rank=rank, count=2) for rank in range(2)]
     shares = [
-        [[job.train[i].input_ids for i in batch] for batch in job.share(step)]
-        for job in jobs
+        [[job.train[i].input_ids for i in batch] for batch in share(step)]
+        for share in of_rank
         for step in itertools.islice(job.step_plan.steps(), job.step_plan.steps_per_epoch)
     ]
     computed = [batch for share in shares for batch in share]
@@ -199,10 +201,11 @@ def test_split_weights(base, tmp_path, method):
         assert half.memory.optimizer == whole.memory.optimizer
         assert half.sent - whole.sent == 4 * blocks
     else:
-        assert whole.memory.base - half.memory.base == 4 * (blocks - blocks // 5)
+        gone = whole.memory.base - half.memory.base
+        assert gone == pytest.approx(4 * (blocks - blocks // 5), rel=1e-3)
         assert whole.memory.adapter - half.memory.adapter == 2 * blocks
         assert whole.memory.optimizer - half.memory.optimizer == 4 * blocks
-        assert half.sent - whole.sent == 4 * blocks - 4 * blocks + 2 * blocks
+        assert half.sent - whole.sent == pytest.approx(2 * blocks, rel=1e-3)
     assert half.trained == whole.trained
     assert half.file_bytes == whole.file_bytes
     assert half.seconds - whole.seconds == pytest.approx(

@@ -49,8 +49,8 @@ from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
-STEPS = 20
-"""Two epochs of 73 examples, 8 in a step and one in the last step of an epoch."""
+LONG, SHORT = 50, 10
+"""Steps of the main ways and of the others: five epochs and one. An epoch ends with a step of a single example."""
 COUNTS = (1, 2, 4)
 LIMIT = 60.0
 """Seconds after which the processes of a run are killed."""
@@ -94,6 +94,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "dropout sequences": {"base": "noisy encoder-decoder", "lora": DROPOUT},
 }
 """Settings of the runs whose gradients and weights are compared."""
+
+
+def steps_of(way: str) -> int:
+    return LONG if way in ("packed", "padded", "full", "full padded") else SHORT
 
 
 def ways_on(count: int) -> list[str]:
@@ -245,13 +249,13 @@ def at_step(number: int, action: Callable[[], object]) -> None:
 
 
 def equality(root: Path) -> Any:
-    """Take `STEPS` steps in float64 on 1, 2 and 4 processes; write the first gradients and the last weights."""
+    """Take `steps_of` steps in float64 on 1, 2 and 4 processes; write the first gradients and the last weights."""
 
     def work(count: int, rank: int) -> None:
         with joined("cpu") as processes:
             assert (processes.rank, processes.count) == (rank, count)
             for name in ways_on(count):
-                settings = dict(WAYS[name])
+                settings = {"max_steps": steps_of(name), **WAYS[name]}
                 if settings.get("data") == "labels":
                     settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
                 job = prepare(run_config(root, "equality", **settings), processes)
@@ -261,7 +265,7 @@ def equality(root: Path) -> Any:
                 job.model.double()
                 move(job.parameters)
                 optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
-                tensors = take_steps(job, optimizer)
+                tensors = take_steps(job, optimizer, steps_of(name))
                 for parameter in job.parameters.values():
                     assert parameter.dtype == torch.float64
                 save_file(tensors, root / f"{name} {count} {rank}.safetensors")
@@ -278,9 +282,7 @@ def move(parameters: Mapping[str, torch.Tensor]) -> None:
             parameter.add_(0.02 * noise)
 
 
-def take_steps(
-    job: Any, optimizer: torch.optim.Optimizer, count: int = STEPS
-) -> dict[str, torch.Tensor]:
+def take_steps(job: Any, optimizer: torch.optim.Optimizer, count: int) -> dict[str, torch.Tensor]:
     """Return the gradients of the first step, the loss of each step, and the weights after the last."""
     found: dict[str, torch.Tensor] = {}
 

@@ -29,7 +29,15 @@ import tiny_runs
 import torch
 import torch.utils.checkpoint
 from safetensors.torch import save_file
-from several_processes import Outcomes, at_step, run, run_config, take_steps, write_inputs
+from several_processes import (
+    Outcomes,
+    at_step,
+    run,
+    run_config,
+    steps_of,
+    take_steps,
+    write_inputs,
+)
 
 from lorakit.data import DataConfig
 from lorakit.methods.full import FullFineTuning
@@ -43,8 +51,6 @@ from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import Job, prepare
 
 COUNTS = (1, 2, 4)
-LONG, SHORT = 50, 10
-"""Numbers of steps. Step 10 is the last one of an epoch and has a single example."""
 
 several_processes.LIMIT = 150.0
 
@@ -54,10 +60,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "top layer": {"method": "full", "full": FullFineTuning(top_layers=1)},
     "late layer": {"method": "full"},
 }
-
-
-def steps_of(way: str) -> int:
-    return LONG if way in ("packed", "full") else SHORT
 
 
 def ways_on(count: int) -> list[str]:

@@ -79,9 +79,7 @@ def test_the_others_name_the_process_that_held_their_store(root: Path) -> None:
 def test_the_others_repeat_the_error_of_a_process(root: Path) -> None:
     processes = outcomes(root, "raised", "memory")
     assert processes[FAILING]["status"] == 1
-    require_error(
-        processes, "Process 1 of 3 failed in step 3: Process 1 of 3 is out of memory during step 3"
-    )
+    require_error(processes, "Process 1 of 3 failed in step 3: Out of memory during step 3")
     processes = outcomes(root, "raised", "bug")
     assert "ValueError: a bug\nin two lines" in processes[FAILING]["output"]
     require_error(processes, "LorakitError: Process 1 of 3 failed in step 3: ValueError: a bug\n")

@@ -19,7 +19,7 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from several_processes import COUNTS, STEPS, ways_on
+from several_processes import COUNTS, steps_of, ways_on
 
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
@@ -71,7 +71,7 @@ BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
     ("way", "count"), [(way, count) for count in COUNTS[1:] for way in ways_on(count)]
 )
 def test_gradients_and_weights_equal_those_of_one_process(root: Path, way: str, count: int) -> None:
-    """In float64: the gradients of one step to 1e-12, and the weights after `STEPS` steps to 1e-9 of their size.
+    """In float64: the gradients of one step to 1e-12, and the weights after `steps_of` steps to 1e-9 of their size.
 
     Some losses are summed in float32, of the same float64 model.
     """
@@ -82,7 +82,7 @@ def test_gradients_and_weights_equal_those_of_one_process(root: Path, way: str, 
     gradient = torch.stack([t.norm() for n, t in alone.items() if n.startswith("gradient")]).norm()
     own = torch.stack([tensors.pop("examples") for tensors in several])
     assert torch.equal(own.sum(0), alone.pop("examples"))
-    assert len(own[0]) == STEPS
+    assert len(own[0]) == steps_of(way)
     assert (own == 0).any()  # a process without examples
     for tensors in several:
         assert tensors.keys() == alone.keys()
@@ -156,7 +156,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> No
     outcome = outcomes(root, "interrupted")
     assert [process["status"] for process in outcome["stopped"]] == [75] * 4
     # The signal arrived after the gradients of step 4 were summed.
-    assert "Stopped at step 5. Resume with: lorakit train" in outcome["stopped"][0]["output"]
+    assert (
+        "Stopped at step 5. Resume with: torchrun --nproc-per-node 4 -m lorakit train"
+        in outcome["stopped"][0]["output"]
+    )
     assert outcome["checkpoints"] == ["step-000005"]
     assert [process["output"] for process in outcome["stopped"][1:]] == ["", "", ""]
     assert [process["status"] for process in outcome["SIGINT"]] == [130, 130]

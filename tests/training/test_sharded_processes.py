@@ -18,7 +18,8 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from sharded_processes import COUNTS, steps_of, ways_on
+from several_processes import steps_of
+from sharded_processes import COUNTS, ways_on
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -60,11 +60,11 @@ def save(
     is_main_process: bool = True,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
-    if overwrite and is_main_process:
-        formats.check_replaceable(folder)
     stored = store(model, adapter, base, tokenizer)
     if not is_main_process:
         return folder
+    if overwrite:
+        formats.check_replaceable(folder)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

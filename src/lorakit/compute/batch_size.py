@@ -67,18 +67,18 @@ class BatchSize:
 
     def _halve(self, lengths: Sequence[int], during: str, requested: str) -> None:
         computed = min(self.size, len(lengths))
-        where = f"{self._process} is out of memory" if self._process else "Out of memory"
         if computed <= 1:
             raise LorakitError(
-                f"{where} during {during}{requested}, with one example at a time; the longest has "
+                f"Out of memory during {during}{requested}, with one example at a time; the longest has "
                 f"{max(lengths, default=0):,} tokens. {self._advice}"
             )
         if not self._halves:
             raise LorakitError(
-                f"{where} during {during}{requested}, with {computed} examples at a time. Lower batch_size and raise "
-                f"accumulation by the same factor. {self._advice}"
+                f"Out of memory during {during}{requested}, with {computed} examples at a time. Lower batch_size and "
+                f"raise accumulation by the same factor. {self._advice}"
             )
         self.size = computed // 2
+        where = f"{self._process} is out of memory" if self._process else "Out of memory"
         _LOG.warning(
             "%s during %s%s. This process now computes %d instead of %d examples at a time, with the same result up to "
             "rounding.",

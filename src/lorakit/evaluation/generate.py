@@ -109,7 +109,8 @@ def generate(
             logits_processor=processors,
             stopping_criteria=stopping,
             streamer=streamer,
-            synced_gpus=any(map(is_split, model.parameters())),
+            synced_gpus=any(map(is_split, model.parameters()))
+            or None,  # None: transformers decides
         )
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())

@@ -40,6 +40,8 @@ class Batches:
     """Optimizer steps of the run; None if the number of examples is unknown."""
     per_step: int
     """Batches that a process computes in an optimizer step; fewer if the data set is smaller than one step."""
+    tokens: int
+    """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     sizes: int = 1
     """Number of different sizes of batches, in tokens rounded up as in packed batches."""
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -87,6 +89,10 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     steps = plan.total if whole or config.max_steps else None
     per_step = max(map(len, computed)) if whole else _per_step(config, processes)
     middle = batches[len(batches) // 2]
+    read = sum(train.lengths)  # in as many steps as an epoch of the rows that were read has
+    tokens = read // plan.steps_per_epoch
+    if not whole:
+        tokens = read * config.batch_size * config.accumulation // len(train)
     sizes = len({round_up(sum(map(len, batch)), PACKED_STEP) for batch in batches})
     return Batches(
         task=task,
@@ -95,6 +101,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         source=source,
         steps=steps,
         per_step=per_step,
+        tokens=tokens,
         sizes=sizes,
         tokenizer=tokenizer,
     )
@@ -147,6 +154,7 @@ def from_lengths(
         source=source,
         steps=config.max_steps,
         per_step=_per_step(config, processes),
+        tokens=config.batch_size * config.accumulation * size,
     )
 
 

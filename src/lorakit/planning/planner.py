@@ -213,7 +213,7 @@ def plan(
         rows=run.rows,
         width=run.width,
         packed=run.packed,
-        tokens=run.tokens * run.batches * processes,
+        tokens=batches.tokens,
         steps=batches.steps,
         processes=processes,
         split=config.shard,
@@ -262,13 +262,15 @@ def _predict(
     processes: int,
     split: bool,
 ) -> Prediction:
-    # Of split weights a process holds its part, and while a block computes, the whole block.
-    base = run.base - (run.blocks - run.blocks // processes - run.widest_block if split else 0)
-    whole, copies = run.trained, 0  # trained parameters
+    base, whole, copies, gathered = run.base, run.trained, 0, 0
     if split:
         whole, copies = run.trained - run.copies, run.copies // processes
-        # The run drops the originals of trained copies. They are all of a block, or too few to matter.
-        base -= run.blocks // processes if run.copies > run.trained // 2 else 0
+        # A split run drops the originals of trained copies, and gathers the copies, in float32.
+        originals = run.copies * run.base // run.total
+        gathered = run.blocks - originals + 4 * run.copies
+        # A process holds its part, and while a block computes, the whole block.
+        widest = run.widest_block * gathered // max(run.blocks, 1)
+        base += (run.blocks - originals) // processes + widest - run.blocks
     held = whole + copies
     peak = _peak(run, processes, whole=whole, held=held)
     step_bytes = sum(peak.values())
@@ -290,7 +292,7 @@ def _predict(
     sent = 2 * others * 4 * whole // processes
     if split:
         # Each batch gathers the blocks for the forward and for the backward pass, and adds up the copies' gradients.
-        sent += run.batches * others * (2 * run.blocks + 4 * run.copies) // processes
+        sent += run.batches * others * (2 * gathered + 4 * run.copies) // processes
     return Prediction(
         method=run.method,
         trained=run.trained,

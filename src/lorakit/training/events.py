@@ -11,13 +11,17 @@ from lorakit.training.setup import Job
 def adopt_batch_sizes(job: Job, state: State) -> None:
     """Continue with the batch sizes that fitted into memory before.
 
-    On another number of processes, each takes the smallest ones.
+    On another number of processes, each takes the smallest ones. So it does with split weights, where all processes
+    have to run as many passes.
     """
     processes, stored = job.processes, state.batch_sizes
     if stored:
-        own = [stored[processes.rank]] if len(stored) == processes.count else stored
-        fitted = (min(sizes) for sizes in zip(*own, strict=True))
-        job.batch_size.size, job.evaluation_batch_size.size = fitted
+        alike = job.config.shard or len(stored) != processes.count
+        fitted = zip(*(stored if alike else [stored[processes.rank]]), strict=True)
+        for batch_size, sizes in zip(
+            (job.batch_size, job.evaluation_batch_size), fitted, strict=True
+        ):
+            batch_size.size = min(batch_size.configured, *sizes)
     state.batch_sizes = _batch_sizes(job)
 
 

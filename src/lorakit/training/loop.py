@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> RunResult:
                     show.restart(state)
             if interruption.requested and not job.is_over(state):
                 interruption.exit(
-                    f"Stopped at step {state.step}. Resume with: {run.resume_command}"
+                    f"Stopped at step {state.step}. Resume with: {run.resume_command(processes.count)}"
                 )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
@@ -122,7 +122,7 @@ def _train_to_end(
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
-    with processes.together(), memory_errors():
+    with memory_errors():  # `joined` tells the other processes
         job = prepare(run.config, processes)
         require_keyed_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)

@@ -19,7 +19,7 @@ from lorakit.compute.objective import Batch, LanguageModellingLoss, tolerance
 from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
-from lorakit.models.sharding import own_part
+from lorakit.models.sharding import own_part, reached
 from lorakit.ops import Keys, keyed
 from lorakit.ops.dropout import CPU, Draw, token_words
 from lorakit.ops.streams import mixed
@@ -184,6 +184,7 @@ def _gradient(job: Job, examples: Sequence[Example]) -> Tensor:
     ]
     for parameter in parameters:
         parameter.grad = None
+        reached(parameter)  # forget that this pass has reached it
     return torch.cat([gradient.float().flatten() for gradient in gradients])
 
 

@@ -8,6 +8,7 @@ connections when a process ends, also if it is killed, but not while it computes
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import itertools
 import os
 import re
@@ -80,7 +81,9 @@ class Peers:
         with socket.create_connection(master, CONNECTION_TIMEOUT) as connection:
             host, family = connection.getsockname()[0], connection.family
         # Nobody accepts the connections: that they exist is enough.
-        self._listener = socket.create_server((host, 0), family=family, backlog=count)
+        self._listener = socket.create_server(("", 0), family=family, backlog=count)
+        if ipaddress.ip_address(host).is_loopback:
+            host = master[0]  # other machines resolve it to another address of this one
         self._store.set(f"address/{rank}", f"{host} {self._listener.getsockname()[1]}")
         self._connections = {other: self._connected(other) for other in self._others}
 

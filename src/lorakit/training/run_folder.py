@@ -175,10 +175,16 @@ class RunFolder:
         self.adapter = path / ADAPTER
         self.best = path / BEST
 
-    @property
-    def resume_command(self) -> str:
-        """The shell command that resumes this run."""
-        return shlex.join(["lorakit", "train", "--config", str(self.path / CONFIG), "--resume"])
+    def resume_command(self, processes: int = 1) -> str:
+        """Return the shell command that resumes this run on as many processes of this machine."""
+        start = ["lorakit"]
+        if processes > 1:
+            start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
+        # A session may split the weights otherwise than the first one, whose settings are in the file.
+        split = ["--shard"] if self.config.shard else []
+        return shlex.join(
+            [*start, "train", "--config", str(self.path / CONFIG), "--resume", *split]
+        )
 
     def claim(self) -> None:
         """Write config.yaml into the folder, after deleting the old run if `overwrite` is set.
@@ -382,11 +388,17 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
     then, now = flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
+    cut = (
+        "batch_size",
+        "accumulation",
+    )  # how a step is cut into batches, which does not change its result
+    same_steps = math.prod(then.get(key, 0) for key in cut) == math.prod(now[key] for key in cut)
     changed = [
         f"{key} was {before!r} and is {after!r}"
         for key, before, after in differences(then, now)
         if not {key, key.split(".")[0]}.intersection(NOT_COMPARED)
         and not (key == "max_steps" and config.max_steps)
+        and not (key in cut and same_steps)
     ]
     if changed:
         raise ConfigurationError(

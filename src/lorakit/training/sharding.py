@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ from lorakit.models.sharding import (
     split_blocks,
 )
 from lorakit.training.distributed import COMMAND, Processes
+from lorakit.training.process_failures import CHECKED_FOR
 
 
 def require_processes(processes: Processes) -> None:
@@ -90,6 +92,7 @@ def gathering(processes: Processes) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         with processes.communication():
+            time.sleep(CHECKED_FOR)  # until the other processes that have waited are here
             raise
 
 
