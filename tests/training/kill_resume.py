@@ -77,7 +77,7 @@ class Trial:
         duration = time.monotonic() - began
         counted = self.config("counted")
         total = count_steps(lambda: train(counted))
-        self.require_same("counted")
+        tiny_runs.require_same_bytes(self.root / "counted", self.reference)
         print(f"a run takes {duration:.2f} s and {total} steps of saving", flush=True)
 
         draw = random.Random(seed)
@@ -110,18 +110,9 @@ class Trial:
         status = fork(victim, kill_after=after)
         resumed = dataclasses.replace(config, resume=True)
         assert fork(lambda: train(resumed)) == 0, f"{name} could not be resumed"
-        self.require_same(name)
+        tiny_runs.require_same_bytes(self.root / name, self.reference)
         shutil.rmtree(self.root / name)
         return status == -signal.SIGKILL
-
-    def require_same(self, name: str) -> None:
-        for which in ("adapter", "best"):
-            same = tiny_runs.adapter_bytes(self.root / name, which) == tiny_runs.adapter_bytes(
-                self.reference, which
-            )
-            assert same, f"{name}: {which}/adapter_model.safetensors differs"
-        leftovers = [p for p in (self.root / name).rglob("*") if ".tmp-" in p.name]
-        assert not leftovers, f"{name}: {leftovers} were left behind"
 
     def config(self, name: str) -> TrainConfig:
         return tiny_runs.config(

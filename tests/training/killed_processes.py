@@ -122,7 +122,7 @@ class Trial:
         else:
             self.resume(config, launched)
             launched.wait()
-        self.require_same(name)
+        tiny_runs.require_same_bytes(self.root / name, self.root / "undisturbed")
         shutil.rmtree(self.root / name)
         return doing
 
@@ -137,14 +137,6 @@ class Trial:
                 return
             assert "is in use by another run" in again.output(), again.output() + before.output()
             assert time.monotonic() < began + LIMIT, before.output()
-
-    def require_same(self, name: str) -> None:
-        for which in ("adapter", "best"):
-            assert tiny_runs.adapter_bytes(self.root / name, which) == tiny_runs.adapter_bytes(
-                self.root / "undisturbed", which
-            ), f"{name}: {which} differs"
-        leftovers = [p for p in (self.root / name).rglob("*") if ".tmp-" in p.name]
-        assert not leftovers, f"{name}: {leftovers} were left behind"
 
     def config(self, name: str) -> TrainConfig:
         return tiny_runs.config(

@@ -110,11 +110,16 @@ def main() -> None:
     run_scenarios(SCENARIOS)
 
 
-def run_scenarios(scenarios: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Run the scenarios that the command line names, and write the outcomes of each into its folder."""
+def run_scenarios(
+    scenarios: Mapping[str, Callable[[Path], Any]], write: Callable[[Path], None] | None = None
+) -> None:
+    """Run the scenarios that the command line names, and write the outcomes of each into its folder.
+
+    `write` writes what the scenarios read, by default `write_inputs`.
+    """
     folder, *names = sys.argv[1:]
     root = Path(folder)
-    assert kill_resume.fork(lambda: write_inputs(root)) == 0
+    assert kill_resume.fork(lambda: (write or write_inputs)(root)) == 0
     warm_up = run_config(root, "warm-up", max_steps=1)
     kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
     for name, scenario in scenarios.items():

@@ -16,14 +16,12 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import kill_resume
 import several_processes
 import tiny_runs
 import torch
@@ -68,17 +66,7 @@ def ways_on(count: int) -> list[str]:
 
 
 def main() -> None:
-    folder, *names = sys.argv[1:]
-    root = Path(folder)
-    assert kill_resume.fork(lambda: write_models(root)) == 0
-    warm_up = run_config(root, "warm-up", max_steps=1)
-    kill_resume.import_modules_of(lambda: train(warm_up), root / "modules.txt")
-    for name, scenario in SCENARIOS.items():
-        if not names or name in names:
-            began = time.monotonic()
-            outcomes = scenario(root)
-            (root / f"{name}.json").write_text(json.dumps(outcomes))
-            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    several_processes.run_scenarios(SCENARIOS, write_models)
 
 
 def write_models(root: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,35 +16,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import tiny_runs
+from scenarios import made_once, outcomes
 
 from lorakit.errors import ConfigurationError
 
-SCRIPT = Path(__file__).with_name("failing_processes.py")
 FAILING = 1
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all scenarios, which one pytest process runs for all."""
-    shared = tmp_path_factory.getbasetemp().parent / f"process-failures-{os.getppid()}"
-    with filelock.FileLock(f"{shared}.lock"):
-        if not (shared / "done").exists():
-            shutil.rmtree(shared, ignore_errors=True)
-            shared.mkdir()
-            done = subprocess.run(
-                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=400
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            (shared / "printed.txt").write_text(done.stdout)
-            (shared / "done").touch()
-    return shared
-
-
-def outcomes(root: Path, scenario: str, name: str) -> list[dict[str, Any]]:
-    return json.loads((root / f"{scenario}.json").read_text())[name]
+    return made_once("failing_processes.py", tmp_path_factory, timeout=400)
 
 
 def require_error(processes: list[dict[str, Any]], message: str, failing: int = FAILING) -> None:
@@ -62,14 +44,14 @@ def require_error(processes: list[dict[str, Any]], message: str, failing: int = 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["computing", "waiting"])
 def test_the_others_name_a_killed_process(root: Path, moment: str) -> None:
-    processes = outcomes(root, "killed", moment)
+    processes = outcomes(root, "killed")[moment]
     assert processes[FAILING]["status"] == -signal.SIGKILL
     require_error(processes, "LorakitError: Process 1 of 3 ended in step 3 (")
 
 
 @pytest.mark.slow
 def test_the_others_name_the_process_that_held_their_store(root: Path) -> None:
-    processes = outcomes(root, "killed", "first")
+    processes = outcomes(root, "killed")["first"]
     assert processes[0]["status"] == -signal.SIGKILL
     message = "LorakitError: Process 0 of 3 has ended or does not answer in step 3."
     require_error(processes, message, failing=0)
@@ -77,10 +59,10 @@ def test_the_others_name_the_process_that_held_their_store(root: Path) -> None:
 
 @pytest.mark.slow
 def test_the_others_repeat_the_error_of_a_process(root: Path) -> None:
-    processes = outcomes(root, "raised", "memory")
+    processes = outcomes(root, "raised")["memory"]
     assert processes[FAILING]["status"] == 1
     require_error(processes, "Process 1 of 3 failed in step 3: Out of memory during step 3")
-    processes = outcomes(root, "raised", "bug")
+    processes = outcomes(root, "raised")["bug"]
     assert "ValueError: a bug\nin two lines" in processes[FAILING]["output"]
     require_error(processes, "LorakitError: Process 1 of 3 failed in step 3: ValueError: a bug\n")
 
@@ -89,7 +71,7 @@ def test_the_others_repeat_the_error_of_a_process(root: Path) -> None:
 @pytest.mark.parametrize("kind", ["sleeping", "stopped"])
 def test_the_others_name_a_process_that_hangs(root: Path, kind: str) -> None:
     """All end, with an error: also a process that goes on too late."""
-    processes = outcomes(root, "hung", kind)
+    processes = outcomes(root, "hung")[kind]
     assert processes[FAILING]["status"] == (1 if kind == "sleeping" else -signal.SIGKILL)
     message = (
         "Process 1 of 3 did not reach the end of step 3 within 0.05 minutes (processes_timeout)."

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
 import pytest
 import tiny_runs
-import torch
-from safetensors.torch import load_file
+from scenarios import (
+    made_once,
+    outcomes,
+    require_close_weights,
+    require_equality,
+    require_success,
+)
 from several_processes import COUNTS, steps_of, ways_on
 
 from lorakit.compute.batch_size import BatchSize
@@ -32,38 +32,13 @@ from lorakit.training.distributed import Processes, started_processes
 from lorakit.training.schedule import Share, even_shares
 from lorakit.training.setup import prepare
 
-SCRIPT = Path(__file__).with_name("several_processes.py")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all scenarios, which one pytest process runs for all."""
-    shared = tmp_path_factory.getbasetemp().parent / f"processes-{os.getppid()}"
-    with filelock.FileLock(f"{shared}.lock"):
-        if not (shared / "done").exists():
-            shutil.rmtree(shared, ignore_errors=True)
-            shared.mkdir()
-            done = subprocess.run(
-                [sys.executable, SCRIPT, shared], capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            (shared / "done").touch()
-    return shared
-
-
-def outcomes(root: Path, name: str) -> dict[str, Any]:
-    return json.loads((root / f"{name}.json").read_text())
-
-
-def require_success(processes: list[dict[str, Any]]) -> None:
-    for process in processes:
-        assert process["status"] == 0, process["output"]
+    return made_once("several_processes.py", tmp_path_factory, timeout=300)
 
 
 # --- the same result ------------------------------------------------------------------------------
-
-
-BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
 
 
 @pytest.mark.slow
@@ -71,28 +46,8 @@ BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
     ("way", "count"), [(way, count) for count in COUNTS[1:] for way in ways_on(count)]
 )
 def test_gradients_and_weights_equal_those_of_one_process(root: Path, way: str, count: int) -> None:
-    """In float64: the gradients of one step to 1e-12, and the weights after `steps_of` steps to 1e-9 of their size.
-
-    Some losses are summed in float32, of the same float64 model.
-    """
-    for processes in outcomes(root, "equality").values():
-        require_success(processes)
-    alone = load_file(root / f"{way} 1 0.safetensors")
-    several = [load_file(root / f"{way} {count} {rank}.safetensors") for rank in range(count)]
-    gradient = torch.stack([t.norm() for n, t in alone.items() if n.startswith("gradient")]).norm()
-    own = torch.stack([tensors.pop("examples") for tensors in several])
-    assert torch.equal(own.sum(0), alone.pop("examples"))
-    assert len(own[0]) == steps_of(way)
-    assert (own == 0).any()  # a process without examples
-    for tensors in several:
-        assert tensors.keys() == alone.keys()
-        for name, expected in alone.items():
-            assert torch.equal(tensors[name], several[0][name]), f"{name} differs between processes"
-            kind = name.split()[0]
-            # The gradient of a key's bias is 0 but for rounding, so all gradients give the scale.
-            scale = gradient if kind == "gradient" else expected.norm()
-            distance = (tensors[name] - expected).norm() / scale
-            assert distance <= BOUNDS[kind], f"{name}: {distance:.1e}"
+    """In float64: the gradients of one step, and the weights after `steps_of` steps."""
+    require_equality(root, way, count, steps_of(way))
 
 
 @pytest.mark.slow
@@ -124,16 +79,8 @@ def test_a_whole_run_has_the_numbers_of_one_process(root: Path, kind: str) -> No
                 assert record[name] == pytest.approx(other[name], rel=1e-5), name
     if kind == "whole":
         assert (several / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
-    require_close_weights(several, alone)
-
-
-def require_close_weights(run: Path, other: Path) -> None:
     for which in ("adapter", "best"):
-        (file,) = (run / which).glob("*.safetensors")
-        expected = load_file(other / which / file.name)
-        for name, tensor in load_file(file).items():
-            distance = (tensor - expected[name]).norm() / expected[name].norm()
-            assert distance <= 1e-5, f"{which} {name}: {distance:.1e}"
+        require_close_weights(several / which, alone / which)
 
 
 @pytest.mark.slow
@@ -171,7 +118,8 @@ def test_a_run_resumes_on_another_number_of_processes(root: Path) -> None:
     sessions = json.loads((root / "interrupted" / "environment.json").read_text())["sessions"]
     assert [(s["processes"], s["from_step"]) for s in sessions] == [(4, 0), (2, 5)]
     assert [r["step"] for r in tiny_runs.metrics(root / "interrupted", "train")] == [*range(1, 11)]
-    require_close_weights(root / "interrupted", root / "whole-1")
+    for which in ("adapter", "best"):
+        require_close_weights(root / "interrupted" / which, root / "whole-1" / which)
 
 
 # --- recovery -------------------------------------------------------------------------------------

@@ -98,3 +98,12 @@ def adapter_bytes(run: Path, which: str = "adapter") -> bytes:
     """Return the weights file of a run's adapter; full fine-tuning has a file of its own name."""
     (weights,) = (run / which).glob("*.safetensors")
     return weights.read_bytes()
+
+
+def require_same_bytes(run: Path, other: Path) -> None:
+    """Require that two runs have the same adapters, and that the first left nothing half-written."""
+    for which in ("adapter", "best"):
+        same = adapter_bytes(run, which) == adapter_bytes(other, which)
+        assert same, f"{run.name}: {which} differs"
+    leftovers = [p for p in run.rglob("*") if ".tmp-" in p.name]
+    assert not leftovers, f"{run.name}: {leftovers} were left behind"

@@ -95,6 +95,7 @@ def generate(
     stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
+    synced = any(map(is_split, model.parameters())) or None  # None: transformers decides
     batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
 
     def generate_from(start: int) -> None:
@@ -109,8 +110,7 @@ def generate(
             logits_processor=processors,
             stopping_criteria=stopping,
             streamer=streamer,
-            synced_gpus=any(map(is_split, model.parameters()))
-            or None,  # None: transformers decides
+            synced_gpus=synced,
         )
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())

@@ -43,6 +43,12 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     return {longest: lists[longest]}
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of all stacks, each once."""
+    paths = [path for stack in stacks(model).values() for path in stack]
+    return list(dict.fromkeys(map(model.get_submodule, paths)))
+
+
 def residual_branches(model: nn.Module) -> list[Site]:
     """Return the sites where an adapter can change the output of an attention or MLP before the residual sum.
 

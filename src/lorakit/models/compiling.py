@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import ConfigurationError
-from lorakit.models.blocks import stacks
+from lorakit.models.blocks import blocks_of
 from lorakit.ops import allow_graphs
 
 
@@ -31,16 +31,16 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     """
     if backend == "inductor":
         _require_compiler(next(model.parameters()).device)
-    paths = [path for stack in stacks(model).values() for path in stack]
-    if not paths:
+    blocks = blocks_of(model)
+    if not blocks:
         raise ConfigurationError(
             f"compile is true, but {type(model).__name__} has no list of blocks to compile. Set it to false."
         )
     # One block has several graphs: sequence length 1, with and without input gradients, each set of adapters.
     allow_graphs()
-    for path in paths:
-        model.get_submodule(path).compile(dynamic=True, backend=backend)
-    return len(paths)
+    for block in blocks:
+        block.compile(dynamic=True, backend=backend)
+    return len(blocks)
 
 
 @contextmanager

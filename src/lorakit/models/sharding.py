@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorakit.models.blocks import stacks
+from lorakit.models.blocks import blocks_of
 from lorakit.models.layers import by_token, is_of_adapter
 
 _REACHED = "_lorakit_reached"
@@ -53,12 +53,6 @@ def split_blocks(model: nn.Module, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_split(tensor):  # `model.to` could replace the split parameters
             tensor.data = tensor.data.to(device)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of all stacks, each once."""
-    paths = [path for stack in stacks(model).values() for path in stack]
-    return list(dict.fromkeys(map(model.get_submodule, paths)))
 
 
 def _kept_whole(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:

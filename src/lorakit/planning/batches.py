@@ -65,17 +65,10 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     plan = step_plan_of(config, train)
     first_epoch = list(itertools.islice(plan.steps(), plan.steps_per_epoch))
-    shares = [
-        Share(
-            train,
-            batch_size=BatchSize(config.batch_size),
-            rank=rank,
-            count=processes,
-            packed=config.packing,
-        )
-        for rank in range(processes)
-    ]
-    computed = [share(step) for step in first_epoch for share in shares]
+    shares = Share(
+        train, batch_size=BatchSize(config.batch_size), count=processes, packed=config.packing
+    )
+    computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = sorted(
         ([train.examples[i] for i in batch] for share in computed for batch in share),
         key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),

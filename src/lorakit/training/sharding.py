@@ -15,9 +15,9 @@ from lorakit.adapters.installed import adapted_layers, base_weights
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import size
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.blocks import blocks_of
 from lorakit.models.quantised import QuantisedWeight
 from lorakit.models.sharding import (
-    blocks_of,
     held_bytes,
     is_split,
     own_part,
