@@ -12,7 +12,9 @@ from served import BASE, Serve, wait_for
 
 from lorakit.errors import LorakitError
 from lorakit.serving.engine import Sampling
+from lorakit.serving.http.answers import CompletionChoice
 from lorakit.serving.http.logprobs import TokenTexts
+from lorakit.serving.http.streaming import event
 
 
 def events(text: str) -> list[Any]:
@@ -49,6 +51,13 @@ def test_the_defaults_are_those_of_openai(serve: Serve) -> None:
     assert request.sampling.seed != other.sampling.seed
     assert first["choices"][0]["finish_reason"] == "length"
     assert first["id"] != second["id"]
+
+
+def test_a_text_with_unicode_line_ends_is_one_line_of_a_stream() -> None:
+    text = "one\u2028two\x85three\u2029four \u00e9"
+    choice = CompletionChoice(index=0, text=text, logprobs=None, finish_reason=None)
+    line, empty = event(choice).splitlines()
+    assert (json.loads(line.removeprefix("data: "))["text"], empty) == (text, "")
 
 
 def test_null_is_the_default(serve: Serve) -> None:

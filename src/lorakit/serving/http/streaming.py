@@ -26,8 +26,11 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 def event(content: BaseModel) -> str:
-    """Return a server-sent event. Unset fields are left out, as in OpenAI's API."""
-    return f"data: {content.model_dump_json(exclude_unset=True)}\n\n"
+    """Return a server-sent event. Unset fields are left out, as in OpenAI's API.
+
+    In ASCII, because some clients (httpx) also end a line at U+0085 or U+2028, which a text may contain.
+    """
+    return f"data: {content.model_dump_json(exclude_unset=True, ensure_ascii=True)}\n\n"
 
 
 class EventStream(Response):
