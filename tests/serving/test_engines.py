@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from engines import running, send
@@ -11,6 +13,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
+from lorakit.serving import worker
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
@@ -388,3 +391,16 @@ def test_adapters_change_between_steps():
             engine, prompt, PlainLease((("d", 1.0),), TOKENIZER), 8, sampling=GREEDY
         ).wait()
     assert found.ids == alone(model, prompt, (("d", 1.0),), 8)
+
+
+def test_the_step_after_an_action_waits_for_the_request_that_needed_it(monkeypatch):
+    monkeypatch.setattr(worker, "FOLLOWED", 30.0)
+    given = prompts(2)
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        sent = send(engine, given[0], PlainLease((), TOKENIZER), 150, sampling=GREEDY)
+        sent.next()
+        steps = engine.between_steps(lambda: engine.steps).result(60)
+        time.sleep(0.1)
+        assert engine.steps == steps
+        send(engine, given[1], PlainLease((("a", 1.0),), TOKENIZER), 1, sampling=GREEDY).wait()
+        sent.wait()

@@ -147,9 +147,9 @@ def install(
         for parameter_name in names:
             path, _, attribute = parameter_name.rpartition(".")
             modules.setdefault(path, AdapterModule()).add_trained(attribute, copy)
-    for path in modules:  # check all before the first change
-        check_free(path, model.get_submodule(path))
     layers = {path: model.get_submodule(path) for path in modules}
+    for path, layer in layers.items():  # check all before the first change
+        check_free(path, layer)
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )

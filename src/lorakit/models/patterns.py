@@ -110,6 +110,8 @@ class PatternTable(Generic[V]):
         Raises:
             TimeoutError: A regular expression takes too long.
         """
+        if not self._keys:  # as for most adapters, and a server loads thousands of layers
+            return default
         first = min(self._by_name(path), default=len(self._keys))
         for index, expression in self._expressions:
             if index > first:

@@ -32,6 +32,10 @@ _LOG = logging.getLogger(__name__)
 UNLIMITED = 2**20
 """Context of a model that states none."""
 
+FOLLOWED = 0.01
+"""Seconds that an engine waits after an action for a request. Most actions install the adapter of one that is submitted
+a moment later, and would else wait for a whole step."""
+
 SCORED_ROWS = 64
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
 
@@ -188,7 +192,9 @@ class Worker(ABC):
         try:
             with evaluating(self.model):
                 while not self._is_closing:
-                    self._run_actions()
+                    if self._run_actions():
+                        with self._changed:
+                            self._changed.wait_for(self._has_waiting, FOLLOWED)
                     with self._changed:
                         cancelled = self._waiting.remove_where(lambda answer: answer.is_cancelled)
                     for answer in cancelled:
@@ -225,7 +231,10 @@ class Worker(ABC):
             else "The server was shut down."
         )
 
-    def _run_actions(self) -> None:
+    def _run_actions(self) -> bool:
+        """Run all actions; return whether there was any."""
+        if not self._actions:
+            return False
         while self._actions:
             action, future = self._actions.popleft()
             if not future.set_running_or_notify_cancel():
@@ -234,6 +243,7 @@ class Worker(ABC):
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
+        return True
 
     def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
         """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""

@@ -52,8 +52,8 @@ class StoredLayer:
     magnitude: Tensor | None = None
     """DoRA's magnitudes, one for each row of B, (rows,)."""
     slices: tuple[RowSlice, ...] = ()
-    initial_A: Tensor | None = None  # noqa: N815
-    initial_B: Tensor | None = None  # noqa: N815
+    initial_A: Tensor | None = None
+    initial_B: Tensor | None = None
     """PiSSA's A0 and B0, the values of A and B before training; shaped as A and B."""
     base_norms: Tensor | None = None
     """DoRA on slices: the norms of all rows of the base weight, (out,), for export to PEFT. PEFT has a magnitude

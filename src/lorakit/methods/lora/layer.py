@@ -42,6 +42,12 @@ class LoRALayer(AdapterModule):
 
     form_class: type[FactorForm]
     """The form of A and B on this layer type."""
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_B_bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
+    initial_A: Tensor | None
+    initial_B: Tensor | None
     rank: int
     scaling: float
     alpha: float
@@ -81,14 +87,15 @@ class LoRALayer(AdapterModule):
         weight = getattr(layer, self.form.weight_name)
         A_shape, B_shape = self.factor_shapes(layer)
         options = {"dtype": dtype, "device": weight.device}
-        self.lora_A = nn.Parameter(torch.empty(A_shape, **options))
-        self.lora_B = nn.Parameter(torch.empty(B_shape, **options))
         rows = sum(s.total for s in slices) or self.out_features
-        self.lora_B_bias = nn.Parameter(torch.zeros(rows, **options)) if lora_bias else None
-        self.magnitude = nn.Parameter(torch.empty(rows, **options)) if dora else None
+        self._parameters.update(
+            lora_A=nn.Parameter(torch.empty(A_shape, **options)),
+            lora_B=nn.Parameter(torch.empty(B_shape, **options)),
+            lora_B_bias=nn.Parameter(torch.zeros(rows, **options)) if lora_bias else None,
+            magnitude=nn.Parameter(torch.empty(rows, **options)) if dora else None,
+        )
         # The frozen initial factors of PiSSA; None for other initialisations.
-        self.register_buffer("initial_A", None)
-        self.register_buffer("initial_B", None)
+        self._buffers.update(initial_A=None, initial_B=None)
 
     @property
     def slices(self) -> tuple[RowSlice, ...]:
@@ -174,7 +181,7 @@ class LoRALayer(AdapterModule):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (R, in) and B (out, R) of the whole layer, with ``delta W = scaling * B A``."""
         A, B = self.form.all_rows(self.lora_A, self.lora_B)
-        if self.initial_A is not None:
+        if self.initial_A is not None and self.initial_B is not None:
             A0, B0 = self.form.all_rows(self.initial_A, self.initial_B)
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         return A, B

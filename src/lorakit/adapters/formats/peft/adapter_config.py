@@ -150,7 +150,7 @@ class PeftConfig:
             pattern = self.exclude_modules
             if pattern and self._match("exclude_modules", pattern, path):
                 return True
-        elif not self._excluded.isdisjoint(endings(path)):
+        elif self._excluded and not self._excluded.isdisjoint(endings(path)):
             return True
         return any(
             self._match("modules_to_save", rf"(^|.*\.){module}($|\..*)", path)
