@@ -53,6 +53,10 @@ class LorakitHttp:
         """Send one short request to each adapter."""
         closed_loop(self, [Request((1, 2, 3), name, 1) for name in adapters], 4, patience=300)
 
+    def loads(self) -> float:
+        """Return how many adapters the server has loaded since its start."""
+        return self._server.metric("lorakit_adapter_loads_total")
+
     def submit(self, request: Request, answer: Answer) -> None:
         """Start a streamed completion."""
         task = asyncio.run_coroutine_threadsafe(self._complete(request, answer), self._loop)
