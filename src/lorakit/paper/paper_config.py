@@ -171,10 +171,22 @@ class PaperConfig:
         words = ["lorakit", "paper", self.table]
         for name, value in _changed(self, PaperConfig(table=self.table)):
             if name not in _NOT_IN_COMMAND:
-                words += [f"--{name}", ",".join(value) if isinstance(value, tuple) else str(value)]
+                words += [f"--{name}", _argument(value)]
         if self.data.root is not None:
             words += ["--data.root", "DATA"]
         return shlex.join(words)
+
+
+def _argument(value: Any) -> str:
+    """Return a value as one argument on the command line."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return ",".join(value)
+    return str(value)
 
 
 def _changed(config: Any, default: Any, section: str = "") -> Iterator[tuple[str, Any]]:
