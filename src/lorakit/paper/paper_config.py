@@ -183,7 +183,7 @@ def _argument(value: Any) -> str:
         case bool():
             return str(value).lower()
         case float():
-            return f"{value:g}"
+            return f"{value:.15g}"
         case tuple():
             return ",".join(value)
     return str(value)
