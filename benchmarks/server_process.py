@@ -97,12 +97,9 @@ class ServerProcess:
         """The base's name in the field `model`: the first of /v1/models."""
         return httpx.get(f"{self.url}/v1/models", timeout=30).json()["data"][0]["id"]
 
-    def metric(self, name: str) -> float:
-        """Return the value of a metric without labels, from /metrics."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        return next(
-            float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} ")
-        )
+    def metrics(self) -> str:
+        """Return the text of /metrics."""
+        return httpx.get(f"{self.url}/metrics", timeout=30).text
 
     def last_lines(self) -> str:
         """Return the end of the log."""

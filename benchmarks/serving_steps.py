@@ -283,13 +283,13 @@ def budget(setup: Setup, quick: bool) -> list[Row]:
     large.stop()
     jobs = requests(prompts(tokenizer, max(int(capacity / 2 * seconds), 4), seed=1), names)
     times = poisson(capacity / 2, len(jobs))
-    found, swapped = {}, 0.0
+    found, swapped = {}, {}
     for name, share in (("all", 2.0), ("a tenth", 0.1)):
         server = lorakit_http.start(setup, ["--adapter_memory", f"{int(size * share)}B"])
         server.prepare(names)
         before = server.loads()
         found[name] = figures(open_loop(server, jobs, times, patience=60))
-        swapped = server.loads() - before
+        swapped[name] = server.loads() - before
         server.stop()
     idle, busy = swap_times(setup, names, size // 10)
     few = f"budget for a tenth of {many} adapters"
@@ -301,7 +301,7 @@ def budget(setup: Setup, quick: bool) -> list[Row]:
             "ms",
             times=busy,
         ),
-        row(f"{few}: requests that swapped one in, of {len(jobs)}", swapped),
+        row(f"{few}: requests that swapped one in, of {len(jobs)}", swapped["a tenth"]),
     ]
     for kind, title in (("first_token", "first token"), ("whole_answer", "answer")):
         for percentile in ("p50", "p95"):

@@ -132,7 +132,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
         report.say(f"Soaking {args.base} with {args.clients} clients for {args.minutes:g} minutes.")
         with MemoryWatch(server) as memory:
             asyncio.run(soak(site, args.clients, 60 * args.minutes, outcome, seed=args.seed))
-        metrics = verification_metrics(httpx.get(f"{server.url}/metrics", timeout=30).text)
+        metrics = verification_metrics(server.metrics())
         healthy = httpx.get(f"{server.url}/health", timeout=30).status_code == 200
     finally:
         status = server.stop()

@@ -55,7 +55,9 @@ class LorakitHttp:
 
     def loads(self) -> float:
         """Return how many adapters the server has loaded since its start."""
-        return self._server.metric("lorakit_adapter_loads_total")
+        name = "lorakit_adapter_loads_total "
+        lines = self._server.metrics().splitlines()
+        return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     def submit(self, request: Request, answer: Answer) -> None:
         """Start a streamed completion."""

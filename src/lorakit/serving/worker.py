@@ -192,7 +192,8 @@ class Worker(ABC):
         try:
             with evaluating(self.model):
                 while not self._is_closing:
-                    if self._run_actions():
+                    if self._actions:
+                        self._run_actions()
                         with self._changed:
                             self._changed.wait_for(self._has_waiting, FOLLOWED)
                     with self._changed:
@@ -231,10 +232,7 @@ class Worker(ABC):
             else "The server was shut down."
         )
 
-    def _run_actions(self) -> bool:
-        """Run all actions; return whether there was any."""
-        if not self._actions:
-            return False
+    def _run_actions(self) -> None:
         while self._actions:
             action, future = self._actions.popleft()
             if not future.set_running_or_notify_cancel():
@@ -243,7 +241,6 @@ class Worker(ABC):
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
-        return True
 
     def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
         """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""

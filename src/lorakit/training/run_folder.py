@@ -388,10 +388,8 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
     then, now = flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
-    cut = (
-        "batch_size",
-        "accumulation",
-    )  # how a step is cut into batches, which does not change its result
+    # How a step is cut into batches does not change its result.
+    cut = ("batch_size", "accumulation")
     same_steps = math.prod(then.get(key, 0) for key in cut) == math.prod(now[key] for key in cut)
     changed = [
         f"{key} was {before!r} and is {after!r}"
