@@ -26,6 +26,7 @@ from lorakit.paper import runs as runs_module
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import open_grid
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
 
 
@@ -413,6 +414,42 @@ def test_more_rates_are_tried_while_the_best_is_outermost(table2, monkeypatch, b
         assert [run.rate for run in grid.trials(data_set, variant)] == tried
         assert grid.chosen_rate(data_set, variant) == best
         assert grid.total == grid.finished == len(tried)
+
+
+def test_short_trials_choose_the_rate_of_full_runs(table2, monkeypatch):
+    def train(runner, run):
+        epochs = runner.train_config(run).epochs
+        record = runs_module.Record(
+            data_set="mrpc",
+            variant="lora",
+            rate=run.rate,
+            seed=run.seed,
+            held_out={"accuracy": run.rate if epochs == 0.5 else 1 - run.rate},
+            settings={"epochs": epochs},
+        )
+        return runner._write(run, record)
+
+    monkeypatch.setattr(runs_module.Runner, "_train", train)
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5, "f1": 0.5})
+    config = table2(methods=("lora",), seeds=2, trials=3, epochs=2.0, trial_epochs=0.5)
+    with open_grid(config, silent) as grid:
+        grid.run(after_each=lambda: None)
+        ((data_set, variant),) = grid.cells()
+        assert grid.chosen_rate(data_set, variant) == 1.5e-3
+        trained = [(r.rate, r.seed, r.settings["epochs"]) for r in grid.all_records()]
+        trials = [(rate, 0, 0.5) for rate in (1.7e-4, 5e-4, 1.5e-3)]
+        assert trained == [*trials, (1.5e-3, 0, 2.0), (1.5e-3, 1, 2.0)]
+        assert [r.settings["epochs"] for r in grid.records(data_set, variant)] == [2.0, 2.0]
+        assert grid.total == grid.finished == 5
+        page = markdown(compare(grid))
+    assert "tries 3 learning rates in runs of 0.5 epochs" in page
+    assert "**0.0015: 0.0015**" in page
+
+
+def test_short_trials_need_a_choice_and_no_budget(table2):
+    for changes in ({"trials": 1}, {"trials": 3, "budget": "1h"}):
+        with pytest.raises(ConfigurationError, match="trial_epochs is the length"):
+            table2(trial_epochs=0.5, **changes)
 
 
 def test_a_wider_search_needs_three_rates_and_no_budget(table2):

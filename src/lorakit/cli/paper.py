@@ -14,7 +14,7 @@ from lorakit.paper.paper_config import PaperConfig
 if TYPE_CHECKING:
     from lorakit.models.base_config import BaseConfig
     from lorakit.paper.grid import Grid
-    from lorakit.paper.runs import TableRun
+    from lorakit.paper.study import StudyData, Variant
 
 CONFIGS = (PaperConfig,)
 QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
@@ -143,20 +143,22 @@ def _preview(config: PaperConfig) -> None:
             else:
                 trials = grid.trials(data_set, variant)
                 rates = ", ".join(f"{run.rate:g}" for run in trials)
-                runs = str(len(trials) + config.seeds - 1)
-                row += [parameters(count.trained), rates, runs, *_predicted(grid, trials[0])]
+                runs = str(grid.number_of_runs(data_set, variant))
+                row += [parameters(count.trained), rates, runs, *_predicted(grid, data_set, variant)]
             body.append(row + [""] * (len(head) - len(row)))
     console().print(_table(head, body, len(body)))
     print(f"\n{grid.finished} of {grid.total} runs are finished, in {config.folder}")
 
 
-def _predicted(grid: Grid, run: TableRun) -> list[str]:
-    """Return the planner's steps, memory and time for a run."""
+def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
+    """Return the planner's steps, memory and time for a scored run."""
     from lorakit.errors import LorakitError
     from lorakit.formatting import duration, size
     from lorakit.paper.grid import training_limit
+    from lorakit.paper.runs import TableRun
     from lorakit.planning import plan
 
+    run = TableRun(data_set=data_set, variant=variant, rate=variant.rates(1)[0], seed=0)
     settings = grid.runner.train_config(run)
     try:
         planned = plan(settings, compare=False)
@@ -167,7 +169,7 @@ def _predicted(grid: Grid, run: TableRun) -> list[str]:
     if settings.max_steps is None:
         if grid.config.budget is not None:
             return ["from the budget", memory, f"{seconds:.2f}s per step"]
-        limit = training_limit(grid.config, run.data_set)
+        limit = training_limit(grid.config, data_set)
         if limit is not None:
             steps = round(settings.epochs * -(-limit // settings.batch_size))
     if steps is None:

@@ -32,7 +32,7 @@ SUFFIXES = ("md", "json", "png", "html")
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
 """Bounds on the held-out examples that are drawn in addition to limited training data."""
 
-_SHARED = ("table", "trials", "widen", "epochs", "limit", "eval_limit", "batch_size", "budget")
+_SHARED = ("table", "trials", "trial_epochs", "widen", "epochs", "limit", "eval_limit", "batch_size", "budget")
 """Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget."""
@@ -56,12 +56,16 @@ class Grid:
                     yield data_set, variant
 
     def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
-        """Return the runs with the first seed, one per learning rate, in ascending order."""
+        """Return the runs that choose the learning rate, one per rate, in ascending order."""
         rates = variant.rates(self.config.trials)
         if self.config.widen:
             while (wider := variant.wider(rates, self._best(data_set, variant, rates))) != rates:
                 rates = wider
-        return [TableRun(data_set=data_set, variant=variant, rate=rate, seed=0) for rate in rates]
+        return [self._trial(data_set, variant, rate) for rate in rates]
+
+    def _trial(self, data_set: StudyData, variant: Variant, rate: float) -> TableRun:
+        epochs = self.config.trial_epochs
+        return TableRun(data_set=data_set, variant=variant, rate=rate, seed=0, trial_epochs=epochs)
 
     def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
         """Return the rate with the best held-out score; None if a trial is missing or all diverged.
@@ -76,8 +80,7 @@ class Grid:
         """Return the best of these rates; None if a run is missing or all diverged."""
         best: tuple[float, float] | None = None
         for rate in rates:
-            run = TableRun(data_set=data_set, variant=variant, rate=rate, seed=0)
-            record = self.runner.record(run)
+            record = self.runner.record(self._trial(data_set, variant, rate))
             if record is None:
                 return None
             score = record.held_out.get(data_set.metric)
@@ -118,7 +121,12 @@ class Grid:
     @property
     def total(self) -> int:
         """Number of training runs; with `widen`, as far as it is known."""
-        return sum(len(self.trials(*cell)) + self.config.seeds - 1 for cell in self.cells())
+        return sum(self.number_of_runs(*cell) for cell in self.cells())
+
+    def number_of_runs(self, data_set: StudyData, variant: Variant) -> int:
+        """Return the number of training runs of a cell; with `widen`, as far as it is known."""
+        shared = 1 if self.config.trial_epochs is None else 0
+        return len(self.trials(data_set, variant)) + self.config.seeds - shared
 
     @property
     def finished(self) -> int:
@@ -126,7 +134,7 @@ class Grid:
         return len(self.all_records())
 
     def run(self, after_each: Callable[[], object]) -> None:
-        """Execute every unfinished run: all with the first seed, then the other seeds.
+        """Execute every unfinished run: the trials and the first seed, then the other seeds.
 
         Args:
             after_each: Called whenever a cell has a new record.

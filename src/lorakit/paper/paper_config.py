@@ -67,6 +67,9 @@ class PaperConfig:
     widen: bool = False
     """While the best learning rate is the smallest or the largest, try the next one beyond it. Needs 3 trials or more,
     and no budget."""
+    trial_epochs: float | None = None
+    """Passes over the training data of the runs that choose the learning rate, usually fewer than `epochs`; the scored
+    runs are then further ones. Default: `epochs`, and the first seed's scored run is one of them."""
     budget: str | None = None
     """Time for the whole grid, for example 10m or 2h. A short timing converts it to steps, the same for every method
     on a data set. A resumed grid keeps these steps."""
@@ -121,8 +124,15 @@ class PaperConfig:
                 "widen searches beyond the outermost of at least 3 learning rates, in a time that no budget can bound. "
                 "Set --trials 3, and leave --budget out."
             )
-        if self.epochs is not None and not 0 < self.epochs < 1e6:
-            raise ConfigurationError(f"epochs is {self.epochs}; it must be above 0 and below 1e6.")
+        for option in ("epochs", "trial_epochs"):
+            value = getattr(self, option)
+            if value is not None and not 0 < value < 1e6:
+                raise ConfigurationError(f"{option} is {value}; it must be above 0 and below 1e6.")
+        if self.trial_epochs is not None and (self.trials == 1 or self.budget is not None):
+            raise ConfigurationError(
+                "trial_epochs is the length of the runs that choose among several learning rates, without a budget. "
+                "Set --trials 3, and leave --budget out."
+            )
         # Reading these properties validates the budget, the tasks and the methods.
         _ = self.seconds
         if self.table in STUDIES:

@@ -314,6 +314,11 @@ def _protocol(grid: Grid) -> str:
     scored = " and ".join(dict.fromkeys(d.split for d in grid.study.data_sets))
     return (
         f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {config.trials} learning "
-        f"rate{'s' if config.trials > 1 else ''}. Learning rate and step are chosen on {' or '.join(held_out)}, never "
+        f"rate{'s' if config.trials > 1 else ''}{_trial_length(config)}. Learning rate and step are chosen on {' or '.join(held_out)}, never "
         f"on the {scored} data that the table scores. Parameter counts exclude a new task head, which is also trained."
     )
+
+
+def _trial_length(config: PaperConfig) -> str:
+    epochs = config.trial_epochs
+    return "" if epochs is None else f" in runs of {epochs:g} epoch{'' if epochs == 1 else 's'}"

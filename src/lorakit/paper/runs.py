@@ -56,11 +56,14 @@ class TableRun:
     variant: Variant
     rate: float
     seed: int
+    trial_epochs: float | None = None
+    """Length of a run that only chooses the learning rate; None for one that can be scored."""
 
     @property
     def name(self) -> str:
         """Its folder below ``runs/``."""
-        return f"{self.data_set.key}/{self.variant.key}/rate-{self.rate:g}-seed-{self.seed}"
+        purpose = "trial" if self.trial_epochs else f"seed-{self.seed}"
+        return f"{self.data_set.key}/{self.variant.key}/rate-{self.rate:g}-{purpose}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +143,7 @@ class Runner:
             "evaluation.batch_size": max(config.batch_size, 32),
             "checkpoints.every": CHECKPOINT_STEPS,
             "checkpoints.keep": 1,
-            "epochs": config.epochs or FALLBACK_EPOCHS,
+            "epochs": run.trial_epochs or config.epochs or FALLBACK_EPOCHS,
             "resume": True,
             **run.variant.settings,
         }
