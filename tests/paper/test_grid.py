@@ -442,7 +442,7 @@ def test_short_trials_choose_the_rate_of_full_runs(table2, monkeypatch):
         assert [r.settings["epochs"] for r in grid.records(data_set, variant)] == [2.0, 2.0]
         assert grid.total == grid.finished == 5
         page = markdown(compare(grid))
-    assert "tries 3 learning rates in runs of 0.5 epochs" in page
+    assert "tries 3 learning rates in shorter runs of 0.5 epochs" in page
     assert "**0.0015: 0.0015**" in page
 
 

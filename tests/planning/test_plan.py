@@ -425,8 +425,16 @@ def test_an_encoder_decoder_that_generates_is_planned(tmp_path):
     config = tiny_models.ARCHITECTURES["t5"]()
     config.architectures = ["T5ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    run = tiny_runs.config(tmp_path, str(tmp_path))
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, task="completion"))
-    planned = plan(run, length=32, machine=MACHINE)
+    planned = plan(tiny_runs.config(tmp_path, str(tmp_path)), length=32, machine=MACHINE)
     assert planned.chosen.memory.activations > 0
+    assert planned.chosen.memory.logits > 0
     assert not planned.packed
+
+
+def test_a_forward_pass_that_depends_on_values_is_not_planned(tmp_path):
+    config = tiny_models.ARCHITECTURES["t5"]()  # its classifier searches for the end of each text
+    config.save_pretrained(tmp_path)
+    run = tiny_runs.config(tmp_path, str(tmp_path))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, task="classification"))
+    with pytest.raises(BaseModelError, match="depends on the values of tensors"):
+        plan(run, length=32, machine=MACHINE)

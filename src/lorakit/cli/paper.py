@@ -144,7 +144,12 @@ def _preview(config: PaperConfig) -> None:
                 trials = grid.trials(data_set, variant)
                 rates = ", ".join(f"{run.rate:g}" for run in trials)
                 runs = str(grid.number_of_runs(data_set, variant))
-                row += [parameters(count.trained), rates, runs, *_predicted(grid, data_set, variant)]
+                row += [
+                    parameters(count.trained),
+                    rates,
+                    runs,
+                    *_predicted(grid, data_set, variant),
+                ]
             body.append(row + [""] * (len(head) - len(row)))
     console().print(_table(head, body, len(body)))
     print(f"\n{grid.finished} of {grid.total} runs are finished, in {config.folder}")

@@ -32,7 +32,17 @@ SUFFIXES = ("md", "json", "png", "html")
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
 """Bounds on the held-out examples that are drawn in addition to limited training data."""
 
-_SHARED = ("table", "trials", "trial_epochs", "widen", "epochs", "limit", "eval_limit", "batch_size", "budget")
+_SHARED = (
+    "table",
+    "trials",
+    "trial_epochs",
+    "widen",
+    "epochs",
+    "limit",
+    "eval_limit",
+    "batch_size",
+    "budget",
+)
 """Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget."""

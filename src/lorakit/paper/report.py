@@ -309,16 +309,18 @@ def _protocol(grid: Grid) -> str:
     length = (
         ", ".join(f"{count:,} steps on {key}" for key, count in grid.setup.steps.items())
         if grid.setup.steps
-        else f"{config.epochs or FALLBACK_EPOCHS:g} epoch{'' if config.epochs == 1 else 's'}"
+        else _epochs(config.epochs or FALLBACK_EPOCHS)
     )
     scored = " and ".join(dict.fromkeys(d.split for d in grid.study.data_sets))
+    rates = f"{config.trials} learning rate{'s' if config.trials > 1 else ''}"
+    if config.trial_epochs is not None:
+        rates += f" in shorter runs of {_epochs(config.trial_epochs)}"
     return (
-        f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {config.trials} learning "
-        f"rate{'s' if config.trials > 1 else ''}{_trial_length(config)}. Learning rate and step are chosen on {' or '.join(held_out)}, never "
-        f"on the {scored} data that the table scores. Parameter counts exclude a new task head, which is also trained."
+        f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {rates}. Learning rate and "
+        f"step are chosen on {' or '.join(held_out)}, never on the {scored} data that the table scores. Parameter "
+        "counts exclude a new task head, which is also trained."
     )
 
 
-def _trial_length(config: PaperConfig) -> str:
-    epochs = config.trial_epochs
-    return "" if epochs is None else f" in runs of {epochs:g} epoch{'' if epochs == 1 else 's'}"
+def _epochs(count: float) -> str:
+    return f"{count:g} epoch{'' if count == 1 else 's'}"

@@ -248,7 +248,8 @@ def _batches(
         return from_data(config, processes)
     names = getattr(shape.config, "architectures", None) or []
     generates = any("LM" in name and "Masked" not in name for name in names)
-    encoder = bool(names) and not generates
+    seq2seq = getattr(shape.config, "is_encoder_decoder", False)
+    encoder = bool(names) and not generates and not seq2seq
     return from_lengths(config, length, targets, encoder=encoder, processes=processes)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from lorakit.adapters import formats
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
+from lorakit.errors import BaseModelError
 from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.blocks import blocks_of
@@ -106,7 +109,7 @@ def simulate(
     check_context(base, [*batches.fullest, *batches.middle])
     make = collator(base, packed=computation.packed)
     fullest, middle = make(batches.fullest), make(batches.middle)
-    with planning(fake):
+    with planning(fake), _without_values(shape.name):
         step = partial(
             run_step,
             model,
@@ -136,6 +139,18 @@ def simulate(
         width=width,
         packed=computation.packed,
     )
+
+
+@contextmanager
+def _without_values(name: str) -> Iterator[None]:
+    """Reject a model whose forward pass depends on values: a simulated tensor has a shape only."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise BaseModelError(
+            f"'{name}' cannot be planned for this task: its forward pass depends on the values of tensors ({error}). "
+            "Plan it for another task with --data.task, or train a few steps with --max_steps to measure it."
+        ) from error
 
 
 def _copied_in(blocks: Sequence[nn.Module]) -> int:
