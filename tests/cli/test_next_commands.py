@@ -31,17 +31,17 @@ KINDS = {
     "classification": (tiny_runs.labelled(8), ("bert", "base", {})),
 }
 FITTING = {
-    "chat": {"generate", "chat", "merge"},
-    "completion": {"generate", "merge"},
-    "text": {"generate", "merge"},
-    "classification": {"predict", "merge"},
-    "regression": {"predict", "merge"},
+    "chat": {"generate", "chat", "serve", "merge"},
+    "completion": {"generate", "serve", "merge"},
+    "text": {"generate", "serve", "merge"},
+    "classification": {"predict", "serve", "merge"},
+    "regression": {"predict", "serve", "merge"},
 }
 
 
 @pytest.mark.parametrize("task", FITTING)
 def test_the_commands_fit_the_task_and_the_method(task: str) -> None:
-    for methods, without in ((("lora",), set()), (("lora", "prefix_layer"), {"merge"})):
+    for methods, without in ((("lora",), set()), (("lora", "prefix_layer"), {"serve", "merge"})):
         commands = commands_for(task, "--adapter a", "out/a b", methods)
         assert {line.split()[1] for line in commands} == FITTING[task] - without
         outputs = [shlex.split(line)[-1] for line in commands if "--output" in line]
@@ -82,8 +82,9 @@ def test_the_printed_commands_run(task: str, tmp_path, monkeypatch, capsys) -> N
             if "  lorakit " in line
         ]
 
+    server = "lorakit serve --adapters out --open"  # runs until a signal
     commands = printed(["init", "rows.jsonl", "--base.name", "base"])
-    after = [new for line in commands for new in printed(shlex.split(line)[1:])]
+    after = [new for line in commands if line != server for new in printed(shlex.split(line)[1:])]
     assert {line.split()[1] for line in commands} == {
         "data",
         "plan",
@@ -93,4 +94,5 @@ def test_the_printed_commands_run(task: str, tmp_path, monkeypatch, capsys) -> N
     assert {line.split()[1] for line in after} == {"inspect"} | FITTING[task]
     for line in after:
         overwrite = ["--overwrite"] if "--output" in line else []
-        printed([*shlex.split(line)[1:], *overwrite])
+        if line != server:
+            printed([*shlex.split(line)[1:], *overwrite])

@@ -61,7 +61,9 @@ COMMANDS = {
         more={"lorakit paper": f"{PREVIEW} --tasks rte"},
         typed={"lorakit chat": "The river pub\n/quit\n"},
     ),
-    "docs/quickstart.md": Presumed(setup='like("docs/quickstart.md", "train.jsonl")'),
+    "docs/quickstart.md": Presumed(
+        setup='for name in ("train.jsonl", "test.jsonl"): like("docs/quickstart.md", name)'
+    ),
     "docs/guides/training.md": Presumed(setup=E2E),
     "docs/guides/generating.md": Presumed(
         setup='run("out/first"); data("test.jsonl", seed=1)',

@@ -323,7 +323,7 @@ class Adapters:
         overwrite: bool = False,
         is_main_process: bool = True,
     ) -> Path:
-        """Write an adapter as a folder that PEFT, transformers and vLLM load, with lorakit.json and a card.
+        """Write an adapter as a folder that PEFT and transformers load, with lorakit.json and a card.
 
         The folder is written atomically.
 

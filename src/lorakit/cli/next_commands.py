@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 USES = {
     "text": "lorakit generate {adapter} --prompt TEXT",
     "labels": "lorakit predict {adapter} --data.test NEW.csv --output {run}-predictions.jsonl",
     "chat": "lorakit chat {adapter}",
+    "serve": "lorakit serve --adapters {parent} --open",
     "merge": "lorakit merge {adapter} --output {run}-merged",
 }
-"""The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder."""
+"""The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder, `{parent}` for
+the folder around it."""
 
 UNMERGEABLE = {"bottleneck", "prefix_embedding", "prefix_layer"}
 """Methods whose effect is not a change of weights, so that `lorakit merge` refuses their adapters."""
@@ -30,5 +33,7 @@ def commands_for(
     """
     fitting = ["labels"] if generic_task in ("classification", "regression") else ["text"]
     fitting += ["chat"] if generic_task == "chat" else []
+    fitting += ["serve"] if set(methods) == {"lora"} else []
     fitting += ["merge"] if UNMERGEABLE.isdisjoint(methods) else []
-    return [USES[name].format(adapter=adapter, run=shlex.quote(run)) for name in fitting]
+    parts = {"run": shlex.quote(run), "parent": shlex.quote(str(Path(run).parent))}
+    return [USES[name].format(adapter=adapter, **parts) for name in fitting]

@@ -30,7 +30,8 @@ class DataConfig:
     """Training data, one source or a list: a .jsonl, .json, .csv, .tsv or .parquet file (text formats also as .gz), a
     glob pattern (`data/part-*.jsonl`), a hub data set (`owner/name`, `owner/name:config`, `owner/name@revision`), or
     the built-in `docstrings`, which includes validation and test data. Defaults to the data of the named task.
-    Required for training. Evaluation reads task and labels from it, or without it from the scored data."""
+    Required for training. An evaluation needs it only for a base without an adapter that records its task: it then
+    reads task and labels from it, or without it from the scored data."""
     validation: str | list[str] | None = None
     """Data for the validation loss during training; same forms as `train`."""
     test: str | list[str] | None = None

@@ -39,7 +39,7 @@ class ServeConfig(HttpLimits):
     open: bool = False
     """Open the playground in the default browser once the server answers."""
     prompt: str = ""
-    """A text to continue, with which --open opens the playground."""
+    """Prompt that --open enters in the playground."""
     keys: str | None = None
     """YAML or JSON file of API keys, with the adapters and rates of each. Every route then needs a key."""
     health_without_key: bool = False

@@ -176,7 +176,7 @@ def vllm_obstacle(form: PeftForm) -> str | None:
         (config["use_dora"], f"it uses DoRA. {merge}"),
         (config.get("lora_bias"), f"B has a bias (lora_bias). {merge}"),
         (config["bias"] != "none", f"biases are trained. {merge}"),
-        # vLLM scales every layer by lora_alpha / r and ignores the patterns.
+        # Older versions of vLLM scale every layer by lora_alpha / r and ignore the patterns without an error.
         (config["alpha_pattern"] or len(ranks) > 1, f"ranks or scalings differ by layer. {merge}"),
         (any("lora_embedding" in key for key in form.tensors), f"it adapts an embedding. {merge}"),
         (any(t.ndim > 2 for t in form.tensors.values()), f"it adapts convolutions. {merge}"),

@@ -40,7 +40,8 @@ class LoRA:
     rank: int = 8
     """Number of rows of A and columns of B."""
     alpha: float = 16.0
-    """The constant of the scaling factor; it can stay the same when the rank changes."""
+    """The constant of the scaling factor alpha / rank, `lora_alpha` in PEFT. It can stay the same when the rank
+    changes."""
     targets: tuple[str, ...] | str = ("attention.qv",)
     """Layers to adapt: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
     dropout: float = 0.0

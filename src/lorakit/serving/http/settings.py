@@ -10,31 +10,31 @@ class HttpLimits:
     """Largest requests. A larger one is answered with a 4xx that names the limit."""
 
     max_body: int = 2_000_000
-    """Bytes of a request's body."""
+    """Most bytes of a request's body."""
     max_body_seconds: float = 30.0
-    """Seconds until a body has arrived."""
+    """Most seconds until a body has arrived."""
     max_prompt_tokens: int | None = None
-    """Tokens of a prompt. Default: the model's context."""
+    """Most tokens of a prompt. Default: the model's context."""
     max_tokens: int = 4096
-    """New tokens of an answer. Also the default of a chat, if the context leaves as many."""
+    """Most new tokens of an answer. Also the default of a chat, if the context leaves as many."""
     max_choices: int = 16
-    """Answers of a request: prompts times n."""
+    """Most answers of a request: prompts times n."""
     max_stops: int = 4
-    """Stop texts of a request."""
+    """Most stop texts of a request."""
     max_stop_length: int = 256
-    """Characters of a stop text."""
+    """Most characters of a stop text."""
     max_top_logprobs: int = 20
-    """Likely tokens that are reported for each token."""
+    """Most likely tokens that are reported for each token."""
     max_messages: int = 1024
-    """Messages of a chat."""
+    """Most messages of a chat."""
     max_inputs: int = 256
-    """Texts of a request for classes."""
+    """Most texts of a request for classes."""
     max_blend: int = 8
-    """Adapters in the blend of a request."""
+    """Most adapters in the blend of a request."""
     max_seconds: float = 600.0
-    """Seconds of a request. A longer one is cancelled."""
+    """Time limit of a request in seconds. A longer one is cancelled."""
     max_requests: int | None = None
-    """Requests at a time. Default: as many as the engine runs and queues."""
+    """Most requests at a time. Default: as many as the engine runs and queues."""
 
 
 @dataclass(frozen=True, kw_only=True)
