@@ -60,7 +60,8 @@ class PaperConfig:
     methods: tuple[str, ...] | None = None
     """Rows of the table, separated by commas. Default: all."""
     seeds: int = 3
-    """Runs per number of the table, each with its own seed. They differ in the adapter's initialisation, the order of the data and dropout."""
+    """Runs per number of the table, each with its own seed. They differ in the adapter's initialisation, the order of
+    the data and dropout."""
     trials: int = 1
     """Learning rates to try, the same number for every method. The best score on held-out data selects the rate,
     never the data that the table scores."""

@@ -212,8 +212,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the model's blocks with torch.compile, which delays the start by a minute or more. For GPUs and long runs; on CPUs
-    it gained 7 % with examples of similar lengths and lost 39 % with others."""
+    """Compile the model's blocks with torch.compile, which delays the start by a minute or more. For GPUs and
+    long runs; on CPUs it gained 7 % with examples of similar lengths and lost 39 % with others."""
     shard: bool = False
     """Split the weights of the base over the processes of a run, so that each holds a part of every block. For models
     that do not fit into the memory of one device; it needs torchrun."""
