@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lorakit import storage
-from lorakit.errors import ConfigurationError, LorakitError, RunFolderError
+from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, RunFolderError
 from lorakit.models import dtype_choice
 from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.paper import grid as grid_module
@@ -244,7 +244,7 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
 
     def diverging(settings):
         if settings.optimizer.learning_rate == 5e-4:
-            raise LorakitError("Training diverged at step 3")
+            raise DivergenceError("Training diverged at step 3")
         return real(settings)
 
     monkeypatch.setattr(runs_module, "train", diverging)
@@ -252,6 +252,19 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(table2, monkeypatch):
     text = found.page.read_text(encoding="utf-8")
     assert "0.0005: diverged; **0.0015: " in text
     assert found.comparison.own[0].cells
+
+
+def test_a_run_that_does_not_fit_into_memory_ends_the_table_and_is_not_recorded(
+    table2, monkeypatch
+):
+    def failing(settings):
+        raise LorakitError("Out of memory during step 1")
+
+    monkeypatch.setattr(runs_module, "train", failing)
+    config = table2(methods=("lora",), seeds=1, trials=1)
+    with pytest.raises(LorakitError, match="Out of memory"):
+        run_table(config, silent)
+    assert not list(config.log_folder.glob("runs/*/*/*.json"))
 
 
 @pytest.mark.slow
@@ -264,7 +277,7 @@ def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
 
     def diverging(settings):
         if settings.seed == 1 and "mrpc" in settings.output:
-            raise LorakitError("Training diverged at step 3")
+            raise DivergenceError("Training diverged at step 3")
         return real(settings)
 
     monkeypatch.setattr(runs_module, "train", diverging)

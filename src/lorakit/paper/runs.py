@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import DataConfig
-from lorakit.errors import LorakitError, RunFolderError
+from lorakit.errors import DivergenceError, RunFolderError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
@@ -213,9 +213,7 @@ class Runner:
         )
         try:
             result = train(config)
-        except LorakitError as error:
-            if type(error) is not LorakitError:  # subclasses report settings, files and data
-                raise
+        except DivergenceError as error:
             return self._write(run, replace(record, failure=str(error)))
         shutil.rmtree(self.folder / run.name / "checkpoints", ignore_errors=True)
         record = replace(
