@@ -16,8 +16,9 @@ import torch
 
 import lorakit
 from lorakit.cli import main
+from lorakit.compute.adapted import AdapterFile
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, DataError, RunFolderError
+from lorakit.errors import AdapterFileError, ConfigurationError, DataError, RunFolderError
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig
 
@@ -152,3 +153,27 @@ def test_evaluating_rows_without_labels_names_predict(trained, tmp_path, capsys)
     target = "label" if trained.name.startswith("class") else "score"
     assert f"its columns are id, text, without a {target} to compare with." in message
     assert f"run lorakit predict --adapter {adapter} --data.test {new} --output" in message
+
+
+@pytest.mark.slow
+def test_a_new_head_is_trained_and_saved_beside_the_modules_that_the_user_names(tmp_path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "masked-lm")  # without a pooler too
+    data = DataConfig(train=tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.labelled(16)))
+    method = lorakit.LoRA(rank=2, train_modules="output.LayerNorm")
+    run = tiny_runs.config(
+        tmp_path, base, data=data, lora=method, max_steps=2, seed=3, evaluation=HeldOutConfig()
+    )
+    result = lorakit.train(run)
+    stored = AdapterFile.read(str(result.adapter)).stored
+    assert {"classifier.weight", "bert.pooler.dense.weight"} <= stored.trained.keys()
+    lorakit.predict(settings(tmp_path, [{"text": text} for text in TEXTS], tmp_path))
+
+
+def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    model = lorakit.load_base(base, task="sequence-classification", num_labels=2).model
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=2))
+    provenance = {"task": "classification", "labels": ["dry", "wet"]}
+    adapters.save(tmp_path / "run" / "adapter", provenance=provenance)
+    with pytest.raises(AdapterFileError, match="which the base lacks: its answers would be random"):
+        lorakit.predict(settings(tmp_path, [{"text": text} for text in TEXTS], tmp_path))

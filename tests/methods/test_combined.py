@@ -66,10 +66,24 @@ def test_what_can_be_merged_is_merged() -> None:
 
 
 def test_a_new_head_is_trained_beside_all_of_them() -> None:
-    method = with_head(Combined(methods=(LoRA(), PREFIX)), ["classifier"])
+    model = tiny_models.build("bert", head="sequence-classification")
+    new = ("classifier.weight", "classifier.bias")
+    method = with_head(Combined(methods=(LoRA(), PREFIX)), model, ["classifier"], new)
     assert method == Combined(methods=(LoRA(), PREFIX), train_modules="classifier")
-    chosen = Combined(methods=(LoRA(train_modules="score"), PREFIX))
-    assert with_head(chosen, ["classifier"]) is chosen
+    chosen = Combined(methods=(LoRA(train_modules="classifier"), PREFIX))
+    assert with_head(chosen, model, ["classifier"], new) is chosen
+
+
+def test_a_new_head_is_trained_beside_modules_that_the_user_names() -> None:
+    model = tiny_models.build("bert", head="sequence-classification")
+    norms = LoRA(train_modules="output.LayerNorm")
+    method = with_head(norms, model, ["classifier"], ("classifier.weight", "classifier.bias"))
+    assert method == LoRA(train_modules=("output.LayerNorm", "classifier"))
+    pooler = ("bert.pooler.dense.bias", "bert.pooler.dense.weight")  # outside the head
+    method = with_head(LoRA(), model, ["classifier"], pooler)
+    assert method == LoRA(train_modules=("classifier", "bert.pooler.dense"))
+    # A head of the checkpoint stays frozen, as the user chose.
+    assert with_head(norms, model, ["classifier"]) is norms
 
 
 @pytest.mark.parametrize(

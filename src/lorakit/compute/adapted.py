@@ -192,14 +192,26 @@ def open_adapted(
         opened = open_base(base, task or TEXT)
     else:
         opened = open_base(base, task or recorded_task(adapter) or TEXT)
-        if opened.new_weights and set(opened.new_weights) <= adapter.stored.trained.keys():
-            # The adapter brings them.
-            opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
+        require_new_weights(opened, adapter.stored, adapter.path)
+        opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
     for notice in opened.notices:
         _LOG.warning("%s", visible(f"{opened.source.name}: {notice}"))
     if adapter is not None:
         opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
     return opened
+
+
+def require_new_weights(base: Base, stored: StoredAdapter, path: str | Path) -> None:
+    """Reject an adapter without the weights that its base lacks, such as a head: they would be random.
+
+    Raises:
+        AdapterFileError: The adapter lacks them.
+    """
+    if missing := [name for name in base.new_weights if name not in stored.trained]:
+        raise AdapterFileError(
+            f"'{path}' has no tensors for '{missing[0]}', which the base lacks: its answers would be random. Train the "
+            "adapter with a head of its own (train_modules), or use a base that has a head."
+        )
 
 
 def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:

@@ -100,20 +100,38 @@ def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
     return entries
 
 
-def with_head(method: Method, head: Sequence[str]) -> Method:
-    """Add a new task head to the method's ``train_modules``, unless that setting names modules already.
+def with_head(
+    method: Method, model: nn.Module, head: Sequence[str], new_weights: Sequence[str] = ()
+) -> Method:
+    """Add to the method's ``train_modules`` what would otherwise stay random.
+
+    These are the modules of the task head, unless that setting names modules already, and every module with new
+    weights that the method does not train, such as a pooler.
+
+    Args:
+        method: The method to attach.
+        model: The base model.
+        head: Paths of the modules of the head; none if the model has no task head.
+        new_weights: Names of the parameters that the checkpoint lacked.
 
     Raises:
         ConfigurationError: The method has no setting ``train_modules``.
     """
+    from lorakit.models.layers import is_inside
+
     settings: Any = method
     parts = (method, *getattr(method, "methods", ()))
-    if not head or any(getattr(part, "train_modules", ()) for part in parts):
+    named: tuple[str, ...] = getattr(method, "train_modules", ())
+    added = [] if any(getattr(part, "train_modules", ()) for part in parts) else [*head]
+    for name in sorted(set(new_weights) - set(method.trained_parameters(model))):
+        if not any(is_inside(name, path) for path in added):
+            added.append(next((p for p in head if is_inside(name, p)), name.rpartition(".")[0]))
+    if not added:
         return method
     if "train_modules" not in method.__dataclass_fields__:
         raise ConfigurationError(
-            f"The model has a new head ({', '.join(head)}), and {type(method).__name__} has no setting "
-            "train_modules to train it with. Add the setting to the class, and return its parameters from "
+            f"The model has new modules ({', '.join(added)}), and {type(method).__name__} has no setting "
+            "train_modules to train them with. Add the setting to the class, and return its parameters from "
             "trained_parameters."
         )
-    return dataclasses.replace(settings, train_modules=tuple(head))
+    return dataclasses.replace(settings, train_modules=(*named, *added))

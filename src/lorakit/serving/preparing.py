@@ -15,6 +15,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.loading import build_modules, check_base
 from lorakit.adapters.mixed_batch import why_not_by_token
 from lorakit.adapters.row_layout import row_layouts
+from lorakit.compute.adapted import require_new_weights
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.module import AdapterModule
 from lorakit.models.heads import logits_layer
@@ -63,11 +64,7 @@ def prepare(
         AdapterStateError: A batch of several adapters cannot use it.
     """
     model, path, stored = base.model, location.path, location.read()
-    if missing := [name for name in base.new_weights if name not in stored.trained]:
-        raise AdapterFileError(
-            f"'{path}' has no tensors for '{missing[0]}', which the base lacks: its answers would be random. Train the "
-            "adapter with a head of its own (train_modules), or serve a base that has a head."
-        )
+    require_new_weights(base, stored, path)
     outputs, labels = _pad_head(stored, model, path)
     check_base(
         model,

@@ -436,7 +436,7 @@ def attach_method(
     else:
         # The head is new and random, so it is trained as well.
         head = [] if task.generates else classification_head(model)
-        method = with_head(method or config.chosen_method, head)
+        method = with_head(method or config.chosen_method, model, head, base.new_weights)
         adapters = attach(model, method, name=ADAPTER, seed=config.seed)
     for parameter in adapters.trainable_parameters(ADAPTER):
         # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
