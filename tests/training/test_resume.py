@@ -27,6 +27,7 @@ from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import read_settings
+from lorakit.training.setup import Job
 
 STEPS = 18
 
@@ -140,6 +141,38 @@ def test_a_checkpoint_with_random_states_resumes(tmp_path, base, undisturbed, mo
         storage.write_record(path, record)
     train(dataclasses.replace(config, resume=True))
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["clip_gradients", "save_adapter"])
+def test_the_best_adapter_is_the_one_of_the_result(tmp_path, base, monkeypatch, place) -> None:
+    """Also if a resumed run computes other numbers, as on another processor."""
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        evaluation=HeldOutConfig(every=1),
+        checkpoints=CheckpointConfig(every=4),
+        max_steps=8,
+    )
+    with monkeypatch.context() as patch:
+        if place == "clip_gradients":  # after seven evaluations, each better than the one before
+            crash_at(patch, optimizer_steps, place, 8)
+        else:  # between a checkpoint and the best adapter of its step
+            crash_at(patch, Job, place, 7)
+        with pytest.raises(Crash):
+            train(config)
+    held_out = validation.held_out
+
+    def worse(*args, **kwargs):
+        evaluation = held_out(*args, **kwargs)
+        scores = {name: score + 1.0 for name, score in evaluation.scores.items()}
+        return dataclasses.replace(evaluation, scores=scores)
+
+    monkeypatch.setattr(validation, "held_out", worse)
+    result = train(dataclasses.replace(config, resume=True))
+    best = AdapterFile.read(str(tmp_path / "run" / "best")).stored.provenance
+    assert (best["step"], best["scores"]) == (result.best_step, result.best_scores)
+    assert result.best_step == 7
 
 
 @pytest.mark.slow

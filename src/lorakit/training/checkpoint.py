@@ -99,6 +99,12 @@ class State:
     inputs: Inputs = field(default_factory=dict)
     """Base and data at the start of the run; a resumed run must have the same ones."""
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the latest step has the best validation score so far."""
+        # After a divergence the run passes the best step again, with other weights.
+        return self.best_step == self.step and self.without_best == 0
+
     def advance(
         self,
         loss: float,

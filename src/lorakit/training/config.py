@@ -144,7 +144,7 @@ class CheckpointConfig:
     """Checkpoints, from which an interrupted run resumes and reaches the same weights."""
 
     every: int | None = None
-    """Steps between checkpoints; by default once per epoch. Ctrl-C and SIGTERM write another one."""
+    """Steps between checkpoints; by default once per epoch. Each best score, Ctrl-C and SIGTERM write another one."""
     keep: int = 2
     """Number of checkpoints to keep; older ones are deleted. The best adapter is saved separately."""
 

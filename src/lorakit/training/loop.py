@@ -58,6 +58,8 @@ def train(config: TrainConfig) -> RunResult:
             return finished
         reset_peak_memory()
         job, optimizer, state = _start(run, processes)
+        if state.is_best:
+            job.save_adapter(run.best, state)
         with Interruption(processes) as interruption, Reporter(job, state) as show:
             if run.dtype_reason:
                 show.say(f"dtype     {run.config.base.dtype}: {run.dtype_reason}")
@@ -114,7 +116,7 @@ def _train_to_end(
             if job.evaluates_after(state.step):
                 validate(run, job, state, log, show)
                 release_free_memory()
-            if job.saves_after(state.step):
+            if job.saves_after(state.step) or (state.is_best and not job.is_over(state)):
                 _save_checkpoint(run, job, state, optimizer)
         job.processes.begin("the end of the run")
         _save_checkpoint(run, job, state, optimizer)
@@ -187,7 +189,9 @@ def _restore(
 def _save_checkpoint(
     run: RunFolder, job: Job, state: State, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint in the first process.
+    """Write a checkpoint in the first process, then its adapter to best/ if it is the best so far.
+
+    In this order a kill in between loses nothing: a resumed run writes best/ from the checkpoint.
 
     Raises:
         DivergenceError: A weight is not finite, in all processes.
@@ -201,6 +205,8 @@ def _save_checkpoint(
     job.processes.on_first(
         lambda: checkpoint.save(run.checkpoints, state, weights, of_optimizer, keep=keep)
     )
+    if state.is_best:
+        job.save_adapter(run.best, state)
 
 
 def _extension(job: Job, optimizer: torch.optim.Optimizer, state: State, replaced: str) -> str:

@@ -21,9 +21,9 @@ from lorakit.training.setup import Job, spread
 
 
 def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporter) -> None:
-    """Score the validation data, and save the adapter to best/ if it is the best so far.
+    """Score the validation data, and note in `state` whether the adapter is the best so far.
 
-    Without validation data this does nothing. `state` keeps the scores before the first step for comparison; the
+    Without validation data this does nothing. `state` also keeps the scores before the first step for comparison; the
     untrained adapter is never the best.
     """
     state.started = True
@@ -63,7 +63,6 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
         )
         notes.append("best so far, but worse than before training" if is_worse else "best")
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
-        job.save_adapter(run.best, state)
     else:
         state.without_best += 1
         state.stopped_early = (
