@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from lorakit.cli import COMMANDS, main
-from lorakit.training.config import DEFAULT_RATES, TrainConfig
+from lorakit.methods.registry import SECTIONS
+from lorakit.training.config import TrainConfig
 
 
 def run(capsys, *argv):
@@ -134,6 +135,6 @@ def test_help_lists_the_settings_of_every_method(command, capsys):
         main([command, "--help", "all"])
     out = capsys.readouterr().out
     sections = {field.name: field.default_factory for field in dataclasses.fields(TrainConfig)}
-    for method in DEFAULT_RATES:
+    for method in SECTIONS:
         for setting in dataclasses.fields(sections[method]):
             assert re.search(rf"--{method}\.{setting.name}[ ,\n]", out)

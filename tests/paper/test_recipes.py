@@ -5,16 +5,17 @@ import pytest
 from lorakit.cli.parsing import parse
 from lorakit.cli.train import _recipe
 from lorakit.errors import ConfigurationError
+from lorakit.methods.registry import SECTIONS
 from lorakit.paper.recipes import matching, recipe, recipes
 from lorakit.paper.settings import train_config
 from lorakit.tasks import TASKS
-from lorakit.training.config import DEFAULT_RATES, TrainConfig
+from lorakit.training.config import TrainConfig
 
 
 def runs_now(name: str) -> bool:
     """Return whether this version has the recipe's task and method."""
     settings = recipes()[name].settings
-    return settings["data.task"] in TASKS and settings["method"] in DEFAULT_RATES
+    return settings["data.task"] in TASKS and settings["method"] in SECTIONS
 
 
 @pytest.mark.parametrize("name", list(filter(runs_now, recipes())))

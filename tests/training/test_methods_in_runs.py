@@ -10,6 +10,7 @@ import pytest
 import tiny_runs
 
 from lorakit import (
+    BitFit,
     BottleneckAdapter,
     FullFineTuning,
     LoRA,
@@ -19,13 +20,16 @@ from lorakit import (
 )
 from lorakit.cli import main
 from lorakit.data import DataConfig
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.training.config import DEFAULT_RATES, HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.methods.registry import SECTIONS, default_rate
+from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
-from lorakit.training.run_folder import RunResult
+from lorakit.training.run_folder import RunResult, read_settings
 from lorakit.training.setup import prepare
+from lorakit.training.warm_start import method_of
 
 METHODS = {
     "lora": {},
@@ -87,7 +91,8 @@ def labelling(folder: Path, base: str, method: str, **overrides) -> TrainConfig:
 
 def test_every_method_has_a_section_and_a_rate() -> None:
     names = {name for method in METHODS for name in method.split("+")}
-    assert names == DEFAULT_RATES.keys() <= TrainConfig.__dataclass_fields__.keys()
+    assert names == SECTIONS.keys() <= TrainConfig.__dataclass_fields__.keys()
+    assert all(method.default_rate > 0 for method in SECTIONS.values())
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -141,12 +146,33 @@ def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: s
 
 
 @pytest.mark.slow
-def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path) -> None:
+def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path, capsys) -> None:
     config = tiny_runs.config(
-        tmp_path, decoder, data=run.config.data, from_adapter=str(run.result.adapter), max_steps=2
+        tmp_path,
+        decoder,
+        data=run.config.data,
+        from_adapter=str(run.result.adapter),
+        optimizer=OptimizerConfig(),
+        max_steps=2,
     )
     before = train(config).scores_before["loss"]
     assert before == pytest.approx(run.result.scores["loss"], rel=1e-5)
+    settings = read_settings(tmp_path / "run")  # the default rate is that of the adapter's method
+    assert settings["optimizer"]["learning_rate"] == default_rate(run.config.chosen_method)
+    method = type(run.config.chosen_method).__name__
+    assert f"method    {method} of {run.result.adapter}: " in capsys.readouterr().err
+
+
+def test_a_rate_for_b_is_of_lora_alone(run: Run, method: str, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr_ratio=16)
+    config = tiny_runs.config(
+        tmp_path, "base", from_adapter=str(run.result.adapter), optimizer=optimizer
+    )
+    if "lora" in method:
+        assert method_of(config) == run.config.chosen_method
+    else:
+        with pytest.raises(ConfigurationError, match=r"applies only to lora, and .* is "):
+            method_of(config)
 
 
 @pytest.mark.slow
@@ -191,4 +217,4 @@ def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
 
 def test_default_rates_stand_in_the_recorded_configuration(tmp_path: Path, decoder: str) -> None:
     train(writing(tmp_path, decoder, "bitfit", max_steps=1, optimizer=OptimizerConfig()))
-    assert f"learning_rate: {DEFAULT_RATES['bitfit']}" in (tmp_path / "run/config.yaml").read_text()
+    assert f"learning_rate: {BitFit.default_rate}" in (tmp_path / "run/config.yaml").read_text()

@@ -21,7 +21,6 @@ from lorakit.methods.registry import SECTIONS, unused_sections
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.training.config import (
-    DEFAULT_RATES,
     CheckpointConfig,
     HeldOutConfig,
     OptimizerConfig,
@@ -41,7 +40,6 @@ def parsed(command_line: str) -> TrainConfig:
 
 
 def test_every_method_of_lorakit_has_a_section() -> None:
-    assert set(SECTIONS) == set(DEFAULT_RATES)
     assert set(SECTIONS) < set(of().as_dict())
     assert set(unused_sections("lora")) == {*SECTIONS, "method_settings"} - {"lora"}
     assert set(unused_sections("lora+own.py:Mine")) == {*SECTIONS} - {"lora"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lorakit.configuration import strict
 from lorakit.errors import TargetError
@@ -21,6 +21,10 @@ class BitFit(TrainsModules):
     A transformer block of width d with its MLP at 4 d has 11 d biases. A classification head is not
     part of the pre-trained model: name it in ``train_modules``.
     """
+
+    default_rate: ClassVar[float] = 1e-3
+    """Peak learning rate. A bias only shifts the output of its layer: the paper uses eight times LoRA's rate (section
+    D.4)."""
 
     train_modules: tuple[str, ...] | str = ()
     """Modules trained in full, in addition to the biases (name suffixes), such as a new classification head."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
@@ -41,6 +41,9 @@ class BottleneckAdapter(TrainsModules):
     Raises:
         ConfigurationError: A value cannot work.
     """
+
+    default_rate: ClassVar[float] = 3e-4
+    """Peak learning rate: that of nearly all adapter runs of the paper (Table 9)."""
 
     kind: Kind = "houlsby"
     """Positions of the adapters: houlsby (two in each block), lin or pfeiffer (one)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError, TargetError
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(TrainsModules):
     """Train every parameter, or only those of the last blocks (FT and FT-Top2 of the paper's tables)."""
+
+    default_rate: ClassVar[float] = 5e-5
+    """Peak learning rate."""
 
     top_layers: int | None = None
     """Train only this many of the last blocks of each stack (and a new task head); None trains the whole model."""

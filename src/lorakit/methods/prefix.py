@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
@@ -59,6 +59,10 @@ class PrefixEmbedding(_Prefix):
         ConfigurationError: A length is below 0, or both are 0.
     """
 
+    default_rate: ClassVar[float] = 1e-3
+    """Peak learning rate. The vectors start small and random. The paper uses 5e-4 (section D.4), with many more
+    steps."""
+
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
@@ -84,6 +88,9 @@ class PrefixLayer(_Prefix):
     Raises:
         ConfigurationError: A length is below 0, or both are 0.
     """
+
+    default_rate: ClassVar[float] = 5e-4
+    """Peak learning rate. The paper uses 1e-4 (section D.4), with many more steps."""
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None

@@ -22,7 +22,14 @@ _CLASSES = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmb
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _CLASSES}
 """The methods of lorakit, by the name that files record."""
 
-SECTIONS = ("lora", "full", "bitfit", "bottleneck", "prefix_embedding", "prefix_layer")
+SECTIONS: dict[str, type[Method]] = {
+    "lora": LoRA,
+    "full": FullFineTuning,
+    "bitfit": BitFit,
+    "bottleneck": BottleneckAdapter,
+    "prefix_embedding": PrefixEmbedding,
+    "prefix_layer": PrefixLayer,
+}
 """The methods of lorakit, by the name in a configuration, which has a section for each of them."""
 
 ENTRY_POINTS = "lorakit.methods"
@@ -40,6 +47,12 @@ def unused_sections(method: str) -> list[str]:
     names = method.split("+")
     unused = [section for section in SECTIONS if section not in names]
     return [*unused, "method_settings"] if set(names) <= set(SECTIONS) else unused
+
+
+def default_rate(method: Method) -> float:
+    """Return the default peak learning rate of a method: the lowest of its parts, so that it is too high for none."""
+    parts = getattr(method, "methods", (method,))
+    return min(getattr(part, "default_rate", DEFAULT_RATE) for part in parts)
 
 
 def use_method(method: str | type[Method]) -> type[Method]:

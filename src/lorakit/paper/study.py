@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.methods.registry import SECTIONS, default_rate
 from lorakit.paper.published import PublishedTable
 from lorakit.tasks.registry import task_type
-from lorakit.training.config import DEFAULT_RATES
 
 _LADDER = (1.0, 3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
 """Factors on a method's default learning rate, one per trial."""
@@ -42,7 +42,7 @@ class Variant:
         return sorted({*rates, *ladder[max(at, 0) : at + 1]})
 
     def _rate(self, factor: float) -> float:
-        middle = min(DEFAULT_RATES[name] for name in self.settings["method"].split("+"))
+        middle = min(default_rate(SECTIONS[name]()) for name in self.settings["method"].split("+"))
         return float(f"{middle * factor:.1e}")
 
     @property

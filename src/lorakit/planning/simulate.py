@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from lorakit.adapters import formats
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError
@@ -36,6 +35,7 @@ from lorakit.training.setup import (
     choice_of,
     enable_gradient_checkpointing,
 )
+from lorakit.training.warm_start import method_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def simulate(
     """
     task = batches.task
     start, fake = config.from_adapter, new_mode()
-    method = config.chosen_method if start is None else formats.read(start).method
+    method = method_of(config)
     with planning(fake):
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)

@@ -18,7 +18,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
-from lorakit.methods.registry import DEFAULT_RATE, is_user_method, use_method, user_method
+from lorakit.methods.registry import SECTIONS, default_rate, is_user_method, user_method
 from lorakit.models.base_config import NO_NAME, BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
@@ -30,21 +30,6 @@ LoggerName = Literal["tensorboard", "wandb"]
 MAX_TIMEOUT = 7 * 24 * 60
 MAX_EPOCHS = 1_000_000
 """Most epochs. Larger numbers are mistakes, and their steps exceed 64 bits."""
-
-DEFAULT_RATES: dict[str, float] = {
-    # LoRA's matrices need about ten times the rate of full fine-tuning (paper, Tables 9 and 11).
-    "lora": 5e-4,
-    "full": 5e-5,
-    # A bias only shifts the output of its layer. The paper uses eight times the rate of LoRA (section D.4).
-    "bitfit": 1e-3,
-    # The paper uses this rate in nearly all adapter runs (Table 9).
-    "bottleneck": 3e-4,
-    # Virtual tokens start small and random, so they need a high rate. The paper uses 5e-4 and 1e-4 (section D.4), but
-    # with many more steps than a small run.
-    "prefix_embedding": 1e-3,
-    "prefix_layer": 5e-4,
-}
-"""Default peak learning rate of each built-in method. Its keys are the names of the built-in methods."""
 
 
 @strict
@@ -321,16 +306,16 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         names = self.method_names
-        custom = [name for name in names if name not in DEFAULT_RATES]
+        custom = [name for name in names if name not in SECTIONS]
         for name in names:
-            if name not in DEFAULT_RATES and not is_user_method(name):
+            if name not in SECTIONS and not is_user_method(name):
                 raise ConfigurationError(
-                    f"method is {self.method!r}; it must be one of {', '.join(DEFAULT_RATES)}, several joined by a "
-                    f"plus, or your own class in a file, path/to/file.py:Class.{nearest(name, DEFAULT_RATES)}"
+                    f"method is {self.method!r}; it must be one of {', '.join(SECTIONS)}, several joined by a "
+                    f"plus, or your own class in a file, path/to/file.py:Class.{nearest(name, SECTIONS)}"
                 )
             if names.count(name) > 1:
                 raise ConfigurationError(f"method is {self.method!r}, which names {name} twice.")
-        sections = {name: getattr(self, name) for name in DEFAULT_RATES}
+        sections = {name: getattr(self, name) for name in SECTIONS}
         changed = [name for name, section in sections.items() if section != type(section)()]
         for name in changed:
             if name not in names:
@@ -349,11 +334,11 @@ class TrainConfig:
                 "method_settings, or set defaults in the class."
             )
         # With from_adapter, a custom method only gives the location of its class.
-        built_in = [name for name in names if name in DEFAULT_RATES]
+        built_in = [name for name in names if name in SECTIONS]
         if self.from_adapter is not None and (built_in not in ([], ["lora"]) or changed):
             raise ConfigurationError(
                 "from_adapter brings its own method and settings; remove method and the sections of methods "
-                f"({', '.join(DEFAULT_RATES)})."
+                f"({', '.join(SECTIONS)})."
             )
         _ = self.chosen_method  # reports methods that exclude each other
 
@@ -366,9 +351,7 @@ class TrainConfig:
     def chosen_method(self) -> Method:
         """The configured method, with the settings of its section."""
         chosen = tuple(
-            getattr(self, name)
-            if name in DEFAULT_RATES
-            else user_method(name, self.method_settings)
+            getattr(self, name) if name in SECTIONS else user_method(name, self.method_settings)
             for name in self.method_names
         )
         return chosen[0] if len(chosen) == 1 else Combined(methods=chosen)
@@ -383,11 +366,7 @@ class TrainConfig:
         """The peak learning rate: as set, or the default of the method."""
         if self.optimizer.learning_rate is not None:
             return self.optimizer.learning_rate
-        # The lowest of several, so that it is not too high for any of the methods.
-        return min(
-            DEFAULT_RATES.get(name) or getattr(use_method(name), "default_rate", DEFAULT_RATE)
-            for name in self.method_names
-        )
+        return default_rate(self.chosen_method)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as dicts, lists and scalars, for YAML and JSON."""

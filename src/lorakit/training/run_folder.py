@@ -34,6 +34,7 @@ import yaml
 from lorakit import storage
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.methods.registry import default_rate
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.training.checkpoint import State, from_fields, newest_step
@@ -41,6 +42,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
+from lorakit.training.warm_start import method_of
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
@@ -328,7 +330,9 @@ def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
     if base.dtype == "auto":
         pick_device(base.device)  # rejects a device that this machine lacks
         base, reason = resolve_dtype(base, batch_size=config.batch_size)
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=config.peak_rate)
+    method, rate = method_of(config), config.optimizer.learning_rate
+    rate = default_rate(method) if rate is None else rate
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
     return dataclasses.replace(config, base=base, optimizer=optimizer), reason
 
 

@@ -259,9 +259,12 @@ class Job:
             )
             lines.append(f"held out  {self.validation.report}{part}")
         trained = sum(p.numel() for p in self.parameters.values())
-        dtype = dtype_name(self.dtype)
+        dtype, start = dtype_name(self.dtype), self.config.from_adapter
+        method = self.config.method
+        if start is not None:
+            method = f"{type(self.adapters.method(ADAPTER)).__name__} of {start}"
         lines.append(
-            f"method    {self.config.method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
+            f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
         among = f", in {count} processes" if (count := self.processes.count) > 1 else ""
         lines.append(

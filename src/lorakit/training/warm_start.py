@@ -8,9 +8,31 @@ from __future__ import annotations
 
 from lorakit.adapters import Adapters, formats
 from lorakit.adapters.loading import load_stored
+from lorakit.errors import ConfigurationError
+from lorakit.methods import LoRA, Method
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import Base
+from lorakit.training.config import TrainConfig
+
+
+def method_of(config: TrainConfig) -> Method:
+    """Return the method of a run: the configured one, or that of the adapter from which it starts.
+
+    Raises:
+        ConfigurationError: `optimizer.lr_ratio` is set, and the adapter is not LoRA.
+        LorakitError: The adapter cannot be read.
+    """
+    if config.from_adapter is None:
+        return config.chosen_method
+    method = formats.read(config.from_adapter).method
+    parts = getattr(method, "methods", (method,))
+    if config.optimizer.lr_ratio != 1 and not any(isinstance(part, LoRA) for part in parts):
+        raise ConfigurationError(
+            f"optimizer.lr_ratio is {config.optimizer.lr_ratio}, which applies only to lora, and {config.from_adapter} "
+            f"is {type(method).__name__}. Set it to 1."
+        )
+    return method
 
 
 def warm_start(base: Base, path: str, *, name: str) -> Adapters:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, TargetError, nearest
@@ -36,6 +36,9 @@ class LoRA:
     Raises:
         ConfigurationError: A value is invalid, or two settings exclude each other.
     """
+
+    default_rate: ClassVar[float] = 5e-4
+    """Peak learning rate: ten times that of full fine-tuning, as in the paper's Tables 9 and 11."""
 
     rank: int = 8
     """Number of rows of A and columns of B."""
