@@ -30,9 +30,12 @@ from lorakit.errors import (
 from lorakit.reporting.run_record import read_run
 from lorakit.reporting.run_summary import summary
 from lorakit.training import loop
+from lorakit.training.checkpoint import State
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig
+from lorakit.training.events import adopt_batch_sizes
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
+from lorakit.training.run_folder import OUT_OF_MEMORY
 from lorakit.training.setup import Job, prepare
 from lorakit.training.step import optimizer_step
 
@@ -447,3 +450,16 @@ def test_a_command_reports_memory_without_a_traceback(
     assert capsys.readouterr().err.startswith(
         "lorakit recipes: Out of memory (tried to allocate 2.00 GiB). Close other programs, load the base in 4 bits"
     )
+
+
+def test_only_a_halved_size_is_kept_by_a_resumed_run(tmp_path: Path, dropout_base: str) -> None:
+    """A run that is cut into larger batches when it resumes has their size, if memory never ran out."""
+    job = prepare(tiny_runs.config(tmp_path, dropout_base, batch_size=8, accumulation=1))
+    state = State(batch_sizes=[[4, 4]])
+    adopt_batch_sizes(job, state)
+    assert (job.batch_size.size, job.evaluation_batch_size.size) == (8, 8)
+    event = {"event": OUT_OF_MEMORY, "process": 0, "setting": "batch_size"}
+    state = State(batch_sizes=[[4, 4]], events=[event])
+    adopt_batch_sizes(job, state)
+    assert (job.batch_size.size, job.evaluation_batch_size.size) == (4, 8)
+    assert state.batch_sizes == [[4, 8]]

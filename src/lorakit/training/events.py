@@ -7,21 +7,30 @@ from lorakit.training.checkpoint import State
 from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND, RunFolder
 from lorakit.training.setup import Job
 
+SETTINGS = ("batch_size", "evaluation.batch_size")
+"""Sizes that are halved when memory runs out, in the order of `State.batch_sizes`."""
+
 
 def adopt_batch_sizes(job: Job, state: State) -> None:
-    """Continue with the batch sizes that fitted into memory before.
+    """Continue with the batch sizes that were halved before, because memory had run out.
 
     On another number of processes, each takes the smallest ones. So it does with split weights, where all processes
     have to run as many passes.
     """
-    processes, stored = job.processes, state.batch_sizes
-    if stored:
-        alike = job.config.shard or len(stored) != processes.count
-        fitted = zip(*(stored if alike else [stored[processes.rank]]), strict=True)
-        for batch_size, sizes in zip(
-            (job.batch_size, job.evaluation_batch_size), fitted, strict=True
+    stored, rank = state.batch_sizes, job.processes.rank
+    alike = job.config.shard or len(stored) != job.processes.count
+    before = range(len(stored)) if alike else [rank]
+    for number, (setting, batch_size) in enumerate(
+        zip(SETTINGS, (job.batch_size, job.evaluation_batch_size), strict=True)
+    ):
+        if any(
+            event["event"] == OUT_OF_MEMORY
+            and event["setting"] == setting
+            and event["process"] in before
+            for event in state.events
         ):
-            batch_size.size = min(batch_size.configured, *sizes)
+            fitted = min(stored[process][number] for process in before)
+            batch_size.size = min(batch_size.configured, fitted)
     state.batch_sizes = _batch_sizes(job)
 
 
@@ -31,7 +40,7 @@ def record_batch_sizes(run: RunFolder, job: Job, state: State) -> None:
     if state.batch_sizes == before:
         return
     for process, sizes in enumerate(zip(before, state.batch_sizes, strict=True)):
-        for setting, old, new in zip(("batch_size", "evaluation.batch_size"), *sizes, strict=True):
+        for setting, old, new in zip(SETTINGS, *sizes, strict=True):
             if old != new:
                 event = {"process": process, "setting": setting, "before": old, "after": new}
                 state.events.append({"event": OUT_OF_MEMORY, "step": state.step, **event})
