@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.paper.comparison import compare
-from lorakit.paper.grid import preview
+from lorakit.paper.grid import recorded_grid
 from lorakit.paper.log import recorded_config
 from lorakit.paper.report import markdown
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of each page; a log without a finished run has none."""
     for log in sorted(path.parent for path in (RESULTS / "runs").glob("*/grid.json")):
-        comparison = compare(preview(recorded_config(log), lambda _: None))
+        comparison = compare(recorded_grid(recorded_config(log), lambda _: None))
         if comparison.grid.finished:
             yield RESULTS / f"{log.name}.md", markdown(comparison)
 

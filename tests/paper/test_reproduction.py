@@ -9,8 +9,9 @@ import pytest
 from lorakit import storage
 from lorakit.cli import main
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.reproduction import RepeatedScore, reproduce
+from lorakit.paper.reproduction import RepeatedScore, Reproduction, reproduce
 from lorakit.paper.run_table import run_table
 
 
@@ -46,6 +47,32 @@ def test_the_same_machine_gives_equal_scores(logged, tmp_path):
     assert len({score.run for score in result.scores}) == 2
     one = reproduce(logged("mrpc/bitfit/1"), silent)
     assert {score.run.rpartition("-")[2] for score in one.scores} == {"1"}
+
+
+@pytest.mark.slow
+def test_a_log_with_a_budget_and_the_default_dtype(table2, tmp_path):
+    """The log fixes dtype and steps; a row is a part of its methods."""
+    base = BaseConfig(name=table2().base.name, device="cpu")  # dtype auto
+    config = table2(base=base, methods=("lora", "full"), seeds=1, trials=1, budget="10m", epochs=4)
+    run_table(replace(config, log=str(tmp_path / "log")), silent)
+    call = PaperConfig(
+        table="table2",
+        log=str(tmp_path / "log"),
+        reproduce="mrpc/lora/0",
+        data=config.data,
+        output=str(tmp_path / "again"),
+    )
+    assert reproduce(call, silent).holds
+
+
+def test_equal_conditions_require_equal_scores():
+    def score(repeated):
+        return RepeatedScore(run="", score="", recorded=0.75, repeated=repeated, spread=None)
+
+    assert Reproduction(scores=(score(0.75),), differences=()).holds
+    assert not Reproduction(scores=(score(0.75), score(0.76)), differences=()).holds
+    assert Reproduction(scores=(score(0.76),), differences=("processor",)).holds
+    assert not Reproduction(scores=(score(float("nan")),), differences=("processor",)).holds
 
 
 @pytest.mark.slow
@@ -90,6 +117,7 @@ def test_reproduce_without_a_log_or_with_a_wrong_row(tmp_path):
         (0.78, 0.01, "outside the spread"),
         (0.76, None, "differs"),
         (float("nan"), 0.01, "outside the spread"),
+        (float("nan"), None, "outside the spread"),
     ],
 )
 def test_verdicts(repeated, spread, verdict):

@@ -20,7 +20,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
-from lorakit.paper.log import GRID
+from lorakit.paper.log import GRID, recorded_settings, recorded_setup
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import Study, StudyData, Variant
@@ -210,8 +210,7 @@ def open_grid(
             setup.dtype = base.dtype
             if reason:
                 say(f"{base.dtype}: {reason}")
-        base = replace(config.base, dtype=setup.dtype)  # type: ignore[arg-type]
-        grid = Grid(replace(config, base=base), setup, say, amplification)
+        grid = Grid(_with_dtype(config, setup), setup, say, amplification)
         cells = list(grid.cells())
         if not cells:
             reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}
@@ -240,6 +239,21 @@ def _require_grid_or_empty(folder: Path, config: PaperConfig, option: str) -> No
         )
 
 
+def recorded_grid(config: PaperConfig, say: Say) -> Grid:
+    """Return the grid of a log with the values that it fixed, also for a part of its data sets and methods.
+
+    Raises:
+        LorakitError: As for `recorded_setup`.
+    """
+    setup = recorded_setup(config.log_folder)
+    return Grid(_with_dtype(config, setup), setup, say)
+
+
+def _with_dtype(config: PaperConfig, setup: GridSetup) -> PaperConfig:
+    """Return the configuration with the dtype that the grid has fixed."""
+    return replace(config, base=replace(config.base, dtype=setup.dtype))  # type: ignore[arg-type]
+
+
 def preview(config: PaperConfig, say: Say) -> Grid:
     """Return the grid that `open_grid` would open, without writing a file.
 
@@ -265,22 +279,17 @@ def _settings(config: PaperConfig) -> dict[str, Any]:
 
 def _read_setup(config: PaperConfig) -> GridSetup:
     """Return the setup in the folder's grid.json; an empty one if the folder has none."""
-    path = config.log_folder / GRID
-    if not path.exists():
+    log = config.log_folder
+    if not (log / GRID).exists():
         return GridSetup()
-    record = storage.read_record(path, RunFolderError)
-    old, new = record["settings"], _settings(config)
+    old, new = recorded_settings(log), _settings(config)
     changed = [f"{name} was {a!r} and is {b!r}" for name, a, b in differences(old, new)]
     if changed:
         raise ConfigurationError(
-            f"The runs in '{path.parent}' have other settings: {'; '.join(changed)}. Repeat the command with the "
+            f"The runs in '{log}' have other settings: {'; '.join(changed)}. Repeat the command with the "
             "old settings, or choose another output folder with --output."
         )
-    counts = {
-        data_set: {variant: ParameterCount(**count) for variant, count in by_variant.items()}
-        for data_set, by_variant in record["plan"].pop("counts").items()
-    }
-    return GridSetup(counts=counts, **record["plan"])
+    return recorded_setup(log)
 
 
 def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:

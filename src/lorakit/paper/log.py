@@ -9,6 +9,7 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
+from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
 
 GRID = "grid.json"
@@ -22,34 +23,55 @@ def recorded_config(log: Path) -> PaperConfig:
         ConfigurationError: The folder is not a log.
         RunFolderError: The log is damaged, or another version of lorakit wrote it.
     """
-    path = log / GRID
-    if not path.exists():
-        raise ConfigurationError(f"'{log}' is not the log of a table: it has no {GRID}.")
-    content = storage.read_record(path, RunFolderError)
+    settings, setup = _read(log)
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {"base": {}, "decoding": {}}
-    try:
-        for name, value in content["settings"].items():
-            section, dot, key = name.partition(".")
-            (sections[section] if dot else shared)[key or name] = value
-        sections["base"]["dtype"] = content["plan"]["dtype"] or sections["base"]["dtype"]
-        counts = content["plan"]["counts"]
-    except (KeyError, AttributeError, TypeError) as error:
-        raise RunFolderError(
-            f"Another version of lorakit wrote '{path}' ({type(error).__name__}: {error}). Choose another log."
-        ) from None
+    for name, value in settings.items():
+        section, dot, key = name.partition(".")
+        (sections[section] if dot else shared)[key or name] = value
     runs = log.glob("runs/*/*/rate-*-seed-*.json")
     seeds = [int(run.stem.rpartition("-")[2]) for run in runs]
+    variants = dict.fromkeys(v for by_variant in setup.counts.values() for v in by_variant)
     return PaperConfig(
         **{
             **shared,
             "base": BaseConfig(**sections["base"]),
             "decoding": Decoding(**sections["decoding"]),
-            "tasks": tuple(counts),
-            "methods": tuple(
-                dict.fromkeys(v for by_variant in counts.values() for v in by_variant)
-            ),
+            "tasks": tuple(setup.counts),
+            "methods": tuple(variants),
             "seeds": 1 + max(seeds, default=0),
             "log": str(log),
         }
     )
+
+
+def recorded_setup(log: Path) -> GridSetup:
+    """Return the values that the grid of a log fixed before its first run.
+
+    Raises:
+        ConfigurationError: The folder is not a log.
+        RunFolderError: The log is damaged, or another version of lorakit wrote it.
+    """
+    return _read(log)[1]
+
+
+def recorded_settings(log: Path) -> dict[str, Any]:
+    """Return the settings of a log by dotted name; raises as `recorded_setup`."""
+    return _read(log)[0]
+
+
+def _read(log: Path) -> tuple[dict[str, Any], GridSetup]:
+    path = log / GRID
+    if not path.exists():
+        raise ConfigurationError(f"'{log}' is not the log of a table: it has no {GRID}.")
+    content = storage.read_record(path, RunFolderError)
+    try:
+        counts = {
+            data_set: {variant: ParameterCount(**count) for variant, count in by_variant.items()}
+            for data_set, by_variant in content["plan"].pop("counts").items()
+        }
+        return dict(content["settings"]), GridSetup(counts=counts, **content["plan"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"Another version of lorakit wrote '{path}' ({type(error).__name__}: {error}). Choose another log."
+        ) from None

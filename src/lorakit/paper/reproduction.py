@@ -10,7 +10,7 @@ from typing import Literal
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError
-from lorakit.paper.grid import draw_training_data, preview
+from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun
@@ -38,6 +38,8 @@ class RepeatedScore:
         difference = abs(self.repeated - self.recorded)
         if difference <= ROUNDING * max(abs(self.recorded), ROUNDING):
             return "equal"
+        if math.isnan(difference):
+            return "outside the spread"
         if self.spread is None:
             return "differs"
         return "within the spread" if difference <= 2 * self.spread else "outside the spread"
@@ -51,6 +53,12 @@ class Reproduction:
     differences: tuple[str, ...]
     """What differs between the recorded and the repeated runs, such as the processor. Without any, all scores must
     be equal."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether no score contradicts the log: all are equal, or within the spread where something differs."""
+        allowed = ("equal", "within the spread", "differs") if self.differences else ("equal",)
+        return all(score.verdict in allowed for score in self.scores)
 
 
 def reproduce(
@@ -67,7 +75,7 @@ def reproduce(
         ConfigurationError: There is no log, or it has no such row.
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
-    recorded = preview(_recorded(config), say)
+    recorded = recorded_grid(_recorded(config), say)
     ((data_set, variant),) = recorded.cells()
     records = {record.seed: record for record in recorded.records(data_set, variant)}
     _, _, seed = _row(config)
