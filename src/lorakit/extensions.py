@@ -20,6 +20,12 @@ def names_a_file(name: str) -> bool:
     return name.endswith(".py") or name.rpartition(":")[0].endswith(".py")
 
 
+def file_of(name: str) -> Path | None:
+    """Return the file of a class `folder/file.py:Class`; None for other names."""
+    path, _, _ = name.rpartition(":")
+    return Path(path).expanduser() if path.endswith(".py") else None
+
+
 def installed(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name."""
     return {point.name: point for point in entry_points(group=group)}

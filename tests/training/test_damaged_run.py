@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     train(half)
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
     assert "step-000006" in message
-    assert "resumes from step 3" in message
+    assert "resumes from step 4" in message
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig) -> None:
     run = Path(half.output)
-    shutil.rmtree(run / "checkpoints" / "step-000003")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
     damage(run / NEWEST)
     with pytest.raises(RunFolderError, match=r"No checkpoint.*overwrite.*step-000006"):
         train(half)

@@ -361,6 +361,55 @@ def test_steps_added_to_a_run_of_epochs(tmp_path, base, capsys) -> None:
         train(dataclasses.replace(short, max_steps=2, resume=True))
 
 
+@pytest.mark.slow
+def test_a_run_of_epochs_cannot_become_shorter(tmp_path, base, monkeypatch) -> None:
+    config = settings(tmp_path, base, epochs=1)  # 9 steps
+    with monkeypatch.context() as patch:
+        crash_at(patch, optimizer_steps, "clip_gradients", 6)
+        with pytest.raises(Crash):
+            train(config)
+    with pytest.raises(
+        ConfigurationError, match=r"max_steps is 6, .* epochs 1\.0, which is 9 steps"
+    ):
+        train(dataclasses.replace(config, max_steps=6, resume=True))
+    assert train(dataclasses.replace(config, resume=True)).steps == 9
+
+
+@pytest.mark.slow
+def test_a_resumed_run_needs_the_method_that_it_began_with(tmp_path, base, monkeypatch) -> None:
+    """Neither the file of a custom method nor the adapter at the start may change in between."""
+    own = tmp_path / "own.py"
+    own.write_text(Path("examples/own_method.py").read_text())
+    first = train(settings(tmp_path, base, max_steps=1))
+    stored = json.loads((first.adapter / "adapter_config.json").read_text())
+    changes = {
+        "method .*own.py:IA3": (
+            {"method": f"{own}:IA3", "lora": LoRA()},
+            lambda: own.write_text(own.read_text() + "# changed"),
+        ),
+        "method": (
+            {"from_adapter": str(first.adapter), "lora": LoRA()},
+            lambda: train(
+                dataclasses.replace(
+                    settings(tmp_path, base, max_steps=1), lora=LoRA(alpha=3), overwrite=True
+                )
+            ),
+        ),
+    }
+    assert stored["lora_alpha"] == 16
+    for name, (overrides, change) in changes.items():
+        config = dataclasses.replace(
+            settings(tmp_path, base, output=str(tmp_path / "more"), overwrite=True), **overrides
+        )
+        with monkeypatch.context() as patch:
+            crash_at(patch, optimizer_steps, "clip_gradients", 5)
+            with pytest.raises(Crash):
+                train(config)
+        change()
+        with pytest.raises(RunFolderError, match=rf"The {name} has changed since"):
+            train(dataclasses.replace(config, overwrite=False, resume=True))
+
+
 def test_a_run_that_stopped_early_does_not_go_on(tmp_path, base) -> None:
     evaluation = HeldOutConfig(every=1, patience=1, samples=0)
     config = settings(tmp_path, base, max_steps=3)

@@ -10,7 +10,7 @@ from lorakit.tasks.chat import Chat
 from lorakit.tasks.classification import Classification, Labelled, Regression
 from lorakit.tasks.language_modelling import Completion, PlainText
 from lorakit.tasks.named_text import NamedText
-from lorakit.tasks.registry import GENERIC, TASKS, file_of, generic_task, task_type
+from lorakit.tasks.registry import GENERIC, TASKS, generic_task, task_type
 from lorakit.tasks.task import (
     BadRow,
     DataSet,
@@ -47,7 +47,6 @@ __all__ = [
     "Task",
     "TooLong",
     "UnknownLabel",
-    "file_of",
     "generic_task",
     "task_type",
     "text_field",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.extensions import installed, load_from_file, load_installed, names_a_file
@@ -34,12 +33,6 @@ ENTRY_POINTS = "lorakit.tasks"
 def generic_task(task: type[Task]) -> type[Task]:
     """Return the generic task that `task` is or inherits from."""
     return next((g for g in GENERIC.values() if issubclass(task, g)), GENERIC["completion"])
-
-
-def file_of(name: str) -> Path | None:
-    """Return the file of a task `path/to/file.py:Class`; None for a task of lorakit or of a package."""
-    path, _, _ = name.rpartition(":")
-    return Path(path).expanduser() if name not in TASKS and path.endswith(".py") else None
 
 
 def task_type(name: str) -> type[Task]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from datetime import timedelta
 
 import torch
 
-from lorakit.errors import DivergenceError, memory_errors
+from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
 from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -30,7 +31,7 @@ from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult, open_run
-from lorakit.training.setup import Job, prepare
+from lorakit.training.setup import Job, prepare, step_plan_of
 from lorakit.training.sharding import gathering, whole_in_first
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
@@ -126,6 +127,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
     with memory_errors():  # `joined` tells the other processes
         job = prepare(run.config, processes)
+        _require_longer(run, job)
         require_keyed_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
@@ -140,6 +142,22 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
     model_sizes = sizes(job.model, job.parameters)
     processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
     return job, optimizer, state
+
+
+def _require_longer(run: RunFolder, job: Job) -> None:
+    """Reject a `max_steps` below the number of steps that `epochs` gave to the run before.
+
+    Raises:
+        ConfigurationError: The run would be shorter.
+    """
+    if not run.extends.startswith("epochs"):
+        return
+    before = step_plan_of(dataclasses.replace(run.config, max_steps=None), job.train).total
+    if job.step_plan.total < before:
+        raise ConfigurationError(
+            f"max_steps is {job.step_plan.total}, but the run in {run.path} has {run.extends}, which is {before} "
+            "steps. A resumed run can only have more steps: raise max_steps, or start a new run."
+        )
 
 
 def _rewind(

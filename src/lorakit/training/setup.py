@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -27,16 +28,17 @@ from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
+from lorakit.extensions import file_of
 from lorakit.formatting import counted
 from lorakit.methods import Method
-from lorakit.methods.method import with_head
+from lorakit.methods.method import describe, with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, Task, file_of, generic_task, task_type
+from lorakit.tasks import Example, Task, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
@@ -187,12 +189,19 @@ class Job:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Digests of the base, its tokenizer, the data and a custom task's file, which a resumed run must match."""
+        """Digests of what a resumed run must match.
+
+        That is the base, its tokenizer, the data, the files of a custom task and method, and the method of the adapter
+        from which the run starts.
+        """
         sets = {"train data": self.train, "validation data": self.validation}
         # The adapter's record excludes the parameters that are trained in full; a resumed run compares all.
         record = base_record(self.model) if self.base_record.excluded else self.base_record
         weights = record.weights
-        file = file_of(self.train.task)
+        files = {"task": file_of(self.train.task)}
+        files |= {f"method {name}": file_of(name) for name in self.config.method_names}
+        start = self.config.from_adapter
+        method = describe(self.adapters.method(ADAPTER))
         return {
             "base model": {
                 "source": self.config.base.name,
@@ -208,7 +217,12 @@ class Job:
                 for split, data in sets.items()
                 if data is not None
             },
-            **({"task": {"source": str(file), "sha256": storage.sha256(file)}} if file else {}),
+            **{
+                name: {"source": str(file), "sha256": storage.sha256(file)}
+                for name, file in files.items()
+                if file is not None
+            },
+            **({"method": {"source": start, "sha256": _sha256(method)}} if start else {}),
         }
 
     def save_adapter(self, folder: Path, state: State) -> None:
@@ -403,6 +417,10 @@ def autocast_of(
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
