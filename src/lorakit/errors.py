@@ -95,6 +95,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error).lower()))
 
 
+def is_momentary(error: BaseException) -> bool:
+    """Return whether the system raised `error` for lack of memory or file handles, so a later call may succeed."""
+    no_handles = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return no_handles or is_out_of_memory(error)
+
+
 def requested_memory(error: BaseException) -> str:
     """Return how much memory `error` could not allocate, or "" if it does not say."""
     found = re.search(r"allocate ([\d.]+ (?:bytes|[KMGT]iB))", str(error))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
+import torch
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
@@ -62,3 +64,21 @@ def test_there_and_back_the_tensors_are_the_same(adapter: Path, tmp_path: Path) 
     before, after = load_file(adapter / TENSORS), load_file(tmp_path / "back" / TENSORS)
     assert before.keys() == after.keys()
     assert all(before[key].equal(after[key]) for key in before)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("to", ["peft", "loralib"])
+def test_base_weights_that_may_be_trained_are_refused(tmp_path: Path, capsys, to: str) -> None:
+    """Only a model shows whether they were trained: a resized table of PEFT, a bias in a whole model's file."""
+    model = tiny_models.build("llama")
+    model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    layer = {"h.q.weight": torch.zeros(6, 6), "h.q.bias": torch.ones(6)}
+    factors = {"h.q.lora_A": torch.ones(2, 6), "h.q.lora_B": torch.ones(6, 2)}
+    torch.save(layer | factors, tmp_path / "whole.bin")
+    for source, options in ((tmp_path / "peft", []), (tmp_path / "whole.bin", ["--alpha", "1"])):
+        output = tmp_path / "out.bin"
+        assert main(["convert", str(source), str(output), "--to", to, *options]) == 1
+        assert "does not record whether they were trained" in capsys.readouterr().err
+        assert not output.exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,9 +18,16 @@ import torch
 
 import lorakit
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile
+from lorakit.compute.adapted import AdapterFile, open_adapted
 from lorakit.data import DataConfig
-from lorakit.errors import AdapterFileError, ConfigurationError, DataError, RunFolderError
+from lorakit.errors import (
+    AdapterFileError,
+    ConfigurationError,
+    DataError,
+    DivergenceError,
+    RunFolderError,
+)
+from lorakit.evaluation import predict
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig
 
@@ -87,6 +96,43 @@ def test_predictions_are_those_of_the_model_and_stand_beside_their_rows(trained,
         outputs = [record["output"] for record in evaluated.outputs]
         assert [row["prediction"] for row in written] == pytest.approx(outputs, rel=1e-5)
         assert result.counts == {}
+
+
+def with_hook(monkeypatch, hook) -> None:
+    """Let `predict` open a base with a forward hook on its embedding."""
+
+    def opened(*args, **settings):
+        base = open_adapted(*args, **settings)
+        base.model.get_input_embeddings().register_forward_hook(hook)
+        return base
+
+    monkeypatch.setattr(predict, "open_adapted", opened)
+
+
+@pytest.mark.slow
+def test_rows_are_predicted_in_halved_batches(trained, tmp_path, monkeypatch) -> None:
+    config = settings(trained, [{"text": text} for text in TEXTS], tmp_path)
+    rows = lorakit.predict(config).rows
+    sizes = []
+
+    def limit(module, args, output) -> None:
+        sizes.append(len(args[0]))
+        if sizes[-1] > 2:
+            raise MemoryError
+
+    with_hook(monkeypatch, limit)
+    limited = lorakit.predict(dataclasses.replace(config, overwrite=True)).rows
+    assert sizes[:3] == [5, 2, 2]
+    for one, other in zip(rows, limited, strict=True):
+        numbers = "probabilities" if "probabilities" in one else "prediction"
+        assert other[numbers] == pytest.approx(one[numbers], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_output_that_is_not_finite_has_its_cause(trained, tmp_path, monkeypatch) -> None:
+    with_hook(monkeypatch, lambda module, args, output: output * math.nan)
+    with pytest.raises(DivergenceError, match="not finite: all weights are finite, but an activ"):
+        lorakit.predict(settings(trained, [{"text": "x"}], tmp_path))
 
 
 @pytest.mark.slow

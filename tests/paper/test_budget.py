@@ -6,6 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import tiny_runs
+from made_data import write
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
@@ -14,9 +16,11 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
 from lorakit.paper.grid import open_grid
+from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.log import GRID
 from lorakit.paper.paper_config import PaperConfig, PaperDataConfig
 from lorakit.paper.run_table import run_table
+from lorakit.paper.runs import Runner
 
 
 def silent(text: str) -> None:
@@ -97,6 +101,30 @@ def test_methods_are_timed_on_one_data_set_and_scaled_on_the_others(table2, monk
 def test_epochs_cap_what_a_budget_gives(table2, monkeypatch):
     config = table2(seeds=1, trials=1)
     assert divided(monkeypatch, config, {"mrpc": timed(0.01, most=50)}, 1000) == {"mrpc": 50}
+
+
+@pytest.mark.slow
+def test_a_row_with_several_texts_counts_as_several_examples(tmp_path, monkeypatch):
+    texts = {"text": ["A is B.", "B is what A is.", "It is A that is B."], "comment": ["good"] * 3}
+    for split, count in (("train", 20), ("validation", 4), ("test", 4)):
+        rows = [
+            {"category": "City", "modified_triple_sets": {"mtriple_set": [[f"A{i} | is | B"]]}}
+            for i in range(count)
+        ]
+        write(tmp_path / "webnlg" / f"{split}.jsonl", [{**row, "lex": texts} for row in rows])
+    config = PaperConfig(
+        table="table14",
+        base=BaseConfig(name=tiny_runs.save_base(tmp_path / "base"), dtype="float32", device="cpu"),
+        methods=("lora",),
+        epochs=2,
+        batch_size=4,
+        data=PaperDataConfig(root=str(tmp_path)),
+        output=str(tmp_path / "out"),
+    )
+    monkeypatch.setattr(budget, "evaluate", lambda _: None)
+    ((data_set,), variants) = config.study.data_sets, config.study.variants
+    measured = budget._time(Runner(config, GridSetup()), data_set, variants)
+    assert (measured["most_steps"], measured["held_out"]) == (2 * 20 * 3 // 4, 4 * 3)
 
 
 def test_a_budget_that_is_too_small_says_what_would_do(table2, monkeypatch):

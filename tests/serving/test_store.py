@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import gc
 import io
 import json
@@ -580,6 +581,24 @@ def test_a_truncated_file_is_refused_and_the_next_good_content_accepted(
     file.write_bytes(content)
     with store.acquire("a") as lease:
         torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+
+
+@pytest.mark.parametrize(
+    "short",
+    [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE))],
+    ids=["memory", "files"],
+)
+def test_an_adapter_is_read_again_after_the_system_lacked_something(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch, short: Exception
+) -> None:
+    def fail(content: bytes) -> None:
+        raise short
+
+    with monkeypatch.context() as full:
+        full.setattr("lorakit.storage.tensors.load", fail)
+        with pytest.raises((MemoryError, AdapterFileError)):
+            store.acquire("a")
+    store.acquire("a").release()
 
 
 def test_an_adapter_that_matches_no_module_is_refused(root: Path, tmp_path: Path) -> None:

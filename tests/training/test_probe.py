@@ -1,7 +1,8 @@
-"""The probe trains for a few steps, measures them, and leaves the base and the random state as they were."""
+"""The probe trains for a few steps, measures them, and leaves the base and the random state alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lorakit.adapters import handle_of
 from lorakit.compute.adapted import TEXT
 from lorakit.compute.base import open_base
 from lorakit.data import load_examples
+from lorakit.methods.lora import LoRA
 from lorakit.models.loading import Base
 from lorakit.training import probe
 from lorakit.training.step import optimizer_step
@@ -25,6 +27,8 @@ def state(base: Base) -> dict[str, object]:
         "attention": model.config._attn_implementation,
         "forwards": [name for name, m in model.named_modules() if "forward" in vars(m)],
         "modes": [m.training for m in model.modules()],
+        "checkpointing": [getattr(m, "gradient_checkpointing", None) for m in model.modules()],
+        "compiled": [m._compiled_call_impl is not None for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "gradients": [p.grad for p in model.parameters()],
         "random": torch.get_rng_state().tolist(),
@@ -50,6 +54,31 @@ def test_the_probe_is_undone(probed) -> None:
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
     assert handle_of(base.model) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("arch", "dtype", "settings"),
+    [
+        ("llama", "float32", {"gradient_checkpointing": True}),
+        ("llama", "float32", {"compile": True}),
+        ("gpt2", "bfloat16", {"method": "bitfit", "lora": LoRA()}),  # casts in its LayerNorms
+    ],
+    ids=["checkpointing", "compile", "bitfit"],
+)
+def test_settings_that_change_the_model_leave_the_base_alone(
+    tmp_path: Path, arch: str, dtype: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_runs.save_base(tmp_path / "base", arch)
+    config = tiny_runs.config(tmp_path, folder, **settings)
+    config = dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=dtype))
+    opened = open_base(config.base, TEXT)
+    train = load_examples(config.data, "train", opened.tokenizer)  # type: ignore[arg-type]
+    before = state(opened)
+    monkeypatch.setattr(probe, "optimizer_step", lambda *_: None)  # compiling is slow
+    probe.seconds_per_step(config, TEXT, opened, train)
+    assert state(opened) == before
 
 
 def test_a_probe_that_fails_is_undone(probed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,8 +124,4 @@ def require_low_rank(stored: StoredAdapter) -> None:
             "B of this adapter has a bias (lora_bias), which compress and combine do not support. Merge it "
             "into its base: lorakit merge."
         )
-    if stored.base_copies:
-        raise AdapterFileError(
-            f"The file contains base weights ('{next(iter(stored.base_copies))}'), and does not record whether they "
-            "were trained. Load the adapter on its base with lorakit.load and save it again."
-        )
+    stored.require_no_base_copies()

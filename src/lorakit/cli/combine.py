@@ -34,8 +34,8 @@ def run(argv: Sequence[str]) -> None:
     config = parse(
         CombineConfig,
         "combine",
-        "Combine adapters of one base: their exact weighted sum, TIES or DARE. A single adapter with weight 1 "
-        "stays unchanged, whatever its method.",
+        "Combine LoRA adapters of one base: their exact weighted sum, TIES or DARE. A single one with weight 1 "
+        "stays unchanged, also with DoRA, trained biases or modules.",
         argv,
         "adapters",
     )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,11 @@ from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, encoder_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
-from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
+from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate
@@ -40,9 +40,6 @@ from lorakit.tasks import (
     Task,
     generic_task,
 )
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, such as "examples scored", how many are done, and their total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,86 +176,37 @@ def held_out(
 
     Language modelling adds the perplexity. Labels add the scores of `task`; without a task, those of classification
     (accuracy, F1, Matthews correlation) or regression (correlations, mean squared error). Records name the classes if
-    `labels` gives their names, in index order.
-
-    `count` processes can share the work: the one with this `rank` computes each `count`-th batch, and `gather` returns
-    what all of them have computed, in the same order for each. All run as many forward passes, because those of a model
-    that is split over the processes need all of them. A process with fewer batches repeats one, which does not count.
+    `labels` gives their names, in index order. `count` processes can share the work, as in `computed`.
     """
-    # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    own: list[_ScoredBatch] = []
-    # The configured size: all processes must agree on the parts, also if one of them has run out of memory.
-    size = batch_size.configured
-    starts = range(0, len(order), size)
-    with evaluating(model):
-        for start in starts[rank::count]:
-            chosen = order[start : start + size]
-            own += batch_size.fit(
-                functools.partial(_scored, model, objective, examples, collate, batch_size, chosen),
-                lengths=[len(examples[i]) for i in chosen],
-                during="the scoring of held-out examples",
-            )
-            if progress is not None:
-                progress("examples scored", start + len(chosen), len(order))
-        for _ in range(-(-len(starts) // count) - len(starts[rank::count])):
-            objective.loss_sum(model, collate([examples[order[0]]]))
-    parts = gather(own)
-    scored = [batch for part_of_one in parts for batch in part_of_one]
+    scored = computed(
+        model,
+        objective,
+        examples,
+        collate,
+        batch_size=batch_size,
+        progress=progress,
+        rank=rank,
+        count=count,
+        gather=gather,
+    )
     loss = sum(batch.loss for batch in scored) / max(sum(batch.count for batch in scored), 1)
-    predictions = {i: value for batch in scored for i, value in batch.predictions.items()}
-    classes = max((batch.classes for batch in scored), default=0)
     if not math.isfinite(loss):
         raise DivergenceError(
             f"The held-out loss is {loss}, because the model's output is not finite: {why_not_finite(model)}"
         )
     if not isinstance(objective, LabelLoss):
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
-    labelled = [example for example in examples if isinstance(example, LabelledExample)]
+    logits = logits_of(scored)
+    classes = logits.shape[-1]
     return _label_evaluation(
         task
         or TASKS["classification" if isinstance(objective, ClassificationLoss) else "regression"],
         loss,
-        [predictions[i] for i in range(len(labelled))],
-        labelled,
+        (logits.argmax(-1) if classes > 1 else logits.squeeze(-1)).tolist(),
+        [example for example in examples if isinstance(example, LabelledExample)],
         classes,
         labels,
     )
-
-
-@dataclass(frozen=True)
-class _ScoredBatch:
-    """The summed loss and the number of targets of a batch; with labels, also its predictions."""
-
-    loss: float
-    count: int
-    predictions: Mapping[int, float] = field(default_factory=dict)
-    """By the place of the example."""
-    classes: int = 0
-
-
-def _scored(
-    model: nn.Module,
-    objective: Objective,
-    examples: Sequence[Example],
-    collate: Collate,
-    batch_size: BatchSize,
-    chosen: Sequence[int],
-) -> list[_ScoredBatch]:
-    """Score the chosen examples, in batches that fit into memory."""
-    scored = []
-    for places in batch_size.cut(chosen):
-        batch = collate([examples[i] for i in places])
-        count = objective.count(batch)
-        if isinstance(objective, LabelLoss):
-            logits = objective.predict(model, batch)
-            loss, classes = objective.loss_of(logits, batch["labels"]).item(), logits.shape[-1]
-            values = logits.argmax(-1) if classes > 1 else logits.squeeze(-1).float()
-            predictions = dict(zip(places, values.tolist(), strict=True))
-            scored.append(_ScoredBatch(loss, count, predictions, classes))
-        else:
-            scored.append(_ScoredBatch(objective.loss_sum(model, batch).item(), count))
-    return scored
 
 
 def generated(

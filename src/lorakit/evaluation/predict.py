@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakit import storage
 from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
+from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator
 from lorakit.compute.computation import objective_for
-from lorakit.compute.mode import evaluating
-from lorakit.compute.objective import LabelLoss
+from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataTask
 from lorakit.data.examples import load_unlabelled
-from lorakit.errors import ConfigurationError, DataError, LorakitError
+from lorakit.errors import ConfigurationError, DataError, DivergenceError
+from lorakit.evaluation.computed import computed, logits_of
 from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, Labelled
@@ -104,18 +104,12 @@ def _check_names(rows: Sequence[dict[str, Any]], source: str) -> None:
 def _logits(base: Base, task: DataTask, examples: Sequence[Example], batch_size: int) -> Tensor:
     """Return the logits (examples, outputs), in float32 on the CPU."""
     objective, collate = objective_for(base, task, examples), collator(base)
-    assert isinstance(objective, LabelLoss)
-    # Sorted by length, so that batches hold little padding.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
-    parts = []
-    with evaluating(base.model):
-        for start in range(0, len(order), batch_size):
-            batch = collate([examples[i] for i in order[start : start + batch_size]])
-            parts.append(objective.predict(base.model, batch).float().cpu())
-    sorted_logits = torch.cat(parts)
-    if not sorted_logits.isfinite().all():
-        raise LorakitError("The model's output is not finite. Try base.dtype float32.")
-    return sorted_logits[torch.tensor(order).argsort()]
+    logits = logits_of(
+        computed(base.model, objective, examples, collate, batch_size=BatchSize(batch_size))
+    )
+    if not logits.isfinite().all():
+        raise DivergenceError(f"The model's output is not finite: {why_not_finite(base.model)}")
+    return logits
 
 
 def _answers(logits: Tensor, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorakit import storage
+from lorakit.adapters.formats import lorakit_json
 from lorakit.compute.base import open_base
-from lorakit.data import DataConfig, DataTask, load_examples
-from lorakit.data.data_config import Split
+from lorakit.data import DataTask, load_examples
 from lorakit.data.sources import read_source
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
@@ -91,6 +92,8 @@ def _time(runner: Runner, data_set: StudyData, variants: Sequence[Variant]) -> d
     folder = config.folder / "timing"
     methods: dict[str, dict[str, float]] = {}
     scoring: list[float] = []
+    examples: dict[str, int] = {}
+    most_held_out = 0
     try:
         for variant in variants:
             run = TableRun(data_set=data_set, variant=variant, rate=variant.rates(1)[0], seed=0)
@@ -109,36 +112,26 @@ def _time(runner: Runner, data_set: StudyData, variants: Sequence[Variant]) -> d
             methods[variant.key] = {"step": result.seconds / STEPS, "overhead": max(overhead, 0.0)}
             adapter = result.best or result.adapter
             if not scoring:
+                # A row of WebNLG or DART is several examples, which the run has counted.
+                data = storage.read_json(adapter / lorakit_json.NAME)["provenance"]["data"]
+                examples = {split: part["examples"] for split, part in data.items()}
+                most_held_out = runner.settings(run)["evaluation.limit"]
                 for limit in (FEW, MORE):
                     start = time.monotonic()
                     evaluate(replace(runner.evaluate_config(data_set, adapter), limit=limit))
                     scoring.append(time.monotonic() - start)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    training, held_out = _training_sizes(runner, data_set, variants[0])
     scored = _count_scored(runner, data_set)
     per_example = max(scoring[1] - scoring[0], 0.0) / (MORE - FEW)
     return {
         "methods": methods,
         "scoring": scoring[0] + per_example * max(scored - FEW, 0),
         "scored": scored,
-        "held_out": held_out,
-        "most_steps": config.epochs and max(1, int(config.epochs * training / config.batch_size)),
+        "held_out": min(examples.get("validation", 0), most_held_out),
+        "most_steps": config.epochs
+        and max(1, int(config.epochs * examples["train"] / config.batch_size)),
     }
-
-
-def _training_sizes(runner: Runner, data_set: StudyData, variant: Variant) -> tuple[int, int]:
-    """Return approximate numbers of training examples and of held-out examples to score."""
-    config = runner.train_config(TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0))
-    rows = _count_rows(config.data, "train")
-    held_out = round(rows * config.data.validation_fraction)
-    scored = held_out if data_set.holds_out else _count_rows(config.data, "validation")
-    return rows - held_out, min(scored, config.evaluation.limit or scored)
-
-
-def _count_rows(data: DataConfig, split: Split) -> int:
-    source = data.source(split)
-    return 0 if source is None else len(read_source(source, data.hub_split(split)).rows)
 
 
 def _count_scored(runner: Runner, data_set: StudyData) -> int:
@@ -146,7 +139,9 @@ def _count_scored(runner: Runner, data_set: StudyData) -> int:
     config = runner.config
     data = runner.evaluate_config(data_set, config.folder).data
     if task_type(data_set.task).kind != "text":
-        count = _count_rows(data, data_set.split)
+        source = data.source(data_set.split)
+        assert source is not None  # the study names a split of the data set
+        count = len(read_source(source, data.hub_split(data_set.split)).rows)
     else:
         base = open_base(config.base, DataTask(name=data_set.task))
         assert base.tokenizer is not None  # open_base rejects a base without one

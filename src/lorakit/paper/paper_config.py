@@ -77,7 +77,8 @@ class PaperConfig:
     epochs: float | None = None
     """Passes over the training data. Default: 3 without a budget; with a budget this is the maximum."""
     limit: int | None = None
-    """Train on this many examples of each data set, drawn at random once and the same for every run."""
+    """Train on this many rows of each data set, drawn at random once and the same for every run. A row of WebNLG or
+    DART has several examples."""
     eval_limit: int | None = None
     """Score only the first examples or prompts, this many. Default: all."""
     decoding: Decoding = field(default_factory=Decoding)

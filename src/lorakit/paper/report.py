@@ -286,7 +286,7 @@ def own_notes(comparison: Comparison) -> list[str]:
         )
     if grid.config.limit:
         notes.append(
-            f"All runs train on the same {grid.config.limit:,} examples, drawn at random once."
+            f"All runs train on the same {grid.config.limit:,} rows, drawn at random once."
         )
     return notes
 

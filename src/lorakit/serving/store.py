@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
-from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, nearest
+from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary, nearest
 from lorakit.models.loading import Base
 from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
@@ -495,6 +495,11 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except LorakitError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if is_momentary(cause):
+                raise error
+            cause = cause.__cause__ or cause.__context__
         raise _NotServedError(error) from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import AdapterFileError, LorakitError, RunFolderError
+from lorakit.errors import AdapterFileError, LorakitError, RunFolderError, is_out_of_memory
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -18,13 +18,17 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
     """Convert errors from reading `path`, or a file in it, to `error` with the path and the reason.
 
+    Those of full memory pass unchanged.
+
     Raises:
         error: The file is missing, locked, a folder, on a broken disk, or not UTF-8.
     """
     try:
         yield
     except OSError as failure:
-        if _is_disk_full(failure):  # from a write inside the block
+        if _is_disk_full(failure) or is_out_of_memory(
+            failure
+        ):  # the disk: a write inside the block
             raise
         name = failure.filename or path
         if not isinstance(failure, FileNotFoundError):

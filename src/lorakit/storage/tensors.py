@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from lorakit.errors import AdapterFileError, LorakitError
-from lorakit.storage.refusals import regular_file
+from lorakit.errors import AdapterFileError, LorakitError, is_momentary
+from lorakit.storage.refusals import reading, regular_file
 
 
 def read_safetensors(
@@ -28,27 +28,30 @@ def read_safetensors(
             to: one that is cut meanwhile ends the process.
 
     Raises:
-        error: The file is missing, truncated, or not a safetensors file.
+        error: The file is missing, truncated, or not a safetensors file; or the process has too many open files.
     """
     regular_file(path, error)
-    try:
-        if mapped:
-            with safe_open(path, framework="pt") as file:
-                _require_unique_names(path)
-                # Without the copies, a later change of the file would change the tensors.
-                return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        with path.open("rb") as file:
-            content = file.read(path.stat().st_size)
-        tensors = load(content)
-        _require_unique_names(content)
-        del content
-        # The copies are aligned as other tensors are: products of others may round differently.
-        return {name: tensors.pop(name).clone() for name in list(tensors)}
-    except Exception as wrong:  # damaged bytes can make any part of the parser raise
-        raise error(
-            f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
-            "another type; download or save it again."
-        ) from wrong
+    with reading(path, error):
+        try:
+            if mapped:
+                with safe_open(path, framework="pt") as file:
+                    _require_unique_names(path)
+                    # Without the copies, a later change of the file would change the tensors.
+                    return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            with path.open("rb") as file:
+                content = file.read(path.stat().st_size)
+            tensors = load(content)
+            _require_unique_names(content)
+            del content
+            # The copies are aligned as other tensors are: products of others may round differently.
+            return {name: tensors.pop(name).clone() for name in list(tensors)}
+        except Exception as wrong:  # damaged bytes can make any part of the parser raise
+            if is_momentary(wrong):
+                raise
+            raise error(
+                f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
+                "another type; download or save it again."
+            ) from wrong
 
 
 def _require_unique_names(source: Path | bytes) -> None:

@@ -1,15 +1,16 @@
-"""Measure the speed of training on a loaded base with a few steps that are undone."""
+"""Measure the speed of training on a copy of a loaded base, with a few steps."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import itertools
 import time
 from statistics import median
 
 from lorakit.data import DataTask, ExampleSet
 from lorakit.models.dtype_choice import resolve_dtype
-from lorakit.models.faster import make_stock
 from lorakit.models.loading import Base
 from lorakit.ops import seeded
 from lorakit.training.config import TrainConfig
@@ -26,13 +27,14 @@ SECONDS = 5.0
 
 
 def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> float:
-    """Train a new adapter for a few steps, detach it, and return the median time of a step in seconds.
+    """Train a new adapter for a few steps, and return the median time of a step in seconds.
 
-    The steps are those of the first epoch whose number of tokens is closest to the mean. The base, its layers and the
-    random state end as they were.
+    The steps are those of the first epoch whose number of tokens is closest to the mean. They train a copy of the base,
+    because not all settings of a run can be undone (compiled blocks, gradient checkpointing). The random state ends as
+    it was.
 
     Args:
-        config: A run that trains LoRA.
+        config: A run.
         task: The task of the training data.
         base: The base, without an adapter.
         train: The training data.
@@ -40,18 +42,14 @@ def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: Exa
     Raises:
         LorakitError: A setting does not fit the data or the model, or the loss is not finite.
     """
-    model = base.model
     resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=resolved)
-    was_training = model.training
-    with seeded(config.seed, (p.device for p in model.parameters())):
-        job = assemble(config, task, base, train)
-        try:
-            return _median_seconds(job)
-        finally:
-            job.adapters.detach()
-            make_stock(model)
-            model.train(was_training)
+    with seeded(config.seed, (p.device for p in base.model.parameters())):
+        copied = dataclasses.replace(base, model=copy.deepcopy(base.model))
+        seconds = _median_seconds(assemble(config, task, copied, train))
+    del copied
+    gc.collect()  # a model with an adapter has reference cycles
+    return seconds
 
 
 def _median_seconds(job: Job) -> float:

@@ -121,16 +121,35 @@ def test_a_more_precise_dtype_than_that_of_the_training_is_not_reported(dtype):
         compare(trained, record(other_weights()))
 
 
-def test_float16_of_float32_weights_needs_the_source_to_vouch():
+def test_float16_of_float32_weights_needs_the_revision_to_vouch():
     """Rounding to float16 and then to bfloat16 can differ from rounding to bfloat16."""
     then, now = record(llama()), record(llama().half())
     assert then.weights.bfloat16 != now.weights.bfloat16
-    with pytest.raises(WrongBaseError, match="float16 weights differ"):
+    with pytest.raises(
+        WrongBaseError,
+        match=r"float16 weights differ, .*\(load it as in the training, in float32, ",
+    ):
         compare(then, now)
+    with pytest.raises(WrongBaseError, match="float16 weights differ"):
+        compare(record(llama(), "folder"), record(llama().half(), "folder"))
     then, now = record(llama(), "a/b", revision="1"), record(llama().half(), "a/b", revision="1")
-    assert "differ by rounding" in compare(then, now)[0]
+    assert "both of 'a/b' at revision 1. Rounded twice" in compare(then, now)[0]
     with pytest.raises(WrongBaseError, match=r"'a/b' at revision 1"):
         compare(then, record(llama().half(), "a/b", revision="2"))
+
+
+@pytest.mark.parametrize("revision", [None, "1"])
+def test_other_weights_of_the_same_source_are_another_base_in_each_dtype(revision):
+    """A folder keeps its name when a base is trained again into it."""
+    then = record(llama(), "folder", revision=revision)
+    for now in (other_weights(), other_weights().bfloat16()):
+        with pytest.raises(WrongBaseError, match="weights differ"):
+            compare(then, record(now, "folder", revision=revision))
+    with pytest.raises(WrongBaseError, match="its float32 weights differ"):
+        compare(
+            record(llama().bfloat16(), "folder", revision=revision),
+            record(other_weights(), "folder", revision=revision),
+        )
 
 
 def test_the_hash_outweighs_the_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from lorakit.adapters import formats
 from lorakit.adapters.formats import pickles
 from lorakit.adapters.formats.pickles import read_pickle
+from lorakit.cli import main
 from lorakit.errors import AdapterFileError, RunFolderError
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
@@ -179,6 +181,7 @@ def test_a_pickle_with_code_is_not_opened(tmp_path, as_zip, name):
         pickle.dumps([numbers(1).numpy()]),
         b"PK\x05\x06" + b"\0" * 18,
         b"(" * 10_000,
+        b"\x80\x04\x8e" + (2**44).to_bytes(8, "little"),  # a text of 16 TiB
     ],
 )
 def test_what_is_no_pytorch_file(tmp_path, content):
@@ -341,6 +344,42 @@ def test_a_dictionary_with_attributes_in_place_of_its_methods(tmp_path):
         program = program.replace(name, method)
     path = rewritten(tmp_path / "file.bin", {"file/data.pkl": program})
     assert formats.read(path, alpha=1).layers
+
+
+# --- a system without memory or file handles ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("folder", "lorakit.storage.tensors.load"),
+        ("folder", "lorakit.adapters.formats.lorakit_json._build"),
+        ("lora.bin", "torch.load"),
+    ],
+)
+def test_a_sound_file_is_not_called_damaged_when_the_system_lacks_something(
+    tmp_path, monkeypatch, capsys, name, reader
+):
+    path = tmp_path / name
+    formats.write(adapter({"a": linear()}), tmp_path / "folder")
+    formats.write_loralib(formats.read(tmp_path / "folder"), tmp_path / "lora.bin")
+    short: Exception
+
+    def fail(*_, **__):
+        raise short
+
+    monkeypatch.setattr(reader, fail)
+    alpha = 3 if name == "lora.bin" else None
+    for short in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(short)):
+            formats.read(path, alpha=alpha)
+    short = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    options = [] if alpha is None else ["--alpha", "3"]
+    assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 1
+    assert "Out of memory. Close other programs" in capsys.readouterr().err
+    short = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with pytest.raises(AdapterFileError, match="cannot be read: Too many open files"):
+        formats.read(path, alpha=alpha)
 
 
 def test_names_with_a_null_byte():

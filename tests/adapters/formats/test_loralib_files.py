@@ -351,6 +351,7 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
     ("layers", "message"),
     [
         ({"a": with_dora(linear())}, "'a': loralib has no DoRA"),
+        ({"a": embedding(tied_head="lm_head")}, "'a': loralib has no tied head"),
         ({"a": linear(4, 12, kind="attention")}, "no layer for nn.MultiheadAttention"),
         ({"a": convolution()}, "only pointwise ones"),
         ({"a": convolution(kernel=(1, 1), rank=4, groups=2)}, "only pointwise ones"),
@@ -365,6 +366,15 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
 def test_what_loralib_cannot_say(tmp_path, layers, message):
     with pytest.raises(AdapterFileError, match=message):
         write_loralib(adapter(layers), tmp_path / "a.bin")
+    assert not (tmp_path / "a.bin").exists()
+
+
+def test_vectors_of_another_method_are_refused(tmp_path):
+    method = lorakit.Combined(methods=(lorakit.LoRA(), lorakit.PrefixLayer(prefix_length=1)))
+    vectors = {"h.0": {"prefix": numbers(1, 6)}}
+    both = replace(adapter({"a": linear()}), method=method, modules=vectors)
+    with pytest.raises(AdapterFileError, match="loralib has no method Combined"):
+        write_loralib(both, tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists()
 
 

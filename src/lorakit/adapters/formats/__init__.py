@@ -102,8 +102,10 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
         Sentences for the user, such as the reason why PEFT cannot load the folder.
 
     Raises:
+        AdapterFileError: The adapter has `base_copies`.
         ConfigurationError: The provenance holds a value that JSON cannot represent.
     """
+    stored.require_no_base_copies()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     notices: list[str] = []

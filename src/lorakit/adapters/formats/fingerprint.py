@@ -223,7 +223,7 @@ def _compare_tokenizers(recorded: BaseRecord, live: BaseRecord) -> list[str]:
 
 
 def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
-    """Compare the hashes; without hashes, or after a rounding, the names of the sources decide."""
+    """Compare the hashes. Without hashes the sources decide, and after two roundings a revision that both share."""
     then, now = recorded.weights, live.weights
     if then.exact is not None and then.exact == now.exact:
         return []
@@ -248,9 +248,14 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
             ]
         reason = f"it is {_describe(live)}, and its weights cannot be compared"
         raise _wrong_base(recorded, live, reason)
-    if then.dtype != now.dtype and same_source:
-        return [f"{change}, both of '{live.source.name}'; they differ by rounding."]
-    raise _wrong_base(recorded, live, f"its {now.dtype} weights differ")
+    reason = f"its {now.dtype} weights differ"
+    # float32 is rounded to bfloat16 once, in the load or for the hash, so equal weights have equal hashes. Other
+    # dtypes round a second time. A local path has no revision: its weights may have been replaced.
+    if then.dtype != now.dtype and {then.dtype, now.dtype} != {"float32", "bfloat16"}:
+        if same_source and live.source.revision is not None:
+            return [f"{change}, both of {_describe(live)}. Rounded twice, they cannot be compared."]
+        reason += f", perhaps only by rounding (load it as in the training, in {then.dtype}, to compare them)"
+    raise _wrong_base(recorded, live, reason)
 
 
 def _wrong_base(recorded: BaseRecord, live: BaseRecord, reason: str) -> WrongBaseError:

@@ -22,7 +22,7 @@ from lorakit.adapters.formats.peft.factors import from_peft, peft_rank
 from lorakit.adapters.formats.peft.writing import factor_keys, layer_keys
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
-from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError
+from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, is_momentary
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.methods.registry import recorded_method
@@ -151,6 +151,8 @@ def read(folder: Path) -> StoredAdapter:
     except LorakitError as error:
         raise AdapterFileError(f"'{folder}': {error}") from error
     except Exception as error:  # untrusted: a value may have any type or size
+        if is_momentary(error):
+            raise
         raise AdapterFileError(
             f"'{path}' does not match '{folder / tensors_name}': {type(error).__name__}: {error}. Download or save the "
             "adapter again."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, is_momentary
 from lorakit.formatting import size
 
 _ZIP = b"PK\3\4"
@@ -70,7 +70,9 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except AdapterFileError:
         raise
-    except Exception:  # untrusted bytes: any part of the parser can fail
+    except Exception as wrong:  # untrusted bytes: any part of the parser can fail
+        if is_momentary(wrong):
+            raise
         # `from None` hides PyTorch's message, which recommends weights_only=False.
         raise AdapterFileError(
             f"'{path}' is not a tensor file of safetensors or PyTorch, or it is truncated or damaged. Check "
@@ -106,8 +108,10 @@ def _programs(path: Path) -> Iterator[IO[bytes]]:
         is_zip = file.read(len(_ZIP)) == _ZIP
         if not is_zip:
             file.seek(0)
+            # `read` of an open file first allocates the length that a pickle declares, unlike that of a buffer.
+            content = io.BytesIO(file.read())
             for _ in range(_LEGACY_PICKLES):
-                yield file  # each check leaves the position at the next pickle
+                yield content  # each check leaves the position at the next pickle
             return
     with zipfile.ZipFile(path) as archive:
         _check_archive(path, archive)

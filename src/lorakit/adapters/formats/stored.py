@@ -56,6 +56,18 @@ class StoredAdapter:
         if layout is not None and lora is not None and lora.tie_head:  # saved from a live model
             self.layers = layout.with_tied_head(self.layers)
 
+    def require_no_base_copies(self) -> None:
+        """Refuse `base_copies`, which no format can write before a model has shown which of them were trained.
+
+        Raises:
+            AdapterFileError: There are some.
+        """
+        if self.base_copies:
+            raise AdapterFileError(
+                f"The file contains base weights ('{next(iter(self.base_copies))}'), and does not record whether they "
+                "were trained. Load the adapter on its base with lorakit.load and save it again."
+            )
+
     @property
     def module_tensors(self) -> dict[str, Tensor]:
         """The tensors in `modules` by layer path and name, joined by a dot."""

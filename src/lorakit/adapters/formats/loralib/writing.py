@@ -24,7 +24,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
             (a pickle of plain tensors, which loads with ``weights_only=True``).
 
     Raises:
-        AdapterFileError: loralib cannot represent a layer.
+        AdapterFileError: loralib cannot represent the adapter, or it has `base_copies`.
         ConfigurationError: The suffix of `path` is not one of these.
         RunFolderError: The file cannot be written.
     """
@@ -33,10 +33,11 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
         raise ConfigurationError(
             f"'{path}' must end in .safetensors, .bin, .pt or .pth, which determines the kind of file."
         )
-    if not stored.layers:
+    if not stored.layers or stored.modules:
         raise AdapterFileError(
             f"loralib has no method {type(stored.method).__name__}. Keep the adapter's folder."
         )
+    stored.require_no_base_copies()
     state: dict[str, Tensor] = {}
     alphas = set()
     for place, layer in stored.layers.items():
@@ -64,6 +65,8 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
         raise AdapterFileError("loralib has no DoRA. Keep the adapter's folder.")
     if layer.B_bias is not None:
         raise AdapterFileError("loralib has no bias of B (lora_bias). Keep the adapter's folder.")
+    if layer.tied_head is not None:
+        raise AdapterFileError("loralib has no tied head (tie_head). Keep the adapter's folder.")
     A, B = layer.form.to_loralib(layer.A, layer.B)
     _check_slices(layer)
     if layer.initial_A is None or layer.initial_B is None:

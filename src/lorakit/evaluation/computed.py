@@ -1,0 +1,98 @@
+"""Compute the losses and logits of examples, in batches that fit into memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.compute.batch_size import BatchSize
+from lorakit.compute.batching import Collate
+from lorakit.compute.mode import evaluating
+from lorakit.compute.objective import LabelLoss, Objective
+from lorakit.tasks import Example
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, such as "examples scored", how many are done, and their total."""
+
+
+@dataclass(frozen=True)
+class ComputedBatch:
+    """The summed loss and the number of targets of a batch; with labels, also its logits."""
+
+    loss: float
+    count: int
+    logits: Mapping[int, list[float]] = field(default_factory=dict)
+    """By the place of the example."""
+
+
+def computed(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    collate: Collate,
+    *,
+    batch_size: BatchSize,
+    progress: Progress | None = None,
+    rank: int = 0,
+    count: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda own: [own],
+) -> list[ComputedBatch]:
+    """Compute all examples, in batches that fit into memory.
+
+    `count` processes can share the work: the one with this `rank` computes each `count`-th batch, and `gather` returns
+    what all of them have computed, in the same order for each. All run as many forward passes, because those of a model
+    that is split over the processes need all of them. A process with fewer batches repeats one, which does not count.
+    """
+    # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    own: list[ComputedBatch] = []
+    # The configured size: all processes must agree on the parts, also if one of them has run out of memory.
+    size = batch_size.configured
+    starts = range(0, len(order), size)
+    with evaluating(model):
+        for start in starts[rank::count]:
+            chosen = order[start : start + size]
+            own += batch_size.fit(
+                functools.partial(_part, model, objective, examples, collate, batch_size, chosen),
+                lengths=[len(examples[i]) for i in chosen],
+                during="the scoring of examples",
+            )
+            if progress is not None:
+                progress("examples scored", start + len(chosen), len(order))
+        for _ in range(-(-len(starts) // count) - len(starts[rank::count])):
+            objective.loss_sum(model, collate([examples[order[0]]]))
+    return [batch for part_of_one in gather(own) for batch in part_of_one]
+
+
+def logits_of(batches: Sequence[ComputedBatch]) -> Tensor:
+    """Return the logits (examples, outputs) of labelled examples in their order, in float32."""
+    rows = {place: row for batch in batches for place, row in batch.logits.items()}
+    return torch.tensor([rows[i] for i in range(len(rows))])
+
+
+def _part(
+    model: nn.Module,
+    objective: Objective,
+    examples: Sequence[Example],
+    collate: Collate,
+    batch_size: BatchSize,
+    chosen: Sequence[int],
+) -> list[ComputedBatch]:
+    """Compute the chosen examples, in batches that fit into memory."""
+    parts = []
+    for places in batch_size.cut(chosen):
+        batch = collate([examples[i] for i in places])
+        count = objective.count(batch)
+        if isinstance(objective, LabelLoss):
+            logits = objective.predict(model, batch)
+            loss = objective.loss_of(logits, batch["labels"]).item()
+            rows = dict(zip(places, logits.float().tolist(), strict=True))
+            parts.append(ComputedBatch(loss, count, rows))
+        else:
+            parts.append(ComputedBatch(objective.loss_sum(model, batch).item(), count))
+    return parts
