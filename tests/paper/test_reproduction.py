@@ -53,7 +53,7 @@ def test_the_same_machine_gives_equal_scores(logged, tmp_path):
 def test_a_log_with_a_budget_and_the_default_dtype(table2, tmp_path):
     """The log fixes dtype and steps; a row is a part of its methods."""
     base = BaseConfig(name=table2().base.name, device="cpu")  # dtype auto
-    config = table2(base=base, methods=("lora", "full"), seeds=1, trials=1, budget="10m", epochs=4)
+    config = table2(base=base, methods=("lora", "full"), seeds=1, trials=1, budget="10m", epochs=1)
     run_table(replace(config, log=str(tmp_path / "log")), silent)
     call = PaperConfig(
         table="table2",

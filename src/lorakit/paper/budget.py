@@ -73,14 +73,15 @@ def divide(
             per_step += runs * cost["step"]
         steps[key] = int((remaining / len(sets) - fixed) / per_step)
         needed += fixed + FEWEST * per_step
-        if (most := measured["most_steps"]) is not None:
-            steps[key] = min(steps[key], most)
     if min(steps.values()) < FEWEST:
         raise ConfigurationError(
             f"A budget of {config.budget} is too small for {len(cells) * runs} runs: {FEWEST} steps of each would take "
             f"about {(needed + seconds - remaining) / 60:.0f}m. Increase --budget, or reduce --tasks, --methods, "
             "--seeds or --trials."
         )
+    for key, measured in timing.items():
+        if (most := measured["most_steps"]) is not None:
+            steps[key] = min(steps[key], most)
     for key, count in steps.items():
         say(f"{key}: every run takes {count} steps of {config.batch_size} examples")
     return steps, timing
