@@ -157,13 +157,22 @@ class AdapterStore:
         )
         return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
 
-    def add(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        allows: Callable[[str], bool] = lambda folder: True,
+    ) -> None:
         """Serve the adapter at `path` under a name, after loading it once.
 
         Args:
             name: The public name.
             path: Its folder, inside the root; a relative path starts there.
             replace: Replace an adapter of this name. Requests in flight keep the old one.
+            allows: Returns whether the caller may use a direct subfolder of the root. If not, an adapter in it is an
+                error as if it did not exist.
 
         Raises:
             AdapterStateError: The name is taken or not printable, or a batch of several adapters cannot use it.
@@ -175,7 +184,7 @@ class AdapterStore:
             raise AdapterStateError(
                 f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
-        source = AdapterSource(self._inside(path))
+        source = AdapterSource(self._inside(path, allows))
         self._put(name, source, replace=replace)
 
     def follow(self, run: str | Path, name: str) -> None:
@@ -190,20 +199,22 @@ class AdapterStore:
         """
         self._put(name, RunSource(os.path.realpath(run)), replace=False, load=False)
 
-    def _inside(self, path: str | Path) -> str:
+    def _inside(self, path: str | Path, allows: Callable[[str], bool]) -> str:
         if self.root is None:
             raise AdapterFileError(
                 f"'{path}' cannot be added, because the server has no folder of adapters. Start it with one."
             )
-        joined = os.path.join(os.path.realpath(self.root), path)
-        if "\0" in joined or not folders.is_within(joined, self.root):
+        root = os.path.realpath(self.root)
+        joined = os.path.normpath(os.path.join(root, path))
+        if "\0" in str(path) or not folders.is_within(joined, self.root):
             raise AdapterFileError(
-                f"{str(path)!r} is outside the folder of adapters, '{self.root}'. Copy the adapter into it, and give "
-                "its path from there."
+                f"{str(path)!r} is outside the folder of adapters. Copy the adapter into it, and give its path from "
+                "there."
             )
-        if AdapterSource(joined).locate() is None:
+        folder = os.path.relpath(os.path.realpath(joined), root).split(os.sep)[0]
+        if not allows(folder) or AdapterSource(joined).locate() is None:
             raise AdapterFileError(
-                f"'{joined}' holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
+                f"{str(path)!r} holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
             )
         return joined
 

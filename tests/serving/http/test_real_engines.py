@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from served import wait_for
 from whole import LABELS, alone, post, served
 
 import lorakit
+from lorakit.serving.http.keys import Key, KeyRing, digest_of
 
 CHOICES: list[Any] = [None, "e2e", "sql", {"e2e": 0.5, "sql": -0.5}, "e2e", None]
 
@@ -143,6 +145,49 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
         assert opened.store.stats().leases == {}
+
+
+@pytest.mark.slow
+def test_an_operator_loads_only_from_folders_that_its_key_allows(text: Path) -> None:
+    secret = "k" * 20
+    key = Key(name="k", digest=digest_of(secret), adapters=("e2e*", "absent-e2e"), operator=True)
+    foreign = text / "adapters" / "sql"
+    (text / "adapters" / "e2e-link").symlink_to(foreign)
+    try:
+        with served(text, keys=KeyRing([key])) as (client, opened):
+            client.headers["authorization"] = f"Bearer {secret}"
+
+            def load(path: str) -> tuple[int, str]:
+                body = {"lora_name": "e2e-new", "lora_path": path}
+                answer = client.post("/v1/load_lora_adapter", json=body)
+                message = answer.json().get("error", {}).get("message", "")
+                assert str(text) not in message.replace(path, "")
+                return answer.status_code, re.sub("^'.*?'", "PATH", message)
+
+            absent = load("absent-e2e")
+            assert absent[0] == 400
+            for path in (
+                *("sql", "sql/", "./sql", "e2e/../sql", "e2e/../../adapters/sql", "e2e-link"),
+                *("absent", "absent/", "e2e-absent/", str(foreign), f"{foreign}/"),
+            ):
+                assert load(path) == absent, path
+            assert "e2e-new" not in opened.store.names()
+            assert load("e2e/")[0] == 200
+    finally:
+        (text / "adapters" / "e2e-link").unlink()
+
+
+@pytest.mark.slow
+def test_a_refused_load_shows_no_path_of_the_server(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "damaged").mkdir(parents=True)
+    (tmp_path / "adapters" / "damaged" / "adapter_config.json").write_text("{")
+    (tmp_path / "base").symlink_to(text / "base")
+    with served(tmp_path) as (client, _):
+        for path in ("damaged", "damaged/", "damaged//", "absent/", "'", "../x", "x\n/y/z"):
+            body = {"lora_name": "new", "lora_path": path}
+            answer = client.post("/v1/load_lora_adapter", json=body)
+            assert answer.status_code == 400
+            assert str(tmp_path) not in answer.text, path
 
 
 @torch.no_grad()
