@@ -102,6 +102,34 @@ def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sources(ServeConfig(adapters="one"))
 
 
+FOLLOWED = {
+    "one name twice": (["out/a", "old/a"], "two runs .* 'a', 'out/a' and 'old/a'.* NAME=old/a"),
+    "one name given twice": (["x=out/a", "x=old/a"], "two runs with the name 'x'"),
+    "the root": (["/"], "name '' for the run '/'. Write NAME=/, with a name"),
+    "no name": (["=out/a"], "name '' for the run 'out/a'. Write NAME=out/a"),
+    "a line break": (["a\nb=out/a"], r"name 'a\\nb' for"),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_a_followed_run_needs_a_name_of_its_own(case: str) -> None:
+    runs, words = FOLLOWED[case]
+    with pytest.raises(ConfigurationError, match=words):
+        sources(ServeConfig(follow=runs))
+
+
+def test_paths_of_followed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out/lr=1e-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out")
+    runs = ["lr=1e-4", "new=lr=1e-4", "absent=1"]
+    assert ServeConfig(follow=runs).followed == {
+        "lr=1e-4": "lr=1e-4",
+        "new": "lr=1e-4",
+        "absent": "1",
+    }
+    assert ServeConfig(follow=["."]).followed == {"out": "."}
+
+
 class Opener:
     """Stands for `webbrowser.open`."""
 

@@ -71,12 +71,11 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
         base,
         root,
         budget=bytes_of("adapter_memory", config.adapter_memory),
+        followed=followed,
         pinned=config.pin,
         between_steps=lambda action: _wait(worker.between_steps(action)),
         allow_other_base=config.allow_other_base,
     )
-    for run, path in followed.items():
-        store.follow(path, run)
     name = config.served_name or base.source.name
     if name in store.names():
         raise ConfigurationError(
@@ -111,9 +110,15 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
     """Return the folder of adapters, and the runs to follow by name.
 
     Raises:
-        ConfigurationError: The folder does not exist, or there is nothing to serve.
+        ConfigurationError: The folder does not exist, a name cannot be used, or there is nothing to serve.
     """
     followed = config.followed
+    for name, path in followed.items():
+        if not folders.is_public_name(name):
+            raise ConfigurationError(
+                f"follow has the name {name!r:.80} for the run '{path}'. Write NAME={path}, with a name of up to "
+                f"{folders.LONGEST_NAME} printable characters."
+            )
     if config.adapters is not None:
         root = Path(config.adapters).expanduser()
         if not root.is_dir():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, require_at_least
@@ -123,11 +123,22 @@ class ServeConfig(HttpLimits):
 
     @property
     def followed(self) -> dict[str, str]:
-        """The runs to follow: name to path."""
-        found = {}
+        """The runs to follow: name to path. An existing path may contain ``=``.
+
+        Raises:
+            ConfigurationError: Two runs have the same name.
+        """
+        found: dict[str, str] = {}
         for run in self.follow:
             name, equals, path = run.partition("=")
-            found[name if equals else Path(run).name] = path if equals else run
+            if not equals or os.path.exists(run):
+                name, path = os.path.basename(os.path.abspath(run)), run
+            if name in found:
+                raise ConfigurationError(
+                    f"follow has two runs with the name '{name}', '{found[name]}' and '{path}'. Give one of them "
+                    f"another name: NAME={path}."
+                )
+            found[name] = path
         return found
 
 

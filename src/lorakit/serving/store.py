@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,12 +80,13 @@ class AdapterStore:
         base: The base. The store keeps a handle on its model, `handle`, until the process ends.
         root: The folder whose direct subfolders hold adapters; None serves only those that `follow` adds.
         budget: Most bytes of the tensors of loaded adapters.
+        followed: Runs to `follow`, path by name.
         pinned: Names of adapters that are loaded now and stay loaded. No forward pass may run yet.
         between_steps: Runs an action while no forward pass of the model runs, and returns its result.
         allow_other_base: Load adapters that record another base, and log a warning.
 
     Raises:
-        LorakitError: A pinned adapter cannot be loaded.
+        LorakitError: A pinned adapter cannot be loaded, or a followed run has the name of an adapter.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class AdapterStore:
         root: Path | None,
         *,
         budget: int,
+        followed: Mapping[str, str] | None = None,
         pinned: Collection[str] = (),
         between_steps: Callable[[Callable[[], T]], T] = lambda action: action(),
         allow_other_base: bool = False,
@@ -118,6 +120,8 @@ class AdapterStore:
         """Names of folders in the root that `remove` has withdrawn."""
         self._leases: Counter[str] = Counter()
         self._pinned = frozenset(pinned)
+        for name, run in (followed or {}).items():
+            self.follow(run, name)
         for name in sorted(self._pinned):
             self.acquire(name).release()
         self._loaded.between_steps = between_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
         assert opened.store.stats().leases == {}
+
+
+@pytest.mark.slow
+def test_a_followed_run_can_be_pinned(text: Path, tmp_path: Path) -> None:
+    shutil.copytree(text / "adapters" / "e2e", tmp_path / "run" / "adapter")
+    with served(text, follow=[str(tmp_path / "run")], pin=["run", "sql"]) as (_, opened):
+        assert opened.store.names() == ["e2e", "run", "sql"]
+        assert opened.store.stats().pinned == 2
 
 
 @pytest.mark.slow
