@@ -40,6 +40,10 @@ INVALID = {
     "no time": (["--max_seconds", "0"], "max_seconds is 0.0"),
     "a port": (["--port", "70000"], "port is 70000; it must be at most 65535"),
     "keys that are not there": (["--keys", "none.yaml"], "The keys 'none.yaml' cannot be read"),
+    "nothing to stop for": (
+        ["--verify_stops"],
+        "and verify is 0: no answer is computed again. Add --",
+    ),
     "an unknown option": (["--max_token", "1"], "Did you mean '--max_tokens'?"),
 }
 

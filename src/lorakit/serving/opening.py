@@ -62,11 +62,17 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
     """
     root, followed = sources(config)
     cards = _cards(root, followed)
-    base = open_base(_base(config.base, cards), _task(cards))
+    task = _task(cards)
+    if config.verify and not task.generates:
+        raise ConfigurationError(
+            "verify computes answers of text again, and all adapters are for classes or scores. Remove --verify and "
+            "--verify_stops."
+        )
+    base = open_base(_base(config.base, cards), task)
     # Adapters bring their heads; the store refuses those that do not.
     for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
-    worker = _worker(base, config, _task(cards))
+    worker = _worker(base, config, task)
     store = AdapterStore(
         base,
         root,
@@ -83,7 +89,7 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
         )
     engine: Engine = worker
     classifier = worker if isinstance(worker, ClassifyingEngine) else None
-    if config.verify and classifier is None:
+    if config.verify:
         bound = bound_for(base.model.dtype)
         engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
     return Opened(base, name, store, engine, worker, classifier)
@@ -96,7 +102,7 @@ def _wait(future: Future[T]) -> T:
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
     assert base.tokenizer is not None
     if not task.generates:
-        return ClassifyingEngine(base, running=config.max_running)
+        return ClassifyingEngine(base, running=config.max_running, queue=config.max_queue)
     return engine_for(
         base.model,
         base.tokenizer,

@@ -59,8 +59,8 @@ class ServeConfig(HttpLimits):
     max_queue: int = 256
     """Requests that wait for a place in a batch. One more is answered with 429."""
     verify: float = 0.0
-    """Share of the answers, 0 to 1, that are computed again by their adapters alone and compared. Failures are logged
-    and counted in /metrics."""
+    """Share of the answers of text, 0 to 1, that are computed again by their adapters alone and compared. Failures are
+    logged and counted in /metrics."""
     verify_stops: bool = False
     """Shut down when an answer that was computed again differs."""
     access_log: bool = False
@@ -96,6 +96,10 @@ class ServeConfig(HttpLimits):
             raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at most {most}.")
         for name in ("adapter_memory", "cache_memory"):
             bytes_of(name, getattr(self, name))
+        if self.verify_stops and not self.verify:
+            raise ConfigurationError(
+                "verify_stops is true, and verify is 0: no answer is computed again. Add --verify 0.05."
+            )
         if not self.is_loopback and self.keys is None and not self.allow_public:
             raise ConfigurationError(
                 f"host is {self.host}, which other machines can reach, and there are no keys. Add --keys FILE, or "

@@ -16,7 +16,11 @@ from served import wait_for
 from whole import LABELS, alone, post, served
 
 import lorakit
+from lorakit.errors import ConfigurationError
+from lorakit.serving import classifying
+from lorakit.serving.engine import QueueFullError
 from lorakit.serving.http.keys import Key, KeyRing, digest_of
+from lorakit.tasks import LabelledExample
 
 CHOICES: list[Any] = [None, "e2e", "sql", {"e2e": 0.5, "sql": -0.5}, "e2e", None]
 
@@ -247,3 +251,41 @@ def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> Non
                 row["label"]
                 == LABELS[name][max(range(len(probabilities)), key=probabilities.__getitem__)]
             )
+
+
+@pytest.mark.slow
+def test_the_queue_of_a_classifier_is_bounded(
+    classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifying, "MOST_TEXTS", 5)
+    text = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
+    with served(classes, max_queue=2, max_running=1) as (_, opened):
+        engine, lease = opened.classifier, opened.store.acquire("two")
+        assert engine is not None
+        assert engine.limits.queue == 2
+        futures = []
+
+        def fill(*counts: int) -> None:
+            for count in counts:
+                futures.append(engine.classify([text] * count, lease))
+
+        def fill_twice() -> None:
+            fill(2, 1)
+            assert engine.load().waiting == 2
+            with pytest.raises(QueueFullError, match="2 requests wait already"):
+                fill(1)
+
+        def fill_with_many() -> None:
+            fill(9)
+            with pytest.raises(QueueFullError, match="9 texts wait already"):
+                fill(1)
+
+        for action in (fill_twice, fill_with_many):
+            engine.between_steps(action).result(60)
+            assert [len(future.result(60)) for future in futures] == [2, 1, 9][: len(futures)]
+        lease.release()
+
+
+def test_classes_cannot_be_verified(classes: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Remove --verify"), served(classes, verify=0.5):
+        pass
