@@ -68,6 +68,8 @@ class BatchedEngine(Worker):
         with self._changed:
             while len(self._batch) < self.limits.running and len(self._waiting):
                 answer = next(self._waiting.turns())
+                if not self._fits([*self._batch, answer]):
+                    break
                 self._waiting.take(answer)
                 self._batch.append(answer)
         if not self._batch:
@@ -77,6 +79,11 @@ class BatchedEngine(Worker):
         finally:
             self._batch = []
         return True
+
+    def _fits(self, batch: Sequence[Answer]) -> bool:
+        """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""
+        prompt = max(len(answer.request.prompt) for answer in batch)
+        return prompt + max(answer.request.max_tokens for answer in batch) <= self.limits.context
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
