@@ -22,8 +22,10 @@ from tiny_tokenizer import tiny_tokenizer
 import lorakit
 from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
+from lorakit.serving.engine import Receipt
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
+from lorakit.serving.verification import Verdict
 
 
 def error_of(capsys: Any, *arguments: str) -> str:
@@ -182,6 +184,40 @@ def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: An
     _, page, curl = capsys.readouterr().out.splitlines()
     assert page == f"playground: {address}"
     assert curl.startswith(f"curl {address}/v1/completions ")
+
+
+def test_every_answer_that_is_chosen_for_verification_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def open_all(config: ServeConfig, report: Any) -> Any:
+        seen["report"] = report
+        worker = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
+        nothing = SimpleNamespace(load=None, stats=None)
+        return SimpleNamespace(
+            name="b", engine=nothing, store=nothing, classifier=None, worker=worker
+        )
+
+    def answer(app: Any, listener: Any, **_: Any) -> None:
+        one = Receipt("digest", (("sql", "a" * 64, 1.0),))
+        blend = Receipt("digest", (("sql", "a" * 64, 0.5), ("e2e", "b" * 64, 0.5)))
+        for receipt in (one, blend, Receipt("digest")):
+            seen["report"](receipt, None)
+        seen["report"](one, Verdict(one, (1,), (2, 3), (-1.0, -2.0), (-1.5, -2.0), bound=0.3))
+
+    monkeypatch.setattr("lorakit.serving.opening.open_all", open_all)
+    monkeypatch.setattr(
+        "lorakit.serving.http.app.create_app", lambda *_, **named: seen.update(named)
+    )
+    monkeypatch.setattr("lorakit.serving.http.running.run", answer)
+    serve._serve(ServeConfig(), None, None)  # type: ignore[arg-type]
+    page = seen["metrics"].page().decode()
+    for name in ("sql", "(blend)", "b"):
+        assert f'verified_answers_total{{adapter="{name}",result="skipped"}} 1.0' in page
+    assert 'verified_answers_total{adapter="sql",result="passed"} 1.0' in page
+    assert "lorakit_verification_difference_sum 0.25" in page
+    assert "lorakit_verification_difference Mean absolute difference" in page
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Engine
+from lorakit.serving.engine import Engine, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
@@ -50,12 +50,12 @@ class Opened:
     classifier: ClassifyingEngine | None
 
 
-def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
+def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], Any]) -> Opened:
     """Open the base, the adapters and the engine.
 
     Args:
         config: The options of `lorakit serve`.
-        report: Called with the comparison of each answer that was computed again.
+        report: Called with the verdict on each answer that --verify has chosen (`VerifiedEngine`).
 
     Raises:
         LorakitError: The base or a pinned adapter cannot be opened, or nothing is to be served.

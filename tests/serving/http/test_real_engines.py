@@ -112,7 +112,10 @@ def test_a_prefix_is_shared_only_by_requests_of_one_adapter(text: Path) -> None:
 @pytest.mark.slow
 def test_answers_are_computed_again_if_asked(text: Path) -> None:
     verdicts: list[Any] = []
-    with served(text, report=verdicts.append, verify=1.0) as (client, opened):
+    with served(text, report=lambda _, verdict: verdicts.append(verdict), verify=1.0) as (
+        client,
+        opened,
+    ):
         for model in ("sql", "base"):
             post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
         wait_for(lambda: len(verdicts) == 4)
