@@ -369,6 +369,22 @@ def test_the_adapter_of_a_run_folder_has_the_name_of_the_run(
     assert store.acquire("run").blend == store.acquire("a").blend
 
 
+def test_without_leases_all_memory_is_free(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Room` gives up when no request has a lease."""
+    lease = store.acquire("a")
+    counted, give_back = [], store._loaded.give_back
+
+    def counting(*several: Any) -> None:
+        counted.append(store.stats().leases)
+        give_back(*several)
+
+    monkeypatch.setattr(store._loaded, "give_back", counting)
+    lease.release()
+    assert (counted, store.stats().leases) == ([{"a": 1}], {})
+
+
 def test_add_and_replace(store: AdapterStore, root: Path) -> None:
     (root / "deep").mkdir()
     shutil.copytree(root / "b", root / "deep" / "er")

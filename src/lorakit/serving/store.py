@@ -301,10 +301,10 @@ class AdapterStore:
             self._leases.update(held.keys())
 
         def release() -> None:
-            with self._lock:
+            self._loaded.give_back(*held.values())
+            with self._lock:  # afterwards: without leases there is room
                 self._leases.subtract(held.keys())
                 self._leases += Counter()  # drop names without leases
-            self._loaded.give_back(*held.values())
 
         task = next(iter(held.values())).task
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
