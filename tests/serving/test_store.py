@@ -766,7 +766,7 @@ def test_a_head_with_more_labels_than_the_base_is_refused(tmp_path: Path) -> Non
     head = "sequence-classification"
     method = lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules="score")
     write_adapter(tmp_path / "x", method=method, base=open_base("llama", head, num_labels=5))
-    with pytest.raises(AdapterFileError, match=r"has 5 labels.*num_labels=5"):
+    with pytest.raises(AdapterFileError, match=r"has 5 labels.*--num_labels 5"):
         AdapterStore(open_base("llama", head, num_labels=4), tmp_path, budget=LARGE).acquire("x")
 
 

@@ -68,7 +68,11 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
             "verify computes answers of text again, and all adapters are for classes or scores. Remove --verify and "
             "--verify_stops."
         )
-    base = open_base(_base(config.base, cards), task)
+    if config.num_labels and task.kind != "classification":
+        raise ConfigurationError(
+            f"num_labels is {config.num_labels}, and the adapters are not all for classes. Remove --num_labels."
+        )
+    base = open_base(_base(config.base, cards), task, num_labels=config.num_labels)
     # Adapters bring their heads; the store refuses those that do not.
     for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))

@@ -48,6 +48,8 @@ class ServeConfig(HttpLimits):
     """Offer the routes that load and unload adapters of the folder. With keys, only operators may use them."""
     allow_public: bool = False
     """Listen on an address that other machines can reach without keys. Anyone there can then use the server."""
+    num_labels: int | None = None
+    """Most labels of a classifier. Default: the most that the adapters record. PEFT's folders record none."""
     allow_other_base: bool = False
     """Allow adapters that record another base."""
     adapter_memory: str = "1GB"
@@ -87,6 +89,7 @@ class ServeConfig(HttpLimits):
             "port",
         ):
             require_at_least(name, getattr(self, name), 0)
+        require_at_least("num_labels", self.num_labels, 2)
         for name in ("max_prompt_tokens", "max_requests"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("max_seconds", "max_body_seconds"):

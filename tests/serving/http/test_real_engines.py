@@ -289,6 +289,30 @@ def test_the_queue_of_a_classifier_is_bounded(
         lease.release()
 
 
+@pytest.mark.slow
+def test_a_classifier_of_peft_with_three_labels(classes: Path, tmp_path: Path) -> None:
+    for name in ("two", "three"):
+        shutil.copytree(classes / "adapters" / name, tmp_path / "adapters" / name)
+    (tmp_path / "adapters/three/lorakit.json").unlink()
+    (tmp_path / "base").symlink_to(classes / "base")
+    rows = [["The river pub", "A pub near the river"], ["a", "b"]]
+    with served(tmp_path) as (client, _):
+        answer = client.post("/v1/classify", json={"model": "three", "input": rows})
+        assert "most labels of all adapters: --num_labels 3." in answer.json()["error"]["message"]
+    with served(tmp_path, num_labels=3) as (client, _):
+        for name, labels in (("three", ["LABEL_0", "LABEL_1", "LABEL_2"]), ("two", LABELS["two"])):
+            data = post(client, "/v1/classify", model=name, input=rows)["data"]
+            expected = logits_alone(tmp_path, name, rows).softmax(-1).tolist()
+            for row, probabilities in zip(data, expected, strict=True):
+                assert list(row["scores"]) == labels
+                assert list(row["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_the_number_of_labels_is_for_classifiers(text: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Remove --num_labels"), served(text, num_labels=3):
+        pass
+
+
 def test_classes_cannot_be_verified(classes: Path) -> None:
     with pytest.raises(ConfigurationError, match="Remove --verify"), served(classes, verify=0.5):
         pass
