@@ -80,7 +80,7 @@ class Replica:
     """One server of lorakit, without a socket."""
 
     def __init__(self, config: ServeConfig) -> None:
-        opened = in_own_thread(lambda: open_all(config, lambda verdict: None))
+        opened = in_own_thread(lambda: open_all(config, lambda receipt, verdict: None))
         settings = config.http_settings(opened.name)
         keys = None if config.keys is None else read_keys(config.keys)
         self.app = create_app(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lorakit.cli import background
+from lorakit.cli import background, paper
 from lorakit.storage import is_quiet_asked, quiet
 
 COUNTS = """
@@ -117,3 +117,20 @@ def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused):
     assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_SIGTERM]) == 7
     thread.join()
     assert (tmp_path / "saved").exists()
+
+
+def test_the_process_does_not_start_another_one(capsys):
+    check = f"import os; assert os.environ[{background.IN_BACKGROUND!r}]"
+    assert background.run_in_background([sys.executable, "-c", check]) == 0
+
+
+def test_a_table_in_the_background_runs_in_one_process(monkeypatch, capfd):
+    started = []
+    monkeypatch.setattr(paper, "run_in_background", lambda command: started.append(command) or 3)
+    arguments = ["table1", "--dry_run", "--background", "true"]
+    with pytest.raises(SystemExit, match="3"):
+        paper.run(arguments)
+    assert started == [[sys.executable, "-m", "lorakit", "paper", *arguments]]
+    monkeypatch.setenv(background.IN_BACKGROUND, "1")
+    paper.run(arguments)
+    assert (len(started), "passes per method" in capfd.readouterr().out) == (1, True)

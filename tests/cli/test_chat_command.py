@@ -59,7 +59,8 @@ def chat(folder: Path, monkeypatch, capsys):
 
     def run(*lines: str, terminal: bool = False, options: tuple[str, ...] = ()):
         monkeypatch.setattr(sys, "stdin", Pipe(*lines, terminal=terminal))
-        base = ["--base.name", str(folder / "base"), "--base.dtype", "float32"]
+        name = [] if "--base.name" in options else ["--base.name", str(folder / "base")]
+        base = [*name, "--base.dtype", "float32"]
         status = main(["chat", *base, "--decoding.max_new_tokens", str(NEW), *options])
         shown = capsys.readouterr()
         return status, shown.out, shown.err
@@ -190,14 +191,15 @@ def test_an_adapter_on_the_base_it_is_merged_into_is_refused(folder, chat, tmp_p
     lorakit.load(base.model, folder / "first" / "adapter").merge("adapter", keep_base=False)
     base.model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    words = ("--adapter", str(folder / "first" / "adapter"), "--base.name", str(tmp_path))
+    on_merged = ("--base.name", str(tmp_path))
+    words = ("--adapter", str(folder / "first" / "adapter"), *on_merged)
     status, _, err = chat("river", options=words)
     assert (status, "is another base" in err, "--adapter null" in err) == (1, True, False)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "lorakit_merged": True}))
     status, _, err = chat("river", options=words)
     assert (status, "in it already: use it without an adapter (--adapter null)" in err) == (1, True)
-    status, out, _ = chat("river", options=(*words, "--adapter", "null"))
+    status, out, _ = chat("river", options=(*on_merged, "--adapter", "null"))
     assert (status, out) == (0, f"{answers(folder, 'first', 'river')[0]}\n")
 
 

@@ -255,6 +255,32 @@ def test_a_wrong_argument(arguments: str, message: str) -> None:
         assert word not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seed 1 --seed 2", r"--seed is given 2 times; give it once\.$"),
+        ("--batch_size=1 --seed 1 --batch-size 2", "--batch_size is given 2 times"),
+        ("--resume --resume false --resume", "--resume is given 3 times"),
+        ("--output other", "--output is given 2 times"),
+        (
+            "--lora.targets q --lora.targets v",
+            r"once\. It takes several values: --lora\.targets A B\.",
+        ),
+        ("--data.columns.prompt a --data.columns.prompt b", r"--data\.columns\.prompt is given 2"),
+        ("--data.columns.prompt a --data.columns '{prompt: b}'", r"--data\.columns is given 2"),
+        ("--data.columns '{prompt: b}' --data.columns.prompt a", r"--data\.columns is given 2"),
+    ],
+)
+def test_a_value_that_would_replace_another_is_an_error(arguments: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        train(f"{RUN} {arguments}")
+
+
+def test_an_option_beside_its_position_is_an_error() -> None:
+    with pytest.raises(ConfigurationError, match="--adapter is given 2 times"):
+        parse(MergeConfig, "merge", "", ["in", "out", "--adapter", "x"], "adapter", "output")
+
+
 def test_all_unknown_options_are_reported() -> None:
     with pytest.raises(ConfigurationError) as raised:
         train(f"{RUN} --r 8 --lora_alpha 16 --epochs 2 --target_modules q_proj v_proj --packing")

@@ -22,8 +22,10 @@ from tiny_tokenizer import tiny_tokenizer
 import lorakit
 from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
+from lorakit.serving.engine import Receipt
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
+from lorakit.serving.verification import Verdict
 
 
 def error_of(capsys: Any, *arguments: str) -> str:
@@ -40,6 +42,10 @@ INVALID = {
     "no time": (["--max_seconds", "0"], "max_seconds is 0.0"),
     "a port": (["--port", "70000"], "port is 70000; it must be at most 65535"),
     "keys that are not there": (["--keys", "none.yaml"], "The keys 'none.yaml' cannot be read"),
+    "nothing to stop for": (
+        ["--verify_stops"],
+        "and verify is 0: no answer is computed again. Add --",
+    ),
     "an unknown option": (["--max_token", "1"], "Did you mean '--max_tokens'?"),
 }
 
@@ -102,6 +108,34 @@ def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sources(ServeConfig(adapters="one"))
 
 
+FOLLOWED = {
+    "one name twice": (["out/a", "old/a"], "two runs .* 'a', 'out/a' and 'old/a'.* NAME=old/a"),
+    "one name given twice": (["x=out/a", "x=old/a"], "two runs with the name 'x'"),
+    "the root": (["/"], "name '' for the run '/'. Write NAME=/, with a name"),
+    "no name": (["=out/a"], "name '' for the run 'out/a'. Write NAME=out/a"),
+    "a line break": (["a\nb=out/a"], r"name 'a\\nb' for"),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_a_followed_run_needs_a_name_of_its_own(case: str) -> None:
+    runs, words = FOLLOWED[case]
+    with pytest.raises(ConfigurationError, match=words):
+        sources(ServeConfig(follow=runs))
+
+
+def test_paths_of_followed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out/lr=1e-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out")
+    runs = ["lr=1e-4", "new=lr=1e-4", "absent=1"]
+    assert ServeConfig(follow=runs).followed == {
+        "lr=1e-4": "lr=1e-4",
+        "new": "lr=1e-4",
+        "absent": "1",
+    }
+    assert ServeConfig(follow=["."]).followed == {"out": "."}
+
+
 class Opener:
     """Stands for `webbrowser.open`."""
 
@@ -150,6 +184,40 @@ def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: An
     _, page, curl = capsys.readouterr().out.splitlines()
     assert page == f"playground: {address}"
     assert curl.startswith(f"curl {address}/v1/completions ")
+
+
+def test_every_answer_that_is_chosen_for_verification_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def open_all(config: ServeConfig, report: Any) -> Any:
+        seen["report"] = report
+        worker = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
+        nothing = SimpleNamespace(load=None, stats=None)
+        return SimpleNamespace(
+            name="b", engine=nothing, store=nothing, classifier=None, worker=worker
+        )
+
+    def answer(app: Any, listener: Any, **_: Any) -> None:
+        one = Receipt("digest", (("sql", "a" * 64, 1.0),))
+        blend = Receipt("digest", (("sql", "a" * 64, 0.5), ("e2e", "b" * 64, 0.5)))
+        for receipt in (one, blend, Receipt("digest")):
+            seen["report"](receipt, None)
+        seen["report"](one, Verdict(one, (1,), (2, 3), (-1.0, -2.0), (-1.5, -2.0), bound=0.3))
+
+    monkeypatch.setattr("lorakit.serving.opening.open_all", open_all)
+    monkeypatch.setattr(
+        "lorakit.serving.http.app.create_app", lambda *_, **named: seen.update(named)
+    )
+    monkeypatch.setattr("lorakit.serving.http.running.run", answer)
+    serve._serve(ServeConfig(), None, None)  # type: ignore[arg-type]
+    page = seen["metrics"].page().decode()
+    for name in ("sql", "(blend)", "b"):
+        assert f'verified_answers_total{{adapter="{name}",result="skipped"}} 1.0' in page
+    assert 'verified_answers_total{adapter="sql",result="passed"} 1.0' in page
+    assert "lorakit_verification_difference_sum 0.25" in page
+    assert "lorakit_verification_difference Mean absolute difference" in page
 
 
 @pytest.mark.slow

@@ -80,8 +80,8 @@ class FakeStore:
         self.leases.append(lease)
         return lease
 
-    def add(self, name: str, path: Any, *, replace: bool = False) -> None:
-        if "/" in str(path):
+    def add(self, name: str, path: Any, *, replace: bool, allows: Callable[[str], bool]) -> None:
+        if "/" in str(path) or not allows(path):
             raise LorakitError(f"'{path}' is outside the folder of adapters.")
         self.records[name] = {"task": "completion", "path": f"/adapters/{path}"}
 

@@ -67,9 +67,13 @@ def test_the_answers_are_those_of_generate(arch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"forced_bos_token_id": 7}, {"repetition_penalty": 5.0}], ids=str
+)
 @pytest.mark.parametrize("arch", ENCODER_DECODERS)
-def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch):
+def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch, settings):
     model = build(arch, vocab_size=len(TOKENIZER))
+    model.generation_config.update(**settings)
     attach_some(model, "a")
     lease = PlainLease((("a", 1.0),), TOKENIZER)
     prompt = prompts(1, seed=6)[0][:20]
@@ -80,5 +84,6 @@ def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch):
             engine.score([*prompt, *answer.ids], one, start=len(prompt)).result(60)
             for one in (lease, PlainLease((), TOKENIZER))
         )
+    assert (answer.ids[0] == 7) == ("forced_bos_token_id" in settings)
     assert scores == pytest.approx([token.logprob for token in answer.tokens], abs=1e-4)
     assert scores != pytest.approx(base, abs=1e-2)

@@ -10,6 +10,7 @@ from engines import running, send
 from leases import PlainLease, attach_some
 from tiny_models import build
 from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
@@ -308,6 +309,40 @@ def test_the_queue_is_bounded():
                 send(engine, [5, 6], PlainLease((), TOKENIZER), 4)
 
         engine.between_steps(fill).result(60)
+
+
+SHORT = {
+    "gpt-neo": GPTNeoConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=40,
+    ),
+    "mpt": MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=40),
+}
+
+
+@pytest.mark.parametrize("arch", SHORT)
+def test_a_batch_stays_within_the_context(arch):
+    """Alone, each of these requests fits; together, the long prompt would get as many tokens as the short one."""
+    SHORT[arch].vocab_size = len(TOKENIZER)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHORT[arch]).eval()
+    model.generation_config.eos_token_id = None
+    attach_some(model, targets="all-linear")
+    context = 40
+    given = [([5] * (context - 4), 4), ([6, 7], context - 8), ([8, 9], 3)]
+    expected = [alone(model, prompt, (("a", 1.0),), count) for prompt, count in given]
+    engine = BatchedEngine(model, TOKENIZER)
+    assert engine.limits.context == context
+    lease = PlainLease((("a", 1.0),), TOKENIZER)
+    sent = [send(engine, p, lease, count, sampling=GREEDY) for p, count in given]
+    with running(engine):
+        found = [answer.wait() for answer in sent]
+    assert [answer.end.error for answer in found] == [None] * 3
+    assert [answer.ids for answer in found] == expected
 
 
 def test_a_request_beyond_the_context_is_refused(kind):

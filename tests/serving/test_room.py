@@ -92,6 +92,29 @@ def test_one_that_gives_up_lets_the_next_one_try():
     run(play())
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_room_that_becomes_free_after_a_failed_attempt_is_found(waits):
+    async def play() -> None:
+        memory = Memory(size=1)
+        await memory.use("a")
+
+        async def attempt() -> None:
+            if "a" in memory.held:
+                if not waits or attempts:
+                    memory.held.remove(
+                        "a"
+                    )  # given back between this attempt and the look at `held`
+                attempts.append(False)
+                raise StoreFullError("full")
+            attempts.append(True)
+
+        attempts: list[bool] = []
+        await asyncio.wait_for(memory.room.acquire(attempt), 5)
+        assert attempts == ([False, False, True] if waits else [False, True])
+
+    run(play())
+
+
 def test_waiting_for_nothing_is_an_error():
     async def play() -> None:
         memory = Memory(size=0)

@@ -370,6 +370,22 @@ def test_the_adapter_of_a_run_folder_has_the_name_of_the_run(
     assert store.acquire("run").blend == store.acquire("a").blend
 
 
+def test_without_leases_all_memory_is_free(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Room` gives up when no request has a lease."""
+    lease = store.acquire("a")
+    counted, give_back = [], store._loaded.give_back
+
+    def counting(*several: Any) -> None:
+        counted.append(store.stats().leases)
+        give_back(*several)
+
+    monkeypatch.setattr(store._loaded, "give_back", counting)
+    lease.release()
+    assert (counted, store.stats().leases) == ([{"a": 1}], {})
+
+
 def test_add_and_replace(store: AdapterStore, root: Path) -> None:
     (root / "deep").mkdir()
     shutil.copytree(root / "b", root / "deep" / "er")
@@ -769,7 +785,7 @@ def test_a_head_with_more_labels_than_the_base_is_refused(tmp_path: Path) -> Non
     head = "sequence-classification"
     method = lorakit.LoRA(rank=2, alpha=4, targets="attention.q", train_modules="score")
     write_adapter(tmp_path / "x", method=method, base=open_base("llama", head, num_labels=5))
-    with pytest.raises(AdapterFileError, match=r"has 5 labels.*num_labels=5"):
+    with pytest.raises(AdapterFileError, match=r"has 5 labels.*--num_labels 5"):
         AdapterStore(open_base("llama", head, num_labels=4), tmp_path, budget=LARGE).acquire("x")
 
 

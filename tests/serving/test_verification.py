@@ -23,10 +23,13 @@ def verdicts():
     return []
 
 
-def verified(engine, verdicts, share=1.0):
-    return VerifiedEngine(
-        engine, share, bound=bound_for(engine.model.dtype), report=verdicts.append
-    )
+def verified(engine, verdicts, share=1.0, **settings):
+    def report(receipt, verdict):
+        assert verdict is None or verdict.receipt == receipt
+        verdicts.append(verdict)
+
+    bound = bound_for(engine.model.dtype)
+    return VerifiedEngine(engine, share, bound=bound, report=report, **settings)
 
 
 def wait_for(verdicts, count):
@@ -94,6 +97,19 @@ def test_a_share_is_replayed(verdicts):
             answer.wait()
         engine.between_steps(lambda: None).result(60)
     assert 8 <= len(verdicts) <= 32
+
+
+def test_an_answer_that_is_not_replayed_is_reported(verdicts, caplog):
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        busy = verified(engine, verdicts, pending=0)
+        send(busy, [5, 6, 7], PlainLease((), TOKENIZER), 2).wait()
+        assert wait_for(verdicts, 1) == [None]
+        engine.score = lambda *_, **__: engine.between_steps(lambda: 1 / 0)
+        for count in (2, 3):
+            only_one = verified(engine, verdicts, pending=1)
+            send(only_one, [5, 6, 7], PlainLease((), TOKENIZER), 2).wait()
+            assert wait_for(verdicts, count) == [None] * count
+    assert "An answer could not be replayed: division by zero" in caplog.text
 
 
 def test_a_negative_share_is_refused():

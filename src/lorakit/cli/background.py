@@ -12,6 +12,8 @@ from types import FrameType
 from lorakit.errors import ConfigurationError
 from lorakit.storage import is_quiet_asked
 
+IN_BACKGROUND = "LORAKIT_IN_BACKGROUND"
+"""Environment variable that is set in a process of `run_in_background`."""
 POLL = 1.0
 """Seconds between two looks at whether the machine should be quiet."""
 
@@ -31,6 +33,7 @@ def run_in_background(command: Sequence[str]) -> int:
         )
     process = subprocess.Popen(
         command,
+        env={**os.environ, IN_BACKGROUND: "1"},
         start_new_session=True,  # so that the signals below reach its own child processes too
     )
     # Not in a `preexec_fn`: it can hang where this process has other threads.

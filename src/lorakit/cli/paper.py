@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.cli.background import IN_BACKGROUND, run_in_background
 from lorakit.cli.parsing import parse
 from lorakit.paper.paper_config import PaperConfig
 
@@ -31,11 +33,8 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "table",
     )
-    if config.background:
-        from lorakit.cli.background import run_in_background
-
-        command = [sys.executable, "-m", "lorakit", "paper", *argv, "--background", "false"]
-        sys.exit(run_in_background(command))
+    if config.background and IN_BACKGROUND not in os.environ:
+        sys.exit(run_in_background([sys.executable, "-m", "lorakit", "paper", *argv]))
     elif config.reproduce:
         _reproduce(config)
     elif config.table == "table1":

@@ -50,7 +50,8 @@ def parse(
             beside them. They are skipped and named.
 
     Raises:
-        ConfigurationError: Options are unknown or have an invalid value. Names the nearest options.
+        ConfigurationError: Options are unknown or have an invalid value, and the message names the nearest ones; or an
+            option occurs twice in `argv`.
     """
     if "--help" in argv or "-h" in argv:
         from lorakit.cli.help import show_help
@@ -117,6 +118,7 @@ def _typed(
     """Return the files of `--config`, and the value of every option in `argv` by dotted name."""
     options = {"config": _CONFIG, **options_of(config_class)}
     values: dict[str, Any] = {}
+    names: list[str] = []
     files: list[str] = []
     free: list[str] = []
     unknown: list[str] = []
@@ -137,10 +139,9 @@ def _typed(
         value = _value(given, option, key)
         if option is _CONFIG:
             files.append(value)
-        elif key:
-            values[option.name] = {**values.get(option.name, {}), key: value}
-        else:
-            values[option.name] = value
+            continue
+        names.append(f"{option.name}.{key}" if key else option.name)
+        values[option.name] = {**values.get(option.name, {}), key: value} if key else value
     if unknown:  # all of them: a command line of another library has several
         lines = [
             f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
@@ -148,7 +149,27 @@ def _typed(
         ]
         first, *more = [*lines[:-1], f"{lines[-1]} --help lists the options."]
         raise ConfigurationError(first, *(f"  {line}" for line in more))
-    return files, {**_of_positions(free, options, positional, command), **values}
+    by_position = _of_positions(free, options, positional, command)
+    _require_once([*names, *by_position], options)
+    return files, {**by_position, **values}
+
+
+def _require_once(names: Sequence[str], options: Mapping[str, Option]) -> None:
+    """Require that no value replaces another one.
+
+    Args:
+        names: The name of each option in the arguments, with the key if it sets one entry of a mapping.
+        options: The options of the command by name.
+
+    Raises:
+        ConfigurationError: An option occurs twice, or a mapping beside one of its entries.
+    """
+    for name in names:
+        count = sum(other == name or other.startswith(f"{name}.") for other in names)
+        if count > 1:
+            takes_list = name in options and options[name].takes_list
+            several = f" It takes several values: --{name} A B." if takes_list else ""
+            raise ConfigurationError(f"--{name} is given {count} times; give it once.{several}")
 
 
 _CONFIG = Option("config", str, None, "YAML file with any of these options")

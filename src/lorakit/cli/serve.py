@@ -21,6 +21,7 @@ from lorakit.formatting import counted, visible
 from lorakit.serving.serve_config import ServeConfig
 
 if TYPE_CHECKING:
+    from lorakit.serving.engine import Receipt
     from lorakit.serving.opening import Opened
     from lorakit.serving.verification import Verdict
 
@@ -70,9 +71,12 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
     assert keys is None or isinstance(keys, KeyRing)
     failed: list[Verdict] = []
 
-    def report(verdict: Verdict) -> None:
-        names = [name for name, _, _ in verdict.receipt.adapters]
+    def report(receipt: Receipt, verdict: Verdict | None) -> None:
+        names = [name for name, _, _ in receipt.adapters]
         model = names[0] if len(names) == 1 else BLEND if names else base_name
+        if verdict is None:
+            metrics.verification.skip(model)
+            return
         metrics.verification.record(model, passed=verdict.agrees, difference=verdict.difference)
         if not verdict.agrees and config.verify_stops and not failed:
             failed.append(verdict)

@@ -17,8 +17,16 @@ from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
 
 
-def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
+def open_base(
+    config: BaseConfig, task: DataTask, *, seed: int = 0, num_labels: int | None = None
+) -> Base:
     """Load the base with a head for `task`, and move it to the configured device.
+
+    Args:
+        config: The base.
+        task: Its labels name the outputs of the head.
+        seed: Seed of a head that the checkpoint lacks.
+        num_labels: Fewest outputs of a head for classes. Those beyond the labels of `task` have transformers' names.
 
     Raises:
         BaseModelError: The base cannot be read, does not support such a head, or has no tokenizer.
@@ -27,10 +35,11 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
     device = pick_device(config.device)
     if device.type == "cpu":
         limit_processor()
+    count = max(len(task.labels), num_labels or 0)
     base = load_base(
         config.name,
         task=model_head(task, lambda: _is_encoder_decoder(config)),
-        num_labels=len(task.labels) or None,
+        num_labels=count or None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
@@ -44,8 +53,9 @@ def open_base(config: BaseConfig, task: DataTask, *, seed: int = 0) -> Base:
         )
     base.model.to(device)  # type: ignore[arg-type]
     if task.labels:  # a merged model, or one that transformers saves, then names its predictions
-        base.model.config.id2label = dict(enumerate(task.labels))
-        base.model.config.label2id = {label: i for i, label in enumerate(task.labels)}
+        names = [*task.labels, *(f"LABEL_{i}" for i in range(len(task.labels), count))]
+        base.model.config.id2label = dict(enumerate(names))
+        base.model.config.label2id = {label: i for i, label in enumerate(names)}
     return base
 
 

@@ -102,7 +102,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     context = getattr(config, "max_position_embeddings", None)
     # T5 also has n_positions, but its relative positions have no limit.
     if context is None and not config.is_encoder_decoder:
-        context = getattr(config, "n_positions", None)
+        # MPT's max_seq_len is the length of its table of biases.
+        context = getattr(config, "n_positions", getattr(config, "max_seq_len", None))
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
     for name, module in model.named_modules():  # RoBERTa's positions start after its padding index

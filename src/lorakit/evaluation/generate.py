@@ -121,7 +121,8 @@ def generate(
             texts[i] = text
 
     done = 0
-    with _generating(model, settings, decoding.seed or 0):
+    devices = (parameter.device for parameter in model.parameters())
+    with only_settings(model, settings), evaluating(model), seeded(decoding.seed or 0, devices):
         while done < len(order):
             batch_size.fit(
                 functools.partial(generate_from, done),
@@ -135,14 +136,12 @@ def generate(
 
 
 @contextmanager
-def _generating(model: PreTrainedModel, settings: GenerationConfig, seed: int) -> Iterator[None]:
-    """Seed the generators; restore the model and the random states at the end."""
+def only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Keep `generate` from filling unset values from the model's own configuration, such as a repetition penalty."""
     previous = model.generation_config
-    # `generate` would fill unset values from the model's own configuration: a temperature, a repetition penalty.
     model.generation_config = settings
     try:
-        with evaluating(model), seeded(seed, (p.device for p in model.parameters())):
-            yield
+        yield
     finally:
         model.generation_config = previous
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from lorakit.compute.batching import context_length
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generation_config, padded
+from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
@@ -68,6 +68,8 @@ class BatchedEngine(Worker):
         with self._changed:
             while len(self._batch) < self.limits.running and len(self._waiting):
                 answer = next(self._waiting.turns())
+                if not self._fits([*self._batch, answer]):
+                    break
                 self._waiting.take(answer)
                 self._batch.append(answer)
         if not self._batch:
@@ -77,6 +79,11 @@ class BatchedEngine(Worker):
         finally:
             self._batch = []
         return True
+
+    def _fits(self, batch: Sequence[Answer]) -> bool:
+        """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""
+        prompt = max(len(answer.request.prompt) for answer in batch)
+        return prompt + max(answer.request.max_tokens for answer in batch) <= self.limits.context
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
@@ -98,13 +105,16 @@ class BatchedEngine(Worker):
             model, self.tokenizer, Decoding(max_new_tokens=longest), stop_ids=()
         )
         config.eos_token_id = None  # each answer knows its own end
+        # _NextTokens forces the first token: `generate` would hide the model's scores, which are reported and verified.
+        forced, config.forced_bos_token_id = config.forced_bos_token_id, None
         prompts = [self._prompt(answer.request.prompt) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)
-        with self._by_row([answer.request.lease for answer in batch]):
+        leases = [answer.request.lease for answer in batch]
+        with self._by_row(leases), only_settings(model, config):
             model.generate(  # type: ignore[operator]
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_NextTokens(self, batch)]),
+                logits_processor=LogitsProcessorList([_NextTokens(self, batch, forced)]),
                 stopping_criteria=StoppingCriteriaList([_Ended(batch)]),
             )
         for answer in batch:
@@ -132,17 +142,18 @@ class BatchedEngine(Worker):
 class _NextTokens(LogitsProcessor):
     """Chooses each row's token, delivers it, and leaves `generate` no other choice."""
 
-    def __init__(self, engine: BatchedEngine, batch: list[Answer]) -> None:
-        self._engine, self._batch = engine, batch
+    def __init__(self, engine: BatchedEngine, batch: list[Answer], forced: int | None) -> None:
+        self._engine, self._batch, self._forced = engine, batch, forced
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (B, V) in which all but the chosen token are minus infinity."""
-        del input_ids
         engine = self._engine
         engine.steps += 1
         engine._end_cancelled()
         live = [i for i, answer in enumerate(self._batch) if not answer.has_ended]
-        tokens = choose(scores[live], [self._batch[i].chooser for i in live]) if live else []
+        choosers = [self._batch[i].chooser for i in live]
+        is_first = input_ids.shape[1] == 1  # as in transformers' ForcedBOSTokenLogitsProcessor
+        tokens = choose(scores[live], choosers, self._forced if is_first else None) if live else []
         chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
         for i, token in zip(live, tokens, strict=True):
             self._batch[i].accept(token)

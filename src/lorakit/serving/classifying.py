@@ -22,6 +22,9 @@ from lorakit.tasks import LabelledExample
 
 _LOG = logging.getLogger(__name__)
 
+MOST_TEXTS = 4096
+"""Most waiting texts. A request with more of them is accepted if none waits."""
+
 
 @dataclass(eq=False)
 class _Job:
@@ -41,12 +44,12 @@ class ClassifyingEngine(Worker):
     Args:
         base: A base with a head of classes or a score.
         running: Most rows of a batch.
-        queue: Most waiting rows. A request with more of them is accepted if none waits.
+        queue: Most waiting requests.
     """
 
     name = "classifying"
 
-    def __init__(self, base: Base, *, running: int = 32, queue: int = 4096) -> None:
+    def __init__(self, base: Base, *, running: int = 32, queue: int = 256) -> None:
         assert base.tokenizer is not None
         context = context_length(base.model) or UNLIMITED
         super().__init__(base.model, base.tokenizer, Limits(context, queue, running))
@@ -69,15 +72,24 @@ class ClassifyingEngine(Worker):
         job = _Job(examples, lease)
         with self._changed:
             self._require_open()
-            if self._rows and len(self._rows) + len(examples) > self.limits.queue:
+            waiting = self._waiting_count()
+            if waiting >= self.limits.queue:
+                raise QueueFullError(f"{waiting} requests wait already")
+            if waiting and len(self._rows) + len(examples) > MOST_TEXTS:
                 raise QueueFullError(f"{len(self._rows)} texts wait already")
             self._rows.extend((job, i) for i in range(len(examples)))
             self._changed.notify()
         return job.future
 
     def load(self) -> Load:
-        """Return what the engine does now, with waiting rows as waiting requests."""
-        return replace(super().load(), waiting=len(self._rows))
+        """Return what the engine does now."""
+        with self._changed:
+            waiting = self._waiting_count()
+        return replace(super().load(), waiting=waiting)
+
+    def _waiting_count(self) -> int:
+        """Return the number of requests with a waiting text. The caller holds the lock."""
+        return len({job for job, _ in self._rows})
 
     def _running(self) -> Sequence[Answer]:
         return []

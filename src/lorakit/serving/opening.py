@@ -21,7 +21,7 @@ from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Engine
+from lorakit.serving.engine import Engine, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
@@ -50,33 +50,42 @@ class Opened:
     classifier: ClassifyingEngine | None
 
 
-def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
+def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], Any]) -> Opened:
     """Open the base, the adapters and the engine.
 
     Args:
         config: The options of `lorakit serve`.
-        report: Called with the comparison of each answer that was computed again.
+        report: Called with the verdict on each answer that --verify has chosen (`VerifiedEngine`).
 
     Raises:
         LorakitError: The base or a pinned adapter cannot be opened, or nothing is to be served.
     """
     root, followed = sources(config)
     cards = _cards(root, followed)
-    base = open_base(_base(config.base, cards), _task(cards))
+    task = _task(cards)
+    if config.verify and not task.generates:
+        raise ConfigurationError(
+            "verify computes answers of text again, and all adapters are for classes or scores. Remove --verify and "
+            "--verify_stops."
+        )
+    if config.num_labels and task.kind != "classification":
+        raise ConfigurationError(
+            f"num_labels is {config.num_labels}, and the adapters are not all for classes. Remove --num_labels."
+        )
+    base = open_base(_base(config.base, cards), task, num_labels=config.num_labels)
     # Adapters bring their heads; the store refuses those that do not.
     for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
-    worker = _worker(base, config, _task(cards))
+    worker = _worker(base, config, task)
     store = AdapterStore(
         base,
         root,
         budget=bytes_of("adapter_memory", config.adapter_memory),
+        followed=followed,
         pinned=config.pin,
         between_steps=lambda action: _wait(worker.between_steps(action)),
         allow_other_base=config.allow_other_base,
     )
-    for run, path in followed.items():
-        store.follow(path, run)
     name = config.served_name or base.source.name
     if name in store.names():
         raise ConfigurationError(
@@ -84,7 +93,7 @@ def open_all(config: ServeConfig, report: Callable[[Verdict], Any]) -> Opened:
         )
     engine: Engine = worker
     classifier = worker if isinstance(worker, ClassifyingEngine) else None
-    if config.verify and classifier is None:
+    if config.verify:
         bound = bound_for(base.model.dtype)
         engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
     return Opened(base, name, store, engine, worker, classifier)
@@ -97,7 +106,7 @@ def _wait(future: Future[T]) -> T:
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
     assert base.tokenizer is not None
     if not task.generates:
-        return ClassifyingEngine(base, running=config.max_running)
+        return ClassifyingEngine(base, running=config.max_running, queue=config.max_queue)
     return engine_for(
         base.model,
         base.tokenizer,
@@ -111,9 +120,15 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
     """Return the folder of adapters, and the runs to follow by name.
 
     Raises:
-        ConfigurationError: The folder does not exist, or there is nothing to serve.
+        ConfigurationError: The folder does not exist, a name cannot be used, or there is nothing to serve.
     """
     followed = config.followed
+    for name, path in followed.items():
+        if not folders.is_public_name(name):
+            raise ConfigurationError(
+                f"follow has the name {name!r:.80} for the run '{path}'. Write NAME={path}, with a name of up to "
+                f"{folders.LONGEST_NAME} printable characters."
+            )
     if config.adapters is not None:
         root = Path(config.adapters).expanduser()
         if not root.is_dir():

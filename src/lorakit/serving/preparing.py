@@ -148,8 +148,8 @@ def _pad_head(
     count = max((len(stored.trained[name]) for name in names), default=rows)
     if count > rows:
         raise AdapterFileError(
-            f"'{path}' has {count} labels, and the base was opened with a head for {rows}. Open it with the most "
-            f"labels of all adapters: num_labels={count}."
+            f"'{path}' has {count} labels, and the base was opened with a head for {rows}. Start the server with the "
+            f"most labels of all adapters: --num_labels {count}."
         )
     for name in names:
         stored.trained[name] = _padded(stored.trained[name], rows)

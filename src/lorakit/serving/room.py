@@ -45,27 +45,37 @@ class Room:
             StoreFullError: There is no room although no request holds adapters.
         """
         self._loop = loop = asyncio.get_running_loop()
-        if not self._waiting or loop.time() - self._waiting[0].since < PATIENCE:
-            try:
-                return await attempt()
-            except StoreFullError:
-                if not self._is_in_use():
-                    raise
+        may_overtake = not self._waiting or loop.time() - self._waiting[0].since < PATIENCE
+        if may_overtake and (found := await self._try(attempt)):
+            return found[0]
         own = _Waiter(loop.time())
         self._waiting.append(own)
         try:
             while True:
                 own.changed.clear()
-                if self._waiting[0] is own:
-                    try:
-                        return await attempt()
-                    except StoreFullError:
-                        if not self._is_in_use():
-                            raise
+                if self._waiting[0] is own and (found := await self._try(attempt)):
+                    return found[0]
                 await own.changed.wait()
         finally:
             self._waiting.remove(own)
             self._wake()
+
+    async def _try(self, attempt: Callable[[], Awaitable[T]]) -> tuple[T] | None:
+        """Return what `attempt` returns, in a tuple; None if there is no room while requests hold adapters.
+
+        Raises:
+            StoreFullError: There is no room although no request holds adapters.
+        """
+        for is_last in (False, True):
+            try:
+                return (await attempt(),)
+            except StoreFullError:
+                if self._is_in_use():
+                    break
+                if is_last:
+                    raise
+                # Adapters that were in use during the attempt may have been given back since: try once more.
+        return None
 
     def released(self) -> None:
         """Let the first one try again, after a request has given back its adapters; from any thread."""

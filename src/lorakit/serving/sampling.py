@@ -38,12 +38,15 @@ class Chooser:
         return self._random.random()
 
 
-def choose(scores: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
+def choose(
+    scores: Tensor, choosers: Sequence[Chooser], forced: int | None = None
+) -> list[Token | None]:
     """Return the next token of each request; None if its scores hold NaN, or no token is possible.
 
     Args:
         scores: The model's scores, shape (N, V).
         choosers: N requests.
+        forced: The token that every request gets, with its log-probability under the scores.
     """
     scores = scores.float()
     best, greedy = scores.max(-1)  # NaN in a row makes its maximum NaN
@@ -54,6 +57,8 @@ def choose(scores: Tensor, choosers: Sequence[Chooser]) -> list[Token | None]:
     for i, chooser in enumerate(choosers):
         if usable[i] and chooser.sampling.temperature > 0:
             tokens[i] = _sample(scores[i], chooser)
+        if usable[i] and forced is not None:
+            tokens[i] = forced
     chosen: list[Token | None] = [None if t is None else Token(t) for t in tokens]
     reported = [
         i for i, c in enumerate(choosers) if c.top_logprobs is not None and tokens[i] is not None

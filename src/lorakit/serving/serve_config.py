@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, require_at_least
@@ -48,6 +48,8 @@ class ServeConfig(HttpLimits):
     """Offer the routes that load and unload adapters of the folder. With keys, only operators may use them."""
     allow_public: bool = False
     """Listen on an address that other machines can reach without keys. Anyone there can then use the server."""
+    num_labels: int | None = None
+    """Most labels of a classifier. Default: the most that the adapters record. PEFT's folders record none."""
     allow_other_base: bool = False
     """Allow adapters that record another base."""
     adapter_memory: str = "1GB"
@@ -59,8 +61,8 @@ class ServeConfig(HttpLimits):
     max_queue: int = 256
     """Requests that wait for a place in a batch. One more is answered with 429."""
     verify: float = 0.0
-    """Share of the answers, 0 to 1, that are computed again by their adapters alone and compared. Failures are logged
-    and counted in /metrics."""
+    """Share of the answers of text, 0 to 1, that are computed again by their adapters alone and compared. Failures are
+    logged and counted in /metrics."""
     verify_stops: bool = False
     """Shut down when an answer that was computed again differs."""
     access_log: bool = False
@@ -87,6 +89,7 @@ class ServeConfig(HttpLimits):
             "port",
         ):
             require_at_least(name, getattr(self, name), 0)
+        require_at_least("num_labels", self.num_labels, 2)
         for name in ("max_prompt_tokens", "max_requests"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("max_seconds", "max_body_seconds"):
@@ -96,6 +99,10 @@ class ServeConfig(HttpLimits):
             raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at most {most}.")
         for name in ("adapter_memory", "cache_memory"):
             bytes_of(name, getattr(self, name))
+        if self.verify_stops and not self.verify:
+            raise ConfigurationError(
+                "verify_stops is true, and verify is 0: no answer is computed again. Add --verify 0.05."
+            )
         if not self.is_loopback and self.keys is None and not self.allow_public:
             raise ConfigurationError(
                 f"host is {self.host}, which other machines can reach, and there are no keys. Add --keys FILE, or "
@@ -123,11 +130,22 @@ class ServeConfig(HttpLimits):
 
     @property
     def followed(self) -> dict[str, str]:
-        """The runs to follow: name to path."""
-        found = {}
+        """The runs to follow: name to path. An existing path may contain ``=``.
+
+        Raises:
+            ConfigurationError: Two runs have the same name.
+        """
+        found: dict[str, str] = {}
         for run in self.follow:
             name, equals, path = run.partition("=")
-            found[name if equals else Path(run).name] = path if equals else run
+            if not equals or os.path.exists(run):
+                name, path = os.path.basename(os.path.abspath(run)), run
+            if name in found:
+                raise ConfigurationError(
+                    f"follow has two runs with the name '{name}', '{found[name]}' and '{path}'. Give one of them "
+                    f"another name: NAME={path}."
+                )
+            found[name] = path
         return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,12 +80,13 @@ class AdapterStore:
         base: The base. The store keeps a handle on its model, `handle`, until the process ends.
         root: The folder whose direct subfolders hold adapters; None serves only those that `follow` adds.
         budget: Most bytes of the tensors of loaded adapters.
+        followed: Runs to `follow`, path by name.
         pinned: Names of adapters that are loaded now and stay loaded. No forward pass may run yet.
         between_steps: Runs an action while no forward pass of the model runs, and returns its result.
         allow_other_base: Load adapters that record another base, and log a warning.
 
     Raises:
-        LorakitError: A pinned adapter cannot be loaded.
+        LorakitError: A pinned adapter cannot be loaded, or a followed run has the name of an adapter.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class AdapterStore:
         root: Path | None,
         *,
         budget: int,
+        followed: Mapping[str, str] | None = None,
         pinned: Collection[str] = (),
         between_steps: Callable[[Callable[[], T]], T] = lambda action: action(),
         allow_other_base: bool = False,
@@ -118,6 +120,8 @@ class AdapterStore:
         """Names of folders in the root that `remove` has withdrawn."""
         self._leases: Counter[str] = Counter()
         self._pinned = frozenset(pinned)
+        for name, run in (followed or {}).items():
+            self.follow(run, name)
         for name in sorted(self._pinned):
             self.acquire(name).release()
         self._loaded.between_steps = between_steps
@@ -157,13 +161,22 @@ class AdapterStore:
         )
         return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
 
-    def add(self, name: str, path: str | Path, *, replace: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        replace: bool = False,
+        allows: Callable[[str], bool] = lambda folder: True,
+    ) -> None:
         """Serve the adapter at `path` under a name, after loading it once.
 
         Args:
             name: The public name.
             path: Its folder, inside the root; a relative path starts there.
             replace: Replace an adapter of this name. Requests in flight keep the old one.
+            allows: Returns whether the caller may use a direct subfolder of the root. If not, an adapter in it is an
+                error as if it did not exist.
 
         Raises:
             AdapterStateError: The name is taken or not printable, or a batch of several adapters cannot use it.
@@ -175,7 +188,7 @@ class AdapterStore:
             raise AdapterStateError(
                 f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
-        source = AdapterSource(self._inside(path))
+        source = AdapterSource(self._inside(path, allows))
         self._put(name, source, replace=replace)
 
     def follow(self, run: str | Path, name: str) -> None:
@@ -190,20 +203,22 @@ class AdapterStore:
         """
         self._put(name, RunSource(os.path.realpath(run)), replace=False, load=False)
 
-    def _inside(self, path: str | Path) -> str:
+    def _inside(self, path: str | Path, allows: Callable[[str], bool]) -> str:
         if self.root is None:
             raise AdapterFileError(
                 f"'{path}' cannot be added, because the server has no folder of adapters. Start it with one."
             )
-        joined = os.path.join(os.path.realpath(self.root), path)
-        if "\0" in joined or not folders.is_within(joined, self.root):
+        root = os.path.realpath(self.root)
+        joined = os.path.normpath(os.path.join(root, path))
+        if "\0" in str(path) or not folders.is_within(joined, self.root):
             raise AdapterFileError(
-                f"{str(path)!r} is outside the folder of adapters, '{self.root}'. Copy the adapter into it, and give "
-                "its path from there."
+                f"{str(path)!r} is outside the folder of adapters. Copy the adapter into it, and give its path from "
+                "there."
             )
-        if AdapterSource(joined).locate() is None:
+        folder = os.path.relpath(os.path.realpath(joined), root).split(os.sep)[0]
+        if not allows(folder) or AdapterSource(joined).locate() is None:
             raise AdapterFileError(
-                f"'{joined}' holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
+                f"{str(path)!r} holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
             )
         return joined
 
@@ -286,10 +301,10 @@ class AdapterStore:
             self._leases.update(held.keys())
 
         def release() -> None:
-            with self._lock:
+            self._loaded.give_back(*held.values())
+            with self._lock:  # afterwards: without leases there is room
                 self._leases.subtract(held.keys())
                 self._leases += Counter()  # drop names without leases
-            self._loaded.give_back(*held.values())
 
         task = next(iter(held.values())).task
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())

@@ -80,7 +80,8 @@ class VerifiedEngine:
         engine: The engine.
         share: Share of the answers, from 0 to 1.
         bound: Largest mean difference of the log-probabilities of an answer's tokens.
-        report: Called with each verdict, in the engine's thread.
+        report: Called with the receipt and the verdict of each chosen answer, in the engine's thread. The verdict is
+            None if the answer was not replayed: too many wait, or the forward pass has failed.
         pending: Most answers that wait to be replayed. Others are not replayed then, so that a busy server does not
             collect them.
     """
@@ -91,7 +92,7 @@ class VerifiedEngine:
         share: float,
         *,
         bound: float,
-        report: Callable[[Verdict], Any],
+        report: Callable[[Receipt, Verdict | None], Any],
         pending: int = 64,
     ) -> None:
         require_at_least("verify", share, 0)
@@ -134,6 +135,7 @@ class VerifiedEngine:
 
     def _replay(self, request: GenerationRequest, tokens: Sequence[Token]) -> None:
         if not self._pending.acquire(blocking=False):
+            self._report(request.lease.receipt, None)
             return
         lease = request.lease.share()
         prompt, ids = tuple(request.prompt), tuple(token.id for token in tokens)
@@ -144,6 +146,7 @@ class VerifiedEngine:
             self._pending.release()
             if done.cancelled() or done.exception() is not None:
                 _LOG.warning("An answer could not be replayed: %s", done.exception())
+                self._report(lease.receipt, None)
                 return
             verdict = Verdict(lease.receipt, prompt, ids, served, tuple(done.result()), self._bound)
             if not verdict.agrees:
@@ -158,7 +161,7 @@ class VerifiedEngine:
                     [round(value, 3) for value in served],
                     [round(value, 3) for value in verdict.alone],
                 )
-            self._report(verdict)
+            self._report(lease.receipt, verdict)
 
         self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
 

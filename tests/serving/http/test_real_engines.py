@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from served import wait_for
 from whole import LABELS, alone, post, served
 
 import lorakit
+from lorakit.errors import ConfigurationError
+from lorakit.serving import classifying
+from lorakit.serving.engine import QueueFullError
+from lorakit.serving.http.keys import Key, KeyRing, digest_of
+from lorakit.tasks import LabelledExample
 
 CHOICES: list[Any] = [None, "e2e", "sql", {"e2e": 0.5, "sql": -0.5}, "e2e", None]
 
@@ -105,7 +112,10 @@ def test_a_prefix_is_shared_only_by_requests_of_one_adapter(text: Path) -> None:
 @pytest.mark.slow
 def test_answers_are_computed_again_if_asked(text: Path) -> None:
     verdicts: list[Any] = []
-    with served(text, report=verdicts.append, verify=1.0) as (client, opened):
+    with served(text, report=lambda _, verdict: verdicts.append(verdict), verify=1.0) as (
+        client,
+        opened,
+    ):
         for model in ("sql", "base"):
             post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
         wait_for(lambda: len(verdicts) == 4)
@@ -143,6 +153,57 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
         assert opened.store.stats().leases == {}
+
+
+@pytest.mark.slow
+def test_a_followed_run_can_be_pinned(text: Path, tmp_path: Path) -> None:
+    shutil.copytree(text / "adapters" / "e2e", tmp_path / "run" / "adapter")
+    with served(text, follow=[str(tmp_path / "run")], pin=["run", "sql"]) as (_, opened):
+        assert opened.store.names() == ["e2e", "run", "sql"]
+        assert opened.store.stats().pinned == 2
+
+
+@pytest.mark.slow
+def test_an_operator_loads_only_from_folders_that_its_key_allows(text: Path) -> None:
+    secret = "k" * 20
+    key = Key(name="k", digest=digest_of(secret), adapters=("e2e*", "absent-e2e"), operator=True)
+    foreign = text / "adapters" / "sql"
+    (text / "adapters" / "e2e-link").symlink_to(foreign)
+    try:
+        with served(text, keys=KeyRing([key])) as (client, opened):
+            client.headers["authorization"] = f"Bearer {secret}"
+
+            def load(path: str) -> tuple[int, str]:
+                body = {"lora_name": "e2e-new", "lora_path": path}
+                answer = client.post("/v1/load_lora_adapter", json=body)
+                message = answer.json().get("error", {}).get("message", "")
+                assert str(text) not in message.replace(path, "")
+                return answer.status_code, re.sub("^'.*?'", "PATH", message)
+
+            absent = load("absent-e2e")
+            assert absent[0] == 400
+            for path in (
+                *("sql", "sql/", "./sql", "e2e/../sql", "e2e/../../adapters/sql", "e2e-link"),
+                *("absent", "absent/", "e2e-absent/", str(foreign), f"{foreign}/"),
+            ):
+                assert load(path) == absent, path
+            assert "e2e-new" not in opened.store.names()
+            assert load("e2e/")[0] == 200
+    finally:
+        (text / "adapters" / "e2e-link").unlink()
+
+
+@pytest.mark.slow
+def test_a_refused_load_shows_no_path_of_the_server(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "damaged").mkdir(parents=True)
+    (tmp_path / "adapters" / "damaged" / "adapter_config.json").write_text("{")
+    (tmp_path / "base").symlink_to(text / "base")
+    with served(tmp_path) as (client, _):
+        for path in ("damaged", "damaged/", "damaged//", "absent/", "'", "../x", "x\n/y/z"):
+            body = {"lora_name": "new", "lora_path": path}
+            answer = client.post("/v1/load_lora_adapter", json=body)
+            assert answer.status_code == 400
+            assert str(tmp_path) not in answer.text, path
 
 
 @torch.no_grad()
@@ -193,3 +254,65 @@ def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> Non
                 row["label"]
                 == LABELS[name][max(range(len(probabilities)), key=probabilities.__getitem__)]
             )
+
+
+@pytest.mark.slow
+def test_the_queue_of_a_classifier_is_bounded(
+    classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifying, "MOST_TEXTS", 5)
+    text = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
+    with served(classes, max_queue=2, max_running=1) as (_, opened):
+        engine, lease = opened.classifier, opened.store.acquire("two")
+        assert engine is not None
+        assert engine.limits.queue == 2
+        futures = []
+
+        def fill(*counts: int) -> None:
+            for count in counts:
+                futures.append(engine.classify([text] * count, lease))
+
+        def fill_twice() -> None:
+            fill(2, 1)
+            assert engine.load().waiting == 2
+            with pytest.raises(QueueFullError, match="2 requests wait already"):
+                fill(1)
+
+        def fill_with_many() -> None:
+            fill(9)
+            with pytest.raises(QueueFullError, match="9 texts wait already"):
+                fill(1)
+
+        for action in (fill_twice, fill_with_many):
+            engine.between_steps(action).result(60)
+            assert [len(future.result(60)) for future in futures] == [2, 1, 9][: len(futures)]
+        lease.release()
+
+
+@pytest.mark.slow
+def test_a_classifier_of_peft_with_three_labels(classes: Path, tmp_path: Path) -> None:
+    for name in ("two", "three"):
+        shutil.copytree(classes / "adapters" / name, tmp_path / "adapters" / name)
+    (tmp_path / "adapters/three/lorakit.json").unlink()
+    (tmp_path / "base").symlink_to(classes / "base")
+    rows = [["The river pub", "A pub near the river"], ["a", "b"]]
+    with served(tmp_path) as (client, _):
+        answer = client.post("/v1/classify", json={"model": "three", "input": rows})
+        assert "most labels of all adapters: --num_labels 3." in answer.json()["error"]["message"]
+    with served(tmp_path, num_labels=3) as (client, _):
+        for name, labels in (("three", ["LABEL_0", "LABEL_1", "LABEL_2"]), ("two", LABELS["two"])):
+            data = post(client, "/v1/classify", model=name, input=rows)["data"]
+            expected = logits_alone(tmp_path, name, rows).softmax(-1).tolist()
+            for row, probabilities in zip(data, expected, strict=True):
+                assert list(row["scores"]) == labels
+                assert list(row["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_the_number_of_labels_is_for_classifiers(text: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Remove --num_labels"), served(text, num_labels=3):
+        pass
+
+
+def test_classes_cannot_be_verified(classes: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Remove --verify"), served(classes, verify=0.5):
+        pass

@@ -37,7 +37,7 @@ def write(
 
 @contextlib.contextmanager
 def served(
-    folder: Path, *, report: Any = lambda verdict: None, keys: Any = None, **settings: Any
+    folder: Path, *, report: Any = lambda receipt, verdict: None, keys: Any = None, **settings: Any
 ) -> Iterator[tuple[TestClient, Opened]]:
     config = ServeConfig(
         base=BaseConfig(name=str(folder / "base"), dtype="float32"),

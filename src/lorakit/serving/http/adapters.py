@@ -57,7 +57,8 @@ async def get_model(request: Request, model: str) -> Model:
 async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
     """Offer an adapter from a folder under the server's folder of adapters."""
     serving, name = serving_of(request), body.lora_name
-    _require_operator(serving, record_of(request).key, name)
+    key = record_of(request).key
+    _require_operator(serving, key, name)
     if name == serving.settings.base_name:
         raise ApiError(
             400,
@@ -74,11 +75,12 @@ async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
                 code="name_taken",
             )
         try:
-            serving.store.add(name, body.lora_path, replace=body.load_inplace)
-        except StoreFullError:
+            serving.store.add(name, body.lora_path, replace=body.load_inplace, allows=key.allows)
+        except (StoreFullError, UnknownAdapterError):
             raise
         except LorakitError as error:
-            raise ApiError(400, str(error), param="lora_path", code="cannot_be_served") from error
+            message = without_folders(str(error))
+            raise ApiError(400, message, param="lora_path", code="cannot_be_served") from error
 
     await serving.in_worker(add)
     return Loaded(id=name, status="loaded")

@@ -107,16 +107,16 @@ class Metrics:
 
 
 class Verification:
-    """Answers that were computed again, alone, and compared (`lorakit serve --verify`)."""
+    """Answers that were chosen to be computed again, alone, and compared (`lorakit serve --verify`)."""
 
     def __init__(self, metrics: Metrics, own: dict) -> None:
         self._metrics = metrics
         self._answers = Counter(
-            "verified_answers", "Answers that were computed again", ["adapter", "result"], **own
+            "verified_answers", "Answers that --verify has chosen", ["adapter", "result"], **own
         )
         self._difference = Histogram(
             "verification_difference",
-            "Largest difference of a token's log-probability in an answer",
+            "Mean absolute difference of the log-probabilities of an answer's tokens",
             buckets=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0),
             **own,
         )
@@ -127,7 +127,7 @@ class Verification:
         Args:
             adapter: The model of the request.
             passed: Whether the difference is within the bound.
-            difference: The largest difference of a token's log-probability.
+            difference: The mean absolute difference of the log-probabilities of its tokens.
         """
         self._answers.labels(self._metrics.label(adapter), "passed" if passed else "failed").inc()
         self._difference.observe(difference)
