@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -369,9 +369,26 @@ def check_base(
             record = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
         live = replace(record, tokenizer=tokenizer)
         _compare_base(model, stored, stored.base, live, allow_other_base)
+    elif (note := _other_name(model, stored)) is not None:
+        stored.notices.append(note)
     # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
     for notice in stored.notices:
         _LOG.warning("%s: %s", path, notice)
+
+
+def _other_name(model: nn.Module, stored: StoredAdapter) -> str | None:
+    """Return a notice if a folder of PEFT names another base than this model; it records nothing else of its base."""
+    of_peft = stored.provenance.get("peft")
+    recorded = of_peft.get("base_model_name_or_path") if isinstance(of_peft, Mapping) else None
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    # A local copy has the name of the hub id's last part.
+    names = [PurePath(str(name)).name.lower() for name in (recorded, here) if name]
+    if len(names) < 2 or names[0] == names[1]:
+        return None
+    return (
+        f"It was trained on '{recorded}', and this model is '{here}'. The file records no more of its base, so only "
+        "shapes are compared: make sure that the weights are the same."
+    )
 
 
 def _compare_base(

@@ -203,6 +203,21 @@ def test_keys_without_pefts_prefix(tmp_path):
         read_peft(tmp_path)
 
 
+def test_another_name_of_the_base_is_told(tmp_path, caplog):
+    """PEFT records nothing else of its base. A local copy has the last part of the hub's name."""
+    by_peft(tiny_models.build("llama"), tmp_path, target_modules=["q_proj"])
+    path = tmp_path / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": "owner/Llama-A"}
+    path.write_text(json.dumps(config))
+    for name, told in (("", False), ("copies/llama-a", False), ("owner/llama-b", True)):
+        model = tiny_models.build("llama")
+        model.config._name_or_path = name
+        caplog.clear()
+        lorakit.load(model, tmp_path)
+        message = "It was trained on 'owner/Llama-A', and this model is 'owner/llama-b'."
+        assert (message in caplog.text) == told
+
+
 # --- base weights in the file --------------------------------------------------------------------
 
 
