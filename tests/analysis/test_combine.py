@@ -183,8 +183,9 @@ def test_ties_by_its_definition():
 def test_ties_and_dare_beside_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     changes = [randn(12, 9, seed=i) for i in range(3)]
-    expected = merge_utils.ties(changes, torch.ones(3), 0.4)
-    torch.testing.assert_close(ties(changes, [1.0] * 3, 0.4), expected)
+    for weights in ([1.0] * 3, [0.4] * 3):  # PEFT elects the signs before it weighs the changes
+        expected = merge_utils.ties(changes, torch.tensor(weights), 0.4)
+        torch.testing.assert_close(ties(changes, weights, 0.4), expected)
     kept = dare(changes[0], 0.5, torch.Generator().manual_seed(0))
     chosen = kept != 0
     torch.testing.assert_close(kept[chosen], 2 * changes[0][chosen])
@@ -195,7 +196,8 @@ def test_ties_and_dare_beside_peft():
 @pytest.mark.parametrize("name", ["linear", "fused", "grouped", "embedding"])
 def test_entrywise_results_are_approximated_at_the_sum_of_the_ranks(how, name):
     first, second = stored(name), stored(**{name: _other(layers()[name])})
-    made = combine_adapters([first, second], how=how, density=0.6, seed=3)
+    weights = [0.7, -1.3]
+    made = combine_adapters([first, second], weights, how=how, density=0.6, seed=3)
     generator = torch.Generator().manual_seed(3)
     pieces = [dense_parts(adapter.layers[name]) for adapter in (first, second)]
     residual, norm = 0.0, 0.0
@@ -204,9 +206,12 @@ def test_entrywise_results_are_approximated_at_the_sum_of_the_ranks(how, name):
             changes = [c[:, 9 * number : 9 * (number + 1)] for c in changes]
         changes = [change.float() for change in changes]
         if how == "ties":
-            mixed = ties(changes, [1.0, 1.0], 0.6)
+            mixed = ties(changes, weights, 0.6)
         else:
-            mixed = sum(dare(change, 0.6, generator) for change in changes)
+            mixed = sum(
+                weight * dare(change, 0.6, generator)
+                for weight, change in zip(weights, changes, strict=True)
+            )
         rank = sum(a.layers[name].rank // a.layers[name].groups for a in (first, second))
         U, S, Vh = torch.linalg.svd(mixed.double(), full_matrices=False)
         found = dense_parts(made.adapter.layers[name])[number]

@@ -4,10 +4,12 @@ import dataclasses
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 from lorakit.cli import COMMANDS, main
+from lorakit.cli.options import options_of
 from lorakit.methods.registry import SECTIONS
 from lorakit.training.config import TrainConfig
 
@@ -38,7 +40,15 @@ def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
     out = capsys.readouterr().out
     assert exit_.value.code == 0
     assert out.startswith(f"usage: lorakit {command}")
-    assert "\n  (required" not in out.replace("  (required, type", "")
+    configs = import_module(f"lorakit.cli.{command}").CONFIGS
+    for option in (option for config in configs for option in options_of(config).values()):
+        assert len(option.text.split()) > 1, option.name
+    if len(configs) == 1:  # `lorakit analyze` has one for each measure
+        with pytest.raises(SystemExit):
+            main([command, "--help", "all"])
+        printed = " ".join(capsys.readouterr().out.split())
+        for name, option in options_of(configs[0]).items():
+            assert f" --{name} {' '.join(option.text.split()[:4])}" in printed
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import tiny_runs
 
-from lorakit.data import DataConfig
+from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError, DataError, LorakitError, WrongBaseError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
@@ -59,6 +59,28 @@ def test_the_loss_is_that_which_training_reported(trained: Path) -> None:
     )
     assert adapted.scores["loss"] == pytest.approx(result["scores"]["loss"], rel=1e-5)
     assert adapted.scores["loss"] < base.scores["loss"]
+
+
+def test_the_loss_is_the_mean_over_all_targets(trained, tmp_path) -> None:
+    """Completions of 1 to 15 words, in batches of two: a mean of the means of batches differs."""
+    words = tiny_runs.WORDS
+    rows = [
+        {"prompt": "food:", "completion": "".join(f" {words[i % 13]}" for i in range(count))}
+        for count in (1, 15, 2, 9, 1)
+    ]
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    config = settings(trained, scores=("loss",), batch_size=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=test))
+    model = AutoModelForCausalLM.from_pretrained(trained / "base").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "base")
+    total, targets = 0.0, 0
+    for example in load_examples(config.data, "test", tokenizer):
+        ids, mask = torch.tensor(example.input_ids), torch.tensor(example.loss_mask)[1:]
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total, targets = total + float(losses[mask].sum()), targets + int(mask.sum())
+    assert evaluate(config).scores["loss"] == pytest.approx(total / targets, rel=1e-5)
 
 
 def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained, tmp_path) -> None:

@@ -7,7 +7,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generate
+from lorakit.evaluation.generate import generate, generation_config
 
 PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]
 
@@ -107,6 +107,43 @@ def test_draws_follow_their_seed_and_leave_the_random_state(model, tokenizer) ->
     ]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_every_setting_reaches_the_generation(model, tokenizer) -> None:
+    drawn = Decoding(max_new_tokens=7, temperature=0.6, top_p=0.8, top_k=5)
+    config = generation_config(model, tokenizer, drawn, ())
+    assert (config.max_new_tokens, config.do_sample, config.num_beams) == (7, True, 1)
+    assert (config.temperature, config.top_p, config.top_k) == (0.6, 0.8, 5)
+    searched = Decoding(max_new_tokens=7, beams=3, length_penalty=0.9)
+    config = generation_config(model, tokenizer, searched, ())
+    assert (config.do_sample, config.num_beams, config.length_penalty) == (False, 3, 0.9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str
+)
+def test_draws_among_the_likeliest_token_are_greedy(model, tokenizer, settings) -> None:
+    greedy = generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=6))
+    drawn = Decoding(max_new_tokens=6, seed=3, **{"temperature": 1.0, **settings})
+    assert generate(model, Ids(tokenizer), PROMPTS, drawn) == greedy
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"length_penalty": 4.0}, {"length_penalty": 4.0}),
+        ({"length_penalty": 0.1}, {"length_penalty": 0.1}),
+        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
+    ],
+    ids=str,
+)
+def test_beams_are_those_of_transformers(model, tokenizer, ours, theirs) -> None:
+    found = generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=8, beams=4, **ours))
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        start = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, **theirs}
+        expected = model.generate(start, pad_token_id=tokenizer.pad_token_id, **options)
+        assert ids == [i for i in expected[0, start.shape[1] :] if i != tokenizer.eos_token_id]
 
 
 def test_the_models_own_defaults_do_not_change_greedy(model, tokenizer) -> None:

@@ -13,7 +13,6 @@ import yaml
 from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -96,23 +95,6 @@ def test_the_recorded_configuration_repeats_and_resumes_the_run(tmp_path: Path, 
 def test_an_unknown_key_is_an_error_with_the_nearest_one(arguments: str, nearest: str) -> None:
     with pytest.raises(ConfigurationError, match=nearest):
         parsed(f"--base.name b --data.train t.jsonl --output out {arguments}")
-
-
-@pytest.mark.parametrize(
-    "section", [TrainConfig, OptimizerConfig, HeldOutConfig, CheckpointConfig, EvaluateConfig]
-)
-def test_every_setting_has_a_help_text(section, capsys) -> None:
-    if section in (TrainConfig, EvaluateConfig):
-        with pytest.raises(SystemExit):
-            parse(section, "train", "Train.", ["--help", "all"])
-        text = capsys.readouterr().out
-        for field in dataclasses.fields(section):
-            assert f"--{field.name}" in text
-    source = Path(__import__(section.__module__, fromlist=["_"]).__file__).read_text()
-    for field in dataclasses.fields(section):
-        _, line, after = source.partition(f"\n    {field.name}: ")
-        assert line
-        assert after.split("\n", 1)[1].lstrip().startswith('"""'), field.name
 
 
 def test_default_rates_follow_the_method() -> None:

@@ -1,0 +1,79 @@
+"""A step of a run, compared with a plain loop over single examples in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+import torch.nn.functional as F
+
+from lorakit.training.config import OptimizerConfig
+from lorakit.training.optimizer import build_optimizer
+from lorakit.training.setup import Job, prepare
+from lorakit.training.step import optimizer_step
+
+RATE = 1e-2
+FACTORS = (1 / 2, 1.0, 1.0, 1 / 2)  # two steps of warm-up, then linear to 0 after the fourth
+CLIP, RATIO, DECAY, BETAS, EPS = 0.05, 4.0, 0.1, (0.7, 0.95), 1e-3
+
+
+def noisy(folder: Path, base: str) -> Job:
+    """Prepare a run in float64, with adapters that are not zero."""
+    optimizer = OptimizerConfig(
+        learning_rate=RATE,
+        schedule="linear",
+        warmup=2,
+        clip=CLIP,
+        lr_ratio=RATIO,
+        weight_decay=DECAY,
+        betas=BETAS,
+        eps=EPS,
+    )
+    job = prepare(tiny_runs.config(folder, base, optimizer=optimizer, max_steps=len(FACTORS)))
+    job.model.double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in job.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).double(), alpha=0.1)
+    return job
+
+
+def loss_of_one(job: Job, number: int) -> tuple[torch.Tensor, int]:
+    """Return the summed cross-entropy of an example, and its number of targets."""
+    example = job.train[number]
+    ids, targets = torch.tensor(example.input_ids), torch.tensor(example.loss_mask)[1:]
+    logits = job.model(input_ids=ids[None]).logits[0, :-1]
+    return F.cross_entropy(logits[targets], ids[1:][targets], reduction="sum"), int(targets.sum())
+
+
+@pytest.mark.slow
+def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    base = tiny_runs.save_base(tmp_path / "base")  # without dropout
+    job, plain = noisy(tmp_path, base), noisy(tmp_path, base)
+    optimizer = build_optimizer(job.parameters, job.config.optimizer, RATE)
+    is_b = {name: name.endswith("lora_B") for name in plain.parameters}
+    groups = [
+        {"params": [p for name, p in plain.parameters.items() if is_b[name] == b], "lr": RATE}
+        for b in (False, True)
+    ]
+    adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    clipped = 0
+    for step, examples in enumerate(job.step_plan.steps()):
+        done = optimizer_step(job, optimizer, examples, step)
+        losses = [loss_of_one(plain, i) for batch in examples for i in batch]
+        loss = sum(value for value, _ in losses) / sum(count for _, count in losses)
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters.values(), CLIP)
+        clipped += float(norm) > CLIP
+        for group, ratio in zip(adamw.param_groups, (1.0, RATIO), strict=True):
+            group["lr"] = RATE * ratio * FACTORS[step]
+        adamw.step()
+        assert done.loss == pytest.approx(loss.item(), rel=1e-10)
+        assert done.norm == pytest.approx(float(norm), rel=1e-9)
+        assert done.rate == pytest.approx(RATE * FACTORS[step])
+    assert clipped == len(FACTORS)
+    for name, parameter in job.parameters.items():
+        torch.testing.assert_close(parameter, plain.parameters[name], rtol=1e-8, atol=1e-10)
