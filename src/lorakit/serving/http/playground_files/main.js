@@ -16,6 +16,7 @@ const prompt = at("prompt");
 
 let models = [];
 let panes = [];
+let started = false; // whether the panes and settings of the address are there
 let edited = null; // number of turns that stay when an earlier message is edited
 let draft = ""; // what the prompt held before the edit
 let settings = { ...DEFAULTS, colours: true };
@@ -83,6 +84,7 @@ const page = {
 
 // --- start -------------------------------------------------------------------------------------------
 
+/** Read the models, and at the first success open what the address says. */
 async function start() {
   try {
     await readModels();
@@ -90,13 +92,15 @@ async function start() {
     if (error instanceof ApiError && error.status === 401) return askForKey();
     return notice(error.message);
   }
+  if (started) return;
+  started = true;
   notice("");
   const found = fromHash(location.hash);
   const kinds = models.filter((model) => model.parent !== null).map(trainedOn);
   const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
   settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
   settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
-  if (found.prompt) prompt.value = found.prompt; // else keep what was typed while the page loaded
+  prompt.value ||= found.prompt; // what was typed while the page loaded stays
   const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
   setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
   showSettings();
@@ -184,6 +188,7 @@ for (const radio of document.querySelectorAll("[name=mode]")) {
 }
 
 function keepAddress() {
+  if (!started) return;
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
   const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
   history.replaceState(null, "", toHash(state));
@@ -197,6 +202,11 @@ at("composer").addEventListener("submit", (event) => {
     notice("The last answers are still being computed. Stop them first.");
     return;
   }
+  if (!started) return start();
+  if (!panes.length) {
+    notice("There is no model to ask. Choose “Add model” first.");
+    return;
+  }
   const text = prompt.value;
   const isEmpty = settings.mode === "text" && page.kind() === "text" ? text === "" : text.trim() === "";
   if (isEmpty) {
@@ -208,8 +218,8 @@ at("composer").addEventListener("submit", (event) => {
   keepAddress();
   const isChat = settings.mode === "chat" && page.kind() === "text";
   const kept = isChat ? (edited ?? Math.max(...panes.map((pane) => pane.turns.length))) : 0;
-  endEdit();
   if (isChat) prompt.value = "";
+  endEdit();
   const seed = settings.seed ?? page.newSeed();
   beginBlind();
   for (const pane of panes) pane.ask(text, kept, seed);
@@ -226,7 +236,10 @@ prompt.addEventListener("keydown", (event) => {
 });
 prompt.addEventListener("change", keepAddress);
 
+/** End the edit of an earlier message, and put back what the prompt held before it. */
 function endEdit() {
+  if (edited === null) return;
+  prompt.value = draft;
   edited = null;
   at("editing").hidden = true;
 }
@@ -246,7 +259,6 @@ function clear() {
 
 at("cancel-edit").addEventListener("click", () => {
   endEdit();
-  prompt.value = draft;
   prompt.focus();
 });
 at("clear").addEventListener("click", () => {
@@ -519,8 +531,8 @@ at("import").addEventListener("change", async () => {
   try {
     const found = await imported(file);
     settings = { ...settings, seed: null, ...found.settings };
-    prompt.value = found.prompt;
     endEdit();
+    prompt.value = found.prompt;
     setPanes(found.panes);
     showSettings();
     keepAddress();

@@ -1,0 +1,58 @@
+"""The playground in Chromium loses nothing that people typed, and none of their conversations."""
+
+from __future__ import annotations
+
+import pytest
+from browser import Browser
+from playground_site import Site, answers, panes, send
+
+pytestmark = pytest.mark.slow  # each test opens pages
+
+
+def test_nothing_typed_is_lost_before_the_models_are_there(browser: Browser, site: Site) -> None:
+    link = site.link("sql", prompt="from the link")
+    with browser.open("about:blank") as opened:
+        page = opened.page
+        page.route("**/v1/models", lambda route: route.abort())
+        page.goto(link)
+        page.wait_for_selector("#notice:visible")
+        page.fill("#prompt", "The river")
+        page.press("#prompt", "Enter")
+        page.click("#settings summary")
+        assert "does not answer" in page.inner_text("#notice")
+        assert (page.input_value("#prompt"), page.url) == ("The river", link)
+        page.unroute("**/v1/models")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".pane")
+        assert not page.is_visible("#notice")
+        assert page.input_value("#prompt") == "The river"
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".turn .answer:not(.waiting)")
+        assert answers(opened) == [site.chat("sql", "The river")]
+
+
+def test_a_message_without_a_pane_stays(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("sql")) as opened:
+        opened.page.click(".remove")
+        opened.page.fill("#prompt", "The river")
+        opened.page.press("#prompt", "Enter")
+        assert "Add model" in opened.page.inner_text("#notice")
+        assert opened.page.input_value("#prompt") == "The river"
+        opened.page.click("#add-pane")
+        opened.page.press("#prompt", "Enter")
+        assert not opened.page.is_visible("#notice")
+
+
+@pytest.mark.parametrize("end", ["send", "text"])
+def test_a_draft_comes_back_after_an_edit(browser: Browser, site: Site, end: str) -> None:
+    with browser.open(site.link("base")) as opened:
+        send(opened)
+        opened.page.fill("#prompt", "a draft")
+        opened.page.locator(".user button").first.click()
+        if end == "send":
+            send(opened, "The pub")
+            assert panes(opened)[0].locator(".user p").all_text_contents() == ["The pub"]
+        else:
+            opened.page.check("[name=mode][value=text]")
+        assert not opened.page.is_visible("#editing")
+        assert opened.page.input_value("#prompt") == "a draft"
