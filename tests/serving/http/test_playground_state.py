@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from browser import Browser
-from playground_site import Site, answers, panes, send
+from playground_site import Site, answers, finish, panes, send
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -56,3 +56,31 @@ def test_a_draft_comes_back_after_an_edit(browser: Browser, site: Site, end: str
             opened.page.check("[name=mode][value=text]")
         assert not opened.page.is_visible("#editing")
         assert opened.page.input_value("#prompt") == "a draft"
+
+
+def test_a_key_asked_for_later_leaves_the_conversation(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("sql", "base")) as opened:
+        page = opened.page
+        send(opened)
+        before = answers(opened)
+        refused = {"status": 401, "json": {"error": {"message": "Send a key."}}}
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(**refused))
+        page.fill("#prompt", "And the park?")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#key-dialog[open]")
+        for key in ("schlüssel" * 3, "k k"):
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+            assert "ASCII" in page.inner_text("#key-error")
+        page.unroute("**/v1/chat/completions")
+        page.fill("#key", f" {'k' * 24}")
+        page.press("#key", "Enter")
+        assert not page.is_visible("#key-dialog")
+        for pane, first in zip(panes(opened), before, strict=True):
+            pane.locator(".again").click()
+            finish(opened)
+            assert pane.locator(".answer").first.text_content() == first
+        assert answers(opened) == [
+            site.chat(name, "The river", first, "And the park?")
+            for name, first in zip(("sql", "base"), before, strict=True)
+        ]

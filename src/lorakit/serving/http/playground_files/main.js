@@ -502,7 +502,12 @@ function askForKey() {
 at("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  setKey(at("key").value);
+  const key = at("key").value.trim();
+  if (!/^[!-~]+$/.test(key)) { // a header cannot send it
+    at("key-error").textContent = "A key has ASCII characters only, without spaces. Copy it from the server's keys again.";
+    return;
+  }
+  setKey(key);
   at("key").value = "";
   at("key-dialog").close();
   start();
