@@ -84,3 +84,24 @@ def test_a_key_asked_for_later_leaves_the_conversation(browser: Browser, site: S
             site.chat(name, "The river", first, "And the park?")
             for name, first in zip(("sql", "base"), before, strict=True)
         ]
+
+
+def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site: Site) -> None:
+    cut = 'data: {"choices": [{"delta": {"content": "half"}}], "system_fingerprint": "base=1;sql=2"}\n\n'
+    with browser.open(site.link("sql")) as opened:
+        page = opened.page
+        page.wait_for_selector(".pane")
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=cut))
+        send(opened)
+        page.unroute("**/v1/chat/completions")
+        assert "connection ended" in page.inner_text(".alert")
+        send(opened, "And the park?")
+        assert not page.is_visible(".alert")
+        first, second = page.locator(".turn").all()
+        assert first.locator(".answer").text_content() == "half"
+        assert first.locator(".note").all_inner_texts() == [
+            "The connection ended before the answer did.",
+            "Later messages are sent without this message and its answer.",
+        ]
+        assert not [note for note in second.locator(".note").all_inner_texts() if "Later" in note]
+        assert answers(opened) == [site.chat("sql", "And the park?")]

@@ -202,8 +202,7 @@ export class Pane {
       return { path: "v1/completions", body };
     }
     body.messages = settings.system ? [{ role: "system", content: settings.system }] : [];
-    for (const { user, answer } of this.turns.slice(0, index)) {
-      if (!answer?.text.trim()) continue; // the server rejects a blank turn, and two questions in a row are no chat
+    for (const { user, answer } of this.turns.slice(0, index).filter(isWhole)) {
       body.messages.push({ role: "user", content: user }, { role: "assistant", content: answer.text });
     }
     body.messages.push({ role: "user", content: this.turns[index].user });
@@ -356,8 +355,10 @@ export class Pane {
   }
 
   #turn({ user, answer }, index) {
-    const isText = this.page.settings().mode === "text" && this.page.kind() === "text";
+    const { mode } = this.page.settings();
+    const isText = mode === "text" && this.page.kind() === "text";
     const isLast = index === this.turns.length - 1;
+    const isWaiting = isLast && this.isRunning;
     const node = element("div", { className: "turn" });
     const place = element(isText ? "span" : "div", { className: "answer" });
     if (isText) node.append(element("span", { className: "given", textContent: user }));
@@ -368,20 +369,26 @@ export class Pane {
       node.append(element("div", { className: "user" }, element("p", { textContent: user }), edit));
     }
     node.append(place);
-    if (!answer) return node;
+    const note = (text) => node.append(element("p", { className: "note", textContent: text }));
+    if (answer) this.#showAnswer(place, answer, isWaiting);
+    if (isWaiting) return node;
+    if (answer?.error && !isLast && this.letter === null) note(answer.error); // the last one is the pane's alert
+    const cut = answer && `Cut off after ${answer.most} tokens: see “Most new tokens” in Settings.`;
+    const ended = { length: cut, stopped: "Stopped." }[answer?.ended];
+    if (ended) note(ended);
+    else if (answer && !answer.text && !answer.scores && !answer.error) note("The answer is empty.");
+    const isChat = mode === "chat" && this.page.kind() === "text";
+    if (isChat && !isWhole(this.turns[index])) note("Later messages are sent without this message and its answer.");
+    return node;
+  }
+
+  #showAnswer(place, answer, isWaiting) {
     const coloured = answer.tokens.length && answer.tokens.every((token) => token.base !== undefined);
     if (answer.scores) place.append(bars(answer.scores));
-    else if (coloured && this.page.settings().colours && this.letter === null && !(isLast && this.isRunning)) {
+    else if (coloured && this.page.settings().colours && this.letter === null && !isWaiting) {
       showTokens(place, answer, this.name);
     } else place.textContent = answer.text;
-    place.classList.toggle("waiting", isLast && this.isRunning);
-    const cut = `Cut off after ${answer.most} tokens: see “Most new tokens” in Settings.`;
-    const note = { length: cut, stopped: "Stopped." }[answer.ended];
-    if (note) node.append(element("p", { className: "note", textContent: note }));
-    else if (!answer.text && !answer.scores && !answer.error && !(isLast && this.isRunning)) {
-      node.append(element("p", { className: "note", textContent: "The answer is empty." }));
-    }
-    return node;
+    place.classList.toggle("waiting", isWaiting);
   }
 
   showFigures() {
@@ -398,6 +405,11 @@ export class Pane {
     this.figures.textContent = parts.join(" · ");
     this.figures.title = answer.fingerprint ? `Receipt: ${answer.fingerprint}` : "";
   }
+}
+
+/** Whether later messages are sent with this turn: the server rejects a blank one, and an error may have cut another. */
+function isWhole({ answer }) {
+  return Boolean(answer?.text.trim()) && answer.error === null;
 }
 
 function figures(began, first, last, tokens) {
