@@ -331,39 +331,6 @@ def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: S
         assert rows[1].split()[1:] == ["0", "1"]
 
 
-def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
-    with browser.open(site.link("base", blend={"sql": 0.75})) as opened:
-        send(opened, HOSTILE)
-        before = answers(opened)
-        opened.page.click("[data-opens=session-dialog]")
-        with opened.page.expect_download() as download:
-            opened.page.click("#export")
-        file = tmp_path / "session.json"
-        download.value.save_as(file)
-    with browser.open(site.address) as opened:
-        opened.page.wait_for_selector(".pane")
-        opened.page.click("[data-opens=session-dialog]")
-        opened.page.set_input_files("#import", file)
-        until(
-            opened,
-            "document.getElementById('session-message').textContent === 'The session is open.'",
-        )
-        opened.page.locator("#session-dialog [data-closes]").click()
-        assert answers(opened) == before
-        assert opened.page.title() == "lorakit playground"
-        assert opened.page.locator(".user p").first.text_content() == HOSTILE
-        for content in ("[]", "{", '{"format": "lorakit-playground", "version": 9}'):
-            file.write_text(content)
-            opened.page.click("[data-opens=session-dialog]")
-            opened.page.set_input_files("#import", file)
-            until(
-                opened,
-                "/not a session|version/.test(document.getElementById('session-message').textContent)",
-            )
-            opened.page.locator("#session-dialog [data-closes]").click()
-        assert answers(opened) == before
-
-
 def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site: Site) -> None:
     with browser.open(site.link("sql", blend={"e2e": 1.5}, top_k=5, prompt=HOSTILE)) as opened:
         opened.page.wait_for_selector(".pane")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from browser import Browser
-from playground_site import Site, answers, finish, panes, send
+from browser import HOSTILE, Browser, Opened
+from playground_site import Site, answers, finish, panes, send, until
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -105,3 +108,57 @@ def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site:
         ]
         assert not [note for note in second.locator(".note").all_inner_texts() if "Later" in note]
         assert answers(opened) == [site.chat("sql", "And the park?")]
+
+
+def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
+    with browser.open(site.link("base", blend={"sql": 0.75})) as opened:
+        send(opened, HOSTILE)
+        before = answers(opened)
+        opened.page.check("[name=mode][value=text]")
+        send(opened, "Once upon")
+        continued = answers(opened)
+        opened.page.click("[data-opens=session-dialog]")
+        with opened.page.expect_download() as download:
+            opened.page.click("#export")
+        file = tmp_path / "session.json"
+        download.value.save_as(file)
+    with browser.open(site.address) as opened:
+        opened.page.wait_for_selector(".pane")
+        bring(opened, file, "The session is open.")
+        assert answers(opened) == continued
+        opened.page.check("[name=mode][value=chat]")
+        assert answers(opened) == before
+        assert opened.page.title() == "lorakit playground"
+        assert opened.page.locator(".user p").first.text_content() == HOSTILE
+        for content in ("[]", "{", '{"format": "lorakit-playground", "version": 9}'):
+            file.write_text(content)
+            bring(opened, file, "not a session|version 9")
+        assert answers(opened) == before
+
+
+def bring(opened: Opened, file: Path, told: str) -> None:
+    """Import a session, and wait for what the page says."""
+    opened.page.click("[data-opens=session-dialog]")
+    opened.page.set_input_files("#import", file)
+    until(opened, f"/{told}/.test(document.getElementById('session-message').textContent)")
+    opened.page.locator("#session-dialog [data-closes]").click()
+
+
+def test_a_session_of_version_1_opens(browser: Browser, site: Site, tmp_path: Path) -> None:
+    turns = [{"user": "Once upon", "answer": {"text": " a time"}}]
+    session = {
+        "format": "lorakit-playground",
+        "version": 1,
+        "settings": {"mode": "text"},
+        "panes": [{"choice": {"model": "sql"}, "turns": turns}],
+        "votes": {"sql": {"won": 1, "shown": 1}},
+    }
+    file = tmp_path / "session.json"
+    file.write_text(json.dumps(session))
+    with browser.open(site.link("base")) as opened:
+        opened.page.wait_for_selector(".pane")
+        bring(opened, file, "The session is open.")
+        assert answers(opened) == [" a time"]
+        assert opened.page.locator(".given").text_content() == "Once upon"
+        opened.page.check("[name=mode][value=chat]")
+        assert opened.page.locator(".turn").count() == 0

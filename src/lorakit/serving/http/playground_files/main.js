@@ -119,9 +119,9 @@ async function readModels() {
 
 function setPanes(found) {
   for (const pane of panes) pane.stop();
-  panes = found.map(({ choice, turns }) => {
+  panes = found.map(({ choice, threads }) => {
     const pane = new Pane(page, choice);
-    pane.turns = turns ?? [];
+    if (threads) pane.threads = threads;
     pane.render();
     return pane;
   });
@@ -517,7 +517,7 @@ at("key-form").addEventListener("submit", (event) => {
 
 at("export").addEventListener("click", () => {
   const text = exported({
-    panes: panes.map(({ choice, turns }) => ({ choice, turns })),
+    panes: panes.map(({ choice, threads }) => ({ choice, threads })),
     settings,
     prompt: prompt.value,
     server: { base: page.base(), ...base()?.details },
