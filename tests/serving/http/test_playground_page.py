@@ -16,8 +16,6 @@ from axe_playwright_python.sync_playwright import Axe
 from browser import HOSTILE, Browser, Opened
 from playground_site import MOST, SEED, Site, answers, clean, finish, panes, send, site_of, until
 
-from lorakit.serving.http.keys import read_keys
-
 pytestmark = pytest.mark.slow  # each test opens pages
 
 # --- the answers -------------------------------------------------------------------------------------
@@ -376,25 +374,6 @@ def test_a_pane_says_if_its_adapter_was_trained_on_other_prompts(
             f"{name} was trained on texts, not on chats. Choose “Continue a text” below."
             for name in ("e2e", "sql")
         ]
-
-
-def test_the_page_asks_for_the_key(browser: Browser, text: Path, live: Any, tmp_path: Path) -> None:
-    keys = {"keys": [{"name": "one", "key": "k" * 24, "adapters": ["sql"]}]}
-    (tmp_path / "keys.json").write_text(json.dumps(keys))
-    keyring = read_keys(tmp_path / "keys.json")
-    with (
-        site_of(text, live, keys=keyring) as site,
-        browser.open(site.link("sql")) as opened,
-    ):
-        for key in ("wrong", "k" * 24):
-            opened.page.wait_for_selector("#key-dialog[open]")
-            opened.page.fill("#key", key)
-            opened.page.click("#key-form button")
-        # The key does not allow the base, so there is nothing to compare with.
-        send(opened)
-        assert opened.page.locator(".token").count() == 0
-        assert answers(opened)[0]
-        assert not opened.page.locator(".alert:visible").count()
 
 
 def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> None:

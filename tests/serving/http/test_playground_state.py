@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import HOSTILE, Browser, Opened
-from playground_site import Site, answers, finish, panes, send, until
+from playground_site import Site, answers, finish, panes, send, site_of, until
+
+from lorakit.serving.http.keys import KeyRing, read_keys
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -162,3 +165,51 @@ def test_a_session_of_version_1_opens(browser: Browser, site: Site, tmp_path: Pa
         assert opened.page.locator(".given").text_content() == "Once upon"
         opened.page.check("[name=mode][value=chat]")
         assert opened.page.locator(".turn").count() == 0
+
+
+KEY = "k" * 24
+
+
+def keys_of(folder: Path, *adapters: str) -> KeyRing:
+    """Write and read a key that allows some adapters, and not the base."""
+    keys = [{"name": "one", "key": KEY, "adapters": adapters}]
+    (folder / "keys.json").write_text(json.dumps(keys))
+    return read_keys(folder / "keys.json")
+
+
+def test_the_page_asks_for_the_key(browser: Browser, text: Path, live: Any, tmp_path: Path) -> None:
+    with (
+        site_of(text, live, keys=keys_of(tmp_path, "sql")) as site,
+        browser.open(site.link("sql")) as opened,
+    ):
+        for key in ("wrong", KEY):
+            opened.page.wait_for_selector("#key-dialog[open]")
+            opened.page.fill("#key", key)
+            opened.page.click("#key-form button")
+        # The key does not allow the base, so there is nothing to compare with.
+        send(opened)
+        assert opened.page.locator(".token").count() == 0
+        assert answers(opened)[0]
+        assert not opened.page.locator(".alert:visible").count()
+        # A blend is a request to the base, so neither list nor button offers one.
+        opened.page.click("#add-pane")
+        finish(opened)
+        for pane in panes(opened):
+            assert pane.locator("option").all_inner_texts() == ["sql"]
+
+
+def test_a_key_without_the_base_classifies(
+    browser: Browser, classes: Path, live: Any, tmp_path: Path
+) -> None:
+    with (
+        site_of(classes, live, keys=keys_of(tmp_path, "two", "three")) as site,
+        browser.open(site.address) as opened,
+    ):
+        opened.page.fill("#key", KEY)
+        opened.page.click("#key-form button")
+        opened.page.wait_for_selector(".pane")
+        assert opened.page.inner_text("#send") == "Classify"
+        send(opened, "A fine film")
+        assert len(panes(opened)) == 2
+        for pane in panes(opened):
+            assert pane.locator(".bars").inner_text()

@@ -34,8 +34,9 @@ const page = {
   adapters: () => models.filter((model) => model.parent !== null).map((model) => model.id),
   base: () => base()?.id ?? models[0]?.parent ?? "",
   hasBase: () => base() !== undefined, // not with a key that may use adapters only
-  kind: () => base()?.details.kind ?? "text",
-  limits: () => base()?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  kind: () => models[0]?.details.kind ?? "text",
+  limits: () => models[0]?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  blends: () => page.hasBase() && page.adapters().length > 0 && page.kind() === "text", // a blend is a request to the base
   settings: () => settings,
   newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000,
   say(text) {
@@ -273,9 +274,8 @@ at("stop-all").addEventListener("click", () => {
 at("add-pane").addEventListener("click", () => {
   const shown = panes.map((pane) => pane.model);
   const model = models.map(({ id }) => id).find((id) => !shown.includes(id));
-  const [adapter] = page.adapters();
   // Where every model is shown already, half of an adapter is the next thing to compare.
-  const choice = !model && adapter && page.kind() === "text" ? { blend: { [adapter]: 0.5 } } : { model: model ?? page.base() };
+  const choice = !model && page.blends() ? { blend: { [page.adapters()[0]]: 0.5 } } : { model: model ?? models[0].id };
   const pane = new Pane(page, choice);
   // The new pane joins the conversation of the others at their last message.
   const turns = panes[0]?.turns ?? [];

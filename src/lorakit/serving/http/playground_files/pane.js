@@ -35,7 +35,7 @@ export function trainedOn({ details }) {
 
 export class Pane {
   /**
-   * @param page What all panes share: models(), adapters(), base(), kind(), limits(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
+   * @param page What all panes share: models(), adapters(), base(), kind(), limits(), blends(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
    *   remove(pane), say(text), began(), ended(pane).
    * @param choice {model: name}, or {blend: {name: weight}}.
    */
@@ -103,7 +103,7 @@ export class Pane {
     const known = names.includes(this.model) || this.model === BLEND;
     const options = names.map((name) => new Option(name === this.page.base() ? `${name} (base)` : name, name));
     if (!known) options.push(new Option(`${this.model} (not served)`, this.model));
-    if (this.page.adapters().length && this.page.kind() === "text") options.push(new Option("Blend of adapters …", BLEND));
+    if (this.page.blends() || this.model === BLEND) options.push(new Option("Blend of adapters …", BLEND));
     this.select.replaceChildren(...options);
     this.select.value = this.model;
     this.showBlend();
