@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -296,12 +298,47 @@ def test_the_code_of_a_request_gives_its_answer(
             curl = opened.page.text_content("#code-text")
             opened.page.click("#tab-openai")
             python = opened.page.text_content("#code-text")
-            opened.page.click("#tab-lorakit")
-            compile(opened.page.text_content("#code-text"), "lorakit", "exec")
             opened.page.locator("#code-dialog [data-closes]").click()
             answer = json.loads(run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)]))
             assert answer["choices"][0]["message"]["content"] == shown
             assert run([sys.executable, "-c", python]).startswith(shown)
+
+
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_lorakit_in_python_computes_the_answer(
+    browser: Browser, site: Site, text: Path, mode: str
+) -> None:
+    link = site.link(
+        *("base", "sql"),
+        blend={"e2e": 0.5, "sql": 0.25},
+        mode=mode,
+        temperature=0,
+        stop="e",
+        system='Say it\'s "short".',
+    )
+    with browser.open(link) as opened:
+        send(opened)
+        send(opened, "And the park?")
+        assert len(set(answers(opened))) == 3
+        for pane, shown in zip(panes(opened), answers(opened), strict=True):
+            pane.locator(".code").click()
+            opened.page.click("#tab-lorakit")
+            code = opened.page.text_content("#code-text")
+            opened.page.locator("#code-dialog [data-closes]").click()
+            for name, place in (("base", "base"), ("path/to/", "adapters/")):
+                code = code.replace(f'("{name}', f'("{text}/{place}')
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, {})
+            assert printed.getvalue() == f"{shown}\n"
+        opened.page.click("#settings summary")
+        opened.page.fill("#temperature", "0.5")
+        opened.page.fill("#top_k", "9")
+        opened.page.press("#top_k", "Tab")
+        opened.page.locator(".code").first.click()
+        opened.page.click("#tab-lorakit")
+        code = opened.page.text_content("#code-text")
+        assert f"Decoding(max_new_tokens={MOST}, temperature=0.5, top_k=9, seed={SEED})" in code
 
 
 def run(command: list[str]) -> str:

@@ -376,9 +376,9 @@ function showCode(language) {
   const seed = last?.seed ?? settings.seed ?? 0;
   const request = coded.request(coded.turns.length - 1, settings, seed);
   if (!turns) coded.turns = [];
-  const rounds = ["bfloat16", "float16"].includes(base()?.details.dtype);
-  at("code-note").hidden = !rounds;
-  at("code-text").textContent = code(language, request, { base: page.base(), hasKey: hasKey() });
+  const dtype = base()?.details.dtype;
+  at("code-note").hidden = !["bfloat16", "float16"].includes(dtype);
+  at("code-text").textContent = code(language, request, { base: page.base(), dtype, hasKey: hasKey() });
   for (const tab of document.querySelectorAll("[data-code]")) {
     const isChosen = tab.dataset.code === language;
     tab.hidden = page.kind() !== "text" && tab.dataset.code !== "curl";
