@@ -481,6 +481,49 @@ def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
         assert opened.run("document.activeElement.matches('.code')")
 
 
+def test_a_changed_blend_keeps_the_focus(browser: Browser, site: Site) -> None:
+    with browser.open(site.link(blend={"e2e": 0.5})) as opened:
+        opened.page.wait_for_selector(".blend")
+        focused = "document.activeElement.ariaLabel ?? document.activeElement.textContent"
+        opened.page.press(".blend > button", "Enter")  # Add adapter
+        assert opened.page.locator(".blend .part").count() == 2
+        assert opened.run(focused) == "Adapter of the blend"
+        opened.page.press(".part:first-child [type=range]", "ArrowRight")
+        opened.page.press(".part:first-child button", "Enter")
+        assert opened.run(focused) == "Weight of sql"  # the last adapter cannot be removed
+        opened.page.select_option(".part select", "e2e")
+        assert opened.run("document.activeElement.matches('input')")
+        opened.page.focus(".part select")
+        opened.page.select_option(".part select", "sql")
+        assert opened.run(focused) == "Adapter of the blend"
+
+
+def test_messages_are_announced_where_people_are(
+    browser: Browser, text: Path, live: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text, tmp_path / "text")
+    run = folder / "adapters" / "run"
+    shutil.copytree(folder / "adapters" / "sql", run / "adapter")
+    (run / "report.html").write_text("<p>report</p>")
+    with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
+        opened.page.wait_for_selector(".pane")
+        opened.page.click("#send")
+        assert "Write something" in opened.page.get_by_role("status").first.inner_text()
+        opened.run("sessionStorage.setItem('lorakit-key', 'k')")  # so the page reads the report
+        opened.page.route("**/v1/reports/*", lambda route: route.abort())
+        opened.page.click(".card")
+        message = opened.page.locator("#card-dialog").get_by_role("status")
+        assert message.inner_text() == ""
+        opened.page.click("#show-report")
+        until(opened, "document.getElementById('card-message').textContent")
+        assert "does not answer" in message.inner_text()
+        opened.page.keyboard.press("Escape")
+        opened.page.route("**/v1/models", lambda route: route.abort())
+        opened.page.click(".card")
+        opened.page.wait_for_selector("#card-dialog[open]")
+        assert "may be old" in message.inner_text()
+
+
 def reach(opened: Opened, selector: str) -> None:
     """Press Tab until an element has the focus."""
     for _ in range(80):

@@ -420,7 +420,10 @@ at("copy-link").addEventListener("click", (event) => {
 
 /** Show what the server knows now about a pane's model, or about the adapters of its blend. */
 async function showCard(pane) {
-  await readModels().catch((error) => notice(error.message));
+  at("card-message").textContent = "";
+  await readModels().catch((error) => {
+    at("card-message").textContent = `These facts may be old. ${error.message}`;
+  });
   const names = pane.model === BLEND ? Object.keys(pane.blend) : [pane.model];
   const facts = names.flatMap((name) => {
     const model = models.find(({ id }) => id === name);
@@ -471,6 +474,7 @@ function shownSize(bytes) {
 
 /** Show a report in a frame that runs no scripts. A frame sends no key, so with one the page reads the report itself. */
 async function showReport(name) {
+  at("card-message").textContent = "";
   const frame = document.createElement("iframe");
   frame.title = `Report of ${name}`;
   frame.setAttribute("sandbox", "");
@@ -478,7 +482,7 @@ async function showReport(name) {
     if (hasKey()) frame.srcdoc = withoutAnchors(await readReport(name));
     else frame.src = reportPath(name);
   } catch (error) {
-    notice(error.message);
+    at("card-message").textContent = error.message;
     return;
   }
   at("report-title").textContent = frame.title;

@@ -128,6 +128,8 @@ export class Pane {
   showBlend() {
     this.blendPlace.hidden = this.model !== BLEND || this.letter !== null;
     if (this.blendPlace.hidden) return this.blendPlace.replaceChildren();
+    const controls = () => [...this.blendPlace.querySelectorAll("select, input, button")];
+    const focused = controls().indexOf(document.activeElement);
     const adapters = this.page.adapters();
     const rows = Object.keys(this.blend).map((name) => this.#blendRow(name, adapters));
     const unused = adapters.filter((name) => !(name in this.blend));
@@ -135,6 +137,8 @@ export class Pane {
     add.hidden = !unused.length || rows.length >= Math.min(3, this.page.limits().max_blend);
     add.addEventListener("click", () => this.#changeBlend({ ...this.blend, [unused[0]]: 0.5 }));
     this.blendPlace.replaceChildren(...rows, add);
+    // The focus stays at its position: after adding on the new row, and without a usable control there on one before.
+    controls().slice(0, focused + 1).reverse().find((control) => !control.disabled && !control.hidden)?.focus();
   }
 
   #blendRow(name, adapters) {
