@@ -97,7 +97,7 @@ def test_a_long_prompt_is_whole_on_the_page_with_its_middle_folded(run: Path) ->
     prompt = f"<|go|>first {' '.join(f'word{i}' for i in range(400))} last<|stop|>"
     samples = [{**s, "prompt": prompt, "special_tokens": ["<|stop|>"]} for s in record.samples]
     page = run_page(dataclasses.replace(record, samples=samples)).render()
-    shown = page.split('<pre class="prompt">')[1].split("</pre>")[0]
+    shown = page.split('<pre class="prompt" dir="auto">')[1].split("</pre>")[0]
     start, rest = shown.split("<details")
     folded, end = rest.split("</details>")
     folded = folded.split("</summary>")[1]

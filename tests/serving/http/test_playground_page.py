@@ -481,6 +481,29 @@ def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
         assert opened.run("document.activeElement.matches('.code')")
 
 
+def test_texts_have_the_direction_of_their_language(browser: Browser, site: Site) -> None:
+    def direction(selector: str) -> str:
+        return opened.run(f"getComputedStyle(document.querySelector('{selector}')).direction")
+
+    piece = {"choices": [{"delta": {"content": "עולם."}}], "system_fingerprint": "base=1"}
+    stream = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n"
+    with browser.open(site.link("base")) as opened:
+        opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
+        opened.page.fill("#prompt", "שלום!")
+        assert direction("#prompt") == "rtl"
+        send(opened, "שלום!")
+        assert answers(opened) == ["עולם."]
+        assert [direction(name) for name in (".user p", ".answer", "#prompt")] == [
+            "rtl",
+            "rtl",
+            "ltr",
+        ]
+        opened.page.check("[name=mode][value=text]")
+        send(opened, "שלום!")
+        # The answer continues the text on its left.
+        assert direction(".given") == direction(".answer") == "rtl"
+
+
 def test_a_changed_blend_keeps_the_focus(browser: Browser, site: Site) -> None:
     with browser.open(site.link(blend={"e2e": 0.5})) as opened:
         opened.page.wait_for_selector(".blend")

@@ -365,14 +365,16 @@ export class Pane {
     const isWaiting = isLast && this.isRunning;
     const node = element("div", { className: "turn" });
     const place = element(isText ? "span" : "div", { className: "answer" });
-    if (isText) node.append(element("span", { className: "given", textContent: user }));
-    else {
+    if (isText) {
+      // One direction for both: the answer continues the text.
+      node.append(element("div", { dir: "auto" }, element("span", { className: "given", textContent: user }), place));
+    } else {
+      place.dir = "auto";
       const edit = element("button", { type: "button", className: "plain", textContent: "Edit" });
       edit.ariaLabel = `Edit message ${index + 1}`;
       edit.addEventListener("click", () => this.page.edit(index, user));
-      node.append(element("div", { className: "user" }, element("p", { textContent: user }), edit));
+      node.append(element("div", { className: "user" }, element("p", { dir: "auto", textContent: user }), edit), place);
     }
-    node.append(place);
     const note = (text) => node.append(element("p", { className: "note", textContent: text }));
     if (answer) this.#showAnswer(place, answer, isWaiting);
     if (isWaiting) return node;
