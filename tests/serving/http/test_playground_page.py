@@ -155,6 +155,35 @@ def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None
         )
 
 
+def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, site: Site) -> None:
+    """Safari throws after 100 changes of the address in 30 seconds."""
+    with browser.open(site.link(blend={"e2e": 0.5}, temperature=0)) as opened:
+        send(opened)
+        opened.run(
+            "void (history.replaceState = () => { window.calls = (window.calls ?? 0) + 1; throw Error() })"
+        )
+        for value in ("1", "1.5", "2"):  # as a finger that moves, until it lifts
+            opened.run(
+                f"document.querySelector('[type=range]').value = {value};"
+                "document.querySelector('[type=range]').dispatchEvent(new Event('input'))"
+            )
+        opened.page.locator("[type=range]").dispatch_event("change")
+        site.delay[0] = 0.02
+        opened.page.wait_for_selector("#stop-all:enabled", timeout=10_000)
+        site.delay[0] = 0
+        finish(opened)
+        assert answers(opened) == [site.chat("base", "The river", temperature=0, lora={"e2e": 2})]
+        assert opened.run("window.calls") == 1
+
+
+def test_the_enter_that_ends_a_composition_does_not_send(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base")) as opened:
+        opened.page.fill("#prompt", "日本")
+        opened.page.dispatch_event("#prompt", "keydown", {"key": "Enter", "keyCode": 229})
+        assert opened.page.input_value("#prompt") == "日本"
+        assert opened.page.locator(".turn").count() == 0
+
+
 def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
     browser: Browser, site: Site
 ) -> None:

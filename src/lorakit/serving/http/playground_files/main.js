@@ -192,7 +192,11 @@ function keepAddress() {
   if (!started) return;
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
   const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
-  history.replaceState(null, "", toHash(state));
+  try {
+    history.replaceState(null, "", toHash(state));
+  } catch {
+    // Safari allows 100 changes in 30 seconds. The next change writes this one too.
+  }
 }
 
 // --- sending -----------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ at("composer").addEventListener("submit", (event) => {
 });
 
 prompt.addEventListener("keydown", (event) => {
-  if (event.isComposing) return;
+  if (event.isComposing || event.keyCode === 229) return; // 229: in Safari, the Enter that ends a composition
   const sends = settings.mode === "chat" ? !event.shiftKey : event.ctrlKey || event.metaKey;
   if (event.key === "Enter" && sends) {
     event.preventDefault();

@@ -156,10 +156,10 @@ export class Pane {
     slider.addEventListener("input", () => {
       this.blend[name] = Number(slider.value);
       shown.textContent = this.blend[name].toFixed(2);
-      this.page.changed();
       clearTimeout(this.timer);
       this.timer = setTimeout(() => this.#sameSeed(), WAIT);
     });
+    slider.addEventListener("change", () => this.page.changed());
     const remove = element("button", { type: "button", className: "plain", textContent: "×", ariaLabel: `Remove ${name}` });
     remove.disabled = Object.keys(this.blend).length === 1;
     remove.addEventListener("click", () => {
