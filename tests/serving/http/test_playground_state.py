@@ -27,8 +27,9 @@ def test_nothing_typed_is_lost_before_the_models_are_there(browser: Browser, sit
         page.click("#settings summary")
         assert "does not answer" in page.inner_text("#notice")
         assert (page.input_value("#prompt"), page.url) == ("The river", link)
+        assert "Send to try again" in page.inner_text("#notice")
         page.unroute("**/v1/models")
-        page.press("#prompt", "Enter")
+        page.click("#send")
         page.wait_for_selector(".pane")
         assert not page.is_visible("#notice")
         assert page.input_value("#prompt") == "The river"

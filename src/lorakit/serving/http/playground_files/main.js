@@ -91,7 +91,8 @@ async function start() {
     await readModels();
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) return askForKey();
-    return notice(error.message);
+    if (!started) at("send").disabled = false; // it calls this function again
+    return notice(started ? error.message : `${error.message} Send to try again.`);
   }
   if (started) return;
   started = true;
