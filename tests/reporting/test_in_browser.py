@@ -148,6 +148,16 @@ def pages(run: Path, unfinished: Path, tmp_path_factory) -> dict[str, Path]:
     }
 
 
+def test_samples_have_the_direction_of_their_text(browser, run: Path, tmp_path: Path) -> None:
+    record = read_run(run)
+    samples = [{**s, "prompt": "שלום!", "output": "עולם."} for s in record.samples]
+    page = run_page(dataclasses.replace(record, samples=samples)).write(tmp_path / "run.html")
+    with browser.open(page) as opened:
+        for selector in ("pre.prompt", ".sample dd"):
+            found = f"getComputedStyle(document.querySelector('{selector}')).direction"
+            assert opened.run(found) == "rtl"
+
+
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_page_is_whole_and_asks_for_nothing(browser, pages, name) -> None:
     assert pages[name].stat().st_size < 3 * MEGABYTE

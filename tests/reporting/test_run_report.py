@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import HOSTILE
@@ -96,7 +97,7 @@ def test_a_long_prompt_is_whole_on_the_page_with_its_middle_folded(run: Path) ->
     prompt = f"<|go|>first {' '.join(f'word{i}' for i in range(400))} last<|stop|>"
     samples = [{**s, "prompt": prompt, "special_tokens": ["<|stop|>"]} for s in record.samples]
     page = run_page(dataclasses.replace(record, samples=samples)).render()
-    shown = page.split('<pre class="prompt">')[1].split("</pre>")[0]
+    shown = page.split('<pre class="prompt" dir="auto">')[1].split("</pre>")[0]
     start, rest = shown.split("<details")
     folded, end = rest.split("</details>")
     folded = folded.split("</summary>")[1]
@@ -176,6 +177,36 @@ def test_runs_compared(run: Path, unfinished: Path) -> None:
     for record in (one, other):
         assert number(record.scores("after")["loss"]) in text
     assert page.render().count('<article class="sample">') == 4
+
+
+def test_runs_are_ranked_only_by_scores_whose_better_direction_is_known(run: Path) -> None:
+    record = read_run(run)
+    scores = [{"loss": 2.0, "mse": 1.0, "own": 0.9}, {"loss": 1.0, "mse": 1.0, "own": 0.1}]
+    records = [
+        dataclasses.replace(record, label=name, result={**(record.result or {}), "scores": values})
+        for name, values in zip("ab", scores, strict=True)
+    ]
+    summary = comparison_page(records).summary
+    assert [line for line in summary if "best" in line] == [
+        "Loss is best in b (1.000), followed by a (2.000)."
+    ]
+
+
+def test_other_validation_data_is_told_by_its_content(run: Path) -> None:
+    record = read_run(run)
+    settings = {**record.config["data"], "train": "other.jsonl", "max_length": 9}
+    data = record.provenance["data"]
+
+    def told(**changes: Any) -> bool:
+        return "validation data differs" in " ".join(
+            comparison_page([record, dataclasses.replace(record, **changes)]).summary
+        )
+
+    assert not told(config={**record.config, "data": settings})
+    assert not told(provenance={})  # an unfinished run has no digest
+    for change in ({"sha256": "0" * 64}, {"examples": 3}):
+        other = {**data, "validation": {**data["validation"], **change}}
+        assert told(provenance={**record.provenance, "data": other})
 
 
 def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:

@@ -68,10 +68,11 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         if len(values) < 2 or name == "perplexity":
             continue
         ranked = sorted(values, key=lambda run: values[run])
-        if measures.better(name, values[ranked[-1]], values[ranked[0]]):
+        higher_is_better = measures.better(name, values[ranked[-1]], values[ranked[0]])
+        if higher_is_better:
             ranked.reverse()
         first, second = ranked[:2]
-        if values[first] == values[second]:
+        if higher_is_better is None or values[first] == values[second]:
             continue
         sentences.append(
             f"{measures.score_name(name)} is best in {first} ({number(values[first])}), followed by {second} "
@@ -83,9 +84,10 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         sentences.append(f"The runs differ in {names}.")
     else:
         sentences.append("The runs have the same settings.")
-    sources = {str(r.config.get("data")) for r in runs}
-    if len(sources) > 1:
-        sentences.append("Their data differs: scores on different data are not comparable.")
+    if len({run.validation_data for run in runs} - {None}) > 1:
+        sentences.append(
+            "Their validation data differs: scores on different data are not comparable."
+        )
     return sentences
 
 

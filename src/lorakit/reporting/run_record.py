@@ -107,14 +107,22 @@ class RunRecord:
         before, best = self.scores("before").get(metric), self.scores("best").get(metric)
         return before is not None and best is not None and better(metric, best, before) is False
 
+    @property
+    def validation_data(self) -> tuple[Any, Any] | None:
+        """Digest of the validation data's source and number of its examples; None if not recorded.
+
+        Both are needed: with `data.validation_fraction` the source is the training data.
+        """
+        data = _mapping(_mapping(self.provenance.get("data")).get("validation"))
+        return (data.get("sha256"), data.get("examples")) if data else None
+
     def scored_on(self, name: str) -> str:
         """Return how many validation examples or samples a score is of, such as "2 samples"; "" if not recorded."""
         if self.samples and name not in ("loss", "perplexity"):
             last = self.samples[-1]["step"]
             return counted(sum(record["step"] == last for record in self.samples), "sample")
-        data, evaluation = self.provenance.get("data"), self.config.get("evaluation")
-        part = data.get("validation") if isinstance(data, Mapping) else None
-        count = part.get("examples") if isinstance(part, Mapping) else None
+        evaluation = self.config.get("evaluation")
+        _, count = self.validation_data or (None, None)
         limit = evaluation.get("limit") if isinstance(evaluation, Mapping) else None
         return counted(min(count, limit or count), "example") if isinstance(count, int) else ""
 

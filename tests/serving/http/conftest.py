@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
+from playground_site import Site, site_of
 from served import live, serve
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 from whole import LABELS, save, write
@@ -51,3 +55,11 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             base, folder / "adapters" / name, method, seed=seed, head=head, task=task, labels=labels
         )
     return folder
+
+
+@pytest.fixture
+def site(text: Path, live: Any, tmp_path: Path) -> Iterator[Site]:
+    """A server of its own, since some tests unload adapters."""
+    folder = shutil.copytree(text, tmp_path / "text")
+    with site_of(folder, live) as found:
+        yield found

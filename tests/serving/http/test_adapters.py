@@ -44,7 +44,8 @@ def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
         },
         "version": __version__,
     }
-    assert sql["details"] == {"rank": 8, "task": "completion"}
+    shared = {name: base["details"][name] for name in ("kind", "limits")}
+    assert sql["details"] == {"rank": 8, "task": "completion", **shared}
     assert served.client.get("/v1/models/sql").json() == sql
     assert served.client.get(f"/v1/models/{BASE}").json() == base
     assert "/private" not in str(listed)
@@ -60,7 +61,8 @@ def test_a_damaged_adapter_leaves_the_list_whole(serve: Serve) -> None:
             return super().describe(name)
 
     models = serve(store=Damaged()).client.get("/v1/models").json()["data"]
-    assert models[1]["details"] == {"error": "'e2e' is damaged."}
+    assert models[1]["details"]["error"] == "'e2e' is damaged."
+    assert models[1]["details"]["kind"] == "text"
     assert len(models) == 3
 
 

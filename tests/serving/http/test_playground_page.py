@@ -3,117 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlencode
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import HOSTILE, Browser, Opened
-from whole import served
-
-from lorakit.serving.http.keys import read_keys
-from lorakit.serving.opening import Opened as Server
+from playground_site import MOST, SEED, Site, answers, clean, finish, panes, send, site_of, until
 
 pytestmark = pytest.mark.slow  # each test opens pages
-
-SEED, MOST = 7, 24
-
-
-@dataclass
-class Site:
-    """A server with a page."""
-
-    address: str
-    opened: Server
-    delay: list[float] = field(default_factory=lambda: [0.0])
-    """Seconds that each step of the engine takes besides computing."""
-
-    def link(self, *models: str, blend: dict[str, float] | None = None, **settings: Any) -> str:
-        query = [("model", name) for name in models]
-        if blend:
-            query.append(("blend", json.dumps(blend)))
-        own = {"mode": "chat", "temperature": 1, "seed": SEED, "max_tokens": MOST, **settings}
-        return f"{self.address}/#{urlencode([*query, *own.items()])}"
-
-    def ask(self, path: str, **body: Any) -> dict[str, Any]:
-        answer = httpx.post(f"{self.address}/v1/{path}", json=body, timeout=30)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def chat(self, model: str, *texts: str, **body: Any) -> str:
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-        own = {"temperature": 1, "seed": SEED, "max_completion_tokens": MOST, **body}
-        answer = self.ask("chat/completions", model=model, messages=messages, **own)
-        return answer["choices"][0]["message"]["content"]
-
-
-@contextlib.contextmanager
-def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
-    with served(folder, **options) as (client, opened):
-        delay = [0.0]
-        advance = opened.worker._advance
-
-        def slow() -> bool:
-            time.sleep(delay[0])
-            return advance()
-
-        opened.worker._advance = slow  # type: ignore[method-assign]
-        yield Site(live(SimpleNamespace(app=client.app)), opened, delay)
-
-
-@pytest.fixture
-def site(text: Path, live: Any, tmp_path: Path) -> Iterator[Site]:
-    """A server of its own, since some tests unload adapters."""
-    folder = shutil.copytree(text, tmp_path / "text")
-    with site_of(folder, live) as found:
-        yield found
-
-
-def panes(opened: Opened) -> list[Any]:
-    return opened.page.locator(".pane").all()
-
-
-def send(opened: Opened, text: str = "The river") -> None:
-    opened.page.fill("#prompt", text)
-    opened.page.click("#send")
-    finish(opened)
-
-
-def finish(opened: Opened) -> None:
-    """Wait until no pane computes."""
-    opened.page.wait_for_selector("#stop-all:disabled", timeout=20_000)
-
-
-def until(opened: Opened, script: str) -> None:
-    """Wait for a condition. Playwright's own waiting would need `eval`, which the page forbids."""
-    end = time.monotonic() + 10
-    while not opened.run(script):
-        assert time.monotonic() < end, f"not within 10 s: {script}"
-        opened.page.wait_for_timeout(20)
-
-
-def answers(opened: Opened) -> list[str]:
-    """Return the last answer of each pane."""
-    return [pane.locator(".turn:last-child .answer").last.text_content() for pane in panes(opened)]
-
-
-def clean(opened: Opened, site: Site) -> None:
-    """Check that the page reported no error and asked no other server."""
-    assert [m for m in opened.messages if "404" not in m and "401" not in m] == []
-    own = (site.address, "blob:", "data:", "about:")
-    assert [url for url in opened.requests if not url.startswith(own)] == []
-
 
 # --- the answers -------------------------------------------------------------------------------------
 
@@ -248,6 +153,35 @@ def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None
         assert after[1] == site.chat("sql", "The river", temperature=0, lora=None) != before[1] or (
             after[1] == site.chat("base", "The river", temperature=0, lora={"sql": 0.5})
         )
+
+
+def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, site: Site) -> None:
+    """Safari throws after 100 changes of the address in 30 seconds."""
+    with browser.open(site.link(blend={"e2e": 0.5}, temperature=0)) as opened:
+        send(opened)
+        opened.run(
+            "void (history.replaceState = () => { window.calls = (window.calls ?? 0) + 1; throw Error() })"
+        )
+        for value in ("1", "1.5", "2"):  # as a finger that moves, until it lifts
+            opened.run(
+                f"document.querySelector('[type=range]').value = {value};"
+                "document.querySelector('[type=range]').dispatchEvent(new Event('input'))"
+            )
+        opened.page.locator("[type=range]").dispatch_event("change")
+        site.delay[0] = 0.02
+        opened.page.wait_for_selector("#stop-all:enabled", timeout=10_000)
+        site.delay[0] = 0
+        finish(opened)
+        assert answers(opened) == [site.chat("base", "The river", temperature=0, lora={"e2e": 2})]
+        assert opened.run("window.calls") == 1
+
+
+def test_the_enter_that_ends_a_composition_does_not_send(browser: Browser, site: Site) -> None:
+    with browser.open(site.link("base")) as opened:
+        opened.page.fill("#prompt", "日本")
+        opened.page.dispatch_event("#prompt", "keydown", {"key": "Enter", "keyCode": 229})
+        assert opened.page.input_value("#prompt") == "日本"
+        assert opened.page.locator(".turn").count() == 0
 
 
 def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
@@ -393,12 +327,47 @@ def test_the_code_of_a_request_gives_its_answer(
             curl = opened.page.text_content("#code-text")
             opened.page.click("#tab-openai")
             python = opened.page.text_content("#code-text")
-            opened.page.click("#tab-lorakit")
-            compile(opened.page.text_content("#code-text"), "lorakit", "exec")
             opened.page.locator("#code-dialog [data-closes]").click()
             answer = json.loads(run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)]))
             assert answer["choices"][0]["message"]["content"] == shown
             assert run([sys.executable, "-c", python]).startswith(shown)
+
+
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_lorakit_in_python_computes_the_answer(
+    browser: Browser, site: Site, text: Path, mode: str
+) -> None:
+    link = site.link(
+        *("base", "sql"),
+        blend={"e2e": 0.5, "sql": 0.25},
+        mode=mode,
+        temperature=0,
+        stop="e",
+        system='Say it\'s "short".',
+    )
+    with browser.open(link) as opened:
+        send(opened)
+        send(opened, "And the park?")
+        assert len(set(answers(opened))) == 3
+        for pane, shown in zip(panes(opened), answers(opened), strict=True):
+            pane.locator(".code").click()
+            opened.page.click("#tab-lorakit")
+            code = opened.page.text_content("#code-text")
+            opened.page.locator("#code-dialog [data-closes]").click()
+            for name, place in (("base", "base"), ("path/to/", "adapters/")):
+                code = code.replace(f'("{name}', f'("{text}/{place}')
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, {})
+            assert printed.getvalue() == f"{shown}\n"
+        opened.page.click("#settings summary")
+        opened.page.fill("#temperature", "0.5")
+        opened.page.fill("#top_k", "9")
+        opened.page.press("#top_k", "Tab")
+        opened.page.locator(".code").first.click()
+        opened.page.click("#tab-lorakit")
+        code = opened.page.text_content("#code-text")
+        assert f"Decoding(max_new_tokens={MOST}, temperature=0.5, top_k=9, seed={SEED})" in code
 
 
 def run(command: list[str]) -> str:
@@ -424,39 +393,6 @@ def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: S
         rows = opened.page.locator("#tally tbody tr").all_inner_texts()
         assert rows[0].split() == [chosen, "1", "1"]
         assert rows[1].split()[1:] == ["0", "1"]
-
-
-def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
-    with browser.open(site.link("base", blend={"sql": 0.75})) as opened:
-        send(opened, HOSTILE)
-        before = answers(opened)
-        opened.page.click("[data-opens=session-dialog]")
-        with opened.page.expect_download() as download:
-            opened.page.click("#export")
-        file = tmp_path / "session.json"
-        download.value.save_as(file)
-    with browser.open(site.address) as opened:
-        opened.page.wait_for_selector(".pane")
-        opened.page.click("[data-opens=session-dialog]")
-        opened.page.set_input_files("#import", file)
-        until(
-            opened,
-            "document.getElementById('session-message').textContent === 'The session is open.'",
-        )
-        opened.page.locator("#session-dialog [data-closes]").click()
-        assert answers(opened) == before
-        assert opened.page.title() == "lorakit playground"
-        assert opened.page.locator(".user p").first.text_content() == HOSTILE
-        for content in ("[]", "{", '{"format": "lorakit-playground", "version": 9}'):
-            file.write_text(content)
-            opened.page.click("[data-opens=session-dialog]")
-            opened.page.set_input_files("#import", file)
-            until(
-                opened,
-                "/not a session|version/.test(document.getElementById('session-message').textContent)",
-            )
-            opened.page.locator("#session-dialog [data-closes]").click()
-        assert answers(opened) == before
 
 
 def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site: Site) -> None:
@@ -504,25 +440,6 @@ def test_a_pane_says_if_its_adapter_was_trained_on_other_prompts(
             f"{name} was trained on texts, not on chats. Choose “Continue a text” below."
             for name in ("e2e", "sql")
         ]
-
-
-def test_the_page_asks_for_the_key(browser: Browser, text: Path, live: Any, tmp_path: Path) -> None:
-    keys = {"keys": [{"name": "one", "key": "k" * 24, "adapters": ["sql"]}]}
-    (tmp_path / "keys.json").write_text(json.dumps(keys))
-    keyring = read_keys(tmp_path / "keys.json")
-    with (
-        site_of(text, live, keys=keyring) as site,
-        browser.open(site.link("sql")) as opened,
-    ):
-        for key in ("wrong", "k" * 24):
-            opened.page.wait_for_selector("#key-dialog[open]")
-            opened.page.fill("#key", key)
-            opened.page.click("#key-form button")
-        # The key does not allow the base, so there is nothing to compare with.
-        send(opened)
-        assert opened.page.locator(".token").count() == 0
-        assert answers(opened)[0]
-        assert not opened.page.locator(".alert:visible").count()
 
 
 def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> None:
@@ -591,6 +508,72 @@ def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
         press("Tab")
         press("Escape")
         assert opened.run("document.activeElement.matches('.code')")
+
+
+def test_texts_have_the_direction_of_their_language(browser: Browser, site: Site) -> None:
+    def direction(selector: str) -> str:
+        return opened.run(f"getComputedStyle(document.querySelector('{selector}')).direction")
+
+    piece = {"choices": [{"delta": {"content": "עולם."}}], "system_fingerprint": "base=1"}
+    stream = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n"
+    with browser.open(site.link("base")) as opened:
+        opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
+        opened.page.fill("#prompt", "שלום!")
+        assert direction("#prompt") == "rtl"
+        send(opened, "שלום!")
+        assert answers(opened) == ["עולם."]
+        assert [direction(name) for name in (".user p", ".answer", "#prompt")] == [
+            "rtl",
+            "rtl",
+            "ltr",
+        ]
+        opened.page.check("[name=mode][value=text]")
+        send(opened, "שלום!")
+        # The answer continues the text on its left.
+        assert direction(".given") == direction(".answer") == "rtl"
+
+
+def test_a_changed_blend_keeps_the_focus(browser: Browser, site: Site) -> None:
+    with browser.open(site.link(blend={"e2e": 0.5})) as opened:
+        opened.page.wait_for_selector(".blend")
+        focused = "document.activeElement.ariaLabel ?? document.activeElement.textContent"
+        opened.page.press(".blend > button", "Enter")  # Add adapter
+        assert opened.page.locator(".blend .part").count() == 2
+        assert opened.run(focused) == "Adapter of the blend"
+        opened.page.press(".part:first-child [type=range]", "ArrowRight")
+        opened.page.press(".part:first-child button", "Enter")
+        assert opened.run(focused) == "Weight of sql"  # the last adapter cannot be removed
+        opened.page.select_option(".part select", "e2e")
+        assert opened.run("document.activeElement.matches('input')")
+        opened.page.focus(".part select")
+        opened.page.select_option(".part select", "sql")
+        assert opened.run(focused) == "Adapter of the blend"
+
+
+def test_messages_are_announced_where_people_are(
+    browser: Browser, text: Path, live: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text, tmp_path / "text")
+    run = folder / "adapters" / "run"
+    shutil.copytree(folder / "adapters" / "sql", run / "adapter")
+    (run / "report.html").write_text("<p>report</p>")
+    with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
+        opened.page.wait_for_selector(".pane")
+        opened.page.click("#send")
+        assert "Write something" in opened.page.get_by_role("status").first.inner_text()
+        opened.run("sessionStorage.setItem('lorakit-key', 'k')")  # so the page reads the report
+        opened.page.route("**/v1/reports/*", lambda route: route.abort())
+        opened.page.click(".card")
+        message = opened.page.locator("#card-dialog").get_by_role("status")
+        assert message.inner_text() == ""
+        opened.page.click("#show-report")
+        until(opened, "document.getElementById('card-message').textContent")
+        assert "does not answer" in message.inner_text()
+        opened.page.keyboard.press("Escape")
+        opened.page.route("**/v1/models", lambda route: route.abort())
+        opened.page.click(".card")
+        opened.page.wait_for_selector("#card-dialog[open]")
+        assert "may be old" in message.inner_text()
 
 
 def reach(opened: Opened, selector: str) -> None:

@@ -29,16 +29,19 @@ _SHOWN_LIMITS = (
     "max_top_logprobs",
     "max_messages",
 )
-"""Limits in the details of the base, for clients that let users choose."""
+"""Limits in the details of every model, for clients that let users choose."""
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Models:
     """List the base, then each adapter that the key may use."""
     serving, key = serving_of(request), record_of(request).key
-    return await serving.in_worker(
-        lambda: Models(data=[_model(serving, n) for n in serving.models(key)])
-    )
+
+    def find() -> Models:
+        described = serving.store.describe_base()
+        return Models(data=[_model(serving, name, described) for name in serving.models(key)])
+
+    return await serving.in_worker(find)
 
 
 @router.get("/v1/models/{model:path}")
@@ -48,7 +51,7 @@ async def get_model(request: Request, model: str) -> Model:
 
     def find() -> Model:
         serving.require_model(key, model)
-        return _model(serving, model)
+        return _model(serving, model, serving.store.describe_base())
 
     return await serving.in_worker(find)
 
@@ -121,22 +124,21 @@ def _require_operator(serving: Serving, key: Key, name: str) -> None:
         )
 
 
-def _base_details(serving: Serving) -> dict[str, Any]:
-    engine, limits = serving.engine, serving.settings.limits
-    return {
-        **serving.store.describe_base(),
-        "context": engine.limits.context,
-        "engine": engine.name,
-        "notice": engine.notice,
-        "limits": {name: getattr(limits, name) for name in _SHOWN_LIMITS},
-        "version": __version__,
-    }
-
-
-def _model(serving: Serving, name: str) -> Model:
-    base, created = serving.settings.base_name, int(serving.began)
+def _model(serving: Serving, name: str, described: dict[str, Any]) -> Model:
+    """Describe a model; `described` is of the base."""
+    base, created, engine = serving.settings.base_name, int(serving.began), serving.engine
+    limits = {name: getattr(serving.settings.limits, name) for name in _SHOWN_LIMITS}
+    # Adapters have these too: a key may allow adapters without the base.
+    shared = {"kind": described["kind"], "limits": limits}
     if name == base:
-        details = _base_details(serving)
+        details = {
+            **described,
+            **shared,
+            "context": engine.limits.context,
+            "engine": engine.name,
+            "notice": engine.notice,
+            "version": __version__,
+        }
         return Model(id=name, created=created, root=base, parent=None, details=details)
     try:
         details = serving.store.describe(name)
@@ -146,4 +148,4 @@ def _model(serving: Serving, name: str) -> Model:
         details["error"] = without_folders(details["error"])
     root = Path(str(details.pop("path", None) or name)).name
     details.pop("base", None)
-    return Model(id=name, created=created, root=root, parent=base, details=details)
+    return Model(id=name, created=created, root=root, parent=base, details={**details, **shared})

@@ -186,8 +186,8 @@ class Model(BaseModel):
     parent: str | None
     """The base of an adapter; null for the base."""
     details: dict[str, Any]
-    """Of an adapter: method, rank, size, digest, task, labels, scores, chat, report. Of the base: digest, kind, chat,
-    dtype, context, engine, notice, limits, version."""
+    """Of every model: kind, limits, digest, chat. Of an adapter also: method, rank, size, task, labels, scores, report.
+    Of the base also: dtype, context, engine, notice, version."""
 
 
 class Models(BaseModel):

@@ -52,48 +52,54 @@ function openai(request, address, hasKey) {
   ].join("\n");
 }
 
-function lorakit(request, base) {
+/** Return what the server computes, as lorakit's own functions. */
+function lorakit(request, base, dtype) {
   const { body } = plain(request);
-  const weights = body.lora ?? (body.model === base ? {} : { [body.model]: 1 });
-  const names = Object.keys(weights);
-  const choice = body.lora ? python(weights) : python(names[0]);
-  const sampling = body.temperature
+  const names = body.lora ? Object.keys(body.lora) : body.model === base ? [] : [body.model];
+  const decoding = [`max_new_tokens=${body.max_tokens ?? body.max_completion_tokens}`];
+  if (body.temperature) {
+    decoding.push(...["temperature", "top_p", "top_k"].filter((name) => body[name]).map((name) => `${name}=${body[name]}`));
+    decoding.push(`seed=${Math.abs(body.seed)}`);
+  }
+  const [system] = (body.messages ?? []).filter(({ role }) => role === "system");
+  const messages = (body.messages ?? []).filter((message) => message !== system);
+  const prompt = body.messages
     ? [
-        "    do_sample=True,",
-        `    temperature=${body.temperature},`,
-        `    top_p=${body.top_p ?? 1},`,
-        `    top_k=${body.top_k ?? 0},`,
+        "template = ChatTemplate(tokenizer)",
+        `messages = ${python(messages)}`,
+        ...(system ? [`messages = template.with_system(messages, ${python(system.content)})`] : []),
+        "prompt = template.ids(messages, answer=True)",
       ]
-    : ["    do_sample=False,"];
-  const inputs = body.messages
-    ? [
-        `messages = ${python(body.messages)}`,
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
-      ]
-    : [`inputs = tokenizer(${python(body.prompt)}, return_tensors="pt")`];
+    : [`prompt = prompt_ids(tokenizer, ${python(body.prompt)})`];
+  const ends = body.messages ? ", stop_ids=Chat.stop_ids(tokenizer)" : "";
+  const cut = body.stop ? `.split(${python(body.stop[0])})[0]` : "";
   return [
-    ...(body.temperature ? ["import torch", ""] : []),
     "import lorakit",
+    ...(body.lora ? ["from lorakit.adapters import handle_of"] : []),
+    ...(names.length ? ["from lorakit.compute.adapted import AdapterFile, add_adapter"] : []),
+    "from lorakit.evaluation.decoding import Decoding",
+    "from lorakit.evaluation.generate import generate",
+    ...(body.messages
+      ? ["from lorakit.tasks import Chat", "from lorakit.tasks.chat import ChatTemplate"]
+      : ["from lorakit.tasks.language_modelling import prompt_ids"]),
     "",
-    `base = lorakit.load_base(${python(base)})`,
+    `base = lorakit.load_base(${python(base)}${dtype ? `, dtype=${python(dtype)}` : ""})`,
     "model, tokenizer = base.model, base.tokenizer",
-    ...names.map((name) => `adapters = lorakit.load(model, ${python(`path/to/${name}`)}, name=${python(name)})`),
-    ...(names.length ? [`adapters.activate(${choice})`] : []),
-    ...inputs,
-    ...(body.temperature ? [`torch.manual_seed(${body.seed})  # the server draws other numbers from the same seed`] : []),
-    "output = model.generate(",
-    "    **inputs,",
-    `    max_new_tokens=${body.max_tokens ?? body.max_completion_tokens},`,
-    ...sampling,
-    ")",
-    'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    // An adapter may have a tokenizer of its own, with another chat template.
+    ...names.map((name) => `tokenizer = add_adapter(base, AdapterFile.read(${python(`path/to/${name}`)}), name=${python(name)})`),
+    ...(body.lora ? [`handle_of(model).activate(${python(body.lora)})`] : []),
+    ...prompt,
+    ...(body.temperature ? ["# The server draws other numbers from the same seed."] : []),
+    `decoding = Decoding(${decoding.join(", ")})`,
+    `(text,) = generate(model, tokenizer, [prompt], decoding${ends})`,
+    `print(text${cut})`,
     "",
   ].join("\n");
 }
 
 /** Return a request as code in a language: curl, openai or lorakit. */
-export function code(language, request, { base, hasKey }) {
+export function code(language, request, { base, dtype, hasKey }) {
   const address = location.origin;
-  if (language === "lorakit") return lorakit(request, base);
+  if (language === "lorakit") return lorakit(request, base, dtype);
   return (language === "curl" ? curl : openai)(request, address, hasKey);
 }

@@ -16,6 +16,7 @@ const prompt = at("prompt");
 
 let models = [];
 let panes = [];
+let started = false; // whether the panes and settings of the address are there
 let edited = null; // number of turns that stay when an earlier message is edited
 let draft = ""; // what the prompt held before the edit
 let settings = { ...DEFAULTS, colours: true };
@@ -33,8 +34,9 @@ const page = {
   adapters: () => models.filter((model) => model.parent !== null).map((model) => model.id),
   base: () => base()?.id ?? models[0]?.parent ?? "",
   hasBase: () => base() !== undefined, // not with a key that may use adapters only
-  kind: () => base()?.details.kind ?? "text",
-  limits: () => base()?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  kind: () => models[0]?.details.kind ?? "text",
+  limits: () => models[0]?.details.limits ?? { max_blend: 8, max_tokens: 4096 },
+  blends: () => page.hasBase() && page.adapters().length > 0 && page.kind() === "text", // a blend is a request to the base
   settings: () => settings,
   newSeed: () => crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000,
   say(text) {
@@ -83,20 +85,24 @@ const page = {
 
 // --- start -------------------------------------------------------------------------------------------
 
+/** Read the models, and at the first success open what the address says. */
 async function start() {
   try {
     await readModels();
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) return askForKey();
-    return notice(error.message);
+    if (!started) at("send").disabled = false; // it calls this function again
+    return notice(started ? error.message : `${error.message} Send to try again.`);
   }
+  if (started) return;
+  started = true;
   notice("");
   const found = fromHash(location.hash);
   const kinds = models.filter((model) => model.parent !== null).map(trainedOn);
   const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
   settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
   settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
-  if (found.prompt) prompt.value = found.prompt; // else keep what was typed while the page loaded
+  prompt.value ||= found.prompt; // what was typed while the page loaded stays
   const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
   setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
   showSettings();
@@ -115,9 +121,9 @@ async function readModels() {
 
 function setPanes(found) {
   for (const pane of panes) pane.stop();
-  panes = found.map(({ choice, turns }) => {
+  panes = found.map(({ choice, threads }) => {
     const pane = new Pane(page, choice);
-    pane.turns = turns ?? [];
+    if (threads) pane.threads = threads;
     pane.render();
     return pane;
   });
@@ -184,9 +190,14 @@ for (const radio of document.querySelectorAll("[name=mode]")) {
 }
 
 function keepAddress() {
+  if (!started) return;
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
   const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
-  history.replaceState(null, "", toHash(state));
+  try {
+    history.replaceState(null, "", toHash(state));
+  } catch {
+    // Safari allows 100 changes in 30 seconds. The next change writes this one too.
+  }
 }
 
 // --- sending -----------------------------------------------------------------------------------------
@@ -195,6 +206,11 @@ at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (panes.some((pane) => pane.isRunning)) {
     notice("The last answers are still being computed. Stop them first.");
+    return;
+  }
+  if (!started) return start();
+  if (!panes.length) {
+    notice("There is no model to ask. Choose “Add model” first.");
     return;
   }
   const text = prompt.value;
@@ -208,8 +224,8 @@ at("composer").addEventListener("submit", (event) => {
   keepAddress();
   const isChat = settings.mode === "chat" && page.kind() === "text";
   const kept = isChat ? (edited ?? Math.max(...panes.map((pane) => pane.turns.length))) : 0;
-  endEdit();
   if (isChat) prompt.value = "";
+  endEdit();
   const seed = settings.seed ?? page.newSeed();
   beginBlind();
   for (const pane of panes) pane.ask(text, kept, seed);
@@ -217,7 +233,7 @@ at("composer").addEventListener("submit", (event) => {
 });
 
 prompt.addEventListener("keydown", (event) => {
-  if (event.isComposing) return;
+  if (event.isComposing || event.keyCode === 229) return; // 229: in Safari, the Enter that ends a composition
   const sends = settings.mode === "chat" ? !event.shiftKey : event.ctrlKey || event.metaKey;
   if (event.key === "Enter" && sends) {
     event.preventDefault();
@@ -226,7 +242,10 @@ prompt.addEventListener("keydown", (event) => {
 });
 prompt.addEventListener("change", keepAddress);
 
+/** End the edit of an earlier message, and put back what the prompt held before it. */
 function endEdit() {
+  if (edited === null) return;
+  prompt.value = draft;
   edited = null;
   at("editing").hidden = true;
 }
@@ -246,7 +265,6 @@ function clear() {
 
 at("cancel-edit").addEventListener("click", () => {
   endEdit();
-  prompt.value = draft;
   prompt.focus();
 });
 at("clear").addEventListener("click", () => {
@@ -261,9 +279,8 @@ at("stop-all").addEventListener("click", () => {
 at("add-pane").addEventListener("click", () => {
   const shown = panes.map((pane) => pane.model);
   const model = models.map(({ id }) => id).find((id) => !shown.includes(id));
-  const [adapter] = page.adapters();
   // Where every model is shown already, half of an adapter is the next thing to compare.
-  const choice = !model && adapter && page.kind() === "text" ? { blend: { [adapter]: 0.5 } } : { model: model ?? page.base() };
+  const choice = !model && page.blends() ? { blend: { [page.adapters()[0]]: 0.5 } } : { model: model ?? models[0].id };
   const pane = new Pane(page, choice);
   // The new pane joins the conversation of the others at their last message.
   const turns = panes[0]?.turns ?? [];
@@ -364,9 +381,9 @@ function showCode(language) {
   const seed = last?.seed ?? settings.seed ?? 0;
   const request = coded.request(coded.turns.length - 1, settings, seed);
   if (!turns) coded.turns = [];
-  const rounds = ["bfloat16", "float16"].includes(base()?.details.dtype);
-  at("code-note").hidden = !rounds;
-  at("code-text").textContent = code(language, request, { base: page.base(), hasKey: hasKey() });
+  const dtype = base()?.details.dtype;
+  at("code-note").hidden = !["bfloat16", "float16"].includes(dtype);
+  at("code-text").textContent = code(language, request, { base: page.base(), dtype, hasKey: hasKey() });
   for (const tab of document.querySelectorAll("[data-code]")) {
     const isChosen = tab.dataset.code === language;
     tab.hidden = page.kind() !== "text" && tab.dataset.code !== "curl";
@@ -408,7 +425,10 @@ at("copy-link").addEventListener("click", (event) => {
 
 /** Show what the server knows now about a pane's model, or about the adapters of its blend. */
 async function showCard(pane) {
-  await readModels().catch((error) => notice(error.message));
+  at("card-message").textContent = "";
+  await readModels().catch((error) => {
+    at("card-message").textContent = `These facts may be old. ${error.message}`;
+  });
   const names = pane.model === BLEND ? Object.keys(pane.blend) : [pane.model];
   const facts = names.flatMap((name) => {
     const model = models.find(({ id }) => id === name);
@@ -459,6 +479,7 @@ function shownSize(bytes) {
 
 /** Show a report in a frame that runs no scripts. A frame sends no key, so with one the page reads the report itself. */
 async function showReport(name) {
+  at("card-message").textContent = "";
   const frame = document.createElement("iframe");
   frame.title = `Report of ${name}`;
   frame.setAttribute("sandbox", "");
@@ -466,7 +487,7 @@ async function showReport(name) {
     if (hasKey()) frame.srcdoc = withoutAnchors(await readReport(name));
     else frame.src = reportPath(name);
   } catch (error) {
-    notice(error.message);
+    at("card-message").textContent = error.message;
     return;
   }
   at("report-title").textContent = frame.title;
@@ -490,7 +511,12 @@ function askForKey() {
 at("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  setKey(at("key").value);
+  const key = at("key").value.trim();
+  if (!/^[!-~]+$/.test(key)) { // a header cannot send it
+    at("key-error").textContent = "A key has ASCII characters only, without spaces. Copy it from the server's keys again.";
+    return;
+  }
+  setKey(key);
   at("key").value = "";
   at("key-dialog").close();
   start();
@@ -500,7 +526,7 @@ at("key-form").addEventListener("submit", (event) => {
 
 at("export").addEventListener("click", () => {
   const text = exported({
-    panes: panes.map(({ choice, turns }) => ({ choice, turns })),
+    panes: panes.map(({ choice, threads }) => ({ choice, threads })),
     settings,
     prompt: prompt.value,
     server: { base: page.base(), ...base()?.details },
@@ -519,8 +545,8 @@ at("import").addEventListener("change", async () => {
   try {
     const found = await imported(file);
     settings = { ...settings, seed: null, ...found.settings };
-    prompt.value = found.prompt;
     endEdit();
+    prompt.value = found.prompt;
     setPanes(found.panes);
     showSettings();
     keepAddress();

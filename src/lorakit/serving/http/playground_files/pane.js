@@ -35,7 +35,7 @@ export function trainedOn({ details }) {
 
 export class Pane {
   /**
-   * @param page What all panes share: models(), adapters(), base(), kind(), limits(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
+   * @param page What all panes share: models(), adapters(), base(), kind(), limits(), blends(), settings(), changed(), edit(index), showCard(pane), showCode(pane),
    *   remove(pane), say(text), began(), ended(pane).
    * @param choice {model: name}, or {blend: {name: weight}}.
    */
@@ -103,7 +103,7 @@ export class Pane {
     const known = names.includes(this.model) || this.model === BLEND;
     const options = names.map((name) => new Option(name === this.page.base() ? `${name} (base)` : name, name));
     if (!known) options.push(new Option(`${this.model} (not served)`, this.model));
-    if (this.page.adapters().length && this.page.kind() === "text") options.push(new Option("Blend of adapters …", BLEND));
+    if (this.page.blends() || this.model === BLEND) options.push(new Option("Blend of adapters …", BLEND));
     this.select.replaceChildren(...options);
     this.select.value = this.model;
     this.showBlend();
@@ -128,6 +128,8 @@ export class Pane {
   showBlend() {
     this.blendPlace.hidden = this.model !== BLEND || this.letter !== null;
     if (this.blendPlace.hidden) return this.blendPlace.replaceChildren();
+    const controls = () => [...this.blendPlace.querySelectorAll("select, input, button")];
+    const focused = controls().indexOf(document.activeElement);
     const adapters = this.page.adapters();
     const rows = Object.keys(this.blend).map((name) => this.#blendRow(name, adapters));
     const unused = adapters.filter((name) => !(name in this.blend));
@@ -135,6 +137,8 @@ export class Pane {
     add.hidden = !unused.length || rows.length >= Math.min(3, this.page.limits().max_blend);
     add.addEventListener("click", () => this.#changeBlend({ ...this.blend, [unused[0]]: 0.5 }));
     this.blendPlace.replaceChildren(...rows, add);
+    // The focus stays at its position: after adding on the new row, and without a usable control there on one before.
+    controls().slice(0, focused + 1).reverse().find((control) => !control.disabled && !control.hidden)?.focus();
   }
 
   #blendRow(name, adapters) {
@@ -152,10 +156,10 @@ export class Pane {
     slider.addEventListener("input", () => {
       this.blend[name] = Number(slider.value);
       shown.textContent = this.blend[name].toFixed(2);
-      this.page.changed();
       clearTimeout(this.timer);
       this.timer = setTimeout(() => this.#sameSeed(), WAIT);
     });
+    slider.addEventListener("change", () => this.page.changed());
     const remove = element("button", { type: "button", className: "plain", textContent: "×", ariaLabel: `Remove ${name}` });
     remove.disabled = Object.keys(this.blend).length === 1;
     remove.addEventListener("click", () => {
@@ -202,8 +206,7 @@ export class Pane {
       return { path: "v1/completions", body };
     }
     body.messages = settings.system ? [{ role: "system", content: settings.system }] : [];
-    for (const { user, answer } of this.turns.slice(0, index)) {
-      if (!answer?.text.trim()) continue; // the server rejects a blank turn, and two questions in a row are no chat
+    for (const { user, answer } of this.turns.slice(0, index).filter(isWhole)) {
       body.messages.push({ role: "user", content: user }, { role: "assistant", content: answer.text });
     }
     body.messages.push({ role: "user", content: this.turns[index].user });
@@ -356,32 +359,42 @@ export class Pane {
   }
 
   #turn({ user, answer }, index) {
-    const isText = this.page.settings().mode === "text" && this.page.kind() === "text";
+    const { mode } = this.page.settings();
+    const isText = mode === "text" && this.page.kind() === "text";
     const isLast = index === this.turns.length - 1;
+    const isWaiting = isLast && this.isRunning;
     const node = element("div", { className: "turn" });
     const place = element(isText ? "span" : "div", { className: "answer" });
-    if (isText) node.append(element("span", { className: "given", textContent: user }));
-    else {
+    if (isText) {
+      // One direction for both: the answer continues the text.
+      node.append(element("div", { dir: "auto" }, element("span", { className: "given", textContent: user }), place));
+    } else {
+      place.dir = "auto";
       const edit = element("button", { type: "button", className: "plain", textContent: "Edit" });
       edit.ariaLabel = `Edit message ${index + 1}`;
       edit.addEventListener("click", () => this.page.edit(index, user));
-      node.append(element("div", { className: "user" }, element("p", { textContent: user }), edit));
+      node.append(element("div", { className: "user" }, element("p", { dir: "auto", textContent: user }), edit), place);
     }
-    node.append(place);
-    if (!answer) return node;
+    const note = (text) => node.append(element("p", { className: "note", textContent: text }));
+    if (answer) this.#showAnswer(place, answer, isWaiting);
+    if (isWaiting) return node;
+    if (answer?.error && !isLast && this.letter === null) note(answer.error); // the last one is the pane's alert
+    const cut = answer && `Cut off after ${answer.most} tokens: see “Most new tokens” in Settings.`;
+    const ended = { length: cut, stopped: "Stopped." }[answer?.ended];
+    if (ended) note(ended);
+    else if (answer && !answer.text && !answer.scores && !answer.error) note("The answer is empty.");
+    const isChat = mode === "chat" && this.page.kind() === "text";
+    if (isChat && !isWhole(this.turns[index])) note("Later messages are sent without this message and its answer.");
+    return node;
+  }
+
+  #showAnswer(place, answer, isWaiting) {
     const coloured = answer.tokens.length && answer.tokens.every((token) => token.base !== undefined);
     if (answer.scores) place.append(bars(answer.scores));
-    else if (coloured && this.page.settings().colours && this.letter === null && !(isLast && this.isRunning)) {
+    else if (coloured && this.page.settings().colours && this.letter === null && !isWaiting) {
       showTokens(place, answer, this.name);
     } else place.textContent = answer.text;
-    place.classList.toggle("waiting", isLast && this.isRunning);
-    const cut = `Cut off after ${answer.most} tokens: see “Most new tokens” in Settings.`;
-    const note = { length: cut, stopped: "Stopped." }[answer.ended];
-    if (note) node.append(element("p", { className: "note", textContent: note }));
-    else if (!answer.text && !answer.scores && !answer.error && !(isLast && this.isRunning)) {
-      node.append(element("p", { className: "note", textContent: "The answer is empty." }));
-    }
-    return node;
+    place.classList.toggle("waiting", isWaiting);
   }
 
   showFigures() {
@@ -398,6 +411,11 @@ export class Pane {
     this.figures.textContent = parts.join(" · ");
     this.figures.title = answer.fingerprint ? `Receipt: ${answer.fingerprint}` : "";
   }
+}
+
+/** Whether later messages are sent with this turn: the server rejects a blank one, and an error may have cut another. */
+function isWhole({ answer }) {
+  return Boolean(answer?.text.trim()) && answer.error === null;
 }
 
 function figures(began, first, last, tokens) {

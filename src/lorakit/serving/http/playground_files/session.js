@@ -1,7 +1,7 @@
 // What outlives an answer: the address of the page, sessions as JSON, and the tally of blind votes.
 
 const FORMAT = "lorakit-playground";
-const VERSION = 1;
+const VERSION = 2; // 1 had the turns of one kind of prompt, and votes
 const TALLY = "lorakit-votes";
 export const MOST_PANES = 4;
 const LARGEST_FILE = 20_000_000;
@@ -69,7 +69,7 @@ function checkedSettings(raw) {
 
 /** Return a session as text. */
 export function exported({ panes, settings, prompt, server }) {
-  const content = { format: FORMAT, version: VERSION, server, settings, prompt, panes, votes: readTally() };
+  const content = { format: FORMAT, version: VERSION, server, settings, prompt, panes };
   return JSON.stringify(content, null, 2);
 }
 
@@ -78,17 +78,24 @@ export async function imported(file) {
   if (file.size > LARGEST_FILE) throw new Error("The file is larger than 20 MB; it is not a session of this page.");
   const content = parsed(await file.text());
   if (!isRecord(content) || content.format !== FORMAT) throw new Error("The file is not a session of this page.");
-  if (content.version !== VERSION) throw new Error(`The session has version ${content.version}; this page reads ${VERSION}.`);
+  if (![1, VERSION].includes(content.version)) {
+    throw new Error(`The session has version ${content.version}; this page reads 1 to ${VERSION}.`);
+  }
   const panes = Array.isArray(content.panes) ? content.panes.filter((pane) => isChoice(pane?.choice)) : [];
   if (!panes.length) throw new Error("The session has no panes.");
+  const settings = checkedSettings(isRecord(content.settings) ? content.settings : {});
   return {
-    settings: checkedSettings(isRecord(content.settings) ? content.settings : {}),
-    prompt: typeof content.prompt === "string" ? content.prompt : "",
-    panes: panes.slice(0, MOST_PANES).map(({ choice, turns }) => ({
-      choice,
-      turns: (Array.isArray(turns) ? turns : []).filter((turn) => typeof turn?.user === "string").map(checkedTurn),
-    })),
+    settings,
+    prompt: text(content.prompt),
+    panes: panes.slice(0, MOST_PANES).map(({ choice, turns, threads }) => {
+      const found = content.version === 1 ? { [settings.mode ?? "chat"]: turns } : threads;
+      return { choice, threads: { chat: checkedTurns(found?.chat), text: checkedTurns(found?.text) } };
+    }),
   };
+}
+
+function checkedTurns(turns) {
+  return (Array.isArray(turns) ? turns : []).filter((turn) => typeof turn?.user === "string").map(checkedTurn);
 }
 
 function checkedTurn({ user, answer }) {
