@@ -76,7 +76,7 @@ def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
 def site(text: Path, live: Any, tmp_path: Path) -> Iterator[Site]:
     """A server of its own, since some tests unload adapters."""
     folder = shutil.copytree(text, tmp_path / "text")
-    with site_of(folder, live) as found:
+    with site_of(folder, live, allow_loading=True) as found:
         yield found
 
 

@@ -128,7 +128,7 @@ def test_answers_are_computed_again_if_asked(text: Path) -> None:
 
 @pytest.mark.slow
 def test_loading_and_unloading_between_requests(text: Path) -> None:
-    with served(text) as (client, opened):
+    with served(text, allow_loading=True) as (client, opened):
         before = post(
             client, "/v1/completions", model="sql", prompt="a", max_tokens=5, temperature=0
         )
@@ -170,7 +170,7 @@ def test_an_operator_loads_only_from_folders_that_its_key_allows(text: Path) -> 
     foreign = text / "adapters" / "sql"
     (text / "adapters" / "e2e-link").symlink_to(foreign)
     try:
-        with served(text, keys=KeyRing([key])) as (client, opened):
+        with served(text, keys=KeyRing([key]), allow_loading=True) as (client, opened):
             client.headers["authorization"] = f"Bearer {secret}"
 
             def load(path: str) -> tuple[int, str]:
@@ -198,7 +198,7 @@ def test_a_refused_load_shows_no_path_of_the_server(text: Path, tmp_path: Path) 
     (tmp_path / "adapters" / "damaged").mkdir(parents=True)
     (tmp_path / "adapters" / "damaged" / "adapter_config.json").write_text("{")
     (tmp_path / "base").symlink_to(text / "base")
-    with served(tmp_path) as (client, _):
+    with served(tmp_path, allow_loading=True) as (client, _):
         for path in ("damaged", "damaged/", "damaged//", "absent/", "'", "../x", "x\n/y/z"):
             body = {"lora_name": "new", "lora_path": path}
             answer = client.post("/v1/load_lora_adapter", json=body)
