@@ -117,3 +117,15 @@ def dense_parts(layer: StoredLayer) -> list[Tensor]:
     if layer.kind == "conv-loralib":
         return [change.reshape(layer.B.shape[0], layer.A.shape[1])]
     return [change]
+
+
+def matrices(name: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the matrices of a base weight that one of `layers` changes, each with its change in float64."""
+    layer, changes = layers()[name], dense_parts(layers()[name])
+    matrix = W.T if name in ("conv1d", "embedding") else W.flatten(1)
+    pieces = [matrix[piece.rows()] for piece in layer.slices] or list(matrix.chunk(layer.groups))
+    if name == "loralib-conv":
+        pieces = [W.reshape(12, 15)]
+    if name == "grouped":  # a group's factors see only its own channels
+        changes = [c[:, c.abs().sum(0) > 0] for c in changes]
+    return list(zip(pieces, changes, strict=True))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from sample_adapters import (
     dense,
-    dense_parts,
     factors,
     layers,
     linear,
+    matrices,
     randn,
     stored,
     trained_llama,
@@ -89,21 +89,11 @@ def test_the_random_column():
 
 @pytest.mark.parametrize("name", layers())
 def test_every_kind_of_layer(name):
-    layer = layers()[name]
     W = randn(*weight_shape(name), seed=99)
     found = adapter_amplification(
         stored(name), Base({f"{name}.weight": W, f"{name}.in_proj_weight": W})
     )
-    matrix = W.flatten(1)
-    if name in ("conv1d", "embedding"):
-        matrix = W.T
-    pieces = [matrix[piece.rows()] for piece in layer.slices] or list(matrix.chunk(layer.groups))
-    if name == "loralib-conv":
-        pieces = [W.reshape(12, 15)]
-    changes = dense_parts(layer)
-    if name == "grouped":  # a group's factors see only its own channels
-        changes = [c[:, c.abs().sum(0) > 0] for c in changes]
-    for one, piece, change in zip(found.layers.values(), pieces, changes, strict=True):
+    for one, (piece, change) in zip(found.layers.values(), matrices(name, W), strict=True):
         assert_equal(one, reference(piece, change, one.rank))
 
 

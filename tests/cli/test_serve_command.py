@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
+from fastapi.testclient import TestClient
 from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 
@@ -220,18 +223,137 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
     assert "lorakit_verification_difference Mean absolute difference" in page
 
 
-@pytest.mark.slow
-def test_the_server_from_its_start_to_its_end(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("served")
     tokenizer = tiny_tokenizer()
-    tiny_models.build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    opened = lorakit.load_base(tmp_path / "base", dtype="float32")
-    randomise(lorakit.attach(opened.model, lorakit.LoRA(rank=2), name="x"), seed=1)
-    lorakit.adapters.handle_of(opened.model).save(tmp_path / "adapters/sql")  # type: ignore[union-attr]
-    command = [sys.executable, "-m", "lorakit", "serve", "--adapters", "adapters", "--port", "0"]
+    tiny_models.build("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    opened = lorakit.load_base(folder / "base", dtype="float32")
+    handle = lorakit.attach(opened.model, lorakit.LoRA(rank=2), name="x")
+    randomise(handle, seed=1)
+    handle.save(folder / "adapters/sql")
+    return folder
+
+
+COMMAND = [
+    "serve",
+    "--adapters",
+    "adapters",
+    "--port",
+    "0",
+    "--base.name",
+    "base",
+    "--cache_memory",
+    "10MB",
+]
+ASKED = {"model": "sql", "prompt": "The river", "max_tokens": 4}
+Serve = Callable[..., int]
+
+
+@pytest.fixture
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Run the command; a function uses its application in place of a network. Returns the exit status."""
+
+    def start(use: Callable[[TestClient], Any], *options: str) -> int:
+        def run(app: Any, listener: Any, **_: Any) -> None:
+            with TestClient(app, base_url="http://localhost:8000") as client:
+                use(client)
+
+        monkeypatch.setattr("lorakit.serving.http.running.run", run)
+        return main([*COMMAND, *options])
+
+    monkeypatch.chdir(folder)
+    return start
+
+
+def status(client: TestClient, path: str = "completions", **body: Any) -> int:
+    return client.post(f"/v1/{path}", json=body).status_code
+
+
+LOADED = {"lora_name": "again", "lora_path": "sql"}
+
+
+def test_by_default_only_this_machine_is_answered_and_nothing_is_loaded(serving: Serve) -> None:
+    def use(client: TestClient) -> None:
+        assert status(client, **ASKED) == 200
+        assert status(client, "load_lora_adapter", **LOADED) == 403
+        client.headers["host"] = "evil.example"
+        assert status(client, **ASKED) == 403
+
+    assert serving(use) == 0
+
+
+def test_adapters_are_loaded_if_allowed(serving: Serve) -> None:
+    def use(client: TestClient) -> None:
+        assert status(client, "load_lora_adapter", **LOADED) == 200
+        assert status(client, **{**ASKED, "model": "again"}) == 200
+
+    assert serving(use, "--allow_loading") == 0
+
+
+@pytest.mark.parametrize("health", [401, 200])
+def test_requests_need_a_key_of_the_file(serving: Serve, tmp_path: Path, health: int) -> None:
+    secret = "k" * 20
+    keys = [{"name": "team", "key": secret, "adapters": ["sql"]}]
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+
+    def use(client: TestClient) -> None:
+        assert status(client, **ASKED) == 401
+        assert client.get("/health").status_code == health
+        client.headers["authorization"] = f"Bearer {secret}"
+        assert status(client, **ASKED) == 200
+        assert status(client, **{**ASKED, "model": "base"}) == 404
+        client.headers["host"] = "api.example"  # other machines have names for this one
+        assert status(client, **ASKED) == 200
+
+    options = ["--health_without_key"] if health == 200 else []
+    assert serving(use, "--keys", str(tmp_path / "keys.json"), *options) == 0
+
+
+def test_requests_stay_within_the_limits_of_the_options(serving: Serve) -> None:
+    def use(client: TestClient) -> None:
+        assert status(client, **ASKED) == 200
+        assert status(client, **{**ASKED, "max_tokens": 5}) == 400
+        assert status(client, **ASKED, n=3) == 400
+        assert status(client, **{**ASKED, "prompt": "river " * 9}) == 400
+        assert status(client, **ASKED, user="x" * 200) == 413
+
+    limits = {"max_tokens": 4, "max_choices": 2, "max_prompt_tokens": 8, "max_body": 200}
+    assert serving(use, *(word for k, v in limits.items() for word in (f"--{k}", str(v)))) == 0
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_failed_verification_stops_the_server_if_asked(
+    serving: Serve, monkeypatch: pytest.MonkeyPatch, capsys: Any, stops: bool
+) -> None:
+    monkeypatch.setattr("lorakit.serving.opening.bound_for", lambda dtype: -1.0)  # all answers fail
+    ended = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+
+    def use(client: TestClient) -> None:
+        assert status(client, **ASKED) == 200
+        failure = 'lorakit_verified_answers_total{adapter="sql",result="failed"} 1.0'
+        end = time.monotonic() + 60
+        while failure not in client.get("/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert ended.wait(10 if stops else 0.1) == stops
+
+    try:
+        options = ["--verify", "1", *(["--verify_stops"] if stops else [])]
+        assert serving(use, *options) == int(stops)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ("an answer failed its verification" in capsys.readouterr().err) == stops
+
+
+@pytest.mark.slow
+def test_the_server_from_its_start_to_its_end(folder: Path) -> None:
     with subprocess.Popen(
-        [*command, "--base.name", "base", "--cache_memory", "10MB"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "lorakit", *COMMAND],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -23,10 +23,9 @@ from walk import words
 
 from lorakit.cli import serve
 from lorakit.cli.parsing import parse
-from lorakit.serving.http.app import create_app
 from lorakit.serving.http.keys import read_keys
 from lorakit.serving.http.metrics import Metrics
-from lorakit.serving.http.settings import HttpLimits, HttpSettings
+from lorakit.serving.http.settings import HttpLimits
 from lorakit.serving.opening import open_all
 from lorakit.serving.serve_config import ServeConfig
 
@@ -48,8 +47,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
     config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], "--cache_memory", "20MB"])
     opened = open_all(config, lambda verdict: None)
     opened.worker.start()
-    name = opened.base.source.name
-    app = create_app(opened.engine, opened.store, HttpSettings(base_name=name, limits=config))
+    app = serve.app_of(config, opened, keys=None)
     with socket.create_server(("127.0.0.1", 0)) as listener, redirect_stdout(StringIO()) as printed:
         serve._greet(config, listener, opened)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))

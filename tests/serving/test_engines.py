@@ -55,15 +55,17 @@ def alone(model, prompt, blend, count):
     """The greedy continuation of `generate` with one adapter activated."""
     handle = handle_of(model)
     handle.activate(dict(blend) or None)
+    is_encoder_decoder = model.config.is_encoder_decoder
+    end = [TOKENIZER.eos_token_id] if is_encoder_decoder else []  # as in training
     ids = model.generate(
-        torch.tensor([prompt]),
+        torch.tensor([[*prompt, *end]]),
         max_new_tokens=count,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
     )
     handle.activate(None)
-    return ids[0, len(prompt) :].tolist()
+    return ids[0, 1 if is_encoder_decoder else len(prompt) :].tolist()
 
 
 @pytest.fixture(params=["continuous", "batched"])

@@ -12,33 +12,21 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import adapter_bytes
+from tiny_runs import Crash, adapter_bytes, crash_in_step
 
 from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.training import checkpoint
-from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, TrainConfig
 from lorakit.training.loop import train
 
 NEWEST = Path("checkpoints", "step-000006")
 
 
-class Crash(Exception):
-    """An exception that ends a run like a crash."""
-
-
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
     """Crash a run of `config` in a step."""
-    original, calls = optimizer_steps.clip_gradients, iter(range(1, 10_000))
-
-    def dying(*args):
-        if next(calls) == step:
-            raise Crash
-        return original(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_steps, "clip_gradients", dying)
+        crash_in_step(patch, step)
         with pytest.raises(Crash):
             train(config)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from tiny_runs import adapter_bytes
+from tiny_runs import Crash, adapter_bytes
 
 from lorakit.errors import ConfigurationError, DivergenceError
 from lorakit.reporting.run_record import read_run
@@ -29,10 +29,6 @@ from lorakit.training.events import record_rewind
 from lorakit.training.loop import train
 
 PEAK = 2e-2
-
-
-class Crash(Exception):
-    """An exception that ends a run like a crash."""
 
 
 def settings(folder: Path, base: str, **overrides: Any) -> TrainConfig:

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import tiny_runs
@@ -17,13 +19,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
+from torch._dynamo import lookup_backend
 
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
-from lorakit.training import validation
+from lorakit.models.compiling import compile_blocks
+from lorakit.training import setup, validation
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.noise import keyed_noise
@@ -459,8 +463,18 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path, base: str) -> None:
     train(tiny_runs.config(tmp_path, base, loggers=("tensorboard",), max_steps=3))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3]
-    assert [e.step for e in events.Scalars("validation/loss")] == [0, 3]
+    found = {
+        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.scalars.Keys()
+    }
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for split, steps in (("train", [1, 2, 3]), ("validation", [0, 3])):
+        records = metrics(tmp_path / "run", split)
+        assert [record["step"] for record in records] == steps
+        for name in records[0].keys() - {"step", "split"}:
+            values = [record[name] for record in records]
+            expected[f"{split}/{name}"] = [*zip(steps, np.float32(values).tolist(), strict=True)]
+    assert found == expected
+    assert {"train/loss", "train/learning_rate", "validation/loss"} <= found.keys()
 
 
 def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypatch) -> None:
@@ -498,3 +512,32 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
     lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)
     result = train(tiny_runs.config(tmp_path, base, lora=lora))
     assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # dynamo inspects its inputs
+)
+def test_a_compiled_run_trains_the_same_weights(tmp_path: Path, monkeypatch) -> None:
+    """With a backend that traces as the default does, and needs no compiler."""
+    # Without dropout: compiled blocks draw other random numbers.
+    base = tiny_runs.save_base(tmp_path / "base", num_hidden_layers=1)
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        traced.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(setup, "compile_blocks", partial(compile_blocks, backend=backend))
+    torch._dynamo.reset()
+    weights = []
+    for compiled in (False, True):
+        output = tmp_path / f"compiled-{compiled}"
+        settings = {"max_steps": 2, "accumulation": 1, "compile": compiled, "output": str(output)}
+        train(tiny_runs.config(tmp_path, base, **settings))
+        weights.append(load_file(output / "adapter/adapter_model.safetensors"))
+        assert bool(traced) == compiled
+    torch._dynamo.reset()
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 import yaml
-from tiny_runs import adapter_bytes
+from tiny_runs import Crash, adapter_bytes, crash_in_step
 
 import lorakit
 from lorakit.errors import ConfigurationError
@@ -17,14 +17,9 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import quantised_weights
-from lorakit.training import step as optimizer_steps
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 from lorakit.training.setup import prepare
-
-
-class Crash(Exception):
-    """An exception that ends a run like a crash."""
 
 
 def settings(folder, base, kind, **overrides):
@@ -49,15 +44,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     other = settings(
         tmp_path, base, kind, gradient_checkpointing=checkpointing, output=str(tmp_path / "other")
     )
-    original, calls = optimizer_steps.clip_gradients, iter(range(1, 100))
-
-    def crashing(*args, **kwargs):
-        if next(calls) == 8:
-            raise Crash
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_steps, "clip_gradients", crashing)
+        crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(other)
     train(dataclasses.replace(other, resume=True))

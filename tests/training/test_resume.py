@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import adapter_bytes
+from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
 from lorakit.compute.adapted import AdapterFile, base_of
@@ -30,10 +30,6 @@ from lorakit.training.run_folder import read_settings
 from lorakit.training.setup import Job
 
 STEPS = 18
-
-
-class Crash(Exception):
-    """An exception that ends a run like a crash."""
 
 
 def settings(folder: Path, base: str, **overrides) -> TrainConfig:
@@ -72,18 +68,6 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert not leftovers
 
 
-def crash_at(monkeypatch, module, name: str, call: int) -> None:
-    """Make the `call`-th call of a function of `module` raise."""
-    original, calls = getattr(module, name), iter(range(1, 10_000))
-
-    def crashing(*args, **kwargs):
-        if next(calls) == call:
-            raise Crash
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, crashing)
-
-
 SEED = 20
 DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 5)
 
@@ -93,7 +77,7 @@ DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 5)
 def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) -> None:
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", step)
+        crash_in_step(patch, step)
         with pytest.raises(Crash):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -130,7 +114,7 @@ def test_a_checkpoint_with_random_states_resumes(tmp_path, base, undisturbed, mo
     """Earlier versions stored the states of random generators beside the weights."""
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", 8)
+        crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(config)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
@@ -180,7 +164,7 @@ def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) ->
     config = dataclasses.replace(settings(tmp_path, base), resume=True)
     for step in (2, 4, 5, 4, 7):
         with monkeypatch.context() as patch:
-            crash_at(patch, optimizer_steps, "clip_gradients", step)
+            crash_in_step(patch, step)
             with pytest.raises(Crash):
                 train(config)
     train(config)
@@ -251,7 +235,7 @@ def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     config = tiny_runs.config(tmp_path, base, output=str(tmp_path / "other"), **settings)
     with monkeypatch.context() as patch:
         # After the last evaluation but one: two evaluations without a new best are on the count.
-        crash_at(patch, optimizer_steps, "clip_gradients", result.steps)
+        crash_in_step(patch, result.steps)
         with pytest.raises(Crash):
             train(config)
     again = train(dataclasses.replace(config, resume=True))
@@ -265,7 +249,7 @@ def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None
     train(tiny_runs.config(tmp_path, base, lora=lora))
     config = tiny_runs.config(tmp_path, base, lora=lora, output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", 8)
+        crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(config)
     # Another start, as another machine's singular vectors would be: the checkpoint's has to win.
@@ -285,7 +269,7 @@ def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
     train(tiny_runs.config(tmp_path, base, method="full"))
     config = tiny_runs.config(tmp_path, base, method="full", output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", 8)
+        crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(config)
     train(dataclasses.replace(config, resume=True))
@@ -301,7 +285,7 @@ def test_resume_of_nothing_starts_from_the_beginning(tmp_path, base, undisturbed
 def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
     config = settings(folder, base)
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", 8)
+        crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(config)
     return dataclasses.replace(config, resume=True)
@@ -365,7 +349,7 @@ def test_steps_added_to_a_run_of_epochs(tmp_path, base, capsys) -> None:
 def test_a_run_of_epochs_cannot_become_shorter(tmp_path, base, monkeypatch) -> None:
     config = settings(tmp_path, base, epochs=1)  # 9 steps
     with monkeypatch.context() as patch:
-        crash_at(patch, optimizer_steps, "clip_gradients", 6)
+        crash_in_step(patch, 6)
         with pytest.raises(Crash):
             train(config)
     with pytest.raises(
@@ -402,7 +386,7 @@ def test_a_resumed_run_needs_the_method_that_it_began_with(tmp_path, base, monke
             settings(tmp_path, base, output=str(tmp_path / "more"), overwrite=True), **overrides
         )
         with monkeypatch.context() as patch:
-            crash_at(patch, optimizer_steps, "clip_gradients", 5)
+            crash_in_step(patch, 5)
             with pytest.raises(Crash):
                 train(config)
         change()

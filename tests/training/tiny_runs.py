@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_models
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig
 from lorakit.models.base_config import BaseConfig
+from lorakit.training import step as optimizer_steps
 from lorakit.training.config import (
     CheckpointConfig,
     HeldOutConfig,
@@ -86,6 +89,27 @@ def config(folder: Path, base_folder: str, **overrides: Any) -> TrainConfig:
         "checkpoints": CheckpointConfig(every=3),
     }
     return TrainConfig(**{**settings, **overrides})
+
+
+class Crash(Exception):
+    """An exception that ends a run like a crash."""
+
+
+def crash_at(patch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
+    """Make the `call`-th call of a function of `module` raise."""
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def crashing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise Crash
+        return original(*args, **kwargs)
+
+    patch.setattr(module, name, crashing)
+
+
+def crash_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Crash in a step (from 1), between its gradients and its update."""
+    crash_at(patch, optimizer_steps, "clip_gradients", step)
 
 
 def metrics(run: Path, split: str) -> list[dict[str, Any]]:

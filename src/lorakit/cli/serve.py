@@ -21,7 +21,11 @@ from lorakit.formatting import counted, visible
 from lorakit.serving.serve_config import ServeConfig
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from lorakit.serving.engine import Receipt
+    from lorakit.serving.http.keys import KeyRing
+    from lorakit.serving.http.metrics import Metrics
     from lorakit.serving.opening import Opened
     from lorakit.serving.verification import Verdict
 
@@ -60,15 +64,28 @@ def require_packages() -> None:
         )
 
 
-def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
-    from lorakit.models.processor import in_own_thread
+def app_of(
+    config: ServeConfig, opened: Opened, keys: KeyRing | None, metrics: Metrics | None = None
+) -> FastAPI:
+    """Return the application with the options of `config`."""
     from lorakit.serving.http.app import create_app
-    from lorakit.serving.http.keys import KeyRing
+
+    return create_app(
+        opened.engine,
+        opened.store,
+        config.http_settings(opened.name),
+        keys=keys,
+        classifier=opened.classifier,
+        metrics=metrics,
+    )
+
+
+def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -> int:
+    from lorakit.models.processor import in_own_thread
     from lorakit.serving.http.metrics import BLEND, Metrics
     from lorakit.serving.http.running import run as run_server
     from lorakit.serving.opening import open_all
 
-    assert keys is None or isinstance(keys, KeyRing)
     failed: list[Verdict] = []
 
     def report(receipt: Receipt, verdict: Verdict | None) -> None:
@@ -85,14 +102,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: object) -> int:
     opened = in_own_thread(lambda: open_all(config, report))
     base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
-    app = create_app(
-        opened.engine,
-        opened.store,
-        config.http_settings(base_name),
-        keys=keys,
-        classifier=opened.classifier,
-        metrics=metrics,
-    )
+    app = app_of(config, opened, keys, metrics)
     logging.getLogger("lorakit").setLevel(logging.INFO)
     opened.worker.start()
     try:

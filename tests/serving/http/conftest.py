@@ -61,5 +61,5 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(text: Path, live: Any, tmp_path: Path) -> Iterator[Site]:
     """A server of its own, since some tests unload adapters."""
     folder = shutil.copytree(text, tmp_path / "text")
-    with site_of(folder, live) as found:
+    with site_of(folder, live, allow_loading=True) as found:
         yield found

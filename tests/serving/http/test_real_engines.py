@@ -52,7 +52,7 @@ def test_requests_at_a_time_get_what_their_adapters_alone_say(text: Path) -> Non
             whole, streamed = ([one.result() for one in several] for several in answers)
         tokenizer = opened.base.tokenizer
         assert tokenizer is not None
-        assert opened.store.stats().leases == {}
+        wait_for(lambda: opened.store.stats().leases == {})
     expected = [
         tokenizer.decode(alone(text, adapter, prompt, 12), skip_special_tokens=True)
         for adapter in CHOICES
@@ -119,7 +119,7 @@ def test_answers_are_computed_again_if_asked(text: Path) -> None:
         for model in ("sql", "base"):
             post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
         wait_for(lambda: len(verdicts) == 4)
-        assert opened.store.stats().leases == {}
+        wait_for(lambda: opened.store.stats().leases == {})
     assert all(verdict.agrees for verdict in verdicts)
     assert {verdict.receipt.adapters[0][0] for verdict in verdicts if verdict.receipt.adapters} == {
         "sql"
@@ -128,7 +128,7 @@ def test_answers_are_computed_again_if_asked(text: Path) -> None:
 
 @pytest.mark.slow
 def test_loading_and_unloading_between_requests(text: Path) -> None:
-    with served(text) as (client, opened):
+    with served(text, allow_loading=True) as (client, opened):
         before = post(
             client, "/v1/completions", model="sql", prompt="a", max_tokens=5, temperature=0
         )
@@ -152,7 +152,7 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert (details["kind"], details["dtype"], details["context"]) == ("text", "float32", 256)
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
-        assert opened.store.stats().leases == {}
+        wait_for(lambda: opened.store.stats().leases == {})
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_an_operator_loads_only_from_folders_that_its_key_allows(text: Path) -> 
     foreign = text / "adapters" / "sql"
     (text / "adapters" / "e2e-link").symlink_to(foreign)
     try:
-        with served(text, keys=KeyRing([key])) as (client, opened):
+        with served(text, keys=KeyRing([key]), allow_loading=True) as (client, opened):
             client.headers["authorization"] = f"Bearer {secret}"
 
             def load(path: str) -> tuple[int, str]:
@@ -198,7 +198,7 @@ def test_a_refused_load_shows_no_path_of_the_server(text: Path, tmp_path: Path) 
     (tmp_path / "adapters" / "damaged").mkdir(parents=True)
     (tmp_path / "adapters" / "damaged" / "adapter_config.json").write_text("{")
     (tmp_path / "base").symlink_to(text / "base")
-    with served(tmp_path) as (client, _):
+    with served(tmp_path, allow_loading=True) as (client, _):
         for path in ("damaged", "damaged/", "damaged//", "absent/", "'", "../x", "x\n/y/z"):
             body = {"lora_name": "new", "lora_path": path}
             answer = client.post("/v1/load_lora_adapter", json=body)
@@ -241,7 +241,7 @@ def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> Non
         base = client.post("/v1/classify", json={"model": "base", "input": "a"})
         assert base.status_code == 400
         assert "no trained" in base.json()["error"]["message"]
-        assert opened.store.stats().leases == {}
+        wait_for(lambda: opened.store.stats().leases == {})
     for (name, _), data in answers.items():
         logits = logits_alone(classes, name, rows)
         if not LABELS[name]:

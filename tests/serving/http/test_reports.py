@@ -35,7 +35,7 @@ def runs(text: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(runs: Path) -> Iterator[Any]:
-    with served(runs.parent) as (client, _):
+    with served(runs.parent, allow_loading=True) as (client, _):
         yield client
 
 

@@ -11,9 +11,8 @@ from fastapi.testclient import TestClient
 from random_adapters import randomise
 
 import lorakit
+from lorakit.cli import serve
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.http.app import create_app
-from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.opening import Opened, open_all
 from lorakit.serving.serve_config import ServeConfig
 
@@ -47,16 +46,10 @@ def served(
         **settings,
     )
     opened = open_all(config, report)
-    app = create_app(
-        opened.engine,
-        opened.store,
-        HttpSettings(base_name="base", limits=config, allow_loading=True),
-        keys=keys,
-        classifier=opened.classifier,
-    )
+    app = serve.app_of(config, opened, keys)
     opened.worker.start()
     try:
-        with TestClient(app) as client:
+        with TestClient(app, base_url="http://localhost") as client:
             yield client, opened
     finally:
         assert opened.worker.close(10)
