@@ -44,7 +44,8 @@ class AdapterModule(nn.Module):
     scales: bool = True
     """Whether the effect is linear in the adapter's weight, so that adapters can be mixed by weight."""
     merges: bool = True
-    """Whether the effect is a change of the layer's weights, so that the adapter can be merged."""
+    """Whether the effect is a change of the layer's weights, so that the adapter can be merged. A subclass with an
+    effect must then override `delta_weights` or `merged_weights`."""
     by_token: bool = False
     """Whether the effect on a token is independent of other tokens, so that some tokens of a batch can be computed
     without the others. A subclass that overrides `adapt` must set this flag."""
