@@ -6,6 +6,7 @@ If possible, a test also shows the limitation in PEFT itself.
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import arithmetic
@@ -322,6 +323,28 @@ def test_merging_a_grouped_convolution():
         peft_convolution(groups=2).merge_adapter()
     model = convolution(groups=2)
     check_convolution(model, random_adapter(model, targets="0"), image())
+
+
+@pytest.mark.parametrize(
+    ("layer", "valid"),
+    [
+        (nn.Conv2d(8, 8, 1, groups=4), (4, 8)),
+        (nn.Conv2d(6, 6, 3, groups=6), (6,)),
+        (nn.Conv1d(4, 12, 3, groups=2), (2, 4, 6, 8, 10, 12)),
+    ],
+    ids=["two channels", "depthwise", "wide"],
+)
+def test_the_ranks_of_a_grouped_convolution(layer: nn.Module, valid: tuple[int, ...]):
+    """Every rank is accepted, or refused with one that is accepted."""
+    for rank in range(1, 15):
+        model = nn.Sequential(copy.deepcopy(layer))
+        if rank in valid:
+            attach(model, LoRA(rank=rank, targets="0"))
+            continue
+        says = rf"Rank {rank} does not fit '0'.* rank_pattern={{'0': (\d+)}}"
+        with pytest.raises(ConfigurationError, match=says) as error:
+            attach(model, LoRA(rank=rank, targets="0"))
+        assert int(re.search(says, str(error.value))[1]) in valid
 
 
 def test_dora_on_a_grouped_convolution(tmp_path: Path):
