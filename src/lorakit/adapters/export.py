@@ -13,7 +13,6 @@ run loads the tensors itself.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,11 @@ from lorakit import storage
 from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
-
-_ADAPTER_TENSOR = re.compile(
-    r"[\w-]+\.(lora_[AB]|lora_B_bias|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
-)
 
 
 def save_pretrained(
@@ -181,9 +176,9 @@ def refuse_loading(
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
-            copy replaces; or the file holds an adapter for a layer that has none in this model.
+            copy replaces; or the file holds tensors that no adapter of this model has.
     """
-    _refuse_unknown_layers(module, state_dict, prefix)
+    _refuse_unknown_tensors(module, state_dict, prefix)
     for path, _, adapters in adapted_layers(module):
         start = f"{prefix}{path}." if path else prefix  # of the layer's keys
         if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
@@ -261,17 +256,34 @@ def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
         state_dict[key] = packed.detach()
 
 
-def _refuse_unknown_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Reject adapter tensors of layers without an adapter; loading with strict=False would ignore them."""
-    paths = {path for path, _, _ in adapted_layers(model)}
-    for key in state_dict:
-        path, separator, name = key.removeprefix(prefix).rpartition(f"{ADAPTERS}.")
-        of_adapter = separator and (name == MARK or _ADAPTER_TENSOR.fullmatch(name))
-        if of_adapter and path.removesuffix(".") not in paths:
+def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Reject adapter tensors that the model's adapters do not have; loading with strict=False would ignore them."""
+    keys = [key for key in state_dict if is_of_adapter(key.removeprefix(prefix))]
+    if not keys:
+        return
+    slots = {
+        f".{path}" if path else path: module._modules[ADAPTERS]
+        for path, module in base_modules(model, remove_duplicate=False)
+        if ADAPTERS in module._modules
+    }
+    for key in keys:
+        path, _, name = f".{key.removeprefix(prefix)}".partition(f".{ADAPTERS}.")
+        slot = slots.get(path)
+        if slot is None or (isinstance(slot, LayerAdapters) and not _has_tensor(slot, name)):
             raise AdapterStateError(
-                f"'{key}' belongs to an adapter, and this layer of the model has none. Attach the adapters that the "
-                "file was saved with before you load it."
+                f"'{key}' belongs to an adapter, and this layer of the model has no such tensor. Attach the adapters "
+                "that the file was saved with, under the same names, before you load it."
             )
+
+
+def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
+    """Return whether one of a layer's adapters has a tensor of this name, or whether it is the layer's mark."""
+    *parents, attribute = name.split(".")
+    module: nn.Module | None = adapters
+    for parent in parents:
+        module = None if module is None else module._modules.get(parent)
+    tensors = {} if module is None else {**module._parameters, **module._buffers}
+    return name == MARK or tensors.get(attribute) is not None
 
 
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
