@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
@@ -119,6 +119,35 @@ def test_saved_model_computes_the_same(
         adapters.detach()
         assert torch.equal(logits(model), base)
         assert_close(logits(reloaded(model, tmp_path / "base")), base)
+
+
+@pytest.mark.parametrize(
+    ("arch", "targets"),
+    [("bart", "head"), ("t5", "embedding"), ("bert", "embedding"), ("roberta", "head")],
+)
+def test_tensors_that_stay_tied_are_in_the_export(
+    arch: str, targets: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """BART ties four tables, and BERT the biases of its head too. The configuration ties all or none."""
+    model = tiny_models.build(arch, "masked-lm" if "bert" in arch else None)
+    adapters = attach(model, LoRA(rank=2, targets=targets))
+    randomise(adapters)
+    adapted = logits(model)
+    assert_close(logits(reloaded(model, tmp_path / "active")), adapted)
+    adapters.merge(keep_base=False)
+    assert "were one tensor and are two after the merge" in caplog.text
+    assert model.config.tie_word_embeddings
+    assert_close(logits(reloaded(model, tmp_path / "merged")), adapted)
+
+
+def test_a_plain_module_with_tied_weights_is_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    randomise(attach(model, LoRA(rank=2, targets="0")))
+    x = torch.ones(1, 4)
+    adapted = model(x)
+    handle_of(model).merge(keep_base=False)  # type: ignore[union-attr]
+    torch.testing.assert_close(model(x), adapted)
 
 
 def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
-from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
+from lorakit.adapters.installed import (
+    adapted_layers,
+    base_parameter,
+    base_weights,
+    unmergeable,
+)
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
@@ -286,17 +291,25 @@ def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
     return name == MARK or tensors.get(attribute) is not None
 
 
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that several layers of the base share."""
+    names: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                names.setdefault(id(base_parameter(module, attribute)), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Return whether `state` has different weights for input embedding and output head, which the base ties."""
-    table, head = (
-        getattr(model, name, lambda: None)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    )
-    if table is None or head is None:
-        return False
-    names = [f"{path}.weight" for path, module in model.named_modules() if module in (table, head)]
-    weights = [state[name] for name in names if name in state]
-    return len(weights) == 2 and weights[0].data_ptr() != weights[1].data_ptr()
+    """Return whether `state` has different tensors for all names that the base ties.
+
+    Only then may the configuration say that nothing is tied: transformers does not write the names that are still tied,
+    and would initialise them newly. Where it says otherwise, transformers ties no names with different tensors.
+    """
+    groups = [[state[n].data_ptr() for n in names if n in state] for names in tied_names(model)]
+    return bool(groups) and all(len({*group}) == len(group) for group in groups)
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:
