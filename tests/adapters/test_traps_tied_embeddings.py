@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import ConfigurationError
@@ -179,6 +179,20 @@ def test_tie_head_where_it_cannot_be(arch: str, settings: dict, targets: str, me
         attach(model, LoRA(rank=2, targets=targets, tie_head=True))
     assert list(model.state_dict()) == keys
     assert handle_of(model) is None
+
+
+def test_tie_head_on_a_head_that_is_only_read() -> None:
+    """MobileBERT concatenates the head's weight with another one, and never calls the head."""
+    config = MobileBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        embedding_size=8,
+        intra_bottleneck_size=16,
+    )
+    with pytest.raises(ConfigurationError, match=r"'cls.predictions.decoder' without calling it"):
+        attach(MobileBertForMaskedLM(config), LoRA(rank=2, targets="embedding", tie_head=True))
 
 
 def test_adapting_the_head_alone_leaves_the_embedding(tmp_path: Path) -> None:
