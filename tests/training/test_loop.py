@@ -498,3 +498,14 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
     lora = LoRA(init=init, dora=init != "pissa", targets=("all-linear",), dropout=0.1)
     result = train(tiny_runs.config(tmp_path, base, lora=lora))
     assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
+
+
+def test_a_warm_up_beyond_the_last_step_is_said(tmp_path, base) -> None:
+    def lines(warmup: float) -> str:
+        rate = OptimizerConfig(warmup=warmup)
+        job = prepare(tiny_runs.config(tmp_path, base, max_steps=4, optimizer=rate))
+        return "\n".join(job.describe())
+
+    assert "optimizer.warmup of 20 steps is longer than the run" in lines(20)
+    assert "ends at 20% of its peak. For the whole peak, set at most 4." in lines(20)
+    assert "optimizer.warmup" not in lines(4)
