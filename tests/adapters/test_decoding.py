@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from transformers import DynamicCache
 
 from lorakit.adapters import Adapters, attach, decoding
 from lorakit.adapters.attach import handle_for
-from lorakit.methods.lora.method import LoRA
+from lorakit.methods import AdapterModule, LoRA, Method
+from lorakit.methods.lora.embedding import EmbeddingLoRA
+from lorakit.methods.module import LowRank
 
 Change = Callable[[Adapters], Any]
 
@@ -24,7 +27,7 @@ PROMPT = torch.tensor([[5, 8, 13, 21, 34], [2, 55, 9, 30, 7]])
 NEXT = torch.tensor([[3], [11]])
 
 
-def adapted(arch: str = "llama", *names: str, method: LoRA | None = None) -> tuple[Any, Adapters]:
+def adapted(arch: str = "llama", *names: str, method: Method | None = None) -> tuple[Any, Adapters]:
     model = tiny_models.build(arch)
     method = method or LoRA(rank=2, alpha=3, targets="all-linear")
     for seed, name in enumerate(names or ("a",)):
@@ -225,6 +228,89 @@ def test_a_change_acts_in_the_next_step(change):
     torch.testing.assert_close(found, expected)
     if change is not merge:
         assert (found[-1] - steps(adapted()[1])[-1]).norm() > 1e-3
+
+
+class TwoLayers(AdapterModule):
+    """A module of a user: its tensors are in modules inside it, and its factor belongs to the class."""
+
+    by_token = True
+    factor = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up = torch.nn.Linear(32, 2, bias=False), torch.nn.Linear(2, 32, bias=False)
+        self.gate = torch.ones(())
+
+    def adapt(self, layer: Any, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return output + weight * self.factor * self.gate * self.up(self.down(x))
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.down.weight, self.gate * self.up.weight, self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnQueries:
+    def modules(self, model: Any, dtype: torch.dtype) -> dict[str, AdapterModule]:
+        return {f"model.layers.{i}.self_attn.q_proj": TwoLayers() for i in range(2)}
+
+    def trained_parameters(self, model: Any) -> list[str]:
+        return []
+
+
+def first(adapters: Adapters) -> Any:
+    return adapters.model.get_submodule("model.layers.0.self_attn.q_proj.adapters.a")
+
+
+def new_child(adapters: Adapters) -> None:
+    first(adapters).down = torch.nn.Linear(32, 2, bias=False, dtype=torch.float64)
+    torch.nn.init.constant_(first(adapters).down.weight, 0.5)
+
+
+def set_factor(adapters: Adapters) -> None:
+    first(adapters).factor = 3.0
+
+
+def set_gate(adapters: Adapters) -> None:
+    first(adapters).gate = torch.zeros(())
+
+
+def edit_gate(adapters: Adapters) -> None:
+    first(adapters).gate.mul_(2)
+
+
+@pytest.mark.parametrize("change", [edit, new_child, set_factor, set_gate, edit_gate])
+def test_a_change_of_a_users_module(change: Change) -> None:
+    logits = []
+    for context in (contextlib.nullcontext(), layer_by_layer()):
+        _, adapters = adapted(method=OnQueries())
+        with context:
+            logits.append(steps(adapters, change))
+        if not logits[1:]:
+            assert stacked_layers(adapters) == 2
+    torch.testing.assert_close(*logits)
+    assert (logits[0][-1] - steps(adapted(method=OnQueries())[1])[-1]).norm() > 1e-3
+
+
+def new_embedding(adapters: Adapters) -> None:
+    for module in adapters.modules().values():
+        if isinstance(module, EmbeddingLoRA):
+            module.lora_B = torch.nn.Parameter(-module.lora_B.detach())
+
+
+@pytest.mark.parametrize("change", [edit, new_embedding])
+def test_a_change_of_an_embedding_that_the_head_shares(change: Change) -> None:
+    logits = []
+    for context in (contextlib.nullcontext(), layer_by_layer()):
+        model = tiny_models.build("llama", tie_word_embeddings=True)
+        adapters = attach(model, LoRA(rank=2, targets="embedding", tie_head=True), name="a", seed=0)
+        randomise(adapters)
+        model.double()
+        with context:
+            logits.append(steps(adapters, change))
+        if not logits[1:]:
+            assert stacked_layers(adapters) == 1
+    torch.testing.assert_close(*logits)
 
 
 def test_an_edit_of_data_acts_from_the_next_prompt_on():

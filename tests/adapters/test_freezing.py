@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.adapters import attach, load
+from lorakit.errors import AdapterStateError
 from lorakit.methods import BitFit, LoRA, Method
 
 
@@ -50,3 +52,55 @@ def test_detach_leaves_what_was_added_after_attach() -> None:
     model.append(nn.Linear(4, 2))
     adapters.detach()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- the statistics of batch normalisation ---------------------------------------------------------
+
+
+def normalised() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    return nn.Sequential(*layers).eval(), torch.randn(8, 3, 6, 6)
+
+
+def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_detach_restores_the_running_statistics() -> None:
+    model, x = normalised()
+    before, base = {k: t.clone() for k, t in model.state_dict().items()}, model(x)
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    train(model.train(), x, adapters.trainable_parameters())
+    model.eval()
+    assert not torch.equal(model.get_buffer("1.running_mean"), before["1.running_mean"])
+    adapters.detach()
+    assert torch.equal(model(x), base)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_changed_statistics_are_not_saved_as_an_adapter(tmp_path: Path) -> None:
+    model, x = normalised()
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    train(model.train(), x, adapters.trainable_parameters())
+    with pytest.raises(AdapterStateError, match=r"The running statistics of '1' have changed"):
+        adapters.save(tmp_path / "adapter")
+    expected = model.eval()(x)
+    adapters.merge(keep_base=False)
+    torch.testing.assert_close(model(x), expected)  # the statistics stay
+
+
+def test_with_the_statistics_kept_the_file_computes_the_same(tmp_path: Path) -> None:
+    model, x = normalised()
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    model.train()
+    model[1].eval()
+    train(model, x, adapters.trainable_parameters())
+    adapters.save(tmp_path / "adapter")
+    fresh, _ = normalised()
+    load(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh(x), model.eval()(x))

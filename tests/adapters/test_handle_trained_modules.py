@@ -290,3 +290,24 @@ def test_full_fine_tuning_beside_lora() -> None:
     adapters.remove("lora")
     assert handle_of(model) is None
     assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "lora_only", "targets": "decoder"}])
+def test_a_tied_bias_is_trained_under_the_name_that_the_model_reads(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    """BERT ties cls.predictions.bias to cls.predictions.decoder.bias, which alone is read."""
+    model = tiny_models.build("bert", "masked-lm")
+    batch = {"input_ids": torch.tensor([[5, 8, 13]])}
+    base = model(**batch).logits
+    adapters = attach(model, LoRA(rank=2, **settings))  # type: ignore[arg-type]
+    copies = adapters._get(None).trained_tensors().values()
+    (copy,) = (copy for copy in copies if len(copy) == model.config.vocab_size)
+    with torch.no_grad():
+        copy += 1
+    torch.testing.assert_close(model(**batch).logits, base + 1)
+    adapters.save(tmp_path / "saved")
+    adapters.detach()
+    assert torch.equal(model(**batch).logits, base)
+    load(model, tmp_path / "saved")
+    torch.testing.assert_close(model(**batch).logits, base + 1)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
+from lorakit.methods import BitFit, PrefixLayer
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
@@ -298,6 +299,35 @@ def test_state_dict_of_a_part_round_trip(path: str, loaded_into: str) -> None:
     assert_same_tensors(tensors(twin.get_submodule(path)), expected)
     handle.activate(None)
     assert torch.equal(logits(twin), base)
+
+
+STRANGERS: dict[str, tuple[Method, str, Method]] = {
+    "other name": (LoRA(rank=2), "other", LoRA(rank=2)),
+    "other layer": (LoRA(rank=2, targets="mlp"), "default", LoRA(rank=2)),
+    "other tensors": (LoRA(rank=2, init="pissa"), "default", LoRA(rank=2)),
+    "virtual tokens": (PrefixLayer(prefix_length=2), "default", LoRA(rank=2)),
+    "biases": (BitFit(), "default", LoRA(rank=2)),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_adapter_tensors_that_the_model_lacks_are_refused(stranger: str) -> None:
+    """With strict=False PyTorch would leave them out."""
+    theirs, name, ours = STRANGERS[stranger]
+    source, model = tiny_models.build("gpt2"), tiny_models.build("gpt2")
+    randomise(attach(source, theirs, name=name))
+    attach(model, ours)
+    before = logits(model)
+    with pytest.raises(AdapterStateError, match="this layer of the model has no such tensor"):
+        model.load_state_dict(source.state_dict(), strict=False)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_layer_at_two_places_loads_its_adapter() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    attach(model, LoRA(rank=2, targets="0"))
+    model.load_state_dict(model.state_dict())
 
 
 def test_detach_removes_the_hooks_of_load_state_dict() -> None:

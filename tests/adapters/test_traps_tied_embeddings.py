@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
 from lorakit.errors import ConfigurationError
@@ -121,6 +121,35 @@ def test_saved_model_computes_the_same(
         assert_close(logits(reloaded(model, tmp_path / "base")), base)
 
 
+@pytest.mark.parametrize(
+    ("arch", "targets"),
+    [("bart", "head"), ("t5", "embedding"), ("bert", "embedding"), ("roberta", "head")],
+)
+def test_tensors_that_stay_tied_are_in_the_export(
+    arch: str, targets: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """BART ties four tables, and BERT the biases of its head too. The configuration ties all or none."""
+    model = tiny_models.build(arch, "masked-lm" if "bert" in arch else None)
+    adapters = attach(model, LoRA(rank=2, targets=targets))
+    randomise(adapters)
+    adapted = logits(model)
+    assert_close(logits(reloaded(model, tmp_path / "active")), adapted)
+    adapters.merge(keep_base=False)
+    assert "were one tensor and are two after the merge" in caplog.text
+    assert model.config.tie_word_embeddings
+    assert_close(logits(reloaded(model, tmp_path / "merged")), adapted)
+
+
+def test_a_plain_module_with_tied_weights_is_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    randomise(attach(model, LoRA(rank=2, targets="0")))
+    x = torch.ones(1, 4)
+    adapted = model(x)
+    handle_of(model).merge(keep_base=False)  # type: ignore[union-attr]
+    torch.testing.assert_close(model(x), adapted)
+
+
 def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> None:
     model = build("llama")
     adapt(model).merge(keep_base=False)
@@ -150,6 +179,20 @@ def test_tie_head_where_it_cannot_be(arch: str, settings: dict, targets: str, me
         attach(model, LoRA(rank=2, targets=targets, tie_head=True))
     assert list(model.state_dict()) == keys
     assert handle_of(model) is None
+
+
+def test_tie_head_on_a_head_that_is_only_read() -> None:
+    """MobileBERT concatenates the head's weight with another one, and never calls the head."""
+    config = MobileBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        embedding_size=8,
+        intra_bottleneck_size=16,
+    )
+    with pytest.raises(ConfigurationError, match=r"'cls.predictions.decoder' without calling it"):
+        attach(MobileBertForMaskedLM(config), LoRA(rank=2, targets="embedding", tie_head=True))
 
 
 def test_adapting_the_head_alone_leaves_the_embedding(tmp_path: Path) -> None:

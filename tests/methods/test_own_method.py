@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -18,10 +20,10 @@ import tiny_runs
 from lorakit import attach, load, use_method
 from lorakit.cli import main
 from lorakit.data import DataConfig
-from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.errors import AdapterFileError, AdapterStateError, ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.methods import registry
+from lorakit.methods import AdapterModule, registry
 from lorakit.methods.combined import Combined
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
@@ -126,6 +128,40 @@ def test_a_class_of_the_running_program(tmp_path: Path) -> None:
     assert use_method(kind) is kind
     load(other, tmp_path / "mine")
     assert torch.equal(other(**batch).logits, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnOutput:
+    """Puts a module of a given class on one layer."""
+
+    kind: type[AdapterModule]
+    target: str = "model.layers.0.mlp.up_proj"
+
+    def modules(self, model: nn.Module, dtype: torch.dtype) -> dict[str, AdapterModule]:
+        return {self.target: self.kind()}
+
+    def trained_parameters(self, model: nn.Module) -> list[str]:
+        return []
+
+
+class Doubles(AdapterModule):
+    """Has an effect, and leaves `merges` as it is."""
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return (1 + weight) * output
+
+
+def test_a_module_without_weights_is_not_merged(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, OnOutput(kind=Doubles))
+    says = (
+        "Doubles at 'model.layers.0.mlp.up_proj' defines neither delta_weights nor merged_weights"
+    )
+    with pytest.raises(AdapterStateError, match=f"'default' cannot be merged: {says}"):
+        adapters.merge()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'default' is no part of the weights"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:

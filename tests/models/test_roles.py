@@ -8,12 +8,14 @@ from collections import Counter
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
 from lorakit.models.architectures import ARCHITECTURES, Fused
-from lorakit.models.layers import AdapterSlot, RowSlice
+from lorakit.models.heads import is_never_called
+from lorakit.models.layers import AdapterSlot, RowSlice, walk, why_not_adaptable
 from lorakit.models.roles import find_places, is_role, resolve_targets
 
 EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
@@ -247,6 +249,57 @@ def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:
 def test_invalid_targets(arch: str, target: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         resolve_targets(tiny_models.build(arch), [target])
+
+
+TINY: dict = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
+HEADS: dict = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 16}
+ONLY_READ: dict[str, tuple[transformers.PreTrainedConfig, type, set[str]]] = {
+    "mamba": (
+        transformers.MambaConfig(**TINY, state_size=4),
+        transformers.MambaForCausalLM,
+        {"dt_proj", "conv1d"},
+    ),
+    "jamba": (
+        transformers.JambaConfig(
+            **TINY, **HEADS, num_experts=1, attn_layer_period=2, attn_layer_offset=1
+        ),
+        transformers.JambaForCausalLM,
+        {"dt_proj", "conv1d"},
+    ),
+    "lfm2": (
+        transformers.Lfm2Config(**TINY, **HEADS, layer_types=["conv", "full_attention"]),
+        transformers.Lfm2ForCausalLM,
+        {"conv"},
+    ),
+    "mobilebert": (
+        transformers.MobileBertConfig(
+            **TINY, num_attention_heads=2, embedding_size=8, intra_bottleneck_size=16
+        ),
+        transformers.MobileBertForMaskedLM,
+        {"decoder", "dense"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_READ)
+def test_layers_whose_weight_is_only_read(name: str) -> None:
+    """An adapter on them would have no effect. They are no targets, and all others are called."""
+    config, kind, expected = ONLY_READ[name]
+    model = kind(config).eval()
+    called: set[str] = set()
+    for at in walk(model):
+        at.module.register_forward_hook(lambda *_, path=at.path: called.add(path))
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    adaptable = [at for at in walk(model) if why_not_adaptable(at.module) is None]
+    found = {at.path for at in adaptable if is_never_called(at)}
+    assert {path.rpartition(".")[2] for path in found} == expected
+    assert {at.path for at in adaptable} - called == found
+    assert {place.path for place in resolve_targets(model, "all-linear")} <= called
+    for path in found:
+        with pytest.raises(
+            TargetError, match=r"never calls: it uses only the weight.*Leave it out"
+        ):
+            resolve_targets(model, path)
 
 
 def test_an_embedding_that_renormalises_its_rows_is_rejected() -> None:

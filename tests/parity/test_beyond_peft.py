@@ -5,6 +5,8 @@ If possible, a test also shows the limitation in PEFT itself.
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 
 import arithmetic
@@ -30,6 +32,7 @@ EXACT = 1e-12
 NOT_IN_PEFT = {
     "dora on nn.MultiheadAttention": "PEFT raises an error when it creates the adapter",
     "dora on a grouped convolution": "PEFT divides by the norm of a different weight",
+    "dora on a row of zeros": "PEFT divides zero by zero",
     "merging a grouped convolution": "PEFT's A uses all input channels, and PEFT rejects the merge",
     "dilated convolution": "PEFT's A is not dilated, so its output has a different size",
     "padding mode of a convolution": "PEFT's A pads with zeros, so its output differs at the borders",
@@ -322,6 +325,28 @@ def test_merging_a_grouped_convolution():
     check_convolution(model, random_adapter(model, targets="0"), image())
 
 
+@pytest.mark.parametrize(
+    ("layer", "valid"),
+    [
+        (nn.Conv2d(8, 8, 1, groups=4), (4, 8)),
+        (nn.Conv2d(6, 6, 3, groups=6), (6,)),
+        (nn.Conv1d(4, 12, 3, groups=2), (2, 4, 6, 8, 10, 12)),
+    ],
+    ids=["two channels", "depthwise", "wide"],
+)
+def test_the_ranks_of_a_grouped_convolution(layer: nn.Module, valid: tuple[int, ...]):
+    """Every rank is accepted, or refused with one that is accepted."""
+    for rank in range(1, 15):
+        model = nn.Sequential(copy.deepcopy(layer))
+        if rank in valid:
+            attach(model, LoRA(rank=rank, targets="0"))
+            continue
+        says = rf"Rank {rank} does not fit '0'.* rank_pattern={{'0': (\d+)}}"
+        with pytest.raises(ConfigurationError, match=says) as error:
+            attach(model, LoRA(rank=rank, targets="0"))
+        assert int(re.search(says, str(error.value))[1]) in valid
+
+
 def test_dora_on_a_grouped_convolution(tmp_path: Path):
     theirs, x = peft_convolution(groups=2, dora=True), image()
     layer = theirs.base_model.model[0]
@@ -342,6 +367,38 @@ def test_dora_on_a_grouped_convolution(tmp_path: Path):
     handle = random_adapter(model, targets="0", dora=True)
     check_convolution(model, handle, x)
     check_own_folder(handle, convolution(groups=2), x, tmp_path / "adapter")
+
+
+# --- a row of zeros -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "embedding"])
+def test_dora_on_a_row_of_zeros(kind: str):
+    """PEFT divides the magnitude 0 by the norm 0. Here the row has the factor 1 until B changes it."""
+    if kind == "convolution":
+        layer, x = convolution()[0], image()
+    elif kind == "linear":
+        layer, x = nn.Linear(8, 6).double(), attention_input()
+    else:
+        layer, x = nn.Embedding(6, 8).double(), torch.tensor([[0, 1, 5]])
+    (layer.weight[:, 2] if kind == "embedding" else layer.weight[2]).zero_()
+    model = nn.Sequential(layer)
+    config = peft.LoraConfig(r=RANK, target_modules=["0"], use_dora=True)
+    assert peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config)(x).isnan().any()
+
+    base = model(x)
+    handle = attach(model, LoRA(rank=RANK, targets="0", dora=True), dtype=torch.float64)
+    assert_same(model(x), base, EXACT)
+    handle.merge()
+    assert_same(model(x), base, EXACT)
+    handle.unmerge()
+    with torch.enable_grad():
+        model(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in handle.trainable_parameters())
+    randomise(handle.trainable_parameters(), seed=2)
+    adapted = model(x)
+    handle.merge()
+    assert_same(model(x), adapted, EXACT)
 
 
 # --- one layer at two places ---------------------------------------------------------------------

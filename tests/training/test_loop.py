@@ -541,3 +541,14 @@ def test_a_compiled_run_trains_the_same_weights(tmp_path: Path, monkeypatch) -> 
         assert bool(traced) == compiled
     torch._dynamo.reset()
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+def test_a_warm_up_beyond_the_last_step_is_said(tmp_path, base) -> None:
+    def lines(warmup: float) -> str:
+        rate = OptimizerConfig(warmup=warmup)
+        job = prepare(tiny_runs.config(tmp_path, base, max_steps=4, optimizer=rate))
+        return "\n".join(job.describe())
+
+    assert "optimizer.warmup of 20 steps is longer than the run" in lines(20)
+    assert "ends at 20% of its peak. To reach the peak, set at most 4." in lines(20)
+    assert "optimizer.warmup" not in lines(4)

@@ -23,6 +23,13 @@ def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on() -> None
     assert factors("constant", 0.4) == factors("constant", 4) == [0.25, 0.5, 0.75, *[1.0] * 7]
 
 
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.28, 0.55, 0.56])
+def test_a_share_of_a_hundred_steps_is_exact(share: float) -> None:
+    """Each product with 100 is a little above a whole number."""
+    assert 1.0 in factors("linear", share, 100)[: round(100 * share)]
+    assert factors("constant", share, 100).index(1.0) == round(100 * share) - 1
+
+
 def test_cosine_is_half_way_down_in_the_middle() -> None:
     values = factors("cosine", 0)
     assert values[0] == 1.0

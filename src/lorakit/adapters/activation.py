@@ -134,8 +134,8 @@ class Activation:
         if block.choice.whole != self.active.whole:
             for name in (block.choice.names | self.active.names) & self.read_directly.keys():
                 raise AdapterStateError(
-                    f"'{name}' trains '{self.read_directly[name]}' in full, and the model may read that table without "
-                    f"calling it, so per_sample and per_token cannot replace it. Use activate('{name}') for a whole "
+                    f"'{name}' trains '{self.read_directly[name]}' in full, and the model may read it without calling "
+                    f"its layer, so per_sample and per_token cannot replace it. Use activate('{name}') for a whole "
                     "batch, and activate(None) before a block of other adapters."
                 )
         return block.choice

@@ -13,7 +13,6 @@ run loads the tensors itself.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,19 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
-from lorakit.adapters.installed import adapted_layers, base_weights, unmergeable
+from lorakit.adapters.installed import (
+    adapted_layers,
+    base_parameter,
+    base_weights,
+    unmergeable,
+)
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
-
-_ADAPTER_TENSOR = re.compile(
-    r"[\w-]+\.(lora_[AB]|lora_B_bias|magnitude|initial_[AB]|(down|up|norm)_(weight|bias)|trained\..+)"
-)
 
 
 def save_pretrained(
@@ -181,9 +181,9 @@ def refuse_loading(
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
-            copy replaces; or the file holds an adapter for a layer that has none in this model.
+            copy replaces; or the file holds tensors that no adapter of this model has.
     """
-    _refuse_unknown_layers(module, state_dict, prefix)
+    _refuse_unknown_tensors(module, state_dict, prefix)
     for path, _, adapters in adapted_layers(module):
         start = f"{prefix}{path}." if path else prefix  # of the layer's keys
         if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
@@ -261,30 +261,55 @@ def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
         state_dict[key] = packed.detach()
 
 
-def _refuse_unknown_layers(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Reject adapter tensors of layers without an adapter; loading with strict=False would ignore them."""
-    paths = {path for path, _, _ in adapted_layers(model)}
-    for key in state_dict:
-        path, separator, name = key.removeprefix(prefix).rpartition(f"{ADAPTERS}.")
-        of_adapter = separator and (name == MARK or _ADAPTER_TENSOR.fullmatch(name))
-        if of_adapter and path.removesuffix(".") not in paths:
+def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Reject adapter tensors that the model's adapters do not have; loading with strict=False would ignore them."""
+    keys = [key for key in state_dict if is_of_adapter(key.removeprefix(prefix))]
+    if not keys:
+        return
+    slots = {
+        f".{path}" if path else path: module._modules[ADAPTERS]
+        for path, module in base_modules(model, remove_duplicate=False)
+        if ADAPTERS in module._modules
+    }
+    for key in keys:
+        path, _, name = f".{key.removeprefix(prefix)}".partition(f".{ADAPTERS}.")
+        slot = slots.get(path)
+        if slot is None or (isinstance(slot, LayerAdapters) and not _has_tensor(slot, name)):
             raise AdapterStateError(
-                f"'{key}' belongs to an adapter, and this layer of the model has none. Attach the adapters that the "
-                "file was saved with before you load it."
+                f"'{key}' belongs to an adapter, and this layer of the model has no such tensor. Attach the adapters "
+                "that the file was saved with, under the same names, before you load it."
             )
 
 
+def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
+    """Return whether one of a layer's adapters has a tensor of this name, or whether it is the layer's mark."""
+    *parents, attribute = name.split(".")
+    module: nn.Module | None = adapters
+    for parent in parents:
+        module = None if module is None else module._modules.get(parent)
+    tensors = {} if module is None else {**module._parameters, **module._buffers}
+    return name == MARK or tensors.get(attribute) is not None
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that several layers of the base share."""
+    names: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                names.setdefault(id(base_parameter(module, attribute)), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Return whether `state` has different weights for input embedding and output head, which the base ties."""
-    table, head = (
-        getattr(model, name, lambda: None)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    )
-    if table is None or head is None:
-        return False
-    names = [f"{path}.weight" for path, module in model.named_modules() if module in (table, head)]
-    weights = [state[name] for name in names if name in state]
-    return len(weights) == 2 and weights[0].data_ptr() != weights[1].data_ptr()
+    """Return whether `state` has different tensors for all names that the base ties.
+
+    Only then may the configuration say that nothing is tied: transformers does not write the names that are still tied,
+    and would initialise them newly. Where it says otherwise, transformers ties no names with different tensors.
+    """
+    groups = [[state[n].data_ptr() for n in names if n in state] for names in tied_names(model)]
+    return bool(groups) and all(len({*group}) == len(group) for group in groups)
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -37,6 +37,7 @@ from lorakit.adapters.installed import (
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.row_layout import RowLayout
+from lorakit.adapters.statistics import copy_statistics, first_changed, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
@@ -62,6 +63,7 @@ class Adapters:
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
         self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
+        self._statistics = copy_statistics(model)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -292,6 +294,7 @@ class Adapters:
             self._report_replaced(self._installed)
             self._set_active(BASE)
             self._remove_all()
+            restore_statistics(self.model, self._statistics)
 
     def stored(self, name: str | None = None) -> StoredAdapter:
         """Return the content of the adapter's file: settings, tensors, base record, provenance.
@@ -339,10 +342,18 @@ class Adapters:
 
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
-            AdapterStateError: A layer of the adapter was replaced.
+            AdapterStateError: A layer of the adapter was replaced, or training has changed the running statistics of
+                batch normalisation.
         """
         adapter = self._get(name)
         self._require_in_place([adapter.name])
+        if (path := first_changed(self.model, self._statistics)) is not None:
+            raise AdapterStateError(
+                f"The running statistics of '{path}' have changed since the first adapter was attached. An adapter's "
+                "file holds none, so it would compute something else on the base. Train with this layer in eval mode: "
+                "call its eval() after each model.train(). To keep the changed statistics, merge(keep_base=False) and "
+                "save the whole model."
+            )
         if provenance:
             adapter.provenance = {**adapter.provenance, **provenance}
         return saving.save(

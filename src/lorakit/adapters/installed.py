@@ -212,6 +212,11 @@ def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, s
         for name, module in modules.items():
             if not module.merges:
                 yield name, f"its effect at '{path}' is not a weight change"
+            elif _lacks_weights(module):
+                yield (
+                    name,
+                    f"{type(module).__name__} at '{path}' defines neither delta_weights nor merged_weights",
+                )
             elif reason := _why_no_bias(path, layer, module):
                 yield name, reason
         adding = [name for name, module in modules.items() if _merges_an_addition(module)]
@@ -227,10 +232,22 @@ def _why_no_bias(path: str, layer: nn.Module, module: AdapterModule) -> str | No
     return f"'{path}' has no bias to which lora_bias can be added" if lacks else None
 
 
+def _lacks_weights(module: AdapterModule) -> bool:
+    """Return whether the module has an effect besides its trained copies, but does not define it as weights."""
+    kind = type(module)
+    has_effect = (
+        not module.leaves_output or module.shadows or module.layer_hooks or module.backbone_hooks
+    )
+    return bool(has_effect) and (
+        kind.delta_weights is AdapterModule.delta_weights
+        and kind.merged_weights is AdapterModule.merged_weights
+    )
+
+
 def _merges_an_addition(module: AdapterModule) -> bool:
     """Return whether a merge replaces what the module adds to its layer's output by a change of the weight."""
-    leaves_output = module.shadows or type(module).adapt is AdapterModule.adapt
-    return module.merges and not leaves_output
+    adds = not (module.shadows or module.leaves_output)
+    return module.merges and adds and not _lacks_weights(module)
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

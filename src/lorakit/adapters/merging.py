@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lorakit.adapters.choice import Blend
-from lorakit.adapters.export import unties
+from lorakit.adapters.export import tied_names, unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
 from lorakit.adapters.layer_adapters import after_forward, remove_adapter_hook
 from lorakit.errors import AdapterStateError
@@ -113,13 +113,32 @@ def unmerge(model: nn.Module) -> None:
     _restore_hooks(model)
 
 
+def _separated(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, str] | None:
+    """Return two names of a tied parameter of the base that are different tensors in `state`; None without one."""
+    for first, *others in tied_names(model):
+        for other in others:
+            if state[first].data_ptr() != state[other].data_ptr():
+                return first, other
+    return None
+
+
 def forget_base(model: nn.Module) -> None:
-    """Make the merged tensors permanent, and clear `tie_word_embeddings` if the merge untied the head.
+    """Make the merged tensors permanent, and clear `tie_word_embeddings` if the merge untied all that it ties.
 
     Every layer of a quantised base becomes an ordinary layer.
     """
-    if unties(model, model.state_dict()):
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    config, state = getattr(model, "config", None), model.state_dict()
+    is_tied = getattr(config, "tie_word_embeddings", False)
+    if is_tied and unties(model, state):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    elif is_tied and (separated := _separated(model, state)):
+        _LOG.warning(
+            "'%s' and '%s' were one tensor and are two after the merge, which the configuration of %s cannot record. "
+            "resize_token_embeddings() and tie_weights() would make them one again, without the adapter. Resize the "
+            "base before you attach or load the adapter.",
+            *separated,
+            type(model).__name__,
+        )
     merged = 0  # quantised weights only
     for _, layer, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):

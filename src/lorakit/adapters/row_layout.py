@@ -18,6 +18,7 @@ from lorakit.adapters.choice import Choice
 from lorakit.adapters.passes import Pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
+from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import base_modules, parents, walk
 
@@ -43,7 +44,7 @@ class RowLayout:
     is_table: bool = False
     """Whether the layer is an embedding that may look up something else than the model's input, such as positions."""
     is_read_directly: bool = False
-    """Whether the model reads the weight of this embedding without calling it, or may do so."""
+    """Whether the model reads the weight of this layer without calling it, or may do so."""
     refused: str | None = None
     """Why the layer sees something else than the rows of the batch, if that is known."""
 
@@ -133,7 +134,8 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
             is_known=is_known,
             is_flattened=getattr(config, "model_type", None) in _FLATTENING,
             is_table=is_table,
-            is_read_directly=is_table and (not is_known or path.endswith(_READ_DIRECTLY)),
+            is_read_directly=(is_table and (not is_known or path.endswith(_READ_DIRECTLY)))
+            or never_calls(around[-2], path.rpartition(".")[2]),
             refused=_why_refused(model, path, config),
         )
     return layouts

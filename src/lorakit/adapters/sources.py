@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,7 @@ class Layer(Protocol):
 
 
 _versions = operator.attrgetter("_version")
-_settings = operator.attrgetter("training", "scaling", "dropout")
+_SETTING = (bool, int, float, str)
 
 
 class Source:
@@ -57,37 +57,50 @@ class Source:
         """The layers on which something else acts."""
         self._acting: dict[Layer, list[tuple[Any, float]]] = {}
         self._places: list[tuple[dict[str, Any], str]] = []
+        parts: list[nn.Module] = []
         for layer in layers:
-            self._read(layer, blend, is_active)
+            parts += self._read(layer, blend, is_active)
         # The check of a step reads thousands of tensors, so it consists of few calls of C functions. Nothing else can
-        # have the identity of a module that is kept.
-        self._modules = [owner[name] for owner, name in self._places]
+        # have the identity of an object that is kept.
+        self._objects = [owner[name] for owner, name in self._places]
         self._owners = [owner for owner, _ in self._places]
         self._names = [name for _, name in self._places]
-        self._dicts = [d for m in self._modules for d in (m._parameters, m._buffers)]
+        self._dicts = [d for part in parts for d in (part._parameters, part._buffers)]
+        self._settings = _settings(parts)
         self._values = self._current_values()
         # Aliases keep the addresses from being used again.
-        self._tensors = [tensor for tensor in self._values if tensor is not None]
+        self._tensors = [tensor for part in parts for tensor in _tensors(part)]
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._state = self._current_state()
 
-    def _read(self, layer: Layer, blend: Blend, is_active: bool) -> None:
+    def _read(self, layer: Layer, blend: Blend, is_active: bool) -> list[nn.Module]:
+        """Read the products on a layer, and return the modules that they are computed from."""
         acting, rank = [], 0
+        places: list[tuple[dict[str, Any], str]] = []
+        parts: list[nn.Module] = []
         for name, weight in blend:
             module = layer._modules.get(name)
             if module is None or (module.leaves_output and (is_active or not module.trained)):
                 continue
             product = None if module.trained and not is_active else module.low_rank()
-            tensors = _tensors(module)
-            if product is None or not all(map(_is_plain, tensors)):
+            own = [*module.modules(), *module.source]
+            if product is None or not all(_is_plain(t) for part in own for t in _tensors(part)):
                 self.others.add(layer)
-                return
+                return []
             acting.append((module, weight))
             rank += len(product.A)
-            self.dtype = wide_dtype(*tensors, torch.empty(0, dtype=self.dtype))
-            self._places.append((layer._modules, name))
+            self.dtype = wide_dtype(product.A, product.B, torch.empty(0, dtype=self.dtype))
+            parts += own
+            places.append((layer._modules, name))
+            for part in own:
+                places += [(part._modules, child) for child in part._modules]
+                places += [
+                    (part.__dict__, n) for n, v in part.__dict__.items() if isinstance(v, Tensor)
+                ]
         if acting:
             self._acting[layer], self.ranks[layer] = acting, rank
+        self._places += places
+        return parts
 
     def products(self, layer: Layer) -> Iterator[LowRank]:
         """Yield what the blend adds to a layer's output, each product scaled by its weight."""
@@ -97,7 +110,7 @@ class Source:
 
     def is_current(self) -> bool:
         """Return whether no tensor and no setting has changed since this object was built."""
-        if not all(map(operator.is_, map(dict.get, self._owners, self._names), self._modules)):
+        if not all(map(operator.is_, map(dict.get, self._owners, self._names), self._objects)):
             return False
         values = self._current_values()
         return (
@@ -114,14 +127,25 @@ class Source:
             optimizer_steps(),
             [*map(_versions, self._tensors)],
             [*map(Tensor.data_ptr, self._tensors)],
-            [*map(_settings, self._modules)],
+            [[*map(read, modules)] for read, modules in self._settings],
         )
 
 
-def _tensors(module: Any) -> list[Tensor]:
-    """Return the tensors of an adapter's module."""
-    every = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in every if tensor is not None]
+def _settings(parts: Iterable[nn.Module]) -> list[tuple[Callable[[Any], Any], list[Any]]]:
+    """Return functions that read the settings of modules, each with the `__dict__` of the modules that it reads."""
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for part in parts:
+        names = [name for name, value in part.__dict__.items() if isinstance(value, _SETTING)]
+        groups.setdefault(tuple(names), []).append(part.__dict__)
+    readers = [(operator.itemgetter(*names), modules) for names, modules in groups.items()]
+    # A new attribute may hide one of the class.
+    return [*readers, (len, [part.__dict__ for part in parts])]
+
+
+def _tensors(part: nn.Module) -> list[Tensor]:
+    """Return the tensors of a module, without those of the modules inside it."""
+    every = (*part._parameters.values(), *part._buffers.values(), *part.__dict__.values())
+    return [tensor for tensor in every if isinstance(tensor, Tensor)]
 
 
 def _is_plain(tensor: Tensor) -> bool:

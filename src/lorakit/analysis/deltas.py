@@ -21,6 +21,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.lora.layer import dora_factor
 from lorakit.ops.autocast import wide_dtype
 from lorakit.training.checkpoint_adapter import is_checkpoint, read_checkpoint
 
@@ -58,7 +59,7 @@ class Delta:
         merged = W.to(dtype) + self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
         if self.magnitude is not None:
             norms = torch.linalg.vector_norm(merged, dim=1)
-            merged *= (self.magnitude.to(dtype) / norms)[:, None]
+            merged *= dora_factor(self.magnitude.to(dtype), norms)[:, None]
         return merged
 
 

@@ -44,7 +44,8 @@ class AdapterModule(nn.Module):
     scales: bool = True
     """Whether the effect is linear in the adapter's weight, so that adapters can be mixed by weight."""
     merges: bool = True
-    """Whether the effect is a change of the layer's weights, so that the adapter can be merged."""
+    """Whether the effect is a change of the layer's weights, so that the adapter can be merged. A subclass with an
+    effect must then override `delta_weights` or `merged_weights`."""
     by_token: bool = False
     """Whether the effect on a token is independent of other tokens, so that some tokens of a batch can be computed
     without the others. A subclass that overrides `adapt` must set this flag."""
@@ -54,6 +55,8 @@ class AdapterModule(nn.Module):
     """Hooks on the model's backbone, around each forward pass."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights to replace during a call, for layers whose output nothing can be added to."""
+    source: tuple[Any, ...] = ()
+    """Other modules whose tensors `low_rank` reads."""
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
@@ -82,7 +85,11 @@ class AdapterModule(nn.Module):
         return type(self).adapt is AdapterModule.adapt
 
     def low_rank(self) -> LowRank | None:
-        """Return the product that `adapt` adds to the output, if that is its whole effect; else None."""
+        """Return the product that `adapt` adds to the output, if that is its whole effect; else None.
+
+        The steps of a generation read it again only after a change of a tensor, number or string of this module, of a
+        module inside it or of `source`. Any other change acts from the next prompt on.
+        """
         return None
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     modules = list(walk(model))
     attention = [p.path for p in all_places(model, modules) if p.role in ATTENTION_ROLES]
     lists: dict[str, list[str]] = {}
-    for path, module, _ in modules:  # parents come before their children
+    for path, module, *_ in modules:  # parents come before their children
         if isinstance(module, nn.ModuleList) and not _any_inside([path], *lists):
             lists[path] = [f"{path}.{name}" for name, _ in module.named_children()]
     with_attention = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.models.architectures import architecture_of
+from lorakit.models.direct_reads import never_calls
 from lorakit.models.layers import LocatedModule, base_modules, is_inside, why_not_adaptable
 
 
@@ -58,26 +59,26 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
     """
     called = {
         path
-        for path, _, config in modules
+        for path, _, config, _ in modules
         if (architecture := architecture_of(config)) and architecture.input_embedding
         if path.rpartition(".")[2] == architecture.input_embedding
     }
     if not called:
         embeddings = _input_embeddings(model)
-        called = {path for path, module, _ in modules if module is embeddings}
+        called = {at.path for at in modules if at.module is embeddings}
     # ViT's input embedding is a module that contains the convolution over patches.
     return [
-        path
-        for path, module, _ in modules
-        if why_not_adaptable(module) is None and any(is_inside(path, root) for root in called)
+        at.path
+        for at in modules
+        if why_not_adaptable(at.module) is None and any(is_inside(at.path, root) for root in called)
     ]
 
 
 def is_never_called(at: LocatedModule) -> bool:
-    """Whether the model uses this embedding's weight but never calls it."""
-    architecture = architecture_of(at.config)
+    """Whether the model uses this layer's weight but never calls it."""
+    architecture, name = architecture_of(at.config), at.path.rpartition(".")[2]
     names = architecture.never_called if architecture else ()
-    return isinstance(at.module, nn.Embedding) and at.path.rpartition(".")[2] in names
+    return (isinstance(at.module, nn.Embedding) and name in names) or never_calls(at.parent, name)
 
 
 def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
@@ -85,10 +86,11 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
     output = output_embeddings(model)
     heads = classification_head(model)
     return [
-        path
-        for path, module, _ in modules
-        if why_not_adaptable(module) is None
-        and (module is output or any(is_inside(path, head) for head in heads))
+        at.path
+        for at in modules
+        if why_not_adaptable(at.module) is None
+        and (at.module is output or any(is_inside(at.path, head) for head in heads))
+        and not is_never_called(at)
     ]
 
 

@@ -99,13 +99,14 @@ def base_modules(
 
 
 class LocatedModule(NamedTuple):
-    """A module of a model with its path and its configuration."""
+    """A module of a model with its path, its configuration and the module around it."""
 
     path: str
     module: nn.Module
     config: Any
     """Configuration of the nearest enclosing ``transformers`` model, or None. In a composite model
     (vision and text, encoder and decoder) it is that of the part."""
+    parent: nn.Module
 
 
 def walk(model: nn.Module) -> Iterator[LocatedModule]:
@@ -118,7 +119,7 @@ def walk(model: nn.Module) -> Iterator[LocatedModule]:
                 continue
             seen.add(id(child))
             governing = _configuration(child) or config
-            yield LocatedModule(prefix + name, child, governing)
+            yield LocatedModule(prefix + name, child, governing, parent)
             yield from descend(child, f"{prefix}{name}.", governing)
 
     yield from descend(model, "", _configuration(model))

@@ -100,7 +100,8 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
 
     ``all-linear`` is all of ``attention`` and ``mlp``, and any other linear layer in a block, such
     as DeBERTa's position projections. If the roles of the architecture are not known, it is every
-    linear layer outside the output head and the classification head.
+    linear layer outside the output head and the classification head. Layers that the model never calls
+    are left out.
 
     Raises:
         TargetError: ``entry`` is not a role, the model has no layer with it, or a layer with it
@@ -122,7 +123,8 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
 
 def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place]:
     """Yield every place of the model that has a role."""
-    for path, module, config in modules:
+    for at in modules:
+        path, module, config, _ = at
         architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention):
             yield from _multihead_projections(path, module)
@@ -130,7 +132,7 @@ def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place
             yield Place(f"{path}.linear1", UP)
             yield Place(f"{path}.linear2", DOWN)
         elif architecture and name and why_not_adaptable(module) is None:
-            yield from _projections(LocatedModule(path, module, config), architecture, name)
+            yield from _projections(at, architecture, name)
     yield from (Place(path, EMBEDDING) for path in embedding_paths(model, modules))
     yield from (Place(path, HEAD) for path in head_paths(model, modules))
 
@@ -179,19 +181,20 @@ def _further_linear_places(
     heads = classification_head(model)
     output = output_embeddings(model)
     return [
-        Place(path, "")
-        for path, module, config in modules
-        if is_linear(module)
-        and path not in taken
-        and module is not output
-        and not any(is_inside(path, head) for head in heads)
-        and (architecture_of(config) is None or name_in_block(path) is not None)
+        Place(at.path, "")
+        for at in modules
+        if is_linear(at.module)
+        and at.path not in taken
+        and at.module is not output
+        and not any(is_inside(at.path, head) for head in heads)
+        and (architecture_of(at.config) is None or name_in_block(at.path) is not None)
+        and not is_never_called(at)
     ]
 
 
 def _check_adaptable(modules: list[LocatedModule], entry: str, roles: set[str]) -> None:
     """Reject an entry that includes a layer without an adapter: a part would be skipped silently."""
-    for path, module, config in modules:
+    for path, module, config, _ in modules:
         architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention) and roles & {Q, K, V}:
             reason = why_not_adaptable(module)

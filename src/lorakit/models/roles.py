@@ -74,7 +74,7 @@ def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[P
     for place in all_places(model, modules):
         roles.setdefault(place.path, set()).add(place.role)
     places = []
-    for path, module, _ in hits:
+    for path, module, *_ in hits:
         layer_roles = roles.get(path, set())
         places.append(Place(path, next(iter(layer_roles)) if len(layer_roles) == 1 else ""))
         if isinstance(module, nn.MultiheadAttention):
@@ -117,7 +117,7 @@ def _check_adaptable(modules: list[LocatedModule], hits: list[LocatedModule], en
     bad = [hit for hit in hits if why_not_adaptable(hit.module) is not None]
     if not bad:
         return
-    path, module, _ = bad[0]
+    path, module, *_ = bad[0]
     inside = names_of_adaptable(m for m in modules if is_inside(m.path, path))
     names = [name for name in inside if "." not in name]
     raise TargetError(
@@ -131,8 +131,13 @@ def _check_adaptable(modules: list[LocatedModule], hits: list[LocatedModule], en
 def _check_called(hits: list[LocatedModule], entry: str) -> None:
     for at in hits:
         if is_never_called(at):
+            is_table = isinstance(at.module, nn.Embedding)
             raise TargetError(
-                f"Target '{entry}' matches '{at.path}', which {at.config.model_type} never calls: it "
-                "uses only the weight, so an adapter would have no effect. Write 'embedding' for the "
-                "embeddings that it calls."
+                f"Target '{entry}' matches '{at.path}', which {type(at.parent).__name__} never calls: it "
+                "uses only the weight, so an adapter would have no effect. "
+                + (
+                    "Write 'embedding' for the embeddings that it calls."
+                    if is_table
+                    else "Leave it out."
+                )
             )

@@ -28,7 +28,8 @@ def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> 
         warmup: Share of `total` if below 1, else a number of steps.
         schedule: Shape of the decay after the warm-up.
     """
-    rise = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    # 0.07 * 100 is 7.000000000000001.
+    rise = math.ceil(round(warmup * total, 6)) if warmup < 1 else int(warmup)
     if step < rise:
         return (step + 1) / rise
     remaining = (total - step) / max(total - rise, 1)  # from 1 after the warm-up to almost 0

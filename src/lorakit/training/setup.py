@@ -285,6 +285,13 @@ class Job:
             f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
             f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
         )
+        warmup = self.config.optimizer.warmup
+        if warmup > self.step_plan.total:
+            reached = self.rate_factor(self.step_plan.total - 1)
+            lines.append(
+                f"          optimizer.warmup of {warmup:,.0f} steps is longer than the run: the learning rate ends at "
+                f"{reached:.0%} of its peak. To reach the peak, set at most {self.step_plan.total:,}."
+            )
         if self.config.shard:
             lines.append(f"          {split_note(self.model, self.processes)}")
         if self.batch_size.size < self.batch_size.configured:

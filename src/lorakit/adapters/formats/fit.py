@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
-from lorakit.adapters.formats.peft.trained import trained_parents
+from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
@@ -138,7 +138,7 @@ def _list_tied(
 def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     """Whether the method trains a base parameter under this name."""
     if isinstance(stored.method, LoRA):
-        return bool(trained_parents(name, stored))
+        return bool(trained_parents(name, stored)) or is_trained_bias(name, stored, stored.layers)
     return name in stored.method.trained_parameters(model)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.lora.forms import ConvForm, LoralibConvForm
 from lorakit.methods.lora.layer import LoRALayer, unsupported
+from lorakit.models.roles import RowSlice
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -35,14 +36,24 @@ class ConvLoRA(_ConvolutionLoRA):
 
     form_class = ConvForm
 
-    def __init__(self, layer: nn.Module, **options) -> None:
+    @classmethod
+    def check_rank(
+        cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
+    ) -> None:
+        """Reject a rank that is no multiple of the groups, or above the width of the groups together."""
         assert isinstance(layer, Convolution)
-        if options["rank"] % layer.groups:
+        groups = layer.groups
+        if groups == 1:
+            super().check_rank(path, layer, rank, slices)
+            return
+        n_in, n_out = cls.dimensions(layer)
+        largest = groups * min(n_in, n_out // groups)
+        if rank % groups or rank > largest:
+            nearest = min(max(rank // groups, 1) * groups, largest)
             raise ConfigurationError(
-                f"Rank {options['rank']} is not a multiple of the convolution's {layer.groups} groups. "
-                f"Use a multiple of {layer.groups}; rank_pattern sets the rank of single layers."
+                f"Rank {rank} does not fit '{path}', a convolution of {groups} groups. Use a multiple of {groups} up "
+                f"to {largest} for it, for example rank_pattern={{'{path.rsplit('.', 1)[-1]}': {nearest}}}."
             )
-        super().__init__(layer, **options)
 
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         assert isinstance(layer, Convolution)

@@ -55,7 +55,7 @@ class TiedHeadLoRA(LinearLoRA):
             super().__init__(layer, rank=source.rank, scaling=source.scaling, alpha=source.alpha)
         del self.lora_A, self.lora_B
         # In a tuple, so that nn.Module does not register the embedding's factors a second time.
-        self.source: tuple[EmbeddingLoRA] = (source,)
+        self.source = (source,)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.source[0].factors()

@@ -12,6 +12,7 @@ from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
+from lorakit.models.direct_reads import never_calls
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
@@ -56,6 +57,12 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
         raise ConfigurationError(
             "tie_head is set, and this model's output head does not share the embedding's weights. "
             "Remove tie_head; to adapt the head as well, add 'head' to targets."
+        )
+    parent, _, name = path_of[id(head)].rpartition(".")
+    if never_calls(model.get_submodule(parent), name):
+        raise ConfigurationError(
+            f"tie_head is set, and this model uses the weight of '{path_of[id(head)]}' without calling it, so an "
+            "adapter would have no effect there. Remove tie_head."
         )
     if path_of[id(head)] in modules:
         raise ConfigurationError(

@@ -206,7 +206,7 @@ class LoRALayer(AdapterModule):
         rows = self._rows()
         magnitude = self.magnitude.to(norms.dtype)
         # Rows outside the slices keep the factor 1.
-        factor = torch.ones_like(norms).index_copy(0, rows, magnitude / norms[rows])
+        factor = torch.ones_like(norms).index_copy(0, rows, dora_factor(magnitude, norms[rows]))
         shape = self.output_shape(output)
         factor = factor.to(output.dtype).view(shape)
         bias = getattr(layer, "bias", None)
@@ -282,11 +282,17 @@ class LoRALayer(AdapterModule):
         rows = self._rows()
         norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
         magnitude = self.magnitude.to(merged.dtype)
-        factor = torch.ones_like(merged[:, 0]).index_copy(0, rows, magnitude / norms)
+        factor = torch.ones_like(merged[:, 0]).index_copy(0, rows, dora_factor(magnitude, norms))
         return self._as_weight(factor[:, None] * merged, layer)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.form.kind}"
+
+
+def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """Return DoRA's factor on each row of the weight: magnitude / norm, and 1 for a row of zeros (PEFT has NaN)."""
+    is_zero = norms == 0
+    return torch.where(is_zero, 1, magnitude / norms.masked_fill(is_zero, 1))
 
 
 def unsupported(layer: nn.Module, option: str) -> ConfigurationError:

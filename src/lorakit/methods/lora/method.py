@@ -173,11 +173,11 @@ class LoRA:
 
     def _bias_names(self, model: nn.Module, adapted: set[str]) -> list[str]:
         """Return the biases that `bias` selects; `adapted` are the paths of the adapted layers."""
-        from lorakit.models.layers import is_of_adapter
+        from lorakit.methods.trained import parameter_names
 
         if self.bias == "none":
             return []
-        names = [n for n, _ in model.named_parameters() if not is_of_adapter(n)]
+        names = parameter_names(model)
         if self.bias == "all":  # the rule of loralib and PEFT
             names = [name for name in names if "bias" in name]
         else:

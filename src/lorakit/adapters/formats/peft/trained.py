@@ -62,7 +62,7 @@ def assign_keys(
         form.tensors.update({PREFIX + name: tensor for name, tensor in tensors.items()})
     for name, stored_name in names.items():
         in_module = any(name.startswith(f"{module}.") for module in modules)
-        if not in_module and not _is_trained_bias(name, stored, layer_keys):
+        if not in_module and not is_trained_bias(name, stored, layer_keys):
             raise NotExpressibleError(
                 f"'{name}' is trained, but PEFT saves only biases and whole modules."
             )
@@ -112,7 +112,7 @@ def _modules_to_save(
         roots = trained_parents(name, stored)
         if roots:
             outermost[roots[0]] = None
-        elif not _is_trained_bias(name, stored, layer_keys):
+        elif not is_trained_bias(name, stored, layer_keys):
             outermost[name.rpartition(".")[0]] = None
     return list(outermost)
 
@@ -162,13 +162,14 @@ def _also_matched(modules: list[str], layout: BaseLayout) -> dict[str, dict[str,
     return frozen
 
 
-def _is_trained_bias(name: str, stored: StoredAdapter, layer_keys: Mapping[str, str]) -> bool:
+def is_trained_bias(name: str, stored: StoredAdapter, adapted: Collection[str]) -> bool:
+    """Return whether LoRA's `bias` selects the parameter; `adapted` are the paths of the adapted layers."""
     assert isinstance(stored.method, LoRA)
     if stored.method.bias == "all":
         return "bias" in name
     path, _, attribute = name.rpartition(".")
-    adapted = path in layer_keys and attribute in ("bias", "in_proj_bias")
-    return stored.method.bias == "lora_only" and adapted
+    of_layer = path in adapted and attribute in ("bias", "in_proj_bias")
+    return stored.method.bias == "lora_only" and of_layer
 
 
 def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:

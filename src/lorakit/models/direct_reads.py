@@ -1,0 +1,85 @@
+"""Layers whose weight a class of transformers reads without calling them, found in its source.
+
+The hook of an adapter runs when its layer is called. So an adapter on a layer that is never called has no effect:
+Mamba's `dt_proj`, the projections of WavLM's attention, MobileBERT's head. Which layers these are differs by version of
+transformers.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import FunctionType
+
+from torch import nn
+
+_SCANNED = ("transformers.models.", "transformers_modules.")
+"""Packages of the classes that are read: those of transformers, and those that a checkpoint brings."""
+
+_OF_TENSOR = ("dtype", "device", "shape", "data")
+"""Attributes of a weight that say nothing of its use."""
+
+
+def never_calls(parent: nn.Module, name: str) -> bool:
+    """Return whether a module uses the weight of its child `name` and neither calls the child nor passes it on."""
+    # Some classes call a layer only if transformers quantised the model.
+    is_quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
+    return name in _only_read(type(parent), is_quantised)
+
+
+@functools.cache
+def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
+    """Return the attributes whose weight a class reads, without those that it calls or passes on."""
+    methods = [
+        method
+        for owner in kind.__mro__
+        if owner.__module__.startswith(_SCANNED)
+        for name, value in vars(owner).items()
+        if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
+        if "init" not in name
+    ]
+    read: set[str] = set()
+    called: set[str] = set()
+    if any("weight" in method.__code__.co_names for method in methods):
+        try:
+            for method in methods:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+                _collect(tree, [], is_quantised, read, called)
+        except (OSError, SyntaxError):  # no source
+            return frozenset()
+    return frozenset(read - called)
+
+
+def _collect(
+    node: ast.AST, around: list[ast.AST], is_quantised: bool, read: set[str], called: set[str]
+) -> None:
+    """Add the attributes of `self` below a node; `around` are the nodes around it, the innermost last."""
+    match node:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Load()):
+            match around[-2:]:
+                case [outer, ast.Attribute(attr="weight", ctx=ast.Load())]:
+                    if not _is_harmless(outer):
+                        read.add(name)
+                case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
+                    pass
+                case _:
+                    called.add(name)
+    for child in _children(node, is_quantised):
+        _collect(child, [*around, node], is_quantised, read, called)
+
+
+def _children(node: ast.AST, is_quantised: bool) -> Iterator[ast.AST]:
+    if isinstance(node, ast.If) and not is_quantised and "_is_quantized" in ast.unparse(node.test):
+        yield from node.orelse
+    else:
+        yield from ast.iter_child_nodes(node)
+
+
+def _is_harmless(outer: ast.AST) -> bool:
+    """Return whether the expression around a weight reads no values: its dtype, or a test of its type."""
+    if isinstance(outer, ast.Attribute):
+        return outer.attr in _OF_TENSOR
+    return isinstance(outer, ast.Call) and ast.unparse(outer.func) == "isinstance"
