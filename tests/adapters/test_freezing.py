@@ -83,9 +83,12 @@ def test_detach_restores_the_running_statistics() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_changed_statistics_are_not_saved_as_an_adapter(tmp_path: Path) -> None:
+def test_changed_statistics_are_not_saved_as_an_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, x = normalised()
     adapters = attach(model, LoRA(rank=2, targets="0"))
+    assert "'1' has running statistics. model.train() lets a forward pass change" in caplog.text
     train(model.train(), x, adapters.trainable_parameters())
     with pytest.raises(AdapterStateError, match=r"The running statistics of '1' have changed"):
         adapters.save(tmp_path / "adapter")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from lorakit.adapters.handle import Adapters, handle_of, uncompiled
 from lorakit.adapters.installed import adapted_layers
+from lorakit.adapters.statistics import statistics_of
 from lorakit.errors import AdapterStateError, TargetError
 from lorakit.methods.method import Method
 from lorakit.ops import seeded
+
+_LOG = logging.getLogger(__name__)
 
 
 def attach(
@@ -50,6 +55,12 @@ def attach(
             raise TargetError(f"{method} trains nothing on this model.")
         handle.add(name, method, modules, trained_names)
     handle.activate(name)
+    if (statistics := next(statistics_of(handle.model), None)) is not None:
+        _LOG.warning(
+            "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "
+            "hold them: call eval() on such layers after each model.train().",
+            statistics[0].rpartition(".")[0],
+        )
     return handle
 
 
