@@ -326,8 +326,13 @@ def test_adapter_tensors_that_the_model_lacks_are_refused(stranger: str) -> None
 def test_a_layer_at_two_places_loads_its_adapter() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    attach(model, LoRA(rank=2, targets="0"))
-    model.load_state_dict(model.state_dict())
+    randomise(attach(model, LoRA(rank=2, targets="0")))
+    saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
 
 
 def test_detach_removes_the_hooks_of_load_state_dict() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-import torch.nn.functional as F
 
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.optimizer import build_optimizer
@@ -40,14 +39,6 @@ def noisy(folder: Path, base: str) -> Job:
     return job
 
 
-def loss_of_one(job: Job, number: int) -> tuple[torch.Tensor, int]:
-    """Return the summed cross-entropy of an example, and its number of targets."""
-    example = job.train[number]
-    ids, targets = torch.tensor(example.input_ids), torch.tensor(example.loss_mask)[1:]
-    logits = job.model(input_ids=ids[None]).logits[0, :-1]
-    return F.cross_entropy(logits[targets], ids[1:][targets], reduction="sum"), int(targets.sum())
-
-
 @pytest.mark.slow
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base")  # without dropout
@@ -62,7 +53,9 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     clipped = 0
     for step, examples in enumerate(job.step_plan.steps()):
         done = optimizer_step(job, optimizer, examples, step)
-        losses = [loss_of_one(plain, i) for batch in examples for i in batch]
+        losses = [
+            tiny_runs.summed_loss(plain.model, plain.train[i]) for batch in examples for i in batch
+        ]
         loss = sum(value for value, _ in losses) / sum(count for _, count in losses)
         adamw.zero_grad()
         loss.backward()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig
@@ -110,6 +111,14 @@ def crash_at(patch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> No
 def crash_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """Crash in a step (from 1), between its gradients and its update."""
     crash_at(patch, optimizer_steps, "clip_gradients", step)
+
+
+def summed_loss(model: Any, example: Any) -> tuple[torch.Tensor, int]:
+    """Return the summed cross-entropy of a text by its definition, computed alone, and its number of targets."""
+    ids, targets = torch.tensor(example.input_ids), torch.tensor(example.loss_mask)[1:]
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits[targets], ids[1:][targets], reduction="sum")
+    return loss, int(targets.sum())
 
 
 def metrics(run: Path, split: str) -> list[dict[str, Any]]:

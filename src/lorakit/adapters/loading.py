@@ -378,9 +378,10 @@ def check_base(
 
 def _other_name(model: nn.Module, stored: StoredAdapter) -> str | None:
     """Return a notice if a folder of PEFT names another base than this model; it records nothing else of its base."""
-    of_peft = stored.provenance.get("peft")
-    recorded = of_peft.get("base_model_name_or_path") if isinstance(of_peft, Mapping) else None
-    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    recorded, here = (
+        stored.base_name,
+        getattr(getattr(model, "config", None), "_name_or_path", None),
+    )
     # A local copy has the name of the hub id's last part.
     names = [PurePath(str(name)).name.lower() for name in (recorded, here) if name]
     if len(names) < 2 or names[0] == names[1]:

@@ -11,7 +11,7 @@ from lorakit.errors import ConfigurationError, nearest
 from lorakit.extensions import installed, load_from_file, load_installed, names_a_file
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
-from lorakit.methods.combined import Combined
+from lorakit.methods.combined import Combined, parts
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
@@ -51,8 +51,7 @@ def unused_sections(method: str) -> list[str]:
 
 def default_rate(method: Method) -> float:
     """Return the default peak learning rate of a method: the lowest of its parts, so that it is too high for none."""
-    parts = getattr(method, "methods", (method,))
-    return min(getattr(part, "default_rate", DEFAULT_RATE) for part in parts)
+    return min(getattr(part, "default_rate", DEFAULT_RATE) for part in parts(method))
 
 
 def use_method(method: str | type[Method]) -> type[Method]:

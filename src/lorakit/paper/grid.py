@@ -20,7 +20,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
-from lorakit.paper.log import GRID, recorded_settings, recorded_setup
+from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import Study, StudyData, Variant
@@ -243,9 +243,9 @@ def recorded_grid(config: PaperConfig, say: Say) -> Grid:
     """Return the grid of a log with the values that it fixed, also for a part of its data sets and methods.
 
     Raises:
-        LorakitError: As for `recorded_setup`.
+        LorakitError: As for `read_log`.
     """
-    setup = recorded_setup(config.log_folder)
+    _, setup = read_log(config.log_folder)
     return Grid(_with_dtype(config, setup), setup, say)
 
 
@@ -282,14 +282,16 @@ def _read_setup(config: PaperConfig) -> GridSetup:
     log = config.log_folder
     if not (log / GRID).exists():
         return GridSetup()
-    old, new = recorded_settings(log), _settings(config)
-    changed = [f"{name} was {a!r} and is {b!r}" for name, a, b in differences(old, new)]
+    settings, setup = read_log(log)
+    changed = [
+        f"{name} was {a!r} and is {b!r}" for name, a, b in differences(settings, _settings(config))
+    ]
     if changed:
         raise ConfigurationError(
             f"The runs in '{log}' have other settings: {'; '.join(changed)}. Repeat the command with the "
             "old settings, or choose another output folder with --output."
         )
-    return recorded_setup(log)
+    return setup
 
 
 def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:

@@ -20,10 +20,9 @@ def recorded_config(log: Path) -> PaperConfig:
     """Return the configuration of a log: its settings, and the data sets, methods and seeds that it has so far.
 
     Raises:
-        ConfigurationError: The folder is not a log.
-        RunFolderError: The log is damaged, or another version of lorakit wrote it.
+        LorakitError: As for `read_log`.
     """
-    settings, setup = _read(log)
+    settings, setup = read_log(log)
     shared: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {"base": {}, "decoding": {}}
     for name, value in settings.items():
@@ -45,22 +44,13 @@ def recorded_config(log: Path) -> PaperConfig:
     )
 
 
-def recorded_setup(log: Path) -> GridSetup:
-    """Return the values that the grid of a log fixed before its first run.
+def read_log(log: Path) -> tuple[dict[str, Any], GridSetup]:
+    """Return the settings of a log by dotted name, and the values that its grid fixed before its first run.
 
     Raises:
         ConfigurationError: The folder is not a log.
         RunFolderError: The log is damaged, or another version of lorakit wrote it.
     """
-    return _read(log)[1]
-
-
-def recorded_settings(log: Path) -> dict[str, Any]:
-    """Return the settings of a log by dotted name; raises as `recorded_setup`."""
-    return _read(log)[0]
-
-
-def _read(log: Path) -> tuple[dict[str, Any], GridSetup]:
     path = log / GRID
     if not path.exists():
         raise ConfigurationError(f"'{log}' is not the log of a table: it has no {GRID}.")

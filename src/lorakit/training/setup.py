@@ -201,7 +201,7 @@ class Job:
         files = {"task": file_of(self.train.task)}
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
         start = self.config.from_adapter
-        method = describe(self.adapters.method(ADAPTER))
+        method = hashlib.sha256(describe(self.adapters.method(ADAPTER)).encode()).hexdigest()
         return {
             "base model": {
                 "source": self.config.base.name,
@@ -222,7 +222,7 @@ class Job:
                 for name, file in files.items()
                 if file is not None
             },
-            **({"method": {"source": start, "sha256": _sha256(method)}} if start else {}),
+            **({"method": {"source": start, "sha256": method}} if start else {}),
         }
 
     def save_adapter(self, folder: Path, state: State) -> None:
@@ -424,10 +424,6 @@ def autocast_of(
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:

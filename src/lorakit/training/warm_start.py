@@ -9,7 +9,8 @@ from __future__ import annotations
 from lorakit.adapters import Adapters, formats
 from lorakit.adapters.loading import load_stored
 from lorakit.errors import ConfigurationError
-from lorakit.methods import LoRA, Method
+from lorakit.methods import Method
+from lorakit.methods.combined import lora_of
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import Base
@@ -26,8 +27,7 @@ def method_of(config: TrainConfig) -> Method:
     if config.from_adapter is None:
         return config.chosen_method
     method = formats.read(config.from_adapter).method
-    parts = getattr(method, "methods", (method,))
-    if config.optimizer.lr_ratio != 1 and not any(isinstance(part, LoRA) for part in parts):
+    if config.optimizer.lr_ratio != 1 and lora_of(method) is None:
         raise ConfigurationError(
             f"optimizer.lr_ratio is {config.optimizer.lr_ratio}, which applies only to lora, and {config.from_adapter} "
             f"is {type(method).__name__}. Set it to 1."

@@ -247,14 +247,20 @@ def test_an_invalid_setting_is_told_and_does_not_count(browser: Browser, site: S
         assert answers(opened) == [site.chat("base", "The river", temperature=0)]
 
 
+def with_report(text: Path, folder: Path, report: str) -> Path:
+    """Return a copy of the served folders in which the run `run` has a report."""
+    copy = shutil.copytree(text, folder / "text")
+    run = copy / "adapters" / "run"
+    shutil.copytree(copy / "adapters" / "sql", run / "adapter")
+    (run / "report.html").write_text(report)
+    return copy
+
+
 def test_a_report_opens_again_and_runs_no_script(
     browser: Browser, text: Path, live: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(text, tmp_path / "text")
-    run = folder / "adapters" / "run"
-    shutil.copytree(folder / "adapters" / "sql", run / "adapter")
     hostile = f"<p>report</p><a href='#x'>part</a><p id='x'>end</p><script>parent.owned = 1</script>{HOSTILE}"
-    (run / "report.html").write_text(f"<!doctype html><title>r</title>{hostile}")
+    folder = with_report(text, tmp_path, f"<!doctype html><title>r</title>{hostile}")
     with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
         opened.page.wait_for_selector(".pane")
         for _ in range(2):
@@ -553,10 +559,7 @@ def test_a_changed_blend_keeps_the_focus(browser: Browser, site: Site) -> None:
 def test_messages_are_announced_where_people_are(
     browser: Browser, text: Path, live: Any, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(text, tmp_path / "text")
-    run = folder / "adapters" / "run"
-    shutil.copytree(folder / "adapters" / "sql", run / "adapter")
-    (run / "report.html").write_text("<p>report</p>")
+    folder = with_report(text, tmp_path, "<p>report</p>")
     with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
         opened.page.wait_for_selector(".pane")
         opened.page.click("#send")

@@ -62,7 +62,7 @@ def card(stored: StoredAdapter, form: PeftForm | None) -> str:
 
 def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
     task = _task(form)
-    base = _base_name(stored)
+    base = stored.base_name
     data = ModelCardData(
         # The hub rejects a card whose base_model is not of the form owner/name.
         base_model=base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None,
@@ -75,13 +75,13 @@ def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
 
 def _title(stored: StoredAdapter) -> str:
     kind = _KINDS.get(type(stored.method).__name__, "Adapter")
-    base = _base_name(stored)
+    base = stored.base_name
     return f"{kind} for {_plain(base)}" if base else kind
 
 
 def _summary(stored: StoredAdapter) -> str:
     method = stored.method
-    rows = {"Base model": _code(_base_name(stored) or "not recorded")}
+    rows = {"Base model": _code(stored.base_name or "not recorded")}
     if stored.base is not None:
         if stored.base.source.revision:
             rows["Base revision"] = _code(stored.base.source.revision)
@@ -120,7 +120,7 @@ def _summary(stored: StoredAdapter) -> str:
 
 
 def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
-    base = _base_name(stored) or "<the base model>"
+    base = stored.base_name or "<the base model>"
     task = _task(form)
     auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
     packaged = base in _PACKAGED
@@ -234,14 +234,6 @@ def _notes(stored: StoredAdapter) -> str:
 
 
 # --- text ----------------------------------------------------------------------------------------
-
-
-def _base_name(stored: StoredAdapter) -> str | None:
-    if stored.base is not None:
-        return stored.base.source.name
-    recorded = stored.provenance.get("peft")
-    name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
-    return name if isinstance(name, str) and name else None
 
 
 def _task(form: PeftForm | None) -> str | None:

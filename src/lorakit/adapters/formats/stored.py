@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,15 @@ class StoredAdapter:
         layout = self.base.layout if self.base is not None else None
         if layout is not None and lora is not None and lora.tie_head:  # saved from a live model
             self.layers = layout.with_tied_head(self.layers)
+
+    @property
+    def base_name(self) -> str | None:
+        """The name of the base: that of its record, else the one in the file of PEFT."""
+        if self.base is not None:
+            return self.base.source.name
+        recorded = self.provenance.get("peft")
+        name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
+        return name if isinstance(name, str) and name else None
 
     def require_no_base_copies(self) -> None:
         """Refuse `base_copies`, which no format can write before a model has shown which of them were trained.
