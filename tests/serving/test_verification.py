@@ -11,7 +11,6 @@ from engines import running, send
 from leases import PlainLease
 from test_engines import CHOICES, TOKENIZER, model_with_adapters, prompts
 
-from lorakit.errors import ConfigurationError
 from lorakit.serving import continuous
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import Sampling
@@ -110,8 +109,3 @@ def test_an_answer_that_is_not_replayed_is_reported(verdicts, caplog):
             send(only_one, [5, 6, 7], PlainLease((), TOKENIZER), 2).wait()
             assert wait_for(verdicts, count) == [None] * count
     assert "An answer could not be replayed: division by zero" in caplog.text
-
-
-def test_a_negative_share_is_refused():
-    with pytest.raises(ConfigurationError, match="verify is -1"):
-        VerifiedEngine(None, -1, bound=1, report=print)

@@ -400,7 +400,7 @@ def _compare_base(
     allow_other_base: bool,
 ) -> None:
     try:
-        stored.notices.extend(formats.compare(recorded, live) or [])
+        stored.notices.extend(formats.compare(recorded, live))
     except WrongBaseError as error:
         if not allow_other_base:
             if getattr(getattr(model, "config", None), MERGED, False):

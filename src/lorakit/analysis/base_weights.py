@@ -21,6 +21,7 @@ from lorakit.analysis.deltas import weight_name
 from lorakit.compute.adapted import base_of_adapter
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_shape import shape_of
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import ModelSource, resolve
@@ -144,26 +145,17 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
 
 
 def config_of(base: BaseConfig) -> Any:
-    """Return the transformers configuration of a model.
+    """Return the transformers configuration of a model, which names the class of the model.
 
     Raises:
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
-    from transformers import AutoConfig
-
     source = resolve(base.name, revision=base.revision)
-    folder = _folder(source)
-    try:
-        return AutoConfig.from_pretrained(
-            folder or source.path_or_id,
-            revision=source.revision if folder is None else None,
-            trust_remote_code=base.trust_remote_code,
-        )
-    except Exception as error:  # transformers raises many kinds of exceptions here
-        raise BaseModelError(
-            f"The configuration of '{source.name}' cannot be read: {' '.join(str(error).split())[:300]}. "
-            "Download or copy it again, or update transformers."
-        ) from error
+    if source.kind == "gguf":
+        converted_folder(
+            Path(source.path_or_id)
+        )  # the description of an unconverted file names no class
+    return shape_of(base).config
 
 
 def _open_safetensors(base: BaseConfig) -> Weights | None:

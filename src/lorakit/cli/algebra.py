@@ -97,8 +97,6 @@ def finish(
 
 def _agreement(found: Agreement) -> str:
     """Return in words how closely an extracted adapter predicts what the fine-tuned model predicts."""
-    from lorakit.formatting import percentage
-
     share = f" ({percentage(found.changed, found.predictions)})" if found.changed else ""
     first = (
         f"Compared with the fine-tuned model in {found.where}."

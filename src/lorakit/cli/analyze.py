@@ -79,7 +79,8 @@ def _write(name: str, config: Any, findings: Findings) -> None:
 
 
 def _print(config: Any, findings: Findings) -> None:
-    from lorakit.cli.layer_table import console, layer_table
+    from lorakit.cli.console import console
+    from lorakit.cli.layer_table import layer_table
 
     out: Console = console()
     each = findings.caption is not None or config.layers

@@ -99,8 +99,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 1), ("test_loss", 1), ("test_texts", SHOWN)):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), least)
+            require_at_least(name, getattr(self, name), least)
 
 
 CONFIGS = (DemoConfig,)

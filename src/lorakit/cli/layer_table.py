@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from lorakit.analysis.deltas import family
-from lorakit.cli.console import console, literal, table
+from lorakit.cli.console import literal, table
 from lorakit.formatting import number_range
-
-__all__ = ["Cell", "console", "layer_table"]
 
 Cell = float | int | str | None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,16 +134,18 @@ def _shared(space: str, medians: dict[str, float]) -> str:
 def _amplification(config: AmplificationConfig) -> Findings:
     from lorakit import analysis
     from lorakit.analysis import figures
+    from lorakit.cli.console import StatusLine
 
     stored, weights = _opened(config)
-    found = analysis.adapter_amplification(
-        stored,
-        weights,
-        only=config.only,
-        seed=config.seed,
-        share=config.base_directions,
-        progress=_progress,
-    )
+    with StatusLine() as show:
+        found = analysis.adapter_amplification(
+            stored,
+            weights,
+            only=config.only,
+            seed=config.seed,
+            share=config.base_directions,
+            progress=show,
+        )
     rows = {
         name: {
             "rank": layer.rank,
@@ -172,16 +173,18 @@ def _amplification(config: AmplificationConfig) -> Findings:
 def _intruders(config: IntrudersConfig) -> Findings:
     from lorakit import analysis
     from lorakit.analysis import figures
+    from lorakit.cli.console import StatusLine
 
     stored, weights = _opened(config)
-    found = analysis.adapter_intruders(
-        stored,
-        weights,
-        only=config.only,
-        top=config.top,
-        threshold=config.threshold,
-        progress=_progress,
-    )
+    with StatusLine() as show:
+        found = analysis.adapter_intruders(
+            stored,
+            weights,
+            only=config.only,
+            top=config.top,
+            threshold=config.threshold,
+            progress=show,
+        )
     rows = {
         name: {
             "intruders": layer.count,
@@ -232,17 +235,19 @@ def _diff(config: PairConfig) -> Findings:
 def _drift(config: DriftConfig) -> Findings:
     from lorakit import analysis
     from lorakit.analysis import figures
+    from lorakit.cli.console import StatusLine
 
-    found = analysis.adapter_drift(
-        config.adapter,
-        config.text,
-        base=config.base,
-        allow_other_base=config.allow_other_base,
-        limit=config.limit,
-        max_length=config.max_length,
-        batch_size=config.batch_size,
-        progress=lambda done: _progress(f"{done} texts"),
-    )
+    with StatusLine() as show:
+        found = analysis.adapter_drift(
+            config.adapter,
+            config.text,
+            base=config.base,
+            allow_other_base=config.allow_other_base,
+            limit=config.limit,
+            max_length=config.max_length,
+            batch_size=config.batch_size,
+            progress=lambda done: show(f"{done} texts"),
+        )
     most = sorted(found.texts, key=lambda text: -text.most["kl"])[:5]
     rows = {
         f"...{text.most['context'][-60:]!r}": {
@@ -273,12 +278,6 @@ def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
 
     stored = read(config.adapter, alpha=config.alpha)
     return stored, open_weights(config.base, stored, allow_other_base=config.allow_other_base)
-
-
-def _progress(what: str) -> None:
-    """Print the current item, if stderr is a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def _ranks(count: int) -> list[int]:

@@ -57,8 +57,7 @@ class PlanConfig(TrainConfig):
             named = dataclasses.replace(self.data, train=MADE_UP)
             object.__setattr__(self, "data", named)
         super().__post_init__()
-        if self.length is not None:
-            require_at_least("length", self.length, 2)
+        require_at_least("length", self.length, 2)
         require_at_least("processes", self.processes, 1)
         if self.shard and self.processes == 1:
             raise ConfigurationError(

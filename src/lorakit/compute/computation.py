@@ -46,8 +46,6 @@ class Computation:
     """Whether the examples of a batch are packed, shared prefixes computed once."""
     faster: Faster = "none"
     """Which of lorakit's own layers replace the model's."""
-    compiled: bool = False
-    """Whether the model's blocks are going to be compiled."""
     notes: tuple[str, ...] = ()
     """What the user should know about batches and layers."""
 
@@ -88,7 +86,6 @@ def choose_computation(
         ),
         packed=why_padded is None,
         faster=faster,
-        compiled=compiled,
         notes=(why_padded or "",),
     )
 

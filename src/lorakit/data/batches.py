@@ -74,18 +74,17 @@ class BatchSampler:
 
     Training draws the examples of a whole optimizer step as one batch and cuts it afterwards (`StepPlan`).
 
-    With `bucket`, examples of similar length share a batch, which reduces padding. The sampler shuffles all examples,
-    sorts each run of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on
-    `seed` and the epoch, so a resumed run continues with the same batches.
+    Examples of similar length share a batch, which reduces padding. The sampler shuffles all examples, sorts each run
+    of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the
+    epoch, so a resumed run continues with the same batches.
 
     With `groups`, examples of one group (one prompt) share a batch instead, and packing computes their common prefix
     once. This changes the order of training, and therefore its results.
 
     Args:
         lengths: Tokens of each example.
-        batch_size: Examples of a batch.
+        batch_size: Examples of a batch, at least 1.
         seed: Seed of the order.
-        bucket: Sort examples by length, within windows.
         groups: Group of each example.
     """
 
@@ -94,15 +93,11 @@ class BatchSampler:
         lengths: Sequence[int],
         batch_size: int,
         seed: int,
-        bucket: bool = True,
         groups: Sequence[Hashable] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
-        self.bucket = bucket
         self.groups = groups
 
     def __len__(self) -> int:
@@ -121,7 +116,7 @@ class BatchSampler:
             for index in order:
                 by_group.setdefault(self.groups[index], []).append(index)
             order = [index for group in by_group.values() for index in group]
-        elif self.bucket:
+        else:
             size = self.batch_size * MEGABATCH
             order = [
                 index
@@ -132,6 +127,5 @@ class BatchSampler:
             order[start : start + self.batch_size]
             for start in range(0, len(order), self.batch_size)
         ]
-        if self.bucket or self.groups is not None:
-            generator.shuffle(batches)
+        generator.shuffle(batches)
         return batches

@@ -86,8 +86,7 @@ class DataConfig:
                     f"{', '.join(names)}." + nearest(name, names)
                 )
         require_at_least("data.max_length", self.max_length, 2)
-        if self.limit is not None:
-            require_at_least("data.limit", self.limit, 1)
+        require_at_least("data.limit", self.limit, 1)
         if not 0 <= self.validation_fraction < 1:
             raise ConfigurationError(
                 f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."

@@ -182,7 +182,8 @@ def _split_preview(examples: ExampleSet) -> SplitPreview:
     )
 
 
-def _lengths(lengths: Sequence[int], bins: int = 12) -> Lengths:
+def _lengths(lengths: Sequence[int]) -> Lengths:
+    bins = 12
     ordered = sorted(lengths)
     shortest, longest = ordered[0], ordered[-1]
     width = (longest - shortest) // bins + 1

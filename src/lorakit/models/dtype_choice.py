@@ -7,7 +7,6 @@ import functools
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING
 
@@ -92,8 +91,6 @@ def compute_dtype(
     dtype: str | torch.dtype = "auto",
     device: torch.device | None = None,
     config: PretrainedConfig | None = None,
-    *,
-    batch_size: int = BATCH_SIZE,
 ) -> torch.dtype:
     """Return the dtype to compute in.
 
@@ -102,7 +99,6 @@ def compute_dtype(
             `choose_dtype`. A quantised base computes in bfloat16 where the device multiplies it, to save memory.
         device: The device to compute on; None is the GPU if this machine has one, else the CPU.
         config: Configuration of the base, for ``auto``; None tries products of usual shapes.
-        batch_size: Examples of a batch, for ``auto``.
 
     Raises:
         ConfigurationError: The name is not known.
@@ -111,7 +107,7 @@ def compute_dtype(
         return dtype
     device = device or pick_device("auto")
     if dtype == "auto":
-        return choose_dtype(device, config, batch_size=batch_size).dtype
+        return choose_dtype(device, config).dtype
     if dtype in QUANTISATIONS:
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     return dtype_of_name(dtype)
@@ -188,22 +184,15 @@ def _trial(device: torch.device, widths: tuple[int, int], rows: int, threads: in
         "rows": rows,
     }
     path = measurement_file("dtype", identity)
-    if (kept := _read(path)) is not None:
+    kept = read_measurement(path, Trial)
+    if kept is not None and 0 < kept.float32 < 1e18 and 0 < kept.bfloat16 < 1e18:
         return kept
     trial = _measure(device, widths, rows)
     if trial.steady:
         # Without a writable cache, each process measures for itself.
         with suppress(LorakitError):
-            keep_measurement(path, "trial", dataclasses.asdict(trial), identity)
+            keep_measurement(path, trial, identity)
     return trial
-
-
-def _read(path: Path) -> Trial | None:
-    try:
-        kept = Trial(**(read_measurement(path, "trial") or {}))
-        return kept if 0 < kept.float32 < 1e18 and 0 < kept.bfloat16 < 1e18 else None
-    except TypeError:  # absent, or a damaged entry: measure again
-        return None
 
 
 def _measure(device: torch.device, widths: tuple[int, int], rows: int) -> Trial:

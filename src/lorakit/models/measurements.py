@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.cache import cache_folder
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 
 def measurement_file(name: str, identity: Mapping[str, Any]) -> Path:
@@ -19,20 +25,17 @@ def measurement_file(name: str, identity: Mapping[str, Any]) -> Path:
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def read_measurement(path: Path, key: str) -> dict[str, Any] | None:
-    """Return the measurement in a file, under `key`; None if there is none or the file is damaged: measure again."""
+def read_measurement(path: Path, kind: type[T]) -> T | None:
+    """Return the measurement in a file, a dataclass; None if there is none or the file is damaged: measure again."""
     if not path.exists():
         return None
     try:
-        found = storage.read_record(path, BaseModelError)[key]
-    except (LorakitError, KeyError):
+        return kind(**storage.read_record(path, BaseModelError)[_key(kind)])
+    except (LorakitError, KeyError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
 
 
-def keep_measurement(
-    path: Path, key: str, measured: Mapping[str, Any], identity: Mapping[str, Any]
-) -> None:
+def keep_measurement(path: Path, measured: DataclassInstance, identity: Mapping[str, Any]) -> None:
     """Write a measurement.
 
     Raises:
@@ -41,4 +44,9 @@ def keep_measurement(
     with storage.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with storage.atomic_file(path) as temporary:
-            storage.write_record(temporary, {key: dict(measured), "identity": dict(identity)})
+            record = {_key(type(measured)): dataclasses.asdict(measured)}
+            storage.write_record(temporary, {**record, "identity": dict(identity)})
+
+
+def _key(kind: type) -> str:
+    return kind.__name__.lower()

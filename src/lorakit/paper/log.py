@@ -7,10 +7,9 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, RunFolderError
-from lorakit.evaluation.decoding import Decoding
-from lorakit.models.base_config import BaseConfig
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.settings import nested
 
 GRID = "grid.json"
 """Settings of a grid, and the values that it fixes before its first run."""
@@ -23,19 +22,12 @@ def recorded_config(log: Path) -> PaperConfig:
         LorakitError: As for `read_log`.
     """
     settings, setup = read_log(log)
-    shared: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {"base": {}, "decoding": {}}
-    for name, value in settings.items():
-        section, dot, key = name.partition(".")
-        (sections[section] if dot else shared)[key or name] = value
     runs = log.glob("runs/*/*/rate-*-seed-*.json")
     seeds = [int(run.stem.rpartition("-")[2]) for run in runs]
     variants = dict.fromkeys(v for by_variant in setup.counts.values() for v in by_variant)
     return PaperConfig(
         **{
-            **shared,
-            "base": BaseConfig(**sections["base"]),
-            "decoding": Decoding(**sections["decoding"]),
+            **nested(settings),
             "tasks": tuple(setup.counts),
             "methods": tuple(variants),
             "seeds": 1 + max(seeds, default=0),

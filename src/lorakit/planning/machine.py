@@ -216,10 +216,7 @@ def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
 
 def read_calibration(device: torch.device, dtype: torch.dtype) -> Machine | None:
     """Return the calibration of this machine, or None if none exists or its file is damaged."""
-    try:
-        return Machine(**(read_measurement(calibration_file(device, dtype), "machine") or {}))
-    except TypeError:  # absent, or a damaged entry: measure again
-        return None
+    return read_measurement(calibration_file(device, dtype), Machine)
 
 
 def keep_calibration(machine: Machine, device: torch.device, dtype: torch.dtype) -> Path:
@@ -229,5 +226,5 @@ def keep_calibration(machine: Machine, device: torch.device, dtype: torch.dtype)
         LorakitError: The folder is not writable.
     """
     path = calibration_file(device, dtype)
-    keep_measurement(path, "machine", dataclasses.asdict(machine), identity(device))
+    keep_measurement(path, machine, identity(device))
     return path

@@ -77,7 +77,7 @@ def plan_page(plan: Plan, config: TrainConfig, *, command: str) -> Page:
         title=plan.base,
         subtitle=f"{plan.chosen.method} · {plan.lengths}",
         summary=_summary(plan, describe_method(record)),
-        sections=[section for section in sections if section.blocks],
+        sections=sections,
     )
 
 

@@ -49,7 +49,7 @@ class ClassifyingEngine(Worker):
 
     name = "classifying"
 
-    def __init__(self, base: Base, *, running: int = 32, queue: int = 256) -> None:
+    def __init__(self, base: Base, *, running: int, queue: int) -> None:
         assert base.tokenizer is not None
         context = context_length(base.model) or UNLIMITED
         super().__init__(base.model, base.tokenizer, Limits(context, queue, running))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lorakit.compute.adapted import TEXT
 from lorakit.compute.base import open_base
@@ -27,8 +26,6 @@ from lorakit.serving.store import AdapterStore
 from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
 from lorakit.serving.worker import Worker
 from lorakit.tasks import TASKS
-
-T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         budget=bytes_of("adapter_memory", config.adapter_memory),
         followed=followed,
         pinned=config.pin,
-        between_steps=lambda action: _wait(worker.between_steps(action)),
+        between_steps=lambda action: worker.between_steps(action).result(),
         allow_other_base=config.allow_other_base,
     )
     name = config.served_name or base.source.name
@@ -97,10 +94,6 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         bound = bound_for(base.model.dtype)
         engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
     return Opened(base, name, store, engine, worker, classifier)
-
-
-def _wait(future: Future[T]) -> T:
-    return future.result()
 
 
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:

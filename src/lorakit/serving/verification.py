@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorakit.errors import require_at_least
 from lorakit.serving.engine import (
     End,
     Engine,
@@ -95,7 +94,6 @@ class VerifiedEngine:
         report: Callable[[Receipt, Verdict | None], Any],
         pending: int = 64,
     ) -> None:
-        require_at_least("verify", share, 0)
         self._engine, self._share, self._bound, self._report = engine, share, bound, report
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
