@@ -105,6 +105,8 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         ('[{"a": 1},\n{"a": 2}', "found the end of the file after the object of line 2"),
         ('[{"a": 1}\n{"a": 2}]', "found '{' after the object of line 1, expected , or ]"),
         ('[{"a": 1},]', "data.json:1: not valid JSON"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"data.json:2: found '\[' after the list, expected the end"),
+        ("[] x", "data.json:1: found 'x' after the list"),
         ("[", "data.json:1: not valid JSON"),
         ('"a"', "found '\"', expected a list of objects"),
         (

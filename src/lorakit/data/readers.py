@@ -143,7 +143,9 @@ def _json_list(text: str, path: Path) -> Rows:
             f"{path}:1: found {text[position]!r}, expected a list of objects: [{{...}}, ...]"
         )
     position = _after_blanks(text, position + 1)
-    separator = "]" if text[position : position + 1] == "]" else ","
+    separator = ","
+    if text[position : position + 1] == "]":
+        separator, position = "]", _after_blanks(text, position + 1)
     rows, most = 0, _most_rows(path)
     while separator == ",":
         rows += 1
@@ -168,6 +170,12 @@ def _json_list(text: str, path: Path) -> Rows:
                 f"{path}: found {actual} after the object of line {line}, expected , or ]"
             )
         position = _after_blanks(text, position + 1)
+    if position < len(text):
+        line += text.count("\n", counted, position)
+        raise DataError(
+            f"{path}:{line}: found {text[position]!r} after the list, expected the end of the file; write one list, or "
+            "one object on each line"
+        )
 
 
 def _after_blanks(text: str, position: int) -> int:
