@@ -182,6 +182,31 @@ def test_a_broken_parquet_file_is_named(tmp_path):
         read(tmp_path / "data.parquet", b"PAR1 nonsense PAR1")
 
 
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32()), "days=2147483647"),
+        (pyarrow.array([2**62]).cast(pyarrow.timestamp("us")), "date value out of range"),
+        (pyarrow.array([2**62]).cast(pyarrow.duration("s")), "too large"),
+    ],
+)
+def test_a_parquet_value_out_of_range_is_an_error_with_its_column(tmp_path, column, reason):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "day": column}), path)
+    with pytest.raises(
+        DataError, match=rf"data\.parquet: column 'day' has a value .*{reason}.*write"
+    ):
+        read(path)
+
+
+def test_a_parquet_file_must_name_each_column_once(tmp_path):
+    path = tmp_path / "data.parquet"
+    columns = [pyarrow.array(values) for values in (["x"], [1], [0])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "label", "label"]), path)
+    with pytest.raises(DataError, match=r"2 columns have the name 'label'; rename all but one"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.parquet.gz", "jsonl"])
 def test_unknown_formats_have_no_reader(tmp_path, name):
     assert reader_for(tmp_path / name) is None

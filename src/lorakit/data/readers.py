@@ -225,7 +225,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_declared(file.metadata, file.schema_arrow.names, path)
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            batches = (_values(batch, path) for batch in file.iter_batches(batch_size=1024))
             number = 0
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 yield Row(values, f"{path}:row {number}")
@@ -238,6 +238,21 @@ def read_parquet(path: Path) -> Rows:
         raise DataError(
             f"{path}: not a readable Parquet file ({error}); copy or download it again"
         ) from error
+
+
+def _values(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch of Arrow columns as Python values."""
+    names, columns = batch.schema.names, []
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (OverflowError, ValueError) as error:
+            raise DataError(
+                f"{path}: column {name!r} has a value that Python cannot hold ({error}); remove the column, or write "
+                "it as text"
+            ) from error
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -272,6 +287,9 @@ def _check_declared(metadata: Any, columns: list[str], path: Path) -> None:
         raise DataError(f"{path}: has no columns")
     if len(columns) > MAX_COLUMNS:
         raise DataError(f"{path}: {_too_many(len(columns))}")
+    for name, times in Counter(columns).items():
+        if times > 1:
+            raise DataError(f"{path}: {times} columns have the name {name!r}; rename all but one")
     if metadata.num_rows > _most_rows(path):
         raise _too_many_rows(path)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
