@@ -68,6 +68,21 @@ def test_parquet_rows_are_numbered(tmp_path):
     assert (rows[0].origin, rows[-1].origin) == (f"{path}:row 1", f"{path}:row 2000")
 
 
+CALLS = [
+    {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]}
+    for call in (
+        {"name": "weather", "arguments": {"city": "Rome"}},
+        {"name": "calc", "arguments": {"terms": [{"x": 1}, {"y": [None, 2]}]}},
+    )
+]
+
+
+def test_parquet_messages_have_the_members_of_jsonl(tmp_path):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), path)
+    assert values(read(path)) == values(read(tmp_path / "data.jsonl", as_jsonl(CALLS))) == CALLS
+
+
 def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
     lines = [
         b'{"a": 1}',

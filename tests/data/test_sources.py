@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pytest
+from test_readers import CALLS
 
 from lorakit.data.readers import Row
 from lorakit.data.sources import read_source
@@ -101,6 +102,12 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
     assert source.sha256 == read_source("owner/name", "validation").sha256
     content["text"][0] = "changed"
     assert source.sha256 != read_source("owner/name", "validation").sha256
+
+
+def test_hub_messages_have_no_members_that_arrow_added(monkeypatch):
+    data = datasets.Dataset.from_list(CALLS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    assert [row.values for row in read_source("owner/name").rows] == CALLS
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_named():

@@ -242,10 +242,11 @@ def read_parquet(path: Path) -> Rows:
 
 def _values(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a batch of Arrow columns as Python values."""
-    names, columns = batch.schema.names, []
+    names, columns, structs = batch.schema.names, [], lists_of_structs(batch.schema)
     for name, column in zip(names, batch.columns, strict=True):
         try:
-            columns.append(column.to_pylist())
+            values = column.to_pylist()
+            columns.append(list(map(without_nulls, values)) if name in structs else values)
         except (OverflowError, ValueError) as error:
             raise DataError(
                 f"{path}: column {name!r} has a value that Python cannot hold ({error}); remove the column, or write "
@@ -253,6 +254,28 @@ def _values(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
             ) from error
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
+
+
+def lists_of_structs(schema: Any) -> set[str]:
+    """Return the columns of an Arrow schema that hold lists of structs, such as messages and tools."""
+    import pyarrow
+
+    return {
+        column.name
+        for column in schema
+        if isinstance(getattr(column.type, "value_type", None), pyarrow.StructType)
+    }
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the members of its objects that are null.
+
+    Arrow gives all structs of a list the same members. In a list of tool calls each call has the arguments of all
+    others, as nulls.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -16,7 +16,16 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import docstrings
-from lorakit.data.readers import MAX_COLUMNS, READERS, Problem, Row, Rows, reader_for
+from lorakit.data.readers import (
+    MAX_COLUMNS,
+    READERS,
+    Problem,
+    Row,
+    Rows,
+    lists_of_structs,
+    reader_for,
+    without_nulls,
+)
 from lorakit.errors import DataError, nearest
 
 BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}
@@ -215,6 +224,7 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
         for column, feature in (data.features or {}).items()
         if isinstance(feature, datasets.ClassLabel)
     }
+    structs = lists_of_structs(data.features.arrow_schema) if data.features else ()
 
     def values() -> Iterator[dict[str, Any]]:
         for row in data:
@@ -224,7 +234,11 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
                 for column in classes
                 if isinstance(row[column], int) and 0 <= row[column] < len(classes[column])
             }
-            yield {**dict(row), **class_of}
+            cleaned = {
+                column: without_nulls(value) if column in structs else value
+                for column, value in dict(row).items()
+            }
+            yield {**cleaned, **class_of}
 
     return _rows_part(entry, split, values, classes)
 
