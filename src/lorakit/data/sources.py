@@ -219,6 +219,9 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
             "Check its name (owner/name:config), its splits and the network. A local file, or the folder of a named "
             "task (data.root), needs no network."
         ) from error
+    # No task reads media. Decoding them takes long, and their objects have no stable digest.
+    media = [name for name, feature in (data.features or {}).items() if _is_media(feature)]
+    data = data.remove_columns(media)
     classes = {
         column: tuple(feature.names)
         for column, feature in (data.features or {}).items()
@@ -243,6 +246,18 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
     return _rows_part(entry, split, values, classes)
 
 
+def _is_media(feature: Any) -> bool:
+    """Return whether a feature of `datasets`, or a part of it, is decoded from a file: an image, audio, video ..."""
+    if isinstance(feature, dict):
+        return any(map(_is_media, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_is_media, feature))
+    inner = getattr(feature, "feature", None)  # of a List
+    if inner is not None:
+        return _is_media(inner)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
+
+
 def _rows_part(
     entry: str,
     split: str,
@@ -258,6 +273,6 @@ def _rows_part(
 
     digest = hashlib.sha256()
     for row in values():
-        # default=str: JSON has no dates and images.
+        # default=str: JSON has no dates.
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return _Part(name, split, rows, digest.hexdigest(), class_names or {})
