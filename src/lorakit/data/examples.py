@@ -223,7 +223,12 @@ def load_examples(
 
 
 def load_unlabelled(
-    config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase, task: DataTask
+    config: DataConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DataTask,
+    *,
+    reader: RowReader | None = None,
 ) -> tuple[list[dict[str, Any]], list[Example], Report]:
     """Return the rows to predict, with all of their columns, the example of each, and the report.
 
@@ -232,7 +237,7 @@ def load_unlabelled(
             configuration says stop.
     """
     assert issubclass(task.type, Labelled)
-    data = RowReader().read(config, split)
+    data = (reader or RowReader()).read(config, split)
     columns = ColumnMap(config, data.columns, data.name)
     columns.check_inputs(task.type)
     encoder = task.type(
@@ -321,12 +326,7 @@ def _encode(
                 example.origin, example.split = row.origin, split
                 valid += 1
                 yield row, example
-    if report.bad and config.bad_rows == "stop":
-        raise DataError(
-            f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid",
-            *_listing(report.bad),
-            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
-        )
+    stop_at_bad_rows(report, config)
     if report.too_long and config.too_long == "stop":
         raise DataError(
             f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
@@ -338,6 +338,16 @@ def _encode(
         raise DataError(
             f"{data.name}: none of its {report.read:,} rows is valid",
             *_listing(report.bad + report.too_long),
+        )
+
+
+def stop_at_bad_rows(report: Report, config: DataConfig) -> None:
+    """Raise a DataError if rows are invalid and the configuration says stop."""
+    if report.bad and config.bad_rows == "stop":
+        raise DataError(
+            f"{report.source}: {len(report.bad):,} of {report.read:,} rows are invalid",
+            *_listing(report.bad),
+            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
         )
 
 
