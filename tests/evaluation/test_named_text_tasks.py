@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from lorakit.evaluation import evaluate as evaluation
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.prompts import read_prompts
 from lorakit.metrics import data_to_text
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
@@ -197,6 +199,14 @@ def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
     generated(trained, capsys, "--file", str(tmp_path / name), "--output", str(output))
     rows = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [json.loads(row)["prompt"] for row in rows] == prompts
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, monkeypatch) -> None:
+    text = "\ufeffHello there\r\nSecond\r\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    assert read_prompts(str(tmp_path / "prompts.txt"), None) == ["Hello there", "Second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello there\nSecond\n"))
+    assert read_prompts("-", None) == ["Hello there", "Second"]
 
 
 @pytest.mark.parametrize(
