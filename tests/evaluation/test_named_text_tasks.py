@@ -37,6 +37,12 @@ BY_HEART = {
 INPUTS = [
     f"name[{name}], food[{food}]" for name in ("Eagle", "Park") for food in ("river", "plane")
 ]
+SQL = {
+    "phase": 1,
+    "question": "Which river?",
+    "table": {"header": ["river", "park"]},
+    "sql": {"sel": 0, "agg": 0, "conds": []},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for text in INPUTS
         for word in ("English", "cheap")
     ]
-    sql = {
-        "phase": 1,
-        "question": "Which river?",
-        "table": {"header": ["river", "park"]},
-        "sql": {"sel": 0, "agg": 0, "conds": []},
-    }
-    for task, rows in (("e2e_nlg", e2e), ("wikisql", [sql] * 4)):
+    for task, rows in (("e2e_nlg", e2e), ("wikisql", [SQL] * 4)):
         (folder / "data" / task).mkdir(parents=True)
         for split in ("train", "validation", "test"):
             tiny_runs.write_rows(folder / "data" / task / f"{split}.jsonl", rows)
@@ -128,14 +128,18 @@ def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: 
     (record,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert record["output"] == "SELECT river FROM table"
     assert record["table"] == {"header": ["river", "park"]}
+    assert len(record["golds"]) == 4
 
 
 @pytest.mark.slow
 def test_what_evaluation_writes_is_what_score_reads(trained: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.jsonl"
-    evaluate(config(trained, "wikisql", output=str(output)))
+    counting = SQL | {"sql": {"sel": 0, "agg": 3, "conds": []}}
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [SQL, counting, SQL, SQL])
+    data = DataConfig(task="wikisql", validation=file)
+    scores = evaluate(config(trained, "wikisql", data=data, output=str(output))).scores
     assert main(["score", str(output), "--metrics", "wikisql", "--json", "true"]) in (0, None)
-    assert json.loads(capsys.readouterr().out) == {"logical_form": 1}
+    assert json.loads(capsys.readouterr().out) == scores == {"logical_form": 3 / 4}
 
 
 def test_missing_packages_show_before_generation(trained: Path, monkeypatch) -> None:
