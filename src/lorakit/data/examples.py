@@ -218,7 +218,7 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
-        format=task_class.source_format(columns.present, list(_fields(data, columns))),
+        format=task_class.source_format(columns.present, _fields(data, columns)),
     )
 
 
@@ -272,11 +272,10 @@ def task_of(
 
 def _infer_task(config: DataConfig, data: DataRows, columns: ColumnMap) -> DataTask:
     """Return the configured task, or for "auto" the one that fits the columns, with the labels of the rows."""
-    rows = list(_fields(data, columns))
-    task = columns.task(config.task, rows)
+    task = columns.task(config.task, _fields(data, columns))
     declared = data.class_names.get(columns.column_of("label"), ())
     name = task.name if config.task == "auto" else config.task
-    return DataTask(name=name, labels=task.labels_of(rows, declared))
+    return DataTask(name=name, labels=task.labels_of(_fields(data, columns), declared))
 
 
 def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
