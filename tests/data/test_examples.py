@@ -7,6 +7,7 @@ import pytest
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, DataTask, load_examples, task_of
+from lorakit.data.templates import Template
 from lorakit.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -308,6 +309,15 @@ def test_alpacas_prompt_drops_no_column(write, column):
     with pytest.raises(DataError, match=f"'{next(iter(column))}' is set, .* data.task to chat"):
         load(path)
     assert load(path, prompt_template="{instruction}")[0].prompt == "Add."
+
+
+def test_a_template_is_rendered_once_for_each_row(write, monkeypatch):
+    rendered = []
+    render = Template.render
+    monkeypatch.setattr(Template, "render", lambda *of: rendered.append(of) or render(*of))
+    templates = {"prompt_template": "Q: {prompt}", "completion_template": "A: {completion}"}
+    assert len(load(write(PAIRS), **templates)) == len(PAIRS)
+    assert len(rendered) == 2 * len(PAIRS)
 
 
 def test_a_template_replaces_alpacas_prompt(write):

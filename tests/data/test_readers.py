@@ -68,6 +68,21 @@ def test_parquet_rows_are_numbered(tmp_path):
     assert (rows[0].origin, rows[-1].origin) == (f"{path}:row 1", f"{path}:row 2000")
 
 
+CALLS = [
+    {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]}
+    for call in (
+        {"name": "weather", "arguments": {"city": "Rome"}},
+        {"name": "calc", "arguments": {"terms": [{"x": 1}, {"y": [None, 2]}]}},
+    )
+]
+
+
+def test_parquet_messages_have_the_members_of_jsonl(tmp_path):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CALLS), path)
+    assert values(read(path)) == values(read(tmp_path / "data.jsonl", as_jsonl(CALLS))) == CALLS
+
+
 def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
     lines = [
         b'{"a": 1}',
@@ -105,6 +120,8 @@ def test_jsonl_names_each_bad_line_and_reads_the_others(tmp_path):
         ('[{"a": 1},\n{"a": 2}', "found the end of the file after the object of line 2"),
         ('[{"a": 1}\n{"a": 2}]', "found '{' after the object of line 1, expected , or ]"),
         ('[{"a": 1},]', "data.json:1: not valid JSON"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"data.json:2: found '\[' after the list, expected the end"),
+        ("[] x", "data.json:1: found 'x' after the list"),
         ("[", "data.json:1: not valid JSON"),
         ('"a"', "found '\"', expected a list of objects"),
         (
@@ -178,6 +195,31 @@ def test_a_truncated_gzip_file_is_named(tmp_path):
 def test_a_broken_parquet_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"data\.parquet: not a readable Parquet file"):
         read(tmp_path / "data.parquet", b"PAR1 nonsense PAR1")
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32()), "days=2147483647"),
+        (pyarrow.array([2**62]).cast(pyarrow.timestamp("us")), "date value out of range"),
+        (pyarrow.array([2**62]).cast(pyarrow.duration("s")), "too large"),
+    ],
+)
+def test_a_parquet_value_out_of_range_is_an_error_with_its_column(tmp_path, column, reason):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "day": column}), path)
+    with pytest.raises(
+        DataError, match=rf"data\.parquet: column 'day' has a value .*{reason}.*write"
+    ):
+        read(path)
+
+
+def test_a_parquet_file_must_name_each_column_once(tmp_path):
+    path = tmp_path / "data.parquet"
+    columns = [pyarrow.array(values) for values in (["x"], [1], [0])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "label", "label"]), path)
+    with pytest.raises(DataError, match=r"2 columns have the name 'label'; rename all but one"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.parquet.gz", "jsonl"])

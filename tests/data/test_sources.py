@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pytest
+from test_readers import CALLS
 
 from lorakit.data.readers import Row
 from lorakit.data.sources import read_source
@@ -101,6 +102,40 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
     assert source.sha256 == read_source("owner/name", "validation").sha256
     content["text"][0] = "changed"
     assert source.sha256 != read_source("owner/name", "validation").sha256
+
+
+def test_hub_messages_have_no_members_that_arrow_added(monkeypatch):
+    data = datasets.Dataset.from_list(CALLS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    assert [row.values for row in read_source("owner/name").rows] == CALLS
+
+
+def test_media_of_hub_data_sets_are_not_decoded(monkeypatch):
+    damaged = {"bytes": b"not a file", "path": None}  # decoding it would raise an error
+    features = datasets.Features(
+        text=datasets.Value("string"),
+        image=datasets.Image(),
+        images=datasets.List(datasets.Image()),
+        part={"image": datasets.Image(), "n": datasets.Value("int64")},
+        tags=datasets.List(datasets.Value("string")),
+    )
+    row = {"image": damaged, "images": [damaged], "part": {"image": damaged, "n": 1}}
+    data = datasets.Dataset.from_list([{"text": "a", "tags": ["b"], **row}], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    source = read_source("owner/name")
+    assert [row.values for row in source.rows] == [{"text": "a", "tags": ["b"]}]
+    text = datasets.Dataset.from_list([{"text": "a", "tags": ["b"]}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: text)
+    assert source.sha256 == read_source("owner/name").sha256
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no Json")
+def test_json_columns_of_hub_data_sets_are_read(monkeypatch):
+    features = datasets.Features(calls=datasets.List(datasets.Json()))
+    rows = [{"calls": [{"a": 1}, {"b": None}]}]
+    data = datasets.Dataset.from_list(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    assert [row.values for row in read_source("owner/name").rows] == rows
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from lorakit.evaluation import evaluate as evaluation
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.prompts import read_prompts
 from lorakit.metrics import data_to_text
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
@@ -35,6 +37,12 @@ BY_HEART = {
 INPUTS = [
     f"name[{name}], food[{food}]" for name in ("Eagle", "Park") for food in ("river", "plane")
 ]
+SQL = {
+    "phase": 1,
+    "question": "Which river?",
+    "table": {"header": ["river", "park"]},
+    "sql": {"sel": 0, "agg": 0, "conds": []},
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for text in INPUTS
         for word in ("English", "cheap")
     ]
-    sql = {
-        "phase": 1,
-        "question": "Which river?",
-        "table": {"header": ["river", "park"]},
-        "sql": {"sel": 0, "agg": 0, "conds": []},
-    }
-    for task, rows in (("e2e_nlg", e2e), ("wikisql", [sql] * 4)):
+    for task, rows in (("e2e_nlg", e2e), ("wikisql", [SQL] * 4)):
         (folder / "data" / task).mkdir(parents=True)
         for split in ("train", "validation", "test"):
             tiny_runs.write_rows(folder / "data" / task / f"{split}.jsonl", rows)
@@ -126,14 +128,18 @@ def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: 
     (record,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert record["output"] == "SELECT river FROM table"
     assert record["table"] == {"header": ["river", "park"]}
+    assert len(record["golds"]) == 4
 
 
 @pytest.mark.slow
 def test_what_evaluation_writes_is_what_score_reads(trained: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.jsonl"
-    evaluate(config(trained, "wikisql", output=str(output)))
+    counting = SQL | {"sql": {"sel": 0, "agg": 3, "conds": []}}
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [SQL, counting, SQL, SQL])
+    data = DataConfig(task="wikisql", validation=file)
+    scores = evaluate(config(trained, "wikisql", data=data, output=str(output))).scores
     assert main(["score", str(output), "--metrics", "wikisql", "--json", "true"]) in (0, None)
-    assert json.loads(capsys.readouterr().out) == {"logical_form": 1}
+    assert json.loads(capsys.readouterr().out) == scores == {"logical_form": 3 / 4}
 
 
 def test_missing_packages_show_before_generation(trained: Path, monkeypatch) -> None:
@@ -197,6 +203,14 @@ def test_prompts_may_hold_what_only_python_takes_for_ends_of_lines(
     generated(trained, capsys, "--file", str(tmp_path / name), "--output", str(output))
     rows = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [json.loads(row)["prompt"] for row in rows] == prompts
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, monkeypatch) -> None:
+    text = "\ufeffHello there\r\nSecond\r\n"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    assert read_prompts(str(tmp_path / "prompts.txt"), None) == ["Hello there", "Second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffHello there\nSecond\n"))
+    assert read_prompts("-", None) == ["Hello there", "Second"]
 
 
 @pytest.mark.parametrize(

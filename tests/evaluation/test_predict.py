@@ -8,6 +8,8 @@ import math
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -20,6 +22,7 @@ import lorakit
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, open_adapted
 from lorakit.data import DataConfig
+from lorakit.data.readers import Row, read_jsonl
 from lorakit.errors import (
     AdapterFileError,
     ConfigurationError,
@@ -165,6 +168,51 @@ def test_rows_that_cannot_be_predicted_are_named(trained, tmp_path, rows, messag
     with pytest.raises(DataError, match=message):
         lorakit.predict(config)
     assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("new.csv", b"text,author\nriver pub,caf\xe9\nx,y\n", r"new\.csv:2: 'author' is not UTF-8"),
+        (
+            "new.jsonl",
+            b'{"text": "x", "ids": ["\\ud800"]}\n',
+            r"new\.jsonl:1: 'ids' contains half of",
+        ),
+        ("new.jsonl", b'{"text": "x"}\n{"text"}\n', r"new\.jsonl:2: not valid JSON"),
+        ("new.jsonl", b'{"text": "x", "probabilities": 1}\n', "has a column 'probabilities'"),
+    ],
+)
+def test_rows_that_cannot_be_written_show_before_the_base_is_loaded(
+    trained, tmp_path, monkeypatch, name, content, problem
+) -> None:
+    monkeypatch.setattr(predict, "open_adapted", lambda *_, **__: pytest.fail("opened the base"))
+    config = settings(trained, [], tmp_path)
+    (tmp_path / name).write_bytes(content)
+    data = DataConfig(test=str(tmp_path / name))
+    with pytest.raises(DataError, match=problem):
+        lorakit.predict(dataclasses.replace(config, data=data))
+
+
+@pytest.mark.slow
+def test_the_output_has_the_rows_and_values_that_json_can_hold(trained, tmp_path) -> None:
+    numbers = [math.nan, math.inf, 2.5]
+    table = pyarrow.table(
+        {"text": TEXTS[:3], "price": numbers, "parts": [[{"x": n}] for n in numbers]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "new.parquet")
+    (tmp_path / "new.csv").write_bytes(b"text,author\nriver pub,caf\xe9\ncheap food,ok\n")
+    data = DataConfig(
+        test=[str(tmp_path / "new.parquet"), str(tmp_path / "new.csv")], bad_rows="skip"
+    )
+    config = dataclasses.replace(settings(trained, [], tmp_path), data=data)
+    result = lorakit.predict(config)
+    written = list(read_jsonl(Path(config.output)))
+    assert [row.values for row in written if isinstance(row, Row)] == result.rows
+    assert [row.get("price") for row in result.rows] == [None, None, 2.5, None]
+    assert [row.get("parts") for row in result.rows[:3]] == [[{"x": n}] for n in (None, None, 2.5)]
+    assert result.rows[3]["author"] == "ok"
+    assert "1 bad, skipped" in result.report
 
 
 @pytest.mark.slow

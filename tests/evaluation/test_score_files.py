@@ -110,6 +110,23 @@ def test_wikisql(tmp_path: Path) -> None:
         score_files(outputs, outputs, "wikisql")
 
 
+def test_an_output_of_wikisql_with_several_gold_queries_counts_for_each(tmp_path: Path) -> None:
+    gold = {"table": {"header": ["A"]}, "sql": {"sel": 0, "agg": 0, "conds": []}}
+    other = gold | {"sql": gold["sql"] | {"agg": 3}}
+    records = rows(
+        tmp_path / "out.jsonl",
+        {"output": "SELECT A FROM table", **gold, "golds": [gold, other, gold]},
+        {"output": "SELECT COUNT A FROM table", **other},
+    )
+    assert score_files(records, None, "wikisql") == {"logical_form": 3 / 4}
+    with pytest.raises(DataError, match="Found 1 outputs and 2 references"):
+        score_files(write(tmp_path / "outputs.txt", "SELECT A FROM table"), records, "wikisql")
+    for golds, message in ([], "'golds' is .*expected a list"), ([1], "Example 1"):
+        broken = rows(tmp_path / "broken.jsonl", {"output": "x", "golds": golds})
+        with pytest.raises(DataError, match=message):
+            score_files(broken, None, "wikisql")
+
+
 def test_every_task_of_glue_can_be_named() -> None:
     assert set(get_args(GlueTask)) == set(GLUE)
 

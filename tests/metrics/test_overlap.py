@@ -81,6 +81,33 @@ def test_bleu_equals_the_official_e2e_scorer(shared: Path) -> None:
     assert round(scores["bleu"] / 100, 4) == golden["BLEU"]
     # The official ROUGE-L weighs recall by 1.2 and takes precision and recall from different references.
     assert scores["rouge_l"] / 100 == pytest.approx(golden["ROUGE_L"], abs=0.005)
+    groups_of_lines = [group.splitlines() for group in groups]
+    assert scores["rouge_l"] == 100 * rouge(outputs, groups_of_lines, stem=False)["ROUGE_L"]
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "shared"),
+    [
+        ("Привет, мир: как дела?", "привет мир: как она", 3 / 4),
+        ("σκύλος τρέχει γρήγορα", "σκύλος τρέχει", 4 / 5),
+        ("नमस्ते दुनिया", "नमस्ते", 2 / 3),  # its vowel signs are combining marks
+        ("naïve Größe", "naive größe", 1 / 2),
+        ("我们去公园。", "我们去", 6 / 8),  # a character is a word
+        ("カレー々", "カレ", 4 / 6),
+        ("สวัสดี", "สวัส", 8 / 10),
+    ],
+)
+def test_rouge_l_compares_the_words_of_every_script(text, other, shared) -> None:
+    assert text_scores([text], [[text]])["rouge_l"] == pytest.approx(100)
+    assert text_scores([text], [[other]])["rouge_l"] == pytest.approx(100 * shared)
+
+
+def test_rouge_of_samsum_rejects_references_in_another_script() -> None:
+    with pytest.raises(
+        DataError, match=r"No reference has a word of a-z or 0-9.*'привет'.*data\.task"
+    ):
+        rouge(["привет"], [["", "привет"]])
+    assert rouge(["привет"], [["привет", "hello"]])["ROUGE_L"] == 0
 
 
 def test_outputs_may_have_different_numbers_of_references() -> None:

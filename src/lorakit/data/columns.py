@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorakit.data.data_config import FIELDS, DataConfig
@@ -86,7 +86,7 @@ class ColumnMap:
             for field, template in self.templates.items()
         }
 
-    def task(self, name: str, rows: Sequence[Mapping[str, Any]]) -> type[Task]:
+    def task(self, name: str, rows: Iterable[Mapping[str, Any]]) -> type[Task]:
         """Return the task called `name`; for "auto", the generic task whose columns these are.
 
         Raises:
@@ -95,7 +95,7 @@ class ColumnMap:
         if name == "auto" and self.templates:
             name = "completion"
         if name == "auto":
-            candidates = list(GENERIC.values())
+            candidates, rows = list(GENERIC.values()), list(rows)
             fitting = [task for task in candidates if task.reads(self.present, rows)]
             if len(fitting) == 1:
                 return fitting[0]

@@ -218,12 +218,17 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
-        format=task_class.source_format(columns.present, list(_fields(data, columns))),
+        format=task_class.source_format(columns.present, _fields(data, columns)),
     )
 
 
 def load_unlabelled(
-    config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase, task: DataTask
+    config: DataConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DataTask,
+    *,
+    reader: RowReader | None = None,
 ) -> tuple[list[dict[str, Any]], list[Example], Report]:
     """Return the rows to predict, with all of their columns, the example of each, and the report.
 
@@ -232,7 +237,7 @@ def load_unlabelled(
             configuration says stop.
     """
     assert issubclass(task.type, Labelled)
-    data = RowReader().read(config, split)
+    data = (reader or RowReader()).read(config, split)
     columns = ColumnMap(config, data.columns, data.name)
     columns.check_inputs(task.type)
     encoder = task.type(
@@ -267,11 +272,10 @@ def task_of(
 
 def _infer_task(config: DataConfig, data: DataRows, columns: ColumnMap) -> DataTask:
     """Return the configured task, or for "auto" the one that fits the columns, with the labels of the rows."""
-    rows = list(_fields(data, columns))
-    task = columns.task(config.task, rows)
+    task = columns.task(config.task, _fields(data, columns))
     declared = data.class_names.get(columns.column_of("label"), ())
     name = task.name if config.task == "auto" else config.task
-    return DataTask(name=name, labels=task.labels_of(rows, declared))
+    return DataTask(name=name, labels=task.labels_of(_fields(data, columns), declared))
 
 
 def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
@@ -321,12 +325,7 @@ def _encode(
                 example.origin, example.split = row.origin, split
                 valid += 1
                 yield row, example
-    if report.bad and config.bad_rows == "stop":
-        raise DataError(
-            f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid",
-            *_listing(report.bad),
-            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
-        )
+    stop_at_bad_rows(report, config)
     if report.too_long and config.too_long == "stop":
         raise DataError(
             f"{data.name}: {len(report.too_long):,} of {report.read:,} rows are longer than max_length "
@@ -338,6 +337,16 @@ def _encode(
         raise DataError(
             f"{data.name}: none of its {report.read:,} rows is valid",
             *_listing(report.bad + report.too_long),
+        )
+
+
+def stop_at_bad_rows(report: Report, config: DataConfig) -> None:
+    """Raise a DataError if rows are invalid and the configuration says stop."""
+    if report.bad and config.bad_rows == "stop":
+        raise DataError(
+            f"{report.source}: {len(report.bad):,} of {report.read:,} rows are invalid",
+            *_listing(report.bad),
+            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
         )
 
 

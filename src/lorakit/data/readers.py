@@ -143,7 +143,9 @@ def _json_list(text: str, path: Path) -> Rows:
             f"{path}:1: found {text[position]!r}, expected a list of objects: [{{...}}, ...]"
         )
     position = _after_blanks(text, position + 1)
-    separator = "]" if text[position : position + 1] == "]" else ","
+    separator = ","
+    if text[position : position + 1] == "]":
+        separator, position = "]", _after_blanks(text, position + 1)
     rows, most = 0, _most_rows(path)
     while separator == ",":
         rows += 1
@@ -168,6 +170,12 @@ def _json_list(text: str, path: Path) -> Rows:
                 f"{path}: found {actual} after the object of line {line}, expected , or ]"
             )
         position = _after_blanks(text, position + 1)
+    if position < len(text):
+        line += text.count("\n", counted, position)
+        raise DataError(
+            f"{path}:{line}: found {text[position]!r} after the list, expected the end of the file; write one list, or "
+            "one object on each line"
+        )
 
 
 def _after_blanks(text: str, position: int) -> int:
@@ -217,7 +225,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_declared(file.metadata, file.schema_arrow.names, path)
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            batches = (_values(batch, path) for batch in file.iter_batches(batch_size=1024))
             number = 0
             for number, values in enumerate(chain.from_iterable(batches), start=1):
                 yield Row(values, f"{path}:row {number}")
@@ -230,6 +238,44 @@ def read_parquet(path: Path) -> Rows:
         raise DataError(
             f"{path}: not a readable Parquet file ({error}); copy or download it again"
         ) from error
+
+
+def _values(batch: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch of Arrow columns as Python values."""
+    names, columns, structs = batch.schema.names, [], lists_of_structs(batch.schema)
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            values = column.to_pylist()
+            columns.append(list(map(without_nulls, values)) if name in structs else values)
+        except (OverflowError, ValueError) as error:
+            raise DataError(
+                f"{path}: column {name!r} has a value that Python cannot hold ({error}); remove the column, or write "
+                "it as text"
+            ) from error
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def lists_of_structs(schema: Any) -> set[str]:
+    """Return the columns of an Arrow schema that hold lists of structs, such as messages and tools."""
+    import pyarrow
+
+    return {
+        column.name
+        for column in schema
+        if isinstance(getattr(column.type, "value_type", None), pyarrow.StructType)
+    }
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the members of its objects that are null.
+
+    Arrow gives all structs of a list the same members. In a list of tool calls each call has the arguments of all
+    others, as nulls.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {
@@ -264,6 +310,9 @@ def _check_declared(metadata: Any, columns: list[str], path: Path) -> None:
         raise DataError(f"{path}: has no columns")
     if len(columns) > MAX_COLUMNS:
         raise DataError(f"{path}: {_too_many(len(columns))}")
+    for name, times in Counter(columns).items():
+        if times > 1:
+            raise DataError(f"{path}: {times} columns have the name {name!r}; rename all but one")
     if metadata.num_rows > _most_rows(path):
         raise _too_many_rows(path)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

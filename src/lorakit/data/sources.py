@@ -16,7 +16,16 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import docstrings
-from lorakit.data.readers import MAX_COLUMNS, READERS, Problem, Row, Rows, reader_for
+from lorakit.data.readers import (
+    MAX_COLUMNS,
+    READERS,
+    Problem,
+    Row,
+    Rows,
+    lists_of_structs,
+    reader_for,
+    without_nulls,
+)
 from lorakit.errors import DataError, nearest
 
 BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}
@@ -210,11 +219,15 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
             "Check its name (owner/name:config), its splits and the network. A local file, or the folder of a named "
             "task (data.root), needs no network."
         ) from error
+    # No task reads media. Decoding them takes long, and their objects have no stable digest.
+    media = [name for name, feature in (data.features or {}).items() if _is_media(feature)]
+    data = data.remove_columns(media)
     classes = {
         column: tuple(feature.names)
         for column, feature in (data.features or {}).items()
         if isinstance(feature, datasets.ClassLabel)
     }
+    structs = lists_of_structs(data.features.arrow_schema) if data.features else ()
 
     def values() -> Iterator[dict[str, Any]]:
         for row in data:
@@ -224,9 +237,25 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
                 for column in classes
                 if isinstance(row[column], int) and 0 <= row[column] < len(classes[column])
             }
-            yield {**dict(row), **class_of}
+            cleaned = {
+                column: without_nulls(value) if column in structs else value
+                for column, value in dict(row).items()
+            }
+            yield {**cleaned, **class_of}
 
     return _rows_part(entry, split, values, classes)
+
+
+def _is_media(feature: Any) -> bool:
+    """Return whether a feature of `datasets`, or a part of it, is decoded from a file: an image, audio, video ..."""
+    if isinstance(feature, dict):
+        return any(map(_is_media, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_is_media, feature))
+    inner = getattr(feature, "feature", None)  # of a List
+    if inner is not None:
+        return _is_media(inner)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
 
 
 def _rows_part(
@@ -244,6 +273,6 @@ def _rows_part(
 
     digest = hashlib.sha256()
     for row in values():
-        # default=str: JSON has no dates and images.
+        # default=str: JSON has no dates.
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return _Part(name, split, rows, digest.hexdigest(), class_names or {})

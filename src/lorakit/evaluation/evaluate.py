@@ -263,6 +263,8 @@ def generated(
             "references": [task.answer(example.completion) for example in group],
             "special_tokens": [token for token in special if token in group[0].prompt],
             **group[0].gold,
+            # An input that several rows have counts once for each of them (WikiSQL).
+            **({"golds": [e.gold for e in group]} if len(group) > 1 and group[0].gold else {}),
         }
         for text, group in zip(texts, groups.values(), strict=True)
     ]

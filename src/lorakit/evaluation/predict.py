@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
-from lorakit.data import DataTask
-from lorakit.data.examples import load_unlabelled
+from lorakit.data import DataConfig, DataTask, RowReader
+from lorakit.data.examples import Report, load_unlabelled, stop_at_bad_rows
+from lorakit.data.readers import Problem, Row
+from lorakit.data.sources import DataRows
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.computed import computed, logits_of
 from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.models.loading import Base
-from lorakit.tasks import Example, Labelled
+from lorakit.tasks import BadRow, Example, Labelled
+from lorakit.tasks.task import checked_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +58,18 @@ def predict(config: PredictConfig) -> Predictions:
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # there is a path
     task = _task(config, adapter)
+    data, reader = dataclasses.replace(config.data, task=task.name), RowReader()
+    _make_writable(reader.read(data, "test"), data)  # before the base, which takes longer to load
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
-    data = dataclasses.replace(config.data, task=task.name)
-    rows, examples, report = load_unlabelled(data, "test", base.tokenizer, task)
+    rows, examples, report = load_unlabelled(data, "test", base.tokenizer, task, reader=reader)
     check_context(base, examples)
-    _check_names(rows, report.source)
     logits = _logits(base, task, examples, config.batch_size)
     predictions = [
         {**row, **answer} for row, answer in zip(rows, _answers(logits, task.labels), strict=True)
     ]
     with storage.atomic_file(config.output) as temporary:
-        # default=str: JSON has no dates, which Parquet has.
-        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in predictions)
+        lines = (_as_json(row) + "\n" for row in predictions)
         temporary.write_text("".join(lines), encoding="utf-8")
     return Predictions(rows=predictions, report=str(report))
 
@@ -92,13 +95,45 @@ def _task(config: PredictConfig, adapter: AdapterFile) -> DataTask:
     return task
 
 
-def _check_names(rows: Sequence[dict[str, Any]], source: str) -> None:
-    """Reject columns that the predictions would replace."""
+def _make_writable(data: DataRows, config: DataConfig) -> None:
+    """Prepare the rows in place for a JSON file.
+
+    NaN and infinities become null. A row that UTF-8 cannot hold becomes a problem, which the configuration may skip.
+
+    Raises:
+        DataError: A row is invalid and the configuration says stop, or a prediction would replace a column.
+    """
     for name in ("prediction", "probabilities"):
-        if any(name in row for row in rows):
+        if name in data.columns:
             raise DataError(
-                f"{source} has a column {name!r}, which the output needs for the predictions; rename it."
+                f"{data.name} has a column {name!r}, which the output needs for the predictions; rename it."
             )
+    for i, row in enumerate(data.rows):
+        if isinstance(row, Row):
+            values = {name: _finite(value) for name, value in row.values.items()}
+            try:
+                for name, value in values.items():
+                    checked_text(_as_json(value), name)
+            except BadRow as error:
+                data.rows[i] = Problem(row.origin, str(error))
+            else:
+                data.rows[i] = Row(values, row.origin)
+    bad = [row for row in data.rows if isinstance(row, Problem)]
+    stop_at_bad_rows(Report(source=data.name, read=len(data.rows), bad=bad), config)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None in place of NaN and infinities, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    return list(map(_finite, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_json(value: Any) -> str:
+    # default=str: JSON has no dates, which Parquet has.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _logits(base: Base, task: DataTask, examples: Sequence[Example], batch_size: int) -> Tensor:

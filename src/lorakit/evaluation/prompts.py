@@ -62,7 +62,9 @@ def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
             prompts = [_row_prompt(row, task) for row in reader(Path(file))]
         else:
             text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-            prompts = [line for line in lines_of(text) if line.strip()]
+            # Editors on Windows start a file with a byte order mark.
+            lines = lines_of(text.removeprefix("\ufeff"))
+            prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"'{file}' contains no prompt. Write one prompt per line.")
     return prompts

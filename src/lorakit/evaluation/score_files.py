@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lorakit import metrics
 from lorakit.data.readers import Problem, Row, lines_of, reader_for
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
+from lorakit.metrics.checks import check_pairs
 
 OnTexts = Literal["e2e", "webnlg", "dart", "rouge"]
 OnLabels = Literal["classification", "regression"]
@@ -35,7 +36,8 @@ def score_files(
     references one a line, empty lines between groups; without       references, a list of texts,
                empty lines one for each output                       or reference, a text
     labels     one a line                                            label
-    WikiSQL    (not possible)                                        table, sql
+    WikiSQL    (not possible)                                        table, sql; or golds, a list
+                                                                     of objects with both
     ========== ===================================================== ============================
 
     Args:
@@ -65,7 +67,10 @@ def score_files(
         return metrics.regression(predicted.numbers("output"), expected.numbers("label"))
     texts = predicted.texts("output")
     if family == "wikisql":
-        return metrics.wikisql(texts, expected.values())
+        golds = expected.golds()
+        check_pairs(texts, golds)
+        repeated = [text for text, group in zip(texts, golds, strict=True) for _ in group]
+        return metrics.wikisql(repeated, [gold for group in golds for gold in group])
     groups = expected.groups(len(texts))
     if family == "rouge":
         return metrics.rouge(texts, groups)
@@ -113,13 +118,13 @@ class _File:
             return [_number(line, f"{self.path}:{number}") for number, line in lines]
         return [_number(_value(row, column), row.origin) for row in self.rows]
 
-    def values(self) -> list[dict[str, Any]]:
-        """Return the values of the rows."""
+    def golds(self) -> list[list[dict[str, Any]]]:
+        """Return the rows of WikiSQL that each output answers: the list `golds`, else the row itself."""
         if self.rows is None:
             raise DataError(
                 f"{self.path} is plain text, expected rows of WikiSQL with 'table' and 'sql' (.jsonl)."
             )
-        return [row.values for row in self.rows]
+        return [_golds(row) for row in self.rows]
 
 
 def _read(file: str | Path) -> _File:
@@ -172,6 +177,17 @@ def _references(row: Row) -> list[str]:
             f"{row.origin}: 'references' is {references!r:.80}, expected a list of texts."
         )
     return [_text(reference, row, "references") for reference in references]
+
+
+def _golds(row: Row) -> list[dict[str, Any]]:
+    golds = row.values.get("golds")
+    if golds is None:
+        return [row.values]
+    if not isinstance(golds, list) or not golds:
+        raise DataError(
+            f"{row.origin}: 'golds' is {golds!r:.80}, expected a list of objects with 'table' and 'sql'."
+        )
+    return golds
 
 
 def _number(value: object, origin: str) -> float:
