@@ -14,12 +14,14 @@ from lorakit.cli import background, paper
 from lorakit.storage import is_quiet_asked, quiet
 
 COUNTS = """
-import os, sys, time
+import os, pathlib, sys, time
 for _ in range(int(sys.argv[1])):
     with open("steps", "a") as file:
         file.write("x")
     time.sleep(0.02)
 assert os.nice(0) == 19
+session = pathlib.Path("/proc/self/autogroup")
+assert not session.exists() or session.read_text().endswith("nice 19\\n")
 """
 SAVES_ON_SIGTERM = """
 import signal, sys, time

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from lorakit.errors import ConfigurationError
@@ -14,6 +15,8 @@ from lorakit.storage import is_quiet_asked
 
 IN_BACKGROUND = "LORAKIT_IN_BACKGROUND"
 """Environment variable that is set in a process of `run_in_background`."""
+LOWEST = 19
+"""Lowest priority of a process."""
 POLL = 1.0
 """Seconds between two looks at whether the machine should be quiet."""
 
@@ -37,7 +40,10 @@ def run_in_background(command: Sequence[str]) -> int:
         start_new_session=True,  # so that the signals below reach its own child processes too
     )
     # Not in a `preexec_fn`: it can hang where this process has other threads.
-    os.setpriority(os.PRIO_PGRP, process.pid, 19)
+    os.setpriority(os.PRIO_PGRP, process.pid, LOWEST)
+    # Linux shares the processor between sessions first, each with a priority of its own; absent elsewhere.
+    with suppress(OSError):
+        Path(f"/proc/{process.pid}/autogroup").write_text(str(LOWEST))
 
     def pass_on(signum: int, _: FrameType | None) -> None:
         _send(process, signum)
