@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Chat, TooLong
+from lorakit.tasks import BadRow, Chat, TooLong, chat
 from lorakit.tasks.chat import ChatTemplate
 
 # The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
@@ -88,6 +88,43 @@ def test_prefix_rendering_and_generation_tags_agree(exchanges):
     assert by_prefix == by_tag
     answers = [answer + "<|im_end|>" for _, answer in exchanges]
     assert target_text(by_prefix, tokenizer) == answers
+
+
+WITH_SPECIAL = st.lists(
+    st.sampled_from(["a", " ", "\n", "é", "<|im_end|>", "<|im_start|>", "<|im"])
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITHOUT_END, WITHOUT_END + " ", REWRITING])
+@given(contents=st.lists(WITH_SPECIAL.map("".join), min_size=2, max_size=6))
+def test_tokens_reused_from_the_whole_conversation_are_those_of_its_parts(template, contents):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    roles = ("user", "assistant") * 3
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    quick, plain = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    plain._special_tokens = lambda *_: []  # tokenise each part from its start
+
+    def turns(by):
+        try:
+            return by.assistant_turns(messages, None)
+        except BadRow as error:
+            return str(error)
+
+    assert turns(quick) == turns(plain)
+
+
+def test_the_cost_of_tokenising_grows_with_the_length_of_a_conversation(monkeypatch):
+    tokenised = []
+
+    def counting(tokenizer, text):
+        tokenised.append(len(text))
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    monkeypatch.setattr(chat, "encode_text", counting)
+    exchange = [{"role": "user", "content": "a " * 50}, {"role": "assistant", "content": "b " * 50}]
+    _, tokenizer = encode(exchange * 20)
+    assert sum(tokenised) < 3 * len(ChatTemplate(tokenizer).text(exchange * 20))
 
 
 def test_the_prompt_has_the_header_of_the_turn_even_if_it_is_tagged_as_generated():
@@ -298,6 +335,12 @@ USER = {"role": "user", "content": "x"}
 def test_bad_conversations_are_named(messages, message):
     with pytest.raises(BadRow, match=message):
         encode(messages)
+
+
+def test_text_beside_the_content_must_be_unicode_too():
+    messages = [USER, {"role": "assistant", "content": "a", "thought": "\ud800"}]
+    with pytest.raises(BadRow, match="'messages' contains half of a surrogate pair"):
+        encode(messages, CHAT_TEMPLATE + "{{ messages[1].thought }}")
 
 
 def test_a_rejection_by_the_template_is_reported():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
 from lorakit.tasks import conversion
-from lorakit.tasks.language_modelling import TextTask, end_id, fit
+from lorakit.tasks.language_modelling import TextTask, encode_text, end_id, fit
 from lorakit.tasks.task import (
     BadRow,
     Fields,
@@ -111,12 +112,14 @@ class Chat(TextTask):
             mask[start:stop] = [True] * (stop - start)
         mask[0] = False
         # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
-        prompt = self.template.ids(messages[:-1], tools, answer=True)
+        prompt = self.template.text(messages[:-1], tools, answer=True)
+        prompt_ids = encode_text(self.tokenizer, prompt)
+        has_prompt = ids[: len(prompt_ids)] == prompt_ids
         example = LanguageExample(
             input_ids=ids,
             loss_mask=mask,
-            prompt_length=len(prompt) if ids[: len(prompt)] == prompt else spans[-1][0],
-            prompt=self.template.text(messages[:-1], tools, answer=True),
+            prompt_length=len(prompt_ids) if has_prompt else spans[-1][0],
+            prompt=prompt,
             completion=messages[-1]["content"],
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
@@ -157,9 +160,10 @@ class ChatTemplate:
                 f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which 'messages' need; use the "
                 "tokenizer of an instruct model, or rows with prompt and completion"
             )
-        self.special_ids = set(tokenizer.all_special_ids) | {
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {*tokenizer.all_special_ids, *added.values()}
+        names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest match wins
+        self._special = re.compile("|".join(names) or r"(?!)")
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn."""
@@ -185,7 +189,8 @@ class ChatTemplate:
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> str:
         """Return the rendered conversation; with `answer`, followed by the generation prompt."""
-        return self._apply(messages, tools, answer, tokenize=False)
+        # A thought or an argument of a tool call may hold text that the tokenizer cannot encode.
+        return checked_text(self._apply(messages, tools, answer, tokenize=False), "messages")
 
     def has_system_role(self) -> bool:
         """Return whether the template writes a system turn. Others reject it (Gemma) or drop it."""
@@ -216,7 +221,7 @@ class ChatTemplate:
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> list[int]:
         """Return the token ids of `text`."""
-        return list(self._apply(messages, tools, answer, return_dict=True)["input_ids"])
+        return encode_text(self.tokenizer, self.text(messages, tools, answer=answer))
 
     def _turns_by_tag(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate the turns by the template's `{% generation %}` tags."""
@@ -243,13 +248,28 @@ class ChatTemplate:
         """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
         if messages[0]["role"] == "assistant":
             raise _bad("starts with an assistant turn; start with a system or user message")
-        ids = self.ids(messages, tools)
+        text = self.text(messages, tools)
+        ids = encode_text(self.tokenizer, text)
+        special = self._special_tokens(text, ids)
+
+        def start_of(part: str) -> list[int]:
+            """Tokenise `part`. If `text` starts with it, reuse the ids before the last special token in it.
+
+            Fast tokenizers split a text at special tokens first, so these ids do not depend on what follows.
+            """
+            known = bisect(special, len(part), key=lambda token: token[1])
+            if not known or not text.startswith(part):
+                return encode_text(self.tokenizer, part)
+            position, _, index = special[known - 1]
+            return ids[:index] + encode_text(self.tokenizer, part[position:])
+
         spans: list[Span] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.ids(messages[:turn], tools, answer=True)
-            upto = self.ids(messages[: turn + 1], tools) if turn + 1 < len(messages) else ids
+            before = start_of(self.text(messages[:turn], tools, answer=True))
+            is_last = turn + 1 == len(messages)
+            upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
@@ -262,6 +282,19 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(upto)))
         return ids, spans
+
+    def _special_tokens(self, text: str, ids: list[int]) -> list[tuple[int, int, int]]:
+        """Return the start and end in `text` and the index in `ids` of each special token.
+
+        Return none if text and ids disagree, or the tokenizer is slow, because slow tokenizers may add a space at the
+        start of a text.
+        """
+        found = list(self._special.finditer(text)) if self.tokenizer.is_fast else []
+        indices = [index for index, i in enumerate(ids) if i in self.special_ids]
+        expected = self.tokenizer.convert_tokens_to_ids([match[0] for match in found])
+        if expected != [ids[index] for index in indices]:
+            return []
+        return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
 
     def _difference(self, whole: list[int], part: list[int]) -> str:
         pairs = zip(whole, part, strict=False)
