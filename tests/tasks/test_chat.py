@@ -240,6 +240,33 @@ def test_arguments_as_json_text_are_not_encoded_twice():
     assert target_text(example, tokenizer) == ['{"city": "Rome"}<|im_end|>']
 
 
+@pytest.mark.parametrize(
+    ("answer", "template", "reference"),
+    [
+        (calling({"city": "Rome"}), TOOL_TEMPLATE, '{"city": "Rome"}'),
+        (
+            calling({"city": "Rome"}) | {"content": "I search. "},
+            TOOL_TEMPLATE,
+            'I search. {"city": "Rome"}',
+        ),
+        (TURNS[2], REWRITING, "<think></think>Near the park."),
+        (TURNS[2], TAGGED, "Near the park."),
+        (TURNS[2], WITHOUT_END, "Near the park."),
+    ],
+)
+def test_the_reference_is_what_a_perfect_model_generates(answer, template, reference):
+    example, tokenizer = encode([TURNS[1], answer], template)
+    assert example.completion == reference
+    generated = example.input_ids[example.prompt_length :]
+    output = Chat.answer(tokenizer.decode(generated, skip_special_tokens=True))
+    assert Chat.score([output], [[example]])["rouge_l"] == 100
+
+
+def test_a_reference_keeps_special_tokens_of_the_content():
+    example, _ = encode([TURNS[1], {"role": "assistant", "content": "b<|im_end|>c"}])
+    assert example.completion == "b<|im_end|>c"  # `lorakit data` warns of them
+
+
 @pytest.mark.parametrize("sender", ["observation", "tool", "function_response"])
 def test_function_calls_of_sharegpt_are_tool_calls(sender):
     call = {"name": "search", "arguments": {"city": "Rome"}}

@@ -115,16 +115,26 @@ class Chat(TextTask):
         prompt = self.template.text(messages[:-1], tools, answer=True)
         prompt_ids = encode_text(self.tokenizer, prompt)
         has_prompt = ids[: len(prompt_ids)] == prompt_ids
+        prompt_length = len(prompt_ids) if has_prompt else spans[-1][0]
         example = LanguageExample(
             input_ids=ids,
             loss_mask=mask,
-            prompt_length=len(prompt_ids) if has_prompt else spans[-1][0],
+            prompt_length=prompt_length,
             prompt=prompt,
-            completion=messages[-1]["content"],
+            completion=self._reference(messages[-1], ids[prompt_length:]),
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
         return fit(example, self.max_length, truncate=self.truncate, keep=int(starts_with_bos))
+
+    def _reference(self, message: Message, targets: list[int]) -> str:
+        """Return the text of a turn as a model generates it: with tool calls, and thoughts that the template adds.
+
+        Return the content alone if it is not in that text, because it contains special tokens.
+        """
+        text = str(self.tokenizer.decode(targets, skip_special_tokens=True)).strip()
+        content = message["content"]
+        return text if message.get("tool_calls") or content.strip() in text else content
 
     def _with_ends(self, ids: list[int], spans: list[Span]) -> Turns:
         """Cut each turn after its end-of-turn token, and the sequence after the last turn.
