@@ -141,6 +141,24 @@ def test_eos_follows_the_last_turn_where_the_template_writes_no_end():
     assert target_text(example, tokenizer) == [" Near the park.\n<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, TAGGED])
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+def test_turns_that_the_data_excludes_have_no_loss(template, key):
+    first, last = TURNS[2] | key, TURNS[4] | {"weight": 1, "train": True}
+    example, tokenizer = encode([TURNS[1], first, TURNS[3], last], template)
+    assert target_text(example, tokenizer) == ["It is cheap.<|im_end|>"]
+    assert example.input_ids == encode([TURNS[1], TURNS[2], *TURNS[3:]], template)[0].input_ids
+    # The conversation ends with the last turn that has a loss.
+    ends, _ = encode([TURNS[1], TURNS[2], TURNS[3], TURNS[4] | key], template)
+    assert ends == encode([TURNS[1], TURNS[2]], template)[0]
+
+
+def test_a_function_call_of_sharegpt_may_be_excluded():
+    call = {"from": "function_call", "value": '{"name": "search", "arguments": {}}', "weight": 0}
+    example, tokenizer = encode([*sharegpt([TURNS[1]]), call, *TURNS[3:]], TOOL_TEMPLATE)
+    assert target_text(example, tokenizer) == ["It is cheap.<|im_end|>"]
+
+
 def test_what_follows_the_last_assistant_turn_is_left_out():
     example, _ = encode([*TURNS, {"role": "user", "content": "Thanks!"}])
     assert example == encode(TURNS)[0]
@@ -357,6 +375,9 @@ USER = {"role": "user", "content": "x"}
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),
         ([USER, {"role": "assistant", "content": "\udc80"}], "not UTF-8"),
+        ([USER, TURNS[2] | {"weight": 0.5}], "has 0.5 as 'weight' of message 2; write 1 or true"),
+        ([USER, TURNS[2] | {"train": "no"}], "has 'no' as 'train' of message 2; write 1 or true"),
+        ([USER, TURNS[2] | {"weight": 0}], "has weight 0 or train false in every assistant turn"),
     ],
 )
 def test_bad_conversations_are_named(messages, message):

@@ -93,23 +93,31 @@ class Chat(TextTask):
         yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
-        """Return the conversation up to its last assistant turn. Every assistant turn is a target.
+        """Return the conversation up to its last target: each assistant turn without weight 0 or train false.
 
-        Messages after the last assistant turn are dropped: no target depends on them.
+        Messages after the last target are dropped: no target depends on them.
         """
         messages, tools = checked_messages(fields), conversion.tools(fields.get("tools"))
         self.template.check_tools(messages, tools)
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-        if last is None:
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not turns:
             raise _bad("has no assistant turn, so the example has no target")
-        messages = messages[: last + 1]
+        trained = [i for i in turns if _is_trained(messages[i])]
+        if not trained:
+            raise _bad(
+                "has weight 0 or train false in every assistant turn, so the example has no target. Remove the row, or "
+                "the key from one turn"
+            )
+        messages = messages[: trained[-1] + 1]
         if len(messages) == 1:
             raise _bad("has no message before the assistant's turn")
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)
-        for start, stop in spans:
-            mask[start:stop] = [True] * (stop - start)
+        # Turns after the last target have no span.
+        for turn, (start, stop) in zip(turns, spans, strict=False):
+            if turn in trained:
+                mask[start:stop] = [True] * (stop - start)
         mask[0] = False
         # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
         prompt = self.template.text(messages[:-1], tools, answer=True)
@@ -374,6 +382,11 @@ def _bad(problem: str) -> BadRow:
     return BadRow(problem, "messages")
 
 
+def _is_trained(message: Message) -> bool:
+    """Return whether the loss includes an assistant's message: OpenAI's `weight` and axolotl's `train` exclude it."""
+    return bool(message.get("weight", True) and message.get("train", True))
+
+
 def _checked_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
         raise _bad(f"has {json_type(message)} as message {number}, expected {{role, content}}")
@@ -390,6 +403,12 @@ def _checked_message(message: Any, number: int) -> Message:
             f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
             + nearest(str(role), ROLES)
         )
+    for key in ("weight", "train"):
+        if message.get(key, 1) not in (0, 1):
+            raise _bad(
+                f"has {message[key]!r} as {key!r} of message {number}; write 1 or true to train on the message, 0 or "
+                "false to leave it out of the loss"
+            )
     if "tool_calls" in message:
         message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)
         message.setdefault("content", "")

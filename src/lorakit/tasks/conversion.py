@@ -107,7 +107,8 @@ def role_and_content(message: dict[str, Any], number: int) -> dict[str, Any]:
         )
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     if sender == "function_call":
-        return {"role": "assistant", "tool_calls": _function_calls(message.get("value"), number)}
+        calls = _function_calls(message.get("value"), number)
+        return {"role": "assistant", "tool_calls": calls, **rest}
     content = {"content": message["value"]} if "value" in message else {}
     return {"role": SENDERS[sender], **content, **rest}
 
