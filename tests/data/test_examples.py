@@ -50,6 +50,18 @@ def test_the_task_follows_from_the_columns(write, row, task):
     assert len(examples) == examples.report.read == examples.report.kept == 2
 
 
+@pytest.mark.parametrize("other", ["N/A", "1,5", "nan", True])
+def test_decimal_labels_among_others_need_a_task(write, other):
+    labels = [0.5, "1.25", 2, other]
+    train = write([{"text": "a", "grade": label} for label in labels])
+    columns = {"label": "grade"}
+    with pytest.raises(DataError, match=f"'grade' has decimal numbers and {other!r}. Set data.tas"):
+        load(train, columns=columns)
+    with pytest.raises(DataError, match=r"train\.jsonl:4: 'grade' is .* expected a (finite )?num"):
+        load(train, columns=columns, task="regression")
+    assert load(train, columns=columns, task="regression", bad_rows="skip").report.kept == 3
+
+
 def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
     with pytest.raises(DataError) as caught:
         load(write([{"question": "a", "answer": "b"}]))

@@ -9,7 +9,7 @@ from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
-from lorakit.tasks import GENERIC, Labelled, Task, task_type
+from lorakit.tasks import GENERIC, BadRow, Labelled, Task, task_type
 
 
 class ColumnMap:
@@ -90,13 +90,17 @@ class ColumnMap:
         """Return the task called `name`; for "auto", the generic task whose columns these are.
 
         Raises:
-            DataError: The columns fit no task, or several.
+            DataError: The columns fit no task, or several; or the labels fit several.
         """
         if name == "auto" and self.templates:
             name = "completion"
         if name == "auto":
             candidates = list(GENERIC.values())
-            fitting = [task for task in candidates if task.reads(self.present, rows)]
+            try:
+                fitting = [task for task in candidates if task.reads(self.present, rows)]
+            except BadRow as error:
+                column = self.column_of("label")
+                raise DataError(f"{self.source_name}: '{column}' {error.what}.") from None
             if len(fitting) == 1:
                 return fitting[0]
             if fitting:

@@ -202,9 +202,22 @@ def number(value: object, column: str) -> float:
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:
-    """Return whether the labels are scores: all are numbers, and some have a decimal point."""
+    """Return whether the labels are scores: numbers, some with a decimal point.
+
+    Raises:
+        BadRow: Some labels have a decimal point, and others are not numbers.
+    """
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
-    return any(map(_is_decimal, labels)) and all(map(_is_number, labels))
+    if not any(map(_is_decimal, labels)):
+        return False
+    other = next((label for label in labels if not _is_number(label)), None)
+    if other is not None:
+        raise BadRow(
+            f"has decimal numbers and {other!r:.80}. Set data.task to regression, which reports the rows without a "
+            "number, or to classification, which makes a class of each label",
+            "label",
+        )
+    return True
 
 
 def _is_number(label: object) -> bool:
