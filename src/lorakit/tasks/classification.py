@@ -118,7 +118,7 @@ class Classification(Labelled):
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
         label = class_name(fields.get("label"))
-        if self.classes and label.isdigit() and int(label) < len(self.classes):
+        if self.classes and label.isdecimal() and int(label) < len(self.classes):
             label = self.classes[int(label)]
         if label not in self.index:
             labels = ", ".join(self.labels)
