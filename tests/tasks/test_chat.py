@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Chat, TooLong, chat
+from lorakit.tasks import BadRow, Chat, Completion, TooLong, chat
 from lorakit.tasks.chat import ChatTemplate
 
 # The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
@@ -307,6 +307,16 @@ def test_a_system_text_beside_the_messages_is_their_first_turn():
         encode(TURNS, system="Be long.")
     with pytest.raises(BadRow, match="'system' is a list"):
         encode(TURNS[1:], system=["Be brief."])
+
+
+@pytest.mark.parametrize("task", [Chat, Completion])
+def test_a_blank_input_of_alpacas_rows_is_none(task):
+    row = {"instruction": "Add.", "output": "3"}
+    reader = task(tiny_tokenizer(), max_length=1000)
+    (expected,) = reader.rows(row)
+    for blank in ("", " ", "\n"):
+        (fields,) = reader.rows({**row, "input": blank})
+        assert reader.encode(fields) == reader.encode(expected)
 
 
 def test_the_history_of_alpacas_rows_comes_before_the_question():

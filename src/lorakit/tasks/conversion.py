@@ -86,9 +86,10 @@ def _is_pair(turn: Any) -> bool:
 
 
 def _alpaca_input(fields: Fields) -> str:
-    """Return the input of an Alpaca row; most rows have none, or an empty one."""
+    """Return the input of an Alpaca row; most rows have none, or a blank one."""
     value = fields.get("input")
-    return text_field(fields, "input") if value is not None and value != "" else ""
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    return "" if is_blank else text_field(fields, "input")
 
 
 def is_sharegpt(message: Any) -> bool:
