@@ -9,7 +9,7 @@ from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
-from lorakit.tasks import GENERIC, BadRow, Labelled, Task, task_type
+from lorakit.tasks import GENERIC, BadRow, Labelled, NamedText, Task, task_type
 
 
 class ColumnMap:
@@ -74,7 +74,10 @@ class ColumnMap:
         # A task converts no other fields to those that a template renders.
         to_render = dict.fromkeys(self.templates, "")
         for fields in task.rows({**to_render, **self._rename(values)}):
-            yield {**fields, **self._render({**values, **fields})}
+            texts = self._render({**values, **fields})
+            if isinstance(task, NamedText) and "prompt" in texts and "completion" not in texts:
+                texts["completion"] = task.after(texts["prompt"], fields["completion"])
+            yield {**fields, **texts}
 
     def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
         fields = {field: values.get(self.column_of(field)) for field in self.fields}
