@@ -80,6 +80,27 @@ def test_columns_that_fit_two_tasks_ask_for_one(write):
     assert load(path, task="classification").task == "classification"
 
 
+def test_a_text_beside_a_pair_of_texts_needs_a_choice(write):
+    texts = {"text": "T", "sentence1": "a", "sentence2": "b"}
+    path = write([{**texts, "label": 0}, {**texts, "label": 1}])
+    for task in ("auto", "classification"):
+        with pytest.raises(DataError, match=r"reads one of them\. Name it: --data\.columns\.text"):
+            load(path, task=task)
+    assert load(path, columns={"text": "text"})[0].prompt == "T"
+    pair = {"sentence1": "sentence2", "sentence2": "sentence1"}
+    assert load(path, columns=pair)[0].prompt == "b\na"
+
+
+@pytest.mark.parametrize("missing", ["sentence1", "sentence2"])
+def test_a_missing_text_of_a_pair_is_named(write, missing):
+    row = {"sentence1": "a", "sentence2": "b", "label": 0}
+    with pytest.raises(DataError, match=f"train.jsonl:2: '{missing}' is missing"):
+        load(write([row, {**row, "label": 1, missing: None}]))
+    row = {"text": "T", "sentence1": "a", "label": 0}  # not a pair
+    with pytest.raises(DataError, match=r"train.jsonl:2: 'text' is missing"):
+        load(write([row, {**row, "label": 1, "text": None}]))
+
+
 def test_an_explicit_task_must_find_its_columns(write):
     with pytest.raises(DataError, match=r"expected those of task chat:\n  chat: +messages"):
         load(write(PAIRS), task="chat")

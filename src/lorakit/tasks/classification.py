@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PAIR = ("sentence1", "sentence2")
+"""Fields of a pair of texts."""
+
+
 class Labelled(Task):
     """Base class of classification and regression: one target for a text or a pair of texts."""
 
     texts: ClassVar[tuple[str, ...]] = ()
-    """Columns of the text or the pair of texts; if empty, `text`, or `sentence1` and `sentence2`."""
+    """Columns of the text or the pair of texts; if empty, `text` or PAIR."""
     targets: ClassVar[tuple[str, ...]] = ("label", "score")
     """Columns of the target, which rows to predict lack."""
 
@@ -48,9 +52,9 @@ class Labelled(Task):
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
         """Tokenise the text or the pair of texts. `answer` is the label as text."""
         names = self.texts
-        if not names:
-            pair = fields.get("text") is None and fields.get("sentence1") is not None
-            names = ("sentence1", "sentence2") if pair else ("text",)
+        if not names:  # fields without a value are absent
+            is_pair = "text" not in fields and not fields.keys().isdisjoint(PAIR)
+            names = PAIR if is_pair else ("text",)
         texts = [text_field(fields, name) for name in names]
         tokenize = partial(
             self.tokenizer,
