@@ -22,6 +22,7 @@ from lorakit.errors import ConfigurationError
         ({"bad_rows": "truncate"}, "bad_rows is 'truncate'; it must be one of stop, skip"),
         ({"prompt_template": "{a.b}"}, "prompt_template"),
         ({"prompt_template": "{a}", "task": "chat"}, "task chat has no prompt"),
+        ({"completion_template": "{{a}}"}, "completion_template is '{{a}}', without a column"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

@@ -51,6 +51,18 @@ def test_the_task_follows_from_the_columns(write, row, task):
     assert len(examples) == examples.report.read == examples.report.kept == 2
 
 
+@pytest.mark.parametrize("other", ["N/A", "1,5", "nan", True])
+def test_decimal_labels_among_others_need_a_task(write, other):
+    labels = [0.5, "1.25", 2, other]
+    train = write([{"text": "a", "grade": label} for label in labels])
+    columns = {"label": "grade"}
+    with pytest.raises(DataError, match=f"'grade' has decimal numbers and {other!r}. Set data.tas"):
+        load(train, columns=columns)
+    with pytest.raises(DataError, match=r"train\.jsonl:4: 'grade' is .* expected a (finite )?num"):
+        load(train, columns=columns, task="regression")
+    assert load(train, columns=columns, task="regression", bad_rows="skip").report.kept == 3
+
+
 def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
     with pytest.raises(DataError) as caught:
         load(write([{"question": "a", "answer": "b"}]))
@@ -67,6 +79,27 @@ def test_columns_that_fit_two_tasks_ask_for_one(write):
     ):
         load(path)
     assert load(path, task="classification").task == "classification"
+
+
+def test_a_text_beside_a_pair_of_texts_needs_a_choice(write):
+    texts = {"text": "T", "sentence1": "a", "sentence2": "b"}
+    path = write([{**texts, "label": 0}, {**texts, "label": 1}])
+    for task in ("auto", "classification"):
+        with pytest.raises(DataError, match=r"reads one of them\. Name it: --data\.columns\.text"):
+            load(path, task=task)
+    assert load(path, columns={"text": "text"})[0].prompt == "T"
+    pair = {"sentence1": "sentence2", "sentence2": "sentence1"}
+    assert load(path, columns=pair)[0].prompt == "b\na"
+
+
+@pytest.mark.parametrize("missing", ["sentence1", "sentence2"])
+def test_a_missing_text_of_a_pair_is_named(write, missing):
+    row = {"sentence1": "a", "sentence2": "b", "label": 0}
+    with pytest.raises(DataError, match=f"train.jsonl:2: '{missing}' is missing"):
+        load(write([row, {**row, "label": 1, missing: None}]))
+    row = {"text": "T", "sentence1": "a", "label": 0}  # not a pair
+    with pytest.raises(DataError, match=r"train.jsonl:2: 'text' is missing"):
+        load(write([row, {**row, "label": 1, "text": None}]))
 
 
 def test_an_explicit_task_must_find_its_columns(write):

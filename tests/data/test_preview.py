@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -98,6 +99,13 @@ def test_notes_on_lengths_escapes_and_special_tokens(tmp_path):
     assert "would stop at 1 rows of train above max_length 16" in notes
     assert "prompt_template contains a backslash and an n" in notes
     assert "1 completions of train contain <|im_end|>" in notes
+
+
+@pytest.mark.parametrize(("template", "notes"), [("Answer:", 1), ("{prompt}:", 0)])
+def test_a_prompt_template_without_a_column_is_noted(config, template, notes):
+    config = dataclasses.replace(config, prompt_template=template)
+    shown = preview(config, TOKENIZER).notes
+    assert sum("prompt_template contains no column" in note for note in shown) == notes
 
 
 def test_labels_and_scores_are_counted(tmp_path):

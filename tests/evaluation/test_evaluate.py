@@ -17,6 +17,7 @@ import tiny_runs
 
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError, DataError, LorakitError, WrongBaseError
+from lorakit.evaluation import evaluate as evaluate_module
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -98,6 +99,29 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
     first = evaluate(dataclasses.replace(config, limit=1, output=None))
     assert first.outputs == result.outputs[:1]
     assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("context", "kept"), [(512, 40), (40, 36)])
+def test_the_length_of_a_reference_does_not_change_the_prompt(
+    trained, tmp_path, monkeypatch, context: int, kept: int
+) -> None:
+    """A long reference leaves less room for the prompt in training, not in generation."""
+    prompt, received = "river pub:" * 20, []
+    rows = [{"prompt": prompt, "completion": " food" * count} for count in (1, 5, 100)]
+    data = DataConfig(
+        test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows), max_length=40, too_long="truncate"
+    )
+    monkeypatch.setattr(evaluate_module, "context_length", lambda model: context)
+
+    def recording(model, tokenizer, prompts, *args, **kwargs):
+        received.extend(prompts)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(evaluate_module, "generate", recording)
+    (record,) = evaluate(settings(trained, data=data, scores=("text",))).outputs
+    assert record["references"] == [row["completion"].strip() for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(trained / "base")
+    assert received == [tokenizer(prompt)["input_ids"][-kept:]]
 
 
 @pytest.fixture(scope="module")

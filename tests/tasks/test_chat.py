@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Chat, TooLong
+from lorakit.tasks import BadRow, Chat, Completion, TooLong, chat
 from lorakit.tasks.chat import ChatTemplate
 
 # The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
@@ -90,6 +90,43 @@ def test_prefix_rendering_and_generation_tags_agree(exchanges):
     assert target_text(by_prefix, tokenizer) == answers
 
 
+WITH_SPECIAL = st.lists(
+    st.sampled_from(["a", " ", "\n", "é", "<|im_end|>", "<|im_start|>", "<|im"])
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITHOUT_END, WITHOUT_END + " ", REWRITING])
+@given(contents=st.lists(WITH_SPECIAL.map("".join), min_size=2, max_size=6))
+def test_tokens_reused_from_the_whole_conversation_are_those_of_its_parts(template, contents):
+    tokenizer = tiny_tokenizer(chat_template=template)
+    roles = ("user", "assistant") * 3
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    quick, plain = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    plain._special_tokens = lambda *_: []  # tokenise each part from its start
+
+    def turns(by):
+        try:
+            return by.assistant_turns(messages, None)
+        except BadRow as error:
+            return str(error)
+
+    assert turns(quick) == turns(plain)
+
+
+def test_the_cost_of_tokenising_grows_with_the_length_of_a_conversation(monkeypatch):
+    tokenised = []
+
+    def counting(tokenizer, text):
+        tokenised.append(len(text))
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    monkeypatch.setattr(chat, "encode_text", counting)
+    exchange = [{"role": "user", "content": "a " * 50}, {"role": "assistant", "content": "b " * 50}]
+    _, tokenizer = encode(exchange * 20)
+    assert sum(tokenised) < 3 * len(ChatTemplate(tokenizer).text(exchange * 20))
+
+
 def test_the_prompt_has_the_header_of_the_turn_even_if_it_is_tagged_as_generated():
     header = "{{ '<|im_start|>' + m['role'] + '\n' }}"
     template = TAGGED.replace(header, "{% if m['role'] != 'assistant' %}" + header + "{% endif %}")
@@ -102,6 +139,24 @@ def test_the_prompt_has_the_header_of_the_turn_even_if_it_is_tagged_as_generated
 def test_eos_follows_the_last_turn_where_the_template_writes_no_end():
     example, tokenizer = encode(TURNS[1:3], WITHOUT_END)
     assert target_text(example, tokenizer) == [" Near the park.\n<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, TAGGED])
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+def test_turns_that_the_data_excludes_have_no_loss(template, key):
+    first, last = TURNS[2] | key, TURNS[4] | {"weight": 1, "train": True}
+    example, tokenizer = encode([TURNS[1], first, TURNS[3], last], template)
+    assert target_text(example, tokenizer) == ["It is cheap.<|im_end|>"]
+    assert example.input_ids == encode([TURNS[1], TURNS[2], *TURNS[3:]], template)[0].input_ids
+    # The conversation ends with the last turn that has a loss.
+    ends, _ = encode([TURNS[1], TURNS[2], TURNS[3], TURNS[4] | key], template)
+    assert ends == encode([TURNS[1], TURNS[2]], template)[0]
+
+
+def test_a_function_call_of_sharegpt_may_be_excluded():
+    call = {"from": "function_call", "value": '{"name": "search", "arguments": {}}', "weight": 0}
+    example, tokenizer = encode([*sharegpt([TURNS[1]]), call, *TURNS[3:]], TOOL_TEMPLATE)
+    assert target_text(example, tokenizer) == ["It is cheap.<|im_end|>"]
 
 
 def test_what_follows_the_last_assistant_turn_is_left_out():
@@ -203,6 +258,33 @@ def test_arguments_as_json_text_are_not_encoded_twice():
     assert target_text(example, tokenizer) == ['{"city": "Rome"}<|im_end|>']
 
 
+@pytest.mark.parametrize(
+    ("answer", "template", "reference"),
+    [
+        (calling({"city": "Rome"}), TOOL_TEMPLATE, '{"city": "Rome"}'),
+        (
+            calling({"city": "Rome"}) | {"content": "I search. "},
+            TOOL_TEMPLATE,
+            'I search. {"city": "Rome"}',
+        ),
+        (TURNS[2], REWRITING, "<think></think>Near the park."),
+        (TURNS[2], TAGGED, "Near the park."),
+        (TURNS[2], WITHOUT_END, "Near the park."),
+    ],
+)
+def test_the_reference_is_what_a_perfect_model_generates(answer, template, reference):
+    example, tokenizer = encode([TURNS[1], answer], template)
+    assert example.completion == reference
+    generated = example.input_ids[example.prompt_length :]
+    output = Chat.answer(tokenizer.decode(generated, skip_special_tokens=True))
+    assert Chat.score([output], [[example]])["rouge_l"] == 100
+
+
+def test_a_reference_keeps_special_tokens_of_the_content():
+    example, _ = encode([TURNS[1], {"role": "assistant", "content": "b<|im_end|>c"}])
+    assert example.completion == "b<|im_end|>c"  # `lorakit data` warns of them
+
+
 @pytest.mark.parametrize("sender", ["observation", "tool", "function_response"])
 def test_function_calls_of_sharegpt_are_tool_calls(sender):
     call = {"name": "search", "arguments": {"city": "Rome"}}
@@ -225,6 +307,16 @@ def test_a_system_text_beside_the_messages_is_their_first_turn():
         encode(TURNS, system="Be long.")
     with pytest.raises(BadRow, match="'system' is a list"):
         encode(TURNS[1:], system=["Be brief."])
+
+
+@pytest.mark.parametrize("task", [Chat, Completion])
+def test_a_blank_input_of_alpacas_rows_is_none(task):
+    row = {"instruction": "Add.", "output": "3"}
+    reader = task(tiny_tokenizer(), max_length=1000)
+    (expected,) = reader.rows(row)
+    for blank in ("", " ", "\n"):
+        (fields,) = reader.rows({**row, "input": blank})
+        assert reader.encode(fields) == reader.encode(expected)
 
 
 def test_the_history_of_alpacas_rows_comes_before_the_question():
@@ -293,11 +385,20 @@ USER = {"role": "user", "content": "x"}
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),
         ([USER, {"role": "assistant", "content": "\udc80"}], "not UTF-8"),
+        ([USER, TURNS[2] | {"weight": 0.5}], "has 0.5 as 'weight' of message 2; write 1 or true"),
+        ([USER, TURNS[2] | {"train": "no"}], "has 'no' as 'train' of message 2; write 1 or true"),
+        ([USER, TURNS[2] | {"weight": 0}], "has weight 0 or train false in every assistant turn"),
     ],
 )
 def test_bad_conversations_are_named(messages, message):
     with pytest.raises(BadRow, match=message):
         encode(messages)
+
+
+def test_text_beside_the_content_must_be_unicode_too():
+    messages = [USER, {"role": "assistant", "content": "a", "thought": "\ud800"}]
+    with pytest.raises(BadRow, match="'messages' contains half of a surrogate pair"):
+        encode(messages, CHAT_TEMPLATE + "{{ messages[1].thought }}")
 
 
 def test_a_rejection_by_the_template_is_reported():

@@ -51,6 +51,14 @@ def test_a_row_is_encoded_as_the_tokenizer_encodes_the_pair(task: str, tmp_path:
     assert tokenizer.decode(examples[0].input_ids).startswith(CLS)
 
 
+@pytest.mark.parametrize("label", ["2", "²", "-1"])
+def test_a_label_without_a_class_is_named(label: str, tmp_path: Path) -> None:
+    write(tmp_path / "cola", "train.jsonl", [{"sentence": TEXTS[0], "label": label}])
+    config = DataConfig(task="cola", root=str(tmp_path))
+    with pytest.raises(DataError, match=f"'label' is '{label}', which task cola does not have"):
+        load_examples(config, "train", tiny_encoder_tokenizer())
+
+
 def test_the_classes_are_known_without_data() -> None:
     """The index of a class does not depend on the labels in a split."""
     for task, (_, classes) in LAYOUTS.items():

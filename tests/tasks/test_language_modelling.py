@@ -73,6 +73,8 @@ def test_truncation_cuts_the_prompt_from_its_left_and_keeps_bos(bos):
     assert targets(example) == answer
     start = [tokenizer.bos_token_id] if bos else []
     assert example.prompt_ids == start + whole.prompt_ids[len(start) - 4 :]
+    kept = len(answer) + 4 - len(start)
+    assert example.generation_ids == start + whole.prompt_ids[len(start) :][-kept:]
 
 
 @pytest.mark.parametrize("bos", [False, True])

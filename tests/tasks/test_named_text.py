@@ -128,6 +128,14 @@ def test_a_custom_template(tmp_path: Path) -> None:
         DataConfig(task="dart", encoding="papr")
 
 
+@pytest.mark.parametrize(("end", "space"), [("=>", " "), ("\n", ""), (" ", "")])
+def test_the_space_before_a_text_depends_on_the_custom_template(end, space, tmp_path: Path) -> None:
+    settings = {"encoding": "prompt", "prompt_template": "{context}" + end}
+    prompt, target = text_of(examples(tmp_path, "e2e_nlg", E2E, **settings)[0])
+    assert prompt.endswith(f"£30{end}")
+    assert target == f"{space}{E2E['human_reference']}{EOS}"
+
+
 def test_a_tokenizer_that_begins_with_bos_keeps_it(tmp_path: Path) -> None:
     examples(tmp_path, "e2e_nlg", E2E)
     tokenizer = tiny_tokenizer(adds_bos=True)

@@ -59,7 +59,7 @@ def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
         start: The special tokens at the start of a text (bos, [CLS]). The prefix goes after them, since models expect
             them at position 0.
     """
-    lengths = {"keep": _start_length(example.input_ids, start)}  # arguments of VirtualTokens.place
+    lengths = {"keep": start_length(example.input_ids, start)}  # arguments of VirtualTokens.place
     if isinstance(example, LanguageExample):
         lengths["prompt"] = max(example.prompt_length, lengths["keep"])
         return replace(
@@ -77,9 +77,9 @@ def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
 
 def place_in_prompt(ids: Sequence[int], tokens: VirtualTokens, start: Sequence[int]) -> list[int]:
     """Return the token ids of a prompt with prefix and infix, as `place` inserts them into an example."""
-    return tokens.place(ids, keep=_start_length(ids, start))
+    return tokens.place(ids, keep=start_length(ids, start))
 
 
-def _start_length(ids: Sequence[int], start: Sequence[int]) -> int:
+def start_length(ids: Sequence[int], start: Sequence[int]) -> int:
     """Return the number of special tokens at the start of `ids`; 0 unless `ids` begin with all of them."""
     return len(start) if list(ids[: len(start)]) == list(start) else 0

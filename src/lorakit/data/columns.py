@@ -9,7 +9,8 @@ from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
-from lorakit.tasks import GENERIC, Labelled, Task, task_type
+from lorakit.tasks import GENERIC, BadRow, Labelled, NamedText, Task, task_type
+from lorakit.tasks.classification import PAIR
 
 
 class ColumnMap:
@@ -42,7 +43,12 @@ class ColumnMap:
         for template in self.templates.values():
             template.check([*self.columns, *self.renamed, *derived], source_name)
         present = {*self.columns, *self.renamed, *self.templates}
-        names = FIELDS
+        # Of a text and a pair of texts, a task reads those that `columns` names.
+        named, pair = set(config.columns), set(PAIR)
+        other = {"text"} if named & pair else set()
+        if "text" in named or not pair <= present:
+            other = pair
+        names = [name for name in FIELDS if name not in other - named]
         if task is not None and task not in GENERIC.values():  # a named task may read any column
             names = (*self.renamed, *self.columns)
         self.fields = [name for name in dict.fromkeys(names) if name in present]
@@ -74,7 +80,10 @@ class ColumnMap:
         # A task converts no other fields to those that a template renders.
         to_render = dict.fromkeys(self.templates, "")
         for fields in task.rows({**to_render, **self._rename(values)}):
-            yield {**fields, **self._render({**values, **fields})}
+            texts = self._render({**values, **fields})
+            if isinstance(task, NamedText) and "prompt" in texts and "completion" not in texts:
+                texts["completion"] = task.after(texts["prompt"], fields["completion"])
+            yield {**fields, **texts}
 
     def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
         fields = {field: values.get(self.column_of(field)) for field in self.fields}
@@ -90,14 +99,19 @@ class ColumnMap:
         """Return the task called `name`; for "auto", the generic task whose columns these are.
 
         Raises:
-            DataError: The columns fit no task, or several.
+            DataError: The columns fit no task, or several; or the labels fit several.
         """
         if name == "auto" and self.templates:
             name = "completion"
         if name == "auto":
             candidates, rows = list(GENERIC.values()), list(rows)
-            fitting = [task for task in candidates if task.reads(self.present, rows)]
+            try:
+                fitting = [task for task in candidates if task.reads(self.present, rows)]
+            except BadRow as error:
+                column = self.column_of("label")
+                raise DataError(f"{self.source_name}: '{column}' {error.what}.") from None
             if len(fitting) == 1:
+                self._check_one_input(fitting[0])
                 return fitting[0]
             if fitting:
                 raise DataError(
@@ -107,6 +121,7 @@ class ColumnMap:
         else:
             candidates = [task_type(name)]
             if any(set(layout) <= set(self.fields) for layout in candidates[0].layouts):
+                self._check_one_input(candidates[0])
                 return candidates[0]
         raise self._misfit(name, candidates)
 
@@ -127,6 +142,17 @@ class ColumnMap:
                 f"{self.source_name}: its columns are {listed(self.columns)}; task {task.name} predicts from "
                 f"{expected}. Rename the columns with data.columns, for example "
                 f"{{{texts[0][0]}: {self.columns[0]}}}."
+            )
+        self._check_one_input(task)
+
+    def _check_one_input(self, task: type[Task]) -> None:
+        """Reject a text beside a pair of texts, since a task reads one of them."""
+        is_generic = task in GENERIC.values() and issubclass(task, Labelled)
+        if is_generic and {"text", *PAIR} <= set(self.fields):
+            raise DataError(
+                f"{self.source_name} has a text and the pair sentence1 and sentence2, and task {task.name} reads one "
+                f"of them. Name it: --data.columns.text {self.column_of('text')}, or --data.columns.sentence1 "
+                f"{self.column_of('sentence1')} --data.columns.sentence2 {self.column_of('sentence2')}."
             )
 
     def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:

@@ -102,8 +102,13 @@ class DataConfig:
             )
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
-                Template(text, name=option)  # raises for a malformed template
+                template = Template(text, name=option)  # raises for a malformed template
                 self._check_templates(option)
+                if option == "completion_template" and not template.fields:
+                    raise ConfigurationError(
+                        f"data.completion_template is {text!r}, without a column, so all rows would have the same "
+                        "completion. Write the name of a column in braces, for example {completion}."
+                    )
 
     def _check_task(self) -> None:
         task = self.task_type

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.examples import ExampleSet, Report, RowReader, load_examples
+from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample
 
@@ -240,6 +241,11 @@ def _notes(
                 f"{name} contains a backslash and an n, not a line feed; quote the template with double quotes in "
                 "YAML, with $'...' in a shell"
             )
+    if (text := config.prompt_template) and not Template(text).fields:
+        yield (
+            "prompt_template contains no column, so all rows have the same prompt: write the name of a column in "
+            "braces, for example {prompt}"
+        )
     language = [example for example in sets[first] if isinstance(example, LanguageExample)]
     if spaced := sum(example.prompt.endswith(" ") for example in language if example.completion):
         yield (

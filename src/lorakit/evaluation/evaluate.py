@@ -18,9 +18,10 @@ from lorakit.adapters import handle_of
 from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import Collate, collator, encoder_input
+from lorakit.compute.batching import Collate, collator, context_length, encoder_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
+from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
@@ -28,7 +29,7 @@ from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.evaluation.generate import generate
+from lorakit.evaluation.generate import generate, generation_config
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,
@@ -40,6 +41,7 @@ from lorakit.tasks import (
     Task,
     generic_task,
 )
+from lorakit.tasks.language_modelling import cut_prompt, start_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +232,10 @@ def generated(
     answers each `count`-th prompt, and `gather` returns the answers of all.
     """
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
-    encodes = base.model.config.is_encoder_decoder
-    prompts = [
-        encoder_input(base, group[0].prompt_ids) if encodes else group[0].prompt_ids
-        for group in groups.values()
-    ]
     assert base.tokenizer is not None  # open_base rejects a base without one
     stop_ids = task.stop_ids(base.tokenizer)
+    settings = generation_config(base.model, base.tokenizer, decoding or Decoding(), stop_ids)
+    prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups.values()]
 
     def answered(done: int) -> None:
         if progress is not None:
@@ -273,13 +272,25 @@ def generated(
     return Evaluation(scores=scores, outputs=outputs)
 
 
+def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
+    """Return the tokens to generate from. If `data.max_length` cut an example of the group, the context cuts them."""
+    ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
+    context = context_length(base.model)
+    if context and any(example.truncated for example in group):
+        assert base.tokenizer is not None  # open_base rejects a base without one
+        room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
+        keep = start_length(ids, start_ids(base.tokenizer))
+        ids = cut_prompt(ids, max(room, 1), keep)
+    return encoder_input(base, ids) if encodes else ids
+
+
 def by_prompt(
     examples: Sequence[LanguageExample], limit: int | None = None
 ) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group examples by the tokens of their prompt, in order of appearance, and return the first `limit` groups."""
+    """Group examples by the tokens to generate from, in order of appearance, and return the first `limit` groups."""
     groups: dict[tuple[int, ...], list[LanguageExample]] = {}
     for example in examples:
-        groups.setdefault(tuple(example.prompt_ids), []).append(example)
+        groups.setdefault(tuple(example.generation_ids), []).append(example)
     return dict(list(groups.items())[:limit])
 
 

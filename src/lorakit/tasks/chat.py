@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, nearest
 from lorakit.tasks import conversion
-from lorakit.tasks.language_modelling import TextTask, end_id, fit
+from lorakit.tasks.language_modelling import TextTask, encode_text, end_id, fit
 from lorakit.tasks.task import (
     BadRow,
     Fields,
@@ -92,36 +93,56 @@ class Chat(TextTask):
         yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
-        """Return the conversation up to its last assistant turn. Every assistant turn is a target.
+        """Return the conversation up to its last target: each assistant turn without weight 0 or train false.
 
-        Messages after the last assistant turn are dropped: no target depends on them.
+        Messages after the last target are dropped: no target depends on them.
         """
         messages, tools = checked_messages(fields), conversion.tools(fields.get("tools"))
         self.template.check_tools(messages, tools)
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-        if last is None:
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not turns:
             raise _bad("has no assistant turn, so the example has no target")
-        messages = messages[: last + 1]
+        trained = [i for i in turns if _is_trained(messages[i])]
+        if not trained:
+            raise _bad(
+                "has weight 0 or train false in every assistant turn, so the example has no target. Remove the row, or "
+                "the key from one turn"
+            )
+        messages = messages[: trained[-1] + 1]
         if len(messages) == 1:
             raise _bad("has no message before the assistant's turn")
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)
-        for start, stop in spans:
-            mask[start:stop] = [True] * (stop - start)
+        # Turns after the last target have no span.
+        for turn, (start, stop) in zip(turns, spans, strict=False):
+            if turn in trained:
+                mask[start:stop] = [True] * (stop - start)
         mask[0] = False
         # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
-        prompt = self.template.ids(messages[:-1], tools, answer=True)
+        prompt = self.template.text(messages[:-1], tools, answer=True)
+        prompt_ids = encode_text(self.tokenizer, prompt)
+        has_prompt = ids[: len(prompt_ids)] == prompt_ids
+        prompt_length = len(prompt_ids) if has_prompt else spans[-1][0]
         example = LanguageExample(
             input_ids=ids,
             loss_mask=mask,
-            prompt_length=len(prompt) if ids[: len(prompt)] == prompt else spans[-1][0],
-            prompt=self.template.text(messages[:-1], tools, answer=True),
-            completion=messages[-1]["content"],
+            prompt_length=prompt_length,
+            prompt=prompt,
+            completion=self._reference(messages[-1], ids[prompt_length:]),
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1
         return fit(example, self.max_length, truncate=self.truncate, keep=int(starts_with_bos))
+
+    def _reference(self, message: Message, targets: list[int]) -> str:
+        """Return the text of a turn as a model generates it: with tool calls, and thoughts that the template adds.
+
+        Return the content alone if it is not in that text, because it contains special tokens.
+        """
+        text = str(self.tokenizer.decode(targets, skip_special_tokens=True)).strip()
+        content = message["content"]
+        return text if message.get("tool_calls") or content.strip() in text else content
 
     def _with_ends(self, ids: list[int], spans: list[Span]) -> Turns:
         """Cut each turn after its end-of-turn token, and the sequence after the last turn.
@@ -157,9 +178,10 @@ class ChatTemplate:
                 f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which 'messages' need; use the "
                 "tokenizer of an instruct model, or rows with prompt and completion"
             )
-        self.special_ids = set(tokenizer.all_special_ids) | {
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {*tokenizer.all_special_ids, *added.values()}
+        names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest match wins
+        self._special = re.compile("|".join(names) or r"(?!)")
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn."""
@@ -185,7 +207,8 @@ class ChatTemplate:
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> str:
         """Return the rendered conversation; with `answer`, followed by the generation prompt."""
-        return self._apply(messages, tools, answer, tokenize=False)
+        # A thought or an argument of a tool call may hold text that the tokenizer cannot encode.
+        return checked_text(self._apply(messages, tools, answer, tokenize=False), "messages")
 
     def has_system_role(self) -> bool:
         """Return whether the template writes a system turn. Others reject it (Gemma) or drop it."""
@@ -216,7 +239,7 @@ class ChatTemplate:
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
     ) -> list[int]:
         """Return the token ids of `text`."""
-        return list(self._apply(messages, tools, answer, return_dict=True)["input_ids"])
+        return encode_text(self.tokenizer, self.text(messages, tools, answer=answer))
 
     def _turns_by_tag(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate the turns by the template's `{% generation %}` tags."""
@@ -243,13 +266,28 @@ class ChatTemplate:
         """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
         if messages[0]["role"] == "assistant":
             raise _bad("starts with an assistant turn; start with a system or user message")
-        ids = self.ids(messages, tools)
+        text = self.text(messages, tools)
+        ids = encode_text(self.tokenizer, text)
+        special = self._special_tokens(text, ids)
+
+        def start_of(part: str) -> list[int]:
+            """Tokenise `part`. If `text` starts with it, reuse the ids before the last special token in it.
+
+            Fast tokenizers split a text at special tokens first, so these ids do not depend on what follows.
+            """
+            known = bisect(special, len(part), key=lambda token: token[1])
+            if not known or not text.startswith(part):
+                return encode_text(self.tokenizer, part)
+            position, _, index = special[known - 1]
+            return ids[:index] + encode_text(self.tokenizer, part[position:])
+
         spans: list[Span] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.ids(messages[:turn], tools, answer=True)
-            upto = self.ids(messages[: turn + 1], tools) if turn + 1 < len(messages) else ids
+            before = start_of(self.text(messages[:turn], tools, answer=True))
+            is_last = turn + 1 == len(messages)
+            upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
@@ -262,6 +300,19 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(upto)))
         return ids, spans
+
+    def _special_tokens(self, text: str, ids: list[int]) -> list[tuple[int, int, int]]:
+        """Return the start and end in `text` and the index in `ids` of each special token.
+
+        Return none if text and ids disagree, or the tokenizer is slow, because slow tokenizers may add a space at the
+        start of a text.
+        """
+        found = list(self._special.finditer(text)) if self.tokenizer.is_fast else []
+        indices = [index for index, i in enumerate(ids) if i in self.special_ids]
+        expected = self.tokenizer.convert_tokens_to_ids([match[0] for match in found])
+        if expected != [ids[index] for index in indices]:
+            return []
+        return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
 
     def _difference(self, whole: list[int], part: list[int]) -> str:
         pairs = zip(whole, part, strict=False)
@@ -331,6 +382,11 @@ def _bad(problem: str) -> BadRow:
     return BadRow(problem, "messages")
 
 
+def _is_trained(message: Message) -> bool:
+    """Return whether the loss includes an assistant's message: OpenAI's `weight` and axolotl's `train` exclude it."""
+    return bool(message.get("weight", True) and message.get("train", True))
+
+
 def _checked_message(message: Any, number: int) -> Message:
     if not isinstance(message, dict):
         raise _bad(f"has {json_type(message)} as message {number}, expected {{role, content}}")
@@ -347,6 +403,12 @@ def _checked_message(message: Any, number: int) -> Message:
             f"has the unknown role {role!r} in message {number}; roles are {', '.join(ROLES)}."
             + nearest(str(role), ROLES)
         )
+    for key in ("weight", "train"):
+        if message.get(key, 1) not in (0, 1):
+            raise _bad(
+                f"has {message[key]!r} as {key!r} of message {number}; write 1 or true to train on the message, 0 or "
+                "false to leave it out of the loss"
+            )
     if "tool_calls" in message:
         message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)
         message.setdefault("content", "")

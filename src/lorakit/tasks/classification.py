@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PAIR = ("sentence1", "sentence2")
+"""Fields of a pair of texts."""
+
+
 class Labelled(Task):
     """Base class of classification and regression: one target for a text or a pair of texts."""
 
     texts: ClassVar[tuple[str, ...]] = ()
-    """Columns of the text or the pair of texts; if empty, `text`, or `sentence1` and `sentence2`."""
+    """Columns of the text or the pair of texts; if empty, `text` or PAIR."""
     targets: ClassVar[tuple[str, ...]] = ("label", "score")
     """Columns of the target, which rows to predict lack."""
 
@@ -48,9 +52,9 @@ class Labelled(Task):
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
         """Tokenise the text or the pair of texts. `answer` is the label as text."""
         names = self.texts
-        if not names:
-            pair = fields.get("text") is None and fields.get("sentence1") is not None
-            names = ("sentence1", "sentence2") if pair else ("text",)
+        if not names:  # fields without a value are absent
+            is_pair = "text" not in fields and not fields.keys().isdisjoint(PAIR)
+            names = PAIR if is_pair else ("text",)
         texts = [text_field(fields, name) for name in names]
         tokenize = partial(
             self.tokenizer,
@@ -63,7 +67,10 @@ class Labelled(Task):
         if truncated:
             if not self.truncate:
                 raise TooLong(len(encoded["input_ids"]), self.max_length)
+            side = self.tokenizer.truncation_side
+            self.tokenizer.truncation_side = "right"  # some tokenizers would cut the start
             encoded = tokenize(truncation="longest_first", max_length=self.max_length)
+            self.tokenizer.truncation_side = side
         return LabelledExample(
             input_ids=list(encoded["input_ids"]),
             token_type_ids=list(encoded["token_type_ids"]) if self.takes_token_types else None,
@@ -118,7 +125,7 @@ class Classification(Labelled):
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
         label = class_name(fields.get("label"))
-        if self.classes and label.isdigit() and int(label) < len(self.classes):
+        if self.classes and label.isdecimal() and int(label) < len(self.classes):
             label = self.classes[int(label)]
         if label not in self.index:
             labels = ", ".join(self.labels)
@@ -202,9 +209,22 @@ def number(value: object, column: str) -> float:
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:
-    """Return whether the labels are scores: all are numbers, and some have a decimal point."""
+    """Return whether the labels are scores: numbers, some with a decimal point.
+
+    Raises:
+        BadRow: Some labels have a decimal point, and others are not numbers.
+    """
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
-    return any(map(_is_decimal, labels)) and all(map(_is_number, labels))
+    if not any(map(_is_decimal, labels)):
+        return False
+    other = next((label for label in labels if not _is_number(label)), None)
+    if other is not None:
+        raise BadRow(
+            f"has decimal numbers and {other!r:.80}. Set data.task to regression, which reports the rows without a "
+            "number, or to classification, which makes a class of each label",
+            "label",
+        )
+    return True
 
 
 def _is_number(label: object) -> bool:

@@ -86,9 +86,10 @@ def _is_pair(turn: Any) -> bool:
 
 
 def _alpaca_input(fields: Fields) -> str:
-    """Return the input of an Alpaca row; most rows have none, or an empty one."""
+    """Return the input of an Alpaca row; most rows have none, or a blank one."""
     value = fields.get("input")
-    return text_field(fields, "input") if value is not None and value != "" else ""
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    return "" if is_blank else text_field(fields, "input")
 
 
 def is_sharegpt(message: Any) -> bool:
@@ -107,7 +108,8 @@ def role_and_content(message: dict[str, Any], number: int) -> dict[str, Any]:
         )
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     if sender == "function_call":
-        return {"role": "assistant", "tool_calls": _function_calls(message.get("value"), number)}
+        calls = _function_calls(message.get("value"), number)
+        return {"role": "assistant", "tool_calls": calls, **rest}
     content = {"content": message["value"]} if "value" in message else {}
     return {"role": SENDERS[sender], **content, **rest}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import DataError
 from lorakit.metrics.overlap import text_scores
@@ -12,6 +12,8 @@ from lorakit.tasks.task import BadRow, Fields, Groups, LanguageExample, Task, To
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class TextTask(Task):
@@ -190,7 +192,7 @@ def fit(
 
     The prompt is cut first, from its left, because the tokens next to the answer matter most. Its first `keep` tokens
     (bos) stay. An answer that is too long by itself loses its end and eos, so that the model learns no false end. One
-    token of the prompt always stays.
+    token of the prompt always stays. `generation_ids` keeps up to `max_length` tokens of the prompt.
 
     Raises:
         TooLong: The example is too long and `truncate` is off.
@@ -201,12 +203,22 @@ def fit(
         raise TooLong(len(example), max_length)
     answer = len(example) - example.prompt_length
     prompt_length = min(max(max_length - answer, 1), example.prompt_length)
-    head = min(keep, prompt_length)
-    tail = prompt_length - head
-    indices = [*range(head), *range(example.prompt_length - tail, len(example))][:max_length]
-    example.input_ids = [example.input_ids[i] for i in indices]
-    example.loss_mask = [example.loss_mask[i] for i in indices]
+
+    def cut(values: list[T]) -> list[T]:
+        prompt, rest = values[: example.prompt_length], values[example.prompt_length :]
+        return [*cut_prompt(prompt, prompt_length, keep), *rest][:max_length]
+
+    example.uncut_prompt = cut_prompt(example.prompt_ids, max_length, keep)
+    example.input_ids, example.loss_mask = cut(example.input_ids), cut(example.loss_mask)
     example.loss_mask[0] = False  # no token predicts it any more
     example.prompt_length = prompt_length
     example.truncated = True
     return example
+
+
+def cut_prompt(values: list[T], length: int, keep: int = 0) -> list[T]:
+    """Return up to `length` of a prompt's token ids, or other values, cut from the left after the first `keep`."""
+    if len(values) <= length:
+        return values
+    head = min(keep, length)
+    return [*values[:head], *values[len(values) - length + head :]]

@@ -64,16 +64,20 @@ class NamedText(Completion):
             return context + (self.after_context or "")
         return self.template.replace("{context}", context)
 
+    @staticmethod
+    def after(prompt: str, answer: str) -> str:
+        """Return an answer with a space before it, or without one after a prompt that ends in a space or line feed."""
+        return ("" if prompt[-1:].isspace() else " ") + answer.removeprefix(" ")
+
     def rows(self, fields: Fields) -> Iterable[Fields]:
         """Yield one example for each text of a row."""
         prompt, context, gold = self.prompt(fields), self.context(fields), self.gold(fields)
-        space = "" if prompt[-1:].isspace() else " "
         for answer in self.answers(fields):
             yield {
                 **fields,
                 "context": context,
                 "prompt": prompt,
-                "completion": space + answer,
+                "completion": self.after(prompt, answer),
                 "gold": gold,
             }
 

@@ -51,11 +51,18 @@ class LanguageExample(Example):
     """Same length as `input_ids`; True where the token is a target. False at position 0, which no token predicts."""
     prompt_length: int
     """Number of leading tokens from which `completion` is generated."""
+    uncut_prompt: list[int] | None = None
+    """Token ids of the prompt without the cut that makes room for the completion; None without such a cut."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Return the token ids of the prompt, to generate from."""
+        """Return the token ids of the prompt in training."""
         return self.input_ids[: self.prompt_length]
+
+    @property
+    def generation_ids(self) -> list[int]:
+        """Return the token ids to generate from. They do not depend on the completion."""
+        return self.prompt_ids if self.uncut_prompt is None else self.uncut_prompt
 
 
 @dataclass(slots=True, kw_only=True)
