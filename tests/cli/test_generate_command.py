@@ -17,9 +17,10 @@ import tiny_runs
 from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, prompt_format
+from lorakit.compute.adapted import AdapterFile, base_of, prompt_format
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import Chat
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -206,6 +207,21 @@ def test_an_adapter_without_record_leaves_prompts_unchanged_and_says_so(
     assert "does not record its task, and plain prompts are used unchanged. --chat" in (
         capsys.readouterr().err
     )
+
+
+def test_the_base_that_a_folder_of_peft_records(trained, prompts, tmp_path) -> None:
+    adapter = shutil.copytree(trained / "run" / "adapter", tmp_path / "peft")
+    (adapter / "lorakit.json").unlink()
+    file = adapter / "adapter_config.json"
+    options = {**json.loads(file.read_text()), "revision": "main"}  # a local base has no revisions
+    file.write_text(json.dumps(options | {"base_model_name_or_path": str(trained / "base")}))
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "river"]) == 0
+    assert prompts == [tiny_tokenizer().encode("river")]
+    file.write_text(json.dumps(options | {"base_model_name_or_path": "owner/name"}))
+    stored = AdapterFile.read(adapter)
+    assert base_of(None, stored) == BaseConfig(name="owner/name", revision="main")
+    assert base_of(BaseConfig(revision="v2"), stored).revision == "v2"
+    assert base_of(BaseConfig(name="mine"), stored) == BaseConfig(name="mine")
 
 
 def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(

@@ -19,6 +19,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
 from lorakit.models.loading import NEW_WEIGHTS, Base
+from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
@@ -228,9 +229,11 @@ def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
 
 
 def base_of_adapter(
-    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = ""
+    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = "file"
 ) -> BaseConfig:
     """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
+
+    PEFT's files record a name and possibly a revision, but nothing to check the weights with.
 
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
@@ -247,11 +250,14 @@ def base_of_adapter(
         base = dataclasses.replace(base, dtype=_recorded_dtype(stored))
     if base.name:
         return base
-    name = stored.base.source.name if stored.base is not None else None
-    if name is None:
+    if (name := stored.base_name) is None:
         raise ConfigurationError(
             f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
         )
+    options = stored.provenance.get("peft") if stored.base is None else None
+    revision = options.get("revision") if isinstance(options, dict) else None
+    if base.revision is None and revision is not None and resolve(name).kind == "hub":
+        return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)
 
 
