@@ -61,6 +61,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+QUESTIONS = [{"question": "river", "answer": "pub"}, {"question": "park", "answer": "food"}]
+TEMPLATED = {"prompt_template": "Q: {question} A:", "completion_template": " {answer}"}
+MAPPED = {"columns": {"prompt": "question", "completion": "answer"}}
+
+
+@pytest.fixture(scope="module")
+def questions(trained: Path) -> Path:
+    """Runs on columns of a user's own: by a template, and by other names; and their data."""
+    write_csv(trained / "qa.csv", QUESTIONS)
+    once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
+    for name, settings in {"templated": TEMPLATED, "mapped": MAPPED}.items():
+        data = DataConfig(train=str(trained / "qa.csv"), **settings)
+        base, output = str(trained / "base"), str(trained / name)
+        train(tiny_runs.config(trained, base, data=data, **{**once, "output": output}))
+    return trained
+
+
 @pytest.fixture
 def prompts(monkeypatch) -> list[list[int]]:
     """The token ids that `lorakit generate` passes on. Nothing is generated."""
@@ -157,6 +174,46 @@ def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, 
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [row])
     generate(trained, "--file", file, "--chat")
     assert prompts == trained_prompts(file, "chat")
+
+
+@pytest.mark.parametrize(("run", "text"), [("templated", "Q: {} A:"), ("mapped", "{}")])
+def test_rows_are_read_by_the_columns_of_training(questions, prompts, tmp_path, run, text) -> None:
+    adapter = ["--adapter", str(questions / run / "adapter")]
+    generate(questions, *adapter, "--file", str(questions / "qa.csv"))
+    expected = [tiny_tokenizer().encode(text.format(row["question"])) for row in QUESTIONS]
+    assert prompts == expected
+    prompts.clear()
+    open_rows = [{"question": row["question"]} for row in QUESTIONS]
+    generate(questions, *adapter, "--file", write_csv(tmp_path / "open.csv", open_rows))
+    assert prompts == expected
+
+
+def test_a_template_of_training_that_is_not_applied_is_named(
+    questions, prompts, tmp_path, capsys
+) -> None:
+    adapter = ["--adapter", str(questions / "templated" / "adapter")]
+    note = "was trained with the prompt_template 'Q: {question} A:', and prompts are used unchanged"
+    (tmp_path / "lines.txt").write_text("river\n")
+    for words in (["--prompt", "river"], ["--file", str(tmp_path / "lines.txt")]):
+        generate(questions, *adapter, *words)
+        assert note in capsys.readouterr().err
+    generate(questions, *adapter, "--prompt", "river", "--raw")
+    assert "prompt_template" not in capsys.readouterr().err
+    assert prompts == [tiny_tokenizer().encode("river")] * 3
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [{"prompt": "river"}])
+    generate(questions, *adapter, "--file", file, "--raw")
+    assert prompts[3] == prompts[0]
+    assert main(["generate", *options(questions / "base"), *adapter, "--file", file]) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:1: 'question' is missing" in error
+    assert "needs the columns of the adapter's prompt_template 'Q: {question} A:'" in error
+
+
+def test_a_row_without_a_column_of_training_names_it(questions, tmp_path, capsys) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"text": "river"}])
+    words = ["--adapter", str(questions / "mapped" / "adapter"), "--file", file]
+    assert main(["generate", *options(questions / "base"), *words]) == 1
+    assert "A row needs 'question' (a string), 'messages'" in capsys.readouterr().err
 
 
 def test_a_line_that_is_no_row_is_named(trained, tmp_path, capsys) -> None:

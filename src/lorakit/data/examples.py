@@ -223,7 +223,11 @@ def load_examples(
 
 
 def load_unlabelled(
-    config: DataConfig, split: Split, tokenizer: PreTrainedTokenizerBase, task: DataTask
+    config: DataConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    task: DataTask,
+    reader: RowReader,
 ) -> tuple[list[dict[str, Any]], list[Example], Report]:
     """Return the rows to predict, with all of their columns, the example of each, and the report.
 
@@ -232,7 +236,7 @@ def load_unlabelled(
             configuration says stop.
     """
     assert issubclass(task.type, Labelled)
-    data = RowReader().read(config, split)
+    data = reader.read(config, split)
     columns = ColumnMap(config, data.columns, data.name)
     columns.check_inputs(task.type)
     encoder = task.type(

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
+from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
-from lorakit.data import DataTask
+from lorakit.data import DataTask, RowReader
 from lorakit.data.examples import load_unlabelled
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.computed import computed, logits_of
@@ -56,8 +56,9 @@ def predict(config: PredictConfig) -> Predictions:
     task = _task(config, adapter)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
-    data = dataclasses.replace(config.data, task=task.name)
-    rows, examples, report = load_unlabelled(data, "test", base.tokenizer, task)
+    data, reader = dataclasses.replace(config.data, task=task.name), RowReader()
+    data = as_recorded(data, adapter, reader.read(data, "test").columns)
+    rows, examples, report = load_unlabelled(data, "test", base.tokenizer, task, reader)
     check_context(base, examples)
     _check_names(rows, report.source)
     logits = _logits(base, task, examples, config.batch_size)
