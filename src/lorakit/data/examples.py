@@ -326,10 +326,15 @@ def _encode(
                 valid += 1
                 yield row, example
     if report.bad and config.bad_rows == "stop":
+        advice = ["Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."]
+        if any("not UTF-8" in problem.message for problem in report.bad):
+            advice.append(
+                "A file in another encoding can be converted: iconv -f latin1 -t utf-8 OLD > NEW."
+            )
         raise DataError(
             f"{data.name}: {len(report.bad):,} of {report.read:,} rows are invalid",
             *_listing(report.bad),
-            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
+            *advice,
         )
     if report.too_long and config.too_long == "stop":
         raise DataError(
