@@ -331,3 +331,29 @@ def test_the_option_for_a_file_of_data(arguments: str, answer: str, capsys) -> N
 def test_required_options_are_named_together(capsys) -> None:
     assert main(["train", "--data.train", "t.jsonl"]) == 1
     assert "Add --base.name VALUE and --output VALUE." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt x --limit 2",
+        "analyze drift a --data.test rows.jsonl",
+        "serve --dry 1",
+        "train --base.name b --output out --data.train train.jsonl",
+    ],
+)
+def test_a_name_like_no_other_has_no_suggestion(line, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "container_info.json").touch()  # shares most of a suffix with train.jsonl
+    assert main(shlex.split(line)) == 1
+    error = capsys.readouterr().err
+    assert "unknown option" in error or "there is no file" in error
+    assert "Did you mean" not in error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meant"), [("4bit", "nf4"), ("int4", "nf4"), ("8bit", "int8"), ("fp32", "float32")]
+)
+def test_a_dtype_by_another_name(dtype, meant, capsys) -> None:
+    assert main(["train", *shlex.split(RUN), "--base.dtype", dtype]) == 1
+    assert f"Did you mean '{meant}'?" in capsys.readouterr().err
