@@ -130,10 +130,21 @@ def memory_errors() -> Iterator[None]:
     )
 
 
+_SYNONYMS = {"4bit": "nf4", "int4": "nf4", "8bit": "int8", "fp32": "float32"}
+"""Names of dtypes elsewhere, which resemble others of lorakit's or none."""
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that shares most characters with `word`, or None if all differ much."""
+    word = _SYNONYMS.get(word, word)
+    # 0.65 keeps `valid` for validation and `nf5` for nf4, and excludes words of a common suffix such as .json.
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.65)), None)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice closest to ``word``, or an empty string."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    found = closest(word, choices)
+    return "" if found is None else f" Did you mean '{found}'?"
 
 
 def nearest_path(path: str | os.PathLike[str]) -> str:
@@ -145,10 +156,10 @@ def nearest_path(path: str | os.PathLike[str]) -> str:
     for part in Path(os.path.expanduser(path)).parts:
         if not os.path.exists(found / part):  # False where permission is missing
             entries = os.listdir(found) if os.access(found, os.R_OK) and found.is_dir() else []
-            matches = difflib.get_close_matches(part, entries, n=1, cutoff=0.5)
-            if not matches:
+            found_part = closest(part, entries)
+            if found_part is None:
                 return ""
-            part = matches[0]
+            part = found_part
         found /= part
     return f" Did you mean '{found}'?"
 

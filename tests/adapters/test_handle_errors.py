@@ -44,6 +44,21 @@ def adapters(model: PreTrainedModel) -> Adapters:
     return adapters
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat", LoRA()), r"model is 'chat'; .*load_base\('chat'\)\.model"),
+        (({}, LoRA()), r"model is \{\}; it must be a PyTorch module\.$"),
+        ((nn.Linear(2, 2), "lora"), r"method is 'lora'; .* for example LoRA\(rank=8\)"),
+        ((nn.Linear(2, 2), LoRA), r"method is <class .*; it must be a method with its settings"),
+    ],
+    ids=["name", "dict", "method's name", "method's class"],
+)
+def test_arguments_of_another_type(arguments: tuple, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        attach(*arguments)
+
+
 REPLACED = (
     r"layer 'model\.layers\.0\.self_attn\.q_proj' was replaced after the adapter 'sql' was attached"
 )

@@ -94,8 +94,8 @@ def test_the_base_that_the_adapter_records(tmp_path, monkeypatch):
     weights = open_weights(None, adapter)
     assert weights.source.path_or_id == str(tmp_path / "base")
     adapter.base = None
-    with pytest.raises(ConfigurationError, match=r"--base.name"):
-        open_weights(None, adapter)
+    with pytest.raises(ConfigurationError, match=r"The adapter out/a does .* --base.name"):
+        open_weights(None, adapter, "out/a")
     weights = open_weights(BaseConfig(name=str(tmp_path / "base")), adapter)
     assert "was not checked" in weights.notices[0]
 

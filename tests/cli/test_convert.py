@@ -58,8 +58,10 @@ def test_in_place_nothing_is_lost(adapter: Path) -> None:
     assert all(before[n] == after[n] for n in before if n.startswith("token") or n == TENSORS)
 
 
-def test_there_and_back_the_tensors_are_the_same(adapter: Path, tmp_path: Path) -> None:
-    convert(adapter, tmp_path / "lora.bin", "--to", "loralib")
+@pytest.mark.parametrize("options", [(), ("--to", "loralib")])
+def test_there_and_back_the_tensors_are_the_same(adapter: Path, tmp_path: Path, options) -> None:
+    convert(adapter, tmp_path / "lora.bin", *options)
+    assert (tmp_path / "lora.bin").is_file()
     convert(tmp_path / "lora.bin", tmp_path / "back", "--alpha", "16")
     before, after = load_file(adapter / TENSORS), load_file(tmp_path / "back" / TENSORS)
     assert before.keys() == after.keys()

@@ -17,9 +17,10 @@ import tiny_runs
 from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, prompt_format
+from lorakit.compute.adapted import AdapterFile, base_of, prompt_format
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError
+from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import Chat
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -58,6 +59,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
     train(tiny_runs.config(folder, base, data=data, **once))
     return folder
+
+
+QUESTIONS = [{"question": "river", "answer": "pub"}, {"question": "park", "answer": "food"}]
+TEMPLATED = {"prompt_template": "Q: {question} A:", "completion_template": " {answer}"}
+MAPPED = {"columns": {"prompt": "question", "completion": "answer"}}
+
+
+@pytest.fixture(scope="module")
+def questions(trained: Path) -> Path:
+    """Runs on columns of a user's own: by a template, and by other names; and their data."""
+    write_csv(trained / "qa.csv", QUESTIONS)
+    once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
+    for name, settings in {"templated": TEMPLATED, "mapped": MAPPED}.items():
+        data = DataConfig(train=str(trained / "qa.csv"), **settings)
+        base, output = str(trained / "base"), str(trained / name)
+        train(tiny_runs.config(trained, base, data=data, **{**once, "output": output}))
+    return trained
 
 
 @pytest.fixture
@@ -158,6 +176,46 @@ def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, 
     assert prompts == trained_prompts(file, "chat")
 
 
+@pytest.mark.parametrize(("run", "text"), [("templated", "Q: {} A:"), ("mapped", "{}")])
+def test_rows_are_read_by_the_columns_of_training(questions, prompts, tmp_path, run, text) -> None:
+    adapter = ["--adapter", str(questions / run / "adapter")]
+    generate(questions, *adapter, "--file", str(questions / "qa.csv"))
+    expected = [tiny_tokenizer().encode(text.format(row["question"])) for row in QUESTIONS]
+    assert prompts == expected
+    prompts.clear()
+    open_rows = [{"question": row["question"]} for row in QUESTIONS]
+    generate(questions, *adapter, "--file", write_csv(tmp_path / "open.csv", open_rows))
+    assert prompts == expected
+
+
+def test_a_template_of_training_that_is_not_applied_is_named(
+    questions, prompts, tmp_path, capsys
+) -> None:
+    adapter = ["--adapter", str(questions / "templated" / "adapter")]
+    note = "was trained with the prompt_template 'Q: {question} A:', and prompts are used unchanged"
+    (tmp_path / "lines.txt").write_text("river\n")
+    for words in (["--prompt", "river"], ["--file", str(tmp_path / "lines.txt")]):
+        generate(questions, *adapter, *words)
+        assert note in capsys.readouterr().err
+    generate(questions, *adapter, "--prompt", "river", "--raw")
+    assert "prompt_template" not in capsys.readouterr().err
+    assert prompts == [tiny_tokenizer().encode("river")] * 3
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [{"prompt": "river"}])
+    generate(questions, *adapter, "--file", file, "--raw")
+    assert prompts[3] == prompts[0]
+    assert main(["generate", *options(questions / "base"), *adapter, "--file", file]) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:1: 'question' is missing" in error
+    assert "needs the columns of the adapter's prompt_template 'Q: {question} A:'" in error
+
+
+def test_a_row_without_a_column_of_training_names_it(questions, tmp_path, capsys) -> None:
+    file = write_csv(tmp_path / "rows.csv", [{"text": "river"}])
+    words = ["--adapter", str(questions / "mapped" / "adapter"), "--file", file]
+    assert main(["generate", *options(questions / "base"), *words]) == 1
+    assert "A row needs 'question' (a string), 'messages'" in capsys.readouterr().err
+
+
 def test_a_line_that_is_no_row_is_named(trained, tmp_path, capsys) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\nb\n')
     arguments = ["--file", str(tmp_path / "rows.jsonl")]
@@ -206,6 +264,21 @@ def test_an_adapter_without_record_leaves_prompts_unchanged_and_says_so(
     assert "does not record its task, and plain prompts are used unchanged. --chat" in (
         capsys.readouterr().err
     )
+
+
+def test_the_base_that_a_folder_of_peft_records(trained, prompts, tmp_path) -> None:
+    adapter = shutil.copytree(trained / "run" / "adapter", tmp_path / "peft")
+    (adapter / "lorakit.json").unlink()
+    file = adapter / "adapter_config.json"
+    options = {**json.loads(file.read_text()), "revision": "main"}  # a local base has no revisions
+    file.write_text(json.dumps(options | {"base_model_name_or_path": str(trained / "base")}))
+    assert main(["generate", "--adapter", str(adapter), "--prompt", "river"]) == 0
+    assert prompts == [tiny_tokenizer().encode("river")]
+    file.write_text(json.dumps(options | {"base_model_name_or_path": "owner/name"}))
+    stored = AdapterFile.read(adapter)
+    assert base_of(None, stored) == BaseConfig(name="owner/name", revision="main")
+    assert base_of(BaseConfig(revision="v2"), stored).revision == "v2"
+    assert base_of(BaseConfig(name="mine"), stored) == BaseConfig(name="mine")
 
 
 def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(

@@ -91,7 +91,9 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
         ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),
         ("lora_alpha: 4", r"unknown option 'lora_alpha'\. Its name in lorakit is lora\.alpha"),
         ("decoding: {beam: 4}", r"unknown option 'decoding\.beam'"),
-        ("lora: [4]", r"lora is \[4\]; it must be a group of options"),
+        ("lora: [4]", r"lora is \[4\]; it must be a group of options, .* lora: \{rank: VALUE\}"),
+        ("data: rows.jsonl", r"data is 'rows\.jsonl'; .* for example data: \{train: VALUE\}"),
+        ("base: 7", r"base is 7; .* for example base: \{name: VALUE\}"),
         ("lora: {rank: '8'}", r"lora\.rank is '8'; it must be a whole number\."),
         ("resume: 1", r"resume is 1; it must be true or false\."),
         ("epochs: null", r"epochs is null; it must be a number\."),
@@ -104,6 +106,20 @@ def test_a_wrong_line_of_a_file(line: str, message: str, tmp_path) -> None:
     file.write_text(line)
     with pytest.raises(ConfigurationError, match=message):
         train(f"{RUN} --config {file}")
+
+
+def test_a_file_may_name_a_base_alone(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: tiny\nfrom_adapter: out/first\n")
+    assert train(f"--data.train t.jsonl --output out --config {file}").base.name == "tiny"
+    assert train(f"{RUN} --config {file}").base.name == "b"  # the command line overrides files
+
+
+def test_a_section_is_checked_before_its_missing_options(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: rows.jsonl\n")
+    with pytest.raises(ConfigurationError, match=r"data is 'rows\.jsonl'; it must be a group"):
+        train(f"--output out --config {file}")
 
 
 def test_a_file_that_cannot_be_read(tmp_path) -> None:
@@ -315,3 +331,29 @@ def test_the_option_for_a_file_of_data(arguments: str, answer: str, capsys) -> N
 def test_required_options_are_named_together(capsys) -> None:
     assert main(["train", "--data.train", "t.jsonl"]) == 1
     assert "Add --base.name VALUE and --output VALUE." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt x --limit 2",
+        "analyze drift a --data.test rows.jsonl",
+        "serve --dry 1",
+        "train --base.name b --output out --data.train train.jsonl",
+    ],
+)
+def test_a_name_like_no_other_has_no_suggestion(line, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "container_info.json").touch()  # shares most of a suffix with train.jsonl
+    assert main(shlex.split(line)) == 1
+    error = capsys.readouterr().err
+    assert "unknown option" in error or "there is no file" in error
+    assert "Did you mean" not in error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meant"), [("4bit", "nf4"), ("int4", "nf4"), ("8bit", "int8"), ("fp32", "float32")]
+)
+def test_a_dtype_by_another_name(dtype, meant, capsys) -> None:
+    assert main(["train", *shlex.split(RUN), "--base.dtype", dtype]) == 1
+    assert f"Did you mean '{meant}'?" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import datasets
 import pytest
@@ -70,6 +71,26 @@ def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
     assert "its columns are question, answer" in message
     assert "prompt + completion" in message
     assert "sentence1 + sentence2 + label" in message
+    assert "--data.columns.prompt COLUMN --data.columns.completion COLUMN, in YAML" in message
+    assert "data.columns: {prompt: COLUMN, completion: COLUMN}. Or build prompt" in message
+
+
+def test_the_columns_to_name_are_those_of_the_task_that_are_missing(write):
+    with pytest.raises(DataError) as caught:
+        load(write([{"text": "a", "stars": "b"}]), task="classification")
+    advice = str(caught.value).splitlines()[-1]
+    assert "--data.columns.label COLUMN, in YAML with data.columns: {label: COLUMN}" in advice
+    assert "template" not in advice
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [("csv", ";"), ("csv", "\t"), ("tsv", ",")])
+def test_fields_with_another_separator_are_named(tmp_path, suffix, sign):
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text(f"prompt{sign}completion\na{sign}b\n")
+    with pytest.raises(DataError, match=re.escape(f"separated by {sign!r}, but lorakit splits")):
+        load(str(file))
+    with pytest.raises(DataError, match=r"lorakit splits \.csv files at commas"):
+        load(str(file), columns={"prompt": "question"})
 
 
 def test_columns_that_fit_two_tasks_ask_for_one(write):
@@ -159,6 +180,7 @@ def test_bad_rows_stop_with_file_line_and_count(write):
     assert "'completion' is missing" in lines[1]
     assert "not UTF-8 (byte 0xe9" in lines[2]
     assert lines[6] == "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."
+    assert "iconv -f latin1 -t utf-8 OLD > NEW" in lines[7]
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(write):

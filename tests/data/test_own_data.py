@@ -107,7 +107,9 @@ def test_two_files_of_one_split_are_an_error(root: Path) -> None:
 
 def test_a_row_without_a_tasks_column_is_named(root: Path) -> None:
     write(root / "mnli" / "train.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0})
-    with pytest.raises(DataError, match=r"sentence2, label; .*:\n.* premise \+ hyp.*\n.*se: sen"):
+    with pytest.raises(
+        DataError, match=r"sentence2, label; .*:\n.* premise \+ hyp.*\n.*{premise: COL"
+    ):
         load_examples(DataConfig(task="mnli", root=str(root)), "train", tiny_encoder_tokenizer())
 
 

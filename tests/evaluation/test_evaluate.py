@@ -15,8 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import tiny_runs
 
+import lorakit
 from lorakit.data import DataConfig, load_examples
-from lorakit.errors import ConfigurationError, DataError, LorakitError, WrongBaseError
+from lorakit.errors import (
+    AdapterFileError,
+    ConfigurationError,
+    DataError,
+    LorakitError,
+    WrongBaseError,
+)
 from lorakit.evaluation import evaluate as evaluate_module
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
@@ -60,6 +67,48 @@ def test_the_loss_is_that_which_training_reported(trained: Path) -> None:
     )
     assert adapted.scores["loss"] == pytest.approx(result["scores"]["loss"], rel=1e-5)
     assert adapted.scores["loss"] < base.scores["loss"]
+
+
+def save_with_data(trained: Path, folder: Path, **data) -> str:
+    """Write an adapter that records a training on completions with these settings of its data."""
+    base = lorakit.load_base(trained / "base", dtype="float32").model
+    handle = lorakit.attach(base, lorakit.LoRA(rank=1))
+    record = {"task": "completion", "labels": [], "encoding": None, "config": {"data": data}}
+    return str(handle.save(folder, provenance=record))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt_template": "Q: {question} A:", "completion_template": " {answer}"},
+        {"columns": {"prompt": "question", "completion": "answer"}},
+    ],
+    ids=["templates", "columns"],
+)
+def test_rows_are_read_by_the_settings_of_training(trained, tmp_path, caplog, data) -> None:
+    rows = [{"question": "river food", "answer": "pub"}, {"question": "park", "answer": "flute"}]
+    test = tiny_runs.write_rows(tmp_path / "qa.jsonl", rows)
+    config = settings(
+        trained,
+        adapter=save_with_data(trained, tmp_path / "adapter", **data),
+        scores=("loss",),
+        compare=False,
+        data=DataConfig(test=test),
+    )
+    named = dataclasses.replace(config, data=DataConfig(test=test, **data))
+    assert evaluate(config).scores == evaluate(named).scores
+    assert caplog.text == ""
+    own = tiny_runs.write_rows(tmp_path / "own.jsonl", tiny_runs.pairs(3))
+    assert evaluate(dataclasses.replace(config, data=DataConfig(test=own))).examples == 3
+    assert ("trained with the prompt_template 'Q: {question} A:'" in caplog.text) == (
+        "prompt_template" in data
+    )
+
+
+def test_invalid_recorded_settings_are_an_error(trained, tmp_path) -> None:
+    adapter = save_with_data(trained, tmp_path / "adapter", columns="question")
+    with pytest.raises(AdapterFileError, match=r"records invalid settings .* data\.columns is"):
+        evaluate(settings(trained, adapter=adapter, scores=("loss",)))
 
 
 def test_the_loss_is_the_mean_over_all_targets(trained, tmp_path) -> None:

@@ -67,6 +67,15 @@ def settings(folder: Path, rows: list[dict], tmp_path: Path, **data):
     )
 
 
+def test_rows_are_read_by_the_columns_of_training(trained, tmp_path, monkeypatch) -> None:
+    config = settings(trained, [{"body": TEXTS[0], "text": 7}], tmp_path)
+    adapter = AdapterFile.read(config.adapter)
+    assert adapter is not None
+    adapter.provenance["config"]["data"]["columns"] = {"text": "body", "label": "stars"}
+    monkeypatch.setattr(AdapterFile, "read", lambda path: adapter)
+    assert len(lorakit.predict(config).rows) == 1
+
+
 @pytest.mark.slow
 def test_predictions_are_those_of_the_model_and_stand_beside_their_rows(trained, tmp_path) -> None:
     rows = [{"id": i, "body": text} for i, text in enumerate(TEXTS)]

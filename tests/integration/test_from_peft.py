@@ -140,3 +140,15 @@ def test_a_merged_one_is_refused_or_given_its_base_back() -> None:
     torch.testing.assert_close(logits(adapters.model), expected, atol=1e-4, rtol=0)
     adapters.detach()
     torch.testing.assert_close(logits(adapters.model), base, atol=1e-4, rtol=0)
+
+
+def test_a_model_of_peft_is_not_adapted_again(tmp_path: Path) -> None:
+    model = peft_model()
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(
+        AdapterStateError, match=r"lorakit\.from_peft\(model\), or .* model\.unload"
+    ):
+        lorakit.attach(model, lorakit.LoRA())
+    with pytest.raises(AdapterStateError, match=r"adapters of PEFT, on '.*q_proj'"):
+        lorakit.load(model.get_base_model(), tmp_path / "saved")
+    assert lorakit.attach(model.unload(), lorakit.LoRA()).names == ("default",)

@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.adapters.handle import Adapters, handle_of, uncompiled
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.statistics import statistics_of
-from lorakit.errors import AdapterStateError, TargetError
+from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method
 from lorakit.ops import seeded
 
@@ -42,9 +42,13 @@ def attach(
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
-        ConfigurationError: A setting does not fit the model.
-        AdapterStateError: The name is taken, or an adapter is merged.
+        ConfigurationError: A setting does not fit the model, or an argument has another type.
+        AdapterStateError: The name is taken, an adapter is merged, or the model has adapters of PEFT.
     """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise ConfigurationError(
+            f"method is {method!r:.100}; it must be a method with its settings, for example LoRA(rank=8)."
+        )
     handle = handle_for(model)
     handle.check_can_add(name)
     with handle.deactivated():
@@ -68,10 +72,23 @@ def handle_for(model: nn.Module) -> Adapters:
     """Return the handle of a model; create one if the model has no adapter yet.
 
     Raises:
-        AdapterStateError: A submodule of this model, or a model that contains it, has its own handle.
+        ConfigurationError: It is no model.
+        AdapterStateError: A submodule of this model, or a model that contains it, has its own handle; or the model has
+            adapters of PEFT.
     """
+    if not isinstance(model, nn.Module):
+        load = f" Load it: load_base({model!r}).model." if isinstance(model, str) else ""
+        raise ConfigurationError(f"model is {model!r:.100}; it must be a PyTorch module.{load}")
     model = uncompiled(model)
-    handle = handle_of(model) or Adapters(model)
+    handle = handle_of(model)
+    if handle is None:
+        for path, module in model.named_modules():
+            if type(module).__module__.startswith("peft."):
+                raise AdapterStateError(
+                    f"The model has adapters of PEFT, on '{path or type(module).__name__}'. Convert them with "
+                    "lorakit.from_peft(model), or use the base without them: model.unload()."
+                )
+        handle = Adapters(model)
     for path, _, adapters in adapted_layers(model):
         if not handle.owns(adapters):
             raise AdapterStateError(

@@ -75,13 +75,18 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(
-    base: BaseConfig | None, stored: StoredAdapter, *, allow_other_base: bool = False
+    base: BaseConfig | None,
+    stored: StoredAdapter,
+    path: str | Path = "file",
+    *,
+    allow_other_base: bool = False,
 ) -> Weights:
     """Open the weights of an adapter's base, and validate them against the base that the adapter records.
 
     Args:
         base: The base model; None uses the base that the adapter records.
         stored: The adapter.
+        path: Its file, for messages.
         allow_other_base: Accept a base other than the recorded one, and add a notice.
 
     Raises:
@@ -90,7 +95,7 @@ def open_weights(
         WrongBaseError: The weights differ from those that the adapter was trained on.
     """
     recorded = stored.base
-    base = base_of_adapter(base, stored)
+    base = base_of_adapter(base, stored, path)
     weights = _open_safetensors(base)
     if weights is not None and recorded is not None:
         live = _fingerprint(weights, recorded, base)
@@ -106,7 +111,9 @@ def open_weights(
             live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
             weights.notices += _differences(recorded, live, allow_other_base)
     if recorded is None:
-        weights.notices.append("The adapter records no base, so the base was not checked.")
+        weights.notices.append(
+            "The adapter records no fingerprint of its base, so the base was not checked."
+        )
     return weights
 
 

@@ -89,11 +89,13 @@ def _read(path: str) -> dict[str, Any]:
 def _flat(
     content: Mapping[Any, Any], sections: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield every option of a mapping by its dotted name."""
+    """Yield every option of a mapping by its dotted name. A base may be its name alone, as in Python."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if name in sections and isinstance(value, dict):
             yield from _flat(value, sections, f"{name}.")
+        elif isinstance(value, str) and (shorthand := getattr(sections.get(name), "shorthand", "")):
+            yield f"{name}.{shorthand}", value
         elif value is None and name in sections:  # a section of which every line is a comment
             continue
         else:

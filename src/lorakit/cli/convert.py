@@ -18,8 +18,8 @@ class ConvertConfig:
     """Adapter folder (lorakit or PEFT), or a loralib file."""
     output: str
     """Where to write: a folder for peft, a file for loralib."""
-    to: Literal["peft", "loralib"] = "peft"
-    """The format to write."""
+    to: Literal["peft", "loralib"] | None = None
+    """The format to write. Default: loralib if `output` ends in .safetensors, .bin, .pt or .pth, else peft."""
     alpha: float | None = None
     """alpha of a loralib file to read, which does not store it."""
     overwrite: bool = False
@@ -42,20 +42,22 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit import storage
     from lorakit.adapters import formats
+    from lorakit.adapters.formats.loralib import SUFFIXES
     from lorakit.analysis.saving import check_output
 
-    if config.to == "loralib":
+    to = config.to or ("loralib" if config.output.endswith(SUFFIXES) else "peft")
+    if to == "loralib":
         storage.require_free_file(config.output, overwrite=config.overwrite)
     else:
         check_output(config.output, overwrite=config.overwrite)
     stored = formats.read(config.adapter, alpha=config.alpha)
-    if config.to == "loralib":
+    if to == "loralib":
         formats.write_loralib(stored, config.output)
         notices = ["loralib files store neither alpha nor rank: record both elsewhere."]
     else:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             formats.copy_tokenizer(config.adapter, temporary)
             notices = formats.write(stored, temporary)
-    print(visible(f"{len(stored.layers)} layers written to {config.output} ({config.to})."))
+    print(visible(f"{len(stored.layers)} layers written to {config.output} ({to})."))
     for notice in [*stored.notices, *notices]:
         print(visible(f"note: {notice}"))

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import storage
@@ -47,7 +48,8 @@ class GenerateConfig:
     """The prompt."""
     file: str | None = None
     """A file of prompts: one per line, or .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `messages` or Alpaca's
-    `instruction` in each row. A last assistant turn is the answer, and is left out. `-` reads standard input."""
+    `instruction` in each row, or the columns that the adapter was trained on. A last assistant turn is the answer, and
+    is left out. `-` reads standard input."""
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     """The task and the text format of the prompts."""
     chat: bool = False
@@ -89,7 +91,15 @@ def run(argv: Sequence[str]) -> None:
     )
     if config.output:  # before the imports of PyTorch, which take seconds
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    from lorakit.compute.adapted import AdapterFile, open_adapted, prompt_format, text_task
+    from lorakit.compute.adapted import (
+        AdapterFile,
+        open_adapted,
+        prompt_format,
+        recorded_data,
+        text_task,
+    )
+    from lorakit.data.readers import reader_for
+    from lorakit.data.templates import Template
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.methods.registry import use_method
@@ -103,12 +113,20 @@ def run(argv: Sequence[str]) -> None:
     named = None if config.data.task == "auto" else config.data.task
     task = Chat.name if config.chat else Completion.name if config.raw else named
     prompting = prompt_format(adapter, task, config.data.encoding)
+    data = recorded_data(adapter)
+    columns = data.columns if named in (None, data.task) else {}
+    template = data.prompt_template if task is prompting.task is None else None
     # Read the prompts before the base, which takes longer to load.
-    prompts = (
-        [config.prompt]
-        if config.prompt is not None
-        else read_prompts(str(config.file), prompting.task)
-    )
+    if config.prompt is not None:
+        prompts: list[Prompt] = [config.prompt]
+    else:
+        rendered = Template(template) if template else None
+        prompts = read_prompts(str(config.file), prompting.task, columns, rendered)
+    if template and (config.file is None or reader_for(Path(config.file)) is None):
+        _note(
+            f"the adapter {config.adapter} was trained with the prompt_template {template!r}, and prompts are used "
+            "unchanged. Write whole prompts in this form, or name a file of rows: --file."
+        )
     _check_conversations(config, prompting.task, prompts)
     if prompting.note:
         _note(prompting.note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorakit.errors import nearest
+from lorakit.errors import closest
 from lorakit.other_names import OTHER_NAMES
 
 ROWS = {
@@ -36,8 +36,8 @@ def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: st
         return f" Did you mean '{dashes}{ROWS[command]}'?"
     if same := [f"{dashes}{option}" for option in known if option.rpartition(".")[2] == last]:
         return f" Did you mean '{same[0]}'?" if len(same) == 1 else _several(same)
-    options = [f"{dashes}{option}" for option in known]
-    return nearest(f"{dashes}{name}", options) or nearest(f"{dashes}{name.split('.')[0]}", options)
+    found = closest(name, known) or closest(name.split(".")[0], known)
+    return "" if found is None else f" Did you mean '{dashes}{found}'?"
 
 
 def _several(names: list[str]) -> str:

@@ -71,6 +71,15 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigurationError: A required option is absent, or a value is invalid.
     """
+    for name in sections_of(config_class):
+        if name in values:  # a text or a list; the settings of a mapping have dotted names
+            first = next(
+                option for option in options_of(config_class) if option.startswith(f"{name}.")
+            )
+            raise ConfigurationError(
+                f"{name} is {values[name]!r:.100}; it must be a group of options, for example {name}: "
+                f"{{{first.removeprefix(f'{name}.')}: VALUE}}."
+            )
     if missing := missing_options(config_class, values):
         section = missing[0].rpartition(".")[0]
         if section and any(name.startswith(f"{section}.") for name in values):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import load_stored
 from lorakit.compute.base import open_base
-from lorakit.data import DataTask
+from lorakit.data import DataConfig, DataTask
+from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
 from lorakit.models.loading import NEW_WEIGHTS, Base
+from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 
@@ -80,6 +83,67 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
             f"{', '.join(TASKS)}, with a list of names as labels."
         )
     return DataTask(name=name, labels=tuple(labels))
+
+
+def recorded_data(adapter: AdapterFile | None) -> DataConfig:
+    """Return the task, the encoding, the columns and the templates that an adapter records.
+
+    All are unset for a custom task, and for a file that records no task, such as PEFT's.
+
+    Raises:
+        AdapterFileError: A recorded setting is invalid.
+    """
+    record = adapter.provenance if adapter else {}
+    if adapter is None or record.get("task") not in TASKS:
+        return DataConfig()
+    config = record.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    names = ("columns", "prompt_template", "completion_template")
+    settings = {name: data[name] for name in names if name in data} if data else {}
+    try:
+        return DataConfig(task=record["task"], encoding=record.get("encoding"), **settings)
+    except ConfigurationError as error:
+        raise AdapterFileError(
+            f"The adapter {adapter.path} records invalid settings of its data: {error} Save or download it again."
+        ) from None
+
+
+def as_recorded(
+    data: DataConfig, adapter: AdapterFile | None, columns: Collection[str]
+) -> DataConfig:
+    """Return `data` with what the adapter records for the same task in place of unset settings.
+
+    Rows may be of another file than those of training: columns that they lack are not mapped, and a template that
+    names such a column is not applied, with a warning.
+
+    Args:
+        data: Its `task` is not "auto".
+        adapter: The adapter.
+        columns: The columns of the rows.
+
+    Raises:
+        AdapterFileError: A recorded setting is invalid.
+    """
+    recorded = recorded_data(adapter)
+    if adapter is None or data.task != recorded.task:
+        return data
+    renamed = data.columns or {f: c for f, c in recorded.columns.items() if c in columns}
+    if data.encoding not in (None, recorded.encoding):
+        return dataclasses.replace(data, columns=renamed)
+    templates = {}
+    if data.prompt_template is data.completion_template is None:
+        known = {*columns, *renamed, *task_type(data.task).derived}
+        for name in ("prompt_template", "completion_template"):
+            text = getattr(recorded, name)
+            if text is not None and known.issuperset(Template(text).fields):
+                templates[name] = text
+            elif text is not None:
+                _LOG.warning(
+                    "the adapter %s was trained with the %s %r, which needs other columns than these data have; the "
+                    "data are used without it.",
+                    *(adapter.path, name, text),
+                )
+    return dataclasses.replace(data, columns=renamed, encoding=recorded.encoding, **templates)
 
 
 def text_task(adapter: AdapterFile | None) -> DataTask | None:
@@ -148,11 +212,11 @@ def prompt_format(
         return PromptFormat()
     if recorded == chosen.name and encoding in (None, record.get("encoding")):
         encoding = record.get("encoding")
-        settings = record.get("config", {}).get("data", {})
-        if encoding == "prompt" and settings.get("prompt_template"):
+        template = recorded_data(adapter).prompt_template
+        if encoding == "prompt" and template:
             raise ConfigurationError(
-                f"The adapter {path} was trained with the prompt_template {settings['prompt_template']!r}. Write whole "
-                "prompts in this form, and use them unchanged: --raw."
+                f"The adapter {path} was trained with the prompt_template {template!r}. Write whole prompts in this "
+                "form, and use them unchanged: --raw."
             )
     encoding = encoding or chosen.encodings[0]
     require_choice("data.encoding", encoding, chosen.encodings)
@@ -228,9 +292,11 @@ def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
 
 
 def base_of_adapter(
-    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = ""
+    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = "file"
 ) -> BaseConfig:
     """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
+
+    PEFT's files record a name and possibly a revision, but nothing to check the weights with.
 
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
@@ -247,11 +313,14 @@ def base_of_adapter(
         base = dataclasses.replace(base, dtype=_recorded_dtype(stored))
     if base.name:
         return base
-    name = stored.base.source.name if stored.base is not None else None
-    if name is None:
+    if (name := stored.base_name) is None:
         raise ConfigurationError(
             f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
         )
+    options = stored.provenance.get("peft") if stored.base is None else None
+    revision = options.get("revision") if isinstance(options, dict) else None
+    if base.revision is None and revision is not None and resolve(name).kind == "hub":
+        return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)
 
 

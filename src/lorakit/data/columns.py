@@ -9,7 +9,7 @@ from lorakit.data.data_config import FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
-from lorakit.tasks import GENERIC, BadRow, Labelled, NamedText, Task, task_type
+from lorakit.tasks import GENERIC, BadRow, Completion, Labelled, NamedText, Task, task_type
 from lorakit.tasks.classification import PAIR
 
 
@@ -28,6 +28,7 @@ class ColumnMap:
             self.renamed["messages"] = "conversations"  # the name in ShareGPT's files
         for name, column in self.renamed.items():
             if column not in self.columns:
+                self._check_separator()
                 raise DataError(
                     f"{source_name} has no column {column!r}, which data.columns maps to {name!r}. Its columns are "
                     f"{listed(self.columns)}." + nearest(column, self.columns)
@@ -136,12 +137,12 @@ class ColumnMap:
             DataError: A column is missing.
         """
         if not self.has_inputs(task):
+            self._check_separator()
             texts = _inputs(task)
             expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
             raise DataError(
                 f"{self.source_name}: its columns are {listed(self.columns)}; task {task.name} predicts from "
-                f"{expected}. Rename the columns with data.columns, for example "
-                f"{{{texts[0][0]}: {self.columns[0]}}}."
+                f"{expected}. {self._renaming(texts[0])}"
             )
         self._check_one_input(task)
 
@@ -155,8 +156,30 @@ class ColumnMap:
                 f"{self.column_of('sentence1')} --data.columns.sentence2 {self.column_of('sentence2')}."
             )
 
+    def _check_separator(self) -> None:
+        """Reject a CSV file whose only column is a line of names: its fields are separated by another character.
+
+        Raises:
+            DataError: Names the character.
+        """
+        found = next((sign for sign in ";\t,|" if sign in self.columns[0]), None)
+        if len(self.columns) == 1 and found is not None:
+            raise DataError(
+                f"{self.source_name}: its only column is {self.columns[0]!r:.200}. The fields seem to be separated by "
+                f"{found!r}, but lorakit splits .csv files at commas and .tsv files at tabs. Save it in one of these "
+                "forms."
+            )
+
+    def _renaming(self, layout: Sequence[str]) -> str:
+        """Return the sentence that says how to name the columns of a layout that the data lack."""
+        missing = [name for name in layout if name not in self.fields]
+        flags = " ".join(f"--data.columns.{name} COLUMN" for name in missing)
+        mapping = ", ".join(f"{name}: COLUMN" for name in missing)
+        return f"Name their columns with {flags}, in YAML with data.columns: {{{mapping}}}."
+
     def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:
         """Return the error that the columns fit none of the candidates."""
+        self._check_separator()
         expected = [
             f"  {task.name + ':':<16}"
             + " | ".join(" + ".join(layout) for layout in task.layouts)
@@ -164,17 +187,13 @@ class ColumnMap:
             for task in candidates
         ]
         task_name = "any task" if name == "auto" else f"task {name}"
-        if candidates[0] in GENERIC.values():
-            advice = (
-                "for example {prompt: question, completion: answer}, or build prompt and completion with "
-                "prompt_template and completion_template"
-            )
-        else:
-            advice = f"for example {{{candidates[0].layouts[0][0]}: {self.columns[0]}}}"
+        advice = self._renaming(candidates[0].layouts[0])
+        if candidates[0] is Completion:
+            advice += " Or build prompt and completion with data.prompt_template and data.completion_template."
         return DataError(
             f"{self.source_name}: its columns are {listed(self.columns)}; expected those of {task_name}:",
             *expected,
-            f"Rename the columns with data.columns, {advice}.",
+            advice,
         )
 
 

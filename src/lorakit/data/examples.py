@@ -227,8 +227,7 @@ def load_unlabelled(
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
     task: DataTask,
-    *,
-    reader: RowReader | None = None,
+    reader: RowReader,
 ) -> tuple[list[dict[str, Any]], list[Example], Report]:
     """Return the rows to predict, with all of their columns, the example of each, and the report.
 
@@ -237,7 +236,7 @@ def load_unlabelled(
             configuration says stop.
     """
     assert issubclass(task.type, Labelled)
-    data = (reader or RowReader()).read(config, split)
+    data = reader.read(config, split)
     columns = ColumnMap(config, data.columns, data.name)
     columns.check_inputs(task.type)
     encoder = task.type(
@@ -343,10 +342,15 @@ def _encode(
 def stop_at_bad_rows(report: Report, config: DataConfig) -> None:
     """Raise a DataError if rows are invalid and the configuration says stop."""
     if report.bad and config.bad_rows == "stop":
+        advice = ["Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."]
+        if any("not UTF-8" in problem.message for problem in report.bad):
+            advice.append(
+                "A file in another encoding can be converted: iconv -f latin1 -t utf-8 OLD > NEW."
+            )
         raise DataError(
             f"{report.source}: {len(report.bad):,} of {report.read:,} rows are invalid",
             *_listing(report.bad),
-            "Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip).",
+            *advice,
         )
 
 

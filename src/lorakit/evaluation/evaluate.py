@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit import storage
 from lorakit.adapters import handle_of
-from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
+from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, context_length, encoder_input
@@ -87,6 +87,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     data = dataclasses.replace(config.data, task=task.name)
     split = config.split or _split(data)
     rows = reader.read(data, split)  # before the base, which takes longer to load
+    data = as_recorded(data, adapter, rows.columns)
     if adapter is not None and issubclass(task.type, Labelled):
         _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)

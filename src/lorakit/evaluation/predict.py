@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
+from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator
@@ -59,14 +59,16 @@ def predict(config: PredictConfig) -> Predictions:
     assert adapter is not None  # there is a path
     task = _task(config, adapter)
     data, reader = dataclasses.replace(config.data, task=task.name), RowReader()
-    _make_writable(reader.read(data, "test"), data)  # before the base, which takes longer to load
+    rows = reader.read(data, "test")
+    _make_writable(rows, data)  # before the base, which takes longer to load
+    data = as_recorded(data, adapter, rows.columns)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
     assert base.tokenizer is not None  # open_adapted rejects a base without one
-    rows, examples, report = load_unlabelled(data, "test", base.tokenizer, task, reader=reader)
+    values, examples, report = load_unlabelled(data, "test", base.tokenizer, task, reader)
     check_context(base, examples)
     logits = _logits(base, task, examples, config.batch_size)
     predictions = [
-        {**row, **answer} for row, answer in zip(rows, _answers(logits, task.labels), strict=True)
+        {**row, **answer} for row, answer in zip(values, _answers(logits, task.labels), strict=True)
     ]
     with storage.atomic_file(config.output) as temporary:
         lines = (_as_json(row) + "\n" for row in predictions)

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lorakit import storage
 from lorakit.compute.adapted import PromptFormat
 from lorakit.compute.batching import encoder_input
 from lorakit.data.readers import Problem, Row, lines_of, reader_for
+from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.tasks import BadRow, Chat, NamedText, Task, conversion
@@ -47,10 +49,21 @@ class EncodedPrompts:
     """Returns the part of a generated text that is the task's answer."""
 
 
-def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
+def read_prompts(
+    file: str,
+    task: type[Task] | None,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    template: Template | None = None,
+) -> list[Prompt]:
     """Return the prompts of a file: the rows of a format that training reads, or of other files the lines.
 
     A conversation ends before a last assistant turn, which is the answer. `-` reads lines from standard input.
+
+    Args:
+        file: The path.
+        task: The task that formats the prompts; None leaves them unchanged.
+        columns: Column of a row for each field, where a row has this column.
+        template: Renders the prompts of rows without messages.
 
     Raises:
         DataError: The file cannot be read, has no prompt, or a row is invalid.
@@ -59,7 +72,7 @@ def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
     prompts: list[Prompt]
     with storage.reading(file, DataError):
         if reader is not None:
-            prompts = [_row_prompt(row, task) for row in reader(Path(file))]
+            prompts = [_row_prompt(row, task, columns, template) for row in reader(Path(file))]
         else:
             text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
             # Editors on Windows start a file with a byte order mark.
@@ -70,17 +83,25 @@ def read_prompts(file: str, task: type[Task] | None) -> list[Prompt]:
     return prompts
 
 
-def _row_prompt(row: Row | Problem, task: type[Task] | None) -> Prompt:
+def _row_prompt(
+    row: Row | Problem,
+    task: type[Task] | None,
+    columns: Mapping[str, str],
+    template: Template | None,
+) -> Prompt:
     """Return the prompt of a row, with the words that it has in training before the answer."""
     if isinstance(row, Problem):
         raise DataError(f"{row}.")
-    fields = row.values
+    found = {field: row.values[column] for field, column in columns.items() if column in row.values}
+    fields = {**row.values, **found}
+    is_conversation = "messages" in fields or "conversations" in fields
     try:
+        if template is not None and not is_conversation:
+            return template.render(fields.get)
         if isinstance(fields.get("prompt"), str):
             return checked_text(fields["prompt"], "prompt")
         if task is not None and issubclass(task, NamedText):
             return PromptRow(fields, row.origin)
-        is_conversation = "messages" in fields or "conversations" in fields
         if "instruction" in fields and not is_conversation:
             if task is not Chat:
                 return conversion.alpaca_prompt(fields)
@@ -89,10 +110,13 @@ def _row_prompt(row: Row | Problem, task: type[Task] | None) -> Prompt:
         tools = conversion.tools(fields.get("tools"))
         return PromptRow({"messages": messages, "tools": tools}, row.origin)
     except BadRow as error:
-        raise DataError(
-            f"{row.origin}: {error}. A row needs 'prompt' (a string), 'messages' (a list of role and content), or "
-            "'instruction'."
-        ) from None
+        prompt, messages, instruction = (
+            repr(columns.get(field, field)) for field in ("prompt", "messages", "instruction")
+        )
+        needs = f"{prompt} (a string), {messages} (a list of role and content), or {instruction}."
+        if template is not None:
+            needs = f"the columns of the adapter's prompt_template {template.text!r}. --raw reads whole prompts."
+        raise DataError(f"{row.origin}: {error}. A row needs {needs}") from None
 
 
 def encode_prompts(

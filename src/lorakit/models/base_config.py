@@ -18,7 +18,7 @@ DType = Literal["auto", "float32", "bfloat16", "nf4", "int8"]
 @strict
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The base model: which one, and how it is computed. In Python its name alone will do: `base="minilm-l6"`."""
+    """The base model: which one, and how it is computed. Its name alone is enough: `base="minilm-l6"`."""
 
     shorthand: ClassVar[str] = "name"
 

@@ -20,7 +20,7 @@ from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
-from lorakit.adapters.formats.loralib import read_loralib, write_loralib
+from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
 from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
@@ -175,7 +175,7 @@ def _no_adapter_in(folder: Path) -> str:
     """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
     adapters = [p for p in entries if p.is_dir() and any((p / n).exists() for n in _CONFIG_NAMES)]
-    tensors = [p for p in entries if p.name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
+    tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
     hint = ""
     if adapters:
         hint = f" Did you mean '{adapters[0]}'?"

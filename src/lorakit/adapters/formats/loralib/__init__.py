@@ -7,6 +7,6 @@ models.
 """
 
 from lorakit.adapters.formats.loralib.reading import read_loralib
-from lorakit.adapters.formats.loralib.writing import write_loralib
+from lorakit.adapters.formats.loralib.writing import SUFFIXES, write_loralib
 
-__all__ = ["read_loralib", "write_loralib"]
+__all__ = ["SUFFIXES", "read_loralib", "write_loralib"]

@@ -14,6 +14,9 @@ from lorakit.adapters.formats.tensors import SAFETENSORS
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.storage.tensors import write_safetensors
 
+SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth")
+"""Suffixes of loralib files."""
+
 
 def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
     """Write one file for loralib's ``model.load_state_dict(..., strict=False)``.
@@ -29,7 +32,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
         RunFolderError: The file cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (SAFETENSORS, ".bin", ".pt", ".pth"):
+    if path.suffix not in SUFFIXES:
         raise ConfigurationError(
             f"'{path}' must end in .safetensors, .bin, .pt or .pth, which determines the kind of file."
         )
