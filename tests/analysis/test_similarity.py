@@ -32,6 +32,12 @@ def test_random_matrices(dtype):
     torch.testing.assert_close(subspace_similarity(A2, A1), found.T)
 
 
+def test_small_directions_of_16_bit_factors_count():
+    fall = (0.8 ** torch.arange(32))[:, None]
+    A1, A2 = ((fall * randn(32, 80, seed=seed)).bfloat16() for seed in (0, 1))
+    torch.testing.assert_close(subspace_similarity(A1, A2), reference(A1, A2))
+
+
 def test_extremes():
     A = randn(4, 20, seed=0)
     torch.testing.assert_close(subspace_similarity(A, -3 * A).diagonal(), torch.ones(4).double())
