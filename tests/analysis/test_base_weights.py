@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorakit
-from lorakit.analysis import open_weights, read_weights
+from lorakit.analysis import extract_adapter, open_weights, read_weights
 from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.models.base_config import BaseConfig
@@ -62,6 +64,25 @@ def test_files_in_shards(tmp_path):
     index.write_text("{}")
     with pytest.raises(BaseModelError, match="damaged"):
         read_weights(BaseConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused(dtype, tmp_path):
+    """Their codes are no weights: the scales are other tensors of the file."""
+    handle = saved(tmp_path / "base")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    (tmp_path / "int8").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "int8")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    codes = {n: (100 * W).to(dtype) if "proj" in n else W for n, W in weights.items()}
+    save_file(codes, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
+    adapter = dataclasses.replace(handle.stored(), base=None)
+    quantised = open_weights(BaseConfig(name=str(tmp_path / "int8")), adapter)
+    expected = f"in {str(dtype)[6:]}, so it is quantised.*Name the unquantised model"
+    with pytest.raises(BaseModelError, match=expected):
+        quantised[weight_name(*next(iter(adapter.layers.items())))]
+    with pytest.raises(BaseModelError, match=expected):
+        extract_adapter(base, tmp_path / "int8", targets="attention", rank=2)
 
 
 def test_a_checkpoint_that_is_no_safetensors_file_is_loaded_as_a_whole(tmp_path):

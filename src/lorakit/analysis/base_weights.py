@@ -22,6 +22,7 @@ from lorakit.compute.adapted import base_of_adapter
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
+from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import ModelSource, resolve
@@ -56,7 +57,13 @@ class Weights(Mapping[str, Tensor]):
                 f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._readers)} Name the base "
                 "that the adapter was trained on: --base.name MODEL."
             )
-        return self._readers[key]()
+        tensor = self._readers[key]()
+        if tensor.dtype not in FLOATS:
+            raise BaseModelError(
+                f"'{self.source.name}' stores '{name}' in {dtype_name(tensor.dtype)}, so it is quantised; one of "
+                f"{', '.join(map(dtype_name, FLOATS))} was expected. Name the unquantised model."
+            )
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._key(name) is not None
