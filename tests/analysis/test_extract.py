@@ -136,6 +136,37 @@ def test_what_else_differs_is_said_or_taken_in(tmp_path):
     assert torch.equal(made.adapter.trained["transformer.ln_f.weight"], expected)
 
 
+@pytest.mark.parametrize("target", [{"rank": 3}, {"energy": 0.9}])
+def test_rows_outside_the_slices_are_no_part_of_the_adapter(target, tmp_path):
+    """GPT-2 fuses q, k and v; the adapter covers q and v."""
+    base, tuned = models(tmp_path, targets=("attention.qv",))
+    name = "transformer.h.0.attn.c_attn.weight"
+    with torch.no_grad():
+        tuned.get_parameter(name)[:, 32:64] += 1  # k
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.qv", **target)
+    (left,) = made.notices
+    assert f"'{name} outside the targeted rows' most" in left
+    taken = math.hypot(*(layer.norm for layer in made.layers.values())) ** 2
+    left_out = made.error**2 * taken
+    assert percentage(taken - left_out, taken + 32 * 32) in left
+
+    only_k = tiny_models.build("gpt2")
+    with torch.no_grad():
+        only_k.get_parameter(name)[:, 32:64] += 1
+    only_k.save_pretrained(tmp_path / "only_k")
+    with pytest.raises(AdapterFileError, match="nothing to extract"):
+        extract_adapter(base, tmp_path / "only_k", targets="attention.qv", **target)
+    with torch.no_grad():
+        only_k.get_parameter(name.replace("0", "1"))[:, :32] += 1  # q of the other layer
+    only_k.save_pretrained(tmp_path / "only_k")
+    made = extract_adapter(base, tmp_path / "only_k", targets="attention.qv", **target)
+    assert list(made.layers) == ["transformer.h.1.attn.c_attn"]
+    unchanged, left = made.notices
+    assert "1 targeted layers are the same" in unchanged
+    assert f"'{name} outside the targeted rows' most" in left
+
+
 @pytest.mark.parametrize("narrow_base", [False, True])
 def test_rounding_of_a_merged_model_is_blamed_for_what_is_left_out(tmp_path, narrow_base):
     """Merged into bfloat16, every parameter differs from a float32 base, but only by rounding."""

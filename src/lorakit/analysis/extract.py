@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
 from lorakit.analysis.base_weights import HEADS, config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
-from lorakit.analysis.deltas import weight_name, weight_parts
+from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
 from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
@@ -93,12 +93,13 @@ def extract_adapter(
         name = weight_name(path, layer)
         weight = _tuned_weight(weights, name, tuned)
         difference = _difference(model.get_parameter(name), weight)
-        if not difference.any():
+        parts = weight_parts(path, layer, difference)
+        if not any(part.any() for part in parts):
             unchanged.append(path)
             continue
-        changes = [decompose(part, rank) for part in weight_parts(path, layer, difference)]
+        changes = [decompose(part, rank) for part in parts]
         layers[path], results[path] = fit(layer, changes, rank=rank, energy=energy)
-        rounding[path] = _rounding_error(weight)
+        rounding[path] = sum(map(_rounding_error, weight_parts(path, layer, weight)))
     if not layers:
         raise AdapterFileError(
             f"'{loaded.source.name}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
@@ -111,8 +112,7 @@ def extract_adapter(
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
     dtype = weights[weight_name(*next(iter(template.layers.items())))].dtype
     notices += _rounding_notice(dtype, rounding, results)
-    covered = {weight_name(path, layer) for path, layer in template.layers.items()}
-    notices += _other_differences(model, weights, covered | {*template.trained}, results)
+    notices += _other_differences(_not_covered(model, weights, template), results)
     found = _agreement(loaded, adapter, weights)
     return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
 
@@ -216,36 +216,44 @@ def _rounding_notice(
     ]
 
 
+def _not_covered(
+    model: nn.Module, weights: Mapping[str, Tensor], template: StoredAdapter
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, base and fine-tuned tensor of the parameters, and rows of them, that the adapter does not change."""
+    covered = {weight_name(path, layer): (path, layer) for path, layer in template.layers.items()}
+    for name, parameter in base_parameters(model):
+        if name in template.trained or name not in weights:
+            continue
+        if name not in covered:
+            yield name, parameter, weights[name]
+            continue
+        path, layer = covered[name]
+        if layer.slices:
+            W, tuned = (weight_matrix(path, layer, W.detach()) for W in (parameter, weights[name]))
+            others = torch.ones(len(W), dtype=torch.bool).index_fill(0, layer.form.rows(), False)
+            yield f"{name} outside the targeted rows", W[others], tuned[others]
+
+
 def _other_differences(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    covered: set[str],
-    results: Mapping[str, LayerResult],
+    tensors: Iterable[tuple[str, Tensor, Tensor]], results: Mapping[str, LayerResult]
 ) -> list[str]:
-    """Return sentences about the differing parameters that the adapter does not cover."""
+    """Return sentences about the tensors that differ and are not in the adapter."""
     changed: dict[str, float] = {}
     rounded: list[str] = []
     resized: list[str] = []
-    for name, parameter in base_parameters(model):
-        if name in covered or name not in weights:
-            continue
-        base_shape, tuned_shape = tuple(parameter.shape), tuple(weights[name].shape)
+    for name, parameter, tuned in tensors:
+        base_shape, tuned_shape = tuple(parameter.shape), tuple(tuned.shape)
         if base_shape != tuned_shape:
             resized.append(f"'{name}' is {base_shape} in the base and {tuned_shape} after tuning")
             continue
-        if torch.equal(parameter.to(weights[name].dtype), weights[name]):
-            if (
-                parameter.dtype != weights[name].dtype
-                and _difference(parameter, weights[name]).any()
-            ):
-                rounded.append(name)
+        if torch.equal(parameter.to(tuned.dtype), tuned):
+            if parameter.dtype != tuned.dtype and _difference(parameter, tuned).any():
+                rounded.append(dtype_name(tuned.dtype))
             continue
-        distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
-        changed[name] = distance
+        changed[name] = float(torch.linalg.vector_norm(_difference(parameter, tuned)))
     notices = []
     if rounded:
-        dtype = dtype_name(weights[rounded[0]].dtype)
-        notices.append(f"{len(rounded)} other parameters differ only by rounding to {dtype}.")
+        notices.append(f"{len(rounded)} other parameters differ only by rounding to {rounded[0]}.")
     if changed:
         extracted = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
         total = math.hypot(*(r.norm for r in results.values()), *changed.values())
