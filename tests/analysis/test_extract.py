@@ -204,6 +204,35 @@ def test_added_tokens_are_said(tmp_path):
     assert expected in left
 
 
+def test_a_head_that_is_tied_in_the_base_only(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tied = tiny_models.build("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = tiny_models.build("llama", vocab_size=len(tokenizer))
+    tuned.load_state_dict(tied.state_dict())
+    with torch.no_grad():
+        tuned.lm_head.weight += 1
+        tuned.model.layers[0].self_attn.q_proj.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is None
+    _, left, tie = made.notices
+    assert "1 other parameters differ" in left
+    assert "'lm_head.weight' most" in left
+    assert "'lm_head.weight' is tied to 'model.embed_tokens.weight' in the base" in tie
+
+    made = extract_adapter(base, tmp_path / "tuned", targets=("attention.q", "head"), rank=3)
+    assert made.layers.keys() == {"model.layers.0.self_attn.q_proj", "lm_head"}
+    assert "other parameters" not in "".join(made.notices)
+    tuned.lm_head.weight = tuned.model.embed_tokens.weight
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is not None
+    assert len(made.notices) == 1
+
+
 def test_full_fine_tuning_of_lorakit_s(tmp_path):
     model = tiny_models.build("llama")
     model.save_pretrained(tmp_path / "base")

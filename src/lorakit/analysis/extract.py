@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, formats, handle_of
+from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
@@ -112,8 +113,13 @@ def extract_adapter(
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
     dtype = weights[weight_name(*next(iter(template.layers.items())))].dtype
     notices += _rounding_notice(dtype, rounding, results)
-    notices += _other_differences(_not_covered(model, weights, template), results)
-    found = _agreement(loaded, adapter, weights)
+    untied = _untied(model, weights)
+    notices += _other_differences(_not_covered(model, weights, template, untied), results)
+    notices += [
+        f"'{name}' is tied to '{first}' in the base but not after tuning, so the predictions were not compared."
+        for name, first in untied.items()
+    ]
+    found = None if untied else _agreement(loaded, adapter, weights)
     return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
 
 
@@ -181,9 +187,6 @@ def _agreement(
     for name, parameter in own.items():
         if name in weights:
             parameter.copy_(weights[name])
-    tied = own.keys() - {name for name, _ in model.named_parameters()}
-    if any(n in weights and not torch.equal(own[n], weights[n].to(own[n].dtype)) for n in tied):
-        return None  # tied in the base only
     return agreement(logits_of_prompts(model, tokenizer), adapted)
 
 
@@ -217,11 +220,16 @@ def _rounding_notice(
 
 
 def _not_covered(
-    model: nn.Module, weights: Mapping[str, Tensor], template: StoredAdapter
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    template: StoredAdapter,
+    untied: Mapping[str, str],
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, base and fine-tuned tensor of the parameters, and rows of them, that the adapter does not change."""
     covered = {weight_name(path, layer): (path, layer) for path, layer in template.layers.items()}
-    for name, parameter in base_parameters(model):
+    parameters = dict(base_parameters(model))
+    parameters |= {name: parameters[first] for name, first in untied.items()}
+    for name, parameter in parameters.items():
         if name in template.trained or name not in weights:
             continue
         if name not in covered:
@@ -232,6 +240,16 @@ def _not_covered(
             W, tuned = (weight_matrix(path, layer, W.detach()) for W in (parameter, weights[name]))
             others = torch.ones(len(W), dtype=torch.bool).index_fill(0, layer.form.rows(), False)
             yield f"{name} outside the targeted rows", W[others], tuned[others]
+
+
+def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names that share another name's tensor in the base but not in the fine-tuned model, with that name."""
+    return {
+        name: first
+        for first, *others in tied_names(model)
+        for name in others
+        if first in weights and name in weights and not torch.equal(weights[first], weights[name])
+    }
 
 
 def _other_differences(
