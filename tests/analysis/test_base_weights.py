@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
+from random_adapters import randomise
 from safetensors.torch import load_file, save_file
 
 import lorakit
@@ -136,3 +138,29 @@ def test_a_damaged_file(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(BaseModelError, match="cannot be read"):
         read_weights(BaseConfig(name=str(tmp_path / "base")))
+
+
+def test_a_decoder_of_images_and_text(tmp_path):
+    """Its class has the suffix of encoder-decoders, and its tensors have other names on disk than in the model."""
+    text = tiny_models.ARCHITECTURES["gemma3"]().to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes = {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | sizes)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets=r".*language_model.*q_proj"))
+    randomise(handle, scale=0.1)
+    adapter = handle.stored()
+    base = BaseConfig(name=str(tmp_path / "base"))
+    weights = open_weights(base, adapter)
+    assert weights.notices == []
+    for path in adapter.layers:
+        name = f"{path}.weight"
+        assert torch.equal(weights[name], handle.model.get_parameter(name))
+    handle.merge(keep_base=False)
+    model.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets=r".*language_model.*q_proj", rank=2)
+    assert made.error < 1e-4
+    assert made.layers.keys() == adapter.layers.keys()
+    assert made.notices == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -84,10 +84,11 @@ def extract_adapter(
     check_target(rank, energy)
     loaded = load_float32(base, (config_of(base).architectures or [""])[0])
     model = loaded.model
-    weights, notices = _tuned_weights(model, base, tuned)
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
     method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
     template = attach(model, method, name="extracted").stored()
+    targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
+    weights, notices = _tuned_weights(model, base, tuned, targeted)
     layers, results, unchanged = {}, {}, []
     rounding: dict[str, float] = {}
     for path, layer in template.layers.items():
@@ -111,8 +112,7 @@ def extract_adapter(
     adapter = derive(template, layers)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
-    dtype = weights[weight_name(*next(iter(template.layers.items())))].dtype
-    notices += _rounding_notice(dtype, rounding, results)
+    notices += _rounding_notice(weights[targeted[0]].dtype, rounding, results)
     untied = _untied(model, weights)
     notices += _other_differences(_not_covered(model, weights, template, untied), results)
     notices += [
@@ -124,11 +124,12 @@ def extract_adapter(
 
 
 def _tuned_weights(
-    model: nn.Module, base: BaseConfig, tuned: str | Path
+    model: nn.Module, base: BaseConfig, tuned: str | Path, targeted: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the weights of a fine-tuned model, and notices. Weights that lorakit did not train come from the base."""
     if not (Path(tuned) / lorakit_json.NAME).is_file():
-        return read_weights(dataclasses.replace(base, name=str(tuned), revision=None)), []
+        source = dataclasses.replace(base, name=str(tuned), revision=None)
+        return read_weights(source, targeted), []
     stored = formats.read(tuned)
     if stored.layers or stored.modules:
         raise AdapterFileError(
