@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import tiny_runs
 import torch
+import transformers
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
@@ -441,3 +442,13 @@ def test_a_forward_pass_that_depends_on_values_is_not_planned(tmp_path):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, task="classification"))
     with pytest.raises(BaseModelError, match="depends on the values of tensors"):
         plan(run, length=32, machine=MACHINE)
+
+
+def test_a_model_that_cannot_run_on_simulated_tensors_is_named(base, tmp_path, monkeypatch):
+    def forward(*args, **options):
+        raise RuntimeError("no kernel\nfor this type")
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    expected = "cannot be planned: RuntimeError: no kernel for this type. Train a few steps"
+    with pytest.raises(BaseModelError, match=expected):
+        plan(tiny_runs.config(tmp_path, base), length=32, compare=False, machine=MACHINE)

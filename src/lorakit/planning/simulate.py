@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
-from lorakit.errors import BaseModelError
+from lorakit.errors import BaseModelError, LorakitError
 from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.blocks import blocks_of
@@ -82,7 +82,7 @@ def simulate(
     task = batches.task
     start, fake = config.from_adapter, new_mode()
     method = method_of(config)
-    with planning(fake):
+    with planning(fake), _explained(shape.name):
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
@@ -109,7 +109,7 @@ def simulate(
     check_context(base, [*batches.fullest, *batches.middle])
     make = collator(base, packed=computation.packed)
     fullest, middle = make(batches.fullest), make(batches.middle)
-    with planning(fake), _without_values(shape.name):
+    with planning(fake), _explained(shape.name):
         step = partial(
             run_step,
             model,
@@ -142,14 +142,23 @@ def simulate(
 
 
 @contextmanager
-def _without_values(name: str) -> Iterator[None]:
-    """Reject a model whose forward pass depends on values: a simulated tensor has a shape only."""
+def _explained(name: str) -> Iterator[None]:
+    """Convert the exceptions of a model that simulated tensors, which have a shape only, cannot run."""
     try:
         yield
+    except LorakitError:
+        raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise BaseModelError(
             f"'{name}' cannot be planned for this task: its forward pass depends on the values of tensors ({error}). "
             "Plan it for another task with --data.task, or train a few steps with --max_steps to measure it."
+        ) from error
+    # Architectures raise almost any exception.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise BaseModelError(
+            f"'{name}' cannot be planned: {type(error).__name__}: {message[:300]}. Train a few steps with --max_steps "
+            "to measure it."
         ) from error
 
 
