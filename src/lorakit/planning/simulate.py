@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,9 +107,9 @@ def simulate(
         if computation.faster == "layers":
             make_faster(model)
         autocast = autocast_of(dtype, adapters, model.device)
-    check_context(base, [*batches.fullest, *batches.middle])
-    make = collator(base, packed=computation.packed)
-    fullest, middle = make(batches.fullest), make(batches.middle)
+    selected = batches.fullest_and_middle(packed=computation.packed)
+    check_context(base, [*itertools.chain(*selected)])
+    fullest, middle = map(collator(base, packed=computation.packed), selected)
     with planning(fake), _explained(shape.name):
         step = partial(
             run_step,
@@ -133,7 +134,7 @@ def simulate(
         adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
-        tokens=sum(map(len, batches.middle)),
+        tokens=sum(map(len, selected[1])),
         batches=batches.per_step,
         rows=rows,
         width=width,
