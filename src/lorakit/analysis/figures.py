@@ -207,7 +207,7 @@ def diff_figure(diff: AdapterDiff) -> Figure:
 
 def drift_figure(drift: Drift) -> Figure:
     """Draw a histogram of the divergence of the predictions."""
-    values = torch.tensor([kl for text in drift.texts for kl in text.kl])
+    values = torch.tensor([kl for piece in drift.pieces for kl in piece.kl])
     floor = 1e-4
     edges = torch.logspace(
         -4, max(1.0, math.ceil(math.log10(float(values.max()) + floor))), 50, dtype=torch.float64
