@@ -48,6 +48,16 @@ def test_the_spectrum_s_shares() -> None:
         assert f"share, rank kept {rank}: {number(share)}" in shown
 
 
+def test_the_suggested_rank_is_marked() -> None:
+    def texts(adapter: StoredAdapter, energy: float) -> str:
+        figure = drawn.spectrum_figure(adapter_spectrum(adapter), energy)
+        return inline_svg(figure.charts[0], 1)
+
+    assert re.search(r"rank \d keeps 99\.9 %", texts(stored("linear"), 0.999))
+    assert re.search(r"rank \d keeps 90 %", texts(stored("linear"), 0.9))
+    assert "keeps" not in texts(stored(zero=linear(B=torch.zeros(20, 4))), 0.9)
+
+
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_the_similarity_s_cells(side) -> None:
     found = adapter_similarity(wide(2, 3, 0), wide(6, 3, 20))

@@ -46,6 +46,8 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         names=list(spectra.layers),
     )
     suggested = spectra.rank_for(energy)
+    # An untrained adapter has no rank to suggest.
+    marks = [Mark(at=suggested, text=f"rank {suggested} keeps {100 * energy:.4g} %")]
     whole = line_chart(
         "Whole adapter: share of the squared norm",
         [Series(name="share", points=list(enumerate(spectra.energy.tolist(), 1)), dots=True)],
@@ -53,10 +55,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         y="share of the squared norm",
         y_domain=(0, 1.02),
         y_format=".0%",
-        marks=[
-            Mark(at=suggested, text=f"rank {suggested} keeps {energy:.0%}"),
-            Mark(at=energy, axis="y"),
-        ],
+        marks=[*(marks if suggested else []), Mark(at=energy, axis="y")],
     )
     caption = (
         "Share of the change that a lower rank would keep. A row that is bright from the first column on has one "
