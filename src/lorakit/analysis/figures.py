@@ -182,8 +182,9 @@ def intruders_figure(intruders: AdapterIntruders) -> Figure:
 
 
 def diff_figure(diff: AdapterDiff) -> Figure:
-    """Draw the distance and the angle between the two changes of each matrix."""
-    names, layers = list(diff.layers), list(diff.layers.values())
+    """Draw the distance and the angle between the two changes of each matrix, and between tensors trained in full."""
+    both = diff.changes_and_trained
+    names, layers = list(both), list(both.values())
     distance = dot_chart(
         "Distance",
         names,
@@ -200,7 +201,10 @@ def diff_figure(diff: AdapterDiff) -> Figure:
         zero=True,
         first_colour=1,
     )
-    caption = "Distance and angle between the two changes of each matrix. 90 degrees: orthogonal."
+    caption = (
+        "Distance and angle between the two changes of each matrix, and between the values of each tensor trained in "
+        "full (whole). 90 degrees: orthogonal."
+    )
     return Figure(caption=caption, charts=(distance, angle), name="diff")
 
 

@@ -207,7 +207,6 @@ def _diff(config: PairConfig) -> Findings:
     from lorakit.analysis import figures
 
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
-    both = {**found.layers, **{f"{name} (whole)": d for name, d in found.trained.items()}}
     rows = {
         name: {
             "first": one.first,
@@ -216,7 +215,7 @@ def _diff(config: PairConfig) -> Findings:
             "relative": one.relative,
             "angle": one.angle,
         }
-        for name, one in both.items()
+        for name, one in found.changes_and_trained.items()
     }
     lines = []
     if found.layers:
