@@ -86,21 +86,24 @@ def number_range(numbers: Iterable[float]) -> str:
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories: control, format (bidirectional overrides), lone surrogates, and separators of lines."""
+_NOT_XML = "\ufffe\uffff"
+"""Unassigned characters that XML, and so SVG, cannot hold."""
 _JOINERS = "\u200c\u200d"
 """Format characters that Persian, Hindi and emoji need."""
 
 
 def visible(text: str, *, keep: str = "") -> str:
-    """Return text with the characters escaped that could control a terminal or forge a line of output.
+    """Return text with the characters escaped that could control a terminal, forge a line of output or break an SVG.
 
     The escapes are those of JSON, so that JSON stays valid. `keep` lists characters to leave as they are.
     """
     if text.isprintable():
         return text
-    return "".join(
-        _escaped(c) if unicodedata.category(c) in _HIDDEN and c not in keep + _JOINERS else c
-        for c in text
-    )
+    return "".join(_escaped(c) if _is_hidden(c) and c not in keep + _JOINERS else c for c in text)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN or character in _NOT_XML
 
 
 def _escaped(character: str) -> str:

@@ -76,6 +76,23 @@ def test_directions_beyond_the_rank_do_not_count():
     assert_equal(amplification(W, A, B), reference(W, dense(A, B), 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_directions_of_factors_in_16_bits_count(dtype):
+    """Their singular values fall to 2 % of the largest, which is below bfloat16's spacing times the factors' norms."""
+    rank = 64
+    W, A = randn(96, 80, seed=0), randn(rank, 80, seed=1)
+    B = torch.linalg.qr(randn(96, rank, seed=2)).Q / torch.arange(1, rank + 1)
+    A, B = A.to(dtype), B.to(dtype)
+    assert_equal(amplification(W, A, B), reference(W, dense(A, B), rank))
+
+
+def test_the_start_of_pissa_is_no_change():
+    """In float64 the product of the factors and of their start cancels up to rounding."""
+    A, B = factors(6, 50, 70, seed=1)
+    with pytest.raises(ConfigurationError, match="B A is zero"):
+        amplification(randn(70, 50, seed=0), torch.cat([A, A]), torch.cat([B, -B], dim=1))
+
+
 def test_the_random_column():
     # Table 7: ||W_q|| is 61.95 for 12288 x 12288; 0.02 at r = 4 and 0.33 at r = 64.
     assert random_projection(4, 61.95, 12288, 12288) == pytest.approx(0.0202, abs=5e-5)

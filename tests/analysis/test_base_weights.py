@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+import transformers
+from random_adapters import randomise
 from safetensors.torch import load_file, save_file
 
 import lorakit
-from lorakit.analysis import open_weights, read_weights
+from lorakit.analysis import extract_adapter, open_weights, read_weights
 from lorakit.analysis.deltas import weight_name
 from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.models.base_config import BaseConfig
@@ -62,6 +66,25 @@ def test_files_in_shards(tmp_path):
     index.write_text("{}")
     with pytest.raises(BaseModelError, match="damaged"):
         read_weights(BaseConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused(dtype, tmp_path):
+    """Their codes are no weights: the scales are other tensors of the file."""
+    handle = saved(tmp_path / "base")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    (tmp_path / "int8").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "int8")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    codes = {n: (100 * W).to(dtype) if "proj" in n else W for n, W in weights.items()}
+    save_file(codes, tmp_path / "int8" / "model.safetensors", metadata={"format": "pt"})
+    adapter = dataclasses.replace(handle.stored(), base=None)
+    quantised = open_weights(BaseConfig(name=str(tmp_path / "int8")), adapter)
+    expected = f"in {str(dtype)[6:]}, so it is quantised.*Name the unquantised model"
+    with pytest.raises(BaseModelError, match=expected):
+        quantised[weight_name(*next(iter(adapter.layers.items())))]
+    with pytest.raises(BaseModelError, match=expected):
+        extract_adapter(base, tmp_path / "int8", targets="attention", rank=2)
 
 
 def test_a_checkpoint_that_is_no_safetensors_file_is_loaded_as_a_whole(tmp_path):
@@ -115,3 +138,29 @@ def test_a_damaged_file(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(BaseModelError, match="cannot be read"):
         read_weights(BaseConfig(name=str(tmp_path / "base")))
+
+
+def test_a_decoder_of_images_and_text(tmp_path):
+    """Its class has the suffix of encoder-decoders, and its tensors have other names on disk than in the model."""
+    text = tiny_models.ARCHITECTURES["gemma3"]().to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes = {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | sizes)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets=r".*language_model.*q_proj"))
+    randomise(handle, scale=0.1)
+    adapter = handle.stored()
+    base = BaseConfig(name=str(tmp_path / "base"))
+    weights = open_weights(base, adapter)
+    assert weights.notices == []
+    for path in adapter.layers:
+        name = f"{path}.weight"
+        assert torch.equal(weights[name], handle.model.get_parameter(name))
+    handle.merge(keep_base=False)
+    model.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets=r".*language_model.*q_proj", rank=2)
+    assert made.error < 1e-4
+    assert made.layers.keys() == adapter.layers.keys()
+    assert made.notices == []

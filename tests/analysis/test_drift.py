@@ -53,7 +53,7 @@ def test_against_two_models_run_apart(folder):
     adapted = lorakit.load_base(base.name, dtype="float32").model
     lorakit.load(adapted, folder / "adapter")
     kls, changed, losses, count = [], 0, [0.0, 0.0], 0
-    for text, one in zip(SENTENCES, found.texts, strict=True):
+    for text, one in zip(SENTENCES, found.pieces, strict=True):
         ids = loaded.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             logits = [m(input_ids=ids).logits[0, :-1].double() for m in (loaded.model, adapted)]
@@ -96,7 +96,7 @@ def test_words_are_compared_after_virtual_tokens(folder, tmp_path, kind):
     handle.save(tmp_path / "prefix")
     found = adapter_drift(tmp_path / "prefix", folder / "text.txt", base=base, batch_size=3)
     start = len(start_ids(loaded.tokenizer))
-    for text, one in zip(SENTENCES, found.texts, strict=True):
+    for text, one in zip(SENTENCES, found.pieces, strict=True):
         ids = loaded.tokenizer(text).input_ids
         placed = handle.virtual_tokens.place(ids, keep=start, prompt=start)
         both = []
@@ -119,14 +119,15 @@ def test_virtual_tokens_take_of_the_context(folder, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(SENTENCES))
     found = adapter_drift(tmp_path / "prefix", tmp_path / "text.txt", base=base)
     room = model.config.max_position_embeddings - handle.virtual_tokens.total
-    assert max(len(text.kl) for text in found.texts) == room - 1
+    assert max(len(piece.kl) for piece in found.pieces) == room - 1
 
 
 def test_long_texts_are_cut(folder):
     base = BaseConfig(name=str(folder / "base"), dtype="float32")
     found = adapter_drift(folder / "adapter", folder / "text.txt", base=base, max_length=8, limit=2)
-    assert max(len(text.kl) for text in found.texts) == 7
-    assert len(found.texts) > 2
+    assert max(len(piece.kl) for piece in found.pieces) == 7
+    assert len(found.pieces) > 2
+    assert found.to_json()["overall"]["texts"] == 2
 
 
 def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):

@@ -136,6 +136,37 @@ def test_what_else_differs_is_said_or_taken_in(tmp_path):
     assert torch.equal(made.adapter.trained["transformer.ln_f.weight"], expected)
 
 
+@pytest.mark.parametrize("target", [{"rank": 3}, {"energy": 0.9}])
+def test_rows_outside_the_slices_are_no_part_of_the_adapter(target, tmp_path):
+    """GPT-2 fuses q, k and v; the adapter covers q and v."""
+    base, tuned = models(tmp_path, targets=("attention.qv",))
+    name = "transformer.h.0.attn.c_attn.weight"
+    with torch.no_grad():
+        tuned.get_parameter(name)[:, 32:64] += 1  # k
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.qv", **target)
+    (left,) = made.notices
+    assert f"'{name} outside the targeted rows' most" in left
+    taken = math.hypot(*(layer.norm for layer in made.layers.values())) ** 2
+    left_out = made.error**2 * taken
+    assert percentage(taken - left_out, taken + 32 * 32) in left
+
+    only_k = tiny_models.build("gpt2")
+    with torch.no_grad():
+        only_k.get_parameter(name)[:, 32:64] += 1
+    only_k.save_pretrained(tmp_path / "only_k")
+    with pytest.raises(AdapterFileError, match="nothing to extract"):
+        extract_adapter(base, tmp_path / "only_k", targets="attention.qv", **target)
+    with torch.no_grad():
+        only_k.get_parameter(name.replace("0", "1"))[:, :32] += 1  # q of the other layer
+    only_k.save_pretrained(tmp_path / "only_k")
+    made = extract_adapter(base, tmp_path / "only_k", targets="attention.qv", **target)
+    assert list(made.layers) == ["transformer.h.1.attn.c_attn"]
+    unchanged, left = made.notices
+    assert "1 targeted layers are the same" in unchanged
+    assert f"'{name} outside the targeted rows' most" in left
+
+
 @pytest.mark.parametrize("narrow_base", [False, True])
 def test_rounding_of_a_merged_model_is_blamed_for_what_is_left_out(tmp_path, narrow_base):
     """Merged into bfloat16, every parameter differs from a float32 base, but only by rounding."""
@@ -171,6 +202,35 @@ def test_added_tokens_are_said(tmp_path):
     assert "1 other parameters differ in shape" in left  # the head is tied to it
     expected = f"'transformer.wte.weight' is {(rows, width)} in the base and {(rows + 3, width)} after tuning"
     assert expected in left
+
+
+def test_a_head_that_is_tied_in_the_base_only(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tied = tiny_models.build("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = tiny_models.build("llama", vocab_size=len(tokenizer))
+    tuned.load_state_dict(tied.state_dict())
+    with torch.no_grad():
+        tuned.lm_head.weight += 1
+        tuned.model.layers[0].self_attn.q_proj.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    base = BaseConfig(name=str(tmp_path / "base"))
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is None
+    _, left, tie = made.notices
+    assert "1 other parameters differ" in left
+    assert "'lm_head.weight' most" in left
+    assert "'lm_head.weight' is tied to 'model.embed_tokens.weight' in the base" in tie
+
+    made = extract_adapter(base, tmp_path / "tuned", targets=("attention.q", "head"), rank=3)
+    assert made.layers.keys() == {"model.layers.0.self_attn.q_proj", "lm_head"}
+    assert "other parameters" not in "".join(made.notices)
+    tuned.lm_head.weight = tuned.model.embed_tokens.weight
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is not None
+    assert len(made.notices) == 1
 
 
 def test_full_fine_tuning_of_lorakit_s(tmp_path):

@@ -6,15 +6,19 @@ import html
 import re
 
 import pytest
+import tiny_models
 import torch
+from random_adapters import randomise
 from sample_adapters import linear, randn, stored, trained_llama
 
+from lorakit.adapters import attach
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis import adapter_similarity, adapter_spectrum
+from lorakit.analysis import adapter_diff, adapter_similarity, adapter_spectrum
 from lorakit.analysis import figures as drawn
 from lorakit.analysis.report import comparison_sections, run_sections
 from lorakit.analysis.spectrum import UNTRAINED
 from lorakit.formatting import number
+from lorakit.methods.full import FullFineTuning
 from lorakit.reporting import Figure
 from lorakit.reporting.drawing import inline_svg
 
@@ -46,6 +50,16 @@ def test_the_spectrum_s_shares() -> None:
             assert f"{name}, rank kept {rank}: {number(share)}" in shown
     for rank, share in enumerate(found.energy.tolist(), 1):
         assert f"share, rank kept {rank}: {number(share)}" in shown
+
+
+def test_the_suggested_rank_is_marked() -> None:
+    def texts(adapter: StoredAdapter, energy: float) -> str:
+        figure = drawn.spectrum_figure(adapter_spectrum(adapter), energy)
+        return inline_svg(figure.charts[0], 1)
+
+    assert re.search(r"rank \d keeps 99\.9 %", texts(stored("linear"), 0.999))
+    assert re.search(r"rank \d keeps 90 %", texts(stored("linear"), 0.9))
+    assert "keeps" not in texts(stored(zero=linear(B=torch.zeros(20, 4))), 0.9)
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -95,6 +109,21 @@ def test_adapters_without_a_matrix_in_common_are_said_to_have_none(tmp_path) -> 
     formats.write(stored(b=linear()), tmp_path / "two")
     (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
     assert "not compared" in section.blocks[0].text
+
+
+@pytest.mark.slow
+def test_the_differences_of_tensors_trained_in_full(tmp_path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        model = tiny_models.build("llama")
+        handle = attach(model, FullFineTuning(top_layers=1), name="full")
+        torch.manual_seed(seed)
+        randomise(handle, scale=0.1)
+        handle.save(tmp_path / name)
+    found = adapter_diff(tmp_path / "one", tmp_path / "two")
+    assert not found.layers
+    shown = labels(drawn.diff_figure(found))
+    for name, one in found.trained.items():
+        assert f"{name} (whole), distance: {number(one.distance)}" in shown
 
 
 def test_panels_are_spread_from_the_first_to_the_last() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_adapters import linear, randn, stored, trained_llama
+from sample_adapters import dense_parts, linear, randn, stored, trained_llama
 
 from lorakit.analysis import adapter_similarity, random_level, subspace_similarity
 from lorakit.analysis.similarity import similarity_of_directions
@@ -30,6 +30,12 @@ def test_random_matrices(dtype):
     torch.testing.assert_close(found, reference(A1, A2), rtol=1e-9, atol=1e-12)
     assert found[2, 7] > 0.3  # at random, 8 / 40
     torch.testing.assert_close(subspace_similarity(A2, A1), found.T)
+
+
+def test_small_directions_of_16_bit_factors_count():
+    fall = (0.8 ** torch.arange(32))[:, None]
+    A1, A2 = ((fall * randn(32, 80, seed=seed)).bfloat16() for seed in (0, 1))
+    torch.testing.assert_close(subspace_similarity(A1, A2), reference(A1, A2))
 
 
 def test_extremes():
@@ -87,6 +93,30 @@ def test_slices_are_compared_with_their_like():
     assert list(found.A) == ["fused rows 0:20", "fused rows 40:60"]
     assert found.A["fused rows 0:20"].first == pytest.approx(1)
     assert "1 matrices are only in the first adapter, such as 'linear'" in found.notices[0]
+
+
+def test_pissa_is_compared_by_its_change():
+    """A and B of both adapters are mostly their common start."""
+    start = {"initial_A": 5 * randn(2, 64, seed=0), "initial_B": 5 * randn(64, 2, seed=1)}
+
+    def updated(seed: int):
+        A = start["initial_A"] + 0.02 * randn(2, 64, seed=seed)
+        B = start["initial_B"] + 0.02 * randn(64, 2, seed=seed + 1)
+        return stored(linear=linear(A=A, B=B, **start))
+
+    found = adapter_similarity(updated(2), updated(4))
+    change = [dense_parts(adapter.layers["linear"])[0] for adapter in (updated(2), updated(4))]
+    for layers, (one, other) in ((found.A, change), (found.B, [c.T for c in change])):
+        expected = reference(one, other)[:4, :4]
+        torch.testing.assert_close(layers["linear"].phi, expected, rtol=1e-4, atol=1e-6)
+    (notice,) = found.notices
+    assert "1 matrices of both adapters start from directions of the base (PiSSA)" in notice
+    plain = linear(A=randn(2, 64, seed=6), B=randn(64, 2, seed=7))
+    assert adapter_similarity(updated(2), stored(linear=plain)).notices == []
+    with pytest.raises(ConfigurationError, match="never trained"):
+        adapter_similarity(
+            updated(2), stored(linear=linear(A=start["initial_A"], B=start["initial_B"], **start))
+        )
 
 
 def test_json():

@@ -83,6 +83,17 @@ def test_every_measure_prints_json(capsys, folder, measure):
     assert "notices" in facts
 
 
+def test_positions_with_equal_contexts_are_rows_of_their_own(capsys, folder, tmp_path):
+    """A line is repeated, and its pieces count as one text."""
+    (tmp_path / "text.txt").write_text("the price of the food is high " * 8 + "\nthe food\n" * 2)
+    argv = ["drift", folder / "one", tmp_path / "text.txt", *calls(folder)["drift"][3:]]
+    status, out, _ = run(capsys, *argv, "--max_length", "4")
+    assert status == 0
+    assert "predictions on 3 texts" in out
+    for place in range(1, 6):
+        assert f"{place}. ..." in out
+
+
 def test_an_adapter_that_was_never_trained(capsys, folder, tmp_path):
     model = lorakit.load_base(folder / "base", dtype="float32").model
     lorakit.attach(model, lorakit.LoRA(rank=2, targets="mlp"), name="a").save(tmp_path / "fresh")

@@ -12,7 +12,11 @@ import pytest
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
+from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import Evaluation
+from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.models.base_config import BaseConfig
+from lorakit.reporting.evaluation_report import evaluation_page
 from lorakit.training import environment, validation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -262,3 +266,15 @@ def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
         for label in (0, 1)
     ]
     assert counted == expected
+
+
+def test_shown_examples_are_spread_over_all() -> None:
+    """The first label alone would show no wrong prediction."""
+    outputs = [{"prompt": f"text {i}", "label": int(i > 23), "output": 0} for i in range(47)]
+    config = EvaluateConfig(
+        base=BaseConfig(name="base"), data=DataConfig(test="rows.jsonl", task="classification")
+    )
+    page = evaluation_page(config, Evaluation(outputs=outputs, examples=47)).render()
+    assert "24 of 47 examples, evenly spaced" in page
+    assert page.count('<article class="sample">') == 24
+    assert page.count("Predicted, wrong") == 11

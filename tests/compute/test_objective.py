@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+import transformers
 
 from lorakit.adapters import attach
 from lorakit.compute.objective import (
@@ -14,6 +15,7 @@ from lorakit.compute.objective import (
     RegressionLoss,
     SequenceToSequenceLoss,
     confirm_loss_path,
+    loss_paths,
     why_not_fused,
 )
 from lorakit.methods.full import FullFineTuning
@@ -205,6 +207,39 @@ def test_a_head_that_does_more_than_we_know_is_found_out() -> None:
     assert objective.path == "whole logits"
     assert "not fused: its loss" in objective.note
     torch.testing.assert_close(objective.loss_sum(model, batch), plain_loss(model, batch))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4Config"), reason="needs Gemma 4")
+def test_a_cap_in_the_text_part_of_the_configuration_is_seen() -> None:
+    """The logits are small, so the cap changes the probe's loss by less than bfloat16's rounding."""
+    text = {
+        "vocab_size": tiny_models.VOCABULARY,
+        "vocab_size_per_layer_input": tiny_models.VOCABULARY,
+        "hidden_size": 32,
+        "hidden_size_per_layer_input": 8,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 0,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "final_logit_softcapping": 30.0,
+    }
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config={**vision, "intermediate_size": 64}, audio_config=None
+    )
+    model = transformers.Gemma4ForConditionalGeneration(config).bfloat16().eval()
+    batch = batch_of_two()
+    assert loss_paths(model)["fused"] == "the logits are capped"
+    objective = confirm_loss_path(model, batch)
+    assert objective.path == "own head"
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=4)
+        ours = objective.loss_sum(model, batch)
+        torch.testing.assert_close(ours, plain_loss(model, batch), rtol=1e-5, atol=0)
 
 
 def test_a_hook_on_the_whole_model_is_not_bypassed() -> None:

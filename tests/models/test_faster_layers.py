@@ -7,6 +7,8 @@ import tiny_models
 import torch
 from torch import nn
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3Model,
     GemmaConfig,
     GemmaModel,
     GPT2Config,
@@ -17,7 +19,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from lorakit.models.faster import make_faster, make_stock
+from lorakit.models.faster import ATTENTION, make_faster, make_stock
 from lorakit.models.faster_layers import FasterForward, faster_forward
 from lorakit.models.quantising import quantise
 
@@ -104,6 +106,19 @@ def test_results_and_gradients_do_not_change(dtype, quantisation):
     for (name, own), other in zip(stock.named_parameters(), ours.parameters(), strict=True):
         if own.requires_grad:
             assert (own.grad - other.grad).norm() <= limit * own.grad.norm(), name
+
+
+def test_attention_with_narrow_values_is_the_stock_one():
+    """DeepSeek's query and key heads are wider than its value heads."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "v_head_dim": 12}
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    model = DeepseekV3Model(DeepseekV3Config(**sizes, **heads))
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).last_hidden_state
+    make_faster(model)
+    assert model.config._attn_implementation == ATTENTION
+    torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
 
 
 def test_make_stock_restores_the_model_and_a_copy_uses_its_own_weights():

@@ -11,17 +11,19 @@ import pytest
 import tiny_models
 import tiny_runs
 import torch
+import transformers
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.compute.batch_size import BatchSize
 from lorakit.data import DataConfig
+from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.planning import plan
-from lorakit.planning.batches import from_data
+from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
@@ -136,9 +138,26 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
         for step in itertools.islice(job.step_plan.steps(), 9)
         for batch in step
     ]
-    for planned in (batches.fullest, batches.middle):
+    for planned in batches.fullest_and_middle(packed=True):
         assert [example.input_ids for example in planned] in first_epoch
     assert batches.steps == job.step_plan.total == 18
+
+
+def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
+    """Packing computes the long prompt of the first batch once."""
+    shared = [
+        dataclasses.replace(example, input_ids=[7] * 50 + [number, 1])
+        for number, example in enumerate(language_examples(4, 52, 2))
+    ]
+    separate, few = language_examples(4, 30, 2), language_examples(2, 40, 2)
+    batches = [shared, separate, few]
+    planned = dataclasses.replace(
+        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, encoder=False), batches=batches
+    )
+    assert planned.fullest_and_middle(packed=False) == (shared, separate)
+    assert planned.fullest_and_middle(packed=True) == (separate, few)
+    widths = [pack(batch, 0)["input_ids"].numel() for batch in batches]
+    assert max(widths) == widths[1]
 
 
 @pytest.mark.slow
@@ -155,10 +174,11 @@ def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
         for step in itertools.islice(job.step_plan.steps(), job.step_plan.steps_per_epoch)
     ]
     computed = [batch for share in shares for batch in share]
-    for planned in (batches.fullest, batches.middle):
+    for planned in batches.fullest_and_middle(packed=True):
         assert [example.input_ids for example in planned] in computed
     tokens = [max(map(len, batch)) * len(batch) for batch in computed]
-    fullest = [example.input_ids for example in batches.fullest]
+    examples, _ = batches.fullest_and_middle(packed=False)
+    fullest = [example.input_ids for example in examples]
     assert max(map(len, fullest)) * len(fullest) == max(tokens)
     assert batches.per_step == max(map(len, shares))
 
@@ -441,3 +461,13 @@ def test_a_forward_pass_that_depends_on_values_is_not_planned(tmp_path):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, task="classification"))
     with pytest.raises(BaseModelError, match="depends on the values of tensors"):
         plan(run, length=32, machine=MACHINE)
+
+
+def test_a_model_that_cannot_run_on_simulated_tensors_is_named(base, tmp_path, monkeypatch):
+    def forward(*args, **options):
+        raise RuntimeError("no kernel\nfor this type")
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    expected = "cannot be planned: RuntimeError: no kernel for this type. Train a few steps"
+    with pytest.raises(BaseModelError, match=expected):
+        plan(tiny_runs.config(tmp_path, base), length=32, compare=False, machine=MACHINE)

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -93,6 +94,25 @@ def allocated(make, method, objective, batch) -> int:
     return peak
 
 
+NARROW_VALUES = {
+    "vocab_size": tiny_models.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "first_k_dense_replace": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 CASES = {
     "llama, q and v": (
         lambda: decoder("llama"),
@@ -110,6 +130,24 @@ CASES = {
         lambda: decoder("llama"),
         lorakit.FullFineTuning(),
         LanguageModellingLoss(path="whole logits"),
+        packed_batch,
+    ),
+    "mixtral, experts": (
+        lambda: decoder("mixtral"),
+        lorakit.LoRA(rank=4),
+        LanguageModellingLoss(path="fused"),
+        packed_batch,
+    ),
+    "deepseek, narrow values": (
+        lambda: AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**NARROW_VALUES)),
+        lorakit.LoRA(rank=4, targets="all-linear"),
+        LanguageModellingLoss(path="fused"),
+        packed_batch,
+    ),
+    "falcon, a layer class of its own": (
+        lambda: AutoModelForCausalLM.from_config(tiny_models.RELATIVES["Falcon"]()),
+        lorakit.LoRA(rank=4),
+        LanguageModellingLoss(path="fused"),
         packed_batch,
     ),
     "bert, dropout": (
@@ -163,6 +201,21 @@ def test_products_match_the_formula():
     needed = 4 * weights * rows + 4 * vocabulary * width * len(batch["targets"])
     # Attention and LoRA add to this; the first block needs no gradient of its input.
     assert 0.9 * needed < step.work.operations < 1.2 * needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_products_of_experts_count(dtype):
+    def of(experts: int):
+        def make():
+            return decoder("mixtral", num_experts_per_tok=experts, dtype=dtype)
+
+        return planned(make, lorakit.LoRA(rank=1), LanguageModellingLoss(path="fused"), batch)
+
+    batch, layers, width, inner = packed_batch(), 6, 32, 64
+    more = of(3).work.operations - of(1).work.operations
+    # Two experts more, of three matrices, forward and backward. The first block needs no gradient of its input.
+    expected = 2 * batch["input_ids"].numel() * 3 * width * inner * 4 * layers
+    assert more == pytest.approx(expected, rel=0.1)
 
 
 def test_dropout_draws_once_per_element():

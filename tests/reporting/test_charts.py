@@ -275,6 +275,30 @@ def test_hostile_names_stay_text() -> None:
         assert any(HOSTILE in (part.get("data-t") or "") for part in root.iter())
 
 
+UNPRINTABLE = "\x00 \x01 \x1b \x7f \n \u2028 \u2029 \ud800 \ufffe \uffff"
+"""Characters that end the process in vl-convert, or that its expressions cannot hold."""
+
+
+def test_unprintable_names_are_escaped(tmp_path) -> None:
+    name = f"a{UNPRINTABLE}'\"\\b"
+    charts = (
+        line_chart(
+            name, [Series(name=name, points=CURVE), Series(name="b", points=CURVE)], x="step", y="y"
+        ),
+        dot_chart("t", ["q", name], {name: [1, 2]}, x=name),
+        heat_map(name, [[1.0, 2.0]] * 2, x="a", y="", value="v", names=[name, "c"]),
+    )
+    for chart in charts:
+        svg = drawing.inline_svg(chart, 1)
+        ET.fromstring(svg)
+        assert "\\u0001" in svg
+    rows = dot_chart("t", ["q", "a\x01'\"\\b"], {"s": [1, 2]}, x="n")
+    texts = {part.text for part in ET.fromstring(drawing.inline_svg(rows, 1)).iter()}
+    assert "a\\u0001'\"\\b" in texts
+    drawing.save(Figure(caption="", charts=charts), tmp_path / "figure.svg")
+    ET.parse(tmp_path / "figure.svg")
+
+
 @pytest.mark.parametrize(
     ("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<svg"), (".pdf", b"%PDF")]
 )

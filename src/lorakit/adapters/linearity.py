@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
@@ -41,8 +42,8 @@ _LARGE = 30.0
 def why_not_linear(path: str, layer: nn.Module) -> str | None:
     """Return why the forward method of the layer at `path` does not compute its type's formula, or None if it does.
 
-    Layers without a known type, quantised layers (whose formula has ``W_q``) and layers on the meta device are not
-    tried.
+    Layers without a known type, quantised layers (whose formula has ``W_q``) and layers without values (on the meta
+    device, or of a plan) are not tried.
     """
     kind = _kind(layer)
     if kind is None or quantised_weight(layer) is not None:
@@ -90,7 +91,8 @@ def why_hooks_change_output(path: str, layer: nn.Module) -> str | None:
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """Return the layer's type with a known formula; None if there is none, or no values to try it with."""
     kind = next((kind for kind in _FORWARDS if isinstance(layer, kind)), None)
-    return None if kind is None or layer.weight.is_meta else kind  # type: ignore[union-attr]
+    weight = layer.weight
+    return None if kind is None or weight.is_meta or isinstance(weight, FakeTensor) else kind  # type: ignore[union-attr]
 
 
 def _trial_input(layer: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lorakit.compute.adapted import base_of_adapter
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
+from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.sources import ModelSource, resolve
@@ -56,7 +57,13 @@ class Weights(Mapping[str, Tensor]):
                 f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._readers)} Name the base "
                 "that the adapter was trained on: --base.name MODEL."
             )
-        return self._readers[key]()
+        tensor = self._readers[key]()
+        if tensor.dtype not in FLOATS:
+            raise BaseModelError(
+                f"'{self.source.name}' stores '{name}' in {dtype_name(tensor.dtype)}, so it is quantised; one of "
+                f"{', '.join(map(dtype_name, FLOATS))} was expected. Name the unquantised model."
+            )
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._key(name) is not None
@@ -126,13 +133,16 @@ def _differences(recorded: BaseRecord, live: BaseRecord, allow_other_base: bool)
         return [f"Using another base because allow_other_base is set: {error}"]
 
 
-def read_weights(base: BaseConfig) -> Weights:
-    """Open a model's safetensors files, or load the whole model if it has none.
+def read_weights(base: BaseConfig, names: Iterable[str] = ()) -> Weights:
+    """Open a model's safetensors files, or load the whole model if it has none, or none with one of these `names`.
 
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    return _open_safetensors(base) or _weights_of(load_float32(base, ""))
+    weights = _open_safetensors(base)
+    if weights is not None and all(name in weights for name in names):
+        return weights
+    return _weights_of(load_float32(base, (config_of(base).architectures or [""])[0]))
 
 
 def load_float32(base: BaseConfig, class_name: str) -> Base:
@@ -142,9 +152,13 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
         BaseModelError: The model does not exist, or cannot be read.
     """
     tasks: list[ModelHead] = [task for suffix, task in HEADS.items() if class_name.endswith(suffix)]
+    task = tasks[0] if tasks else "base"
+    # Decoders of images and text, such as Gemma 3, have the same suffix.
+    if task == "seq2seq-lm" and not config_of(base).is_encoder_decoder:
+        task = "causal-lm"
     return load_base(
         base.name,
-        task=tasks[0] if tasks else "base",
+        task=task,
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,

@@ -220,7 +220,16 @@ def weight_name(path: str, layer: StoredLayer) -> str:
 
 
 def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
-    """Return views (out, in) of the base weight's matrices to which the layer's parts are added.
+    """Return the base weight's matrices (out, in) to which the layer's parts are added.
+
+    Raises:
+        AdapterFileError: The weight's shape does not match the adapter.
+    """
+    return layer.form.weight_parts(weight_matrix(path, layer, W))
+
+
+def weight_matrix(path: str, layer: StoredLayer, W: Tensor) -> Tensor:
+    """Return a view (out, in) of the base weight as the matrix that the layer's factors change, in part or whole.
 
     Raises:
         AdapterFileError: The weight's shape does not match the adapter.
@@ -237,11 +246,11 @@ def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
             f"The base's weight of '{path}' has shape {tuple(W.shape)}, but the adapter changes a matrix of "
             f"{rows} x {columns}. Name the base that the adapter was trained on: --base.name MODEL."
         )
-    return layer.form.weight_parts(matrix)
+    return matrix
 
 
 def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return a view (out, in) of the base weight's matrix to which `delta` is added.
+    """Return the base weight's matrix (out, in) to which `delta` is added.
 
     Raises:
         AdapterFileError: The weight's shape does not match the adapter.

@@ -103,6 +103,11 @@ class AdapterDiff:
         """All low-rank changes together."""
         return together(self.layers.values())
 
+    @property
+    def changes_and_trained(self) -> dict[str, Difference]:
+        """All differences by name; those of tensors trained in full have the suffix (whole)."""
+        return {**self.layers, **{f"{name} (whole)": one for name, one in self.trained.items()}}
+
     def most_moved(self) -> list[str]:
         """Return the names of the matrices in descending order of their distance."""
         return sorted(self.layers, key=lambda name: -self.layers[name].distance)

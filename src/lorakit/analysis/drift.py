@@ -56,8 +56,8 @@ def divergence(base_logits: Tensor, adapted_logits: Tensor) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextDrift:
-    """Drift on one text."""
+class PieceDrift:
+    """Drift on a text, or on a piece of one that is longer than `max_length`."""
 
     text: str
     kl: list[float]
@@ -72,7 +72,9 @@ class TextDrift:
 class Drift:
     """Drift of a model's predictions on several texts."""
 
-    texts: list[TextDrift]
+    texts: int
+    """Number of texts compared."""
+    pieces: list[PieceDrift]
     loss_base: float
     """Mean negative log-likelihood of the texts' tokens under the base, in nats."""
     loss_adapted: float
@@ -82,30 +84,30 @@ class Drift:
     @property
     def positions(self) -> int:
         """Number of predictions compared."""
-        return sum(len(text.kl) for text in self.texts)
+        return sum(len(piece.kl) for piece in self.pieces)
 
     @property
     def kl(self) -> float:
         """Mean ``KL(base || adapted)`` over all predictions, in nats."""
-        return sum(sum(text.kl) for text in self.texts) / self.positions
+        return sum(sum(piece.kl) for piece in self.pieces) / self.positions
 
     @property
     def changed(self) -> float:
         """Share of the predictions whose most likely token changed."""
-        return sum(text.changed for text in self.texts) / self.positions
+        return sum(piece.changed for piece in self.pieces) / self.positions
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as JSON values."""
         return {
             "overall": {
-                "texts": len(self.texts),
+                "texts": self.texts,
                 "positions": self.positions,
                 "kl": self.kl,
                 "changed": self.changed,
                 "loss_base": self.loss_base,
                 "loss_adapted": self.loss_adapted,
             },
-            "texts": [vars(text) for text in self.texts],
+            "pieces": [vars(piece) for piece in self.pieces],
             "notices": self.notices,
         }
 
@@ -149,14 +151,15 @@ def adapter_drift(
             f"Drift needs a decoder-only model that generates text, but with this adapter '{opened.source.name}' is a "
             f"{type(opened.model).__name__}. lorakit evaluate scores such adapters on their task."
         )
-    pieces = list(_pieces(opened, texts, max_length))
+    by_text = [pieces for pieces in _pieces(opened, texts, max_length) if pieces]
+    pieces = [piece for pieces in by_text for piece in pieces]
     if not pieces:
         raise DataError(
             f"{text_file} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
         )
     # Sorting by length reduces padding.
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-    compared: dict[int, tuple[TextDrift, list[float]]] = {}
+    compared: dict[int, tuple[PieceDrift, list[float]]] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         results = _compare(opened, [pieces[i] for i in batch])
@@ -169,7 +172,7 @@ def adapter_drift(
         sum(losses) / positions
         for losses in zip(*(both for _, both in compared.values()), strict=True)
     )
-    return Drift(texts=drifts, loss_base=loss_base, loss_adapted=loss_adapted)
+    return Drift(texts=len(by_text), pieces=drifts, loss_base=loss_base, loss_adapted=loss_adapted)
 
 
 def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
@@ -192,7 +195,8 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
     return texts
 
 
-def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[int]]:
+def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
+    """Yield the ids of each text in pieces of at most `max_length` tokens, without those of a single token."""
     assert base.tokenizer is not None  # open_adapted rejects bases without a tokenizer
     context = context_length(base.model)
     length = max_length
@@ -200,10 +204,8 @@ def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[
         length = min(max_length, context - virtual_tokens_of(base.model).total)
     for text in texts:
         ids = prompt_ids(base.tokenizer, text)
-        for start in range(0, len(ids), length):
-            piece = ids[start : start + length]
-            if len(piece) > 1:
-                yield piece
+        pieces = (ids[start : start + length] for start in range(0, len(ids), length))
+        yield [piece for piece in pieces if len(piece) > 1]
 
 
 @torch.no_grad()
@@ -218,7 +220,7 @@ def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor
     ]
 
 
-def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[TextDrift, list[float]]]:
+def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[PieceDrift, list[float]]]:
     """Yield the drift of each piece, and the summed losses of the base and the adapted model."""
     tokenizer, handle = base.tokenizer, handle_of(base.model)
     assert handle is not None
@@ -248,7 +250,7 @@ def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[TextDrif
         losses = [
             float(F.cross_entropy(logits.float(), targets, reduction="sum")) for logits in both
         ]
-        drift = TextDrift(
+        drift = PieceDrift(
             text=tokenizer.decode(ids),  # type: ignore[arg-type]
             kl=kl.tolist(),
             changed=int(changed.sum()),

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, formats, handle_of
+from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
 from lorakit.analysis.base_weights import HEADS, config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
-from lorakit.analysis.deltas import weight_name, weight_parts
+from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
 from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
@@ -83,22 +84,24 @@ def extract_adapter(
     check_target(rank, energy)
     loaded = load_float32(base, (config_of(base).architectures or [""])[0])
     model = loaded.model
-    weights, notices = _tuned_weights(model, base, tuned)
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
     method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
     template = attach(model, method, name="extracted").stored()
+    targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
+    weights, notices = _tuned_weights(model, base, tuned, targeted)
     layers, results, unchanged = {}, {}, []
     rounding: dict[str, float] = {}
     for path, layer in template.layers.items():
         name = weight_name(path, layer)
         weight = _tuned_weight(weights, name, tuned)
         difference = _difference(model.get_parameter(name), weight)
-        if not difference.any():
+        parts = weight_parts(path, layer, difference)
+        if not any(part.any() for part in parts):
             unchanged.append(path)
             continue
-        changes = [decompose(part, rank) for part in weight_parts(path, layer, difference)]
+        changes = [decompose(part, rank) for part in parts]
         layers[path], results[path] = fit(layer, changes, rank=rank, energy=energy)
-        rounding[path] = _rounding_error(weight)
+        rounding[path] = sum(map(_rounding_error, weight_parts(path, layer, weight)))
     if not layers:
         raise AdapterFileError(
             f"'{loaded.source.name}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
@@ -109,20 +112,24 @@ def extract_adapter(
     adapter = derive(template, layers)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
-    dtype = weights[weight_name(*next(iter(template.layers.items())))].dtype
-    notices += _rounding_notice(dtype, rounding, results)
-    covered = {weight_name(path, layer) for path, layer in template.layers.items()}
-    notices += _other_differences(model, weights, covered | {*template.trained}, results)
-    found = _agreement(loaded, adapter, weights)
+    notices += _rounding_notice(weights[targeted[0]].dtype, rounding, results)
+    untied = _untied(model, weights)
+    notices += _other_differences(_not_covered(model, weights, template, untied), results)
+    notices += [
+        f"'{name}' is tied to '{first}' in the base but not after tuning, so the predictions were not compared."
+        for name, first in untied.items()
+    ]
+    found = None if untied else _agreement(loaded, adapter, weights)
     return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
 
 
 def _tuned_weights(
-    model: nn.Module, base: BaseConfig, tuned: str | Path
+    model: nn.Module, base: BaseConfig, tuned: str | Path, targeted: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """Return the weights of a fine-tuned model, and notices. Weights that lorakit did not train come from the base."""
     if not (Path(tuned) / lorakit_json.NAME).is_file():
-        return read_weights(dataclasses.replace(base, name=str(tuned), revision=None)), []
+        source = dataclasses.replace(base, name=str(tuned), revision=None)
+        return read_weights(source, targeted), []
     stored = formats.read(tuned)
     if stored.layers or stored.modules:
         raise AdapterFileError(
@@ -181,9 +188,6 @@ def _agreement(
     for name, parameter in own.items():
         if name in weights:
             parameter.copy_(weights[name])
-    tied = own.keys() - {name for name, _ in model.named_parameters()}
-    if any(n in weights and not torch.equal(own[n], weights[n].to(own[n].dtype)) for n in tied):
-        return None  # tied in the base only
     return agreement(logits_of_prompts(model, tokenizer), adapted)
 
 
@@ -216,36 +220,59 @@ def _rounding_notice(
     ]
 
 
-def _other_differences(
+def _not_covered(
     model: nn.Module,
     weights: Mapping[str, Tensor],
-    covered: set[str],
-    results: Mapping[str, LayerResult],
+    template: StoredAdapter,
+    untied: Mapping[str, str],
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, base and fine-tuned tensor of the parameters, and rows of them, that the adapter does not change."""
+    covered = {weight_name(path, layer): (path, layer) for path, layer in template.layers.items()}
+    parameters = dict(base_parameters(model))
+    parameters |= {name: parameters[first] for name, first in untied.items()}
+    for name, parameter in parameters.items():
+        if name in template.trained or name not in weights:
+            continue
+        if name not in covered:
+            yield name, parameter, weights[name]
+            continue
+        path, layer = covered[name]
+        if layer.slices:
+            W, tuned = (weight_matrix(path, layer, W.detach()) for W in (parameter, weights[name]))
+            others = torch.ones(len(W), dtype=torch.bool).index_fill(0, layer.form.rows(), False)
+            yield f"{name} outside the targeted rows", W[others], tuned[others]
+
+
+def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names that share another name's tensor in the base but not in the fine-tuned model, with that name."""
+    return {
+        name: first
+        for first, *others in tied_names(model)
+        for name in others
+        if first in weights and name in weights and not torch.equal(weights[first], weights[name])
+    }
+
+
+def _other_differences(
+    tensors: Iterable[tuple[str, Tensor, Tensor]], results: Mapping[str, LayerResult]
 ) -> list[str]:
-    """Return sentences about the differing parameters that the adapter does not cover."""
+    """Return sentences about the tensors that differ and are not in the adapter."""
     changed: dict[str, float] = {}
     rounded: list[str] = []
     resized: list[str] = []
-    for name, parameter in base_parameters(model):
-        if name in covered or name not in weights:
-            continue
-        base_shape, tuned_shape = tuple(parameter.shape), tuple(weights[name].shape)
+    for name, parameter, tuned in tensors:
+        base_shape, tuned_shape = tuple(parameter.shape), tuple(tuned.shape)
         if base_shape != tuned_shape:
             resized.append(f"'{name}' is {base_shape} in the base and {tuned_shape} after tuning")
             continue
-        if torch.equal(parameter.to(weights[name].dtype), weights[name]):
-            if (
-                parameter.dtype != weights[name].dtype
-                and _difference(parameter, weights[name]).any()
-            ):
-                rounded.append(name)
+        if torch.equal(parameter.to(tuned.dtype), tuned):
+            if parameter.dtype != tuned.dtype and _difference(parameter, tuned).any():
+                rounded.append(dtype_name(tuned.dtype))
             continue
-        distance = float(torch.linalg.vector_norm(_difference(parameter, weights[name])))
-        changed[name] = distance
+        changed[name] = float(torch.linalg.vector_norm(_difference(parameter, tuned)))
     notices = []
     if rounded:
-        dtype = dtype_name(weights[rounded[0]].dtype)
-        notices.append(f"{len(rounded)} other parameters differ only by rounding to {dtype}.")
+        notices.append(f"{len(rounded)} other parameters differ only by rounding to {rounded[0]}.")
     if changed:
         extracted = math.hypot(*(math.sqrt(r.norm**2 - r.residual**2) for r in results.values()))
         total = math.hypot(*(r.norm for r in results.values()), *changed.values())

@@ -46,6 +46,8 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         names=list(spectra.layers),
     )
     suggested = spectra.rank_for(energy)
+    # An untrained adapter has no rank to suggest.
+    marks = [Mark(at=suggested, text=f"rank {suggested} keeps {100 * energy:.4g} %")]
     whole = line_chart(
         "Whole adapter: share of the squared norm",
         [Series(name="share", points=list(enumerate(spectra.energy.tolist(), 1)), dots=True)],
@@ -53,10 +55,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         y="share of the squared norm",
         y_domain=(0, 1.02),
         y_format=".0%",
-        marks=[
-            Mark(at=suggested, text=f"rank {suggested} keeps {energy:.0%}"),
-            Mark(at=energy, axis="y"),
-        ],
+        marks=[*(marks if suggested else []), Mark(at=energy, axis="y")],
     )
     caption = (
         "Share of the change that a lower rank would keep. A row that is bright from the first column on has one "
@@ -183,8 +182,9 @@ def intruders_figure(intruders: AdapterIntruders) -> Figure:
 
 
 def diff_figure(diff: AdapterDiff) -> Figure:
-    """Draw the distance and the angle between the two changes of each matrix."""
-    names, layers = list(diff.layers), list(diff.layers.values())
+    """Draw the distance and the angle between the two changes of each matrix, and between tensors trained in full."""
+    both = diff.changes_and_trained
+    names, layers = list(both), list(both.values())
     distance = dot_chart(
         "Distance",
         names,
@@ -201,13 +201,16 @@ def diff_figure(diff: AdapterDiff) -> Figure:
         zero=True,
         first_colour=1,
     )
-    caption = "Distance and angle between the two changes of each matrix. 90 degrees: orthogonal."
+    caption = (
+        "Distance and angle between the two changes of each matrix, and between the values of each tensor trained in "
+        "full (whole). 90 degrees: orthogonal."
+    )
     return Figure(caption=caption, charts=(distance, angle), name="diff")
 
 
 def drift_figure(drift: Drift) -> Figure:
     """Draw a histogram of the divergence of the predictions."""
-    values = torch.tensor([kl for text in drift.texts for kl in text.kl])
+    values = torch.tensor([kl for piece in drift.pieces for kl in piece.kl])
     floor = 1e-4
     edges = torch.logspace(
         -4, max(1.0, math.ceil(math.log10(float(values.max()) + floor))), 50, dtype=torch.float64

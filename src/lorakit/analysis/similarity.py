@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.deltas import chosen, deltas_of, in_common, notices, read
-from lorakit.analysis.thin_svd import row_directions
+from lorakit.analysis.deltas import (
+    Delta,
+    Factors,
+    chosen,
+    deltas_of,
+    in_common,
+    notices,
+    read,
+)
+from lorakit.analysis.thin_svd import change_directions, row_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
 
 
@@ -148,6 +156,9 @@ def adapter_similarity(
 ) -> AdapterSimilarity:
     """Return the similarity of two adapters (of other ranks, seeds or tasks), matrix by matrix.
 
+    A and B of PiSSA are mostly directions of the base, from which they start. The directions of the change are
+    compared instead.
+
     Args:
         first: A lorakit or PEFT folder, a loralib file, or an adapter already read.
         second: The second adapter, in any of these forms.
@@ -156,24 +167,44 @@ def adapter_similarity(
 
     Raises:
         AdapterFileError: One cannot be read, or they have no matrix in common.
+        ConfigurationError: A matrix of PiSSA was never trained.
     """
     stored = read(first, alpha=alpha), read(second, alpha=alpha)
     one, other = (chosen(deltas_of(adapter), only) for adapter in stored)
-    shared, skipped = in_common(one, other)
+    shared, sentences = in_common(one, other)
     for name in list(shared):
         if one[name].is_zero or other[name].is_zero:
-            skipped.append(f"'{name}' is skipped: it is zero in one of the adapters.")
+            sentences.append(f"'{name}' is skipped: it is zero in one of the adapters.")
             shared.remove(name)
     if not shared:
         raise AdapterFileError(
             "All shared matrices are zero in one of the adapters, so there are no directions to compare. "
             "Name two trained adapters."
         )
+    pissa = sum(_is_pissa(stored[0], one[n]) and _is_pissa(stored[1], other[n]) for n in shared)
+    if pissa:
+        sentences.append(
+            f"{pissa} matrices of both adapters start from directions of the base (PiSSA). Their changes share these "
+            "directions, whatever was learned."
+        )
+    pairs = {n: (_factors(stored[0], one[n]), _factors(stored[1], other[n])) for n in shared}
     return AdapterSimilarity(
-        A={n: _similarity(one[n].A, other[n].A) for n in shared},
-        B={n: _similarity(one[n].B.mT, other[n].B.mT) for n in shared},
-        notices=list(dict.fromkeys((*skipped, *notices(stored[0]), *notices(stored[1])))),
+        A={n: _similarity(A1, A2) for n, ((A1, _), (A2, _)) in pairs.items()},
+        B={n: _similarity(B1.mT, B2.mT) for n, ((_, B1), (_, B2)) in pairs.items()},
+        notices=list(dict.fromkeys((*sentences, *notices(stored[0]), *notices(stored[1])))),
     )
+
+
+def _is_pissa(stored: StoredAdapter, delta: Delta) -> bool:
+    return stored.layers[delta.path].initial_A is not None
+
+
+def _factors(stored: StoredAdapter, delta: Delta) -> Factors:
+    """Return A and B of a matrix; for PiSSA, factors of its change, without the start that both A and B contain."""
+    if not _is_pissa(stored, delta):
+        return delta.A, delta.B
+    U, S, Vh = change_directions(delta.A, delta.B)
+    return S[:, None] * Vh, U * S
 
 
 def _similarity(A1: Tensor, A2: Tensor) -> Similarity:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ConfigurationError
+from lorakit.ops.autocast import wide_dtype
 
 _NEARLY_DEPENDENT = 1e-5
 """Smallest accepted ratio of Cholesky pivots; above it the error is below 1e-10 of the norm."""
@@ -48,28 +49,43 @@ def thin_svd(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor
 def row_directions(A: Tensor) -> Tensor:
     """Return the right singular vectors of A (r, in) with nonzero singular values, as rows: (rank of A, in).
 
-    A singular value within the rounding error of A counts as zero, because its direction is arbitrary.
+    Singular values that rounding alone can make count as zero, because their directions are arbitrary.
     """
     Q, R = torch.linalg.qr(A.double().mT)
     P, S, _ = torch.linalg.svd(R, full_matrices=False)
-    rounding = torch.finfo(A.dtype).eps * torch.linalg.vector_norm(S)
-    return (Q @ P[:, rounding < S]).mT
+    return (Q @ P[:, _nonzero(S, float(S[0]), A)]).mT
 
 
 def change_directions(A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `thin_svd` without the singular values within the rounding error of the factors.
+    """Return `thin_svd` without the singular values that rounding alone can make.
 
     Raises:
         ConfigurationError: The shapes do not form a product, or the product is zero.
     """
     U, S, Vh = thin_svd(A, B, scaling)
     norms = torch.linalg.vector_norm(A.double()) * torch.linalg.vector_norm(B.double())
-    nonzero = abs(scaling) * torch.finfo(A.dtype).eps * norms < S
+    nonzero = _nonzero(S, abs(scaling) * float(norms), A, B)
     if not nonzero.any():
         raise ConfigurationError(
             "B A is zero, so it has no directions: the adapter was never trained. Pass a trained one."
         )
     return U[:, nonzero], S[nonzero], Vh[nonzero]
+
+
+def _nonzero(S: Tensor, norm: float, *factors: Tensor) -> Tensor:
+    """Return which singular values exceed the errors of this decomposition and of factors computed in float32.
+
+    The bound is the same for factors stored in 16 bits: their spacing is coarser than many trained directions, and
+    the stored numbers are the ones that the model uses.
+
+    Args:
+        S: Singular values, descending, computed in float64.
+        norm: Norm of the numbers in the computation, which exceeds S[0] where they cancel.
+        factors: Matrices whose product has the singular values S.
+    """
+    in_float64 = torch.finfo(torch.float64).eps * max(n for M in factors for n in M.shape)
+    in_factors = torch.finfo(wide_dtype(*factors)).eps
+    return (in_float64 * norm < S) & (in_factors * S[0] < S)
 
 
 def _triangular(M: Tensor) -> Tensor:

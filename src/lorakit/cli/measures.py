@@ -207,7 +207,6 @@ def _diff(config: PairConfig) -> Findings:
     from lorakit.analysis import figures
 
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
-    both = {**found.layers, **{f"{name} (whole)": d for name, d in found.trained.items()}}
     rows = {
         name: {
             "first": one.first,
@@ -216,7 +215,7 @@ def _diff(config: PairConfig) -> Findings:
             "relative": one.relative,
             "angle": one.angle,
         }
-        for name, one in both.items()
+        for name, one in found.changes_and_trained.items()
     }
     lines = []
     if found.layers:
@@ -246,19 +245,19 @@ def _drift(config: DriftConfig) -> Findings:
             limit=config.limit,
             max_length=config.max_length,
             batch_size=config.batch_size,
-            progress=lambda done: show(f"{done} texts"),
+            progress=lambda done: show(f"{done} pieces"),
         )
-    most = sorted(found.texts, key=lambda text: -text.most["kl"])[:5]
+    most = sorted((piece.most for piece in found.pieces), key=lambda most: -most["kl"])[:5]
     rows = {
-        f"...{text.most['context'][-60:]!r}": {
-            "KL": text.most["kl"],
-            "base": repr(text.most["base"]),
-            "adapted": repr(text.most["adapted"]),
+        f"{place}. ...{one['context'][-60:]!r}": {
+            "KL": one["kl"],
+            "base": repr(one["base"]),
+            "adapted": repr(one["adapted"]),
         }
-        for text in most
+        for place, one in enumerate(most, 1)  # equal contexts are different rows
     }
     lines = [
-        f"{found.positions:,} predictions on {len(found.texts):,} texts: KL(base || adapted) {number(found.kl)} nats "
+        f"{found.positions:,} predictions on {found.texts:,} texts: KL(base || adapted) {number(found.kl)} nats "
         f"on average, the most likely token changed in {percentage(found.changed)}.",
         f"Loss on the texts: {number(found.loss_base)} with the base, {number(found.loss_adapted)} with the adapter.",
     ]

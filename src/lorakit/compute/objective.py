@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -269,17 +269,22 @@ def why_not_fused(model: nn.Module) -> str:
         return f"the head is a {type(head).__name__}"
     if foreign_hooks(model) or not output_is_unadapted(head):
         return "the head has an adapter or another hook"
-    if getattr(model.config, "final_logit_softcapping", None):
+    if getattr(_text_config(model), "final_logit_softcapping", None):
         return "the logits are capped"
     return ""
 
 
 def _logit_scale(model: nn.Module) -> float:
     """Return the factor from the head's output to logits, which Granite divides and Cohere multiplies."""
-    config = model.config
+    config = _text_config(model)
     if divisor := getattr(config, "logits_scaling", None):
         return 1 / divisor
-    return getattr(config, "logit_scale", None) or 1.0  # type: ignore[return-value]
+    return getattr(config, "logit_scale", None) or 1.0
+
+
+def _text_config(model: nn.Module) -> Any:
+    """Return the settings of the decoder, which a model of images and text (Gemma 4) keeps in a part of its own."""
+    return model.config.get_text_config()  # type: ignore[operator, union-attr]
 
 
 # Entries of a batch that the model takes; the others are for the loss and for counting tokens.

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lorakit.ops.rows import round_up
-from lorakit.tasks import LanguageExample
+from lorakit.tasks import Example, LanguageExample
 
 ROW_LENGTH = 1024
 """Maximum length of a row in tokens, unless a single tree is longer. The mask grows with its square. Attention under
@@ -76,6 +77,16 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         "target_weights": torch.tensor(weights, dtype=torch.float32),
         "lengths": torch.tensor([len(example) for example in examples]),
     }
+
+
+def shared_once(examples: Sequence[Example]) -> int:
+    """Return the tokens of the examples with each shared prefix counted once, about as many as `pack` computes."""
+    ordered = sorted(example.input_ids for example in examples)
+    count = sum(map(len, ordered))
+    for one, other in pairwise(ordered):
+        pairs = enumerate(zip(one, other, strict=False))
+        count -= next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return count
 
 
 def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:

@@ -87,6 +87,7 @@ def _attention(
         (attention_mask is None and causal and query.shape[2] > 1)
         or (attention_mask is not None and not _is_plain(attention_mask))
         or any(options.get(name) is not None for name in UNSUPPORTED)
+        or value.shape[-1] != query.shape[-1]  # DeepSeek, MiniCPM 3
         or (query.device.type != "cpu" and not flex_serves(query, dropout))
     ):
         return sdpa_attention_forward(

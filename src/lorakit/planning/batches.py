@@ -1,4 +1,4 @@
-"""The largest and the median batch of a run, from its data or from lengths alone."""
+"""The batches of a run, the largest and the median one, from its data or from lengths alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.data import DataTask, RowReader, load_examples, task_of
+from lorakit.data.packing import shared_once
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
 from lorakit.ops.rows import round_up
@@ -27,13 +28,11 @@ ROWS = 2000
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a process that a plan simulates."""
+    """The batches of a run, of which a plan simulates two."""
 
     task: DataTask
-    fullest: list[Example]
-    """Examples of the batch with the most tokens."""
-    middle: list[Example]
-    """Examples of the batch of median size."""
+    batches: list[list[Example]]
+    """Examples of each batch of an epoch."""
     source: str
     """Where the lengths come from, as a phrase."""
     steps: int | None
@@ -45,6 +44,16 @@ class Batches:
     sizes: int = 1
     """Number of different sizes of batches, in tokens rounded up as in packed batches."""
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example]]:
+        """Return the batch with the most tokens and the batch of median size, packed or padded."""
+
+        def size(batch: list[Example]) -> tuple[int, int]:
+            padded = max(map(len, batch)) * len(batch)
+            return shared_once(batch) if packed else padded, sum(map(len, batch))
+
+        ordered = sorted(self.batches, key=size)
+        return ordered[-1], ordered[len(ordered) // 2]
 
 
 def from_data(config: TrainConfig, processes: int = 1) -> Batches:
@@ -69,10 +78,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         train, batch_size=BatchSize(config.batch_size), count=processes, packed=config.packing
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
-    batches = sorted(
-        ([train.examples[i] for i in batch] for share in computed for batch in share),
-        key=lambda batch: (max(map(len, batch)) * len(batch), sum(map(len, batch))),
-    )
+    batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
     whole = train.report.read < limit or config.data.limit == limit
     lengths = sorted(train.lengths)
     source = (
@@ -81,7 +87,6 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     steps = plan.total if whole or config.max_steps else None
     per_step = max(map(len, computed)) if whole else _per_step(config, processes)
-    middle = batches[len(batches) // 2]
     read = sum(train.lengths)  # in as many steps as an epoch of the rows that were read has
     tokens = read // plan.steps_per_epoch
     if not whole:
@@ -89,8 +94,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     sizes = len({round_up(sum(map(len, batch)), PACKED_STEP) for batch in batches})
     return Batches(
         task=task,
-        fullest=batches[-1],
-        middle=middle,
+        batches=batches,
         source=source,
         steps=steps,
         per_step=per_step,
@@ -142,8 +146,7 @@ def from_lengths(
     source += " (as configured)" if length else " (data.max_length, the upper bound)"
     return Batches(
         task=task,
-        fullest=examples,
-        middle=examples,
+        batches=[examples],
         source=source,
         steps=config.max_steps,
         per_step=_per_step(config, processes),

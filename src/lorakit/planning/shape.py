@@ -20,6 +20,7 @@ from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.loading import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
+from lorakit.ops.autocast import no_autocast
 
 _ATEN = torch.ops.aten
 _FILLS = (
@@ -46,14 +47,14 @@ def new_mode() -> FakeTensorMode:
 
 @contextmanager
 def planning(fake: FakeTensorMode) -> Iterator[None]:
-    """Create fake tensors, and run attention with the fused kernel, inside this block.
+    """Create fake tensors inside this block, and replace functions that fake tensors cannot run as real ones do.
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
     """
     with (
         no_collection(),
         fake,
-        mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
+        mock.patch.multiple(F, **_REPLACED),
     ):
         yield
 
@@ -129,15 +130,34 @@ class _DequantisedWeight:
 
 
 _attention = F.scaled_dot_product_attention
+_grouped_products = getattr(F, "grouped_mm", None)
 
 
 def _flash_attention(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Run attention on fake tensors with the flash kernel, which allocates no score matrix."""
-    if not isinstance(query, FakeTensor):  # a real model, in another thread
+    # A real model in another thread, or heads that the flash kernel does not support.
+    if not isinstance(query, FakeTensor) or query.shape[-1] != value.shape[-1]:
         return _attention(query, key, value, *args, **kwargs)
     group = query.shape[-3] // key.shape[-3]
     if group > 1:
         key, value = (x.repeat_interleave(group, -3) for x in (key, value))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Multiply all tokens (n, in) by the first expert's weights: the same work and memory as each by its own expert's.
+
+    The fake kernel of the grouped product supports bfloat16 only, and its work is not counted.
+    """
+    if not isinstance(tokens, FakeTensor):  # a real model, in another thread
+        assert _grouped_products is not None
+        return _grouped_products(tokens, weights, *args, **kwargs)
+    with no_autocast(tokens):
+        return tokens @ weights[0]
+
+
+_REPLACED: dict[str, Any] = {"scaled_dot_product_attention": _flash_attention}
+if _grouped_products is not None:  # since torch 2.10
+    _REPLACED["grouped_mm"] = _one_product

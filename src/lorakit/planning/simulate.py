@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from lorakit.compute.base import check_context, model_head
 from lorakit.compute.batching import collator
-from lorakit.errors import BaseModelError
+from lorakit.errors import BaseModelError, LorakitError
 from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.blocks import blocks_of
@@ -82,7 +83,7 @@ def simulate(
     task = batches.task
     start, fake = config.from_adapter, new_mode()
     method = method_of(config)
-    with planning(fake):
+    with planning(fake), _explained(shape.name):
         head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
@@ -106,10 +107,10 @@ def simulate(
         if computation.faster == "layers":
             make_faster(model)
         autocast = autocast_of(dtype, adapters, model.device)
-    check_context(base, [*batches.fullest, *batches.middle])
-    make = collator(base, packed=computation.packed)
-    fullest, middle = make(batches.fullest), make(batches.middle)
-    with planning(fake), _without_values(shape.name):
+    selected = batches.fullest_and_middle(packed=computation.packed)
+    check_context(base, [*itertools.chain(*selected)])
+    fullest, middle = map(collator(base, packed=computation.packed), selected)
+    with planning(fake), _explained(shape.name):
         step = partial(
             run_step,
             model,
@@ -133,7 +134,7 @@ def simulate(
         adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
-        tokens=sum(map(len, batches.middle)),
+        tokens=sum(map(len, selected[1])),
         batches=batches.per_step,
         rows=rows,
         width=width,
@@ -142,14 +143,23 @@ def simulate(
 
 
 @contextmanager
-def _without_values(name: str) -> Iterator[None]:
-    """Reject a model whose forward pass depends on values: a simulated tensor has a shape only."""
+def _explained(name: str) -> Iterator[None]:
+    """Convert the exceptions of a model that simulated tensors, which have a shape only, cannot run."""
     try:
         yield
+    except LorakitError:
+        raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise BaseModelError(
             f"'{name}' cannot be planned for this task: its forward pass depends on the values of tensors ({error}). "
             "Plan it for another task with --data.task, or train a few steps with --max_steps to measure it."
+        ) from error
+    # Architectures raise almost any exception.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise BaseModelError(
+            f"'{name}' cannot be planned: {type(error).__name__}: {message[:300]}. Train a few steps with --max_steps "
+            "to measure it."
         ) from error
 
 

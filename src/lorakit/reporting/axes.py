@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
+
+from lorakit.formatting import visible
 
 Spec = dict[str, Any]
 
@@ -147,8 +150,7 @@ def row_axis(labels: Sequence[str]) -> Spec:
 
 def _lookup(labels: Sequence[str]) -> str:
     # Rows are numbered and look up their labels: two rows may have the same label.
-    quoted = ("'" + "".join(c for c in label if c not in "'\\\n\r") + "'" for label in labels)
-    return f"[{', '.join(quoted)}][datum.value]"
+    return f"{json.dumps([visible(label) for label in labels])}[datum.value]"
 
 
 def rows_height(count: int) -> int:

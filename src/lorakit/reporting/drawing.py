@@ -14,6 +14,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import visible
 from lorakit.reporting.axes import FONT_SIZE, GRID, INK, MUTED, OUTER, Spec
 from lorakit.reporting.charts import SERIES, Chart, Figure
 
@@ -113,7 +114,7 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     suffix = require_format(path)
     vl_convert = require_drawing()
-    spec = _joined(figure)
+    spec = _drawable(_joined(figure))
     if suffix == ".png":
         content = vl_convert.vegalite_to_png(spec, scale=SCALE)
     elif suffix == ".svg":
@@ -133,7 +134,7 @@ def inline_svg(chart: Chart, number: int) -> str:
     spec = {**_titled(chart), "config": _CONFIG, "background": None, "padding": _PADDING}
     if not chart.fixed:
         spec |= {"width": OUTER, "autosize": {"type": "fit-x", "contains": "padding"}}
-    svg: str = require_drawing().vegalite_to_svg(spec)
+    svg: str = require_drawing().vegalite_to_svg(_drawable(spec))
     head, body = re.fullmatch(r"\s*(<svg\b[^>]*>)(.*)", svg, re.DOTALL).groups()  # type: ignore[union-attr]
     size = re.search(r'width="([\d.]+)" height="([\d.]+)"', head)
     assert size is not None
@@ -153,7 +154,7 @@ def inline_svg(chart: Chart, number: int) -> str:
         )
     body = re.sub(r' (d|transform)="[^"]*"', _rounded, body)
     return (
-        f'<svg class="chart" role="img" aria-label="{html.escape(chart.alt)}" tabindex="0" '
+        f'<svg class="chart" role="img" aria-label="{html.escape(visible(chart.alt))}" tabindex="0" '
         # One scale for all charts of a page, so that their type has one size.
         f'viewBox="0 0 {width} {height}" style="width:{width / OUTER:.2%};max-width:{1.15 * width:.0f}px">{body}'
     )
@@ -167,6 +168,15 @@ def _hexadecimal(match: re.Match[str]) -> str:
 def _rounded(match: re.Match[str]) -> str:
     """Cut coordinates to two decimals, which is far below what is visible."""
     return re.sub(r"(\.\d\d)\d+", r"\1", match[0])
+
+
+def _drawable(spec: Any) -> Any:
+    """Return a chart with `visible` texts: vl-convert ends the process at a character that XML cannot hold."""
+    if isinstance(spec, str):
+        return visible(spec)
+    if isinstance(spec, dict):
+        return {key: _drawable(value) for key, value in spec.items()}
+    return [_drawable(value) for value in spec] if isinstance(spec, (list, tuple)) else spec
 
 
 def _titled(chart: Chart) -> Spec:

@@ -26,6 +26,7 @@ from lorakit.reporting.page import (
 )
 from lorakit.reporting.run_settings import yaml_text
 from lorakit.reporting.texts import Piece, compared, plain
+from lorakit.training.setup import spread
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
@@ -92,8 +93,7 @@ def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:
 def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     if not outputs:
         return []
-    step = max(1, len(outputs) // SHOWN_SAMPLES)
-    selected = outputs[::step][:SHOWN_SAMPLES]
+    selected = spread(outputs, SHOWN_SAMPLES)
     labelled = "label" in outputs[0]
     classes = labelled and all(isinstance(record["output"], int) for record in outputs)
     blocks: list[Block] = _confusion(outputs) if labelled else []
