@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
         unused=options_of_other_methods,
     )
     from lorakit.cli.report import write_run_report
-    from lorakit.formatting import duration, number, size
+    from lorakit.formatting import number
     from lorakit.reporting.run_record import read_run
     from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
@@ -45,12 +45,7 @@ def run(argv: Sequence[str]) -> None:
     processes = started_processes()
     if not processes.is_first:
         return
-    early = ", stopped early" if result.stopped_early else ""
-    print(
-        f"\n{result.steps:,} steps in {duration(result.seconds)} ({result.tokens:,} tokens, "
-        f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
-        f"{size(result.peak_memory)}{early}"
-    )
+    print(f"\n{_summary(result)}")
     planned_line, predicted = _planned(config, result, processes.count)
     print(planned_line)
     record = read_run(result.folder)
@@ -68,6 +63,22 @@ def run(argv: Sequence[str]) -> None:
         print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
     print("next     " + "\n         ".join(_next(config, result, record.provenance)))
+
+
+def _summary(result: RunResult) -> str:
+    """Return the steps, the tokens, the time and the memory of a run on one line."""
+    from lorakit.formatting import counted, duration, percentage, size
+
+    packed = ""
+    if 0 < result.computed_tokens < result.tokens:  # 0 in records of runs that did not count them
+        saved = percentage(result.tokens - result.computed_tokens, result.tokens)
+        packed = f", {saved} of them saved by packing"
+    speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second"
+    early = ", stopped early" if result.stopped_early else ""
+    return (
+        f"{counted(result.steps, 'step')} in {duration(result.seconds)} ({result.tokens:,} tokens{packed}, {speed}), "
+        f"peak memory {size(result.peak_memory)}{early}"
+    )
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
