@@ -88,6 +88,22 @@ def test_the_summary_says_what_packing_saves(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    assert status == 0
+    assert out.startswith(f"--resume: no run in {tmp_path / 'run'}, so this is a new one\n")
+    assert "nothing was trained" not in out
+    _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    longer = "run was finished, so nothing was trained; a higher --max_steps makes it longer\n"
+    assert out.startswith(longer)
+    status, _, err = call(capsys, *train(folder, Path("run"), "--resume", "--epochs", "9"))
+    assert status == 1
+    assert "epochs was 3.0 and is 9.0" in err
+    assert "--resume; a higher --max_steps makes it longer)" in err
+
+
+@pytest.mark.slow
 def test_a_short_run_names_the_options_for_more_steps(
     capsys, folder, tmp_path, monkeypatch
 ) -> None:

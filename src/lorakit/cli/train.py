@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.methods_in_files import options_of_other_methods
@@ -40,11 +41,18 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.reporting.run_record import read_run
     from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
+    from lorakit.training.run_folder import CONFIG
 
-    result = train(config)
     processes = started_processes()
+    finished = _finished(config)
+    if config.resume and processes.is_first and not Path(config.output, CONFIG).exists():
+        print(f"--resume: no run in {Path(config.output).resolve()}, so this is a new one")
+    result = train(config)
     if not processes.is_first:
         return
+    if finished is not None and finished == _finished(config):
+        longer = "" if result.stopped_early else "; a higher --max_steps makes it longer"
+        print(f"{config.output} was finished, so nothing was trained{longer}")
     print(f"\n{_summary(result)}")
     planned_line, predicted = _planned(config, result, processes.count)
     print(planned_line)
@@ -63,6 +71,14 @@ def run(argv: Sequence[str]) -> None:
         print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
     print("next     " + "\n         ".join(_next(config, result, record.provenance)))
+
+
+def _finished(config: TrainConfig) -> int | None:
+    """Return when the run in the output folder was finished; None if it is not."""
+    from lorakit.training.run_folder import RESULT
+
+    result = Path(config.output, RESULT)
+    return result.stat().st_mtime_ns if result.exists() else None
 
 
 def _summary(result: RunResult) -> str:
