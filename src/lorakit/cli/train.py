@@ -121,14 +121,15 @@ def _planned(
     except Exception as error:  # a failed prediction must not fail a finished run
         return f"planned  no prediction: {' '.join(str(error).split())}", None
     tokens = prediction.tokens / prediction.chosen.seconds
+    peak = prediction.peak(prediction.chosen)
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {size(prediction.process_peak)} "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {size(peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {
         "seconds": prediction.chosen.seconds * result.steps,
         "tokens_per_second": tokens,
-        "peak_memory": prediction.process_peak,
+        "peak_memory": peak,
         "adapter_bytes": prediction.chosen.file_bytes,
     }
 
