@@ -75,6 +75,12 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_report_is_an_html_file(capsys) -> None:
+    status, _, err = call(capsys, "report", "run", "--output", "comparison")
+    assert status == 1
+    assert "output is 'comparison'; it must be a file name that ends in .html." in err
+
+
 def test_the_summary_says_what_packing_saves(tmp_path) -> None:
     result = RunResult(
         **{"folder": tmp_path, "steps": 1, "stopped_early": False, "train_loss": 1.0},
