@@ -86,7 +86,8 @@ def measure(
         )
         record: dict[str, Any] = {"blocks": blocks, "resident": resident}
         if blocks is None:  # a plan is for the whole model
-            record["planned"] = plan(config, compare=False).process_peak
+            planned = plan(config, compare=False)
+            record["planned"] = planned.peak(planned.chosen)
 
         def after_update(*_: Any) -> None:
             resident.append(process.memory_info().rss)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorakit.cli.config_files import read_options
 from lorakit.cli.parsing import _read_text
 from lorakit.errors import ConfigurationError, RunFolderError
-from lorakit.storage.yaml_files import MAX_BYTES, MAX_NODES, dump_yaml, parse_yaml
+from lorakit.storage.yaml_files import MAX_BYTES, MAX_NODES, dump_yaml, parse_yaml, read_yaml
 from lorakit.training.config import TrainConfig
 from lorakit.training.run_folder import read_settings
 
@@ -99,6 +99,13 @@ def test_anchors_merges_and_a_byte_order_mark_are_read():
     assert parse_yaml(text) == {"one": {"deep": {"a": a}}, "two": {"x": 2, "y": 3}, "three": [a, a]}
     first = "a: {<<: [{rank: 1}, {rank: 2, alpha: 2}], alpha: 3}"  # the first mapping wins
     assert parse_yaml(first) == {"a": {"rank": 1, "alpha": 3}}
+
+
+def test_an_invalid_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base:\n  name: chat\n  - x\n")
+    with pytest.raises(yaml.YAMLError, match=rf'in "{path}", line 3, column 3'):
+        read_yaml(path)
 
 
 @given(st.text(alphabet="ab01:-[]{}&*!?|>'\"#%@,.~<\n \t\0\ufeff\ud800", max_size=40))

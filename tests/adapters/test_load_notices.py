@@ -1,6 +1,7 @@
 """`load` logs a warning for each difference that is not an error."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -8,7 +9,7 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
-from lorakit.errors import WrongBaseError
+from lorakit.errors import AdapterStateError, WrongBaseError
 
 
 @pytest.fixture
@@ -61,3 +62,17 @@ def test_the_decision_for_another_base_is_logged(folder, caplog):
         other.model.layers[0].mlp.up_proj.weight.add_(1)
     lorakit.load(other, folder, allow_other_base=True)
     assert any("allow_other_base" in message for message in messages(caplog))
+
+
+def test_adapters_of_runs_have_the_names_of_the_runs(tmp_path: Path) -> None:
+    attached = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2), name="a")
+    for folder in ("first/adapter", "second/adapter", "train/adapter", "v1.5"):
+        attached.save(tmp_path / folder)
+    model = tiny_models.build("llama")
+    for folder in ("first/adapter", "second/adapter", "train/adapter", "v1.5"):
+        handle = lorakit.load(model, tmp_path / folder)
+    assert handle.names == ("first", "second", "train_adapter", "v1_5")
+    with pytest.raises(
+        AdapterStateError, match=r"named 'first'\. .* \(name='first-2'\), or remove"
+    ):
+        lorakit.load(model, tmp_path / "first" / "adapter")

@@ -188,7 +188,7 @@ def test_an_adapter_for_labels_is_refused_before_the_base_is_loaded(
 
 def test_an_adapter_on_the_base_it_is_merged_into_is_refused(folder, chat, tmp_path) -> None:
     base = lorakit.load_base(folder / "base", dtype="float32")
-    lorakit.load(base.model, folder / "first" / "adapter").merge("adapter", keep_base=False)
+    lorakit.load(base.model, folder / "first" / "adapter").merge("first", keep_base=False)
     base.model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     on_merged = ("--base.name", str(tmp_path))

@@ -29,7 +29,8 @@ def test_the_short_help_of_training(capsys) -> None:
     headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings == ["model:", "data:", "method:", "training:", "output:"]
     usages = [line for line in text.splitlines() if "usage: " in line]
-    assert usages == ["usage: lorakit train --base.name NAME --output OUTPUT [--option VALUE ...]"]
+    needed = "--base.name NAME --output OUTPUT --data.train TRAIN"
+    assert usages == [f"usage: lorakit train {needed} [--option VALUE ...]"]
     assert len(text.splitlines()) < 60
 
 
@@ -44,6 +45,39 @@ def test_no_help_is_longer_than_a_page(command: str, capsys) -> None:
     assert len(text.splitlines()) < 75
     assert text.count("usage:") == 1
     assert "Usage" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        ("compress", ["--adapter", "--output", "--rank", "--energy"]),
+        ("combine", ["--adapters", "--rank", "--energy", "--weights", "--how", "--density"]),
+        ("extract", ["--tuned", "--output", "--rank", "--energy", "--targets", "--train_modules"]),
+        ("convert", ["--adapter", "--output", "--to"]),
+    ],
+)
+def test_the_commands_own_options_come_first(command: str, own: list[str], capsys) -> None:
+    text = help_of(capsys, command, "--help")
+    assert flags(text)[: len(own)] == own
+    assert ("set this or energy" in text) == (command in ("compress", "extract"))
+
+
+@pytest.mark.parametrize("width", [80, 40])
+@pytest.mark.parametrize("argv", [["train", "--help"], ["compress", "--help", "all"]])
+def test_help_fits_the_terminal(argv: list[str], width: int, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = help_of(capsys, *argv).splitlines()
+    assert max(len(line) for line in lines if " " in line.strip()) <= width
+
+
+def test_the_list_of_commands_fits_the_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_help_of_a_command_in_both_orders(capsys) -> None:
+    assert help_of(capsys, "help", "compress") == help_of(capsys, "compress", "--help")
 
 
 CODE = """

@@ -18,6 +18,7 @@ from sample_adapters import dense_parts, layers, stored
 import lorakit
 from lorakit.cli import main
 from lorakit.cli.inspect import describe
+from lorakit.methods import method
 
 
 @pytest.mark.parametrize("name", layers())
@@ -43,14 +44,44 @@ def test_names_from_a_file_are_no_markup(tmp_path: Path, capsys) -> None:
 def test_only_what_the_adapter_has_is_printed(tmp_path: Path, capsys) -> None:
     adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2), name="a")
     config = {"method": "lora", "lora": {"rank": 2}, "bottleneck": {"kind": "houlsby"}}
+    config |= {"epochs": 3.0, "max_steps": None, "optimizer": {"learning_rate": 5e-4}}
     recorded = {"config": config, "labels": [], "encoding": None, "scores": {"loss": 1.23456}}
     adapters.save(tmp_path / "a", provenance=recorded)
     assert main(["inspect", str(tmp_path / "a")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "LoRA(rank=2)"
-    assert 'config: {"lora": {"rank": 2}, "method": "lora"}' in lines
+    assert lines[0] == "LoRA(rank=2, alpha=16.0, targets=('attention.qv',))"
+    assert "config: epochs 3, optimizer.learning_rate 0.0005 (all settings: --json)" in lines
     assert "scores: loss 1.235" in lines
     shown = "\n".join(lines)
     assert not [
         word for word in ("dora", "bias", "bottleneck", "labels", "encoding") if word in shown
     ]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "shown", "changed"),
+    [
+        (lorakit.LoRA(), "LoRA(rank=8, alpha=16.0, targets=('attention.qv',))", "LoRA()"),
+        (
+            lorakit.LoRA(dora=True),
+            "LoRA(rank=8, alpha=16.0, targets=('attention.qv',), dora=True)",
+            "LoRA(dora=True)",
+        ),
+        (lorakit.PrefixLayer(), "PrefixLayer(prefix_length=8, infix_length=0)", "PrefixLayer()"),
+        (
+            lorakit.BottleneckAdapter(),
+            "BottleneckAdapter(kind='houlsby', size=64)",
+            "BottleneckAdapter()",
+        ),
+        (lorakit.BitFit(), "BitFit()", "BitFit()"),
+        (
+            lorakit.Combined(methods=(lorakit.LoRA(rank=4), lorakit.BitFit())),
+            "Combined(methods=(LoRA(rank=4, alpha=16.0, targets=('attention.qv',)), BitFit()))",
+            "Combined(methods=(LoRA(rank=4), BitFit()))",
+        ),
+    ],
+)
+def test_the_main_settings_are_always_shown(adapter, shown: str, changed: str) -> None:
+    assert method.describe(adapter) == shown
+    # A resumed run compares this text: it has the settings that differ from the defaults alone.
+    assert method.describe(adapter, main=False) == changed

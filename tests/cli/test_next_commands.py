@@ -46,6 +46,8 @@ def test_the_commands_fit_the_task_and_the_method(task: str) -> None:
         assert {line.split()[1] for line in commands} == FITTING[task] - without
         outputs = [shlex.split(line)[-1] for line in commands if "--output" in line]
         assert all(output.startswith("out/a b-") for output in outputs)
+        quoted = [line.rpartition(" --output ")[2] for line in commands if "--output" in line]
+        assert all(output.startswith("'out/a b-") and output[-1] == "'" for output in quoted)
 
 
 def test_merging_with_the_file_of_a_run_names_an_output(tmp_path, monkeypatch, capsys) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from lorakit import storage
 from lorakit.cli import COMMANDS, main
 from lorakit.cli.combine import CombineConfig
 from lorakit.cli.demo import DemoConfig
@@ -16,8 +18,10 @@ from lorakit.cli.merge import MergeConfig
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.options import options_of
 from lorakit.cli.parsing import parse
+from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.training.config import TrainConfig
 
@@ -73,6 +77,15 @@ def test_evaluation_skips_the_output_of_the_training_run(shared, capsys) -> None
     notes = capsys.readouterr().err
     skipped = "output, method, batch_size, lora, optimizer"
     assert notes == f"note: {shared}: lorakit evaluate skips {skipped} (of other commands).\n"
+
+
+def test_a_note_names_the_first_of_many_skipped_options(tmp_path, capsys) -> None:
+    whole = TrainConfig(base=BaseConfig(name="b"), data=DataConfig(train="d"), output="out")
+    file = tmp_path / "config.yaml"
+    file.write_text(storage.dump_yaml(whole.as_dict()))
+    parse(GenerateConfig, "generate", "Generate.", ["--config", str(file), "--prompt", "x"])
+    (note,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"skips (\w[\w.]*, ){9}\w[\w.]* and \d+ more \(of other commands\)\.$", note)
 
 
 def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:

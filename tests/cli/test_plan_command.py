@@ -42,6 +42,7 @@ def test_prints_every_part(base, capsys):
     for part in (
         *("trained parameters", "saved file", "time per step", "peak memory"),
         *("base", "adapter", "gradients", "optimizer", "activations", "logits", "temporary"),
+        *("in a step", "interpreter", "Loading the base briefly needs"),
         *("FullFineTuning", "a machine of tests", "32 tokens per example, 16 of them targets"),
     ):
         assert part in shown
@@ -150,7 +151,10 @@ def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     data = tiny_runs.write_rows(tmp_path / "train.jsonl", tiny_runs.pairs(16))
     arguments = ["train", "--base.name", base, "--data.train", data, "--max_steps", "1"]
     assert main([*arguments, "--output", str(tmp_path / "first")]) == 0
-    assert "planned" in capsys.readouterr().out
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("planned")]
+    assert main(["plan", *arguments[1:]]) == 0
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("peak memory")]
+    assert " ".join(row.split()[:4]) in line  # of plan and of train: peak memory 398 MB
     # A failed prediction does not fail a finished run.
     monkeypatch.setattr("lorakit.planning.planner.simulate", lambda *_, **__: 1 / 0)
     assert main([*arguments, "--output", str(tmp_path / "second")]) == 0

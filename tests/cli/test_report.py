@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,12 +13,14 @@ import pytest
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
+from lorakit.cli.train import _summary
 from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.models.base_config import BaseConfig
 from lorakit.reporting.evaluation_report import evaluation_page
 from lorakit.training import environment, validation
+from lorakit.training.run_folder import RunResult
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
@@ -65,6 +68,7 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
     assert status == 0
     assert f"report   {tmp_path / 'run' / 'report.html'}" in out
+    assert "\n2 steps in " in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h1>run</h1>" in page
     predicted = json.loads((tmp_path / "run" / "prediction.json").read_text())
@@ -73,6 +77,40 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     # A new run in the same folder replaces the old report.
     assert main(train(folder, tmp_path / "run", "--overwrite", "true", "--seed", "5")) == 0
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_report_is_an_html_file(capsys) -> None:
+    status, _, err = call(capsys, "report", "run", "--output", "comparison")
+    assert status == 1
+    assert "output is 'comparison'; it must be a file name that ends in .html." in err
+
+
+def test_the_summary_says_what_packing_saves(tmp_path) -> None:
+    result = RunResult(
+        **{"folder": tmp_path, "steps": 1, "stopped_early": False, "train_loss": 1.0},
+        **{"best_step": None, "tokens": 2000, "computed_tokens": 1260, "seconds": 2.0},
+        peak_memory=449 * 10**6,
+    )
+    expected = "1 step in 2s (2,000 tokens, 37.0 % of them saved by packing, 1,000 a second), "
+    assert _summary(result) == f"{expected}peak memory 449 MB"
+    padded = dataclasses.replace(result, steps=2, computed_tokens=2500)
+    assert _summary(padded) == "2 steps in 2s (2,000 tokens, 1,000 a second), peak memory 449 MB"
+
+
+@pytest.mark.slow
+def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    assert status == 0
+    assert out.startswith(f"--resume: no run in {tmp_path / 'run'}, so this is a new one\n")
+    assert "nothing was trained" not in out
+    _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    longer = "run was finished, so nothing was trained; a higher --max_steps makes it longer\n"
+    assert out.startswith(longer)
+    status, _, err = call(capsys, *train(folder, Path("run"), "--resume", "--epochs", "9"))
+    assert status == 1
+    assert "epochs was 3.0 and is 9.0" in err
+    assert "--resume; a higher --max_steps makes it longer)" in err
 
 
 @pytest.mark.slow

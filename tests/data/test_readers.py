@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -190,6 +191,16 @@ def test_a_truncated_gzip_file_is_named(tmp_path):
         read(path, whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"data\.jsonl\.gz: cannot be read \(Not a gzipped file"):
         read(path, as_jsonl(ROWS))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read(tmp_path / "train.jsonl", as_jsonl(ROWS))
+    message = (
+        r"trian\.jsonl: cannot be read \(there is no such file\)\. Did you mean 'train\.jsonl'\?$"
+    )
+    with pytest.raises(DataError, match=message):
+        read(Path("trian.jsonl"))
 
 
 def test_a_broken_parquet_file_is_named(tmp_path):

@@ -269,6 +269,7 @@ def test_the_parts_add_up_to_the_total(base, tmp_path):
         parts = dict(record[name]["memory"])
         assert parts.pop("total") == sum(parts.values())
         assert parts["software"] == 1000
+        assert record[name]["peak"] == max(record["loading"], sum(parts.values()))
     step_parts = ("activations", "gradients", "logits", "temporary")
     memory = planned.chosen.memory
     assert memory.allocator == pytest.approx(

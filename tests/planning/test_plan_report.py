@@ -61,15 +61,16 @@ def test_the_page_shows_the_numbers_of_the_plan(planned, config):
             share=0.5,
             file_bytes=4936,
             seconds=0.25,
-            memory=Memory(**dict(zip(PARTS, range(10, 100, 10), strict=True))),
+            memory=Memory(**dict(zip(PARTS, range(10, 110, 10), strict=True))),
         ),
+        loading=0,
         tokens=500,
         steps=100,
     )
     page = plan_page(made, config, command="lorakit plan --length 64")
     shown = tables(page)
     columns = list(zip(*shown["Part"].values(), strict=True))
-    assert columns[0] == (*(f"{10 * n} bytes" for n in range(1, 10)), "450 bytes")
+    assert columns[0] == (*(f"{10 * n} bytes" for n in range(1, 11)), "550 bytes")
     assert shown["Time"] == {
         "A step": ["250 ms", shown["Time"]["A step"][1]],
         "Tokens a second": [2000, shown["Time"]["Tokens a second"][1]],
@@ -77,13 +78,13 @@ def test_the_page_shows_the_numbers_of_the_plan(planned, config):
     }
     assert [row[0] for row in shown["Quantity"].values()] == ["1,234", "50.0 %", "4,936"]
     assert page.summary[1:3] == [
-        "Its peak memory is 450 bytes. A step of 500 tokens takes 250 ms.",
+        "Its peak memory is 550 bytes. A step of 500 tokens takes 250 ms.",
         "The run's 100 steps take 25s without evaluation.",
     ]
-    full = made.full.memory.total / 450
+    full = made.full.memory.total / 550
     assert f"{full:.1f} times as much" in page.summary[3]
     assert (
-        "LoRA 450 bytes (base 10 bytes, trained parameters 20 bytes, gradients, optimizer 70"
+        "LoRA 550 bytes (base 10 bytes, trained parameters 20 bytes, gradients, optimizer 70"
         in (memory_figure(made).charts[0].alt)
     )
 
@@ -127,6 +128,7 @@ def test_the_page_says_why_full_fine_tuning_is_missing(planned, config):
 def test_the_summary_warns_if_loading_needs_more_memory(planned, config):
     page = plan_page(dataclasses.replace(planned, loading=10**12), config, command="")
     assert page.summary[-1] == ("Loading the base briefly needs more memory than training: 1 TB.")
+    assert page.summary[1].startswith("Its peak memory is 1 TB.")
 
 
 @pytest.mark.slow

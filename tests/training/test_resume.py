@@ -8,11 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
+from rich.console import Console
 from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
@@ -22,7 +24,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models import dtype_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtype_choice import DtypeChoice
-from lorakit.training import checkpoint, validation
+from lorakit.training import checkpoint, progress, validation
 from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
@@ -194,11 +196,13 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(optimizer_steps, "clip_gradients", signalling)
+        # A terminal with a live line, on which the command stays on one line.
+        patch.setattr(progress, "Console", partial(Console, force_terminal=True, width=40))
         with pytest.raises(error) as raised:
             train(config)
     assert signal.getsignal(number) == before
     command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume"
-    assert f"Stopped at step 5. Resume with: {command}" in capsys.readouterr().err
+    assert f"Stopped at step 5. Resume with:\n{command}\n" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert raised.value.code == 75
     assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5

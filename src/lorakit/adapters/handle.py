@@ -50,6 +50,11 @@ _LOG = logging.getLogger(__name__)
 _HANDLE = "_lorakit_adapters"
 
 
+def is_attribute(name: str) -> bool:
+    """Return whether the module that holds a layer's adapters has an attribute of this name, such as "train"."""
+    return hasattr(LayerAdapters(Activation(), RowLayout("")), name)
+
+
 class Adapters:
     """All adapters of one model, by name. `attach` and `load` return one handle for each model.
 
@@ -377,13 +382,15 @@ class Adapters:
             raise ConfigurationError(
                 f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
             )
-        if hasattr(LayerAdapters(self._activation, RowLayout("")), name):
+        if is_attribute(name):
             raise ConfigurationError(
-                f"'{name}' is an attribute of PyTorch's modules or of lorakit's. Choose another name."
+                f"'{name}' is an attribute of PyTorch's modules or of lorakit's. Choose another name "
+                f"(name='my_{name}')."
             )
         if name in self._installed:
             raise AdapterStateError(
-                f"The model already has an adapter named '{name}'. Choose another name, or remove('{name}') first."
+                f"The model already has an adapter named '{name}'. Choose another name (name='{name}-2'), or "
+                f"remove('{name}') first."
             )
 
     @contextlib.contextmanager

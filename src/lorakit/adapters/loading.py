@@ -19,7 +19,7 @@ from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.handle import Adapters
+from lorakit.adapters.handle import Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
@@ -52,7 +52,7 @@ def load(
     Args:
         model: The base the adapter was made for.
         path: A folder of lorakit or PEFT, or a loralib file.
-        name: Its name on this model; None uses the folder's name.
+        name: Its name on this model; None uses the folder's name, and for RUN/adapter the run's.
         allow_other_base: Load the adapter even if the file records another base, and log a warning.
         alpha: Alpha of a loralib file, which does not record it.
         trainable: Whether its tensors require a gradient, to continue training.
@@ -89,13 +89,23 @@ def load_stored(
 ) -> Adapters:
     """Load an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
     if not name:
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path).resolve().stem).strip("_-") or "adapter"
+        name = default_name(path)
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
     digest = None if tokenizer is None else tokenizer_digest(tokenizer)
     check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
     return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
+
+
+def default_name(path: str | Path) -> str:
+    """Return the name of an adapter that the user does not name: its folder's, and for RUN/adapter the run's."""
+    path = Path(path).resolve()
+    word = path.stem if path.is_file() else path.name
+    if word == "adapter" and path.is_dir():
+        word = path.parent.name
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-") or "adapter"
+    return f"{name}_adapter" if is_attribute(name) else name
 
 
 def put_on(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint (`lorakit.training.interruption.EXIT_TO_RESUME`), 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) == 2 and arguments[0] == "help" and arguments[1] in COMMANDS:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -106,13 +110,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return f"""lorakit {__version__}: low-rank adaptation of large language models
-
-usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]
-
-{commands}
-
-A YAML file can set every option except --recipe, under the same name; one file can serve all commands.
-'lorakit COMMAND --help' shows the options that matter, '--help all' the others too. Start with 'lorakit demo'."""
+    column = max(map(len, COMMANDS)) + 4
+    width = max(shutil.get_terminal_size((120, 24)).columns, 2 * column)
+    commands = [
+        textwrap.fill(
+            text, width, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column
+        )
+        for name, text in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            f"lorakit {__version__}: low-rank adaptation of large language models",
+            "",
+            "usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]",
+            "",
+            *commands,
+            "",
+            textwrap.fill(
+                "A YAML file can set every option except --recipe, under the same name; one file can serve all "
+                "commands. 'lorakit COMMAND --help' shows the options that matter, '--help all' the others too. Start "
+                "with 'lorakit demo'.",
+                min(width, 120),
+            ),
+        ]
+    )

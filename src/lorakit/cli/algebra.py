@@ -28,11 +28,10 @@ class ResultConfig(ScoringConfig):
     json: bool = False
     """Print JSON."""
     rank: int | None = None
-    """Largest rank of every layer of the result. compress and extract need rank or energy; combine without them keeps
-    the sum of the ranks."""
+    """Largest rank of every layer of the result; set this or energy."""
     energy: float | None = None
-    """Choose for every layer the rank that keeps this fraction of its squared norm (extract: of its squared
-    difference), for example 0.95."""
+    """Choose for every layer the rank that keeps this fraction of its squared norm, for example 0.95; set this or
+    rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class OfAdaptersConfig(ResultConfig):
     base: BaseConfig | None = None
     """The base model to score on. Default: the base recorded in the adapters."""
     allow_other_base: bool = False
-    """Allow scoring on a base that the adapters do not record; for combine also adapters of different bases."""
+    """Allow scoring on a base that the adapters do not record."""
 
 
 def finish(

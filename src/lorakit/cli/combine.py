@@ -24,6 +24,12 @@ class CombineConfig(OfAdaptersConfig):
     """For ties and dare: the fraction of entries to keep."""
     seed: int = 0
     """Seed for the entries that dare drops."""
+    rank: int | None = None
+    """Largest rank of every layer of the result; by default the sum of the ranks."""
+    energy: float | None = None
+    """Choose for every layer the rank that keeps this fraction of its squared norm, for example 0.95."""
+    allow_other_base: bool = False
+    """Allow adapters of different bases, and scoring on a base that the adapters do not record."""
 
 
 CONFIGS = (CombineConfig,)

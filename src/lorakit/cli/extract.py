@@ -22,6 +22,9 @@ class ExtractConfig(ResultConfig):
     """Layers to factorise: roles (attention.qv, all-linear), names or regular expressions."""
     train_modules: list[str] = field(default_factory=list)
     """Modules to copy in full from the fine-tuned model (name suffixes), such as a new head."""
+    energy: float | None = None
+    """Choose for every layer the rank that keeps this fraction of its squared difference, for example 0.95; set this or
+    rank."""
 
 
 CONFIGS = (ExtractConfig,)

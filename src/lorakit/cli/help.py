@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 from dataclasses import MISSING
 from typing import Any, Literal, get_args, get_origin
@@ -11,10 +12,14 @@ from lorakit.cli.options import Option, missing_options, options_of
 from lorakit.configuration import YAML, type_name
 
 WIDTH, COLUMN = 100, 30
+"""The widest line, and the column of the texts: of a terminal below 70 columns they stand under the options."""
 
 GROUPS = {
     "model": ("base", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
-    "data": ("data", "split", "tasks", "text", "prompt", "file"),
+    "data": (
+        *("data", "split", "tasks", "text", "prompt", "file", "chat", "raw", "system"),
+        *("scores", "limit"),
+    ),
     "method": (
         *("method", "method_settings", "methods", "from_adapter", "lora", "full", "bitfit"),
         *("bottleneck", "prefix_embedding", "prefix_layer"),
@@ -30,7 +35,7 @@ GROUPS = {
         *("figures", "keep_weights", "dry_run"),
     ),
 }
-"""Headings, and the options and sections under each. Others come under "options"."""
+"""Headings, and the options and sections under each. Others are the command's own, which come first."""
 
 MAIN = (
     *("base.name", "base.dtype", "data.train", "data.validation", "data.max_length"),
@@ -94,9 +99,13 @@ def show_help(
     required = missing_options(config_class, {})
     print(_usage(options, command, positional, required))
     print()
-    print(textwrap.fill(text, WIDTH))
-    for heading in (*GROUPS, "options"):
-        members = [option for option in shown.values() if _group(option.name) == heading]
+    print(textwrap.fill(text, line_width()))
+    groups: dict[str, list[Option]] = {heading: [] for heading in ("options", *GROUPS)}
+    for name in (*positional, *shown):
+        heading = "options" if name in positional else _group(name)
+        if name in shown and shown[name] not in groups[heading]:
+            groups[heading].append(shown[name])
+    for heading, members in groups.items():
         if members:
             print(f"\n{heading}:")
             for option in members:
@@ -130,15 +139,23 @@ def _usage(
     for name in required:
         if name not in positional:
             words.append(f"--{name} {name.rpartition('.')[2].upper()}")
-    return " ".join([*words, "[--option VALUE ...]"])
+    words += ["--data.train TRAIN"] if command == "train" else []  # or data.task
+    usage = " ".join([*words, "[--option VALUE ...]"])
+    return textwrap.fill(usage, line_width(), subsequent_indent="    ", break_on_hyphens=False)
+
+
+def line_width() -> int:
+    """Return the width of the terminal, at most `WIDTH`."""
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def _entry(flag: str, text: str) -> str:
-    lines = textwrap.wrap(text, WIDTH - COLUMN) or [""]
-    if len(flag) > COLUMN - 4:
+    column = COLUMN if line_width() >= 70 else 6
+    lines = textwrap.wrap(text, max(line_width() - column, 20)) or [""]
+    if len(flag) > column - 4:
         lines = ["", *lines]
     first, *rest = lines
-    return "\n".join([f"  {flag:<{COLUMN - 2}}{first}".rstrip(), *(" " * COLUMN + r for r in rest)])
+    return "\n".join([f"  {flag:<{column - 2}}{first}".rstrip(), *(" " * column + r for r in rest)])
 
 
 def _description(option: Option, *, required: bool, brief: bool) -> str:

@@ -33,6 +33,9 @@ class InspectConfig:
 
 CONFIGS = (InspectConfig,)
 
+OF_A_RUN = ("max_steps", "epochs", "batch_size", "accumulation", "optimizer.learning_rate")
+"""Settings of the run that are printed; `--json` has all."""
+
 
 def run(argv: Sequence[str]) -> None:
     """Read the adapter's files and print their contents, without the base."""
@@ -46,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit.adapters import formats
     from lorakit.cli.console import console, print_json
-    from lorakit.methods.method import describe as changed_settings
+    from lorakit.methods.method import describe as described_method
     from lorakit.methods.registry import use_method
 
     if config.method is not None:
@@ -59,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
     if config.json:
         print_json(facts)
     else:
-        _print(console(), changed_settings(stored.method), facts, config.layers)
+        _print(console(), described_method(stored.method), facts, config.layers)
 
 
 def describe(stored: StoredAdapter) -> dict[str, Any]:
@@ -137,13 +140,15 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
 def _recorded(key: str, value: Any) -> str:
     """Return a record of the provenance on one line; "" if it is empty."""
     from lorakit.formatting import number
-    from lorakit.methods.registry import unused_sections
+    from lorakit.reporting.run_settings import setting, setting_text
 
     if value in (None, [], {}):
         return ""
     if key == "config" and isinstance(value, dict):
-        unused = unused_sections(str(value.get("method")))
-        value = {name: setting for name, setting in value.items() if name not in unused}
+        settings = [
+            f"{n} {setting_text(v)}" for n in OF_A_RUN if (v := setting(value, n)) is not None
+        ]
+        return f"{', '.join(settings)} (all settings: --json)".strip()
     if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
         return ", ".join(f"{name} {number(one)}" for name, one in value.items())
     return number(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 USES = {
     "text": "lorakit generate {adapter} --prompt TEXT",
-    "labels": "lorakit predict {adapter} --data.test NEW.csv --output {run}-predictions.jsonl",
+    "labels": "lorakit predict {adapter} --data.test NEW.csv --output {predictions}",
     "chat": "lorakit chat {adapter}",
     "serve": "lorakit serve --adapters {parent} --open",
-    "merge": "lorakit merge {adapter} --output {run}-merged",
+    "merge": "lorakit merge {adapter} --output {merged}",
 }
-"""The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder, `{parent}` for
-the folder around it."""
+"""The commands. `{adapter}` stands for the options that name the adapter, `{parent}` for the folder around the run's,
+`{predictions}` and `{merged}` for outputs beside it."""
 
 UNMERGEABLE = {"bottleneck", "prefix_embedding", "prefix_layer"}
 """Methods whose effect is not a change of weights, so that `lorakit merge` refuses their adapters."""
@@ -35,5 +35,10 @@ def commands_for(
     fitting += ["chat"] if generic_task == "chat" else []
     fitting += ["serve"] if set(methods) == {"lora"} else []
     fitting += ["merge"] if UNMERGEABLE.isdisjoint(methods) else []
-    parts = {"run": shlex.quote(run), "parent": shlex.quote(str(Path(run).parent))}
+    paths = {
+        "parent": str(Path(run).parent),
+        "predictions": f"{run}-predictions.jsonl",
+        "merged": f"{run}-merged",
+    }
+    parts = {name: shlex.quote(path) for name, path in paths.items()}
     return [USES[name].format(adapter=adapter, **parts) for name in fitting]

@@ -168,7 +168,7 @@ def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
         planned = plan(settings, compare=False)
     except LorakitError as error:
         return ["not predicted", str(error)]
-    memory, seconds = size(planned.chosen.memory.total), planned.chosen.seconds
+    memory, seconds = size(planned.peak(planned.chosen)), planned.chosen.seconds
     steps = settings.max_steps or planned.steps
     if settings.max_steps is None:
         if grid.config.budget is not None:

@@ -15,6 +15,7 @@ from lorakit.cli.config_files import read_options, shortest_names
 from lorakit.cli.option_names import ROWS, suggestion
 from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import listed
 
 Config = TypeVar("Config")
 
@@ -68,7 +69,9 @@ def parse(
         found = {name: value for name, value in found.items() if name not in ignored}
         reasons = {"of other commands": foreign, "without effect beside the arguments": ignored}
         parts = [
-            f"{', '.join(shortest_names(n, found))} ({why})" for why, n in reasons.items() if n
+            f"{listed(shortest_names(n, found), most=10)} ({why})"
+            for why, n in reasons.items()
+            if n
         ]
         if parts:
             print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)

@@ -162,7 +162,6 @@ def _plan(config: PlanConfig, status: StatusLine) -> Plan:
 def _print(out: Console, plan: Plan) -> None:
     from lorakit.cli.console import table
     from lorakit.formatting import duration, size
-    from lorakit.planning.machine import INTERPRETER
     from lorakit.planning.report import shared_text
 
     def say(text: str) -> None:
@@ -181,15 +180,12 @@ def _print(out: Console, plan: Plan) -> None:
         say(f"shared   {shared_text(plan)}")
     columns = [plan.chosen, *([plan.full] if plan.full else [])]
     out.print()
-    out.print(table(["", *(prediction.method for prediction in columns)], _rows(columns)))
+    out.print(table(["", *(prediction.method for prediction in columns)], _rows(plan, columns)))
     if plan.why_no_full:
         say(f"full fine-tuning: {plan.why_no_full}")
     out.print()
     if plan.device == "cpu":
-        say(
-            f"Memory excludes the Python interpreter with torch imported, about {size(INTERPRETER)}. Loading the base "
-            f"briefly needs {size(plan.loading)}."
-        )
+        say(f"Loading the base briefly needs {size(plan.loading)}.")
     if plan.steps:
         total = plan.steps * plan.chosen.seconds
         say(f"The run: {plan.steps:,} steps, about {duration(total)} without evaluation.")
@@ -197,7 +193,7 @@ def _print(out: Console, plan: Plan) -> None:
         say(f"paper    {line}")
 
 
-def _rows(columns: Sequence[Prediction]) -> list[list[str]]:
+def _rows(plan: Plan, columns: Sequence[Prediction]) -> list[list[str]]:
     from lorakit.formatting import percentage, short_duration, size
     from lorakit.planning.planner import Memory
 
@@ -205,11 +201,14 @@ def _rows(columns: Sequence[Prediction]) -> list[list[str]]:
         return [size(getattr(p.memory, name)) for p in columns]
 
     parts = [f.name for f in dataclasses.fields(Memory)]
+    step = ["in a step", *sizes("total")]
+    loading_needs_most = any(plan.loading > p.memory.total for p in columns)
     return [
         ["trained parameters", *(f"{p.trained:,}" for p in columns)],
         ["share of the base", *(percentage(p.share) for p in columns)],
         ["saved file", *(size(p.file_bytes) for p in columns)],
         ["time per step", *(short_duration(p.seconds) for p in columns)],
-        ["peak memory", *sizes("total")],
+        ["peak memory", *(size(plan.peak(p)) for p in columns)],
+        *([step] if loading_needs_most else []),
         *([f"  {name}", *sizes(name)] for name in parts),
     ]

@@ -38,6 +38,10 @@ class ReportConfig:
             raise ConfigurationError("runs is empty; give a run folder: lorakit report RUN.")
         if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigurationError("runs names a folder twice; give each run folder once.")
+        if self.output is not None and not self.output.endswith(".html"):
+            raise ConfigurationError(
+                f"output is '{self.output}'; it must be a file name that ends in .html."
+            )
 
 
 CONFIGS = (ReportConfig,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.methods_in_files import options_of_other_methods
@@ -36,21 +37,23 @@ def run(argv: Sequence[str]) -> None:
         unused=options_of_other_methods,
     )
     from lorakit.cli.report import write_run_report
-    from lorakit.formatting import duration, number, size
+    from lorakit.formatting import number
     from lorakit.reporting.run_record import read_run
     from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
+    from lorakit.training.run_folder import CONFIG
 
-    result = train(config)
     processes = started_processes()
+    finished = _finished(config)
+    if config.resume and processes.is_first and not Path(config.output, CONFIG).exists():
+        print(f"--resume: no run in {Path(config.output).resolve()}, so this is a new one")
+    result = train(config)
     if not processes.is_first:
         return
-    early = ", stopped early" if result.stopped_early else ""
-    print(
-        f"\n{result.steps:,} steps in {duration(result.seconds)} ({result.tokens:,} tokens, "
-        f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second), peak memory "
-        f"{size(result.peak_memory)}{early}"
-    )
+    if finished is not None and finished == _finished(config):
+        longer = "" if result.stopped_early else "; a higher --max_steps makes it longer"
+        print(f"{config.output} was finished, so nothing was trained{longer}")
+    print(f"\n{_summary(result)}")
     planned_line, predicted = _planned(config, result, processes.count)
     print(planned_line)
     record = read_run(result.folder)
@@ -68,6 +71,30 @@ def run(argv: Sequence[str]) -> None:
         print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {write_run_report(result.folder, predicted=predicted)}")
     print("next     " + "\n         ".join(_next(config, result, record.provenance)))
+
+
+def _finished(config: TrainConfig) -> int | None:
+    """Return when the run in the output folder was finished; None if it is not."""
+    from lorakit.training.run_folder import RESULT
+
+    result = Path(config.output, RESULT)
+    return result.stat().st_mtime_ns if result.exists() else None
+
+
+def _summary(result: RunResult) -> str:
+    """Return the steps, the tokens, the time and the memory of a run on one line."""
+    from lorakit.formatting import counted, duration, percentage, size
+
+    packed = ""
+    if 0 < result.computed_tokens < result.tokens:  # 0 in records of runs that did not count them
+        saved = percentage(result.tokens - result.computed_tokens, result.tokens)
+        packed = f", {saved} of them saved by packing"
+    speed = f"{result.tokens / max(result.seconds, 1e-9):,.0f} a second"
+    early = ", stopped early" if result.stopped_early else ""
+    return (
+        f"{counted(result.steps, 'step')} in {duration(result.seconds)} ({result.tokens:,} tokens{packed}, {speed}), "
+        f"peak memory {size(result.peak_memory)}{early}"
+    )
 
 
 def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -94,14 +121,15 @@ def _planned(
     except Exception as error:  # a failed prediction must not fail a finished run
         return f"planned  no prediction: {' '.join(str(error).split())}", None
     tokens = prediction.tokens / prediction.chosen.seconds
+    peak = prediction.peak(prediction.chosen)
     line = (
-        f"planned  {tokens:,.0f} tokens a second, peak memory {size(prediction.process_peak)} "
+        f"planned  {tokens:,.0f} tokens a second, peak memory {size(peak)} "
         f"('lorakit plan' shows its parts)"
     )
     return line, {
         "seconds": prediction.chosen.seconds * result.steps,
         "tokens_per_second": tokens,
-        "peak_memory": prediction.process_peak,
+        "peak_memory": peak,
         "adapter_bytes": prediction.chosen.file_bytes,
     }
 

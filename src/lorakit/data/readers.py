@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO
 
 from lorakit import storage
-from lorakit.errors import DataError
+from lorakit.errors import DataError, nearest_path
 from lorakit.formatting import size
 from lorakit.tasks.task import json_type
 
@@ -417,5 +417,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield file
     except EOFError:
         raise DataError(f"{path}: the gzip file is truncated; copy or download it again") from None
+    except FileNotFoundError:
+        nearby = nearest_path(path)
+        raise DataError(f"{path}: cannot be read (there is no such file).{nearby}") from None
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from lorakit.adapters import handle_of
+from lorakit.adapters.loading import default_name
 from lorakit.compute.adapted import AdapterFile, add_adapter
 from lorakit.compute.batching import context_length, encoder_input
 from lorakit.compute.model_input import virtual_tokens_of
@@ -84,8 +84,7 @@ class Conversation:
         """
         folder = Path(file.path).resolve()
         if folder not in self._folders:
-            word = folder.parent.name if folder.name == "adapter" else folder.stem
-            name = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-") or "adapter"
+            name = default_name(folder)
             names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
             name = next(n for n in names if n not in self.adapters)
             self._tokenizers[name] = add_adapter(

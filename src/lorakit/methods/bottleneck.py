@@ -44,6 +44,8 @@ class BottleneckAdapter(TrainsModules):
 
     default_rate: ClassVar[float] = 3e-4
     """Peak learning rate: that of nearly all adapter runs of the paper (Table 9)."""
+    main_settings: ClassVar[tuple[str, ...]] = ("kind", "size")
+    """Settings that are shown even if they have their defaults."""
 
     kind: Kind = "houlsby"
     """Positions of the adapters: houlsby (two in each block), lin or pfeiffer (one)."""

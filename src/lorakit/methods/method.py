@@ -70,21 +70,25 @@ class TrainsModules:
         return parameters_below(model, modules_named(model, self.train_modules))
 
 
-def describe(method: Method) -> str:
-    """Return a method as text, with the settings that differ from its defaults."""
+def describe(method: Method, *, main: bool = True) -> str:
+    """Return a method as text, with the settings that differ from its defaults, and with `main` its main ones.
+
+    Main settings are named by the class's `main_settings`.
+    """
     fields = getattr(type(method), "__dataclass_fields__", {})
-    changed = []
+    shown = getattr(type(method), "main_settings", ()) if main else ()
+    settings = []
     for name, field in fields.items():
         value = getattr(method, name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default:
-            changed.append(f"{name}={_described(value)}")
-    return f"{type(method).__name__}({', '.join(changed)})"
+        if value != default or name in shown:
+            settings.append(f"{name}={_described(value, main)}")
+    return f"{type(method).__name__}({', '.join(settings)})"
 
 
-def _described(value: Any) -> str:
+def _described(value: Any, main: bool) -> str:
     if isinstance(value, tuple) and value and all(isinstance(item, Method) for item in value):
-        return f"({', '.join(map(describe, value))})"
+        return f"({', '.join(describe(item, main=main) for item in value)})"
     return repr(value)
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class _Prefix(TrainsModules):
     """Settings of both prefix methods: numbers of virtual tokens, and modules trained in full."""
 
+    main_settings: ClassVar[tuple[str, ...]] = ("prefix_length", "infix_length")
+    """Settings that are shown even if they have their defaults."""
+
     prefix_length: int = 8
     """Virtual tokens before the prompt, after a bos or [CLS]."""
     infix_length: int = 0

@@ -34,7 +34,7 @@ from lorakit.training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes at the peak of training, excluding the Python interpreter with torch imported."""
+    """Bytes at the peak of a step."""
 
     base: int
     """The base's weights in their storage dtype."""
@@ -55,6 +55,8 @@ class Memory:
     products make, and cached kernels of products."""
     software: int
     """The tokenizer and imported libraries except torch; 0 on a GPU."""
+    interpreter: int
+    """The Python interpreter with torch imported; 0 on a GPU."""
 
     @property
     def total(self) -> int:
@@ -110,8 +112,7 @@ class Plan:
     """Whether they split the weights of the blocks."""
     machine: Machine
     loading: int
-    """Peak bytes while loading the base, excluding the Python interpreter with torch imported. If the file has another
-    dtype, both copies exist briefly."""
+    """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, both copies exist briefly."""
     chosen: Prediction
     """The run as configured."""
     full: Prediction | None
@@ -121,20 +122,18 @@ class Plan:
     paper: tuple[str, ...] = ()
     """For GPT-3: the paper's figures with their calculation, one per line."""
 
-    @property
-    def process_peak(self) -> int:
-        """Peak bytes of the process, or on a GPU of its allocations."""
-        if self.device != "cpu":
-            return self.chosen.memory.total
-        return INTERPRETER + max(self.loading, self.chosen.memory.total)
+    def peak(self, prediction: Prediction) -> int:
+        """Return the peak bytes of the process (on a GPU: of its allocations), in a step or while loading the base."""
+        return max(self.loading, prediction.memory.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON, with sizes in bytes and the total of each memory."""
+        """Return a dict for JSON, with sizes in bytes, the peak, and the total of each memory."""
         record = dataclasses.asdict(self)
         for name in ("chosen", "full"):
             prediction: Prediction | None = getattr(self, name)
             if prediction is not None:
                 record[name]["memory"]["total"] = prediction.memory.total
+                record[name]["peak"] = self.peak(prediction)
         return record
 
 
@@ -229,8 +228,8 @@ def plan(
 def _loading(shape: Shape, run: SimulatedRun, dtype: torch.dtype) -> int:
     stored = getattr(shape.config, "dtype", None)
     if not isinstance(stored, torch.dtype) or stored == dtype:
-        return IMPORTS + run.base
-    return IMPORTS + run.base + run.total * stored.itemsize
+        return INTERPRETER + IMPORTS + run.base
+    return INTERPRETER + IMPORTS + run.base + run.total * stored.itemsize
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -286,6 +285,7 @@ def _predict(
         optimizer=8 * held,
         allocator=round(allocator),
         software=software if device.type == "cpu" else 0,
+        interpreter=INTERPRETER if device.type == "cpu" else 0,
         **peak,
     )
     others = processes - 1

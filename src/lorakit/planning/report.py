@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lorakit.formatting import duration, percentage, rounded_count, short_duration, size
-from lorakit.planning.machine import INTERPRETER
 from lorakit.planning.planner import Plan, Prediction
 from lorakit.reporting import Figure, Page, RunRecord, Section
 from lorakit.reporting.charts import Chart, bar_chart
@@ -28,6 +27,7 @@ PARTS = {
     "temporary": "working memory of single operations at the peak",
     "allocator": "freed memory fragmented between live tensors, and cached kernels",
     "software": "libraries besides torch, the tokenizer, data loading",
+    "interpreter": "Python with torch imported",
 }
 """The parts of the memory, each with a description."""
 
@@ -37,7 +37,7 @@ DRAWN = {
     "gradients, optimizer": ("gradients", "optimizer"),
     "activations": ("activations",),
     "logits, temporary": ("logits", "temporary"),
-    "allocator, software": ("allocator", "software"),
+    "allocator, software": ("allocator", "software", "interpreter"),
 }
 """The parts that each colour of the figure shows: more colours would look alike."""
 
@@ -136,7 +136,7 @@ def _summary(plan: Plan, method: str) -> list[str]:
     sentences = [
         f"{method} on {plan.base} trains {count} parameters, {share} of the base's "
         f"{rounded_count(plan.parameters)}, and saves {size(chosen.file_bytes)}.",
-        f"Its peak memory is {size(chosen.memory.total)}. A step of {plan.tokens:,} tokens takes "
+        f"Its peak memory is {size(plan.peak(chosen))}. A step of {plan.tokens:,} tokens takes "
         f"{short_duration(chosen.seconds)}.",
     ]
     if plan.steps:
@@ -144,9 +144,9 @@ def _summary(plan: Plan, method: str) -> list[str]:
             f"The run's {plan.steps:,} steps take {duration(plan.steps * chosen.seconds)} without evaluation."
         )
     if full:
-        memory = full.memory.total / chosen.memory.total
+        memory = plan.peak(full) / plan.peak(chosen)
         sentences.append(
-            f"Full fine-tuning needs {size(full.memory.total)} ({memory:.1f} times as much), saves "
+            f"Full fine-tuning needs {size(plan.peak(full))} ({memory:.1f} times as much), saves "
             f"{size(full.file_bytes)} and takes {short_duration(full.seconds)} per step "
             f"({full.seconds / chosen.seconds:.1f} times as long)."
         )
@@ -172,7 +172,7 @@ def _key_figures(plan: Plan) -> KeyFigures:
     )
     return KeyFigures(
         figures=(
-            compared("Peak memory", lambda p: size(p.memory.total)),
+            compared("Peak memory", lambda p: size(plan.peak(p))),
             compared("Time per step", lambda p: short_duration(p.seconds)),
             trained,
             compared("Saved file", lambda p: size(p.file_bytes)),
@@ -209,12 +209,7 @@ def _memory(plan: Plan) -> list[Block]:
         _table(plan, caption, "Part", {**parts, "total": part_size("total")}),
     ]
     if plan.device == "cpu":
-        blocks.append(
-            Prose(
-                text="Memory excludes the Python interpreter with torch imported, about "
-                f"{size(INTERPRETER)}. Loading the base briefly needs {size(plan.loading)}."
-            )
-        )
+        blocks.append(Prose(text=f"Loading the base briefly needs {size(plan.loading)}."))
     blocks.append(_table(plan, "The time.", "Time", times))
     if plan.why_no_full:
         blocks.append(Prose(text=f"Full fine-tuning is not shown. {plan.why_no_full}"))

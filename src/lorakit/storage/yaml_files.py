@@ -116,13 +116,15 @@ for _class in (Loader, _Dumper):
 Loader.add_constructor("tag:yaml.org,2002:int", _construct_integer)
 
 
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML document.
+def parse_yaml(text: str, name: str = "the text") -> Any:
+    """Return the value of a YAML document; errors call it `name`.
 
     Raises:
         yaml.YAMLError: The text is not valid YAML, or exceeds a limit.
     """
-    return yaml.load(text, Loader=Loader)
+    loader = Loader(text)
+    loader.name = name
+    return loader.get_single_data()
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -137,7 +139,7 @@ def read_yaml(path: str | Path) -> Any:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB, the limit for a YAML file")
-    return parse_yaml(data.decode("utf-8"))
+    return parse_yaml(data.decode("utf-8"), str(path))
 
 
 def dump_yaml(value: Any, **options: Any) -> str:

@@ -73,10 +73,11 @@ def train(config: TrainConfig) -> RunResult:
                 except DivergenceError as error:
                     state = _rewind(run, job, state, optimizer, error)
                     show.restart(state)
-            if interruption.requested and not job.is_over(state):
-                interruption.exit(
-                    f"Stopped at step {state.step}. Resume with: {run.resume_command(processes.count)}"
-                )
+        if interruption.requested and not job.is_over(state):
+            # After the live line, which wraps what is printed beside it: the command stays on one line.
+            interruption.exit(
+                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes.count)}"
+            )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
 

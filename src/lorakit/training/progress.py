@@ -17,6 +17,9 @@ from lorakit.training.setup import Job
 PLAIN_INTERVAL = 10.0
 """Seconds between plain lines, so that a log file stays small."""
 
+BAR, BAR_TERMINAL = 24, 110
+"""Columns of the bar, and of the narrowest terminal that has room for it beside the numbers."""
+
 
 class Reporter:
     """Shows loss, learning rate, tokens per second, time left and peak memory while entered, in the first process."""
@@ -36,14 +39,12 @@ class Reporter:
         if self._start.step:
             self.say(f"resumed after step {self._start.step} of {self._total}")
         if self._console.is_terminal and not self._console.quiet:
-            self._live = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
-                console=self._console,
-            )
+            bar = [BarColumn(bar_width=BAR)] if self._console.width >= BAR_TERMINAL else []
+            self._live = Progress(*bar, TextColumn("{task.description}"), console=self._console)
             self._live.start()
-            self._task = self._live.add_task("", total=self._total, completed=self._start.step)
+            step = self._start.step
+            text = f"step {step}/{self._total}"
+            self._task = self._live.add_task(text, total=self._total, completed=step)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,18 +69,23 @@ class Reporter:
         assert state.train_loss is not None  # a step is finished
         # Excludes evaluations, which would distort the speed and the time left.
         seconds = max(state.seconds - self._start.seconds, 1e-9)
-        tokens = state.tokens - self._start.tokens
-        computed = (state.computed_tokens - self._start.computed_tokens) / max(tokens, 1)
+        speed = (state.tokens - self._start.tokens) / seconds
         left = (self._total - state.step) * seconds / max(state.step - self._start.step, 1)
-        text = (
-            f"loss {number(state.train_loss)}  rate {rate:.2e}  {tokens / seconds:,.0f} tokens/s "
-            f"({computed:.0%} computed)  {duration(left)} left  "
-            f"{size(peak_memory(self._device))}"
-        )
-        if self._live:
-            self._live.update(self._task, completed=state.step, description=text)
-        else:
-            self.say(f"step {state.step}/{self._total}  {text}")
+        parts = [
+            f"step {state.step}/{self._total}",
+            f"loss {number(state.train_loss)}",
+            f"{duration(left)} left",
+            f"{speed:,.0f} tokens/s",
+            f"rate {rate:.2e}",
+            size(peak_memory(self._device)),
+        ]
+        if self._live is None:
+            self.say("  ".join(parts))
+            return
+        room = self._console.width - (BAR + 1 if len(self._live.columns) > 1 else 0)
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts.pop()  # the most important come first
+        self._live.update(self._task, completed=state.step, description="  ".join(parts))
 
     def scores(self, state: State, notes: Sequence[str]) -> None:
         """Show the scores of an evaluation, and notes on them."""

@@ -405,8 +405,8 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if changed:
         raise ConfigurationError(
             f"The run in {path} has other settings: {'; '.join(changed)}. Resume it with its own settings "
-            f"(--config {shlex.quote(str(path / CONFIG))} --resume), or start a new run from its weights with "
-            "from_adapter."
+            f"(--config {shlex.quote(str(path / CONFIG))} --resume; a higher --max_steps makes it longer), or start a "
+            "new run from its weights with from_adapter."
         )
 
 

@@ -201,7 +201,9 @@ class Job:
         files = {"task": file_of(self.train.task)}
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
         start = self.config.from_adapter
-        method = hashlib.sha256(describe(self.adapters.method(ADAPTER)).encode()).hexdigest()
+        # Without defaults, so that a setting that a later version adds does not change the digest.
+        described = describe(self.adapters.method(ADAPTER), main=False)
+        method = hashlib.sha256(described.encode()).hexdigest()
         return {
             "base model": {
                 "source": self.config.base.name,

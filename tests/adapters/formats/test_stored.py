@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from at_rest import (
     with_start,
 )
 
+from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, rank_notices
 from lorakit.errors import AdapterFileError
@@ -142,3 +144,18 @@ def test_a_rank_above_the_width_is_a_notice():
     (notice,) = rank_notices({"a": linear(6, 8, 6), "b.c": linear(6, 8, 7)})
     assert "1 layers" in notice
     assert "'b.c' (rank 7, width 6)" in notice
+
+
+@pytest.mark.parametrize("name", ["", "adapter"])
+def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, name) -> None:
+    run = tmp_path / "a run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    command = f"lorakit train --config '{run}/config.yaml' --resume"
+    expected = f"'{run}' is an unfinished run, which has no adapter yet. Finish it: {command}"
+    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
+        formats.read(run / name)
+    (run / "best").mkdir()
+    best = f"{expected}, or use its best adapter so far, '{run}/best'."
+    with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
+        formats.read(run / name)

@@ -12,6 +12,7 @@ loralib         one file of tensors                             yes     `loralib
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -77,6 +78,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         return _read_file(path, alpha)
     if path.exists() and not path.is_dir():
         raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
+    _reject_unfinished_run(path if path.is_dir() else path.parent)
     if not path.is_dir():
         raise AdapterFileError(
             f"'{path}' does not exist.{nearest_path(path) or ' Check the path.'} Download an adapter on the Hugging "
@@ -169,6 +171,21 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
             f"alpha is {alpha:g}, but '{path}' records {', '.join(f'{a:g}' for a in recorded)}. Leave "
             "alpha out; it is only for loralib files, which record none."
         )
+
+
+def _reject_unfinished_run(folder: Path) -> None:
+    """Raise an error for a run that is not finished, and so has no adapter/ yet."""
+    config, best = folder / "config.yaml", folder / "best"
+    if (
+        not (config.is_file() and (folder / "checkpoints").is_dir())
+        or (folder / "adapter").exists()
+    ):
+        return
+    instead = f", or use its best adapter so far, '{best}'" if best.is_dir() else ""
+    resume = shlex.join(["lorakit", "train", "--config", str(config), "--resume"])
+    raise AdapterFileError(
+        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {resume}{instead}."
+    )
 
 
 def _no_adapter_in(folder: Path) -> str:

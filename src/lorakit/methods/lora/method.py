@@ -39,6 +39,8 @@ class LoRA:
 
     default_rate: ClassVar[float] = 5e-4
     """Peak learning rate: ten times that of full fine-tuning, as in the paper's Tables 9 and 11."""
+    main_settings: ClassVar[tuple[str, ...]] = ("rank", "alpha", "targets")
+    """Settings that are shown even if they have their defaults."""
 
     rank: int = 8
     """Number of rows of A and columns of B."""
