@@ -55,7 +55,7 @@ from lorakit.data.readers import Problem, Row, reader_for
 from lorakit.errors import BaseModelError
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import load_tokenizer
-from lorakit.tasks.chat import ChatTemplate
+from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.task import BadRow
 from lorakit.training.config import TrainConfig
 

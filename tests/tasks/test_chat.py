@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
-from lorakit.tasks import BadRow, Chat, Completion, TooLong, chat
-from lorakit.tasks.chat import ChatTemplate
+from lorakit.tasks import BadRow, Chat, Completion, TooLong, chat, chat_template
+from lorakit.tasks.chat_template import ChatTemplate
 
 # The same conversation format with {% generation %} tags: end of turn inside or outside the tag.
 TAGGED = (
@@ -121,7 +121,8 @@ def test_the_cost_of_tokenising_grows_with_the_length_of_a_conversation(monkeypa
         tokenised.append(len(text))
         return tokenizer.encode(text, add_special_tokens=False)
 
-    monkeypatch.setattr(chat, "encode_text", counting)
+    for module in (chat, chat_template):
+        monkeypatch.setattr(module, "encode_text", counting)
     exchange = [{"role": "user", "content": "a " * 50}, {"role": "assistant", "content": "b " * 50}]
     _, tokenizer = encode(exchange * 20)
     assert sum(tokenised) < 3 * len(ChatTemplate(tokenizer).text(exchange * 20))

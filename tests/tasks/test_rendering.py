@@ -10,7 +10,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Chat
-from lorakit.tasks.chat import ChatTemplate
+from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.rendering import MAX_TEMPLATE, UNITS, bounded_rendering
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.methods.registry import use_method
     from lorakit.tasks import Chat, Completion
-    from lorakit.tasks.chat import ChatTemplate
+    from lorakit.tasks.chat_template import ChatTemplate
 
     if config.method is not None:
         use_method(config.method)

@@ -21,7 +21,8 @@ from lorakit.evaluation.generate import generate
 from lorakit.evaluation.prompt_cache import PromptCache
 from lorakit.models.loading import Base
 from lorakit.tasks import Chat
-from lorakit.tasks.chat import ChatTemplate, Message
+from lorakit.tasks.chat_template import ChatTemplate
+from lorakit.tasks.messages import Message
 from lorakit.tasks.task import checked_text
 
 NEW_TOKENS = 512

@@ -17,8 +17,9 @@ from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.tasks import BadRow, Chat, NamedText, Task, conversion
-from lorakit.tasks.chat import ChatTemplate, checked_messages, without_answer
+from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.messages import checked_messages, without_answer
 from lorakit.tasks.task import checked_text
 
 

@@ -8,7 +8,7 @@ from served import Serve
 from test_completions import events
 from tiny_tokenizer import EOS, tiny_tokenizer
 
-from lorakit.tasks.chat import ChatTemplate
+from lorakit.tasks.chat_template import ChatTemplate
 
 USER = {"role": "user", "content": "Which pub?"}
 

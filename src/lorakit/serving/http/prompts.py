@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.serving.http.errors import ApiError, invalid_value
 from lorakit.serving.http.schemas import Message
 from lorakit.tasks import BadRow, Chat
-from lorakit.tasks.chat import ChatTemplate, checked_messages
+from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.messages import checked_messages
 
 TOKENISING = threading.Lock()
 """A tokenizer of Rust raises "Already borrowed" if another thread sets its truncation meanwhile."""

@@ -80,7 +80,7 @@ function lorakit(request, base, dtype) {
     "from lorakit.evaluation.decoding import Decoding",
     "from lorakit.evaluation.generate import generate",
     ...(body.messages
-      ? ["from lorakit.tasks import Chat", "from lorakit.tasks.chat import ChatTemplate"]
+      ? ["from lorakit.tasks import Chat", "from lorakit.tasks.chat_template import ChatTemplate"]
       : ["from lorakit.tasks.language_modelling import prompt_ids"]),
     "",
     `base = lorakit.load_base(${python(base)}${dtype ? `, dtype=${python(dtype)}` : ""})`,

@@ -1,0 +1,202 @@
+"""A tokenizer's chat template: the text of a conversation, and where the assistant's turns are in it."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import DataError
+from lorakit.tasks.language_modelling import encode_text
+from lorakit.tasks.messages import Message, bad_messages
+from lorakit.tasks.task import BadRow, checked_text, json_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""Token positions `start <= i < stop` of one assistant turn."""
+Turns = tuple[list[int], list[Span]]
+"""Token ids of a conversation, and the span of each assistant turn."""
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A tokenizer's chat template. Renders conversations and locates the assistant's turns in them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        name = tokenizer.name_or_path
+        self.name = f"'{name}'" if name else type(tokenizer).__name__
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which 'messages' need; use the "
+                "tokenizer of an instruct model, or rows with prompt and completion"
+            )
+        added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {*tokenizer.all_special_ids, *added.values()}
+        names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest match wins
+        self._special = re.compile("|".join(names) or r"(?!)")
+
+    def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
+        """Return the token ids of the conversation and the span of each assistant turn."""
+        template = self._source(tools)
+        if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
+            return self._turns_by_tag(messages, tools)
+        return self._turns_by_prefix(messages, tools)
+
+    def check_tools(self, messages: list[Message], tools: list | None) -> None:
+        """Reject tools and tool calls that the template would leave out without a word."""
+        template = self._source(tools)
+        used = {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}
+        for name, given in used.items():
+            if given and name not in template:
+                raise BadRow(
+                    f"{'is set' if name == 'tools' else 'has tool_calls'}, but the tokenizer's chat template does "
+                    f"not write {name}, so the model would not see them. Use the tokenizer of a model trained with "
+                    f"tools, or remove {name} from the row",
+                    "tools" if name == "tools" else "messages",
+                )
+
+    def text(
+        self, messages: list[Message], tools: list | None = None, *, answer: bool = False
+    ) -> str:
+        """Return the rendered conversation; with `answer`, followed by the generation prompt."""
+        # A thought or an argument of a tool call may hold text that the tokenizer cannot encode.
+        return checked_text(self._apply(messages, tools, answer, tokenize=False), "messages")
+
+    def has_system_role(self) -> bool:
+        """Return whether the template writes a system turn. Others reject it (Gemma) or drop it."""
+        probe = "lorakit-system-probe"
+        turns = [{"role": "system", "content": probe}, {"role": "user", "content": "a"}]
+        try:
+            return probe in self.text(turns, answer=True)
+        except BadRow:
+            return False
+
+    def with_system(self, messages: list[Message], system: str) -> list[Message]:
+        """Return the messages with a system turn; without a system role, with its text before the first user message.
+
+        Raises:
+            BadRow: They have a system turn already, or there is neither a system role nor a user message.
+        """
+        if messages[0]["role"] in ("system", "developer"):
+            raise bad_messages("has a system turn already; remove it, or set no other system text")
+        if self.has_system_role():
+            return [{"role": "system", "content": system}, *messages]
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+        if first is None:
+            raise bad_messages("has no user message to write the system text into")
+        content = f"{system}\n\n{messages[first]['content']}"
+        return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
+
+    def ids(
+        self, messages: list[Message], tools: list | None = None, *, answer: bool = False
+    ) -> list[int]:
+        """Return the token ids of `text`."""
+        return encode_text(self.tokenizer, self.text(messages, tools, answer=answer))
+
+    def _turns_by_tag(self, messages: list[Message], tools: list | None) -> Turns:
+        """Locate the turns by the template's `{% generation %}` tags."""
+        out = self._apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        mask = [False, *map(bool, out["assistant_masks"]), False]
+        edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        turns = sum(m["role"] == "assistant" for m in messages)
+        if len(spans) != turns:
+            raise bad_messages(
+                f"has {turns} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}"
+            )
+        ids = list(out["input_ids"])
+        # Some templates write the end-of-turn token outside the tags. It is the special token after the last turn.
+        end = ids[spans[-1][1] :][:1]
+        if end and end[0] in self.special_ids and ids[spans[-1][1] - 1] not in self.special_ids:
+            spans = [
+                (start, stop + 1) if ids[stop : stop + 1] == end else (start, stop)
+                for start, stop in spans
+            ]
+        return ids, spans
+
+    def _turns_by_prefix(self, messages: list[Message], tools: list | None) -> Turns:
+        """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
+        if messages[0]["role"] == "assistant":
+            raise bad_messages("starts with an assistant turn; start with a system or user message")
+        text = self.text(messages, tools)
+        ids = encode_text(self.tokenizer, text)
+        special = self._special_tokens(text, ids)
+
+        def start_of(part: str) -> list[int]:
+            """Tokenise `part`. If `text` starts with it, reuse the ids before the last special token in it.
+
+            Fast tokenizers split a text at special tokens first, so these ids do not depend on what follows.
+            """
+            known = bisect(special, len(part), key=lambda token: token[1])
+            if not known or not text.startswith(part):
+                return encode_text(self.tokenizer, part)
+            position, _, index = special[known - 1]
+            return ids[:index] + encode_text(self.tokenizer, part[position:])
+
+        spans: list[Span] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = start_of(self.text(messages[:turn], tools, answer=True))
+            is_last = turn + 1 == len(messages)
+            upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
+            # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
+            # turn's first token merges with the prompt's last. Then the spans are unreliable.
+            if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
+                raise bad_messages(
+                    f"cannot be split into turns: the chat template renders the conversation up to "
+                    f"message {turn + 1} (assistant) differently from the same part of the whole conversation, "
+                    f"{self._difference(ids, before if ids[: len(before)] != before else upto)}. Use a chat "
+                    "template with {% generation %} around the assistant's turns, or rows that end with "
+                    "their first assistant turn"
+                )
+            spans.append((len(before), len(upto)))
+        return ids, spans
+
+    def _special_tokens(self, text: str, ids: list[int]) -> list[tuple[int, int, int]]:
+        """Return the start and end in `text` and the index in `ids` of each special token.
+
+        Return none if text and ids disagree, or the tokenizer is slow, because slow tokenizers may add a space at the
+        start of a text.
+        """
+        found = list(self._special.finditer(text)) if self.tokenizer.is_fast else []
+        indices = [index for index, i in enumerate(ids) if i in self.special_ids]
+        expected = self.tokenizer.convert_tokens_to_ids([match[0] for match in found])
+        if expected != [ids[index] for index in indices]:
+            return []
+        return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
+
+    def _difference(self, whole: list[int], part: list[int]) -> str:
+        pairs = zip(whole, part, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(part)))
+        actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
+        return f"{actual!r} instead of {expected!r}"
+
+    def _source(self, tools: list | None) -> str:
+        """Return the text of the template; a tokenizer may have one of its own for tools."""
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise DataError(
+                f"{self.name} has several chat templates and none is the default: {error}"
+            ) from error
+        if not isinstance(template, str):
+            raise DataError(
+                f"the chat template of {self.name} is {json_type(template)}, expected text. Correct "
+                "chat_template in its tokenizer_config.json"
+            )
+        return template
+
+    def _apply(
+        self, messages: list[Message], tools: list | None, answer: bool = False, **options: Any
+    ) -> Any:
+        from lorakit.tasks.rendering import bounded_rendering  # imports jinja2
+
+        with bounded_rendering(self.name, messages, tools):
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=answer, **options
+            )
