@@ -12,6 +12,11 @@ from lorakit.cli.options import options_of
 from lorakit.training.config import TrainConfig
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def help_of(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit):
         main(argv)
