@@ -185,7 +185,9 @@ def _errors(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
     """Return the relative errors of the predicted memory and time."""
     memory, _, seconds = _measured(row)
     chosen = row[how]["chosen"]
-    return chosen["memory"]["total"] / memory - 1, chosen["seconds"] / seconds - 1
+    # What is measured excludes the interpreter, and older records of plans do too.
+    predicted = chosen["memory"]["total"] - chosen["memory"].get("interpreter", 0)
+    return predicted / memory - 1, chosen["seconds"] / seconds - 1
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def memory_errors() -> Iterator[None]:
 
 
 _SYNONYMS = {"4bit": "nf4", "int4": "nf4", "8bit": "int8", "fp32": "float32"}
-"""Names of dtypes elsewhere, which resemble others of lorakit's or none."""
+"""Other libraries' names of dtypes. Spelling alone would match them wrongly or not at all."""
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

@@ -177,8 +177,11 @@ def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, 
 
 
 @pytest.mark.parametrize(("run", "text"), [("templated", "Q: {} A:"), ("mapped", "{}")])
-def test_rows_are_read_by_the_columns_of_training(questions, prompts, tmp_path, run, text) -> None:
-    adapter = ["--adapter", str(questions / run / "adapter")]
+@pytest.mark.parametrize("task", [[], ["--data.task", "completion"]], ids=["", "named"])
+def test_rows_are_read_by_the_columns_of_training(
+    questions, prompts, tmp_path, run, text, task
+) -> None:
+    adapter = ["--adapter", str(questions / run / "adapter"), *task]
     generate(questions, *adapter, "--file", str(questions / "qa.csv"))
     expected = [tiny_tokenizer().encode(text.format(row["question"])) for row in QUESTIONS]
     assert prompts == expected
@@ -207,6 +210,13 @@ def test_a_template_of_training_that_is_not_applied_is_named(
     error = capsys.readouterr().err
     assert "rows.jsonl:1: 'question' is missing" in error
     assert "needs the columns of the adapter's prompt_template 'Q: {question} A:'" in error
+
+
+def test_a_rendered_prompt_must_be_unicode(questions, tmp_path, capsys) -> None:
+    (tmp_path / "qa.csv").write_bytes("question\ncaf\u00e9\n".encode("latin-1"))
+    words = ["--adapter", str(questions / "templated" / "adapter"), "--file"]
+    assert main(["generate", *options(questions / "base"), *words, str(tmp_path / "qa.csv")]) == 1
+    assert "qa.csv:2: 'prompt' is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_row_without_a_column_of_training_names_it(questions, tmp_path, capsys) -> None:

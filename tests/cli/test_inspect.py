@@ -52,6 +52,9 @@ def test_only_what_the_adapter_has_is_printed(tmp_path: Path, capsys) -> None:
     assert lines[0] == "LoRA(rank=2, alpha=16.0, targets=('attention.qv',))"
     assert "config: epochs 3, optimizer.learning_rate 0.0005 (all settings: --json)" in lines
     assert "scores: loss 1.235" in lines
+    adapters.save(tmp_path / "b", provenance={"config": {"epochs": 3.0, "max_steps": 9}})
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    assert "config: max_steps 9 (all settings: --json)" in capsys.readouterr().out.splitlines()
     shown = "\n".join(lines)
     assert not [
         word for word in ("dora", "bias", "bottleneck", "labels", "encoding") if word in shown

@@ -116,7 +116,7 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
     text = page.read_text()
     for part in ("A LoRA adapter of rank 4", "Full fine-tuning", "a machine of tests", "rank: 4"):
         assert part in text
-    assert "Peak memory by part" in figure.read_text()
+    assert "Memory of a step by part" in figure.read_text()
     # An existing report is an error before planning, unless overwrite is set.
     page.write_text("mine")
     assert main([*arguments, *written]) == 1

@@ -57,7 +57,7 @@ def test_buckets_hold_little_padding():
     def padded(batches):
         return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
 
-    assert padded(torch.arange(4000).view(250, 16).tolist()) > 1.7  # in an order at random
+    assert padded(torch.arange(4000).view(250, 16).tolist()) > 1.7  # in random order
     assert padded(BatchSampler(lengths, 16, seed=0)(0)) < 1.06
 
 

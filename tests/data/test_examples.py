@@ -81,6 +81,16 @@ def test_the_columns_to_name_are_those_of_the_task_that_are_missing(write):
     advice = str(caught.value).splitlines()[-1]
     assert "--data.columns.label COLUMN, in YAML with data.columns: {label: COLUMN}" in advice
     assert "template" not in advice
+    pair = {"sentence1": "a", "sentence2": "b", "gold": "c"}
+    with pytest.raises(DataError) as caught:
+        load(write([pair]), task="classification")
+    assert "Name their columns with --data.columns.label COLUMN, in" in str(caught.value)
+
+
+def test_rows_without_columns_are_an_error_and_a_sign_in_a_name_of_json_is_no_separator(write):
+    for row in ({}, {"question | answer": "a"}):
+        with pytest.raises(DataError, match="expected those of any task"):
+            load(write([row]))
 
 
 @pytest.mark.parametrize(("suffix", "sign"), [("csv", ";"), ("csv", "\t"), ("tsv", ",")])

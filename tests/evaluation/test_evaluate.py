@@ -6,6 +6,8 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import tiny_runs
 
 import lorakit
+from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import (
     AdapterFileError,
@@ -103,6 +106,42 @@ def test_rows_are_read_by_the_settings_of_training(trained, tmp_path, caplog, da
     assert ("trained with the prompt_template 'Q: {question} A:'" in caplog.text) == (
         "prompt_template" in data
     )
+
+
+def test_settings_beside_recorded_ones_replace_those_of_the_same_name(trained, tmp_path) -> None:
+    recorded = {"prompt_template": "Q: {question} A:", "completion_template": " {answer}"}
+    adapter = AdapterFile.read(save_with_data(trained, tmp_path / "a", **recorded))
+    named = DataConfig(task="completion", test="x.jsonl", completion_template="{reply}")
+    found = as_recorded(named, adapter, ["question", "answer", "reply"])
+    assert found.prompt_template == "Q: {question} A:"
+    assert found.completion_template == "{reply}"
+
+    mapped = {"prompt": "question", "completion": "answer"}
+    adapter = AdapterFile.read(save_with_data(trained, tmp_path / "b", columns=mapped))
+    named = DataConfig(task="completion", test="x.jsonl", columns={"completion": "reply"})
+    found = as_recorded(named, adapter, ["question", "answer", "reply"])
+    assert found.columns == {"prompt": "question", "completion": "reply"}
+
+
+def test_a_named_text_takes_the_place_of_a_recorded_pair() -> None:
+    columns = {"sentence1": "a", "sentence2": "b", "label": "gold"}
+    record = {"task": "classification", "config": {"data": {"columns": columns}}}
+    adapter: Any = SimpleNamespace(provenance=record, path="x")
+    named = DataConfig(task="classification", test="x.jsonl", columns={"text": "review"})
+    found = as_recorded(named, adapter, ["a", "b", "gold", "review"])
+    assert found.columns == {"label": "gold", "text": "review"}
+
+
+def test_settings_of_a_custom_task_are_those_recorded_if_it_is_named(tmp_path) -> None:
+    (tmp_path / "my.py").write_text(
+        "from lorakit.tasks import TASKS\nclass Chats(TASKS['samsum']):\n    name = 'chats'\n"
+    )
+    columns = {"dialogue": "talk"}
+    record = {"task": "chats", "encoding": "prompt", "config": {"data": {"columns": columns}}}
+    adapter: Any = SimpleNamespace(provenance=record, path="x")
+    assert recorded_data(adapter) == DataConfig()
+    found = recorded_data(adapter, f"{tmp_path}/my.py:Chats")
+    assert (found.encoding, found.columns) == ("prompt", columns)
 
 
 def test_invalid_recorded_settings_are_an_error(trained, tmp_path) -> None:

@@ -149,6 +149,11 @@ def test_a_model_of_peft_is_not_adapted_again(tmp_path: Path) -> None:
         AdapterStateError, match=r"lorakit\.from_peft\(model\), or .* model\.unload"
     ):
         lorakit.attach(model, lorakit.LoRA())
-    with pytest.raises(AdapterStateError, match=r"adapters of PEFT, on '.*q_proj'"):
-        lorakit.load(model.get_base_model(), tmp_path / "saved")
+    inner = model.get_base_model()
+    with pytest.raises(
+        AdapterStateError, match=r"adapters of PEFT, on '.*q_proj'\. Pass the PeftModel"
+    ):
+        lorakit.load(inner, tmp_path / "saved")
+    with pytest.raises(AdapterStateError, match=r"Pass the model that get_peft_model"):
+        lorakit.from_peft(inner)
     assert lorakit.attach(model.unload(), lorakit.LoRA()).names == ("default",)

@@ -10,6 +10,7 @@ import tiny_models
 import tiny_runs
 from tiny_tokenizer import tiny_tokenizer
 
+from lorakit.formatting import size
 from lorakit.planning import Memory, Plan, plan
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import Machine
@@ -97,7 +98,7 @@ def test_the_page_has_configuration_and_command(planned, config):
     shown = tables(page)
     assert shown["Setting"]["max_steps"] == ["20"]
     assert shown["Fact"]["Machine"] == ["made up"]
-    assert len(shown["Part"]["total"]) == 2
+    assert len(shown["Part"]["in a step"]) == 2
     assert "Quantity" in shown
 
 
@@ -106,7 +107,7 @@ def test_a_plan_of_full_fine_tuning_has_one_column(config):
     planned = plan(full, length=64, machine=MACHINE)
     assert planned.full is None
     page = plan_page(planned, full, command="")
-    assert tables(page)["Part"].keys() == {*(f"{k}: {v}" for k, v in PARTS.items()), "total"}
+    assert tables(page)["Part"].keys() == {*(f"{k}: {v}" for k, v in PARTS.items()), "in a step"}
     assert all(len(row) == 1 for row in tables(page)["Part"].values())
     assert memory_figure(planned).charts[0].alt.count("Full fine-tuning") == 1
     assert page.summary[0].startswith("The whole model on ")
@@ -129,6 +130,9 @@ def test_the_summary_warns_if_loading_needs_more_memory(planned, config):
     page = plan_page(dataclasses.replace(planned, loading=10**12), config, command="")
     assert page.summary[-1] == ("Loading the base briefly needs more memory than training: 1 TB.")
     assert page.summary[1].startswith("Its peak memory is 1 TB.")
+    (memory,) = (section for section in page.sections if section.title == "Memory and time")
+    table = next(block for block in memory.blocks if isinstance(block, Table))
+    assert table.rows[-1][:2] == ("in a step", size(planned.chosen.memory.total))
 
 
 @pytest.mark.slow

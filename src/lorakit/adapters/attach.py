@@ -72,7 +72,7 @@ def handle_for(model: nn.Module) -> Adapters:
     """Return the handle of a model; create one if the model has no adapter yet.
 
     Raises:
-        ConfigurationError: It is no model.
+        ConfigurationError: `model` is not a PyTorch module.
         AdapterStateError: A submodule of this model, or a model that contains it, has its own handle; or the model has
             adapters of PEFT.
     """
@@ -84,9 +84,13 @@ def handle_for(model: nn.Module) -> Adapters:
     if handle is None:
         for path, module in model.named_modules():
             if type(module).__module__.startswith("peft."):
+                convert = (
+                    "Convert them with lorakit.from_peft(model), or use the base without them: model.unload()."
+                    if hasattr(model, "unload")
+                    else "Pass the PeftModel that contains it to lorakit.from_peft, or load the base again."
+                )
                 raise AdapterStateError(
-                    f"The model has adapters of PEFT, on '{path or type(module).__name__}'. Convert them with "
-                    "lorakit.from_peft(model), or use the base without them: model.unload()."
+                    f"The model has adapters of PEFT, on '{path or type(module).__name__}'. {convert}"
                 )
         handle = Adapters(model)
     for path, _, adapters in adapted_layers(model):

@@ -43,7 +43,7 @@ def why_not_linear(path: str, layer: nn.Module) -> str | None:
     """Return why the forward method of the layer at `path` does not compute its type's formula, or None if it does.
 
     Layers without a known type, quantised layers (whose formula has ``W_q``) and layers without values (on the meta
-    device, or of a plan) are not tried.
+    device, or with fake tensors) are not tried.
     """
     kind = _kind(layer)
     if kind is None or quantised_weight(layer) is not None:

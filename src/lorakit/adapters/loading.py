@@ -169,7 +169,7 @@ def from_peft(peft_model: Any) -> Adapters:
         AdapterStateError: The model has no PEFT adapter, or a merged one.
     """
     names = list(getattr(peft_model, "peft_config", {}))
-    if not names:
+    if not names or not hasattr(peft_model, "unload"):  # transformers has a peft_config of its own
         raise AdapterStateError(
             f"{type(peft_model).__name__} has no PEFT adapter. Pass the model that get_peft_model or "
             "PeftModel.from_pretrained returned."

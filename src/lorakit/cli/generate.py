@@ -113,9 +113,10 @@ def run(argv: Sequence[str]) -> None:
     named = None if config.data.task == "auto" else config.data.task
     task = Chat.name if config.chat else Completion.name if config.raw else named
     prompting = prompt_format(adapter, task, config.data.encoding)
-    data = recorded_data(adapter)
-    columns = data.columns if named in (None, data.task) else {}
-    template = data.prompt_template if task is prompting.task is None else None
+    data = recorded_data(adapter, named)
+    is_recorded = named in (None, data.task) and not (config.chat or config.raw)
+    columns = data.columns if is_recorded else {}
+    template = data.prompt_template if is_recorded and prompting.task is None else None
     # Read the prompts before the base, which takes longer to load.
     if config.prompt is not None:
         prompts: list[Prompt] = [config.prompt]

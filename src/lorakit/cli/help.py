@@ -12,7 +12,8 @@ from lorakit.cli.options import Option, missing_options, options_of
 from lorakit.configuration import YAML, type_name
 
 WIDTH, COLUMN = 100, 30
-"""The widest line, and the column of the texts: of a terminal below 70 columns they stand under the options."""
+"""Width of the longest line, and the column where descriptions start. Terminals narrower than 70 columns indent
+descriptions by 6."""
 
 GROUPS = {
     "model": ("base", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),

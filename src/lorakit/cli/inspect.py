@@ -146,7 +146,10 @@ def _recorded(key: str, value: Any) -> str:
         return ""
     if key == "config" and isinstance(value, dict):
         settings = [
-            f"{n} {setting_text(v)}" for n in OF_A_RUN if (v := setting(value, n)) is not None
+            f"{name} {setting_text(found)}"
+            for name in OF_A_RUN
+            if (found := setting(value, name)) is not None
+            and not (name == "epochs" and setting(value, "max_steps"))
         ]
         return f"{', '.join(settings)} (all settings: --json)".strip()
     if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):

@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     processes = started_processes()
     finished = _finished(config)
     if config.resume and processes.is_first and not Path(config.output, CONFIG).exists():
-        print(f"--resume: no run in {Path(config.output).resolve()}, so this is a new one")
+        print(f"--resume: no run in {Path(config.output).resolve()}, so a new one starts")
     result = train(config)
     if not processes.is_first:
         return

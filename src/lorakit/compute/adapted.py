@@ -24,6 +24,7 @@ from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
+from lorakit.tasks.classification import PAIR
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,23 +86,30 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
     return DataTask(name=name, labels=tuple(labels))
 
 
-def recorded_data(adapter: AdapterFile | None) -> DataConfig:
+def recorded_data(adapter: AdapterFile | None, configured: str | None = None) -> DataConfig:
     """Return the task, the encoding, the columns and the templates that an adapter records.
 
-    All are unset for a custom task, and for a file that records no task, such as PEFT's.
+    All are unset for a file that records no task, such as PEFT's, and for a custom task that is not configured.
+
+    Args:
+        adapter: The adapter.
+        configured: The task that the configuration names.
 
     Raises:
         AdapterFileError: A recorded setting is invalid.
     """
     record = adapter.provenance if adapter else {}
-    if adapter is None or record.get("task") not in TASKS:
+    task = record.get("task")
+    if configured is not None and task is not None and task_type(configured).name == task:
+        task = configured
+    if adapter is None or (task not in TASKS and task != configured) or task is None:
         return DataConfig()
     config = record.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     names = ("columns", "prompt_template", "completion_template")
-    settings = {name: data[name] for name in names if name in data} if data else {}
+    settings = {n: data[n] for n in names if n in data} if isinstance(data, dict) else {}
     try:
-        return DataConfig(task=record["task"], encoding=record.get("encoding"), **settings)
+        return DataConfig(task=task, encoding=record.get("encoding"), **settings)
     except ConfigurationError as error:
         raise AdapterFileError(
             f"The adapter {adapter.path} records invalid settings of its data: {error} Save or download it again."
@@ -124,25 +132,30 @@ def as_recorded(
     Raises:
         AdapterFileError: A recorded setting is invalid.
     """
-    recorded = recorded_data(adapter)
+    recorded = recorded_data(adapter, data.task)
     if adapter is None or data.task != recorded.task:
         return data
-    renamed = data.columns or {f: c for f, c in recorded.columns.items() if c in columns}
+    # A task reads a text or a pair of texts: one that the user names takes the place of the recorded ones.
+    inputs = {"text", *PAIR}
+    replaced = inputs if inputs & data.columns.keys() else set()
+    usable = {f: c for f, c in recorded.columns.items() if c in columns and f not in replaced}
+    renamed = {**usable, **data.columns}
     if data.encoding not in (None, recorded.encoding):
         return dataclasses.replace(data, columns=renamed)
     templates = {}
-    if data.prompt_template is data.completion_template is None:
-        known = {*columns, *renamed, *task_type(data.task).derived}
-        for name in ("prompt_template", "completion_template"):
-            text = getattr(recorded, name)
-            if text is not None and known.issuperset(Template(text).fields):
-                templates[name] = text
-            elif text is not None:
-                _LOG.warning(
-                    "the adapter %s was trained with the %s %r, which needs other columns than these data have; the "
-                    "data are used without it.",
-                    *(adapter.path, name, text),
-                )
+    known = {*columns, *renamed, *task_type(data.task).derived}
+    for name in ("prompt_template", "completion_template"):
+        text = getattr(recorded, name)
+        if text is None or getattr(data, name) is not None:
+            continue
+        if known.issuperset(Template(text).fields):
+            templates[name] = text
+        else:
+            _LOG.warning(
+                "the adapter %s was trained with the %s %r, which needs other columns than these data have; the "
+                "data are used without it.",
+                *(adapter.path, name, text),
+            )
     return dataclasses.replace(data, columns=renamed, encoding=recorded.encoding, **templates)
 
 
@@ -212,7 +225,7 @@ def prompt_format(
         return PromptFormat()
     if recorded == chosen.name and encoding in (None, record.get("encoding")):
         encoding = record.get("encoding")
-        template = recorded_data(adapter).prompt_template
+        template = recorded_data(adapter, task).prompt_template
         if encoding == "prompt" and template:
             raise ConfigurationError(
                 f"The adapter {path} was trained with the prompt_template {template!r}. Write whole prompts in this "
@@ -318,7 +331,11 @@ def base_of_adapter(
             f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
         )
     options = stored.provenance.get("peft") if stored.base is None else None
-    revision = options.get("revision") if isinstance(options, dict) else None
+    return recorded_base(base, name, options.get("revision") if isinstance(options, dict) else None)
+
+
+def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConfig:
+    """Return `base` with a recorded name, and with its revision if the name is one of the hub's and `base` has none."""
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)

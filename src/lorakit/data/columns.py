@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ class ColumnMap:
             expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
             raise DataError(
                 f"{self.source_name}: its columns are {listed(self.columns)}; task {task.name} predicts from "
-                f"{expected}. {self._renaming(texts[0])}"
+                f"{expected}. {self._renaming(texts)}"
             )
         self._check_one_input(task)
 
@@ -162,16 +163,19 @@ class ColumnMap:
         Raises:
             DataError: Names the character.
         """
+        if len(self.columns) != 1 or not re.search(r"\.[ct]sv(\.gz)?$", self.source_name):
+            return
         found = next((sign for sign in ";\t,|" if sign in self.columns[0]), None)
-        if len(self.columns) == 1 and found is not None:
+        if found is not None:
             raise DataError(
                 f"{self.source_name}: its only column is {self.columns[0]!r:.200}. The fields seem to be separated by "
-                f"{found!r}, but lorakit splits .csv files at commas and .tsv files at tabs. Save it in one of these "
-                "forms."
+                f"{found!r}, but lorakit splits .csv files at commas and .tsv files at tabs. Save it with commas as "
+                ".csv, or with tabs as .tsv."
             )
 
-    def _renaming(self, layout: Sequence[str]) -> str:
-        """Return the sentence that says how to name the columns of a layout that the data lack."""
+    def _renaming(self, layouts: Sequence[Sequence[str]]) -> str:
+        """Return the sentence that says how to name the columns that the data lack of the nearest layout."""
+        layout = max(layouts, key=lambda names: sum(name in self.fields for name in names))
         missing = [name for name in layout if name not in self.fields]
         flags = " ".join(f"--data.columns.{name} COLUMN" for name in missing)
         mapping = ", ".join(f"{name}: COLUMN" for name in missing)
@@ -187,7 +191,7 @@ class ColumnMap:
             for task in candidates
         ]
         task_name = "any task" if name == "auto" else f"task {name}"
-        advice = self._renaming(candidates[0].layouts[0])
+        advice = self._renaming(candidates[0].layouts)
         if candidates[0] is Completion:
             advice += " Or build prompt and completion with data.prompt_template and data.completion_template."
         return DataError(

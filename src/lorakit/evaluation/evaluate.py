@@ -100,7 +100,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]
         if "text" in config.scores:
-            task.type.check_scoring()
+            task.type.check_scoring(list(groups.values()))
     else:
         examples = examples[: config.limit]
     score = functools.partial(_score, config, base, task, examples, decoding)
@@ -274,7 +274,10 @@ def generated(
 
 
 def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
-    """Return the tokens to generate from. If `data.max_length` cut an example of the group, the context cuts them."""
+    """Return the tokens to generate from.
+
+    If `data.max_length` cut an example of the group, they are cut to the model's context instead.
+    """
     ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
     context = context_length(base.model)
     if context and any(example.truncated for example in group):

@@ -125,7 +125,7 @@ def _make_writable(data: DataRows, config: DataConfig) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value with None in place of NaN and infinities, which JSON has not."""
+    """Return a value with None in place of NaN and infinities, which JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

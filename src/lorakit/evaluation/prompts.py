@@ -98,7 +98,7 @@ def _row_prompt(
     is_conversation = "messages" in fields or "conversations" in fields
     try:
         if template is not None and not is_conversation:
-            return template.render(fields.get)
+            return checked_text(template.render(fields.get), "prompt")
         if isinstance(fields.get("prompt"), str):
             return checked_text(fields["prompt"], "prompt")
         if task is not None and issubclass(task, NamedText):

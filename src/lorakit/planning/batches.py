@@ -1,4 +1,4 @@
-"""The batches of a run, the largest and the median one, from its data or from lengths alone."""
+"""The batches of a run, of which a plan simulates the largest and the median one, from its data or from lengths."""
 
 from __future__ import annotations
 

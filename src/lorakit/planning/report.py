@@ -90,7 +90,7 @@ def memory_figure(plan: Plan) -> Figure:
         }
         for name, prediction in _columns(plan)
     }
-    memory = stacked_bar_chart("Peak memory by part", bars, shown=size)
+    memory = stacked_bar_chart("Memory of a step by part", bars, shown=size)
     caption = (
         "Memory at the peak of a step; the parts follow the order of the legend. Hover over a part for its size; the "
         "table lists all parts."
@@ -206,7 +206,7 @@ def _memory(plan: Plan) -> list[Block]:
     caption = "All parts of the memory, at the same moment, so they add up."
     blocks: list[Block] = [
         memory_figure(plan),
-        _table(plan, caption, "Part", {**parts, "total": part_size("total")}),
+        _table(plan, caption, "Part", {**parts, "in a step": part_size("total")}),
     ]
     if plan.device == "cpu":
         blocks.append(Prose(text=f"Loading the base briefly needs {size(plan.loading)}."))

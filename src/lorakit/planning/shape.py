@@ -47,7 +47,7 @@ def new_mode() -> FakeTensorMode:
 
 @contextmanager
 def planning(fake: FakeTensorMode) -> Iterator[None]:
-    """Create fake tensors inside this block, and replace functions that fake tensors cannot run as real ones do.
+    """Create fake tensors inside this block, and replace functions whose fake kernels are missing or differ.
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
     """
@@ -147,9 +147,10 @@ def _flash_attention(
 
 
 def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Multiply all tokens (n, in) by the first expert's weights: the same work and memory as each by its own expert's.
+    """Multiply all tokens (n, in) by the first expert's weights.
 
-    The fake kernel of the grouped product supports bfloat16 only, and its work is not counted.
+    This costs the same work and memory as the grouped product, whose fake kernel supports bfloat16 only and whose work
+    is not counted.
     """
     if not isinstance(tokens, FakeTensor):  # a real model, in another thread
         assert _grouped_products is not None

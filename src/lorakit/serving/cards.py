@@ -23,6 +23,8 @@ class Card:
     size: int | None = None
     """Bytes of its files."""
     base: str | None = None
+    revision: str | None = None
+    """Revision of the base, "" for the default one; None if the file records a hash of the base's weights."""
     method: str | None = None
     rank: int | None = None
     alpha: float | None = None
@@ -51,6 +53,7 @@ def read_card(location: Location, state: State) -> Card:
             path=location.path,
             size=size,
             base=_typed(options.get("base_model_name_or_path"), str),
+            revision=_typed(options.get("revision"), str) or "",
             method=_typed(options.get("peft_type"), str),
             rank=_typed(options.get("r"), int),
             alpha=_typed(options.get("lora_alpha"), (int, float)),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.compute.adapted import TEXT
+from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -168,6 +167,7 @@ def _base(configured: BaseConfig | None, cards: list[Card]) -> BaseConfig:
     if base.name:
         return base
     names = sorted({card.base for card in cards if card.base})
+    revisions = sorted({c.revision for c in cards if c.base and c.revision is not None})
     if len(names) != 1:
         found = (
             f"The adapters were made for {', '.join(names)}"
@@ -175,7 +175,13 @@ def _base(configured: BaseConfig | None, cards: list[Card]) -> BaseConfig:
             else "The adapters record no base"
         )
         raise ConfigurationError(f"{found}. Name the base to serve: --base.name MODEL.")
-    return dataclasses.replace(base, name=names[0])
+    if len(revisions) > 1:
+        listed = ", ".join(revision or "the default one" for revision in revisions)
+        raise ConfigurationError(
+            f"The adapters were made for several revisions of {names[0]}: {listed}. Name the one to serve: --base.name "
+            f"{names[0]} --base.revision REVISION."
+        )
+    return recorded_base(base, names[0], revisions[0] or None if revisions else None)
 
 
 def _task(cards: list[Card]) -> DataTask:

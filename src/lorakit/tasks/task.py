@@ -242,8 +242,13 @@ class Task(ABC):
         """
 
     @classmethod  # noqa: B027 - most tasks have nothing to check
-    def check_scoring(cls) -> None:
-        """Raise a ConfigurationError if a package that `score` needs is missing. Called before generation starts."""
+    def check_scoring(cls, examples: Groups) -> None:
+        """Check before generation starts that `score` can score outputs of the examples.
+
+        Raises:
+            ConfigurationError: A package that it needs is missing.
+            DataError: It cannot compare with the references.
+        """
 
     @classmethod
     def stop_ids(cls, tokenizer: PreTrainedTokenizerBase) -> list[int]:

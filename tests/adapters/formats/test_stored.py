@@ -159,3 +159,10 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     best = f"{expected}, or use its best adapter so far, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
         formats.read(run / name)
+
+
+def test_files_of_the_user_beside_an_adapter_make_no_run(tmp_path) -> None:
+    formats.write(adapter({"a": linear(6, 8, 2)}), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").touch()
+    assert set(formats.read(tmp_path).layers) == {"a"}

@@ -78,8 +78,8 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         return _read_file(path, alpha)
     if path.exists() and not path.is_dir():
         raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
-    _reject_unfinished_run(path if path.is_dir() else path.parent)
     if not path.is_dir():
+        _reject_unfinished_run(path.parent)
         raise AdapterFileError(
             f"'{path}' does not exist.{nearest_path(path) or ' Check the path.'} Download an adapter on the Hugging "
             "Face hub first: hf download OWNER/NAME --local-dir FOLDER."
@@ -89,6 +89,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
     elif os.path.lexists(path / peft.CONFIG_NAME):
         stored = read_peft(path)
     else:
+        _reject_unfinished_run(path)
         raise AdapterFileError(_no_adapter_in(path))
     _check_alpha(stored, alpha, path)
     return stored

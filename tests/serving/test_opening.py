@@ -1,0 +1,27 @@
+"""What a server opens: the base that its adapters record."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit.errors import ConfigurationError
+from lorakit.models.base_config import BaseConfig
+from lorakit.serving.cards import Card
+from lorakit.serving.opening import _base
+
+NAME = "owner/model"
+
+
+@pytest.mark.parametrize(
+    ("revisions", "expected"), [([None, None], None), ([""], None), (["v2", None], "v2")]
+)
+def test_the_base_has_the_revision_that_the_adapters_record(revisions, expected) -> None:
+    cards = [Card(base=NAME, revision=revision) for revision in revisions]
+    assert _base(None, cards) == BaseConfig(name=NAME, revision=expected)
+
+
+def test_several_revisions_need_a_choice() -> None:
+    cards = [Card(base=NAME, revision="v2"), Card(base=NAME, revision="")]
+    with pytest.raises(ConfigurationError, match=r"revisions of owner/model: the default one, v2"):
+        _base(None, cards)
+    assert _base(BaseConfig(name=NAME), cards).revision is None
