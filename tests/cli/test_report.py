@@ -102,7 +102,7 @@ def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> Non
     monkeypatch.chdir(tmp_path)
     status, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
     assert status == 0
-    assert out.startswith(f"--resume: no run in {tmp_path / 'run'}, so this is a new one\n")
+    assert out.startswith(f"--resume: no run in {tmp_path / 'run'}, so a new one starts\n")
     assert "nothing was trained" not in out
     _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
     longer = "run was finished, so nothing was trained; a higher --max_steps makes it longer\n"
