@@ -140,17 +140,12 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
 def _recorded(key: str, value: Any) -> str:
     """Return a record of the provenance on one line; "" if it is empty."""
     from lorakit.formatting import number
-    from lorakit.reporting.run_settings import setting, setting_text
+    from lorakit.reporting.run_settings import chosen_settings
 
     if value in (None, [], {}):
         return ""
     if key == "config" and isinstance(value, dict):
-        settings = [
-            f"{name} {setting_text(found)}"
-            for name in OF_A_RUN
-            if (found := setting(value, name)) is not None
-            and not (name == "epochs" and setting(value, "max_steps"))
-        ]
+        settings = [f"{name} {text}" for name, text in chosen_settings(value, OF_A_RUN)]
         return f"{', '.join(settings)} (all settings: --json)".strip()
     if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
         return ", ".join(f"{name} {number(one)}" for name, one in value.items())

@@ -75,8 +75,7 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
         return None
     name, labels = record["task"], record.get("labels")
     if name not in TASKS and record.get("generic_task") in GENERIC:
-        is_configured = configured is not None and task_type(configured).name == name
-        name = str(configured) if is_configured else record["generic_task"]
+        name = str(configured) if _is_named(name, configured) else record["generic_task"]
     is_valid = isinstance(name, str) and (name in TASKS or name == configured)
     if not is_valid or not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
         raise AdapterFileError(
@@ -84,6 +83,11 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
             f"{', '.join(TASKS)}, with a list of names as labels."
         )
     return DataTask(name=name, labels=tuple(labels))
+
+
+def _is_named(recorded: Any, configured: str | None) -> bool:
+    """Return whether the configuration names the task that an adapter records, by its name or by its file."""
+    return configured is not None and task_type(configured).name == recorded
 
 
 def recorded_data(adapter: AdapterFile | None, configured: str | None = None) -> DataConfig:
@@ -98,11 +102,13 @@ def recorded_data(adapter: AdapterFile | None, configured: str | None = None) ->
     Raises:
         AdapterFileError: A recorded setting is invalid.
     """
-    record = adapter.provenance if adapter else {}
-    task = record.get("task")
-    if configured is not None and task is not None and task_type(configured).name == task:
+    if adapter is None:
+        return DataConfig()
+    record = adapter.provenance
+    task: Any = record.get("task")
+    if _is_named(task, configured):
         task = configured
-    if adapter is None or (task not in TASKS and task != configured) or task is None:
+    elif task not in TASKS:
         return DataConfig()
     config = record.get("config")
     data = config.get("data") if isinstance(config, dict) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit import storage
@@ -38,10 +38,20 @@ def yaml_text(settings: Mapping[str, Any]) -> str:
     return storage.dump_yaml(dict(settings), sort_keys=False, width=100)
 
 
+def chosen_settings(config: Mapping[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return those of the named settings that are set and have an effect, as pairs of dotted name and value."""
+    found = [(name, setting(config, name)) for name in names]
+    overridden = {"epochs"} if config.get("max_steps") else set()
+    return [
+        (name, setting_text(value))
+        for name, value in found
+        if value is not None and name not in overridden
+    ]
+
+
 def main_settings(run: RunRecord) -> list[tuple[str, str]]:
     """Return the most important settings as pairs of dotted name and value."""
-    rows: list[tuple[str, str]] = []
-    for path in (
+    names = (
         "base.name",
         "base.dtype",
         "method",
@@ -60,12 +70,8 @@ def main_settings(run: RunRecord) -> list[tuple[str, str]]:
         "optimizer.warmup",
         "optimizer.weight_decay",
         "seed",
-    ):
-        if path.startswith("lora.") and "lora" not in run.method.split("+"):
-            continue
-        if path == "epochs" and run.config.get("max_steps"):
-            continue
-        value = setting(run.config, path)
-        if value is not None:
-            rows.append((path, setting_text(value)))
-    return rows
+    )
+    has_lora = "lora" in run.method.split("+")
+    return chosen_settings(
+        run.config, [name for name in names if has_lora or not name.startswith("lora.")]
+    )
