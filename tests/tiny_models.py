@@ -307,3 +307,15 @@ def example_batch(
     if getattr(model.config, "add_cross_attention", False):
         batch["encoder_hidden_states"] = torch.randn(2, 5, 32, generator=generator)
     return batch
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters and buffers in a model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Assert equal names in equal order, and equal values."""
+    assert list(actual) == list(expected)
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different

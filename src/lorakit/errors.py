@@ -172,10 +172,12 @@ def require_at_least(name: str, value: float | None, least: float) -> None:
         )
 
 
-def require_html(name: str, path: str | None) -> None:
-    """Raise a ConfigurationError unless `path` is None, or ends in .html."""
-    if path is not None and not path.endswith(".html"):
-        raise ConfigurationError(f"{name} is '{path}'; it must be a file name that ends in .html.")
+def require_suffix(name: str, path: str | None, suffix: str) -> None:
+    """Raise a ConfigurationError unless `path` is None, or a file name that ends in `suffix`."""
+    if path is not None and Path(path).suffix != suffix:
+        raise ConfigurationError(
+            f"{name} is '{path}'; it must be a file name that ends in {suffix}."
+        )
 
 
 def require_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tensors_of
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, load
@@ -73,7 +74,7 @@ def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> None:
 
 def test_detach_restores_the_running_statistics() -> None:
     model, x = normalised()
-    before, base = {k: t.clone() for k, t in model.state_dict().items()}, model(x)
+    before, base = tensors_of(model), model(x)
     adapters = attach(model, LoRA(rank=2, targets="0"))
     train(model.train(), x, adapters.trainable_parameters())
     model.eval()

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -47,22 +48,13 @@ def objects(model: nn.Module) -> dict[str, int]:
     return {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_values(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
 def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
     model, method = case
     flags = {}
     for i, (name, parameter) in enumerate(model.named_parameters()):
         parameter.requires_grad_(i % 3 != 0)
         flags[name] = parameter.requires_grad
-    base, before, identities = logits(model), values(model), objects(model)
+    base, before, identities = logits(model), tensors_of(model), objects(model)
 
     adapters = attach(model, method)
     torch.testing.assert_close(logits(model), base)  # it starts as the base
@@ -85,7 +77,7 @@ def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
     assert torch.equal(logits(model), adapted)
     adapters.detach()
     assert torch.equal(logits(model), base)
-    assert_same_values(values(model), before)
+    assert_same_tensors(tensors_of(model), before)
     assert objects(model) == identities
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert not any(m._forward_hooks for m in model.modules())

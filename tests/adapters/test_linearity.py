@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -90,7 +91,7 @@ def adapted(layer: nn.Module) -> Adapters:
 def assert_refused(adapters: Adapters, x: Tensor | None, says: str) -> None:
     """Assert that a merge is refused with a message, and changes neither weights nor outputs."""
     model = adapters.model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = tensors_of(model)
     output = None if x is None else model(x.clone())
     for merge in (adapters.merge, adapters.require_mergeable):
         with pytest.raises(AdapterStateError, match=says):

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -49,10 +50,6 @@ def expand(model: PreTrainedModel, arch: str = "llama", **settings: Any) -> Any:
 def logits(model: PreTrainedModel, arch: str = "llama") -> Tensor:
     with torch.no_grad():
         return model(**tiny_models.example_batch(arch, model)).logits
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -176,7 +173,7 @@ def test_a_bias_is_trained_in_full_precision(kind: str) -> None:
 )
 def test_quantised_weights_are_not_trained_in_full(method, kind: str) -> None:
     model = base(kind=kind)
-    before = state(model)
+    before = tensors_of(model)
     message = rf"weight' is quantised to {kind}.*LoRA \(targets\), or load the base in bfloat16"
     with pytest.raises(ConfigurationError, match=message):
         count_parameters(model, method)
@@ -203,7 +200,7 @@ def test_a_tied_head_and_its_embedding_stay_whole(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_adds_to_the_dequantised_weight_and_rounds_once(kind: str, dtype) -> None:
     model = base(kind=kind, dtype=dtype)
-    before, unmerged = state(model), logits(model)
+    before, unmerged = tensors_of(model), logits(model)
     adapters = attach(model, LoRA(targets="mlp.up", rank=4, alpha=8), name="a", seed=0)
     attach(model, LoRA(targets="mlp", rank=2, alpha=2), name="b", seed=1)
     randomise(adapters)
@@ -255,7 +252,7 @@ def test_a_layer_whose_forward_is_wrapped_is_not_merged(kind: str) -> None:
     adapters = attach(model, LoRA())
     last = model.model.layers[1].self_attn.v_proj
     last.forward = last.forward  # as accelerate's hooks leave it
-    before = state(model)
+    before = tensors_of(model)
     with pytest.raises(AdapterStateError, match="forward of a quantised layer is wrapped"):
         adapters.merge()
     assert_same_state(model, before)
@@ -291,7 +288,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
         torch.testing.assert_close(logits(model, arch), merged, **TOLERANCE)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
-    assert_same_state(again, state(model))
+    assert_same_state(again, tensors_of(model))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -320,7 +317,7 @@ def test_what_was_written_loads_into_the_adapted_model(kind: str) -> None:
     model = base(kind=kind)
     adapters = attach(model, LoRA())
     randomise(adapters)
-    expected, before = logits(model), state(model)
+    expected, before = logits(model), tensors_of(model)
     written = adapted_state_dict(model, before)
     randomise(adapters, seed=1)
     assert not logits(model).equal(expected)
@@ -425,7 +422,7 @@ def foreign(tmp_path: Path) -> PreTrainedModel:
 
 
 def test_adapters_on_a_base_that_transformers_quantised(foreign: Any, tmp_path) -> None:
-    before = state(foreign)
+    before = tensors_of(foreign)
     adapters = attach(foreign, LoRA(targets="all-linear"))
     randomise(adapters, scale=0.1)
     expected = logits(foreign)

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, handle_of
@@ -48,23 +49,14 @@ def logits(model: nn.Module) -> Tensor:
         return model(IDS).logits
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_copy_is_whole_and_the_original_stays(
     copied: Callable[[nn.Module], nn.Module], method: str
 ) -> None:
     model = tiny_models.build("gpt2")  # tied head
-    base, base_state = logits(model), state(model)
+    base, base_state = logits(model), tensors_of(model)
     randomise(attach(model, METHODS[method]))
-    adapted, adapted_state = logits(model), state(model)
+    adapted, adapted_state = logits(model), tensors_of(model)
     assert (adapted - base).abs().max() > 1e-2
 
     twin = copied(model)
@@ -82,13 +74,13 @@ def test_copy_is_whole_and_the_original_stays(
     assert torch.equal(logits(twin), adapted)
     handle.detach()
     assert torch.equal(logits(twin), base)
-    assert_same_state(state(twin), base_state)
+    assert_same_tensors(tensors_of(twin), base_state)
     assert handle_of(twin) is None
     assert vars(twin).keys() == vars(tiny_models.build("gpt2")).keys()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
 
     assert torch.equal(logits(model), adapted)
-    assert_same_state(state(model), adapted_state)
+    assert_same_tensors(tensors_of(model), adapted_state)
 
 
 def test_the_original_can_change_and_the_copy_stays(
@@ -110,7 +102,7 @@ def test_training_the_copy_trains_no_tensor_of_the_original(
 ) -> None:
     model = tiny_models.build("gpt2")
     attach(model, METHODS["bias and head"])
-    before = state(model)
+    before = tensors_of(model)
     twin = copied(model)
     handle = handle_of(twin)
     assert handle is not None
@@ -119,7 +111,7 @@ def test_training_the_copy_trains_no_tensor_of_the_original(
     optimizer.step()
     after = twin.state_dict()
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert_same_state(state(model), before)
+    assert_same_tensors(tensors_of(model), before)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -127,7 +119,7 @@ def test_copy_of_a_merged_model_gives_its_own_base_back(
     copied: Callable[[nn.Module], nn.Module],
 ) -> None:
     model = tiny_models.build("gpt2")
-    base, base_state = logits(model), state(model)
+    base, base_state = logits(model), tensors_of(model)
     adapters = attach(model, LoRA(rank=2, targets=("embedding", "attention.qv")))
     randomise(adapters)
     adapters.merge()
@@ -139,7 +131,7 @@ def test_copy_of_a_merged_model_gives_its_own_base_back(
     assert torch.equal(logits(twin), merged)
     handle.detach()
     assert torch.equal(logits(twin), base)
-    assert_same_state(state(twin), base_state)
+    assert_same_tensors(tensors_of(twin), base_state)
     assert twin.lm_head.weight is twin.transformer.wte.weight
     assert torch.equal(logits(model), merged)
 

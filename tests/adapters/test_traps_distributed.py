@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -124,7 +125,7 @@ def test_ddp_saves_the_adapter_of_the_module(process_group: None, tmp_path: Path
     model, _ = adapted(torch.float32)
     wrapped = DistributedDataParallel(model)
     expected = model(IDS).logits
-    state = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
+    state = tensors_of(wrapped)
     other, adapters = adapted(torch.float32)
     randomise(adapters, seed=5)
     assert (other(IDS).logits - expected).abs().max() > 1e-2

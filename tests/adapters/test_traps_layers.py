@@ -7,6 +7,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from random_adapters import randomise
+from tiny_models import assert_same_tensors
 from torch import Tensor, nn
 
 from lorakit.adapters import attach
@@ -20,11 +21,6 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if ".adapters." not in name
     }
-
-
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 # --- PiSSA changes no base weight -----------------------------------------------------------------

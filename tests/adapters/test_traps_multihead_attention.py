@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -137,7 +138,7 @@ def test_pissa_starts_as_the_base() -> None:
     model = Model()
     x = example()
     base = model(x)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = tensors_of(model)
     adapters = attach(model, LoRA(rank=2, targets="attn", init="pissa"))
     torch.testing.assert_close(model(x), base)
     randomise(adapters)

@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from safetensors.torch import load_file
+from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,15 +59,6 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
 # --- save_pretrained ------------------------------------------------------------------------------
 
 
@@ -80,9 +72,9 @@ def test_saved_folder_computes_what_the_model_computes(
     adapted = logits(model)
     assert (adapted - base).abs().max() > 1e-2
 
-    before = tensors(model)
+    before = tensors_of(model)
     model.save_pretrained(tmp_path / "active")
-    assert_same_tensors(tensors(model), before)
+    assert_same_tensors(tensors_of(model), before)
     assert_close(logits(load(model, tmp_path / "active")), adapted)
 
     adapters.merge()
@@ -176,7 +168,7 @@ def test_state_dict_round_trip(
         adapters.merge()
     elif saved == "inactive":
         adapters.activate(None)
-    state = tensors(model)
+    state = tensors_of(model)
 
     handle.activate("default" if loaded_into == "active" else None)
     twin.load_state_dict(state)
@@ -234,10 +226,10 @@ def test_load_state_dict_into_a_merged_model_is_refused(part: str, strict: bool)
         if ("adapters." in key) != of_base
     }
     adapters.merge()
-    before = tensors(model)
+    before = tensors_of(model)
     with pytest.raises(AdapterStateError, match=r"Call unmerge\(\) before load_state_dict"):
         module.load_state_dict(state, strict=strict)
-    assert_same_tensors(tensors(model), before)
+    assert_same_tensors(tensors_of(model), before)
     adapters.unmerge()
     module.load_state_dict(state, strict=False)
     assert all(torch.equal(module.state_dict()[key], tensor) for key, tensor in state.items())
@@ -259,7 +251,7 @@ def test_other_parts_of_a_merged_model_can_be_loaded() -> None:
 def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
     model = tiny_models.build("gpt2")
     module = model.get_submodule(path)
-    base = tensors(module)
+    base = tensors_of(module)
     adapters = attach(model, LoRA(rank=2, targets="attention.qv", train_modules="ln_f"))
     randomise(adapters)
     expected = logits(model)
@@ -270,10 +262,10 @@ def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
         f"{'transformer.' if not path else ''}{'ln_f.' if path != 'transformer.ln_f' else ''}weight"
     )
     other = {name: tensor + 1 for name, tensor in base.items()}
-    before = tensors(model)
+    before = tensors_of(model)
     with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*Call activate\(None\)"):
         module.load_state_dict(other, strict=False)
-    assert_same_tensors(tensors(model), before)
+    assert_same_tensors(tensors_of(model), before)
 
     adapters.activate(None)
     module.load_state_dict(other, strict=False)
@@ -292,11 +284,11 @@ def test_state_dict_of_a_part_round_trip(path: str, loaded_into: str) -> None:
     adapters = attach(model, method)
     randomise(adapters)
     part = model.get_submodule(path)
-    expected = tensors(part)
+    expected = tensors_of(part)
     handle.activate("default" if loaded_into == "active" else None)
     twin.get_submodule(path).load_state_dict(part.state_dict())
     handle.activate("default")
-    assert_same_tensors(tensors(twin.get_submodule(path)), expected)
+    assert_same_tensors(tensors_of(twin.get_submodule(path)), expected)
     handle.activate(None)
     assert torch.equal(logits(twin), base)
 
@@ -327,7 +319,7 @@ def test_a_layer_at_two_places_loads_its_adapter() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     randomise(attach(model, LoRA(rank=2, targets="0")))
-    saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    saved = tensors_of(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -350,12 +342,12 @@ def test_detach_removes_the_hooks_of_load_state_dict() -> None:
 
 def test_state_dict_of_a_detached_model_is_the_base() -> None:
     model = tiny_models.build("gpt2")
-    before = tensors(model)
+    before = tensors_of(model)
     adapters = attach(model, LoRA(rank=2, bias="all", train_modules="wte"))
     randomise(adapters)
     adapters.merge()
     adapters.detach()
-    assert_same_tensors(tensors(model), before)
+    assert_same_tensors(tensors_of(model), before)
     model.load_state_dict(before)
 
 
@@ -375,7 +367,7 @@ def test_the_backbone_is_saved_with_its_adapter(tmp_path: Path) -> None:
 def test_load_with_assign_while_a_trained_copy_is_active_is_refused() -> None:
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2, train_modules="lm_head"))
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = tensors_of(model)
     with pytest.raises(AdapterStateError, match="assign"):
         model.load_state_dict(state, assign=True)
     assert adapters.trainable_parameters()[0].requires_grad

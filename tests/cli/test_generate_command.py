@@ -354,6 +354,10 @@ def test_without_a_system_role_the_system_text_starts_the_first_message(
     [
         (["--prompt", "x", "--raw", "true", "--chat", "true"], "chat and raw exclude each other"),
         (["--prompt", "x", "--system", "y"], "system is a turn of the chat template"),
+        (
+            ["--prompt", "x", "--output", "out.txt"],
+            "output is .out.txt.; it must be a file name that ends in .jsonl",
+        ),
         (["--file", "{train}", "--raw", "true"], "has 'messages', which need the chat template"),
         (["--file", "{train}", "--system", "y"], r"train.jsonl:2: 'messages' has a system turn"),
     ],

@@ -105,7 +105,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         "merge adapter disk/new --base.name {base}",
         "convert adapter disk/new",
         "convert adapter disk/new.bin --to loralib",
-        "generate --base.name {base} --prompt river --output disk/new --decoding.max_new_tokens 2",
+        "generate --base.name {base} --prompt river --output disk/new.jsonl --decoding.max_new_tokens 2",
         "train --base.name {base} --data.train {data} --output disk/new",
     ],
     ids=["merge", "convert to peft", "convert to loralib", "generate", "train"],

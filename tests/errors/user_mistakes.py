@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from tiny_models import tensors_of
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
@@ -145,7 +146,7 @@ def trace(model: nn.Module) -> tuple[dict[str, Tensor], list[tuple[Any, ...]], l
         )
         for name, module in model.named_modules()
     ]
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = tensors_of(model)
     return tensors, hooks, [p.requires_grad for p in model.parameters()]
 
 

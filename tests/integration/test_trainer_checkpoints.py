@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -68,16 +69,6 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model.eval()(torch.arange(3, 17).view(2, 7)).logits
 
 
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_bit_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert not different
-
-
 class StopAt(TrainerCallback):
     """Ends a run early, as if it were killed after its checkpoint."""
 
@@ -96,7 +87,7 @@ def test_checkpoints_load_and_resume(case: str, tmp_path: Path) -> None:
     base = logits(tiny_models.build(arch))
     model, adapters = adapted(arch, method)
     trainer(model, tmp_path / "whole").train()
-    expected = tensors(model)
+    expected = tensors_of(model)
     adapted_logits = logits(model)
     assert (adapted_logits - base).abs().max() > 1e-2
 
@@ -110,14 +101,14 @@ def test_checkpoints_load_and_resume(case: str, tmp_path: Path) -> None:
     run.add_callback(StopAt(4))
     run.train()
     resumed, resumed_adapters = adapted(arch, method)
-    assert any(not torch.equal(t, expected[n]) for n, t in tensors(interrupted).items())
+    assert any(not torch.equal(t, expected[n]) for n, t in tensors_of(interrupted).items())
     trainer(resumed, tmp_path / "parts").train(resume_from_checkpoint=True)
-    assert_bit_identical(tensors(resumed), expected)
+    assert_same_tensors(tensors_of(resumed), expected)
     assert torch.equal(logits(resumed), adapted_logits)
 
     for handle, of in ((adapters, model), (resumed_adapters, resumed)):
         handle.detach()
-        assert_bit_identical(tensors(of), tensors(tiny_models.build(arch)))
+        assert_same_tensors(tensors_of(of), tensors_of(tiny_models.build(arch)))
 
 
 @pytest.mark.parametrize("case", ["lora", "bias and head", "full, tied"])
@@ -128,7 +119,7 @@ def test_the_best_checkpoint_is_put_back(case: str, tmp_path: Path) -> None:
 
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs) -> None:
-            seen[state.global_step] = tensors(model)
+            seen[state.global_step] = tensors_of(model)
 
     run = trainer(
         model,
@@ -144,9 +135,9 @@ def test_the_best_checkpoint_is_put_back(case: str, tmp_path: Path) -> None:
     best = int(Path(run.state.best_model_checkpoint).name.rpartition("-")[2])
     assert best < STEPS
     assert any(not torch.equal(seen[best][name], tensor) for name, tensor in seen[STEPS].items())
-    assert_bit_identical(tensors(model), seen[best])
+    assert_same_tensors(tensors_of(model), seen[best])
     adapters.detach()
-    assert_bit_identical(tensors(model), tensors(tiny_models.build(arch)))
+    assert_same_tensors(tensors_of(model), tensors_of(tiny_models.build(arch)))
 
 
 @pytest.mark.slow
@@ -159,7 +150,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path: Path) -> None:
         model, _ = adapted("llama", LoRA(rank=2, targets="all-linear"))
         settings = {"save_strategy": "no", field: enabled}
         trainer(model, tmp_path / str(enabled), **settings).train()
-        results.append(tensors(model))
+        results.append(tensors_of(model))
     assert any(n.endswith("lora_B") and t.abs().max() > 0 for n, t in results[0].items())
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, atol=1e-5, rtol=1e-4)
@@ -182,8 +173,8 @@ def test_vision_model_resumes(tmp_path: Path) -> None:
         if stop:
             one.add_callback(StopAt(stop))
         one.train(resume_from_checkpoint=resume)
-        return tensors(model)
+        return tensors_of(model)
 
     expected = run("whole")
     run("parts", stop=4)
-    assert_bit_identical(run("parts", resume=True), expected)
+    assert_same_tensors(run("parts", resume=True), expected)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from method_cases import CASES, COMPILED, QUICK, Case, seen
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
@@ -50,7 +51,7 @@ def test_the_base_comes_back(case: Case) -> None:
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 3 != 0)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = tensors_of(model)
     types = {path: type(module) for path, module in model.named_modules()}
     plain = case.plain_batch(model)
     base = seen(model, plain)

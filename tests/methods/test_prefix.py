@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from random_adapters import randomise
+from tiny_models import tensors_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -83,7 +84,7 @@ def gpt2_in_float64(state: dict[str, Tensor], entering: list[Tensor], ids: Tenso
 @pytest.mark.parametrize("kind", [PrefixEmbedding, PrefixLayer])
 def test_against_float64_arithmetic(kind) -> None:
     model = tiny_models.build("gpt2")
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = tensors_of(model)
     adapters = attach(model, kind(prefix_length=3, infix_length=2), seed=1)
     randomise(adapters, scale=0.5)
     ids = placed(adapters.virtual_tokens, prompt=4)

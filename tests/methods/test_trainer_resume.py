@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 import torch
 from method_cases import CASES, Case
-from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from tiny_models import tensors_of
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorakit import attach
 
@@ -48,10 +48,6 @@ def trainer(case: Case, folder: Path) -> Trainer:
     )
 
 
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -64,9 +60,9 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize("name", ["houlsby llama", "lin gpt2"])
 def test_checkpoints_resume_and_do_not_load_as_a_model(name: str, tmp_path: Path) -> None:
     whole = trainer(CASES[name], tmp_path / "whole")
-    before = tensors(whole.model)
+    before = tensors_of(whole.model)
     whole.train()
-    expected = tensors(whole.model)
+    expected = tensors_of(whole.model)
     trained = [key for key in expected if not torch.equal(expected[key], before[key])]
     assert trained
     assert all(".adapters." in key for key in trained)
@@ -75,7 +71,7 @@ def test_checkpoints_resume_and_do_not_load_as_a_model(name: str, tmp_path: Path
     part.train()
     rest = trainer(CASES[name], tmp_path / "part")
     rest.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-2"))
-    actual = tensors(rest.model)
+    actual = tensors_of(rest.model)
     assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
     with pytest.raises(ValueError, match="no part of the weights"):
         type(rest.model).from_pretrained(tmp_path / "part" / "checkpoint-4")

@@ -9,6 +9,7 @@ import torch
 from covering_array import Case, fresh_model
 from layouts import LAYOUTS, WITHOUT_BIAS
 from logits import assert_differ, randomise
+from tiny_models import tensors_of
 from torch import nn
 
 from lorakit import FullFineTuning, LoRA, attach
@@ -135,7 +136,7 @@ def test_keys_and_types_stay_after_attach(case: Case):
 def test_base_and_detached_model_are_bit_identical(case: Case):
     model = half_frozen(case)
     batch = case.batch(model)
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state = tensors_of(model)
     logits, seen, known = model(**batch).logits, snapshot(model), tensors(model)
 
     handle = attach(model, case.method())

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from logits import assert_differ, assert_same, randomise
 from safetensors.torch import load_file
+from tiny_models import tensors_of
 from torch import Tensor, nn
 
 import lorakit
@@ -117,7 +118,7 @@ def test_rows_with_and_without_it():
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_merge_and_unmerge(bias):
     net = Net()
-    base, weights = net(X), {k: v.clone() for k, v in net.state_dict().items()}
+    base, weights = net(X), tensors_of(net)
     handle = attached(
         net, LoRA(rank=2, alpha=5.0, targets=("first", "last"), lora_bias=True, bias=bias)
     )

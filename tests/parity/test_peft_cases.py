@@ -12,6 +12,7 @@ import pytest
 import torch
 from logits import assert_same, randomise
 from peft_cases import CASES, PeftCase
+from tiny_models import tensors_of
 
 import lorakit
 from lorakit.errors import AdapterFileError, AdapterStateError
@@ -26,7 +27,7 @@ def outcome(case: PeftCase) -> str:
     with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
         warnings.simplefilter("ignore")  # of PEFT
         folder = Path(temporary)
-        base, weights = net(x), {name: t.clone() for name, t in net.state_dict().items()}
+        base, weights = net(x), tensors_of(net)
         torch.manual_seed(0)
         single = case.build().float()  # MiCA accepts no float64
         theirs = peft.get_peft_model(single, peft.LoraConfig(**case.options)).double().eval()

@@ -13,6 +13,7 @@ import torch
 from arithmetic import TIGHT, float64_model, inputs
 from covering_array import fresh_model
 from logits import assert_differ, assert_same, randomise
+from tiny_models import tensors_of
 from torch import nn
 
 from lorakit import LoRA, attach, load
@@ -38,7 +39,7 @@ def _without_gradients():
 def test_pissa_starts_as_the_base_and_trains_its_principal_part(arch: str, role: str):
     model, oracle = float64_model(arch), float64_model(arch)
     batch = inputs(arch, model)
-    base, state = model(**batch).logits, {k: t.clone() for k, t in model.state_dict().items()}
+    base, state = model(**batch).logits, tensors_of(model)
     method = LoRA(rank=RANK, alpha=ALPHA, targets=role, init="pissa")
     handle = attach(model, method, dtype=torch.float64)
     assert_same(model(**batch).logits, base, TIGHT)

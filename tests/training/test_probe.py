@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from tiny_models import tensors_of
 
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import TEXT
@@ -46,7 +47,7 @@ def probed(tmp_path: Path, base: str):
 
 def test_the_probe_is_undone(probed) -> None:
     base, run = probed
-    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    weights = tensors_of(base.model)
     before = state(base)
     assert run() > 0
     assert state(base) == before

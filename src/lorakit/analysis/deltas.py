@@ -22,6 +22,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.layer import dora_factor
+from lorakit.models.layers import natural
 from lorakit.ops.autocast import wide_dtype
 from lorakit.training.checkpoint_adapter import is_checkpoint, read_checkpoint
 
@@ -78,7 +79,7 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     checkpoint = is_checkpoint(adapter)
     stored = read_checkpoint(adapter) if checkpoint else formats.read(adapter, alpha=alpha)
     # Sort by block number: a JSON file lists block 10 before block 2.
-    stored.layers = dict(sorted(stored.layers.items(), key=lambda item: _sort_key(item[0])))
+    stored.layers = dict(sorted(stored.layers.items(), key=lambda item: natural(item[0])))
     return stored
 
 
@@ -278,7 +279,3 @@ def _deltas(stored: StoredAdapter) -> Iterator[Delta]:
                 scaling=layer.scaling,
                 magnitude=magnitude,
             )
-
-
-def _sort_key(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakit.errors import require_html
+from lorakit.errors import require_suffix
 from lorakit.models.base_config import BaseConfig
 
 
@@ -36,7 +36,7 @@ class Written:
             drawing.require_format(self.plot)
             storage.require_free_file(self.plot, overwrite=True)
         if self.report is not None:
-            require_html("report", self.report)
+            require_suffix("report", self.report, ".html")
             storage.require_free_file(self.report, overwrite=self.overwrite)
         if self.plot is not None or self.report is not None:
             drawing.require_drawing()

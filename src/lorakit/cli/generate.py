@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, require_suffix
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
@@ -75,6 +74,7 @@ class GenerateConfig:
             )
         if (self.prompt is None) == (self.file is None):
             raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
+        require_suffix("output", self.output, ".jsonl")
 
 
 CONFIGS = (GenerateConfig,)
@@ -145,13 +145,10 @@ def run(argv: Sequence[str]) -> None:
     texts = generate(base.model, base.tokenizer, encoded.ids, decoding, stop_ids=encoded.stop_ids)
     texts = [encoded.answer(text) for text in texts]
     if config.output:
-        with (
-            storage.atomic_file(config.output) as temporary,
-            temporary.open("w", encoding="utf-8") as file,
-        ):
-            for prompt, text in zip(encoded.shown, texts, strict=True):
-                record = {"prompt": prompt, "output": text}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        answered = zip(encoded.shown, texts, strict=True)
+        storage.write_rows(
+            config.output, ({"prompt": prompt, "output": text} for prompt, text in answered)
+        )
         print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
         return
     for text in texts:

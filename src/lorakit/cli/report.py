@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
 from lorakit.configuration import conform
-from lorakit.errors import ConfigurationError, LorakitError, require_html
+from lorakit.errors import ConfigurationError, LorakitError, require_suffix
 
 if TYPE_CHECKING:
     from lorakit.reporting import Page
@@ -38,7 +38,7 @@ class ReportConfig:
             raise ConfigurationError("runs is empty; give a run folder: lorakit report RUN.")
         if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigurationError("runs names a folder twice; give each run folder once.")
-        require_html("output", self.output)
+        require_suffix("output", self.output, ".html")
 
 
 CONFIGS = (ReportConfig,)

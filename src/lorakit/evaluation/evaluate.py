@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,9 +61,7 @@ class Evaluation:
 
     def write_outputs(self, path: str | Path) -> None:
         """Write the records to a .jsonl file, whole or not at all."""
-        with storage.atomic_file(path) as temporary:
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.outputs)
-            temporary.write_text("".join(lines), encoding="utf-8")
+        storage.write_rows(path, self.outputs)
 
 
 def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Evaluation:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from lorakit.configuration import conform, strict
 from lorakit.data.data_config import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.errors import ConfigurationError, require_at_least, require_suffix
 from lorakit.evaluation.decoding import Decoding
 from lorakit.methods.registry import use_method
 from lorakit.models.base_config import BaseConfig
@@ -49,7 +48,7 @@ class EvaluateConfig:
     batch_size: int = 16
     """Examples per forward pass of the loss; decoding.batch_size is for generation."""
     output: str | None = None
-    """Write each example's prompt, output and references to this .jsonl file."""
+    """Write each example's prompt, output and references to this .jsonl file, and a report beside it (.html)."""
     overwrite: bool = False
     """Replace an existing output."""
 
@@ -60,8 +59,5 @@ class EvaluateConfig:
         if not self.scores:
             raise ConfigurationError("scores is empty; name loss, text or both.")
         require_at_least("batch_size", self.batch_size, 1)
-        if self.output is not None and Path(self.output).suffix != ".jsonl":
-            raise ConfigurationError(
-                f"output is {self.output!r}; it must end in .jsonl. The report has the same name with .html."
-            )
+        require_suffix("output", self.output, ".jsonl")
         require_at_least("limit", self.limit, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -70,9 +69,7 @@ def predict(config: PredictConfig) -> Predictions:
     predictions = [
         {**row, **answer} for row, answer in zip(values, _answers(logits, task.labels), strict=True)
     ]
-    with storage.atomic_file(config.output) as temporary:
-        lines = (_as_json(row) + "\n" for row in predictions)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    storage.write_rows(config.output, predictions)
     return Predictions(rows=predictions, report=str(report))
 
 
@@ -115,7 +112,7 @@ def _make_writable(data: DataRows, config: DataConfig) -> None:
             values = {name: _finite(value) for name, value in row.values.items()}
             try:
                 for name, value in values.items():
-                    checked_text(_as_json(value), name)
+                    checked_text(storage.json_line(value), name)
             except BadRow as error:
                 data.rows[i] = Problem(row.origin, str(error))
             else:
@@ -131,11 +128,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     return list(map(_finite, value)) if isinstance(value, list | tuple) else value
-
-
-def _as_json(value: Any) -> str:
-    # default=str: JSON has no dates, which Parquet has.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _logits(base: Base, task: DataTask, examples: Sequence[Example], batch_size: int) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorakit.configuration import conform, strict
 from lorakit.data.data_config import DataConfig
-from lorakit.errors import ConfigurationError, require_at_least
+from lorakit.errors import ConfigurationError, require_at_least, require_suffix
 from lorakit.methods.registry import use_method
 from lorakit.models.base_config import BaseConfig
 
@@ -43,5 +42,4 @@ class PredictConfig:
                 "data.test is not set; set it to the rows to predict, for example --data.test new.csv."
             )
         require_at_least("batch_size", self.batch_size, 1)
-        if Path(self.output).suffix != ".jsonl":
-            raise ConfigurationError(f"output is {self.output!r}; it must end in .jsonl.")
+        require_suffix("output", self.output, ".jsonl")

@@ -216,3 +216,8 @@ def parents(path: str) -> list[str]:
     """Return the paths of the modules that contain ``path``, the outermost first, without the root."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def natural(path: str) -> list[tuple[int, int, str]]:
+    """Return a sort key that orders layers.2 before layers.10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split(".")]

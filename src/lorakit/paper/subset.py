@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -40,7 +39,5 @@ def write_subset(data: DataConfig, count: int, path: Path) -> int:
             raise DataError(str(row), f"Fix this row: every row of {source.name} must be readable.")
         rows.append(row.values)
     random.Random(SEED).shuffle(rows)
-    with storage.atomic_file(path) as temporary:
-        lines = (json.dumps(row) + "\n" for row in rows[:count])
-        temporary.write_text("".join(lines), encoding="utf-8")
+    storage.write_rows(path, rows[:count])
     return min(count, len(rows))

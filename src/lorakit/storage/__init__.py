@@ -12,6 +12,7 @@ from lorakit.storage.records import (
     CHECKSUM,
     STRICT_JSON,
     StrictJsonError,
+    json_line,
     parse_json,
     read_json,
     read_record,
@@ -19,6 +20,7 @@ from lorakit.storage.records import (
     sha256,
     write_json,
     write_record,
+    write_rows,
 )
 from lorakit.storage.refusals import reading, regular_file, writing
 from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
@@ -33,6 +35,7 @@ __all__ = [
     "atomic_folder",
     "dump_yaml",
     "is_quiet_asked",
+    "json_line",
     "lock_folder",
     "parse_json",
     "parse_yaml",
@@ -48,5 +51,6 @@ __all__ = [
     "sha256",
     "write_json",
     "write_record",
+    "write_rows",
     "writing",
 ]

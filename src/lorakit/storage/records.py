@@ -1,16 +1,17 @@
-"""JSON files, and records: JSON files with a checksum of their content."""
+"""JSON files, files of JSON lines, and records: JSON files with a checksum of their content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.formatting import size
+from lorakit.storage.atomic import atomic_file
 from lorakit.storage.refusals import reading, regular_file
 
 CHECKSUM = "sha256"
@@ -32,6 +33,29 @@ def write_json(path: str | Path, obj: Any) -> None:
     """
     text = json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     Path(path).write_bytes(f"{text}\n".encode())
+
+
+def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write each row as one line of UTF-8 JSON, the whole file or nothing.
+
+    Raises:
+        RunFolderError: The file cannot be written.
+        ValueError: A row holds NaN or an infinity.
+    """
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        file.writelines(f"{json_line(row)}\n" for row in rows)
+
+
+def json_line(value: Any) -> str:
+    """Return `value` as one line of JSON, with text in place of types that JSON does not have, such as dates.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) -> dict[str, Any]:

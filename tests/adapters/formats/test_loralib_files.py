@@ -26,6 +26,7 @@ from at_rest import (
     with_start,
 )
 from safetensors.torch import save_file
+from tiny_models import tensors_of
 from torch import Tensor, nn
 
 import lorakit
@@ -256,7 +257,7 @@ def test_what_loralib_saves(tmp_path, bias, names):
 
 def test_a_file_of_a_whole_model(tmp_path):
     model = tiny_models.build("gpt2")
-    state = {key: t.clone() for key, t in model.state_dict().items()}
+    state = tensors_of(model)
     state["transformer.h.0.attn.c_attn.lora_A"] = numbers(4, 32)
     state["transformer.h.0.attn.c_attn.lora_B"] = numbers(64, 2)
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a mask that older GPT-2s saved
@@ -290,7 +291,7 @@ def test_a_file_of_a_whole_model(tmp_path):
 
 def test_a_classifier_of_a_whole_model_keeps_its_head(tmp_path):
     model = tiny_models.build("roberta")
-    state = {key: t.clone() for key, t in model.state_dict().items()}
+    state = tensors_of(model)
     query = "roberta.encoder.layer.0.attention.self.query"
     state |= {f"{query}.lora_A": numbers(2, 32), f"{query}.lora_B": numbers(32, 2)}
     stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lorakit.models.layers import natural
+
 
 def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> list[str] | str:
     """Return the shortest list of path endings that match the targets and no other module.
@@ -26,17 +28,12 @@ def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> lis
         endings = _endings(path) if modules is not None else [path]
         ending = next((e for e in endings if e not in ambiguous), None)
         if ending is None:
-            return "|".join(re.escape(path) for path in sorted(targets, key=_natural))
+            return "|".join(re.escape(path) for path in sorted(targets, key=natural))
         chosen.add(ending)
-    return sorted(chosen, key=_natural)
+    return sorted(chosen, key=natural)
 
 
 def _endings(path: str) -> list[str]:
     """Return the endings by which PEFT matches a path: its last part, its last two, and so on."""
     parts = path.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def _natural(path: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that orders layers.2 before layers.10."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.split(".")]
