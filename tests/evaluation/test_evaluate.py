@@ -312,7 +312,7 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
 
 
 def test_outputs_do_not_go_where_the_report_goes(trained):
-    with pytest.raises(ConfigurationError, match=r"must end in \.jsonl"):
+    with pytest.raises(ConfigurationError, match=r"ends in \.jsonl"):
         settings(trained, output="w/o.html")
 
 
