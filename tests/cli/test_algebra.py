@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
+import tiny_runs
 import torch
 from random_adapters import randomise
-from tiny_tokenizer import tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_runs
 
 import lorakit
 from lorakit import storage
@@ -30,19 +24,16 @@ from lorakit.training.loop import train
 def folder(tmp_path_factory) -> Path:
     """Write a tiny base, two adapters for it, a merged model, and data to score on."""
     folder = tmp_path_factory.mktemp("algebra")
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("llama", vocab_size=len(tokenizer))
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model.config._name_or_path = str(folder / "base")
+    tiny_runs.save_base(folder / "base")
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    model = base.model
     for name, seed in (("one", 1), ("two", 2)):
         handle = lorakit.attach(model, lorakit.LoRA(rank=4, targets="all-linear"), name=name)
         randomise(handle, name, scale=0.1, seed=seed)
         handle.save(
             folder / name,
             name,
-            tokenizer=tokenizer,
+            tokenizer=base.tokenizer,
             provenance={"task": "completion", "labels": []},
         )
     handle.activate("one")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 from random_adapters import randomise
-from tiny_tokenizer import SENTENCES, tiny_tokenizer
+from tiny_runs import save_base
+from tiny_tokenizer import SENTENCES
 
 import lorakit
 from lorakit.cli import main
@@ -23,12 +23,8 @@ from lorakit.formatting import number
 def folder(tmp_path_factory) -> Path:
     """Write a tiny base, two adapters for it, and a text."""
     folder = tmp_path_factory.mktemp("analyze")
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("llama", vocab_size=len(tokenizer))
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model.config._name_or_path = str(folder / "base")
+    save_base(folder / "base")
+    model = lorakit.load_base(folder / "base", dtype="float32").model
     for name, rank in (("one", 2), ("two", 6)):
         handle = lorakit.attach(model, lorakit.LoRA(rank=rank, targets="all-linear"), name=name)
         randomise(handle, name, seed=rank)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from random_adapters import randomise
+from tiny_runs import save_base
 from tiny_tokenizer import tiny_tokenizer
 from transformers import TextStreamer
 
@@ -29,10 +30,7 @@ NEW = 8
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and two of its adapters that change every answer."""
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("llama", vocab_size=len(tokenizer), max_position_embeddings=128)
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base", max_position_embeddings=128)
     for seed, name in enumerate(("first", "second")):
         adapters = lorakit.attach(
             lorakit.load_base(folder / "base", dtype="float32").model, lorakit.LoRA(rank=4)

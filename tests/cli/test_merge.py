@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
+import tiny_runs
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,11 +17,6 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_models
-import tiny_runs
 
 import lorakit
 from lorakit.cli import main

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_models
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 import tiny_runs
 import torch
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 
 from lorakit.cli import main
 from lorakit.cli.report import write_run_report
@@ -21,10 +22,6 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.reporting.evaluation_report import evaluation_page
 from lorakit.training import environment, validation
 from lorakit.training.run_folder import RunResult
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_runs
 
 
 @pytest.fixture(scope="module")

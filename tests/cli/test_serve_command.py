@@ -17,10 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_models
 from fastapi.testclient import TestClient
 from random_adapters import randomise
-from tiny_tokenizer import tiny_tokenizer
+from tiny_runs import save_base
 
 import lorakit
 from lorakit.cli import main, serve
@@ -227,9 +226,7 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base, and an adapter for it."""
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = tiny_tokenizer()
-    tiny_models.build("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    save_base(folder / "base")
     opened = lorakit.load_base(folder / "base", dtype="float32")
     handle = lorakit.attach(opened.model, lorakit.LoRA(rank=2), name="x")
     randomise(handle, seed=1)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from random_adapters import randomise
 from safetensors.torch import load_file, save_file
+from tiny_runs import save_base, write_rows
 from torch import nn
-
-import lorakit
-from lorakit.adapters import formats
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from user_mistakes import (
     RECORD,
     ROWS,
     Shell,
-    save_base,
-    write_rows,
 )
+
+import lorakit
+from lorakit.adapters import formats
 
 
 @pytest.fixture(scope="session")

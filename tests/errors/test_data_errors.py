@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_runs import save_base, write_rows
 from user_mistakes import (
     CONTEXT,
     ROWS,
@@ -12,8 +13,6 @@ from user_mistakes import (
     nothing_left,
     on_data,
     refused,
-    save_base,
-    write_rows,
 )
 
 import lorakit

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_runs import write_rows
 from torch import nn
 from user_mistakes import (
     ROWS,
@@ -21,7 +22,6 @@ from user_mistakes import (
     nothing_left,
     refused,
     run_config,
-    write_rows,
 )
 
 import lorakit

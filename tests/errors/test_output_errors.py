@@ -117,7 +117,7 @@ IN_THE_WAY = {
     "merge": ("merge nowhere taken", "folder"),
     "convert": ("convert nowhere taken", "folder"),
     "convert to loralib": ("convert nowhere taken --to loralib", "file"),
-    "generate": ("generate --base.name nowhere --prompt hi --output taken", "file"),
+    "generate": ("generate --base.name nowhere --prompt hi --output taken.jsonl", "file"),
     "evaluate": (
         "evaluate --base.name nowhere --data.test nowhere.jsonl --output taken.jsonl",
         "file",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from tiny_models import tensors_of
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 
 import lorakit
@@ -36,24 +33,6 @@ ROWS = [{"prompt": f"river {i}:", "completion": " pub"} for i in range(8)]
 
 
 # --- inputs ---------------------------------------------------------------------------------------
-
-
-def save_base(folder: Path, arch: str = "llama", **settings: Any) -> Path:
-    """Write a model folder with the tiny model of `arch` and a tokenizer."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build(arch, vocab_size=len(tokenizer), **settings)
-    model.config.pad_token_id, model.config.eos_token_id = (
-        tokenizer.pad_token_id,
-        tokenizer.eos_token_id,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 STEPS = 4

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_runs
 
 import lorakit
 from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
 import tiny_models
 import tiny_runs
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 from random_adapters import randomise
+from tiny_runs import save_base
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import lorakit
@@ -24,10 +25,7 @@ FORGETFUL = CHAT_TEMPLATE.replace(
 
 @pytest.fixture
 def base(tmp_path):
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base", max_position_embeddings=512)
     for seed, method in enumerate((lorakit.LoRA(rank=4), lorakit.PrefixLayer(infix_length=2))):
         handle = lorakit.attach(lorakit.load_base(tmp_path / "base", dtype="float32").model, method)
         randomise(handle, seed=seed)

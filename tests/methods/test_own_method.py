@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import tiny_models
+import tiny_runs
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_runs
 
 from lorakit import attach, load, use_method
 from lorakit.cli import main

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from tiny_tokenizer import tiny_tokenizer
+from tiny_runs import save_base
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -258,11 +258,7 @@ def test_memory_is_a_half_or_a_quarter(kind) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("llama", vocab_size=len(tokenizer), **WIDE)
-    model.save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return str(tmp_path / "tiny")
+    return save_base(tmp_path / "tiny", **WIDE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

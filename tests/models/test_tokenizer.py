@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny_models
-from tiny_tokenizer import tiny_tokenizer
+from tiny_runs import save_base
 
 from lorakit import LoRA, attach
 from lorakit.compute.adapted import AdapterFile, add_adapter
@@ -27,10 +26,7 @@ def set_length(folder: Path, length: str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model folder."""
-    tokenizer = tiny_tokenizer()
-    tiny_models.build("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return Path(save_base(tmp_path / "model"))
 
 
 WRONG = {

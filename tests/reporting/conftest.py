@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
 import tiny_runs
 from browser import HOSTILE
 
