@@ -24,18 +24,9 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
-from lorakit.models.loading import Base, ModelHead, load_base
+from lorakit.models.loading import Base, head_of_class, load_base
 from lorakit.models.sources import ModelSource, resolve
 
-HEADS: dict[str, ModelHead] = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForImageClassification": "image-classification",
-}
-"""Head of a model, by the suffix of its class name."""
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -151,8 +142,7 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    tasks: list[ModelHead] = [task for suffix, task in HEADS.items() if class_name.endswith(suffix)]
-    task = tasks[0] if tasks else "base"
+    task = head_of_class(class_name) or "base"
     # Decoders of images and text, such as Gemma 3, have the same suffix.
     if task == "seq2seq-lm" and not config_of(base).is_encoder_decoder:
         task = "causal-lm"

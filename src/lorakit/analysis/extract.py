@@ -17,7 +17,7 @@ from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
-from lorakit.analysis.base_weights import HEADS, config_of, load_float32, read_weights
+from lorakit.analysis.base_weights import config_of, load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
@@ -28,7 +28,7 @@ from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.loading import Base
+from lorakit.models.loading import Base, head_of_class
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -174,7 +174,7 @@ def _agreement(
     None if the models have no head or tokenizer, or the fine-tuned weights do not fit the base.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    if tokenizer is None or not type(model).__name__.endswith(tuple(HEADS)):
+    if tokenizer is None or head_of_class(type(model).__name__) is None:
         return None
     handle = handle_of(model)
     assert handle is not None

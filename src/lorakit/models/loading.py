@@ -48,6 +48,15 @@ _MODEL_CLASSES: dict[str, str] = {
     "image-classification": "AutoModelForImageClassification",
     "base": "AutoModel",
 }
+_BY_SUFFIX: dict[str, ModelHead] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForImageClassification": "image-classification",
+}
+"""Head of a model, by the suffix of its class name."""
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
 NEW_WEIGHTS = "Newly initialised weights"
 """Start of the notice about `Base.new_weights`."""
@@ -134,6 +143,11 @@ def load_base(
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     _set_padding(base)
     return base
+
+
+def head_of_class(class_name: str) -> ModelHead | None:
+    """Return the head of a model class by its name; None if the name ends in none of the known heads."""
+    return next((head for suffix, head in _BY_SUFFIX.items() if class_name.endswith(suffix)), None)
 
 
 def model_class(task: ModelHead) -> Any:

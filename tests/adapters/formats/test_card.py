@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import yaml
 from at_rest import adapter, convolution, embedding, linear, numbers, with_dora
 from huggingface_hub import ModelCard
+from tiny_runs import save_base
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import lorakit
 from lorakit.adapters.formats import peft
@@ -87,10 +93,10 @@ def test_what_the_card_says():
         "| train | e2e.jsonl | 42,061 | `abababababababab…` |",
         "| validation | e2e.jsonl | 4,672 | not recorded |",
         '"learning_rate": 0.001',
-        'model = AutoModelForCausalLM.from_pretrained("owner/tiny")',
+        'model = transformers.LlamaForCausalLM.from_pretrained("owner/tiny", revision="0123abc")',
         'adapters = lorakit.load(model, "path/to/this/folder")',
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
-        "vllm serve owner/tiny --enable-lora --max-lora-rank 8 \\",
+        "vllm serve owner/tiny --revision 0123abc --enable-lora --max-lora-rank 8 \\",
     ):
         assert line in text.splitlines() or line in text, line
 
@@ -204,4 +210,76 @@ def test_a_card_for_an_unnamed_base():
     text = card(stored, None)
     assert "# LoRA adapter\n" in text
     assert "| Base model | `not recorded` |" in text
-    assert '"<the base model>"' in text
+    assert "model = ...  # the base model" in text
+
+
+# --- the code that loads the adapter --------------------------------------------------------------
+
+
+def run_code(folder: Path) -> list[dict[str, Any]]:
+    """Run the card's blocks of Python, and return the names that each defines."""
+    text = (folder / "README.md").read_text()
+    found = []
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        names: dict[str, Any] = {}
+        exec(code.replace("path/to/this/folder", str(folder)), names)
+        found.append(names)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
+@pytest.mark.parametrize("labels", [1, 3])
+def test_the_code_gives_a_classifier_its_number_of_labels(labels: int, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "encoder", "roberta", "masked-lm")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, train_modules="classifier"))
+    with_lorakit, with_peft = run_code(handle.save(tmp_path / "adapter"))
+    for loaded in (with_lorakit["model"], with_peft["model"].base_model.model):
+        assert type(loaded) is type(model)
+        assert loaded.config.num_labels == labels
+
+
+def test_the_code_for_an_adapter_that_peft_cannot_load(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "decoder")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    handle = lorakit.attach(model, lorakit.BottleneckAdapter(size=4))
+    (names,) = run_code(handle.save(tmp_path / "adapter"))
+    assert type(names["adapters"].method()) is lorakit.BottleneckAdapter
+
+
+def test_the_code_names_the_revision_and_a_method_of_ones_own() -> None:
+    stored = live()
+    code = 'transformers.LlamaForCausalLM.from_pretrained("owner/tiny", revision="0123abc")'
+    assert text_of(stored).count(code) == 2
+    assert "vllm serve owner/tiny --revision 0123abc --enable-lora" in text_of(stored)
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(lorakit.BitFit):
+        pass
+
+    stored = StoredAdapter(method=Mine(), trained={"a": numbers(2)}, base=stored.base)
+    assert 'lorakit.use_method("path/to/its/file.py:Mine")' in card(stored, None)
+
+
+@pytest.mark.parametrize("name", ["os", "Net", "x; import os"])
+def test_the_code_imports_no_class_that_transformers_lacks(name: str) -> None:
+    stored = live()
+    architecture = dataclasses.replace(stored.base.architecture, class_name=name)
+    stored.base = dataclasses.replace(stored.base, architecture=architecture)
+    assert "model = ...  # the base model" in text_of(stored)
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments"),
+    [
+        (["no", "maybe", "yes"], 'task="sequence-classification", num_labels=3'),
+        ([], 'task="regression"'),
+    ],
+)
+def test_the_code_for_a_base_in_a_python_package(labels: list[str], arguments: str) -> None:
+    stored = live("roberta", "all-minilm-l6-v2", "sequence-classification")
+    stored.base = dataclasses.replace(stored.base, layout=None)  # as in a file
+    generic_task = "classification" if labels else "regression"
+    stored.provenance = {"labels": labels, "generic_task": generic_task}
+    code = f'model = lorakit.load_base("all-minilm-l6-v2", {arguments}).model'
+    assert code in text_of(stored)

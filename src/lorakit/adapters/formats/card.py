@@ -7,25 +7,25 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.formatting import number
 from lorakit.methods.combined import lora_of
+from lorakit.methods.combined import parts as methods_in
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import describe
-from lorakit.methods.registry import unused_sections
+from lorakit.methods.registry import METHODS, unused_sections
+from lorakit.models.loading import head_of_class
 from lorakit.models.packaged import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's --max-lora-rank."""
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-}
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+"""PEFT's task_type -> the hub's pipeline_tag."""
 
 _KINDS = {
     "LoRA": "LoRA adapter",
@@ -61,13 +61,12 @@ def card(stored: StoredAdapter, form: PeftForm | None) -> str:
 
 
 def _front_matter(stored: StoredAdapter, form: PeftForm | None) -> str:
-    task = _task(form)
     base = stored.base_name
     data = ModelCardData(
         # The hub rejects a card whose base_model is not of the form owner/name.
         base_model=base if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) else None,
         library_name="peft" if form is not None else "lorakit",
-        pipeline_tag=_AUTO_CLASSES[task][1] if task else None,
+        pipeline_tag=_PIPELINES.get(form.config["task_type"]) if form is not None else None,
         tags=["lorakit", "lora"] if lora_of(stored.method) else ["lorakit"],
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -120,32 +119,27 @@ def _summary(stored: StoredAdapter) -> str:
 
 
 def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
-    base = stored.base_name or "<the base model>"
-    task = _task(form)
-    auto = _AUTO_CLASSES[task][0] if task else "AutoModel..."
-    packaged = base in _PACKAGED
-    load = f"{auto}.from_pretrained({json.dumps(base)})"
-    imports = f"from transformers import {auto}\n"
-    if packaged:  # a short name of lorakit for weights in a Python package
-        load, imports = f"lorakit.load_base({json.dumps(base)}).model", ""
+    base, revision = stored.base_name or "<the base model>", _revision(stored)
+    load = _base_code(stored)
+    own = [m for m in map(type, methods_in(stored.method)) if m.__name__ not in METHODS]
     parts = [
         "## How to load it",
-        "With [lorakit](https://pypi.org/project/lorakit/), which checks that the base is the right one:",
-        _block(
-            "python",
-            f"import lorakit\n{imports}\nmodel = {load}\n"
+        "With lorakit, which checks that the base is the right one:",
+        _python(
+            load,
+            *(f'lorakit.use_method("path/to/its/file.py:{method.__name__}")' for method in own),
             'adapters = lorakit.load(model, "path/to/this/folder")',
+            imports=["import lorakit"],
         ),
     ]
     if form is None:
         return [*parts, "PEFT and vLLM cannot load it: PEFT's format cannot represent it."]
     parts += [
         "With PEFT:",
-        _block(
-            "python",
-            f"{'import lorakit' + chr(10) if packaged else ''}from peft import PeftModel\n{imports}\n"
-            f"model = {load}\n"
+        _python(
+            load,
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+            imports=["from peft import PeftModel"],
         ),
     ]
     parts += form.notices
@@ -154,15 +148,48 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
         return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
-    if packaged:
+    if base in _PACKAGED:
         note = f"vLLM needs the base as a folder: `lorakit.load_base({json.dumps(base)}).model.save_pretrained(...)`."
         parts.append(note)
         base = "path/to/that/folder"
+    at = f" --revision {_shell(revision)}" if revision else ""
     command = (
-        f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {rank} \\\n"
+        f"vllm serve {_shell(base)}{at} --enable-lora --max-lora-rank {rank} \\\n"
         "    --lora-modules adapter=path/to/this/folder"
     )
     return [*parts, "With vLLM:", _block("sh", command)]
+
+
+def _base_code(stored: StoredAdapter) -> str:
+    """Return the expression with which Python loads the base."""
+    name, revision = stored.base_name, _revision(stored)
+    class_name = stored.base.architecture.class_name if stored.base else ""
+    labels = _num_labels(stored) if class_name.endswith("Classification") else None
+    if name in _PACKAGED:  # a short name of lorakit for weights in a Python package
+        head = head_of_class(class_name) or "base"
+        arguments = {"task": head, "num_labels": labels}
+        if labels == 1:
+            arguments = {"task": "regression"}
+        return f"lorakit.load_base({_arguments(name, arguments)}).model"
+    # Not hasattr, which would import the class.
+    if name is None or not class_name.isidentifier() or class_name not in dir(transformers):
+        return "...  # the base model"
+    arguments = {"num_labels": labels, "revision": revision}
+    return f"transformers.{class_name}.from_pretrained({_arguments(name, arguments)})"
+
+
+def _num_labels(stored: StoredAdapter) -> int | None:
+    """Return the number of outputs of the classifier or regressor, None if it is not known."""
+    if stored.base is not None and stored.base.layout is not None:
+        return stored.base.layout.num_labels
+    if stored.provenance.get("generic_task") == "regression":
+        return 1
+    labels = stored.provenance.get("labels")
+    return len(labels) if isinstance(labels, list) and labels else None
+
+
+def _revision(stored: StoredAdapter) -> str | None:
+    return stored.base.source.revision if stored.base is not None else None
 
 
 def vllm_obstacle(form: PeftForm) -> str | None:
@@ -236,9 +263,17 @@ def _notes(stored: StoredAdapter) -> str:
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _task(form: PeftForm | None) -> str | None:
-    task = form.config["task_type"] if form is not None else None
-    return task if task in _AUTO_CLASSES else None
+def _python(base: str, *lines: str, imports: list[str]) -> str:
+    """Return a block of Python that loads the base, and then runs `lines`."""
+    first = base.partition(".")[0]
+    if first in ("lorakit", "transformers"):
+        imports = sorted({*imports, f"import {first}"}, key=lambda line: line.startswith("from"))
+    return _block("python", "\n".join([*imports, "", f"model = {base}", *lines]))
+
+
+def _arguments(first: str, others: Mapping[str, Any]) -> str:
+    named = (f"{name}={json.dumps(value)}" for name, value in others.items() if value is not None)
+    return ", ".join([json.dumps(first), *named])
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

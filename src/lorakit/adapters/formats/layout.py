@@ -29,6 +29,8 @@ class BaseLayout:
     """Layers on which PEFT computes something else than lorakit: path -> reason."""
     output_head: str | None
     """Path of the output embeddings, or None if the model does not name them."""
+    num_labels: int | None
+    """The number of labels in the model's configuration, which matters for classification only."""
 
     def with_tied_head(self, layers: dict[str, StoredLayer]) -> dict[str, StoredLayer]:
         """Return the layers, with `tied_head` set on the embedding that shares its weight with the head."""
@@ -107,6 +109,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
         parameters=parameters,
         beyond_peft=beyond,
         output_head=next((p for p, m in modules.items() if head is not None and m is head), None),
+        num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )
 
 
