@@ -9,6 +9,7 @@ NOT_RUN = {
     "make test": "runs this suite",
     "git clone": "needs a network",
     "pip install": "needs a network",
+    "hf download": "needs a network",
     "lorakit serve": "runs until a signal; test_serving_guide.py starts it and sends the requests",
     "curl": "sent by test_serving_guide.py",
     "from openai": "run by test_serving_guide.py",

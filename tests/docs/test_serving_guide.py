@@ -44,7 +44,8 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
     for seed, name in enumerate(("e2e", "sql")):
         made.adapter(f"out/adapters/{name}", seed=seed)
     (step,) = steps("lorakit serve ")
-    config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], "--cache_memory", "20MB"])
+    more = ["--cache_memory", "20MB", "--allow_loading", "true"]
+    config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], *more])
     opened = open_all(config, lambda verdict: None)
     opened.worker.start()
     app = serve.app_of(config, opened, keys=None)
@@ -77,7 +78,7 @@ def test_the_page(server: tuple[str, str]) -> None:
     (step,) = steps("lorakit serve ")
     assert difference(step.output, printed.replace(address, ADDRESS).splitlines()) == ""
     requests = steps("curl ")
-    assert len(requests) == 3
+    assert len(requests) == 5
     for request in requests:
         command = words(request.text.replace(ADDRESS, address))
         done = subprocess.run([*command, "-s"], capture_output=True, text=True, check=True)

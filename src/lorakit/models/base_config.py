@@ -32,7 +32,7 @@ class BaseConfig:
     than in float32. nf4 and int8 store the weights of the projections in 4 or 8 bits, and compute in bfloat16 where
     the processor multiplies it."""
     device: str = "auto"
-    """Compute device: cpu, cuda, cuda:1, mps. auto uses a GPU if there is one."""
+    """Compute device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps or xpu."""
     trust_remote_code: bool = False
     """Run Python code from the hub repository. Set it only for repositories that you have read."""
 

@@ -8,15 +8,15 @@ from lorakit.errors import ConfigurationError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for the setting ``base.device``; ``auto`` is a GPU if there is one, else the CPU.
+    """Return the device for the setting ``base.device``; ``auto`` is a CUDA GPU if there is one, else the CPU.
 
     Raises:
         ConfigurationError: This machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
     try:
+        device = torch.device(name)
         torch.empty(0, device=device)
         exists = device.type != "cpu" or not device.index  # torch accepts any index of the CPU
     except (AssertionError, RuntimeError):  # which one depends on how torch was built

@@ -13,6 +13,7 @@ import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
 from lorakit.models.declared_sizes import check_declared
+from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
@@ -91,7 +92,7 @@ def load_base(
     dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4", "int8"] | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     seed: int = 0,
 ) -> Base:
     """Load a base model and its tokenizer.
@@ -106,8 +107,8 @@ def load_base(
             :func:`lorakit.models.quantising.quantise`.
         trust_remote_code: run the Python code that the hub or the folder has for the model.
         revision: branch, tag or commit on the hub.
-        device: the device that will run the model, which determines ``auto``; None is the GPU if
-            the machine has one, else the CPU.
+        device: the device that will run the model, which determines ``auto``; None is a CUDA GPU if
+            the machine has one, else the CPU. The model itself stays on the CPU: move it with ``to``.
         seed: seed for a head that the checkpoint lacks. The global random state does not change.
 
     Raises:
@@ -116,6 +117,8 @@ def load_base(
         ConfigurationError: the arguments contradict each other.
     """
     _check_arguments(task, num_labels)
+    if device is not None:
+        device = pick_device(str(device))
     quantisation: Any = dtype if dtype in QUANTISATIONS else None
     if quantisation:
         check_available(quantisation)

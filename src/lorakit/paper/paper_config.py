@@ -139,6 +139,10 @@ class PaperConfig:
         _ = self.seconds
         if self.table in STUDIES:
             _ = self.study
+        elif self.tasks is not None or self.methods is not None:
+            raise ConfigurationError(
+                f"{self.table} times one model and trains nothing. Leave tasks and methods out."
+            )
 
     @property
     def study(self) -> Study:
