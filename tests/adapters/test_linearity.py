@@ -233,7 +233,7 @@ def test_a_trial_changes_nothing() -> None:
 
 
 def test_a_layer_of_a_known_type_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.adapters.linearity._trial_input", None)
+    monkeypatch.setattr("lorakit.adapters.linearity.trial_input", None)
     for layer in (nn.Linear(8, 8), nn.Embedding(9, 8), nn.Conv1d(4, 4, 3)):
         adapters = adapted(layer)
         layer.register_forward_hook(lambda module, args, output: 2 * output)  # after the adapter's

@@ -10,9 +10,16 @@ import tiny_models
 import torch
 import transformers
 from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+from transformers.models.voxtral_realtime.modeling_voxtral_realtime import (
+    VoxtralRealtimeCausalConv1d,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
+from lorakit.methods.lora.kinds import kind_of
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
 from lorakit.models.layers import AdapterSlot, RowSlice, walk, why_not_adaptable
@@ -300,6 +307,28 @@ def test_layers_whose_weight_is_only_read(name: str) -> None:
             TargetError, match=r"never calls: it uses only the weight.*Leave it out"
         ):
             resolve_targets(model, path)
+
+
+ROUTER: dict = {"hidden_size": 16, "num_local_experts": 4}
+OTHER_OUTPUTS = {
+    "phimoe": (lambda: PhimoeTopKRouter(transformers.PhimoeConfig(**ROUTER)), "several tensors"),
+    "llama4": (lambda: Llama4Router(transformers.Llama4TextConfig(**ROUTER)), "several tensors"),
+    "deepseek_v4": (lambda: DeepseekV4GroupedLinear(16, 32, 16), "the shape that Linear returns"),
+    "voxtral": (lambda: VoxtralRealtimeCausalConv1d(16, 4, 3, ""), "the shape that Conv1d returns"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OUTPUTS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_to_whose_output_an_adapter_cannot_add(name: str, device: str) -> None:
+    make, message = OTHER_OUTPUTS[name]
+    with torch.device(device):
+        model = Wrapper(inner=make(), fc=nn.Linear(16, 16))
+    assert paths(model, "all-linear") == ["fc"]
+    with pytest.raises(TargetError, match=f"'inner'.* cannot be adapted: .*{message}"):
+        resolve_targets(model, "inner")
+    with pytest.raises(TargetError, match=f"LoRA cannot adapt: .*{message}"):  # as in a file
+        kind_of(model.get_submodule("inner"), model, "inner")
 
 
 def test_an_embedding_that_renormalises_its_rows_is_rejected() -> None:

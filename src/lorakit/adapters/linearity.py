@@ -21,21 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.layer_adapters import after_forward
-from lorakit.models.layers import ADAPTERS, input_parameter
+from lorakit.models.layers import (
+    FORWARDS,
+    call_forward,
+    copy_of,
+    kind_of_formula,
+    trial_input,
+)
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops import seeded
-
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    kind: kind.forward
-    for kind in (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-}
-"""The forward method of each layer type whose formula is known."""
-
-_LARGE = 30.0
-"""Factor on the second sample, so that a bound on the output (a clamp) shows."""
 
 
 @torch.no_grad()
@@ -48,14 +44,14 @@ def why_not_linear(path: str, layer: nn.Module) -> str | None:
     kind = _kind(layer)
     if kind is None or quantised_weight(layer) is not None:
         return None
-    if type(layer).forward is _FORWARDS[kind] and "forward" not in layer.__dict__:
+    if type(layer).forward is FORWARDS[kind] and "forward" not in layer.__dict__:
         return None
     name = f"the forward method of '{path}' ({type(layer).__name__})"
     with seeded(0, [layer.weight.device]):  # type: ignore[list-item, union-attr]
         try:
-            x = _trial_input(layer)
-            output = _forward(layer, x)
-            expected = _FORWARDS[kind](layer, x)
+            x = trial_input(layer)
+            output = call_forward(copy_of(layer), x.clone())
+            expected = FORWARDS[kind](layer, x)
         except Exception as error:
             # Nothing else shows that the method computes the formula.
             return f"{name} raises {type(error).__name__} on a trial input ({error})"
@@ -73,8 +69,8 @@ def why_hooks_change_output(path: str, layer: nn.Module) -> str | None:
     if not hooks or _kind(layer) is None:
         return None
     with seeded(0, [layer.weight.device]):  # type: ignore[list-item, union-attr]
-        x = _trial_input(layer)
-        output = _forward(layer, x)
+        x = trial_input(layer)
+        output = call_forward(copy_of(layer), x.clone())
         for hook, with_kwargs in hooks:
             name = f"the forward hook {getattr(hook, '__qualname__', repr(hook))} on '{path}'"
             given = _hidden(output).clone()
@@ -90,50 +86,9 @@ def why_hooks_change_output(path: str, layer: nn.Module) -> str | None:
 
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """Return the layer's type with a known formula; None if there is none, or no values to try it with."""
-    kind = next((kind for kind in _FORWARDS if isinstance(layer, kind)), None)
+    kind = kind_of_formula(layer)
     weight = layer.weight
     return None if kind is None or weight.is_meta or isinstance(weight, FakeTensor) else kind  # type: ignore[union-attr]
-
-
-def _trial_input(layer: Any) -> Tensor:
-    """Return two samples: token ids (2, 4), or normal numbers (2, 2, in) or, for a convolution, (2, in, *size)."""
-    weight: Tensor = layer.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
-    if isinstance(layer, nn.Embedding):
-        return torch.randint(layer.num_embeddings, (2, 4), device=weight.device)
-    if isinstance(layer, nn.Linear):
-        shape = (2, layer.in_features)
-    elif isinstance(layer, Conv1D):
-        shape = (2, layer.nx)
-    else:
-        padding = max(layer._reversed_padding_repeated_twice)
-        kernel = zip(layer.kernel_size, layer.dilation, strict=True)
-        shape = (layer.in_channels, *(d * (k - 1) + 1 + padding for k, d in kernel))
-    x = torch.randn(2, *shape, device=weight.device, dtype=dtype)
-    x[1] *= _LARGE
-    return x
-
-
-def _forward(layer: nn.Module, x: Tensor) -> Any:
-    """Return the output of the layer's forward method on a copy of `x`, without hooks and without a change of state."""
-    position, name = input_parameter(type(layer))
-    forward = _copy(layer).forward
-    return forward(x.clone()) if position == 0 else forward(**{name: x.clone()})
-
-
-def _copy(layer: nn.Module) -> nn.Module:
-    """Return a copy of a layer in evaluation mode that shares its parameters and owns its buffers."""
-    copy = type(layer).__new__(type(layer))
-    copy.__dict__.update(
-        layer.__dict__,
-        training=False,
-        _parameters=dict(layer._parameters),
-        _buffers={n: None if b is None else b.clone() for n, b in layer._buffers.items()},
-        _modules={
-            n: None if m is None else _copy(m) for n, m in layer._modules.items() if n != ADAPTERS
-        },
-    )
-    return copy
 
 
 def _hooks_before_adapter(layer: nn.Module) -> Iterator[tuple[Callable[..., Any], bool]]:

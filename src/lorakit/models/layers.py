@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from lorakit.ops import seeded
 
 ADAPTERS = "adapters"
 """Name of the child module that holds a layer's adapters (``<layer>.adapters.<name>``)."""
@@ -19,6 +21,15 @@ ADAPTERS = "adapters"
 
 _INPUT_NAMES = ("input", "x", "hidden_states", "hidden", "inputs", "input_ids")
 """Names of the parameter that takes a layer's input: in PyTorch, in transformers, and in common use."""
+
+FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    kind: kind.forward
+    for kind in (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+"""The forward method of each layer type whose formula is known."""
+
+_LARGE = 30.0
+"""Factor on all trial samples but the first, so that a bound on the output (a clamp) shows."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,8 +161,98 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
             return "it renormalises its rows (max_norm), so no table equals its output plus the adapter's"
         return None
     if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return None
+        return _why_not_added_to(layer)
     return "it is neither a linear, embedding or convolution layer nor an nn.MultiheadAttention"
+
+
+@torch.no_grad()
+def _why_not_added_to(layer: nn.Module) -> str | None:
+    """Return why an adapter cannot add to the output of ``layer``, or None if it can or a trial fails.
+
+    A forward method that is not its type's own is tried on the meta device, which shows only shapes.
+    """
+    kind = kind_of_formula(layer)
+    if kind is None or type(layer).forward is FORWARDS[kind]:
+        return None
+    if not layer.weight.is_floating_point():  # type: ignore[union-attr, operator]
+        return None  # a quantised weight has the shape of its storage
+    with seeded(0):
+        try:
+            copy = copy_of(layer, device="meta")
+            copy.__dict__.pop("forward", None)  # a hook of accelerate, which can move weights
+            # Many samples and rows, which a layer may split into groups. Without values they cost nothing.
+            x = trial_input(copy, samples=64)
+            output = call_forward(copy, x)
+            expected = FORWARDS[kind](copy, x)
+        except Exception:
+            return None
+    if isinstance(output, tuple):
+        output, *others = output
+        # The layers of Megatron return their bias beside the output.
+        if not {id(other) for other in others} <= {id(None), *map(id, copy.parameters())}:
+            return "it returns several tensors, and an adapter would change only the first"
+    if isinstance(output, Tensor) and output.shape == expected.shape:
+        return None
+    return f"its output does not have the shape that {kind.__name__} returns, so an adapter cannot add to it"
+
+
+def kind_of_formula(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the type of ``layer`` whose formula is known, or None."""
+    return next((kind for kind in FORWARDS if isinstance(layer, kind)), None)
+
+
+def trial_input(layer: Any, samples: int = 2) -> Tensor:
+    """Return normal numbers (samples, samples, in) or (samples, in, *size) or, for embeddings, ids (samples, 4)."""
+    weight: Tensor = layer.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, (samples, 4), device=weight.device)
+    if isinstance(layer, nn.Linear):
+        shape = (samples, layer.in_features)
+    elif isinstance(layer, Conv1D):
+        shape = (samples, layer.nx)
+    else:
+        padding = max(layer._reversed_padding_repeated_twice)
+        kernel = zip(layer.kernel_size, layer.dilation, strict=True)
+        shape = (layer.in_channels, *(d * (k - 1) + 1 + padding for k, d in kernel))
+    x = torch.randn(samples, *shape, device=weight.device, dtype=dtype)
+    x[1:] *= _LARGE
+    return x
+
+
+def call_forward(layer: nn.Module, x: Tensor) -> Any:
+    """Return the output of the layer's forward method, without its hooks."""
+    position, name = input_parameter(type(layer))
+    return layer.forward(x) if position == 0 else layer.forward(**{name: x})
+
+
+def copy_of(layer: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a copy of a layer in evaluation mode, without adapters.
+
+    It owns its buffers and shares its parameters, or has parameters and buffers without values on ``device``.
+    """
+    copy = type(layer).__new__(type(layer))
+    parameters, buffers = dict(layer._parameters), dict(layer._buffers)
+    for name, parameter in parameters.items():
+        if parameter is not None and device is not None:
+            parameters[name] = nn.Parameter(
+                torch.empty_like(parameter, device=device), parameter.requires_grad
+            )
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            buffers[name] = buffer.clone() if device is None else buffer.to(device)
+    copy.__dict__.update(
+        layer.__dict__,
+        training=False,
+        _parameters=parameters,
+        _buffers=buffers,
+        _modules={
+            n: None if m is None else copy_of(m, device)
+            for n, m in layer._modules.items()
+            if n != ADAPTERS
+        },
+    )
+    return copy
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -184,6 +184,7 @@ def _further_linear_places(
         Place(at.path, "")
         for at in modules
         if is_linear(at.module)
+        and why_not_adaptable(at.module) is None
         and at.path not in taken
         and at.module is not output
         and not any(is_inside(at.path, head) for head in heads)

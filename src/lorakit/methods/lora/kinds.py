@@ -13,14 +13,20 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
+from lorakit.models.layers import why_not_adaptable
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
     """Return the LoRA class of a layer.
 
     Raises:
-        TargetError: LoRA does not support the layer's type.
+        TargetError: LoRA does not support the layer.
     """
+    if reason := why_not_adaptable(layer):
+        raise TargetError(
+            f"'{path}' is a {type(layer).__name__}, which LoRA cannot adapt: {reason}. lorakit.targets(model) lists "
+            "the layers that it adapts."
+        )
     if isinstance(layer, nn.MultiheadAttention):
         return AttentionLoRA
     if isinstance(layer, (nn.Linear, Conv1D)):
@@ -28,12 +34,7 @@ def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
         return OutProjectionLoRA if isinstance(owner, nn.MultiheadAttention) else LinearLoRA
     if isinstance(layer, nn.Embedding):
         return EmbeddingLoRA
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return ConvLoRA
-    raise TargetError(
-        f"'{path}' is a {type(layer).__name__}, which LoRA cannot adapt. It adapts linear, Conv1D, embedding, "
-        "convolution and MultiheadAttention layers; lorakit.targets(model) lists those of the model."
-    )
+    return ConvLoRA
 
 
 def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str, TiedHeadLoRA]:
