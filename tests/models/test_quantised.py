@@ -273,6 +273,15 @@ def test_load_base(folder: str, kind) -> None:
     assert f"14 projections are quantised to {kind}" in notice
 
 
+def test_load_base_says_that_stacked_experts_are_not_quantised(tmp_path: Path) -> None:
+    model = tiny_models.build("mixtral", num_local_experts=8)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    model.save_pretrained(tmp_path)
+    _, notice, *_ = load_base(tmp_path, dtype="nf4").notices
+    share = f"{experts / model.num_parameters():.0%}"
+    assert f"The experts of this model, {share} of its weights, are not quantised" in notice
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_a_quantised_base_that_was_saved(folder, tmp_path, kind) -> None:
     model = load_base(folder, dtype=kind).model

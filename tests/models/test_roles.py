@@ -331,6 +331,48 @@ def test_layers_to_whose_output_an_adapter_cannot_add(name: str, device: str) ->
         kind_of(model.get_submodule("inner"), model, "inner")
 
 
+ROUTED: dict = TINY | HEADS | {"num_hidden_layers": 1, "head_dim": 8}
+STACKED = {
+    "gpt_oss": (
+        lambda: transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**ROUTED, num_local_experts=4)
+        ),
+        r"'model\.layers\.0\.mlp\.experts' .* it has: q_proj, k_proj, v_proj, o_proj\.",
+    ),
+    "deepseek_v3": (
+        lambda: transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(
+                **ROUTED, n_routed_experts=8, first_k_dense_replace=0, moe_intermediate_size=8
+            )
+        ),
+        r"'model\.layers\.0\.mlp\.experts' .* it has: q_a_proj, .*gate_proj",
+    ),
+    "dbrx": (
+        lambda: transformers.DbrxForCausalLM(
+            transformers.DbrxConfig(
+                **{"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 50},
+                attn_config={"rope_theta": 1e4, "clip_qkv": 8, "kv_n_heads": 2},
+            )
+        ),
+        r"'transformer\.blocks\.0\.ffn\.experts\.mlp' .* it has: Wqkv, out_proj, layer\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_in_stacked_tensors_are_found_without_known_roles(name: str) -> None:
+    make, message = STACKED[name]
+    with torch.device("meta"):
+        model = make()
+    for entry in ("all-linear", "mlp"):
+        says = f"'{entry}' includes the experts of {name}, .*: {message}"
+        with pytest.raises(TargetError, match=says):
+            find_places(model, entry)
+    says = f"not known for the architecture {name}. Write module names instead"
+    with pytest.raises(TargetError, match=says):
+        find_places(model, "attention")
+
+
 def test_an_embedding_that_renormalises_its_rows_is_rejected() -> None:
     model = tiny_models.build("llama")
     model.get_input_embeddings().max_norm = 1.0

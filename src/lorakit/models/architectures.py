@@ -72,8 +72,6 @@ class Architecture:
             other layer uses that dropout.
         output_norm: name of the LayerNorm at the end of a block; None if the block ends with a
             residual sum.
-        stacked_experts: name of the module that holds expert weights as stacked tensors. They are
-            not layers, so they cannot have adapters.
         input_embedding: last part of the path of the embeddings that the model calls, if these are
             not ``get_input_embeddings()``.
         never_called: last parts of the paths of embeddings that the model never calls: it only uses
@@ -84,7 +82,6 @@ class Architecture:
     layers: Mapping[str, str | Fused]
     dropouts: Mapping[str, str] = field(default_factory=dict)
     output_norm: str | None = None
-    stacked_experts: str | None = None
     input_embedding: str | None = None
     never_called: tuple[str, ...] = ()
 
@@ -236,7 +233,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
         ),
         layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
-        stacked_experts="mlp.experts",
     ),
     Architecture(
         model_types=("phi",),

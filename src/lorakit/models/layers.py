@@ -255,6 +255,16 @@ def copy_of(layer: nn.Module, device: str | None = None) -> nn.Module:
     return copy
 
 
+def is_stacked_experts(path: str, module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture, with their weights in stacked tensors instead of layers."""
+    is_named = "Expert" in type(module).__name__ or path.endswith("experts")
+    return (
+        is_named
+        and kind_of_formula(module) is None
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    )
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``layer`` multiplies its input by a matrix (``nn.Linear`` or ``Conv1D``)."""
     return isinstance(layer, (nn.Linear, Conv1D))

@@ -21,7 +21,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
-from lorakit.models.quantising import check_available, quantise
+from lorakit.models.quantising import check_available, quantise, share_of_experts
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import read_tokenizer
 from lorakit.ops import seeded
@@ -134,11 +134,17 @@ def load_base(
         with _explained(source, path, task):
             tokenizer = _load_tokenizer(path, options)
     if quantisation:
+        experts = share_of_experts(model)
         count = quantise(model, quantisation)
         notices.append(
             f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
             f"{dtype_name(weights_dtype)}."
         )
+        if experts:
+            notices.append(
+                f"The experts of this model, {experts:.0%} of its weights, are not quantised, because they are stacked "
+                "tensors and not layers. They need as much memory as before."
+            )
     require_exact_layers(model)
     if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.

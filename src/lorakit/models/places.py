@@ -41,6 +41,7 @@ from lorakit.models.layers import (
     RowSlice,
     is_inside,
     is_linear,
+    is_stacked_experts,
     walk,
     weight_shape,
     why_not_adaptable,
@@ -111,7 +112,7 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
     if not roles:
         raise TargetError(f"'{entry}' is not a role.{nearest(entry, role_names(ROLES))}")
     modules = list(walk(model))
-    _check_adaptable(modules, entry, set(roles))
+    _check_adaptable(model, modules, entry, set(roles))
     places = [place for place in all_places(model, modules) if place.role in roles]
     if entry == ALL_LINEAR:
         places += _further_linear_places(model, modules, {place.path for place in places})
@@ -193,7 +194,9 @@ def _further_linear_places(
     ]
 
 
-def _check_adaptable(modules: list[LocatedModule], entry: str, roles: set[str]) -> None:
+def _check_adaptable(
+    model: nn.Module, modules: list[LocatedModule], entry: str, roles: set[str]
+) -> None:
     """Reject an entry that includes a layer without an adapter: a part would be skipped silently."""
     for path, module, config, _ in modules:
         architecture, name = architecture_of(config), name_in_block(path)
@@ -204,14 +207,20 @@ def _check_adaptable(modules: list[LocatedModule], entry: str, roles: set[str]) 
                     f"'{entry}' includes '{path}', an nn.MultiheadAttention that cannot be "
                     f"adapted: {reason}. To adapt only its output projection, write 'attention.o'."
                 )
+        if roles & set(MLP_ROLES) and is_stacked_experts(path, module):
+            instead = "Write 'attention', or name other modules."
+            if architecture is None:
+                others = _further_linear_places(model, modules, set())
+                names = dict.fromkeys(place.path.rpartition(".")[2] for place in others)
+                instead = (
+                    f"Name the layers to adapt; it has: {', '.join(names) or 'no linear layer'}."
+                )
+            raise TargetError(
+                f"'{entry}' includes the experts of {_kind(model)}, which cannot be adapted: '{path}' "
+                f"({type(module).__name__}) holds them as stacked tensors, not as layers. {instead}"
+            )
         if architecture is None or name is None:
             continue
-        if name == architecture.stacked_experts and roles & set(MLP_ROLES):
-            raise TargetError(
-                f"'{entry}' includes the experts of {config.model_type}, which cannot be adapted: '{path}' "
-                f"({type(module).__name__}) holds them as stacked tensors, not as layers. Write 'attention', "
-                "or name other modules."
-            )
         if not roles & set(architecture.roles_of(name)):
             continue
         reason = why_not_adaptable(module)
@@ -243,17 +252,23 @@ def names_of_adaptable(modules: Iterable[LocatedModule]) -> list[str]:
 
 def _no_such_role(model: nn.Module, modules: list[LocatedModule], entry: str) -> NoReturn:
     present = {place.role for place in all_places(model, modules)}
-    kind = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    kind = _kind(model)
     if present & {*ATTENTION_ROLES, *MLP_ROLES}:
         raise TargetError(
             f"{kind} has no layer for '{entry}'. It has: "
             f"{', '.join(role for role in ROLES if role in present)}."
         )
     names = [name for name in names_of_adaptable(modules) if "." not in name]
+    has_experts = any(is_stacked_experts(at.path, at.module) for at in modules)
+    instead = "module names" if has_experts else "'all-linear' or module names"
     raise TargetError(
-        f"Roles such as '{entry}' are not known for the architecture {kind}. Write 'all-linear' or "
-        f"module names instead; it has: {', '.join(names) or 'no layer that can be adapted'}."
+        f"Roles such as '{entry}' are not known for the architecture {kind}. Write {instead} instead; it "
+        f"has: {', '.join(names) or 'no layer that can be adapted'}."
     )
+
+
+def _kind(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
 def in_model_order(places: Iterable[Place], modules: Iterable[LocatedModule]) -> list[Place]:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import BaseModelError, ConfigurationError, nearest
 from lorakit.models.dtypes import QUANTISATIONS, Quantisation
 from lorakit.models.heads import classification_head, output_embeddings
-from lorakit.models.layers import is_inside
+from lorakit.models.layers import is_inside, is_stacked_experts
 from lorakit.models.quantised import FLAGS, quantised_weights
 
 _OLDEST = "0.50"
@@ -25,7 +25,7 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
     """Quantise the weights of a model's projections in place to 4 or 8 bits, one layer at a time.
 
     The projections are the linear layers (GPT-2's `Conv1D` included) in the model's numbered blocks.
-    Embeddings, norms, biases, heads and layers outside the blocks do not change.
+    Embeddings, norms, biases, heads, experts in stacked tensors and layers outside the blocks do not change.
 
     Args:
         model: A model with unquantised weights and no adapters. Its compute dtype does not change.
@@ -56,6 +56,17 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
             model.set_submodule(path, layer)
     _mark(model, kind)
     return len(places)
+
+
+def share_of_experts(model: nn.Module) -> float:
+    """Return which share of a model's weights are experts in stacked tensors, which `quantise` does not change."""
+    experts = {
+        id(p): p.numel()
+        for path, module in model.named_modules()
+        if is_stacked_experts(path, module)
+        for p in module.parameters(recurse=False)
+    }
+    return sum(experts.values()) / max(1, sum(p.numel() for p in model.parameters()))
 
 
 def check_available(kind: str) -> None:
