@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -264,7 +265,7 @@ ONLY_READ: dict[str, tuple[transformers.PreTrainedConfig, type, set[str]]] = {
     "mamba": (
         transformers.MambaConfig(**TINY, state_size=4),
         transformers.MambaForCausalLM,
-        {"dt_proj", "conv1d"},
+        {"dt_proj", "conv1d", "x_proj", "out_proj"},
     ),
     "jamba": (
         transformers.JambaConfig(
@@ -300,13 +301,37 @@ def test_layers_whose_weight_is_only_read(name: str) -> None:
     adaptable = [at for at in walk(model) if why_not_adaptable(at.module) is None]
     found = {at.path for at in adaptable if is_never_called(at)}
     assert {path.rpartition(".")[2] for path in found} == expected
+    called -= {path for path in found if path.endswith(("x_proj", "out_proj"))}  # in evaluation
     assert {at.path for at in adaptable} - called == found
     assert {place.path for place in resolve_targets(model, "all-linear")} <= called
     for path in found:
         with pytest.raises(
-            TargetError, match=r"never calls: it uses only the weight.*Leave it out"
+            TargetError, match=r"never calls, .* uses only the weight.*Leave it out"
         ):
             resolve_targets(model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("mamba", "mamba_inner_fn"), ("mamba2", "mamba2_split_conv1d_scan_combined")],
+)
+def test_layers_that_a_fused_kernel_reads_in_training(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"num_heads": 4, "head_dim": 8, "n_groups": 1} if name == "mamba2" else {}
+    config = transformers.AutoConfig.for_model(name, **TINY, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, kernel, lambda *_, **__: torch.zeros(1, 3, 16))
+    called: set[str] = set()
+    for at in walk(model):
+        at.module.register_forward_hook(lambda *_, path=at.path: called.add(path))
+    model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
+    targets = paths(model, "all-linear")
+    assert {path.rpartition(".")[2] for path in targets} == {"in_proj"}
+    assert called >= set(targets)
+    with pytest.raises(TargetError, match=r"Mixer never calls, or not in training"):
+        resolve_targets(model, "out_proj")
 
 
 ROUTER: dict = {"hidden_size": 16, "num_local_experts": 4}

@@ -1,8 +1,9 @@
 """Layers whose weight a class of transformers reads without calling them, found in its source.
 
 The hook of an adapter runs when its layer is called. So an adapter on a layer that is never called has no effect:
-Mamba's `dt_proj`, the projections of WavLM's attention, MobileBERT's head. Which layers these are differs by version of
-transformers.
+Mamba's `dt_proj`, the projections of WavLM's attention, MobileBERT's head. The same holds in training for a layer whose
+weight goes into a fused kernel there, and which is called in evaluation: Mamba's `out_proj`. Which layers these are
+differs by version of transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _OF_TENSOR = ("dtype", "device", "shape", "data")
 
 
 def never_calls(parent: nn.Module, name: str) -> bool:
-    """Return whether a module uses the weight of its child `name` and neither calls the child nor passes it on."""
+    """Return whether a module uses the weight of its child `name` without calling it, always or in training."""
     # Some classes call a layer only if transformers quantised the model.
     is_quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
     return name in _only_read(type(parent), is_quantised)
@@ -32,7 +33,7 @@ def never_calls(parent: nn.Module, name: str) -> bool:
 
 @functools.cache
 def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
-    """Return the attributes whose weight a class reads, without those that it calls or passes on."""
+    """Return the attributes whose weight a class reads and which it neither calls nor passes on, or not in training."""
     methods = [
         method
         for owner in kind.__mro__
@@ -42,19 +43,25 @@ def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
         if "init" not in name
     ]
     read: set[str] = set()
+    read_in_training: set[str] = set()
     called: set[str] = set()
     if any("weight" in method.__code__.co_names for method in methods):
         try:
             for method in methods:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-                _collect(tree, [], is_quantised, read, called)
+                _collect(tree, [], is_quantised, read, read_in_training, called)
         except (OSError, SyntaxError):  # no source
             return frozenset()
-    return frozenset(read - called)
+    return frozenset(read - called | read_in_training)
 
 
 def _collect(
-    node: ast.AST, around: list[ast.AST], is_quantised: bool, read: set[str], called: set[str]
+    node: ast.AST,
+    around: list[ast.AST],
+    is_quantised: bool,
+    read: set[str],
+    read_in_training: set[str],
+    called: set[str],
 ) -> None:
     """Add the attributes of `self` below a node; `around` are the nodes around it, the innermost last."""
     match node:
@@ -63,12 +70,14 @@ def _collect(
                 case [outer, ast.Attribute(attr="weight", ctx=ast.Load())]:
                     if not _is_harmless(outer):
                         read.add(name)
+                        if any(_tests_training(outside) for outside in around):
+                            read_in_training.add(name)
                 case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
                     pass
                 case _:
                     called.add(name)
     for child in _children(node, is_quantised):
-        _collect(child, [*around, node], is_quantised, read, called)
+        _collect(child, [*around, node], is_quantised, read, read_in_training, called)
 
 
 def _children(node: ast.AST, is_quantised: bool) -> Iterator[ast.AST]:
@@ -76,6 +85,10 @@ def _children(node: ast.AST, is_quantised: bool) -> Iterator[ast.AST]:
         yield from node.orelse
     else:
         yield from ast.iter_child_nodes(node)
+
+
+def _tests_training(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "self.training" in ast.unparse(node.test)
 
 
 def _is_harmless(outer: ast.AST) -> bool:

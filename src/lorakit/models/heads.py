@@ -75,7 +75,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
 
 
 def is_never_called(at: LocatedModule) -> bool:
-    """Whether the model uses this layer's weight but never calls it."""
+    """Whether the model uses this layer's weight without calling it, always or in training."""
     architecture, name = architecture_of(at.config), at.path.rpartition(".")[2]
     names = architecture.never_called if architecture else ()
     return (isinstance(at.module, nn.Embedding) and name in names) or never_calls(at.parent, name)

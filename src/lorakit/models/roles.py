@@ -133,8 +133,8 @@ def _check_called(hits: list[LocatedModule], entry: str) -> None:
         if is_never_called(at):
             is_table = isinstance(at.module, nn.Embedding)
             raise TargetError(
-                f"Target '{entry}' matches '{at.path}', which {type(at.parent).__name__} never calls: it "
-                "uses only the weight, so an adapter would have no effect. "
+                f"Target '{entry}' matches '{at.path}', which {type(at.parent).__name__} never calls, or not "
+                "in training: then it uses only the weight, and an adapter would have no effect. "
                 + (
                     "Write 'embedding' for the embeddings that it calls."
                     if is_table
