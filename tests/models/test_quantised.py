@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import save_base
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
@@ -231,6 +231,15 @@ def test_layers_whose_weight_other_modules_read_are_not_quantised() -> None:
     assert block.again is block.up
     assert type(block.up) is NF4Linear
     assert type(block.down) is type(block.tied) is type(block.encoder.linear1) is nn.Linear
+
+
+def test_a_quantised_mamba_runs() -> None:
+    """It multiplies by the weight of dt_proj itself, and its kernel by those of x_proj and out_proj."""
+    settings = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 50, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**settings)).eval()
+    assert quantise(model, "nf4") == 1
+    assert type(model.get_submodule("backbone.layers.0.mixer.in_proj")) is NF4Linear
+    assert model(input_ids=torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
 def test_the_layer_whose_dtype_t5_reads_is_not_quantised() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import BaseModelError, ConfigurationError, nearest
+from lorakit.models.direct_reads import never_calls
 from lorakit.models.dtypes import QUANTISATIONS, Quantisation
 from lorakit.models.heads import classification_head, output_embeddings
 from lorakit.models.layers import is_inside, is_stacked_experts
@@ -121,8 +122,9 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
         if not in_block or excluded & set(parts) or any(is_inside(path, head) for head in heads):
             continue
         # torch's own blocks read the weights of their linear layers in a fast path, without calling them.
-        owner = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        owner = model.get_submodule(".".join(parts[:-1]))
+        reads = isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        if reads or never_calls(owner, parts[-1]):
             continue
         places.setdefault(id(module), []).append(path)
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
