@@ -12,12 +12,23 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_gguf import BF16, CHAT_TEMPLATE, F16, F32, Q4_1, rounded, tiny_llama, write_gguf
-from transformers import AutoConfig, LlamaForCausalLM
+from tiny_gguf import (
+    BF16,
+    CHAT_TEMPLATE,
+    F16,
+    F32,
+    Q4_1,
+    rounded,
+    tiny_llama,
+    tiny_starcoder2,
+    write_gguf,
+)
+from transformers import AutoConfig, Gemma3TextConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
 from lorakit.models.gguf import converted_folder, described_folder
+from lorakit.models.gguf_header import Header
 from lorakit.models.loading import Base, load_base
 
 
@@ -79,6 +90,93 @@ def test_stored_in_the_smallest_exact_dtype(
     assert {tensor.dtype for tensor in weights.values()} == {stored}
     assert torch.equal(weights["model.norm.weight"].float(), torch.full((32,), norm))
     assert "lm_head.weight" not in weights  # tied
+
+
+# --- settings that transformers does not read ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "options"),
+    [
+        (
+            tiny_starcoder2,
+            {"rope.freq_base": 1e6},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        ),
+        (tiny_starcoder2, {"attention.sliding_window": 4}, {"sliding_window": 4}),
+        *(
+            (
+                tiny_llama,
+                settings,
+                {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+            )
+            for settings in (
+                {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+                {"rope.scale_linear": 4.0},  # of older files
+            )
+        ),
+        (tiny_llama, {"rope.scaling.type": "yarn", "rope.scaling.factor": 1.0}, {}),
+        (tiny_llama, {"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0}, {}),
+        (tiny_llama, {"attention.sliding_window": 128}, {}),
+    ],
+)
+def test_settings_of_rope_and_of_the_sliding_window(
+    tmp_path: Path,
+    build: Callable[..., PreTrainedModel],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    source = build(**options)
+    for (
+        weight
+    ) in source.parameters():  # positions hardly count with the small weights of a new model
+        weight.data.mul_(10)
+    path = write_gguf(tmp_path / "tiny.gguf", source, pre="starcoder", settings=settings)
+    described = AutoConfig.from_pretrained(described_folder(path))
+    base = load_base(path, dtype="float32")
+    for config in (described, base.model.config):
+        for name in ("rope_parameters", *options):
+            assert getattr(config, name) == getattr(source.config, name)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = source(ids).logits
+        assert torch.equal(base.model(ids).logits, logits)
+        if options:
+            unset = build()
+            unset.load_state_dict(source.state_dict())
+            assert not torch.allclose(unset(ids).logits, logits, rtol=0.01, atol=0.01)
+
+
+def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"general.architecture": "gemma3", "gemma3.context_length": 131072}
+    settings |= {"gemma3.rope.freq_base": 2e6, "gemma3.rope.freq_base_swa": 2e4}
+    settings |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    settings |= {"gemma3.attention.sliding_window": 1024}
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: Gemma3TextConfig())
+    config = module._read_config(tmp_path / "gemma.gguf", Header(settings, ()))
+    assert config.rope_parameters == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    assert config.sliding_window == 1024
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, r"rope\.scaling\.type yarn"),
+        ({"rope.scaling.type": "longrope"}, r"rope\.scaling\.type longrope"),
+        ({"rope.scaling.attn_factor": 1.190238}, r"rope\.scaling\.attn_factor 1\.19"),
+        ({"attention.sliding_window": 64}, r"attention\.sliding_window 64"),
+    ],
+)
+@pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
+def test_settings_that_transformers_cannot_compute(
+    tmp_path: Path, llama: LlamaForCausalLM, settings: dict[str, Any], named: str, folder_of: Any
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama, settings=settings)
+    with pytest.raises(BaseModelError, match=rf"tiny\.gguf' has the setting {named}, .*original"):
+        folder_of(path)
 
 
 # --- tokenizer ----------------------------------------------------------------------------------

@@ -1,14 +1,21 @@
-"""Write a tiny Llama as a GGUF file, like llama.cpp's converter."""
+"""Write a tiny Llama or StarCoder2 as a GGUF file, like llama.cpp's converter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -25,40 +32,50 @@ F32, F16, BF16, Q4_1 = (
 )
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+SIZES = {
+    "vocab_size": len(TOKENS),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()
+
+
+def tiny_starcoder2(**options: Any) -> Starcoder2ForCausalLM:
+    torch.manual_seed(0)
+    return Starcoder2ForCausalLM(Starcoder2Config(**SIZES, **options)).eval()
 
 
 def write_gguf(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     *,
     kind: gguf.GGMLQuantizationType = F32,
     pre: str = "smollm",
     leave_out: str | None = None,
     blocks: int | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    settings: Mapping[str, str | float] | None = None,
 ) -> Path:
     """Write ``model`` with its matrices as ``kind`` and its norms in float32.
 
-    ``blocks`` is a false number of layers, and ``extra`` holds tensors that no Llama has.
+    ``blocks`` is a false number of layers, and ``extra`` holds tensors that no Llama has. ``settings`` are those of
+    the architecture, for example ``rope.freq_base``.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    llama = config.model_type == "llama"
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_name("Tiny")
     writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
     writer.add_context_length(config.max_position_embeddings)
@@ -66,8 +83,10 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_VALUE_HEADS)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6) if llama else writer.add_layer_norm_eps(1e-5)
+    for name, value in {"rope.freq_base": 10000.0, **(settings or {})}.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](f"{config.model_type}.{name}", value)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -80,14 +99,15 @@ def write_gguf(
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name in ("lm_head.weight", leave_out):
             continue
         data = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if llama and ("q_proj" in name or "k_proj" in name):
             data = _permuted(data, HEADS if "q_proj" in name else KEY_VALUE_HEADS)
-        target = names.get_name(name, try_suffixes=(".weight",))
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if data.ndim == 1 or kind == F32:
             writer.add_tensor(target, np.ascontiguousarray(data))
         else:

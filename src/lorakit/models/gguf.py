@@ -25,7 +25,7 @@ from lorakit.storage import atomic_folder, read_json, sha256, write_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONVERSION = 2
+_CONVERSION = 3
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = "conversion.json"
 _DESCRIPTION = ("config.json", "tokenizer.json")
@@ -100,11 +100,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _describe(gguf: Path, folder: Path) -> None:
-    import transformers
-
     with _reading(gguf):
         header = read_header(gguf)
-        config = transformers.AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        config = _read_config(gguf, header)
         tokenizer = _read_tokenizer(gguf)
     _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
@@ -244,21 +242,75 @@ def _rope_notices(gguf: Path, header: Header) -> list[str]:
     ]
 
 
+def _read_config(gguf: Path, header: Header) -> PretrainedConfig:
+    """Read the configuration; set RoPE and the sliding window, which transformers reads for few architectures.
+
+    Raises:
+        BaseModelError: The file has a setting that transformers does not compute.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    prefix = f"{header.settings['general.architecture']}."
+    settings = {name.removeprefix(prefix): value for name, value in header.settings.items()}
+    unread: list[str] = []
+
+    by_layer = getattr(config, "rope_parameters", None) or {}
+    if by_layer:
+        rope = by_layer.get("full_attention", by_layer)  # Gemma 3 scales only its full attention
+        rope["rope_theta"] = settings.get("rope.freq_base", rope["rope_theta"])
+        if "sliding_attention" in by_layer and "rope.freq_base_swa" in settings:
+            by_layer["sliding_attention"]["rope_theta"] = settings["rope.freq_base_swa"]
+        # As in llama.cpp: without a type the scaling is linear, and factors of 0 and 1 change nothing.
+        kind = settings.get("rope.scaling.type", "linear")
+        factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear")) or 1.0
+        scaled = kind == "longrope" or (kind != "none" and factor != 1)
+        if scaled and (kind, factor) != (rope["rope_type"], rope.get("factor")):
+            if kind == "linear" and rope["rope_type"] == "default":
+                rope |= {"rope_type": "linear", "factor": factor}
+            else:
+                unread.append(f"rope.scaling.type {kind}")
+        if settings.get("rope.scaling.attn_factor", 1.0) != 1:
+            unread.append(f"rope.scaling.attn_factor {settings['rope.scaling.attn_factor']:.4g}")
+
+    window = settings.get("attention.sliding_window", 0)  # 0 is none
+    if 0 < window < settings["context_length"]:
+        layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if (
+            hasattr(config, "sliding_window")
+            and getattr(config, "use_sliding_window", True)
+            and "sliding_attention" in layer_types
+        ):
+            config.sliding_window = window
+        else:
+            unread.append(f"attention.sliding_window {window:,}")
+    if unread:
+        raise BaseModelError(
+            f"'{gguf}' has the setting {' and '.join(unread)}, which transformers does not read from a GGUF file of "
+            f"{config.model_type}, so the model would compute something else. Name the original model."
+        )
+    return type(config).from_dict(config.to_dict())
+
+
 def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:
     import transformers
 
-    source_file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    config = transformers.AutoConfig.from_pretrained(**source_file)
+    config = _read_config(gguf, header)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "gguf_file": gguf.name,
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+    }
     if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights quantised
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # no setting disables its progress bar
-        source, info = cast(Any, auto.from_pretrained(**source_file, **options))
+        source, info = cast(Any, auto.from_pretrained(str(gguf.parent), **options))
     if info["missing_keys"]:
         raise BaseModelError(
             f"'{gguf}' lacks weights that a {config.model_type} model needs: "
