@@ -11,13 +11,17 @@ from transformers import (
     DeepseekV3Model,
     GemmaConfig,
     GemmaModel,
+    Glm5NextTextConfig,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
     LlamaModel,
     Qwen3Config,
     Qwen3Model,
+    SeedOssConfig,
 )
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextMLP
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from lorakit.models.faster import ATTENTION, make_faster, make_stock
 from lorakit.models.faster_layers import FasterForward, faster_forward
@@ -88,6 +92,17 @@ def test_a_gate_with_an_extra_operation_is_not_replaced():
 
     torch.manual_seed(0)
     assert faster_forward(Scaled()) is None
+
+
+@pytest.mark.parametrize(
+    ("mlp", "config"),
+    [(SeedOssMLP, SeedOssConfig), (Glm5NextTextMLP, Glm5NextTextConfig)],
+)
+def test_a_gate_with_dropout_or_clamps_is_not_replaced(mlp, config):
+    """The example shows neither: the model is in evaluation mode, and the values are small."""
+    torch.manual_seed(0)
+    module = mlp(config(hidden_size=32, intermediate_size=48)).eval()
+    assert faster_forward(module) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,7 @@ norms add one to their weights, some round elsewhere.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial, reduce
 from typing import Any
 
@@ -52,9 +53,15 @@ def _norm(module: Any) -> tuple[FasterForward, Tensor] | None:
 
 
 def _gate(module: Any) -> tuple[FasterForward, Tensor] | None:
-    """Match the gated MLP of Llama, which many later models share."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, nn.Linear) for part in parts):
+    """Match the gated MLP of Llama, which many later models share.
+
+    The example does not show dropout, or clamps of large values: a forward that uses any other name is rejected.
+    """
+    names = ("gate_proj", "up_proj", "down_proj")
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+        return None
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or not {"act_fn", *names}.issuperset(code.co_names):
         return None
     if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return None
