@@ -9,6 +9,8 @@ from torch import nn
 from transformers import (
     DeepseekV3Config,
     DeepseekV3Model,
+    DeepseekV32Config,
+    DeepseekV32Model,
     GemmaConfig,
     GemmaModel,
     Glm5NextTextConfig,
@@ -134,6 +136,22 @@ def test_attention_with_narrow_values_is_the_stock_one():
     make_faster(model)
     assert model.config._attn_implementation == ATTENTION
     torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+
+
+def test_sparse_attention_is_the_stock_one():
+    """DeepSeek-V3.2's indexer puts its choice of keys into the mask of stock attention only."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 4, "first_k_dense_replace": 2, "v_head_dim": 16}
+    sizes |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    indexer = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
+    model = DeepseekV32Model(DeepseekV32Config(**sizes, **indexer))
+    ids = torch.arange(20).view(2, 10)
+    before = model(ids).last_hidden_state
+    make_faster(model)
+    torch.testing.assert_close(model(ids).last_hidden_state, before, rtol=1e-5, atol=1e-5)
+    model.set_attn_implementation(ATTENTION)
+    with pytest.raises(NotImplementedError, match=r"attention is sparse \(indices\)"):
+        model(ids)
 
 
 def test_make_stock_restores_the_model_and_a_copy_uses_its_own_weights():

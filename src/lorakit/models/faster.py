@@ -28,8 +28,11 @@ ATTENTION = "lorakit"
 ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Configuration fields that hold the dropout of attention weights."""
 
-UNSUPPORTED = ("position_bias", "softcap", "s_aux")
+UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sinks")
 """Arguments of some models' attention that ours does not support."""
+
+SPARSE = ("indices", "block_indices")
+"""Arguments that select keys for each query. Such models put the selection into the mask for stock attention only."""
 
 
 def make_faster(model: PreTrainedModel) -> None:
@@ -53,8 +56,10 @@ def use_own_attention(model: PreTrainedModel) -> None:
     """Use our attention in `model`, until `make_stock`: by blocks on a CPU, FlexAttention elsewhere.
 
     A model keeps its own attention if that is not torch's. On a GPU it also keeps it if it has attention dropout,
-    which FlexAttention lacks.
+    which FlexAttention lacks. So does a sparse model (DeepSeek-V3.2): its indexer changes the stock mask only.
     """
+    if any(name.endswith(".indexer") for name, _ in model.named_modules()):
+        return
     drops = any(getattr(model.config, name, 0) for name in ATTENTION_DROPOUT)
     if model.config._attn_implementation == STOCK and (model.device.type != "cuda" or not drops):
         model.set_attn_implementation(ATTENTION)
@@ -81,7 +86,13 @@ def _attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention for `transformers`: (batch, heads, tokens, d) to (batch, tokens, heads, d)."""
+    """Compute attention for `transformers`: (batch, heads, tokens, d) to (batch, tokens, heads, d).
+
+    Raises:
+        NotImplementedError: The attention is sparse; the mask lacks the selection, so falling back would be dense.
+    """
+    if selections := [name for name in SPARSE if options.get(name) is not None]:
+        raise NotImplementedError(f"its attention is sparse ({selections[0]})")
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if (
         (attention_mask is None and causal and query.shape[2] > 1)

@@ -22,12 +22,13 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lorakit.evaluation.prompt_cache import ARGUMENT
+from lorakit.models.faster import SPARSE
 from lorakit.serving.pages import ZEROS
 
 NAME = "lorakit_paged"
 """Name of this attention in `transformers`."""
 
-UNSUPPORTED = ("position_bias", "softcap", "s_aux", "encoder_hidden_states")
+UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sinks", "encoder_hidden_states", *SPARSE)
 """Arguments of some models' attention that this one lacks."""
 
 WASTE = 1.25
