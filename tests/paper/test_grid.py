@@ -406,6 +406,29 @@ def test_a_run_without_its_weights_is_trained_again_to_be_scored(table2, tmp_pat
     assert "MRPC" in found.comparison.own[0].cells
 
 
+def test_a_run_interrupted_after_its_first_evaluation_is_not_scored(table2, tmp_path, monkeypatch):
+    """A log has the run without its scores; the weights are on another machine, so that it is trained again."""
+    with open_grid(
+        table2(log=str(tmp_path / "log"), methods=("lora",), trials=1, seeds=1), silent
+    ) as grid:
+        (run,) = grid.trials(*next(grid.cells()))
+        record = runs_module.Record(
+            data_set="mrpc", variant="lora", rate=run.rate, seed=0, held_out={"accuracy": 0.8}
+        )
+        grid.runner._write(run, record)
+        monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5})
+
+        def interrupted(settings):
+            (Path(settings.output) / "best").mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runs_module, "train", interrupted)
+        for _ in range(2):  # the second call trains on
+            with pytest.raises(KeyboardInterrupt):
+                grid.run(after_each=lambda: None)
+        assert grid.runner.record(run) == record
+
+
 @pytest.mark.parametrize(
     ("best", "tried"),
     [

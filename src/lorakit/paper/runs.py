@@ -27,7 +27,7 @@ from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
 from lorakit.training.loop import train
-from lorakit.training.run_folder import METRICS, flat_settings
+from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, METRICS, flat_settings
 
 WARMUP = 0.06
 """Warm-up as a share of the steps: the paper's value for RoBERTa."""
@@ -184,8 +184,10 @@ class Runner:
         """
         record = self.record(run)
         needs_scores = scored and (record is None or not (record.scores or record.failure))
-        # A log is kept where weights are not: on another machine a run is trained again to be scored.
-        if record is None or (needs_scores and not (self.folder / run.name / "best").exists()):
+        # A log is kept where weights are not: on another machine a run is trained again to be scored. Test for
+        # adapter/, which is written after the last step: best/ exists from the first evaluation on.
+        trained = (self.folder / run.name / ADAPTER).exists()
+        if record is None or (needs_scores and not trained):
             record = self._train(run)
         if needs_scores and not record.failure:
             began = time.process_time()
@@ -197,7 +199,8 @@ class Runner:
 
     def delete_weights(self, run: TableRun) -> None:
         """Delete the adapters of a run and keep its record."""
-        for name in ("checkpoints", "best", "adapter"):
+        # adapter/ first: an interruption then leaves a run that is trained again.
+        for name in (ADAPTER, BEST, CHECKPOINTS):
             shutil.rmtree(self.folder / run.name / name, ignore_errors=True)
 
     def _train(self, run: TableRun) -> Record:
@@ -215,7 +218,7 @@ class Runner:
             result = train(config)
         except DivergenceError as error:
             return self._write(run, replace(record, failure=str(error)))
-        shutil.rmtree(self.folder / run.name / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.folder / run.name / CHECKPOINTS, ignore_errors=True)
         record = replace(
             record,
             steps=result.steps,
@@ -234,8 +237,8 @@ class Runner:
         folder = self.folder / run.name
         if self.config.study.measures == "amplification":
             assert self.amplification is not None
-            return self.amplification(folder / "best", self.config.base)
-        evaluation = evaluate(self.evaluate_config(run.data_set, folder / "best"))
+            return self.amplification(folder / BEST, self.config.base)
+        evaluation = evaluate(self.evaluate_config(run.data_set, folder / BEST))
         if task_type(run.data_set.task).kind == "text":
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))
         return evaluation.scores
