@@ -5,6 +5,7 @@ import pytest
 from lorakit.errors import ConfigurationError
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.published import PUBLISHED
+from lorakit.paper.runs import Record
 from lorakit.paper.settings import train_config
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS
@@ -46,6 +47,22 @@ def test_every_method_has_as_many_rates_and_they_grow_around_the_same_middle(tri
             assert len(set(rates)) == trials
             assert rates == sorted(rates)
             assert set(variant.rates(1)) <= set(rates)
+
+
+@pytest.mark.parametrize("pattern", ["{}{} (without Java)", "{} (without Java){}"])
+def test_columns_of_table_14_find_scores_without_java(pattern):
+    """The second pattern is that of older records."""
+    (data_set,) = STUDIES["table14"].data_sets
+    scores = {"BLEU": 1.0, "METEOR": 2.0, "TER": 3.0}
+    named = {
+        pattern.format(name, part) if name == "METEOR" else f"{name}{part}": value
+        for name, value in scores.items()
+        for part in ("", " seen", " unseen")
+    }
+    record = Record(data_set="webnlg", variant="lora", rate=1e-3, seed=0, scores=named)
+    assert {column.name: record.score(column.score) for column in data_set.columns} == {
+        column.name: scores[column.score.split()[0]] for column in data_set.columns
+    }
 
 
 def test_a_study_narrows_to_what_is_named_in_the_table_s_order():

@@ -104,7 +104,9 @@ class Record:
 
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
-        return self.scores.get(name, self.scores.get(f"{name}{WITHOUT_JAVA}"))
+        # Older records have "METEOR (without Java) seen".
+        plain = {key.replace(WITHOUT_JAVA, ""): value for key, value in self.scores.items()}
+        return plain.get(name)
 
 
 class Runner:

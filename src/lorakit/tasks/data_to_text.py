@@ -152,7 +152,7 @@ class WebNLG(Triples):
                 part_scores = super().score(
                     [outputs[i] for i in chosen], [examples[i] for i in chosen], **settings
                 )
-                scores |= {f"{name} {part}": value for name, value in part_scores.items()}
+                scores |= {_of_part(name, part): value for name, value in part_scores.items()}
         return scores
 
 
@@ -189,6 +189,12 @@ class DART(Triples):
         if not isinstance(texts, Sequence) or isinstance(texts, str):
             raise BadRow("needs a list of texts under 'text'", "annotations")
         return [_text(text, "annotations").strip() for text in texts]
+
+
+def _of_part(name: str, part: str) -> str:
+    """Return the name of a score of a part of the inputs: "METEOR seen (without Java)"."""
+    suffix = metrics.WITHOUT_JAVA if name.endswith(metrics.WITHOUT_JAVA) else ""
+    return f"{name.removesuffix(suffix)} {part}{suffix}"
 
 
 def _joined(triples: Sequence[Sequence[str]], column: str) -> str:
