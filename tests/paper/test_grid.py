@@ -429,6 +429,33 @@ def test_a_run_interrupted_after_its_first_evaluation_is_not_scored(table2, tmp_
         assert grid.runner.record(run) == record
 
 
+def test_all_seeds_have_one_rate_if_training_a_trial_again_changes_the_choice(table2, monkeypatch):
+    """The log has unscored trials of another machine. Here the best one scores lower on held-out data."""
+
+    def record(run, score):
+        return runs_module.Record(
+            data_set="mrpc",
+            variant="lora",
+            rate=run.rate,
+            seed=run.seed,
+            held_out={"accuracy": score},
+        )
+
+    def train(runner, run):
+        return runner._write(run, record(run, 0.799))
+
+    monkeypatch.setattr(runs_module.Runner, "_train", train)
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.9})
+    with open_grid(table2(methods=("lora",), trials=3), silent) as grid:
+        (cell,) = grid.cells()
+        for run, score in zip(grid.trials(*cell), (0.80, 0.81, 0.79), strict=True):
+            grid.runner._write(run, record(run, score))
+        assert grid.chosen_rate(*cell) == 5e-4
+        grid.run(after_each=lambda: None)
+        assert grid.chosen_rate(*cell) == 1.7e-4
+        assert [r.seed for r in grid.records(*cell)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("best", "tried"),
     [

@@ -149,22 +149,24 @@ class Grid:
         Args:
             after_each: Called whenever a cell has a new record.
         """
-        for cell in self.cells():
-            while missing := [r for r in self.trials(*cell) if self.runner.record(r) is None]:
-                self._finish(missing[0], scored=False)
-            self._finish_seed(cell, 0)
-            after_each()
-        for seed in range(1, self.config.seeds):
+        for seed in range(self.config.seeds):
             for cell in self.cells():
                 self._finish_seed(cell, seed)
                 after_each()
 
     def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int) -> None:
-        runs = self.scored_runs(*cell)
-        if not runs:
-            self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
-            return
-        self._finish(runs[seed], scored=True)
+        runs: list[TableRun] = []
+        finished = False
+        while not finished:
+            while missing := [r for r in self.trials(*cell) if self.runner.record(r) is None]:
+                self._finish(missing[0], scored=False)
+            runs = self.scored_runs(*cell)
+            if not runs:
+                self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
+                return
+            self._finish(runs[seed], scored=True)
+            # A trial that is trained again to be scored can get another held-out score, which can change the choice.
+            finished = runs == self.scored_runs(*cell)
         if not self.config.keep_weights:
             for run in (runs[seed], *(self.trials(*cell) if seed == 0 else ())):
                 self.runner.delete_weights(run)
