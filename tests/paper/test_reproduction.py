@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lorakit import storage
 from lorakit.cli import main
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.reproduction import RepeatedScore, Reproduction, reproduce
+from lorakit.paper.reproduction import RepeatedScore, Reproduction, _differences, reproduce
 from lorakit.paper.run_table import run_table
+from lorakit.paper.runs import Record
 
 
 def silent(text: str) -> None:
@@ -75,18 +77,58 @@ def test_equal_conditions_require_equal_scores():
     assert not Reproduction(scores=(score(float("nan")),), differences=("processor",)).holds
 
 
+RECORD = Record(
+    data_set="mrpc",
+    variant="lora",
+    rate=1e-3,
+    seed=0,
+    processor="EPYC",
+    device="cpu (AVX512)",
+    threads=[2],
+    source="abc",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"threads": [3]}, "threads: 3, here 2"),
+        ({"threads": []}, "threads: not recorded, here 2"),
+        ({"device": "cpu (AVX2)"}, "device: cpu (AVX2), here cpu (AVX512)"),
+        ({"source": ""}, "source files of lorakit: not recorded, here abc"),
+    ],
+)
+def test_what_differs_is_told(changes, told):
+    assert not list(_differences(RECORD, RECORD))
+    assert list(_differences(replace(RECORD, **changes), RECORD)) == [told]
+
+
+def test_several_numbers_of_threads_are_told_though_equal():
+    """A repeated run can change from one to the other at another step."""
+    record = replace(RECORD, threads=[1, 2])
+    assert list(_differences(record, record)) == ["threads: 1, 2, here 1, 2"]
+
+
 @pytest.mark.slow
 def test_an_edited_score_and_another_processor_are_told(logged, tmp_path, capsys):
     (path,) = (tmp_path / "log" / "runs" / "mrpc" / "lora").glob("*-seed-1.json")
     record = storage.read_record(path, RunFolderError)
     record["scores"]["accuracy"] += 0.9
     record["processor"] = "Another CPU"
+    assert record["threads"] == [torch.get_num_threads()]
+    assert record["device"].startswith("cpu (")
+    del (
+        record["threads"],
+        record["device"],
+        record["source"],
+    )  # as in a record of an earlier version
     storage.write_record(path, record)
     config = logged("mrpc/lora/1")
     words = ["--log", config.log, "--reproduce", "mrpc/lora/1", "--data.root", config.data.root]
     main(["paper", "table2", *words, "--output", config.output])
     printed = " ".join(capsys.readouterr().out.split())
     assert "processor: Another CPU, here" in printed
+    assert "threads: not recorded, here" in printed
     assert "within the spread" in printed  # that of two seeds, one of which is the edited score
 
 

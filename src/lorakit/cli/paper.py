@@ -92,7 +92,7 @@ def _reproduce(config: PaperConfig) -> None:
     ]
     console().print(_table(head, body, len(body)))
     if not result.differences:
-        print("\nEqual processor, software and inputs: all scores must be equal.")
+        print("\nEqual processor, threads, software and inputs: all scores must be equal.")
     for difference in result.differences:
         print(difference)
     if not result.holds:

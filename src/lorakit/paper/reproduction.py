@@ -21,6 +21,9 @@ ROUNDING = 1e-6
 """Largest difference of equal scores, relative to the score: the order of sums in a scorer may vary."""
 
 
+_UNKNOWN = "not recorded"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepeatedScore:
     """A score of a repeated run beside the recorded one."""
@@ -137,8 +140,17 @@ def _row(config: PaperConfig) -> tuple[str, str, int | None]:
 
 def _differences(record: Record, repeated: Record) -> Iterator[str]:
     """Yield what differs between two runs other than their scores."""
-    if record.processor != repeated.processor:
-        yield f"processor: {record.processor}, here {repeated.processor}"
+    for name, then, now in (
+        ("processor", record.processor, repeated.processor),
+        ("device", record.device, repeated.device),
+        ("source files of lorakit", record.source[:12], repeated.source[:12]),
+    ):
+        if then != now or not then:
+            yield f"{name}: {then or _UNKNOWN}, here {now or _UNKNOWN}"
+    # With several numbers of threads, a repeated run can change from one to the other at another step.
+    if record.threads != repeated.threads or len(record.threads) != 1:
+        then, now = (", ".join(map(str, r.threads)) or _UNKNOWN for r in (record, repeated))
+        yield f"threads: {then}, here {now}"
     for name in ("torch", "transformers", "lorakit"):
         if (then := record.versions.get(name)) != (now := repeated.versions.get(name)):
             yield f"{name}: {then}, here {now}"

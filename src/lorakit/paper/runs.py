@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
 import statistics
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorakit import storage
 from lorakit.data import DataConfig
@@ -27,7 +31,14 @@ from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
 from lorakit.training.loop import train
-from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, METRICS, flat_settings
+from lorakit.training.run_folder import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    ENVIRONMENT,
+    METRICS,
+    flat_settings,
+)
 
 WARMUP = 0.06
 """Warm-up as a share of the steps: the paper's value for RoBERTa."""
@@ -41,6 +52,9 @@ CHECKPOINT_STEPS = 200
 _OF_ONE_MACHINE = ("output", "resume", "overwrite", "data.root", "data.train", "base.device")
 """Settings that a record leaves out: where files are, and how this call treats them."""
 HELD_OUT_SHARE = 0.1
+
+_ADDED = {"threads", "device", "source"}
+"""Fields that the records of earlier versions lack."""
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
 """Maps an adapter folder and its base to numbers by name."""
@@ -70,7 +84,8 @@ class TableRun:
 class Record:
     """The saved outcome of a finished run; zeros and empty fields if training diverged.
 
-    It says what is needed to repeat the run: settings, digests of base and data, software and processor.
+    It says what is needed to repeat the run: settings, digests of base, data and source files, software, threads and
+    processor.
     """
 
     data_set: str
@@ -101,6 +116,12 @@ class Record:
     """Digests of the base and of the data, by name."""
     processor: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
+    threads: list[int] = field(default_factory=list)
+    """Threads of the sessions that trained and scored the run, each number once; empty if not recorded."""
+    device: str = ""
+    """Devices of these sessions, a CPU with its vector instructions; empty if not recorded."""
+    source: str = ""
+    """Digest of lorakit's source files; empty if not recorded."""
 
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
@@ -124,6 +145,7 @@ class Runner:
         self.config, self.setup, self.amplification = config, setup, amplification
         self.folder = config.folder / "runs"
         self.records = config.log_folder / "runs"
+        self.source = _source()
 
     def settings(self, run: TableRun) -> dict[str, Any]:
         """Return the settings of a run by dotted name."""
@@ -172,7 +194,7 @@ class Runner:
         if not path.exists():
             return None
         values = storage.read_record(path, RunFolderError)
-        if values.keys() != Record.__dataclass_fields__.keys():
+        if values.keys() | _ADDED != Record.__dataclass_fields__.keys():
             raise RunFolderError(
                 f"Another version of lorakit wrote '{path}'. Choose another folder with --output."
             )
@@ -196,6 +218,9 @@ class Runner:
             scores = self._score(run)
             spent = record.processor_seconds + time.process_time() - began
             record = replace(record, scores=scores, processor_seconds=round(spent, 3))
+            if record.threads:
+                here = torch.get_num_threads()
+                record = replace(record, threads=list(dict.fromkeys([*record.threads, here])))
             self._write(run, record)
         return record
 
@@ -215,6 +240,7 @@ class Runner:
             settings=_changed_settings(config),
             processor=processor_name(),
             versions=versions(),
+            source=self.source,
         )
         try:
             result = train(config)
@@ -230,6 +256,7 @@ class Runner:
             processor_seconds=result.processor_seconds,
             inputs=result.inputs,
             curve=_curve(self.folder / run.name / METRICS),
+            **_sessions(self.folder / run.name / ENVIRONMENT),
             peak_memory=result.peak_memory,
             tokens=result.tokens,
         )
@@ -287,6 +314,27 @@ def _changed_settings(config: TrainConfig) -> dict[str, Any]:
         if value != usual_settings.get(name) and name not in _OF_ONE_MACHINE
     }
     return {"base.name": config.base.name, "data.task": config.data.task, **changed}
+
+
+@functools.cache
+def _source() -> str:
+    """Return a digest of lorakit's source files, taken before the first run: the files can change during a grid."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()} {storage.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sessions(environment: Path) -> dict[str, Any]:
+    """Return the threads and the device of a run's sessions, each value once."""
+    sessions = storage.read_record(environment, RunFolderError)["sessions"]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    devices = [f"cpu ({instructions})" if s["device"] == "cpu" else s["device"] for s in sessions]
+    return {
+        "threads": list(dict.fromkeys(session["threads"] for session in sessions)),
+        "device": ", ".join(dict.fromkeys(devices)),
+    }
 
 
 def _curve(metrics: Path) -> list[dict[str, float]]:
