@@ -95,6 +95,7 @@ RECORD = Record(
         ({"threads": [3]}, "threads: 3, here 2"),
         ({"threads": []}, "threads: not recorded, here 2"),
         ({"device": "cpu (AVX2)"}, "device: cpu (AVX2), here cpu (AVX512)"),
+        ({"settings": {"optimizer.warmup": 0.1}}, "optimizer.warmup: 0.1, here None"),
         ({"source": ""}, "source files of lorakit: not recorded, here abc"),
     ],
 )

@@ -19,6 +19,7 @@ from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
+from lorakit.paper.comparable import require_comparable
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
@@ -57,6 +58,8 @@ class Grid:
         self.config, self.setup, self.say = config, setup, say
         self.study: Study = config.study
         self.runner = Runner(config, setup, amplification)
+        self._compared: set[str] = set()
+        """Data sets whose recorded runs are comparable with the runs of this call."""
 
     def cells(self) -> Iterator[tuple[StudyData, Variant]]:
         """Yield each data set with each variant that fits the base."""
@@ -118,12 +121,12 @@ class Grid:
 
     def all_records(self) -> list[Record]:
         """Return the records of all finished runs, each once."""
-        runs = {
-            run.name: run
-            for cell in self.cells()
-            for run in (*self.trials(*cell), *self.scored_runs(*cell))
-        }
-        return self._records(runs.values())
+        return self._records(run for cell in self.cells() for run in self._runs(*cell))
+
+    def _runs(self, data_set: StudyData, variant: Variant) -> Iterable[TableRun]:
+        """Return all runs of a cell that are known so far, each once."""
+        cell = data_set, variant
+        return {run.name: run for run in (*self.trials(*cell), *self.scored_runs(*cell))}.values()
 
     def _records(self, runs: Iterable[TableRun]) -> list[Record]:
         return [record for run in runs if (record := self.runner.record(run)) is not None]
@@ -172,11 +175,31 @@ class Grid:
                 self.runner.delete_weights(run)
 
     def _finish(self, run: TableRun, *, scored: bool) -> None:
-        if self.runner.record(run) is None:
+        record = self.runner.record(run)
+        if record is None or (scored and not (record.scores or record.failure)):
+            self._require_comparable(run.data_set)
+        if record is None:
             self.say(f"[{self.finished + 1}/{self.total}] {run.name}")
         record = self.runner.finish(run, scored=scored)
         if record.failure:
             self.say(f"{run.name}: {record.failure}")
+
+    def _require_comparable(self, data_set: StudyData) -> None:
+        """Reject recorded runs on a data set that are not comparable with a new one, once per call."""
+        if data_set.key in self._compared:
+            return
+        require_comparable(
+            self.runner,
+            data_set,
+            [
+                (run, record)
+                for cell in self.cells()
+                if cell[0].key == data_set.key
+                for run in self._runs(*cell)
+                if (record := self.runner.record(run)) is not None
+            ],
+        )
+        self._compared.add(data_set.key)
 
 
 @contextmanager

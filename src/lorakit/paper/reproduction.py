@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorakit import storage
+from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
@@ -154,6 +155,8 @@ def _differences(record: Record, repeated: Record) -> Iterator[str]:
     for name in ("torch", "transformers", "lorakit"):
         if (then := record.versions.get(name)) != (now := repeated.versions.get(name)):
             yield f"{name}: {then}, here {now}"
+    for name, then, now in differences(record.settings, repeated.settings):
+        yield f"{name}: {then}, here {now}"
     for name, digest in record.inputs.items():
         if repeated.inputs.get(name) != digest:
             yield f"{name}: other content than recorded"

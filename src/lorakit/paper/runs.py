@@ -237,7 +237,7 @@ class Runner:
             variant=run.variant.key,
             rate=run.rate,
             seed=run.seed,
-            settings=_changed_settings(config),
+            settings=changed_settings(config),
             processor=processor_name(),
             versions=versions(),
             source=self.source,
@@ -303,14 +303,14 @@ class Runner:
         return folder.with_name(f"{folder.name}.json")
 
 
-def _changed_settings(config: TrainConfig) -> dict[str, Any]:
+def changed_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that differ from the defaults, without those of one machine."""
     base, data = BaseConfig(name=config.base.name), DataConfig(task=config.data.task)
     usual = TrainConfig(base=base, data=data, output=config.output)
-    usual_settings = flat_settings(usual.as_dict())
+    usual_settings = flat_of(usual)
     changed = {
         name: value
-        for name, value in flat_settings(config.as_dict()).items()
+        for name, value in flat_of(config).items()
         if value != usual_settings.get(name) and name not in _OF_ONE_MACHINE
     }
     return {"base.name": config.base.name, "data.task": config.data.task, **changed}
@@ -326,15 +326,23 @@ def _source() -> str:
     return digest.hexdigest()
 
 
-def _sessions(environment: Path) -> dict[str, Any]:
+def _sessions(path: Path) -> dict[str, Any]:
     """Return the threads and the device of a run's sessions, each value once."""
-    sessions = storage.read_record(environment, RunFolderError)["sessions"]
-    instructions = torch.backends.cpu.get_cpu_capability()
-    devices = [f"cpu ({instructions})" if s["device"] == "cpu" else s["device"] for s in sessions]
+    sessions = storage.read_record(path, RunFolderError)["sessions"]
     return {
         "threads": list(dict.fromkeys(session["threads"] for session in sessions)),
-        "device": ", ".join(dict.fromkeys(devices)),
+        "device": ", ".join(dict.fromkeys(device_name(session["device"]) for session in sessions)),
     }
+
+
+def device_name(name: str) -> str:
+    """Return the name of a device, of a CPU with its vector instructions: processors of one name can differ in them."""
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if name == "cpu" else name
+
+
+def flat_of(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by dotted name, with the types that they have in a record."""
+    return json.loads(json.dumps(flat_settings(config.as_dict())))
 
 
 def _curve(metrics: Path) -> list[dict[str, float]]:

@@ -1,0 +1,81 @@
+"""Check that the runs of a grid differ in nothing but their seed, learning rate and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakit.configuration import differences
+from lorakit.errors import ConfigurationError
+from lorakit.models.devices import pick_device
+from lorakit.paper.runs import Record, Runner, TableRun, changed_settings, device_name, flat_of
+from lorakit.paper.study import StudyData
+from lorakit.tasks.registry import task_type
+from lorakit.training.config import TrainConfig
+from lorakit.training.environment import environment
+from lorakit.training.run_folder import NOT_COMPARED
+from lorakit.training.setup import prepare
+
+_CHANGE_NO_NUMBER = (*NOT_COMPARED, "checkpoints.every", "checkpoints.keep")
+"""Settings that may differ between the runs of a grid."""
+
+
+def require_comparable(
+    runner: Runner, data_set: StudyData, recorded: Sequence[tuple[TableRun, Record]]
+) -> None:
+    """Reject settings, data or a base that differ from those of the recorded runs on a data set.
+
+    Raises:
+        ConfigurationError: They differ, so that a new run could not stand in one table with the recorded ones.
+    """
+    # A diverged run has no inputs.
+    known = [(run, record) for run, record in recorded if record.inputs]
+    known.sort(key=lambda pair: not _is_of_this_machine(runner, pair[1]))
+    inputs = digests_of(runner.train_config(known[0][0])) if known else {}
+    for run, record in known:
+        digests = dict(record.inputs)
+        # Compare the base once. Its digest contains a new head, which differs by seed, and between processors.
+        has_head = task_type(data_set.task).kind != "text"
+        if run is not known[0][0] or (has_head and not _is_of_this_machine(runner, record)):
+            digests.pop("base model", None)
+        changed = [
+            f"{name} was {then!r} and is {now!r}"
+            for name, then, now in _other_settings(record.settings, runner.train_config(run))
+        ]
+        changed += [
+            f"{name} has other content"
+            for name, digest in digests.items()
+            if digest != inputs.get(name)
+        ]
+        if changed:
+            raise ConfigurationError(
+                f"The recorded run {run.name} is not comparable with a new one: {'; '.join(changed)}. Use the data "
+                "(--data.root), the base (--base.name) and the version of lorakit of the recorded runs, or choose "
+                "another folder with --output and --log."
+            )
+
+
+def digests_of(config: TrainConfig) -> dict[str, str]:
+    """Return the digests of the data and the base that a run would train on now, by name."""
+    return {name: source["sha256"] for name, source in prepare(config).inputs.items()}
+
+
+def _is_of_this_machine(runner: Runner, record: Record) -> bool:
+    """Return whether a run was trained with the processor, the device and the torch of this process."""
+    here = environment(pick_device(runner.config.base.device))
+    then = record.processor, record.device, record.versions.get("torch")
+    return then == (here["processor"], device_name(here["device"]), here["versions"]["torch"])
+
+
+def _other_settings(recorded: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return name, recorded value and present value of each setting that differs and can change a number.
+
+    None stands for a default.
+    """
+    # A setting that has become the default, with the same value, is equal.
+    present = {name: value for name, value in flat_of(config).items() if name in recorded}
+    return [
+        change
+        for change in differences(recorded, {**changed_settings(config), **present})
+        if not {change[0], change[0].split(".")[0]}.intersection(_CHANGE_NO_NUMBER)
+    ]
