@@ -217,6 +217,15 @@ def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, llama: LlamaForCa
         assert "be tokenized differently than in training" in notice
 
 
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_a_missing_splitting_rule_is_reported(
+    tmp_path: Path, llama: LlamaForCausalLM, pre: str | None
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama, pre=pre)
+    (notice,) = module.conversion_notices(converted_folder(path))
+    assert "names no pre-tokenizer" in notice
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def write_gguf(
     model: PreTrainedModel,
     *,
     kind: gguf.GGMLQuantizationType = F32,
-    pre: str = "smollm",
+    pre: str | None = "smollm",
     leave_out: str | None = None,
     blocks: int | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
@@ -90,7 +90,8 @@ def write_gguf(
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
     writer.add_token_merges(MERGES)

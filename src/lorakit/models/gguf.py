@@ -36,7 +36,7 @@ _UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_sho
 _PATCHED = threading.Lock()
 """Held while `GGUFReader` is replaced, so that two threads do not restore each other's replacement."""
 
-_GPT2_SPLIT = frozenset({"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
+_GPT2_SPLIT = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
 """llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
 _GPT2_SPLIT_AFTER_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
@@ -355,9 +355,15 @@ def _restore_pre_tokenizer(
         return []
     if rule in _GPT2_SPLIT or rule in _rules_of_transformers():
         return []
+    if rule == "default":  # converters of before May 2024 wrote no name, for Llama 3 and others
+        if metadata["general.architecture"] == "gpt2":
+            return []
+        found = "names no pre-tokenizer, so text is split as for GPT-2"
+    else:
+        found = f"names the pre-tokenizer '{rule}', which lorakit does not know"
     return [
-        f"This GGUF file names the pre-tokenizer '{rule}', which lorakit does not know: some text may "
-        "be tokenized differently than in training. Load the original model if that matters."
+        f"This GGUF file {found}: some text may be tokenized differently than in training. Load the original model if "
+        "that matters."
     ]
 
 
