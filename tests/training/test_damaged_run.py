@@ -291,6 +291,26 @@ def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("checkpoints/step-000001/weights.safetensors", "No checkpoint .* is undamaged"),
+        ("environment.json", r"environment\.json"),
+        ("metrics.jsonl", r"metrics\.jsonl:1 is damaged"),
+    ],
+)
+def test_a_finished_run_survives_an_extension_that_fails(
+    tmp_path: Path, finished: TrainConfig, name: str, message: str
+) -> None:
+    run = shutil.copytree(finished.output, tmp_path / "run")
+    flip(run / name, 0)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match=message):
+        train(dataclasses.replace(finished, output=str(run), max_steps=2, resume=True))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
 def test_a_damaged_environment(damage, half: TrainConfig) -> None:
     damage(Path(half.output) / "environment.json")

@@ -133,14 +133,14 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
-    # The run folder changes only from here on: a run that fails above leaves an old run intact.
-    processes.on_first(run.claim)
-    state = _restore(run, job, optimizer, inputs)
+    overwrites = run.config.overwrite  # the checkpoints of the old run
+    state = State(inputs=inputs) if overwrites else _restore(run, job, optimizer, inputs)
     slow_down(optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
     # Processors can differ in the last bits of initial weights (PiSSA).
     processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
     model_sizes = sizes(job.model, job.parameters)
+    # The run folder changes only from here on: a run that fails above leaves an old run intact.
     processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
     return job, optimizer, state
 

@@ -134,6 +134,18 @@ class JsonLines:
         """
         if not self.path.exists():
             return
+        remaining = self.until(step)
+        with storage.atomic_file(self.path) as temporary:
+            temporary.write_bytes(b"".join(remaining))
+
+    def until(self, step: int) -> list[bytes]:
+        """Return the lines up to a step; none if the file is missing.
+
+        Raises:
+            RunFolderError: A line is damaged. An incomplete last line is skipped instead.
+        """
+        if not self.path.exists():
+            return []
         with storage.reading(self.path, RunFolderError):
             lines = self.path.read_bytes().split(b"\n")
         remaining = []
@@ -146,8 +158,7 @@ class JsonLines:
                     raise RunFolderError(
                         f"{self.path}:{number} is damaged: {error}. Delete that line to resume the run."
                     ) from None
-        with storage.atomic_file(self.path) as temporary:
-            temporary.write_bytes(b"".join(remaining))
+        return remaining
 
 
 def _step_of(line: bytes) -> int:
@@ -188,13 +199,26 @@ class RunFolder:
             [*start, "train", "--config", str(self.path / CONFIG), "--resume", *split]
         )
 
-    def claim(self) -> None:
-        """Write config.yaml into the folder, after deleting the old run if `overwrite` is set.
+    def begin(
+        self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
+    ) -> None:
+        """Write config.yaml and this session of the run, and drop what was recorded after `state`.
 
-        A run with more steps than before becomes an unfinished one.
+        If `overwrite` is set, delete the old run first. A run with more steps than before becomes an unfinished one.
+
+        Raises:
+            RunFolderError: A file of the run to resume is damaged, or cannot be written. Damaged files are found before
+                anything changes.
         """
+        sessions: list[dict[str, Any]] = []
         if self.config.overwrite:
             _delete(self.path)
+        else:
+            if (self.path / ENVIRONMENT).exists():
+                record = storage.read_record(self.path / ENVIRONMENT, RunFolderError)
+                sessions = record.get("sessions", [])
+            for lines in (self.metrics, self.samples):
+                lines.until(state.step)
         if self.extends:  # first, so that a kill leaves an unfinished run
             (self.path / RESULT).unlink(missing_ok=True)
         if self.extends or not (self.path / CONFIG).exists():
@@ -203,17 +227,10 @@ class RunFolder:
                 temporary.write_text(settings, encoding="utf-8")
         with storage.writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
-
-    def begin(
-        self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
-    ) -> None:
-        """Add this session to environment.json, and drop what was recorded after `state`."""
         self.return_to(state)
-        path = self.path / ENVIRONMENT
-        record = storage.read_record(path, RunFolderError) if path.exists() else {}
         session = {"from_step": state.step, **environment(device, processes), "sizes": dict(sizes)}
-        with storage.atomic_file(path) as temporary:
-            storage.write_record(temporary, {"sessions": [*record.get("sessions", []), session]})
+        with storage.atomic_file(self.path / ENVIRONMENT) as temporary:
+            storage.write_record(temporary, {"sessions": [*sessions, session]})
 
     def return_to(self, state: State) -> None:
         """Drop metrics, samples and events that were recorded after `state`."""
@@ -284,8 +301,8 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
 def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     """Open or create the run folder `config.output`, and lock it for this process.
 
-    The folder does not change before `RunFolder.claim`. If a run fails before that (a misspelt target, an empty data
-    file), it leaves an old run intact, and removes a new folder.
+    The folder does not change before `RunFolder.begin`. If a run fails before that (a misspelt target, an empty data
+    file, a damaged checkpoint), it leaves an old run intact, and removes a new folder.
 
     Raises:
         RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
