@@ -108,6 +108,12 @@ def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> Non
     assert status == 1
     assert "epochs was 3.0 and is 9.0" in err
     assert "--resume; a higher --max_steps makes it longer)" in err
+    Path("run", "result.json").unlink()
+    shutil.rmtree(Path("run", "checkpoints"))
+    _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    assert out.startswith(
+        f"--resume: the run in {tmp_path / 'run'} has no checkpoint, so it starts"
+    )
 
 
 @pytest.mark.slow

@@ -292,18 +292,23 @@ def test_a_result_of_another_version(tmp_path: Path, base: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("damage", "message"),
     [
-        ("checkpoints/step-000001/weights.safetensors", "No checkpoint .* is undamaged"),
-        ("environment.json", r"environment\.json"),
-        ("metrics.jsonl", r"metrics\.jsonl:1 is damaged"),
+        (
+            lambda run: flip(run / "checkpoints/step-000001/weights.safetensors", 0),
+            "No checkpoint .* is undamaged",
+        ),
+        (lambda run: flip(run / "environment.json", 0), r"environment\.json"),
+        (lambda run: flip(run / "metrics.jsonl", 0), r"metrics\.jsonl:1 is damaged"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), r"no checkpoint to .*from_adapter"),
     ],
+    ids=["checkpoint", "environment", "metrics", "no checkpoint"],
 )
 def test_a_finished_run_survives_an_extension_that_fails(
-    tmp_path: Path, finished: TrainConfig, name: str, message: str
+    tmp_path: Path, finished: TrainConfig, damage, message: str
 ) -> None:
     run = shutil.copytree(finished.output, tmp_path / "run")
-    flip(run / name, 0)
+    damage(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(RunFolderError, match=message):
         train(dataclasses.replace(finished, output=str(run), max_steps=2, resume=True))

@@ -39,14 +39,21 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import write_run_report
     from lorakit.formatting import number
     from lorakit.reporting.run_record import read_run
+    from lorakit.training.checkpoint import newest_step
     from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
-    from lorakit.training.run_folder import CONFIG
+    from lorakit.training.run_folder import CHECKPOINTS, CONFIG
 
     processes = started_processes()
     finished = _finished(config)
-    if config.resume and processes.is_first and not Path(config.output, CONFIG).exists():
-        print(f"--resume: no run in {Path(config.output).resolve()}, so a new one starts")
+    if config.resume and processes.is_first and finished is None:
+        folder = Path(config.output).resolve()
+        if not (folder / CONFIG).exists():
+            print(f"--resume: no run in {folder}, so a new one starts")
+        elif not newest_step(folder / CHECKPOINTS):
+            print(
+                f"--resume: the run in {folder} has no checkpoint, so it starts from its first step"
+            )
     result = train(config)
     if not processes.is_first:
         return

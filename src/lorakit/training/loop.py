@@ -233,7 +233,7 @@ def _extension(job: Job, optimizer: torch.optim.Optimizer, state: State, replace
     total, schedule = job.step_plan.total, job.config.optimizer.schedule
     rate = set_rate(optimizer, job.rate_factor(state.step))
     text = f"{schedule} over {total} steps, instead of {replaced}; the next step has the rate {rate:.2e}"
-    if schedule == "constant":
+    if schedule == "constant" or state.step == 0:
         return f"{text}."
     return (
         f"{text}. The first {state.step} steps followed the shorter schedule, so the result differs from that of a "

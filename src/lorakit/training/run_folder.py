@@ -433,6 +433,7 @@ def _extended_setting(path: Path, config: TrainConfig) -> str:
     Raises:
         ConfigurationError: `max_steps` is lower than before, or the run has already ended by early stopping or reached
             that step.
+        RunFolderError: The run is finished and has no checkpoint.
     """
     settings = read_settings(path)
     then, now = settings.get("max_steps"), config.max_steps
@@ -445,9 +446,14 @@ def _extended_setting(path: Path, config: TrainConfig) -> str:
             f"max_steps is {now}, but the run in {path} has {before} and a checkpoint at step {done}. A resumed run "
             "can only have more steps: raise max_steps, or start a new run."
         )
-    if (path / RESULT).exists() and storage.read_record(path / RESULT, RunFolderError).get(
-        "stopped_early"
-    ):
+    if not (path / RESULT).exists():
+        return before
+    if not done:
+        raise RunFolderError(
+            f"The run in {path} is finished, but has no checkpoint to continue from, so max_steps {now} would train it "
+            "again from its first step. Start a new run from its weights with from_adapter."
+        )
+    if storage.read_record(path / RESULT, RunFolderError).get("stopped_early"):
         raise ConfigurationError(
             f"The run in {path} was stopped early (evaluation.patience), so more steps do not continue it. Start a new "
             "run from its weights with from_adapter."
