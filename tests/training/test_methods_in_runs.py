@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
+from torch import Tensor
 
 from lorakit import (
     BitFit,
@@ -18,6 +20,8 @@ from lorakit import (
     PrefixLayer,
     load_base,
 )
+from lorakit.adapters import formats
+from lorakit.adapters.formats import StoredAdapter
 from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
@@ -25,6 +29,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.registry import SECTIONS, default_rate
+from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import RunResult, read_settings
@@ -89,6 +94,23 @@ def labelling(folder: Path, base: str, method: str, **overrides) -> TrainConfig:
     )
 
 
+def require_equal_checkpoint(result: RunResult) -> None:
+    """Require that the checkpoint of the last step reads as the adapter after it."""
+
+    def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
+        factors = {
+            f"{path}.{name}": tensor
+            for path, layer in stored.layers.items()
+            for name, tensor in layer.tensors.items()
+        }
+        return {**factors, **stored.module_tensors, **stored.trained}
+
+    found = tensors(read_checkpoint(result.folder / "checkpoints" / f"step-{result.steps:06d}"))
+    expected = tensors(formats.read(result.adapter))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_every_method_has_a_section_and_a_rate() -> None:
     names = {name for method in METHODS for name in method.split("+")}
     assert names == SECTIONS.keys() <= TrainConfig.__dataclass_fields__.keys()
@@ -143,6 +165,19 @@ def test_the_saved_adapter_is_what_was_trained(run: Run, decoder: str, method: s
     assert capsys.readouterr().out.strip() == last[0]["output"]
     assert main(["inspect", str(result.adapter)]) == 0
     assert type(run.config.chosen_method).__name__ in capsys.readouterr().out
+
+
+def test_its_checkpoint_reads_as_its_adapter(run: Run) -> None:
+    require_equal_checkpoint(run.result)
+
+
+@pytest.mark.parametrize(
+    "lora", [LoRA(bias="lora_only"), LoRA(train_modules=("lm_head",))], ids=["bias", "module"]
+)
+def test_a_checkpoint_of_lora_with_trained_base_tensors(
+    tmp_path: Path, decoder: str, lora: LoRA
+) -> None:
+    require_equal_checkpoint(train(tiny_runs.config(tmp_path, decoder, lora=lora, max_steps=1)))
 
 
 @pytest.mark.slow
@@ -213,6 +248,7 @@ def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
         )
     )
     assert scored.scores["accuracy"] == result.scores["accuracy"]
+    require_equal_checkpoint(result)  # its head is trained in full
 
 
 def test_default_rates_stand_in_the_recorded_configuration(tmp_path: Path, decoder: str) -> None:

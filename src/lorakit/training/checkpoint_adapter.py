@@ -64,10 +64,8 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
         for module, own in stored.modules.items():
             prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
             stored.modules[module] = {name: tensors.pop(f"{prefix}.{name}") for name in own}
-        for name in stored.trained:
-            module, _, attribute = name.rpartition(".")
-            key = f"{module}.{ADAPTERS}.{ADAPTER_NAME}.trained.{attribute}"
-            stored.trained[name] = tensors.pop(key)
+        # A trained copy replaces the base's parameter during training, so it has the parameter's name.
+        stored.trained = {name: tensors.pop(name) for name in stored.trained}
     except KeyError as error:
         raise AdapterFileError(
             f"'{path}' has no tensor {error}, but the run's adapter '{saved}' does. Use a checkpoint of that run."
