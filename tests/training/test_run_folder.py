@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
+from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.storage import lock_folder
 from lorakit.training.loop import train
@@ -40,6 +41,35 @@ def test_overwriting_a_run_keeps_the_users_own_files(tmp_path: Path, base: str) 
     (tmp_path / "run" / "notes.md").write_text("mine")
     train(dataclasses.replace(config, overwrite=True))
     assert (tmp_path / "run" / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("setting", "source"),
+    [
+        ("from_adapter", "run/adapter"),
+        ("from_adapter", "{folder}/run/adapter"),
+        ("from_adapter", "link/adapter"),
+        ("data.train", "run/samples.jsonl"),
+    ],
+)
+def test_overwriting_spares_the_inputs_of_the_new_run(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, setting: str, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = source.format(folder=tmp_path)
+    config = tiny_runs.config(tmp_path, base, overwrite=True)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(storage.dump_yaml(config.as_dict()))
+    tiny_runs.write_rows(tmp_path / "run" / "samples.jsonl", tiny_runs.pairs(8))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    if setting == "from_adapter":
+        config = dataclasses.replace(config, from_adapter=source)
+    else:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=source))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunFolderError, match=rf"\({setting} {source}\).*Choose another output"):
+        train(config)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path: Path, base: str) -> None:

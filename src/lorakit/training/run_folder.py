@@ -306,13 +306,15 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
 
     Raises:
         RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
-            that `config` neither resumes nor overwrites.
+            that `config` neither resumes nor overwrites, or would overwrite together with an input of the new run.
         ConfigurationError: The run to resume has other settings.
     """
     path = Path(config.output)
     # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
+    if config.overwrite:
+        _require_inputs_elsewhere(path, config)
     config, dtype_reason = _resolved(config, path)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
@@ -377,6 +379,24 @@ def _require_run_or_empty(path: Path) -> None:
             f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(sorted(others)[:3])}. "
             "Choose a new or empty folder as output."
         )
+
+
+def _require_inputs_elsewhere(path: Path, config: TrainConfig) -> None:
+    """Reject overwriting a run that contains the adapter or the data of the new one."""
+    deleted = [path.resolve() / name for name in (*FILES, *FOLDERS)]
+    settings = {
+        "from_adapter": config.from_adapter,
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+    }
+    for setting, value in settings.items():
+        for source in [value] if isinstance(value, str) else value or []:
+            place = Path(source)
+            if place.exists() and any(map(place.resolve().is_relative_to, deleted)):
+                raise RunFolderError(
+                    f"{path} contains an input of the run ({setting} {source}), and overwriting would delete it. "
+                    "Choose another output."
+                )
 
 
 def _delete(path: Path) -> None:
