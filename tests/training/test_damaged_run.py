@@ -406,3 +406,15 @@ def test_checkpoint_of_another_model(tmp_path) -> None:
     checkpoint.save(tmp_path, checkpoint.State(step=3), {"q.lora_B": weight}, {}, keep=2)
     with pytest.raises(RunFolderError, match=r"only in the model, for example .*from_adapter"):
         checkpoint.restore(tmp_path, {"k.lora_B": weight}, optimizer, inputs={})
+
+
+def test_a_damaged_later_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([{"params": [weight], "names": ["weight"]}])
+    for step in (100, 200):
+        checkpoint.save(tmp_path, checkpoint.State(step=step), {"weight": weight}, {}, keep=2)
+    flip(tmp_path / "step-000200" / checkpoint.WEIGHTS, -1)
+    assert checkpoint.restore(tmp_path, {"weight": weight}, optimizer, inputs={}).step == 100
+    checkpoint.save(tmp_path, checkpoint.State(step=150), {"weight": weight}, {}, keep=1)
+    assert checkpoint.restore(tmp_path, {"weight": weight}, optimizer, inputs={}).step == 150
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000150"]

@@ -132,7 +132,9 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write a checkpoint into `folder`, then delete all but the newest `keep` checkpoints.
+    """Write a checkpoint into `folder`, then delete all but it and the `keep` - 1 before it.
+
+    Checkpoints of later steps are deleted too: they are damaged, or the run would have resumed from one of them.
 
     Args:
         folder: The folder of all checkpoints.
@@ -149,8 +151,11 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    checkpoints = _checkpoints(folder)
+    kept = [path for path in checkpoints if _step_of(path) <= state.step][-keep:]
+    for old in checkpoints:
+        if old not in kept:
+            shutil.rmtree(old)
 
 
 def restore(
