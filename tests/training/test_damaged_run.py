@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -418,3 +420,25 @@ def test_a_damaged_later_checkpoint_does_not_count_as_kept(tmp_path: Path) -> No
     checkpoint.save(tmp_path, checkpoint.State(step=150), {"weight": weight}, {}, keep=1)
     assert checkpoint.restore(tmp_path, {"weight": weight}, optimizer, inputs={}).step == 150
     assert [path.name for path in tmp_path.iterdir()] == ["step-000150"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {"weight": torch.ones(2)}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", refuse)
+        for step in (1, 2, 3):
+            checkpoint.save(tmp_path, checkpoint.State(step=step), weights, {}, keep=1)
+        with pytest.raises(RunFolderError, match=r"step-000003': Directory not empty"):
+            checkpoint.delete_after(tmp_path, 2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # one for each save that had to delete
+    assert "step-000001' (Directory not empty), " in messages[-1]
+    checkpoint.save(tmp_path, checkpoint.State(step=4), weights, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def refuse(path: Path) -> None:
+    """Fail as `shutil.rmtree` does on NFS, if another program has a file of the folder open."""
+    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))

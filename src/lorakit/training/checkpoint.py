@@ -134,7 +134,8 @@ def save(
 ) -> None:
     """Write a checkpoint into `folder`, then delete all but it and the `keep` - 1 before it.
 
-    Checkpoints of later steps are deleted too: they are damaged, or the run would have resumed from one of them.
+    Checkpoints of later steps are deleted too: they are damaged, or the run would have resumed from one of them. If one
+    cannot be deleted, a warning is logged, and the next call tries again.
 
     Args:
         folder: The folder of all checkpoints.
@@ -153,9 +154,18 @@ def save(
         )
     checkpoints = _checkpoints(folder)
     kept = [path for path in checkpoints if _step_of(path) <= state.step][-keep:]
+    failures = []
     for old in checkpoints:
         if old not in kept:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # of a file that another program has open, on NFS and Windows
+                failures.append(f"'{old}' ({error.strerror or error})")
+    if failures:
+        _LOG.warning(
+            "Cannot delete old checkpoints: %s. Each later checkpoint of the run tries again.",
+            ", ".join(failures),
+        )
 
 
 def restore(
@@ -285,13 +295,18 @@ def _step_of(path: Path) -> int:
 
 
 def delete_after(folder: Path, step: int) -> bool:
-    """Delete the checkpoints after `step`, unless there is no other; return whether there is one."""
+    """Delete the checkpoints after `step`, unless there is no other; return whether there is one.
+
+    Raises:
+        RunFolderError: One cannot be deleted.
+    """
     checkpoints = _checkpoints(folder)
     later = [path for path in checkpoints if _step_of(path) > step]
     if len(later) == len(checkpoints):
         return False
     for path in reversed(later):
-        shutil.rmtree(path)
+        with storage.writing(path):
+            shutil.rmtree(path)
     return True
 
 
