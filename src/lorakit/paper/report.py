@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -272,6 +273,7 @@ def own_notes(comparison: Comparison) -> list[str]:
             for row in comparison.own
             if row.left_out
         ),
+        *_selected_seed(comparison),
         *_diverged(grid),
         *grid.study.notes,
     ]
@@ -289,6 +291,25 @@ def own_notes(comparison: Comparison) -> list[str]:
             f"All runs train on the same {grid.config.limit:,} rows, drawn at random once."
         )
     return notes
+
+
+def _selected_seed(comparison: Comparison) -> Iterator[str]:
+    """Yield a note on the bias of seed 0, with the means of the other seeds where there are at least two."""
+    config = comparison.grid.config
+    if config.trials == 1 or config.trial_epochs is not None:
+        return
+    means = [
+        f"{row.variant.label} {statistics.fmean(others):.{comparison.digits[column]}f} on {column}"
+        for column in comparison.columns
+        if column != comparison.grid.study.average
+        for row in comparison.own
+        if column in row.cells
+        if len(others := [v for seed, v in row.cells[column].seeds.items() if seed != 0]) > 1
+    ]
+    yield (
+        "The run with seed 0 also chose the learning rate, as the best of several runs, so its score is on average too "
+        f"high.{' Means of the other seeds: ' + ', '.join(means) + '.' if means else ''}"
+    )
 
 
 def _diverged(grid: Grid) -> Iterator[str]:
