@@ -71,3 +71,17 @@ def test_a_page_tells_that_seed_0_also_chose_the_rate(compared, changes, told):
 def test_one_other_seed_has_no_mean(compared):
     page = markdown(compared({"lora": [0.79, 0.73]}, trials=3))
     assert "so its score is on average too high.\n" in page
+
+
+@pytest.mark.parametrize(
+    ("lora", "interval", "verdict"),
+    [
+        ([0.79, 0.77], None, "open"),  # both are 0.01 above: two equal differences prove nothing
+        ([0.78, 0.76], (0.0, 0.0), "level"),
+        ([0.88, 0.8601], (9.9463, 10.0737), "ahead"),
+    ],
+)
+def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
+    (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
+    assert difference.verdict == verdict
+    assert difference.interval == (interval and pytest.approx(interval, abs=0.2))

@@ -12,6 +12,9 @@ from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
 from lorakit.paper.study import Variant
 
+ROUNDING = 1e-9
+"""Largest difference of equal scores, in the table's unit."""
+
 Verdict = Literal["ahead", "level", "behind", "open"]
 
 
@@ -51,9 +54,10 @@ class Difference:
     value: float
     """Mean difference of the runs with the same seed, which see the data in the same order."""
     interval: tuple[float, float] | None
-    """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed."""
+    """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed, or if the
+    differences of all seeds are equal and not zero."""
     verdict: Verdict
-    """ahead or behind if the interval excludes zero, else level; open with one seed."""
+    """ahead or behind if the interval excludes zero, else level; open without an interval."""
     published: tuple[str, float] | None
     """The paper's model, and the same difference on it; None if the paper has no such pair."""
 
@@ -189,12 +193,19 @@ def _difference(
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean of normally distributed values; None for one value."""
+    """Return the 95 % confidence interval of the mean of normally distributed values.
+
+    None for one value, and for equal values that are not zero. Scores of few examples are often equal, and an interval
+    of width zero would call any difference significant.
+    """
     if len(values) < 2:
         return None
     from scipy.stats import t
 
     mean = statistics.fmean(values)
+    equal = max(values) - min(values) < ROUNDING
+    if equal and abs(mean) > ROUNDING:
+        return None
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
 

@@ -84,7 +84,7 @@ def _differences(comparison: Comparison) -> list[Block]:
     caption = (
         "LoRA's score minus the other method's, the mean over runs with the same seed; positive if LoRA is better. The "
         "verdict is ahead or behind if the 95 % confidence interval excludes zero, else level. It is open with one "
-        "seed."
+        "seed, or if all differences are equal and not zero."
     )
     columns = ("Other", "Column", "Difference", "95 % interval", "Verdict", "In the paper")
     return [Table(caption=caption, columns=columns, rows=lines)]

@@ -190,8 +190,8 @@ def _differences(comparison: Comparison) -> list[str]:
         "## LoRA against the other methods",
         "The mean difference of the runs with the same seed; a positive one means that LoRA is better. In square "
         "brackets is its 95 % confidence interval over the seeds. LoRA is *ahead* or *behind* if the interval excludes "
-        "zero, else *level*. With one seed there is no verdict. In round brackets is the paper's difference, on its "
-        "first model with both methods.",
+        "zero, else *level*. With one seed there is no verdict. There is none either if all differences are equal and "
+        "not zero. In round brackets is the paper's difference, on its first model with both methods.",
         table(["LoRA minus", *comparison.columns], body),
     ]
 
