@@ -267,6 +267,35 @@ def test_a_run_that_does_not_fit_into_memory_ends_the_table_and_is_not_recorded(
     assert not list(config.log_folder.glob("runs/*/*/*.json"))
 
 
+def test_a_diverged_run_has_its_time_and_curve_and_no_checkpoints(table2, monkeypatch):
+    def diverging(settings):
+        folder = Path(settings.output)
+        (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+        lines = [
+            {"step": 0, "split": "validation", "accuracy": 0.5},
+            {"step": 1, "split": "train", "loss": 2.0, "tokens": 9, "seconds": 0.25},
+            {"step": 1, "split": "validation", "accuracy": 0.6},
+            {"step": 2, "split": "train", "loss": None, "tokens": 18, "seconds": 0.5},
+        ]
+        storage.write_rows(folder / "metrics.jsonl", lines)
+        sum(range(10**6))
+        raise DivergenceError("Training diverged at step 3")
+
+    monkeypatch.setattr(runs_module, "train", diverging)
+    with open_grid(table2(methods=("lora",), seeds=1, trials=1), silent) as grid:
+        grid.run(after_each=lambda: None)
+        (run,) = grid.trials(*next(grid.cells()))
+        record = grid.runner.record(run)
+        assert not (grid.runner.folder / run.name / "checkpoints").exists()
+    assert record.failure
+    assert (record.steps, record.tokens, record.seconds) == (2, 18, 0.5)
+    assert record.processor_seconds > 0
+    assert record.curve == [
+        {"step": 0, "accuracy": 0.5},
+        {"step": 1, "accuracy": 0.6, "training loss": 2.0},
+    ]
+
+
 @pytest.mark.slow
 def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     """Its number is missing, no other seed replaces it, and the page reports it."""

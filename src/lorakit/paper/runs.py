@@ -8,7 +8,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class TableRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """The saved outcome of a finished run; zeros and empty fields if training diverged.
+    """The saved outcome of a finished run; without held-out scores and inputs if training diverged.
 
     It says what is needed to repeat the run: settings, digests of base, data and source files, software, threads and
     processor.
@@ -99,7 +99,8 @@ class Record:
     seconds: float = 0.0
     """Time in training steps."""
     processor_seconds: float = 0.0
-    """Time of the processor in training steps and in scoring, over all threads."""
+    """Time of the processor in training steps and in scoring, over all threads; of a run that diverged, in its last
+    session."""
     peak_memory: int = 0
     """In bytes."""
     tokens: int = 0
@@ -242,25 +243,36 @@ class Runner:
             versions=versions(),
             source=self.source,
         )
+        folder = self.folder / run.name
+        began = time.process_time()
         try:
             result = train(config)
         except DivergenceError as error:
-            return self._write(run, replace(record, failure=str(error)))
-        shutil.rmtree(self.folder / run.name / CHECKPOINTS, ignore_errors=True)
-        record = replace(
-            record,
-            steps=result.steps,
-            best_step=result.best_step,
-            held_out=result.best_scores,
-            seconds=result.seconds,
-            processor_seconds=result.processor_seconds,
-            inputs=result.inputs,
-            curve=_curve(self.folder / run.name / METRICS),
-            **_sessions(self.folder / run.name / ENVIRONMENT),
-            peak_memory=result.peak_memory,
-            tokens=result.tokens,
-        )
-        return self._write(run, record)
+            metrics = _read_metrics(folder)
+            last = next((line for line in reversed(metrics) if line["split"] == "train"), {})
+            record = replace(
+                record,
+                failure=str(error),
+                steps=last.get("step", 0),
+                seconds=last.get("seconds", 0.0),
+                tokens=last.get("tokens", 0),
+                processor_seconds=round(time.process_time() - began, 3),
+            )
+        else:
+            metrics = _read_metrics(folder)
+            record = replace(
+                record,
+                steps=result.steps,
+                best_step=result.best_step,
+                held_out=result.best_scores,
+                seconds=result.seconds,
+                processor_seconds=result.processor_seconds,
+                inputs=result.inputs,
+                peak_memory=result.peak_memory,
+                tokens=result.tokens,
+            )
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return self._write(run, replace(record, curve=_curve(metrics), **_sessions(folder)))
 
     def _score(self, run: TableRun) -> dict[str, float]:
         folder = self.folder / run.name
@@ -326,8 +338,11 @@ def _source() -> str:
     return digest.hexdigest()
 
 
-def _sessions(path: Path) -> dict[str, Any]:
-    """Return the threads and the device of a run's sessions, each value once."""
+def _sessions(folder: Path) -> dict[str, Any]:
+    """Return the threads and the device of a run's sessions, each value once; nothing if it failed before its start."""
+    path = folder / ENVIRONMENT
+    if not path.exists():
+        return {}
     sessions = storage.read_record(path, RunFolderError)["sessions"]
     return {
         "threads": list(dict.fromkeys(session["threads"] for session in sessions)),
@@ -345,18 +360,29 @@ def flat_of(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(flat_settings(config.as_dict())))
 
 
-def _curve(metrics: Path) -> list[dict[str, float]]:
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics; none if it failed before its first step."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    with storage.reading(path, RunFolderError):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _curve(metrics: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
     """Return the evaluations in the metrics of a run, with the mean training loss before each."""
     curve: list[dict[str, float]] = []
     losses: list[float] = []
-    with storage.reading(metrics, RunFolderError):
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    for line in map(json.loads, lines):
-        if line.pop("split") == "train":
-            losses.append(line["loss"])
+    for line in metrics:
+        values = {name: value for name, value in line.items() if name != "split"}
+        if line["split"] == "train":
+            if (
+                line["loss"] is not None
+            ):  # metrics have null in place of a number that is not finite
+                losses.append(line["loss"])
             continue
         if losses:
-            line["training loss"] = round(statistics.fmean(losses), 6)
-        curve.append(line)
+            values["training loss"] = round(statistics.fmean(losses), 6)
+        curve.append(values)
         losses = []
     return curve
