@@ -12,9 +12,16 @@ from lorakit.cli import main
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.reproduction import RepeatedScore, Reproduction, _differences, reproduce
+from lorakit.paper.reproduction import (
+    RepeatedScore,
+    Reproduction,
+    _compared,
+    _differences,
+    reproduce,
+)
 from lorakit.paper.run_table import run_table
-from lorakit.paper.runs import Record
+from lorakit.paper.runs import Record, TableRun
+from lorakit.paper.studies import STUDIES
 
 
 def silent(text: str) -> None:
@@ -108,6 +115,44 @@ def test_several_numbers_of_threads_are_told_though_equal():
     """A repeated run can change from one to the other at another step."""
     record = replace(RECORD, threads=[1, 2])
     assert list(_differences(record, record)) == ["threads: 1, 2, here 1, 2"]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (" (without Java)", "", "Java: not used, here used; not compared: METEOR"),
+        ("", " (without Java)", "Java: used, here not used; not compared: METEOR"),
+    ],
+)
+def test_scores_with_and_without_java_are_not_compared(then, now, told):
+    recorded, repeated = (
+        replace(RECORD, scores={"BLEU": 40.0, f"METEOR{suffix}": value})
+        for suffix, value in ((then, 0.4), (now, 0.5))
+    )
+    run = TableRun(
+        data_set=STUDIES["table3"].data_sets[0],
+        variant=STUDIES["table3"].variants[0],
+        rate=1e-3,
+        seed=0,
+    )
+    scores = tuple(_compared(run, recorded, repeated, [recorded]))
+    differences = tuple(_differences(recorded, repeated))
+    assert [score.score for score in scores] == ["BLEU"]
+    assert differences == (told,)
+    assert Reproduction(scores=scores, differences=differences).holds
+
+
+def test_an_older_name_of_a_score_is_compared():
+    old = replace(RECORD, scores={"METEOR (without Java) seen": 0.4})
+    new = replace(RECORD, scores={"METEOR seen (without Java)": 0.4})
+    run = TableRun(
+        data_set=STUDIES["table14"].data_sets[0],
+        variant=STUDIES["table14"].variants[0],
+        rate=1e-3,
+        seed=0,
+    )
+    assert [score.verdict for score in _compared(run, old, new, [old])] == ["equal"]
+    assert not list(_differences(old, new))
 
 
 @pytest.mark.slow

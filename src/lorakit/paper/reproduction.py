@@ -11,6 +11,7 @@ from typing import Literal
 from lorakit import storage
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError
+from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
@@ -155,6 +156,11 @@ def _differences(record: Record, repeated: Record) -> Iterator[str]:
     for name in ("torch", "transformers", "lorakit"):
         if (then := record.versions.get(name)) != (now := repeated.versions.get(name)):
             yield f"{name}: {then}, here {now}"
+    if java := _needing_java(record, repeated):
+        words = ["not used", "used"]
+        if any(WITHOUT_JAVA in name for name in repeated.scores):
+            words.reverse()
+        yield f"Java: {words[0]}, here {words[1]}; not compared: {', '.join(sorted(java))}"
     for name, then, now in differences(record.settings, repeated.settings):
         yield f"{name}: {then}, here {now}"
     for name, digest in record.inputs.items():
@@ -162,17 +168,31 @@ def _differences(record: Record, repeated: Record) -> Iterator[str]:
             yield f"{name}: other content than recorded"
 
 
+def _needing_java(record: Record, repeated: Record) -> set[str]:
+    """Return the scores that one of two runs computed with Java and the other without, by the name of the column."""
+    without = [
+        {name.replace(WITHOUT_JAVA, "") for name in r.scores if WITHOUT_JAVA in name}
+        for r in (record, repeated)
+    ]
+    return without[0] ^ without[1]
+
+
 def _compared(
     run: TableRun, record: Record, repeated: Record, every: Iterable[Record]
 ) -> Iterator[RepeatedScore]:
-    """Yield the scores of a run, recorded and repeated."""
+    """Yield the scores of a run, recorded and repeated, without those that only one of them computed with Java."""
     every = list(every)
+    java = _needing_java(record, repeated)
     for name, value in record.scores.items():
+        column = name.replace(WITHOUT_JAVA, "")
+        if column in java:
+            continue
+        score = repeated.score(column)
         values = [r.scores[name] for r in every if name in r.scores]
         yield RepeatedScore(
             run=run.name,
             score=name,
             recorded=value,
-            repeated=repeated.scores.get(name, math.nan),
+            repeated=math.nan if score is None else score,
             spread=statistics.stdev(values) if len(values) > 1 else None,
         )
