@@ -18,10 +18,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        exists = device.type != "cpu" or not device.index  # torch accepts any index of the CPU
     except (AssertionError, RuntimeError):  # which one depends on how torch was built
-        exists = False
-    if not exists:
+        device = None
+    # torch accepts any index of the CPU.
+    if device is None or (device.type == "cpu" and device.index):
         raise ConfigurationError(
             f"base.device is {name!r}, but this torch sees no such device. Write auto or cpu."
         )
