@@ -26,7 +26,7 @@ def require_comparable(
     """Reject settings, data or a base that differ from those of the recorded runs on a data set.
 
     Raises:
-        ConfigurationError: They differ, so that a new run could not stand in one table with the recorded ones.
+        ConfigurationError: They differ: one table must not mix the new run with the recorded ones.
     """
     # A diverged run has no inputs.
     known = [(run, record) for run, record in recorded if record.inputs]

@@ -15,13 +15,12 @@ from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun
+from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun, column_of
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 
 ROUNDING = 1e-6
 """Largest difference of equal scores, relative to the score: the order of sums in a scorer may vary."""
-
 
 _UNKNOWN = "not recorded"
 
@@ -171,8 +170,7 @@ def _differences(record: Record, repeated: Record) -> Iterator[str]:
 def _needing_java(record: Record, repeated: Record) -> set[str]:
     """Return the scores that one of two runs computed with Java and the other without, by the name of the column."""
     without = [
-        {name.replace(WITHOUT_JAVA, "") for name in r.scores if WITHOUT_JAVA in name}
-        for r in (record, repeated)
+        {column_of(name) for name in r.scores if WITHOUT_JAVA in name} for r in (record, repeated)
     ]
     return without[0] ^ without[1]
 
@@ -184,7 +182,7 @@ def _compared(
     every = list(every)
     java = _needing_java(record, repeated)
     for name, value in record.scores.items():
-        column = name.replace(WITHOUT_JAVA, "")
+        column = column_of(name)
         if column in java:
             continue
         score = repeated.score(column)

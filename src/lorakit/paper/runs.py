@@ -126,9 +126,13 @@ class Record:
 
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
-        # Older records have "METEOR (without Java) seen".
-        plain = {key.replace(WITHOUT_JAVA, ""): value for key, value in self.scores.items()}
-        return plain.get(name)
+        return {column_of(key): value for key, value in self.scores.items()}.get(name)
+
+
+def column_of(score: str) -> str:
+    """Return the name of a score without the mark that it was computed without Java."""
+    # Older records have the mark inside: "METEOR (without Java) seen".
+    return score.replace(WITHOUT_JAVA, "")
 
 
 class Runner:
