@@ -30,13 +30,14 @@ def require_comparable(
     """
     # A diverged run has no inputs.
     known = [(run, record) for run, record in recorded if record.inputs]
-    known.sort(key=lambda pair: not _is_of_this_machine(runner, pair[1]))
+    here = _machine(runner)
+    known.sort(key=lambda pair: _machine_of(pair[1]) != here)
     inputs = digests_of(runner.train_config(known[0][0])) if known else {}
+    has_head = task_type(data_set.task).kind != "text"
     for run, record in known:
         digests = dict(record.inputs)
         # Compare the base once. Its digest contains a new head, which differs by seed, and between processors.
-        has_head = task_type(data_set.task).kind != "text"
-        if run is not known[0][0] or (has_head and not _is_of_this_machine(runner, record)):
+        if run is not known[0][0] or (has_head and _machine_of(record) != here):
             digests.pop("base model", None)
         changed = [
             f"{name} was {then!r} and is {now!r}"
@@ -60,11 +61,15 @@ def digests_of(config: TrainConfig) -> dict[str, str]:
     return {name: source["sha256"] for name, source in prepare(config).inputs.items()}
 
 
-def _is_of_this_machine(runner: Runner, record: Record) -> bool:
-    """Return whether a run was trained with the processor, the device and the torch of this process."""
+def _machine(runner: Runner) -> tuple[str, str, str | None]:
+    """Return the processor, the device and the torch of this process."""
     here = environment(pick_device(runner.config.base.device))
-    then = record.processor, record.device, record.versions.get("torch")
-    return then == (here["processor"], device_name(here["device"]), here["versions"]["torch"])
+    return here["processor"], device_name(here["device"]), here["versions"]["torch"]
+
+
+def _machine_of(record: Record) -> tuple[str, str, str | None]:
+    """Return the processor, the device and the torch with which a run was trained."""
+    return record.processor, record.device, record.versions.get("torch")
 
 
 def _other_settings(recorded: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:

@@ -176,7 +176,7 @@ class Grid:
 
     def _finish(self, run: TableRun, *, scored: bool) -> None:
         record = self.runner.record(run)
-        if record is None or (scored and not (record.scores or record.failure)):
+        if record is None or (scored and record.lacks_scores):
             self._require_comparable(run.data_set)
         if record is None:
             self.say(f"[{self.finished + 1}/{self.total}] {run.name}")

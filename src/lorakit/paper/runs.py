@@ -124,6 +124,11 @@ class Record:
     source: str = ""
     """Digest of lorakit's source files; empty if not recorded."""
 
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether the run has not been scored, though its training did not diverge."""
+        return not (self.scores or self.failure)
+
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
         return {column_of(key): value for key, value in self.scores.items()}.get(name)
@@ -212,7 +217,7 @@ class Runner:
             LorakitError: The data, the base or the disk fails, as it would for every run.
         """
         record = self.record(run)
-        needs_scores = scored and (record is None or not (record.scores or record.failure))
+        needs_scores = scored and (record is None or record.lacks_scores)
         # A log is kept where weights are not: on another machine a run is trained again to be scored. Test for
         # adapter/, which is written after the last step: best/ exists from the first evaluation on.
         trained = (self.folder / run.name / ADAPTER).exists()
