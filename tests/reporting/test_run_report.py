@@ -279,4 +279,6 @@ def test_a_score_has_the_same_digits_wherever_a_page_shows_it(run: Path) -> None
     for page in (run_page(changed), comparison_page([changed, record])):
         shown = page.render()
         assert set(re.findall(r"(?<![\d.,])0\.73\d*", shown)) == {"0.7300"}
-        assert set(re.findall(r"9\.8\d+e\+08|\b987,?654,?3\d\d(?:\.\d+)?", shown)) == {"987,654,322"}
+        assert set(re.findall(r"9\.8\d+e\+08|\b987,?654,?3\d\d(?:\.\d+)?", shown)) == {
+            "987,654,322"
+        }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class Grid:
                     yield data_set, variant
 
     def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
-        """Return the runs that choose the learning rate, one per rate, in ascending order."""
+        """Return the runs that try a learning rate first, one per rate, in ascending order."""
         rates = variant.rates(self.config.trials)
         if self.config.widen:
             while (wider := variant.wider(rates, self._best(data_set, variant, rates))) != rates:
@@ -80,36 +81,68 @@ class Grid:
         epochs = self.config.trial_epochs
         return TableRun(data_set=data_set, variant=variant, rate=rate, seed=0, trial_epochs=epochs)
 
+    def _seeds(self, data_set: StudyData, variant: Variant, rate: float) -> list[TableRun]:
+        """Return the runs with a rate that can be scored, one per seed."""
+        return [
+            TableRun(data_set=data_set, variant=variant, rate=rate, seed=seed)
+            for seed in range(self.config.seeds)
+        ]
+
+    def judged(self, trial: TableRun) -> list[Record]:
+        """Return the records that judge the rate of a trial; none if the trial is missing."""
+        runs = [trial]
+        if self.seeds_choose:
+            runs = self._seeds(trial.data_set, trial.variant, trial.rate)
+        return self._records(runs) if self.runner.record(trial) else []
+
+    @property
+    def seeds_choose(self) -> bool:
+        """Whether all seeds so far judge a rate, or the trial alone.
+
+        Shorter trials cannot be averaged with the scored runs. A budget fixes the number of runs.
+        """
+        config = self.config
+        is_fixed = config.trial_epochs is not None or config.budget is not None
+        return config.trials > 1 and config.seeds > 1 and not is_fixed
+
     def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
-        """Return the rate with the best held-out score; None if a trial is missing or all diverged.
+        """Return the rate with the fewest diverged seeds, among these the one with the best mean held-out score.
+
+        One seed is too little to choose a rate: the next seed of the best rate can make another one the best, which
+        then gets its own seeds. The choice is final when the best rate has all of them.
 
         Held-out data is part of the training data, or a validation set if the table scores a test set. The data that
         the table scores never affects the choice.
+
+        Returns:
+            The rate; None if a trial is missing or all diverged.
         """
         rates = [run.rate for run in self.trials(data_set, variant)]
         return self._best(data_set, variant, rates)
 
     def _best(self, data_set: StudyData, variant: Variant, rates: list[float]) -> float | None:
-        """Return the best of these rates; None if a run is missing or all diverged."""
-        best: tuple[float, float] | None = None
+        """Return the best of these rates; None if a trial is missing or all diverged."""
+        best: tuple[int, float, float] | None = None
         for rate in rates:
-            record = self.runner.record(self._trial(data_set, variant, rate))
-            if record is None:
+            records = self.judged(self._trial(data_set, variant, rate))
+            if not records:
                 return None
-            score = record.held_out.get(data_set.metric)
-            if score is not None and is_better(data_set.metric, score, best and best[0]):
-                best = score, rate
-        return best and best[1]
+            scores = held_out_scores(records, data_set)
+            if not scores:
+                continue
+            diverged, mean = len(records) - len(scores), statistics.fmean(scores)
+            if (
+                best is None
+                or diverged < best[0]
+                or (diverged == best[0] and is_better(data_set.metric, mean, best[1]))
+            ):
+                best = diverged, mean, rate
+        return best and best[2]
 
     def scored_runs(self, data_set: StudyData, variant: Variant) -> list[TableRun]:
         """Return the runs of a cell, one per seed; empty until the rate is chosen."""
         rate = self.chosen_rate(data_set, variant)
-        if rate is None:
-            return []
-        return [
-            TableRun(data_set=data_set, variant=variant, rate=rate, seed=seed)
-            for seed in range(self.config.seeds)
-        ]
+        return [] if rate is None else self._seeds(data_set, variant, rate)
 
     def records(self, data_set: StudyData, variant: Variant) -> list[Record]:
         """Return the records of a cell that have scores."""
@@ -123,23 +156,26 @@ class Grid:
         """Return the records of all finished runs, each once."""
         return self._records(run for cell in self.cells() for run in self._runs(*cell))
 
-    def _runs(self, data_set: StudyData, variant: Variant) -> Iterable[TableRun]:
+    def _runs(self, data_set: StudyData, variant: Variant) -> Collection[TableRun]:
         """Return all runs of a cell that are known so far, each once."""
-        cell = data_set, variant
-        return {run.name: run for run in (*self.trials(*cell), *self.scored_runs(*cell))}.values()
+        trials, scored = self.trials(data_set, variant), self.scored_runs(data_set, variant)
+        others = (run for trial in trials for run in self._seeds(data_set, variant, trial.rate))
+        tried = (run for run in others if self.runner.record(run) is not None)
+        return {run.name: run for run in (*trials, *tried, *scored)}.values()
 
     def _records(self, runs: Iterable[TableRun]) -> list[Record]:
         return [record for run in runs if (record := self.runner.record(run)) is not None]
 
     @property
     def total(self) -> int:
-        """Number of training runs; with `widen`, as far as it is known."""
+        """Number of training runs, as far as it is known."""
         return sum(self.number_of_runs(*cell) for cell in self.cells())
 
     def number_of_runs(self, data_set: StudyData, variant: Variant) -> int:
-        """Return the number of training runs of a cell; with `widen`, as far as it is known."""
+        """Return the number of training runs of a cell, as far as it is known: a seed can make others necessary."""
         shared = 1 if self.config.trial_epochs is None else 0
-        return len(self.trials(data_set, variant)) + self.config.seeds - shared
+        fewest = len(self.trials(data_set, variant)) + self.config.seeds - shared
+        return max(fewest, len(self._runs(data_set, variant)))
 
     @property
     def finished(self) -> int:
@@ -158,21 +194,29 @@ class Grid:
                 after_each()
 
     def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int) -> None:
-        runs: list[TableRun] = []
-        finished = False
-        while not finished:
-            while missing := [r for r in self.trials(*cell) if self.runner.record(r) is None]:
-                self._finish(missing[0], scored=False)
-            runs = self.scored_runs(*cell)
-            if not runs:
-                self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
-                return
-            self._finish(runs[seed], scored=True)
-            # A trial that is trained again to be scored can get another held-out score, which can change the choice.
-            finished = runs == self.scored_runs(*cell)
-        if not self.config.keep_weights:
-            for run in (runs[seed], *(self.trials(*cell) if seed == 0 else ())):
+        """Train and score a cell's seeds up to this one. Each new score can change the choice of the rate."""
+        while (run := self._next_run(cell, seed)) is not None:
+            # Train all first: only the runs of the chosen rate are scored.
+            self._finish(run, scored=self.runner.record(run) is not None)
+        runs = self.scored_runs(*cell)
+        if not runs:
+            self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
+        elif not self.config.keep_weights:
+            # Another seed can make another rate the best, so until the last one, unscored runs keep their weights.
+            is_last = seed == self.config.seeds - 1
+            for run in self._runs(*cell) if is_last else runs[: seed + 1]:
                 self.runner.delete_weights(run)
+
+    def _next_run(self, cell: tuple[StudyData, Variant], seed: int) -> TableRun | None:
+        """Return a run to train, else one to score, among the trials and the seeds up to `seed`; else None."""
+        trials, runs = self.trials(*cell), self.scored_runs(*cell)[: seed + 1]
+        for run in (*trials, *runs):
+            if self.runner.record(run) is None:
+                return run
+        for run in runs:
+            if (record := self.runner.record(run)) and record.lacks_scores:
+                return run
+        return None
 
     def _finish(self, run: TableRun, *, scored: bool) -> None:
         record = self.runner.record(run)
@@ -200,6 +244,12 @@ class Grid:
             ],
         )
         self._compared.add(data_set.key)
+
+
+def held_out_scores(records: Sequence[Record], data_set: StudyData) -> list[float]:
+    """Return the held-out scores of the runs that did not diverge."""
+    scores = [None if r.failure else r.held_out.get(data_set.metric) for r in records]
+    return [score for score in scores if score is not None]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import storage
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparison import Comparison, OwnRow
-from lorakit.paper.grid import Grid
+from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import FALLBACK_EPOCHS
 from lorakit.version import __version__
@@ -196,6 +196,12 @@ def _differences(comparison: Comparison) -> list[str]:
     ]
 
 
+_SEEDS_CHOOSE = (
+    "A rate with several seeds has their mean. Each rate is tried with one seed. Then the best rate so far gets its "
+    "next seed, until the best one has all seeds. "
+)
+
+
 def _trials(comparison: Comparison) -> list[str]:
     """Return the section on the learning rates: all that were tried, with their held-out scores."""
     grid = comparison.grid
@@ -205,12 +211,16 @@ def _trials(comparison: Comparison) -> list[str]:
         chosen = grid.chosen_rate(data_set, variant)
         runs = grid.trials(data_set, variant)
         for run in runs:
-            record = grid.runner.record(run)
-            if record is None:
+            judged = grid.judged(run)
+            if not judged:
                 continue
-            score = record.held_out.get(data_set.metric)
-            outcome = "diverged" if record.failure or score is None else f"{score:.4f}"
-            text = f"{run.rate:g}: {outcome}"
+            scores = held_out_scores(judged, data_set)
+            outcome = [f"{statistics.fmean(scores):.4f}"] if scores else []
+            if len(scores) > 1:
+                outcome.append(f"({len(scores)} seeds)")
+            if diverged := len(judged) - len(scores):
+                outcome.append("diverged" if not scores else f"({diverged} diverged)")
+            text = f"{run.rate:g}: {' '.join(outcome)}"
             trials.append(f"**{text}**" if run.rate == chosen else text)
         if len(runs) > 1 and chosen in (runs[0].rate, runs[-1].rate):
             trials.append("*outermost*")
@@ -222,9 +232,10 @@ def _trials(comparison: Comparison) -> list[str]:
         return []
     return [
         "## Learning rates",
-        "The best held-out score of each learning rate; the chosen rate is in bold. The last column is the step of "
-        "each seed's best held-out score: the table scores the adapter of that step. *outermost* marks a choice that "
-        "is the smallest or largest rate tried: a rate beyond it may be better.",
+        "The best held-out score of each learning rate; the chosen rate is in bold. "
+        f"{_SEEDS_CHOOSE if grid.seeds_choose else ''}"
+        "The last column is the step of each seed's best held-out score: the table scores the adapter of that step. "
+        "*outermost* marks a choice that is the smallest or largest rate tried: a rate beyond it may be better.",
         table(["data", "method", "rate: held-out score", "best step"], lines),
     ]
 
@@ -294,7 +305,7 @@ def own_notes(comparison: Comparison) -> list[str]:
 
 
 def _selected_seed(comparison: Comparison) -> Iterator[str]:
-    """Yield a note on the bias of seed 0, with the means of the other seeds where there are at least two."""
+    """Yield a note on the bias of the choice, with the means of at least two other seeds than 0."""
     config = comparison.grid.config
     if config.trials == 1 or config.trial_epochs is not None:
         return
@@ -306,10 +317,14 @@ def _selected_seed(comparison: Comparison) -> Iterator[str]:
         if column in row.cells
         if len(others := [v for seed, v in row.cells[column].seeds.items() if seed != 0]) > 1
     ]
-    yield (
-        "The run with seed 0 also chose the learning rate, as the best of several runs, so its score is on average too "
-        f"high.{' Means of the other seeds: ' + ', '.join(means) + '.' if means else ''}"
+    note = (
+        "The scored runs also chose the learning rate, so their scores are on average a little too high: most of all "
+        "that of seed 0, with which every rate was tried."
+        if comparison.grid.seeds_choose
+        else "The run with seed 0 also chose the learning rate, as the best of several runs, so its score is on "
+        "average too high."
     )
+    yield f"{note} Means of the other seeds: {', '.join(means)}." if means else note
 
 
 def _diverged(grid: Grid) -> Iterator[str]:
