@@ -544,7 +544,7 @@ def test_short_trials_choose_the_rate_of_full_runs(table2, monkeypatch):
 @pytest.mark.parametrize("diverges", [False, True])
 def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverges):
     """Of the best rate at seed 0, seed 1 learns nothing, or diverges: the next rate gets further seeds."""
-    held_out = {1.7e-4: [0.63], 5e-4: [0.65, 0.66, 0.64], 1.5e-3: [0.66, 0.52]}
+    held_out = {1.7e-4: [0.63], 5e-4: [0.65, 0.66, 0.64], 1.5e-3: [0.66, 0.52], 4.5e-3: [0.5]}
     trained, scored = [], []
 
     def train(runner, run):
@@ -567,20 +567,20 @@ def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverge
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
     monkeypatch.setattr(runs_module.Runner, "_score", score)
-    config = table2(methods=("lora",), seeds=3, trials=3, keep_weights=False)
+    config = table2(methods=("lora",), seeds=3, trials=3, widen=True, keep_weights=False)
     with open_grid(config, silent) as grid:
         (cell,) = grid.cells()
         assert grid.total == 5
         grid.run(after_each=lambda: None)
         assert grid.chosen_rate(*cell) == 5e-4
         assert [r.seed for r in grid.records(*cell)] == [0, 1, 2]
-        assert grid.total == grid.finished == 6
+        assert grid.total == grid.finished == 7
         page = markdown(compare(grid))
     trials = [(rate, 0) for rate in held_out]
     assert trained == [*trials, (1.5e-3, 1), (5e-4, 1), (5e-4, 2)]  # none twice
     assert scored == [(1.5e-3, 0), (5e-4, 0), (5e-4, 1), (5e-4, 2)]
     best = "0.0015: 0.6600 (1 diverged)" if diverges else "0.0015: 0.5900 (2 seeds)"
-    assert f"0.00017: 0.6300; **0.0005: 0.6500 (3 seeds)**; {best}" in page
+    assert f"0.00017: 0.6300; **0.0005: 0.6500 (3 seeds)**; {best}; 0.0045: 0.5000" in page
     assert not list((config.folder / "runs").rglob("adapter"))
 
 

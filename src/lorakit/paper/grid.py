@@ -25,7 +25,7 @@ from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
-from lorakit.paper.study import Study, StudyData, Variant
+from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
 from lorakit.paper.subset import write_subset
 from lorakit.tasks.registry import task_type
 
@@ -73,6 +73,12 @@ class Grid:
         """Return the runs that try a learning rate first, one per rate, in ascending order."""
         rates = variant.rates(self.config.trials)
         if self.config.widen:
+            # A rate stays tried when another seed makes one inside the best.
+            rates = [
+                rate
+                for rate in variant.rates(MAX_TRIALS)
+                if rate in rates or self.runner.record(self._trial(data_set, variant, rate))
+            ]
             while (wider := variant.wider(rates, self._best(data_set, variant, rates))) != rates:
                 rates = wider
         return [self._trial(data_set, variant, rate) for rate in rates]
