@@ -257,3 +257,19 @@ def test_outputs_that_a_selective_checkpoint_caches_are_not_written_into() -> No
     gradient, x.grad = x.grad, None
     model(x).sum().backward()
     torch.testing.assert_close(gradient, x.grad)
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "lin", "pfeiffer"])
+def test_a_bottleneck_that_a_selective_checkpoint_caches_is_not_written_into(kind: str) -> None:
+    model = tiny_models.build("bert")
+    adapters = adapted(model, BottleneckAdapter(kind=kind, size=4))  # type: ignore[arg-type]
+    model.eval()  # no dropout
+    ids = torch.arange(3, 17).view(2, 7)
+    ops = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
+    policy = partial(create_selective_checkpoint_contexts, ops)
+
+    def output() -> Tensor:
+        return model(ids).logits
+
+    actual = checkpoint(output, use_reentrant=False, context_fn=policy)
+    torch.testing.assert_close(gradients(adapters, actual), gradients(adapters, output()))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.methods.module import AdapterModule
+from lorakit.models.checkpoints import caches_outputs
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -58,8 +59,9 @@ class Bottleneck(AdapterModule):
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         f = self._f(output)
         base = x if self.renormalise else output
-        # Add in place to save a tensor of full size, unless autocast gave f a narrower dtype.
-        total = f.add_(base) if f.dtype == base.dtype else base + f
+        # Add in place to save a tensor of full size, unless autocast gave f a narrower dtype or a checkpoint cached f.
+        in_place = f.dtype == base.dtype and not caches_outputs()
+        total = f.add_(base) if in_place else base + f
         return layer.forward(total) if self.renormalise else total
 
     def _f(self, x: Tensor) -> Tensor:
