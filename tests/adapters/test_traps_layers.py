@@ -1,4 +1,4 @@
-"""Difficult layers: PiSSA's base, grouped convolutions, unequal slices, outputs that are views."""
+"""Difficult layers: PiSSA's base, grouped convolutions, unequal slices, outputs that are views, autocast."""
 
 from __future__ import annotations
 
@@ -246,3 +246,22 @@ def test_a_hook_of_the_user_keeps_what_it_saw() -> None:
     randomise(adapters)
     assert (model(x) - base).abs().max() > 1e-2
     torch.testing.assert_close(seen[-1].detach(), base)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_autocast_gives_the_output_the_dtype_that_the_base_has(
+    dora: bool, kind: str, bias: bool
+) -> None:
+    is_linear = kind == "linear"
+    layer = nn.Linear(8, 8, bias=bias) if is_linear else nn.Conv2d(8, 8, 3, bias=bias)
+    model = nn.Sequential(layer)
+    adapters = attach(model, LoRA(rank=2, targets="0", dora=dora))
+    randomise(adapters)
+    x = torch.randn(2, 8) if is_linear else torch.randn(2, 8, 5, 5)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, atol=0.1, rtol=0.02)

@@ -210,8 +210,8 @@ class LoRALayer(AdapterModule):
         shape = self.output_shape(output)
         factor = factor.to(output.dtype).view(shape)
         bias = getattr(layer, "bias", None)
-        bias = torch.zeros((), dtype=output.dtype, device=output.device) if bias is None else bias
-        bias = bias.view(shape) if bias.ndim else bias
+        # Under autocast the bias is wider than the output.
+        bias = (output.new_zeros(1) if bias is None else bias.to(output.dtype)).view(shape)
         return factor * (output - bias + self.scaling * self.branch(layer, x, A, B)) + bias
 
     def _add_bias(self, output: Tensor, weight: float) -> Tensor:
