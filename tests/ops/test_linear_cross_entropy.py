@@ -4,8 +4,10 @@ import pytest
 import torch
 from references import linear_cross_entropy_reference
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
+from lorakit.ops.rows import rounded_rows
 
 
 def tensors(dtype, n=13, d=6, vocabulary=17):
@@ -102,10 +104,15 @@ def test_bfloat16_loss_is_summed_in_float32():
 
 
 def test_no_gradient_is_formed_without_need():
-    hidden, weight, targets, _ = tensors(torch.float32)
-    with torch.no_grad():
-        loss = linear_cross_entropy(hidden, weight, targets)
+    """A loss of validation computes the product for the logits only, also with a head that is trained."""
+    hidden, weight, targets, bias = tensors(torch.float32)
+    arguments = hidden, weight.requires_grad_(), targets, bias.requires_grad_()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(*arguments)
     assert not loss.requires_grad
+    assert torch.equal(loss, linear_cross_entropy(*arguments))
+    rows = rounded_rows(len(hidden))
+    assert counter.get_total_flops() == 2 * rows * weight.numel()
 
 
 def test_products_have_few_numbers_of_rows(monkeypatch):

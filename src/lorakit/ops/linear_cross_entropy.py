@@ -53,17 +53,19 @@ def linear_cross_entropy(
     """
     if chunk is None:
         chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]) // STEP * STEP)
-    return apply(
-        _LinearCrossEntropy, hidden, weight, targets, bias, weights, label_smoothing, chunk
-    )
+    # Under no_grad, `needs_input_grad` is still true for a parameter.
+    settings = label_smoothing, chunk, torch.is_grad_enabled()
+    return apply(_LinearCrossEntropy, hidden, weight, targets, bias, weights, *settings)
 
 
 class _LinearCrossEntropy(Function):
     instead = "the model's own loss, or torch.nn.functional.cross_entropy of its logits"
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk):
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
+    def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk, grad_enabled):
+        needs_hidden, needs_weight, _, needs_bias = (
+            grad_enabled and needed for needed in ctx.needs_input_grad[:4]
+        )
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = _accumulator(weight) if needs_weight else None
         bias_grad = _accumulator(bias) if needs_bias else None
@@ -107,7 +109,7 @@ class _LinearCrossEntropy(Function):
         hidden_grad, weight_grad, bias_grad = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return hidden_grad, weight_grad, None, bias_grad, None, None, None
+        return hidden_grad, weight_grad, None, bias_grad, None, None, None, None
 
 
 def row_chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
