@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, load
 from lorakit.errors import AdapterStateError
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -134,6 +135,20 @@ def test_ddp_saves_the_adapter_of_the_module(process_group: None, tmp_path: Path
     wrapped.module.save_pretrained(tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved", attn_implementation="eager")
     torch.testing.assert_close(loaded(IDS).logits, expected, atol=2e-4, rtol=0)
+
+
+def test_ddp_does_not_broadcast_the_kept_base(process_group: None) -> None:
+    """By default it sends all buffers before each forward pass, and a replaced parameter is kept as one."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    own = {id(buffer) for buffer in model.buffers()}
+    adapters = attach(model, FullFineTuning(), name="first")
+    attach(model, LoRA(rank=2, targets="0", train_modules="1"), name="second")
+    for name in ("first", "second"):
+        adapters.activate(name)
+        assert {id(buffer) for buffer in model.buffers()} > own
+        assert {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers} == own
+        adapters.remove(name)
+    assert vars(model).keys() == vars(nn.Sequential()).keys()
 
 
 def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> None:

@@ -26,9 +26,13 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.parameter_swaps import buffers_for
 from lorakit.models.quantised import QuantisedWeight, quantised_weight
 
 _LOG = logging.getLogger(__name__)
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model: names of parameters and buffers that DistributedDataParallel leaves alone."""
 
 
 @dataclass
@@ -93,6 +97,15 @@ class InstalledAdapter:
         """Yield the adapter's tensors, each once."""
         unique = {id(p): p for module in self.modules.values() for p in module.parameters()}
         yield from unique.values()
+
+    def constant_buffers(self) -> set[str]:
+        """Return the names of the buffers that keep base parameters while the trained copies replace them."""
+        return {
+            f"{path}.{ADAPTERS}.{buffer}".removeprefix(".")
+            for path, module in self.modules.items()
+            if module.trained
+            for buffer in buffers_for(module.trained)
+        }
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
         """Return the trained copies of base parameters, by the same names as in `trained`."""
@@ -165,6 +178,9 @@ def install(
     if reason := next(filter(None, without_bias), None):
         _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
+    if constant := installed.constant_buffers():
+        # DistributedDataParallel would broadcast them before each forward pass.
+        setattr(model, _DDP_IGNORES, constant.union(getattr(model, _DDP_IGNORES, ())))
     return installed
 
 
@@ -183,6 +199,11 @@ def uninstall(
     if hooks := adapter.backbone_hooks:
         needed = [hook for other in others for hook in other.backbone_hooks]
         remove_hooks(backbone_of(model), hooks, needed)
+    if constant := adapter.constant_buffers():
+        ignored = set(model.__dict__.pop(_DDP_IGNORES, ())) - constant
+        ignored.update(*(other.constant_buffers() for other in others))
+        if ignored:
+            setattr(model, _DDP_IGNORES, ignored)
     remove_idle_hooks(model)
     return is_last
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -170,6 +170,11 @@ def _show(layer: nn.Module) -> dict[str, Tensor]:
 MARK = "holds_merged_weights"
 """Name of a buffer of `ReplacedParameters`, which exists while a merged or trained tensor replaces a parameter.
 In a state dict its key means that the layer's base keys contain an adapter's effect."""
+
+
+def buffers_for(attributes: Iterable[str]) -> list[str]:
+    """Return the names of the buffers of `ReplacedParameters` while these parameters are replaced."""
+    return [MARK, *(f"base_{attribute}" for attribute in attributes)]
 
 
 class ReplacedParameters(AdapterSlot):
