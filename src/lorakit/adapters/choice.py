@@ -60,6 +60,13 @@ class Choice:
         repeats = (*self.repeats, *(repeat * times for repeat in self.repeats))
         return replace(self, repeats=tuple(dict.fromkeys(repeats)))
 
+    def counts(self, size: int) -> tuple[int, ...]:
+        """Return the number of entries of each of the `blends` on an axis of `size`.
+
+        They do not add up to `size` if the choice does not fit the axis.
+        """
+        return self.tokens or (size // len(self.blends),) * len(self.blends)
+
     def parts(self, size: int, device: torch.device) -> list[tuple[Blend, Entries]]:
         """Return each blend with its entries of an axis of `size`, which holds rows or tokens in order.
 
@@ -67,7 +74,7 @@ class Choice:
             size: A multiple of the number of rows, where each row has consecutive entries, or the number of tokens.
             device: Device of the indices.
         """
-        counts = self.tokens or (size // len(self.blends),) * len(self.blends)
+        counts = self.counts(size)
         assert sum(counts) == size
         return _parts(self.blends, counts, device)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.choice import Blend, Choice
+from lorakit.adapters.choice import Blend, Choice, Entries, take
 from lorakit.adapters.sources import Layer, Source
 
 MANY_TOKENS = 8
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 class Rows(NamedTuple):
     """How the tokens of a batch are in the rows of batched products, as indices on one device."""
 
-    gathers: tuple[Tensor | slice, ...]
+    gathers: tuple[Entries, ...]
     """For each product, the token that each of its rows reads."""
     select: Tensor | None
     """The row with the result of each token; None if these are all rows in order."""
@@ -288,7 +288,7 @@ class Stack:
             A, B = self._A[slots], self._B[slots]
         else:
             chosen = _index(slots, self.device)
-            A, B = _take(self._A, chosen), _take(self._B, chosen)
+            A, B = take(self._A, chosen), take(self._B, chosen)
         if narrow:
             A, B = A.to(self.input_dtype), B.to(self.input_dtype)
         return A.mT, B
@@ -315,22 +315,21 @@ class Reading:
         total = total if select is None else total.index_select(0, select)
         return total.view(*self._x.shape[:-1], B.shape[-1])
 
-    def _gathered(self, gather: Tensor | slice, A: Tensor) -> Tensor:
+    def _gathered(self, gather: Entries, A: Tensor) -> Tensor:
         """Return the input of a product with A (slots, in, rank), shape (slots, rows, in)."""
         key = id(gather), A.dtype
         x = self._rows.get(key)
         if x is None:
-            x = _take(self._x.flatten(0, -2), gather).to(A.dtype)
+            x = take(self._x.flatten(0, -2), gather).to(A.dtype)
             x = self._rows[key] = x.view(len(A), -1, x.shape[-1])
         return x
 
 
 def _tokens_by_blend(choice: Choice, size: int) -> dict[Blend, list[int]]:
     """Return the tokens of each blend, without those that have none; nothing if the choice does not fit."""
-    counts = choice.tokens or (size // len(choice.blends),) * len(choice.blends)
     tokens: dict[Blend, list[int]] = {}
     start = 0
-    for blend, count in zip(choice.blends, counts, strict=True):
+    for blend, count in zip(choice.blends, choice.counts(size), strict=True):
         if blend and count:
             tokens.setdefault(blend, []).extend(range(start, start + count))
         start += count
@@ -408,14 +407,9 @@ def _rows(products: list[_Product], size: int, device: torch.device) -> Rows:
     return Rows(gathers, torch.tensor(select, device=device))
 
 
-def _index(numbers: Sequence[int], device: torch.device) -> Tensor | slice:
+def _index(numbers: Sequence[int], device: torch.device) -> Entries:
     """Return an index of these numbers: a slice if they are consecutive."""
     whole = range(numbers[0], numbers[0] + len(numbers))
     if [*numbers] == [*whole]:
         return slice(whole.start, whole.stop)
     return torch.tensor(numbers, device=device)
-
-
-def _take(x: Tensor, index: Tensor | slice) -> Tensor:
-    """Return entries of the first axis."""
-    return x[index] if isinstance(index, slice) else x.index_select(0, index)
