@@ -42,7 +42,7 @@ from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
-from lorakit.methods.virtual_tokens import VirtualTokens
+from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.quantised import require_exact_layers
 
 _LOG = logging.getLogger(__name__)
@@ -105,9 +105,7 @@ class Adapters:
     def virtual_tokens(self) -> VirtualTokens:
         """The virtual tokens that the active adapters need in each sequence; most methods need none."""
         blend = self._activation.choice.whole or ()
-        methods = (self._installed[name].method for name, _ in blend)
-        tokens = (getattr(method, "virtual_tokens", None) for method in methods)
-        return next(filter(None, tokens), VirtualTokens())
+        return virtual_tokens_of(self._installed[name].method for name, _ in blend)
 
     def trainable_parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """Return the adapter's tensors that require a gradient, each once, for an optimizer."""

@@ -9,7 +9,7 @@ from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method, TrainsModules
-from lorakit.methods.virtual_tokens import VirtualTokens
+from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,7 @@ class Combined(TrainsModules):
     @property
     def virtual_tokens(self) -> VirtualTokens:
         """The virtual tokens that each sequence needs; none without a prefix method."""
-        tokens = (getattr(method, "virtual_tokens", None) for method in self.methods)
-        return next(filter(None, tokens), VirtualTokens())
+        return virtual_tokens_of(self.methods)
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None

@@ -6,7 +6,7 @@ model's positions, masks and caches then treat them like any token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +44,9 @@ class VirtualTokens:
         prefix = [PREFIX_START + i if fill is None else fill for i in range(self.prefix)]
         infix = [INFIX_START + i if fill is None else fill for i in range(self.infix)]
         return [*values[:keep], *prefix, *values[keep:prompt], *infix, *values[prompt:]]
+
+
+def virtual_tokens_of(methods: Iterable[object]) -> VirtualTokens:
+    """Return the virtual tokens that the methods need in each sequence; none without a prefix method."""
+    tokens = (getattr(method, "virtual_tokens", None) for method in methods)
+    return next(filter(None, tokens), VirtualTokens())
