@@ -123,43 +123,38 @@ class LayerAdapters(ReplacedParameters):
     def effective_weight(
         self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
     ) -> Tensor:
-        """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W.
+        """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W."""
+        return self.merge_weight(layer, attribute, weights)[-1]
 
-        For a quantised W the deltas are added to ``W_q``, as a matrix (out, in).
+    def merge_weight(
+        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return W, `effective_weight` before it is rounded, and `effective_weight`.
+
+        For a quantised weight, W is ``W_q``; all three are matrices (out, in). An adapter whose merged weight is not a
+        sum (DoRA) is always active alone and with weight 1 (`Adapters.activate`).
         """
         W = getattr(layer, attribute)
         quantised = quantised_weight(layer, W)
         dtype = W.dtype if quantised is None else quantised.dtype
-        return self.exact_weight(layer, attribute, weights).to(dtype)
-
-    def exact_weight(
-        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
-    ) -> Tensor:
-        """Return `effective_weight` before it is rounded.
-
-        An adapter whose merged weight is not a sum (DoRA) is always active alone and with weight 1
-        (`Adapters.activate`).
-        """
-        W = getattr(layer, attribute)
-        quantised = quantised_weight(layer, W)
+        W = W if quantised is None else quantised.matrix()
         total = None
         for name, weight in weights:
             if name not in self:
                 continue
             merged = self[name].merged_weights(layer)
             if merged is not None and attribute in merged:
-                return merged[attribute]
+                return W, merged[attribute], merged[attribute].to(dtype)
             delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue
             delta = delta if weight == 1 else delta * weight
             total = delta if total is None else total + delta
-        if quantised is not None:
-            W = quantised.matrix()
         if total is None:
-            return W
+            return W, W, W.to(dtype)
         wide = merge_dtype(W, total)
-        return W.to(wide) + total.to(wide)
+        exact = W.to(wide) + total.to(wide)
+        return W, exact, exact.to(dtype)
 
     def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
         """Return the attributes of the layer at `path` that merging these adapters replaces.

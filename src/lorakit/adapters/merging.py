@@ -65,13 +65,7 @@ def merged_weights(model: nn.Module, blend: Blend) -> Iterator[tuple[Tensor, Ten
     """
     for path, layer, adapters in adapted_layers(model):
         for attribute in adapters.weights_changed_by(path, layer, [name for name, _ in blend]):
-            W = getattr(layer, attribute)
-            quantised = quantised_weight(layer, W)
-            exact = adapters.exact_weight(layer, attribute, blend)
-            if quantised is None:
-                yield W, exact, exact.to(W.dtype)
-            else:
-                yield quantised.matrix(), exact, exact.to(quantised.dtype)
+            yield adapters.merge_weight(layer, attribute, blend)
 
 
 def _restore_hooks(model: nn.Module) -> None:
