@@ -14,7 +14,7 @@ from lorakit.adapters.entry import remove_hooks as remove_functions
 from lorakit.adapters.mixed_batch import Call, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
-from lorakit.methods.module import AdapterModule, ModuleHook, merge_dtype
+from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.layers import ADAPTERS, base_modules, layer_input
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
@@ -22,6 +22,7 @@ from lorakit.models.parameter_swaps import (
     show_parameters,
 )
 from lorakit.models.quantised import quantised_weight
+from lorakit.ops.autocast import wide_dtype
 
 
 class LayerAdapters(ReplacedParameters):
@@ -152,7 +153,7 @@ class LayerAdapters(ReplacedParameters):
             total = delta if total is None else total + delta
         if total is None:
             return W, W, W.to(dtype)
-        wide = merge_dtype(W, total)
+        wide = wide_dtype(W, total)
         exact = W.to(wide) + total.to(wide)
         return W, exact, exact.to(dtype)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 _NONE: Mapping[str, nn.Parameter] = {}
@@ -103,8 +101,3 @@ class AdapterModule(nn.Module):
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         """Return the merged weights if they are not the sum of W and a delta (DoRA), else None."""
         return None
-
-
-def merge_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype in which weights are combined before one rounding: float32, or float64 if any is."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
-from lorakit.methods.module import AdapterModule, merge_dtype
+from lorakit.methods.module import AdapterModule
 from lorakit.models.roles import RowSlice
 from lorakit.ops import dropout
+from lorakit.ops.autocast import wide_dtype as merge_dtype
 
 
 class LoRALayer(AdapterModule):
