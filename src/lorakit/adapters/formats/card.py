@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -171,11 +172,16 @@ def _base_code(stored: StoredAdapter) -> str:
         if labels == 1:
             arguments = {"task": "regression"}
         return f"lorakit.load_base({_arguments(name, arguments)}).model"
-    # Not hasattr, which would import the class.
-    if name is None or not class_name.isidentifier() or class_name not in dir(transformers):
+    if name is None or not class_name.isidentifier() or class_name not in _class_names():
         return "...  # the base model"
     arguments = {"num_labels": labels, "revision": revision}
     return f"transformers.{class_name}.from_pretrained({_arguments(name, arguments)})"
+
+
+@functools.cache
+def _class_names() -> frozenset[str]:
+    """Return the names in transformers. Listing them takes a tenth of a second; `hasattr` would import a class."""
+    return frozenset(dir(transformers))
 
 
 def _num_labels(stored: StoredAdapter) -> int | None:
