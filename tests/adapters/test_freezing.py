@@ -55,6 +55,18 @@ def test_detach_leaves_what_was_added_after_attach() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_gradients_of_the_base_from_before_attach_are_dropped() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = tensors_of(model)
+    model(torch.randn(2, 4)).sum().backward()
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.step()
+    adapters.detach()
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
 # --- the statistics of batch normalisation ---------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ def attach(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
 ) -> Adapters:
-    """Add a new adapter to a model and activate it; a model's first adapter freezes the base.
+    """Add a new adapter to a model and activate it; a model's first adapter freezes the base and drops its gradients.
 
     Args:
         model: Any PyTorch model; roles as targets need a supported `transformers` architecture.

@@ -445,6 +445,8 @@ class Adapters:
     def _freeze_base(self) -> None:
         for _, parameter in base_parameters(self.model):
             parameter.requires_grad_(False)
+            # No optimizer of the adapter clears it, and gradient clipping would count it.
+            parameter.grad = None
 
     def _set_up_model(self) -> None:
         """Put the handle on the model, and replace its `save_pretrained`, when it gets its first adapter."""
