@@ -68,6 +68,15 @@ def test_attached_merged_detached(way: dict) -> None:
     assert torch.equal(generate(model, way), base)
 
 
+def test_a_wrapper_of_generate_outlives_the_adapters() -> None:
+    base = generate(tiny_models.build("llama"), WAYS["greedy"])
+    model, adapters = adapted("a")
+    own = model.generate
+    model.generate = lambda *args, **kwargs: own(*args, **kwargs)
+    adapters.detach()
+    assert torch.equal(generate(model, WAYS["greedy"]), base)
+
+
 @pytest.mark.parametrize("name", ["greedy", "without cache", "beam", "several beams"])
 def test_each_row_by_its_own_adapter(name: str) -> None:
     """Beams and returned sequences repeat a row in place, and the copies need the same adapter."""

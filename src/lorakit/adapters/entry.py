@@ -76,8 +76,10 @@ def leave(module: nn.Module, args: tuple, output: Any) -> None:
 
 def _generate(model: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Call the model's own `generate`, all of whose forward passes keep the choice of its first."""
-    activation: Activation = model.__dict__[_ACTIVATION]
     own = own or functools.partial(type(model).generate, model)  # type: ignore[attr-defined]
+    activation: Activation | None = model.__dict__.get(_ACTIVATION)
+    if activation is None:  # detached, and a wrapper of the user's still calls this
+        return own(*args, **kwargs)
     choice = activation.choice
     if choice.unit == "row":
         choice = choice.repeated(_returned_per_row(model, args, kwargs))
