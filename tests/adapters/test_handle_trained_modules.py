@@ -255,6 +255,15 @@ def test_copies_over_a_bfloat16_base() -> None:
     logits(model)
 
 
+def test_copies_activated_in_inference_mode_can_be_loaded_later() -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, FullFineTuning(), name="full")
+    with torch.inference_mode():
+        adapters.activate(None)
+        adapters.activate("full")
+    model.load_state_dict(model.state_dict())
+
+
 def test_full_fine_tuning_beside_lora() -> None:
     """One adapter trains the weights, the other adds a delta: each uses the base, never the other adapter."""
     model = tiny_models.build("gpt2")

@@ -149,6 +149,16 @@ def test_a_merged_model_is_called_as_the_base_is():
     assert len(seen) == 4  # three passes and the trial of `linearity`
 
 
+def test_a_model_merged_in_inference_mode_can_be_trained_later():
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = attach(model, LoRA(rank=2, targets="0"))
+    with torch.inference_mode():
+        handle.merge(keep_base=False)
+    model.requires_grad_(True)
+    model(torch.ones(2, 4)).sum().backward()
+    model.load_state_dict(model.state_dict())
+
+
 @pytest.mark.parametrize("other", [LoRA(targets="all-linear"), FullFineTuning()], ids=describe)
 def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method):
     """DoRA on slices of a fused layer is stored with the norms of the base's other rows."""

@@ -21,6 +21,7 @@ from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 _LOG = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # the merged tensors outlive a caller's inference mode
 @torch.no_grad()
 def merge(model: nn.Module, blend: Blend) -> None:
     """Replace the weight of every layer that an active adapter changes by ``W + sum of weight * delta``.

@@ -206,7 +206,8 @@ class ReplacedParameters(AdapterSlot):
             self.unmoved[attribute] = original.data
             self.register_buffer(f"base_{attribute}", self.unmoved[attribute], persistent=False)
         self.replaced[attribute] = original
-        self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
+        with torch.inference_mode(False):  # load_state_dict writes into it
+            self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module) -> None:
