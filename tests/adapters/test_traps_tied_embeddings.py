@@ -150,6 +150,18 @@ def test_a_plain_module_with_tied_weights_is_merged() -> None:
     torch.testing.assert_close(model(x), adapted)
 
 
+@pytest.mark.parametrize("target", ["embedding", "head"])
+def test_a_merge_that_unties_leaves_both_tensors_trainable(target: str) -> None:
+    model = build("llama")
+    model.model.norm.weight.requires_grad_(False)
+    adapters = attach(model, LoRA(rank=2, targets=target))
+    randomise(adapters)
+    adapters.merge(keep_base=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.norm.weight"]
+
+
 def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> None:
     model = build("llama")
     adapt(model).merge(keep_base=False)

@@ -67,7 +67,8 @@ class Adapters:
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
-        self._requires_grad = {name: p.requires_grad for name, p in base_parameters(model)}
+        named = model.named_parameters(remove_duplicate=False)  # a merge separates tied parameters
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in named}
         self._statistics = copy_statistics(model)
 
     @property
