@@ -106,6 +106,27 @@ def test_merging_rounds_once(dtype: torch.dtype):
     assert torch.equal(layer[0].weight, torch.ones(8, 8, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("layer", "settings"),
+    [
+        (nn.Linear(8, 8), {}),
+        (nn.Linear(8, 8), {"dora": True}),
+        (nn.Conv1d(4, 8, 3), {}),
+        (nn.Embedding(8, 8), {}),
+    ],
+    ids=["linear", "dora", "conv", "embedding"],
+)
+def test_autocast_does_not_round_a_merge(layer: nn.Module, settings: dict):
+    handle = attach(nn.Sequential(layer), LoRA(rank=2, targets="0", **settings))
+    randomise(handle)
+    exact = [tensors[1] for tensors in handle.merged_weights()]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = [tensors[1] for tensors in handle.merged_weights()]
+        handle.merge()
+    assert torch.equal(actual[0], exact[0])
+    assert torch.equal(layer.weight, exact[0])
+
+
 def test_merged_parameter_is_a_tensor_of_its_own():
     """The base's tensors do not change, and the merged tensors require no gradient."""
     model = tiny_models.build("gpt2")

@@ -22,7 +22,7 @@ from lorakit.models.parameter_swaps import (
     show_parameters,
 )
 from lorakit.models.quantised import quantised_weight
-from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.autocast import no_autocast, wide_dtype
 
 
 class LayerAdapters(ReplacedParameters):
@@ -143,10 +143,11 @@ class LayerAdapters(ReplacedParameters):
         for name, weight in weights:
             if name not in self:
                 continue
-            merged = self[name].merged_weights(layer)
-            if merged is not None and attribute in merged:
-                return W, merged[attribute], merged[attribute].to(dtype)
-            delta = self[name].delta_weights(layer).get(attribute)
+            with no_autocast(W):
+                merged = self[name].merged_weights(layer)
+                if merged is not None and attribute in merged:
+                    return W, merged[attribute], merged[attribute].to(dtype)
+                delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue
             delta = delta if weight == 1 else delta * weight
