@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tensors_of
+from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 
-from lorakit.adapters import attach, load
+from lorakit.adapters import attach, handle_of, load
 from lorakit.errors import AdapterStateError
 from lorakit.methods import BitFit, LoRA, Method
 
@@ -67,12 +67,13 @@ def test_gradients_of_the_base_from_before_attach_are_dropped() -> None:
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
-# --- the statistics of batch normalisation ---------------------------------------------------------
+# --- running statistics ------------------------------------------------------------------------------
 
 
-def normalised() -> tuple[nn.Module, Tensor]:
+def normalised(norm: type[nn.Module] = nn.BatchNorm2d) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    middle = norm(4, track_running_stats=True)
+    layers = nn.Conv2d(3, 4, 3), middle, nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
     return nn.Sequential(*layers).eval(), torch.randn(8, 3, 6, 6)
 
 
@@ -84,8 +85,12 @@ def train(model: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> None:
         optimizer.zero_grad()
 
 
-def test_detach_restores_the_running_statistics() -> None:
-    model, x = normalised()
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+
+
+@NORMS
+def test_detach_restores_the_running_statistics(norm: type[nn.Module]) -> None:
+    model, x = normalised(norm)
     before, base = tensors_of(model), model(x)
     adapters = attach(model, LoRA(rank=2, targets="0"))
     train(model.train(), x, adapters.trainable_parameters())
@@ -96,10 +101,11 @@ def test_detach_restores_the_running_statistics() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@NORMS
 def test_changed_statistics_are_not_saved_as_an_adapter(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    norm: type[nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, x = normalised()
+    model, x = normalised(norm)
     adapters = attach(model, LoRA(rank=2, targets="0"))
     assert "'1' has running statistics. model.train() lets a forward pass change" in caplog.text
     train(model.train(), x, adapters.trainable_parameters())
@@ -120,3 +126,44 @@ def test_with_the_statistics_kept_the_file_computes_the_same(tmp_path: Path) -> 
     fresh, _ = normalised()
     load(fresh, tmp_path / "adapter")
     assert torch.equal(fresh(x), model.eval()(x))
+
+
+@NORMS
+def test_statistics_of_a_model_that_was_cast_and_cast_back_are_unchanged(
+    norm: type[nn.Module], tmp_path: Path
+) -> None:
+    model, _ = normalised(norm)
+    model[1].running_mean.normal_()
+    attach(model, LoRA(rank=2, targets="0")).save(tmp_path / "first")
+    model.bfloat16().float()
+    handle_of(model).save(tmp_path / "second")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("part", ["", "1"], ids=["whole", "layer"])
+def test_detach_leaves_loaded_statistics(part: str, tmp_path: Path) -> None:
+    trained, x = normalised()
+    trained.train()(3 * x)
+    model, _ = normalised()
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    model.get_submodule(part).load_state_dict(
+        trained.get_submodule(part).state_dict(), strict=False
+    )
+    adapters.save(tmp_path / "adapter")
+    model.train()(x)
+    adapters.detach()
+    assert_same_tensors(tensors_of(model), tensors_of(trained))
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+def test_a_resumed_training_run_does_not_change_the_statistics_of_the_base(tmp_path: Path) -> None:
+    run, x = normalised()
+    attach(run, LoRA(rank=2, targets="0"))
+    run.train()(x)
+    model, _ = normalised()
+    base = tensors_of(model)
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    model.load_state_dict(run.state_dict())
+    with pytest.raises(AdapterStateError, match="running statistics of '1' have changed"):
+        adapters.save(tmp_path / "adapter")
+    adapters.detach()
+    assert_same_tensors(tensors_of(model), base)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.adapters.handle import Adapters, handle_of, uncompiled
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.statistics import statistics_of
+from lorakit.adapters.statistics import layers_with_statistics
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method
 from lorakit.ops import seeded
@@ -59,11 +59,11 @@ def attach(
             raise TargetError(f"{method} trains nothing on this model.")
         handle.add(name, method, modules, trained_names)
     handle.activate(name)
-    if (statistics := next(statistics_of(handle.model), None)) is not None:
+    if (layer := next(layers_with_statistics(handle.model), None)) is not None:
         _LOG.warning(
             "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "
             "hold them: call eval() on such layers after each model.train().",
-            statistics[0].rpartition(".")[0],
+            layer[0],
         )
     return handle
 

@@ -29,6 +29,7 @@ from lorakit.adapters.installed import (
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
 from lorakit.models.parameter_swaps import MARK
@@ -140,22 +141,22 @@ def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[
 def guard_loading(model: nn.Module) -> None:
     """Register the `load_state_dict` pre-hooks that the model's adapters need, and remove all others of ours.
 
-    Every module that contains an adapted layer gets `refuse_loading`, so that a refused load of the model, or of a part
-    of it, changes nothing.
+    Every module that contains an adapted layer gets `check_loading`, so that a refused load of the model, or of a part
+    of it, changes nothing. So does every module with recorded running statistics.
     """
     contains: dict[int, bool] = {}
 
-    def contains_adapted(module: nn.Module) -> bool:
+    def needs_check(module: nn.Module) -> bool:
         if id(module) not in contains:
             children = [child for child in module._modules.values() if child is not None]
-            contains[id(module)] = any(
-                isinstance(child, LayerAdapters) or contains_adapted(child) for child in children
+            contains[id(module)] = records_statistics(module) or any(
+                isinstance(child, LayerAdapters) or needs_check(child) for child in children
             )
         return contains[id(module)]
 
     for _, module in base_modules(model):
         adapted = isinstance(module._modules.get(ADAPTERS), LayerAdapters)
-        _register_loading(module, refuse_loading, contains_adapted(module))
+        _register_loading(module, check_loading, needs_check(module))
         _register_loading(module, keep_base_weights, adapted)
 
 
@@ -168,7 +169,7 @@ def _register_loading(module: nn.Module, hook: Callable[..., None], wanted: bool
         del hooks[key]
 
 
-def refuse_loading(
+def check_loading(
     module: nn.Module,
     state_dict: dict[str, Tensor],
     prefix: str,
@@ -177,14 +178,16 @@ def refuse_loading(
 ) -> None:
     """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
 
-    For a quantised weight it replaces the equal dequantised one in `state_dict`.
+    For a quantised weight it replaces the equal dequantised one in `state_dict`. Running statistics of a base are
+    recorded.
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
             copy replaces; or the file holds tensors that no adapter of this model has.
     """
     _refuse_unknown_tensors(module, state_dict, prefix)
-    for path, _, adapters in adapted_layers(module):
+    adapted = [*adapted_layers(module)]
+    for path, _, adapters in adapted:
         start = f"{prefix}{path}." if path else prefix  # of the layer's keys
         if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
             raise AdapterStateError(
@@ -207,6 +210,11 @@ def refuse_loading(
                     "it."
                 )
     _keep_quantised(module, state_dict, prefix)
+    # With an adapter's tensors it is the state of a training run, whose statistics are not the base's. A part without
+    # adapted layers cannot tell, so the module around it decides.
+    is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
+    if is_base and (adapted or not prefix):
+        record_loaded(module, state_dict, prefix)
 
 
 def _equal(loaded: Tensor, original: Tensor) -> bool:

@@ -37,7 +37,12 @@ from lorakit.adapters.installed import (
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.row_layout import RowLayout
-from lorakit.adapters.statistics import copy_statistics, first_changed, restore_statistics
+from lorakit.adapters.statistics import (
+    first_changed,
+    forget_statistics,
+    record_statistics,
+    restore_statistics,
+)
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
@@ -69,7 +74,6 @@ class Adapters:
         self._is_kept = False
         named = model.named_parameters(remove_duplicate=False)  # a merge separates tied parameters
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named}
-        self._statistics = copy_statistics(model)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -297,8 +301,8 @@ class Adapters:
                 self.unmerge()
             self._report_replaced(self._installed)
             self._set_active(BASE)
+            restore_statistics(self.model)
             self._remove_all()
-            restore_statistics(self.model, self._statistics)
 
     def stored(self, name: str | None = None) -> StoredAdapter:
         """Return the content of the adapter's file: settings, tensors, base record, provenance.
@@ -347,11 +351,11 @@ class Adapters:
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.
             AdapterStateError: A layer of the adapter was replaced, or training has changed the running statistics of
-                batch normalisation.
+                batch or instance normalisation.
         """
         adapter = self._get(name)
         self._require_in_place([adapter.name])
-        if (path := first_changed(self.model, self._statistics)) is not None:
+        if (path := first_changed(self.model)) is not None:
             raise AdapterStateError(
                 f"The running statistics of '{path}' have changed since the first adapter was attached. An adapter's "
                 "file holds none, so it would compute something else on the base. Train with this layer in eval mode: "
@@ -458,6 +462,8 @@ class Adapters:
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
         watch(self.model, self._activation)
+        record_statistics(self.model)
+        export.guard_loading(self.model)
         for module in self.model.modules():  # also parts of it, such as the backbone
             if hasattr(module, "save_pretrained"):
                 module.__dict__["save_pretrained"] = functools.partial(
@@ -474,6 +480,8 @@ class Adapters:
         """Remove all adapters and undo `_set_up_model`."""
         for adapter in list(self._installed.values()):
             self._remove(adapter)
+        forget_statistics(self.model)
+        export.guard_loading(self.model)
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         self.model.__dict__.pop(_HANDLE, None)

@@ -1,4 +1,7 @@
-"""The running statistics of batch normalisation: a forward pass in training mode changes them, without a gradient."""
+"""Running statistics of batch and instance normalisation, which a forward pass in training mode changes.
+
+Each layer records its statistics from before the first adapter, or from base weights that were loaded since.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,79 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from lorakit.models.layers import base_modules
 
-
-def copy_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the statistics of all layers, by their keys in the state dict."""
-    return {key: buffer.clone() for key, buffer in statistics_of(model)}
+_RECORDED = "_lorakit_statistics"
+"""Attribute of a layer: copies of its statistics, by name."""
 
 
-def first_changed(model: nn.Module, before: Mapping[str, Tensor]) -> str | None:
-    """Return the first layer that has computed in training mode since `copy_statistics`; None without one."""
-    for key, buffer in statistics_of(model):
-        path, _, name = key.rpartition(".")
-        known = before.get(key)
-        # The other statistics also change if the model is cast to another dtype and back.
-        is_count = name == "num_batches_tracked" and not buffer.is_meta
-        if is_count and known is not None and not known.is_meta and int(buffer) != int(known):
-            return path
-    return None
+def layers_with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of each layer that has running statistics."""
+    for path, module in base_modules(model):
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            yield path, module
+
+
+def record_statistics(model: nn.Module) -> None:
+    """Record the statistics of all layers."""
+    for _, layer in layers_with_statistics(model):
+        layer.__dict__[_RECORDED] = {name: buffer.clone() for name, buffer in _statistics(layer)}
+
+
+def record_loaded(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Record the statistics in a state dict of base weights, which is about to be loaded into `module`."""
+    for path, layer in layers_with_statistics(module):
+        start = f"{prefix}{path}." if path else prefix
+        for name, recorded in layer.__dict__.get(_RECORDED, {}).items():
+            loaded = state_dict.get(start + name)
+            if loaded is not None and loaded.shape == recorded.shape:
+                layer.__dict__[_RECORDED][name] = loaded.detach().clone()
+
+
+def records_statistics(module: nn.Module) -> bool:
+    """Return whether a layer has recorded its statistics."""
+    return _RECORDED in module.__dict__
+
+
+def forget_statistics(model: nn.Module) -> None:
+    """Undo `record_statistics`."""
+    for _, layer in layers_with_statistics(model):
+        layer.__dict__.pop(_RECORDED, None)
+
+
+def first_changed(model: nn.Module) -> str | None:
+    """Return the first layer whose statistics differ from the recorded ones; None without one."""
+    return next((path for path, layer in layers_with_statistics(model) if _changed(layer)), None)
 
 
 @torch.no_grad()
-def restore_statistics(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Put the statistics back, if they have changed since `copy_statistics`."""
-    if first_changed(model, before) is None:
-        return
-    for key, buffer in statistics_of(model):
-        if key in before:
-            buffer.copy_(before[key])
+def restore_statistics(model: nn.Module) -> None:
+    """Put the recorded statistics back where they have changed."""
+    for _, layer in layers_with_statistics(model):
+        for name, recorded in _changed(layer).items():
+            layer._buffers[name].copy_(recorded)  # type: ignore[union-attr]
 
 
-def statistics_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the statistics of all layers, with their keys in the state dict."""
-    for path, module in base_modules(model):
-        if isinstance(module, _BatchNorm):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    yield f"{path}.{name}", buffer
+def _changed(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the recorded statistics of a layer if any of them has changed, else nothing."""
+    recorded: dict[str, Tensor] = layer.__dict__.get(_RECORDED, {})
+    now = dict(_statistics(layer))
+    same = all(_is_same(now[name], tensor) for name, tensor in recorded.items())
+    return {} if same else recorded
+
+
+def _is_same(buffer: Tensor, recorded: Tensor) -> bool:
+    """Return whether statistics are the recorded ones, which a cast to half precision and back may have rounded."""
+    if buffer.is_meta or recorded.is_meta:
+        return True
+    halves = (torch.bfloat16, torch.float16) if buffer.is_floating_point() else ()
+    recorded = recorded.to(buffer.device)
+    return any(buffer.equal(recorded.to(d).to(buffer.dtype)) for d in (buffer.dtype, *halves))
+
+
+def _statistics(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            yield name, buffer
