@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
+from transformers import MarianConfig, MarianMTModel
 
-from lorakit.adapters import attach, handle_of, load
-from lorakit.errors import AdapterStateError
-from lorakit.methods import BitFit, LoRA, Method
+from lorakit.adapters import attach, count_parameters, handle_of, load
+from lorakit.errors import AdapterStateError, TargetError
+from lorakit.methods import BitFit, FullFineTuning, LoRA, Method
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -65,6 +66,46 @@ def test_gradients_of_the_base_from_before_attach_are_dropped() -> None:
     optimizer.step()
     adapters.detach()
     assert torch.equal(model[0].weight, before["0.weight"])
+
+
+# --- full fine-tuning --------------------------------------------------------------------------------
+
+
+def trained_names(model: nn.Module, method: Method) -> set[str]:
+    """The base parameters that a method trains; they are the same before the first adapter and beside another."""
+    counts = count_parameters(model, method)
+    attach(model, LoRA(rank=2, targets="all-linear"), name="lora")
+    adapters = attach(model, method, name="full")
+    assert counts == count_parameters(model, method)
+    assert counts.trainable == sum(p.numel() for p in adapters.trainable_parameters("full"))
+    names = set(method.trained_parameters(model))
+    adapters.detach()
+    return names
+
+
+def test_fixed_positions_are_not_fine_tuned() -> None:
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    counts = dict.fromkeys(("encoder_layers", "decoder_layers", "max_position_embeddings"), 2)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    tokens = {"pad_token_id": 0, "decoder_start_token_id": 0}
+    config = MarianConfig(vocab_size=30, **sizes, **counts, **heads, **tokens)
+    model = MarianMTModel(config)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    fixed = {f"model.{part}.embed_positions.weight" for part in ("encoder", "decoder")}
+    assert fixed <= names
+    assert trained_names(model, FullFineTuning()) == names - fixed
+
+
+def test_parameters_frozen_before_attach_are_not_fine_tuned() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    assert trained_names(model, FullFineTuning()) == {"1.weight", "1.bias"}
+    named = FullFineTuning(train_modules="0")
+    assert trained_names(model, named) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert flags(model) == {"0.weight": False, "0.bias": False, "1.weight": True, "1.bias": True}
+    model.requires_grad_(False)
+    with pytest.raises(TargetError, match=r"Call model\.requires_grad_\(True\) before attach"):
+        attach(model, FullFineTuning())
 
 
 # --- running statistics ------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, ConfigurationError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
+from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.quantised import require_exact_layers
 
@@ -72,8 +73,6 @@ class Adapters:
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
-        named = model.named_parameters(remove_duplicate=False)  # a merge separates tied parameters
-        self._requires_grad = {name: parameter.requires_grad for name, parameter in named}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -461,6 +460,8 @@ class Adapters:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
+        # By every name, because a merge separates tied parameters.
+        setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
@@ -482,8 +483,9 @@ class Adapters:
             self._remove(adapter)
         forget_statistics(self.model)
         export.guard_loading(self.model)
+        flags = self.model.__dict__.pop(REQUIRED_GRADIENT)
         for name, parameter in base_parameters(self.model):
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
         self.model.__dict__.pop(_HANDLE, None)
         self._is_kept = False
         unwatch(self.model)

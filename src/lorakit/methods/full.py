@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @strict
 @dataclass(frozen=True, kw_only=True)
 class FullFineTuning(TrainsModules):
-    """Train every parameter, or only those of the last blocks (FT and FT-Top2 of the paper's tables)."""
+    """Train every parameter, or only those of the last blocks (FT and FT-Top2 of the paper's tables).
+
+    Parameters that require no gradient before the first adapter stay fixed.
+    """
 
     default_rate: ClassVar[float] = 5e-5
     """Peak learning rate."""
@@ -24,7 +27,8 @@ class FullFineTuning(TrainsModules):
     top_layers: int | None = None
     """Train only this many of the last blocks of each stack (and a new task head); None trains the whole model."""
     train_modules: tuple[str, ...] | str = ()
-    """With top_layers: modules trained in addition to the last blocks (name suffixes), such as a new head."""
+    """With top_layers: modules trained in addition to the last blocks (name suffixes), such as a new head. Also modules
+    to train although they were frozen before."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,17 +38,39 @@ class FullFineTuning(TrainsModules):
             )
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
-        """Return the names of all parameters, or of those in the last blocks, with every name of a tied parameter."""
-        from lorakit.methods.trained import modules_named, parameter_names, parameters_below
+        """Return the names of all parameters, or of those in the last blocks, with every name of a tied parameter.
+
+        Parameters that were frozen before the first adapter, such as a table of sinusoidal positions, are left out
+        unless `train_modules` names them.
+
+        Raises:
+            TargetError: The model has fewer blocks than `top_layers`, or all of these parameters are frozen.
+        """
+        from lorakit.methods.trained import (
+            frozen_parameters,
+            modules_named,
+            parameter_names,
+            parameters_below,
+        )
         from lorakit.models.blocks import stacks
 
-        paths = modules_named(model, self.train_modules)
-        if self.top_layers is None:
-            return parameter_names(model)
-        for stack in stacks(model).values() or [[]]:
-            if self.top_layers > len(stack):
-                raise TargetError(
-                    f"top_layers is {self.top_layers}, and the model has {len(stack)} blocks. Use at most that many."
-                )
-            paths += stack[-self.top_layers :]
-        return parameters_below(model, paths)
+        named = modules_named(model, self.train_modules)
+        names = parameter_names(model)
+        if self.top_layers is not None:
+            paths = list(named)
+            for stack in stacks(model).values() or [[]]:
+                if self.top_layers > len(stack):
+                    raise TargetError(
+                        f"top_layers is {self.top_layers}, and the model has {len(stack)} blocks. Use at most that "
+                        "many."
+                    )
+                paths += stack[-self.top_layers :]
+            names = parameters_below(model, paths)
+        frozen = frozen_parameters(model).difference(parameters_below(model, named))
+        trained = [name for name in names if name not in frozen]
+        if names and not trained:
+            raise TargetError(
+                f"{self} trains nothing: requires_grad of all its parameters was False before the first adapter. Call "
+                "model.requires_grad_(True) before attach()."
+            )
+        return trained

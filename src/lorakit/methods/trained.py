@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.errors import TargetError, nearest
 from lorakit.models.layers import is_inside, is_of_adapter
+from lorakit.models.quantised import quantised_weights
 
 
 def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
@@ -33,6 +34,25 @@ def parameter_names(model: nn.Module) -> list[str]:
     """Return the names of the base's parameters, with every name of a tied parameter."""
     named = model.named_parameters(remove_duplicate=False)
     return [name for name, _ in named if not is_of_adapter(name)]
+
+
+REQUIRED_GRADIENT = "_lorakit_required_gradient"
+"""Attribute of a model with adapters, which freeze it: `requires_grad` of each parameter before the first one, by every
+name of the parameter."""
+
+
+def gradient_flags(model: nn.Module) -> dict[str, bool]:
+    """Return `requires_grad` of the base's parameters, as before the first adapter, by every name."""
+    named = model.named_parameters(remove_duplicate=False)
+    flags = {name: parameter.requires_grad for name, parameter in named if not is_of_adapter(name)}
+    return flags | getattr(model, REQUIRED_GRADIENT, {})
+
+
+def frozen_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that were frozen before the first adapter, without quantised weights."""
+    quantised = {f"{path}.weight" for path, _ in quantised_weights(model)}
+    flags = gradient_flags(model)
+    return {name for name, flag in flags.items() if not flag and name not in quantised}
 
 
 def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
