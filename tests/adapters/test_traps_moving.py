@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from accelerate import cpu_offload
 from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach
+from lorakit.adapters import Adapters, attach, load
+from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
@@ -149,3 +152,62 @@ def test_attach_to_a_model_on_the_meta_device_then_load() -> None:
     randomise(source)
     model.load_state_dict(filled.state_dict(), assign=True)
     assert {p.device.type for p in adapters.trainable_parameters()} == {"cpu"}
+
+
+# --- layers that accelerate offloads -----------------------------------------------------------------
+
+CPU = torch.device("cpu")
+TWO_LINEAR = LoRA(rank=2, targets=("0", "1"))
+
+
+def two_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("method", [TWO_LINEAR, FullFineTuning()], ids=["lora", "full"])
+def test_offloaded_layers_are_refused(method: Method, tmp_path: Path) -> None:
+    attach(two_linear(), method).save(tmp_path / "adapter")
+    model, x = two_linear(), torch.ones(3, 4)
+    base = model(x)
+    cpu_offload(model, CPU)
+    with pytest.raises(AdapterStateError, match="accelerate has offloaded '0'"):
+        attach(model, method)
+    with pytest.raises(AdapterStateError, match="accelerate has offloaded '0'"):
+        load(model, tmp_path / "adapter", allow_other_base=True)
+    assert torch.equal(model(x), base)
+
+
+def test_layers_beside_an_offloaded_one_can_be_adapted() -> None:
+    model, x = two_linear(), torch.ones(3, 4)
+    base = model(x)
+    cpu_offload(model[1], CPU)
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    assert torch.equal(model(x), base)
+    adapters.merge()
+    assert torch.equal(model(x), base)
+
+
+def test_an_adapter_that_is_offloaded_later_is_an_error() -> None:
+    model, x = two_linear(), torch.ones(3, 4)
+    adapters = attach(model, TWO_LINEAR, name="a")
+    cpu_offload(model, CPU)
+    with pytest.raises(AdapterStateError, match="The adapter's tensors are on the meta device"):
+        model(x)
+    with (
+        adapters.per_sample(["a", None, "a"]),
+        pytest.raises(AdapterStateError, match="meta device"),
+    ):
+        model(x)
+    with pytest.raises(AdapterStateError, match=r"'0\.weight' is on the meta device"):
+        adapters.merge()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_convolution_whose_adapter_was_not_materialised_is_an_error(dora: bool) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv1d(4, 4, 1))
+    attach(model, LoRA(rank=2, targets="0", dora=dora))
+    state = nn.Sequential(nn.Conv1d(4, 4, 1)).state_dict()
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(AdapterStateError, match="its state dict had no tensors for them"):
+        model(torch.ones(1, 4, 5))

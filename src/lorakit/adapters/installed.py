@@ -21,7 +21,7 @@ from lorakit.adapters.layer_adapters import (
 )
 from lorakit.adapters.linearity import why_hooks_change_output, why_not_linear
 from lorakit.adapters.row_layout import row_layouts
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
@@ -138,7 +138,7 @@ def install(
 
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
-        AdapterStateError: A layer already has another attribute named `adapters`.
+        AdapterStateError: A layer already has another attribute named `adapters`, or accelerate has offloaded it.
     """
     refuse_quantised(model, trained_names)
     installed = InstalledAdapter(name, method, modules)
@@ -163,6 +163,7 @@ def install(
     layers = {path: model.get_submodule(path) for path in modules}
     for path, layer in layers.items():  # check all before the first change
         check_free(path, layer)
+    _refuse_offloaded(model, modules)
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )
@@ -182,6 +183,21 @@ def install(
         # DistributedDataParallel would broadcast them before each forward pass.
         setattr(model, _DDP_IGNORES, constant.union(getattr(model, _DDP_IGNORES, ())))
     return installed
+
+
+def _refuse_offloaded(model: nn.Module, modules: dict[str, AdapterModule]) -> None:
+    """Reject an adapter's tensors on the meta device, unless the whole model is only planned there.
+
+    accelerate brings the weights of a layer back for each call, but not those of the adapter.
+    """
+    tensors = ((path, next(module.parameters(), None)) for path, module in modules.items())
+    path = next((path for path, tensor in tensors if tensor is not None and tensor.is_meta), None)
+    if path is not None and any(hasattr(module, "_hf_hook") for _, module in base_modules(model)):
+        raise AdapterStateError(
+            f"accelerate has offloaded '{path}' (device_map, cpu_offload or disk_offload), and an adapter's tensors "
+            "cannot be offloaded. Load the base without offloading, quantised if it is too large, or adapt layers that "
+            "are not offloaded."
+        )
 
 
 def uninstall(

@@ -162,19 +162,25 @@ class LayerAdapters(ReplacedParameters):
         """Return the attributes of the layer at `path` that merging these adapters replaces.
 
         Raises:
-            AdapterStateError: One is not a parameter, so it cannot be replaced.
+            AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device.
         """
         show_parameters(layer)  # after an interrupted call
         modules = [self[name] for name in names if name in self]
         changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
         for attribute in changed:
+            name = f"{path}.{attribute}" if path else attribute
             if attribute not in layer._parameters:
-                name = f"{path}.{attribute}" if path else attribute
                 raise AdapterStateError(
                     f"'{name}' is computed from other tensors in each pass (as weight norm does), so a merged weight "
                     "cannot replace it. Before you attach the adapter, make it a parameter: "
                     f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), or for the old weight "
                     f"norm torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
+                )
+            parameter = layer._parameters[attribute]
+            if parameter is not None and parameter.is_meta:
+                raise AdapterStateError(
+                    f"'{name}' is on the meta device (offloaded by accelerate, or not loaded), so no delta can be "
+                    "added to it. Merge into a base that is loaded without offloading: `lorakit merge FOLDER OUTPUT`."
                 )
         return list(changed)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorakit.errors import AdapterStateError
 from lorakit.ops.autocast import no_autocast
 from lorakit.ops.derivatives import Function, apply, is_transformed
 
@@ -32,6 +33,7 @@ def lora_linear(
     Returns:
         Shape (..., out), the dtype of `out`. Never a view, so the caller may modify it in place.
     """
+    require_data(A, x)
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
     if is_transformed(x, out, A, B):  # plain operations have every derivative
@@ -48,6 +50,20 @@ def lora_linear(
         if torch.is_grad_enabled():
             return apply(_LoraLinear, x, out, A, B, scaling, in_place)
         return _add_product(x, out, A, B, scaling, in_place)
+
+
+def require_data(A: Tensor, x: Tensor) -> None:
+    """Reject an adapter on the meta device: PyTorch returns uninitialised memory for its product with an input.
+
+    Raises:
+        AdapterStateError: A has no data, and x has.
+    """
+    if A.is_meta and not x.is_meta:
+        raise AdapterStateError(
+            "The adapter's tensors are on the meta device: accelerate has offloaded them (cpu_offload, disk_offload), "
+            "or the model was built there and its state dict had no tensors for them. Load the base without "
+            "offloading, quantised if it is too large, and then attach or load the adapter."
+        )
 
 
 def _add_product(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast
 from lorakit.ops.derivatives import Function, apply
+from lorakit.ops.lora_linear import require_data
 
 
 class Segment(NamedTuple):
@@ -47,6 +48,8 @@ def lora_segments(
     Returns:
         Shape (N, out), the dtype of `out`; a new tensor unless `in_place` is set.
     """
+    for segment in segments:
+        require_data(segment.A, x)
     if x.dtype != out.dtype:
         x = x.to(out.dtype)
     with no_autocast(out):

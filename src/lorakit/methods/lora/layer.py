@@ -22,7 +22,8 @@ from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule
 from lorakit.models.roles import RowSlice
 from lorakit.ops import dropout
-from lorakit.ops.autocast import wide_dtype as merge_dtype
+from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.lora_linear import require_data
 
 
 class LoRALayer(AdapterModule):
@@ -165,7 +166,7 @@ class LoRALayer(AdapterModule):
         W = self.weight_matrix(layer)
         if W.is_meta:
             return
-        W = W.to(merge_dtype(W))
+        W = W.to(wide_dtype(W))
         A_parts, B_parts = [], []
         for part in self.form.weight_parts(W):
             U, S, Vh = torch.linalg.svd(part, full_matrices=False)
@@ -198,6 +199,7 @@ class LoRALayer(AdapterModule):
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         """Return ``output + weight * scaling * (B A x + b)``, or the output with DoRA's magnitudes."""
         A, B = self.factors()
+        require_data(A, x)
         x = self.drop(x)
         if self.magnitude is None:
             output = output + (weight * self.scaling) * self.branch(layer, x, A, B)
@@ -243,7 +245,7 @@ class LoRALayer(AdapterModule):
     ) -> Tensor:
         """Return the Euclidean norm of each row of W, or of ``W + scaling * B A``."""
         W = self.weight_matrix(layer)
-        W = W.to(merge_dtype(W))
+        W = W.to(wide_dtype(W))
         if A is not None and B is not None:
             W = W + self.scaling * self._product(A.to(W.dtype), B.to(W.dtype))
         return torch.linalg.vector_norm(W, dim=1)
@@ -253,7 +255,7 @@ class LoRALayer(AdapterModule):
     def delta_matrix(self) -> Tensor:
         """Return ``scaling * B A`` in float32 (or wider), shape (out, in)."""
         A, B = self.factors()
-        dtype = merge_dtype(A, B)
+        dtype = wide_dtype(A, B)
         return self._product(A.to(dtype), B.to(dtype)) * self.scaling
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
@@ -272,14 +274,14 @@ class LoRALayer(AdapterModule):
         deltas = self._as_weight(self.delta_matrix(), layer)
         bias = self._bias_of_all_rows()
         if bias is not None:
-            deltas["bias"] = bias.to(merge_dtype(bias)) * self.scaling
+            deltas["bias"] = bias.to(wide_dtype(bias)) * self.scaling
         return deltas
 
     def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
         if self.magnitude is None:
             return None
         W = self.weight_matrix(layer)
-        merged = W.to(merge_dtype(W)) + self.delta_matrix().to(merge_dtype(W))
+        merged = W.to(wide_dtype(W)) + self.delta_matrix().to(wide_dtype(W))
         rows = self._rows()
         norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
         magnitude = self.magnitude.to(merged.dtype)
