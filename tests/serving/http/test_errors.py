@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+import time
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from served import BASE, Serve, Served
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
 from lorakit.serving.http import classify, errors, prompts
+from lorakit.serving.http.state import RequestRecord
+from lorakit.serving.http.streaming import EventStream
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -481,6 +487,28 @@ def test_a_long_request_is_cancelled(serve: Serve, stream: bool) -> None:
     else:
         assert error_of(answer, 408)["code"] == "max_seconds"
     assert served.engine.tickets[0].cancelled.wait(1)
+
+
+def test_a_long_stream_is_cancelled_before_its_client_reads_the_error(serve: Serve) -> None:
+    cancelled: list[bool] = []
+    generation = SimpleNamespace(cancel=lambda: cancelled.append(True))
+    app = serve(limits={"max_seconds": 0.05}).app
+    record = RequestRecord("x", time.monotonic())
+    scope = {"type": "http", "app": app, "lorakit.record": record, "headers": []}
+
+    async def events() -> AsyncIterator[str]:
+        await asyncio.sleep(60)
+        yield ""
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message: dict[str, Any]) -> None:
+        assert cancelled or b"max_seconds" not in message.get("body", b"")
+
+    asyncio.run(EventStream(generation, events(), {})(scope, receive, send))  # type: ignore[arg-type]
+    assert cancelled
 
 
 def test_a_slow_preparation_is_cancelled_and_its_lease_released(serve: Serve) -> None:

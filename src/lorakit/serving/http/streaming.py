@@ -69,6 +69,7 @@ class EventStream(Response):
         except ClientGone as gone:
             record_of(Request(scope)).status = gone.status_code
         except Exception as error:
+            self._generation.cancel()  # before the write, which waits for a client that reads slowly
             await write(f"data: {json.dumps(api_error(error).content)}\n\n", more=False)
         else:
             await write(DONE, more=False)
