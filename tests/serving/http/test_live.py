@@ -286,6 +286,27 @@ def test_the_official_client(openai_client: tuple[Any, Served]) -> None:
         client.completions.create(model="sql", prompt="a")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [408, 500])
+def test_the_official_client_does_not_repeat_a_request_in_vain(
+    serve: Serve, live: Live, status: int
+) -> None:
+    import openai
+
+    served = serve(limits={"max_seconds": 0.2})
+    if status == 408:
+        served.engine.pause = threading.Event()
+    else:
+        served.engine.fails_after = 0
+    with (
+        openai.OpenAI(base_url=f"{live(served)}/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.APIStatusError) as raised,
+    ):
+        client.completions.create(model="sql", prompt="a")
+    assert raised.value.status_code == status
+    assert len(served.engine.tickets) == 1
+
+
 # --- the end of the server -----------------------------------------------------------------------------
 
 SERVER = """

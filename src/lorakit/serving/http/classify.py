@@ -162,7 +162,10 @@ def _predictions(logits: Tensor, labels: Sequence[str]) -> list[ClassifyRow]:
     """Return the class or the score of each row of logits (rows, outputs)."""
     if not logits.isfinite().all():
         raise ApiError(
-            500, "The model's output is not finite. Try base.dtype float32.", code="not_finite"
+            500,
+            "The model's output is not finite. Try base.dtype float32.",
+            code="not_finite",
+            final=True,
         )
     if not labels:
         scores = logits.reshape(-1).tolist()

@@ -54,6 +54,7 @@ class ApiError(HTTPException):
         param: The field at fault.
         code: The kind of error, for programs.
         retry: Seconds after which the same request may succeed; None if it never does.
+        final: Whether to stop OpenAI's client from sending the request again, as it does after 408 and 5xx.
         close: Whether to close the connection, because the rest of the body is not read.
     """
 
@@ -65,9 +66,11 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         retry: float | None = None,
+        final: bool = False,
         close: bool = False,
     ) -> None:
         headers = {} if retry is None else {"retry-after": str(max(1, -int(-retry // 1)))}
+        headers |= {"x-should-retry": "false"} if final else {}
         headers |= {"connection": "close"} if close else {}
         headers |= {"www-authenticate": "Bearer"} if status == 401 else {}
         super().__init__(status, message, headers)
@@ -119,7 +122,7 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, message, code="invalid_value")
     if isinstance(error, LorakitError):
         LOG.warning("%s", visible(str(error)))
-        return ApiError(500, message, code="cannot_be_served")
+        return ApiError(500, message, code="cannot_be_served", final=True)
     LOG.error("request failed", exc_info=error)
     return ApiError(500, PLAIN, code="internal_error")
 

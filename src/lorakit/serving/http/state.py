@@ -252,6 +252,7 @@ async def guarded(request: Request, work: Awaitable[T]) -> T:
             408,
             f"The request took longer than {most:g} seconds, the limit max_seconds of this server, and was cancelled.",
             code="max_seconds",
+            final=True,
         )
     finally:
         for future in (task, gone):
