@@ -516,6 +516,19 @@ def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
         assert opened.run("document.activeElement.matches('.code')")
 
 
+def test_a_comment_in_a_stream_is_skipped(browser: Browser, site: Site) -> None:
+    pieces = [
+        {"choices": [{"delta": {"content": text}}], "system_fingerprint": "base=1"}
+        for text in ("The river", " pub.")
+    ]
+    first, second = (f"data: {json.dumps(piece)}\n\n" for piece in pieces)
+    stream = f"{first}: continued by replica b\n\n{second}data: [DONE]\n\n"
+    with browser.open(site.link("base")) as opened:
+        opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
+        send(opened)
+        assert answers(opened) == ["The river pub."]
+
+
 def test_texts_have_the_direction_of_their_language(browser: Browser, site: Site) -> None:
     def direction(selector: str) -> str:
         return opened.run(f"getComputedStyle(document.querySelector('{selector}')).direction")

@@ -78,6 +78,7 @@ export async function* stream(path, body, signal) {
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
+        if (event.startsWith(":")) continue; // a comment, of a replica that takes over or of a proxy
         const data = event.replace(/^data: /, "");
         if (data === "[DONE]") return;
         const content = JSON.parse(data);
