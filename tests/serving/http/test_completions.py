@@ -89,6 +89,16 @@ def test_the_settings_reach_the_engine(serve: Serve) -> None:
     assert served.engine.tickets[3].request.stop == ("a",)
 
 
+def test_a_special_token_as_stop_text_ends_an_answer(serve: Serve) -> None:
+    """No text of an answer shows it."""
+    served = serve()
+    served.complete(stop=["<|im_start|>", "pub"])
+    request = served.engine.tickets[0].request
+    ids = served.store.tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+    assert request.stop_ids == set(ids)
+    assert request.stop == ("<|im_start|>", "pub")
+
+
 @pytest.mark.parametrize(
     ("prompt", "count"),
     [("The river", 1), (["The river", "pub"], 2), ([5, 6, 7], 1), ([[5, 6], [7]], 2)],

@@ -31,6 +31,7 @@ from lorakit.serving.engine import (
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error
+from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import Generating
 from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
 
@@ -125,6 +126,7 @@ async def begin(
         if body.base_logprobs:
             require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
+        stop_ids |= special_stops(lease.tokenizer, settings.stop)
         requests = [
             GenerationRequest(
                 prompt=ids,

@@ -100,6 +100,15 @@ def encode_chat(
     return ids, _stop_ids(tokenizer)
 
 
+def special_stops(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:
+    """Return the ids of the stop texts that are special tokens. The text of an answer leaves these tokens out."""
+    if not stop:
+        return frozenset()
+    with TOKENISING:
+        added = tokenizer.added_tokens_decoder
+    return frozenset(i for i, token in added.items() if token.special and token.content in stop)
+
+
 def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an assistant's turn in the template."""
     if tokenizer not in _STOP_IDS:
