@@ -409,8 +409,11 @@ def test_a_dead_thread_is_reported(kind, monkeypatch):
         engine._thread.join(60)
         assert not engine.load().is_alive
         assert "ZeroDivisionError" in engine.load().error
-        with pytest.raises(EngineStoppedError, match="has failed"):
-            send(engine, [5], PlainLease((), TOKENIZER), 3)
+        lease = PlainLease((), TOKENIZER)
+        for attempt in (lambda: send(engine, [5], lease, 3), lambda: engine.score([5, 6], lease)):
+            with pytest.raises(EngineStoppedError, match="has failed") as raised:
+                attempt()
+            assert "ZeroDivisionError" not in str(raised.value)  # clients read it
 
 
 def test_adapters_change_between_steps():

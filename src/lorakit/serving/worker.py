@@ -40,6 +40,10 @@ SCORED_ROWS = 64
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
 
 
+FAILED = "The engine has failed. Restart the server; its log has the reason."
+"""For clients, so without the reason."""
+
+
 class Worker(ABC):
     """What both engines share (`lorakit.serving.engine.Engine`).
 
@@ -156,7 +160,7 @@ class Worker(ABC):
 
     def _require_open(self) -> None:
         if self._error is not None:
-            raise EngineStoppedError(f"The engine has failed: {self._error} Restart the server.")
+            raise EngineStoppedError(FAILED)
         if self._is_draining:
             raise EngineStoppedError("The server is shutting down and accepts no more requests.")
 
@@ -226,11 +230,7 @@ class Worker(ABC):
 
     def _stopped(self) -> EngineStoppedError:
         """Return the error of a request that is not finished when the thread ends."""
-        return EngineStoppedError(
-            "The engine has failed. Restart the server."
-            if self._error
-            else "The server was shut down."
-        )
+        return EngineStoppedError(FAILED if self._error else "The server was shut down.")
 
     def _run_actions(self) -> None:
         while self._actions:

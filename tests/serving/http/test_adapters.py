@@ -13,6 +13,7 @@ from test_errors import error_of
 
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.serving.engine import QueueFullError
+from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.http import metrics as metrics_module
 from lorakit.serving.http.keys import Budget, Key, KeyRing, digest_of
 from lorakit.serving.http.metrics import Metrics
@@ -92,6 +93,19 @@ def test_an_adapter_is_loaded_and_unloaded(serve: Serve) -> None:
     error = error_of(served.post("/v1/unload_lora_adapter", lora_name="new"), 404)
     assert error["param"] == "lora_name"
     assert "secret" not in error["message"]
+
+
+def test_a_load_into_an_engine_that_has_failed_is_503(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise EngineStoppedError("The engine has failed.")
+
+    monkeypatch.setattr(FakeStore, "add", fail)
+    answer = serve(allow_loading=True).post(
+        "/v1/load_lora_adapter", lora_name="new", lora_path="new"
+    )
+    assert error_of(answer, 503)["code"] == "unavailable"
 
 
 LOADS = {

@@ -10,7 +10,7 @@ import pytest
 from fakes import BASE_DIGEST, DIGESTS, TEXT
 from served import BASE, Serve, wait_for
 
-from lorakit.errors import LorakitError
+from lorakit.errors import DataError
 from lorakit.serving.engine import Sampling
 from lorakit.serving.http.answers import CompletionChoice
 from lorakit.serving.http.logprobs import TokenTexts
@@ -260,7 +260,7 @@ def test_an_error_of_one_choice_cancels_the_others(serve: Serve) -> None:
     def submit(request: Any, deliver: Any) -> Any:
         calls.append(request)
         if len(calls) == 3:
-            raise LorakitError("This prompt exceeds the cache.")
+            raise DataError("This prompt exceeds the cache.")
         return refused(request, deliver)
 
     served.engine.submit = submit  # type: ignore[method-assign]

@@ -14,8 +14,8 @@ import pytest
 from fakes import TEXT, FakeClassifier, classifying_store
 from served import BASE, Serve, Served
 
-from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
-from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.errors import AdapterFileError, AdapterStateError
+from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
 from lorakit.serving.http import classify, errors, prompts
 from lorakit.serving.http.state import RequestRecord
 from lorakit.serving.http.streaming import EventStream
@@ -465,14 +465,7 @@ def test_a_dead_or_draining_engine_is_503(serve: Serve, change: Any, words: str)
 
 def test_an_engine_that_dies_at_a_request_is_503(serve: Serve) -> None:
     served = serve()
-    served.engine.refuses = LorakitError("The engine has died.")
-    original = served.engine.submit
-
-    def submit(*arguments: Any) -> Any:
-        served.engine.is_alive = False
-        return original(*arguments)
-
-    served.engine.submit = submit  # type: ignore[method-assign]
+    served.engine.refuses = EngineStoppedError("The engine has failed.")
     error_of(served.complete(), 503)
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from lorakit.errors import LorakitError
-from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
 from lorakit.serving.http.answers import Loaded, Model, Models
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import ApiError, unknown_model, without_folders
@@ -79,7 +79,7 @@ async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
             )
         try:
             serving.store.add(name, body.lora_path, replace=body.load_inplace, allows=key.allows)
-        except (StoreFullError, UnknownAdapterError):
+        except (EngineStoppedError, StoreFullError, UnknownAdapterError):
             raise
         except LorakitError as error:
             message = without_folders(str(error))

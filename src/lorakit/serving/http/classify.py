@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data import DataTask
-from lorakit.errors import LorakitError
 from lorakit.serving.engine import Classifier, Lease, QueueFullError
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, invalid_value
+from lorakit.serving.http.errors import ApiError, invalid_value
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
@@ -150,9 +149,6 @@ def _submit(
         end()
         if isinstance(error, QueueFullError):
             raise busy(serving) from None
-        problem = serving.problem()
-        if isinstance(error, LorakitError) and problem:
-            raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS) from error
         raise
     future.add_done_callback(end)
     return future

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from lorakit.errors import LorakitError
 from lorakit.serving.engine import (
     End,
     Event,
@@ -248,11 +247,6 @@ class Generation:
             self.cancel()
             if isinstance(error, QueueFullError):
                 raise busy(self._serving) from None
-            if isinstance(error, LorakitError):
-                problem = self._serving.problem()
-                if problem is not None:
-                    raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS) from error
-                raise ApiError(400, str(error), code="invalid_value") from error
             raise
         finally:
             self._close()
