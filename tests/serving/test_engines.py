@@ -401,6 +401,19 @@ def test_closing_ends_every_request_with_an_error(kind):
     assert any("shut down" in str(end.error) for end in ends) or kind == "batched"
 
 
+def test_a_cancelled_request_does_not_wait_for_its_turn(kind):
+    """Its place in the queue, its lease and its key's tokens are free before the running request ends."""
+    model = model_with_adapters()
+    with running(make(kind, model, running=1)) as engine:
+        first = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 200, sampling=GREEDY)
+        first.next()
+        second = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 3)
+        second.ticket.cancel()
+        assert second.wait().end.reason == "cancelled"
+        assert engine.load().running == 1
+        first.ticket.cancel()
+
+
 def test_a_dead_thread_is_reported(kind, monkeypatch):
     model = model_with_adapters()
     engine = make(kind, model)

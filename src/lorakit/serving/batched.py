@@ -60,6 +60,7 @@ class BatchedEngine(Worker):
         return [answer for answer in self._batch if not answer.has_ended]
 
     def _end_cancelled(self) -> None:
+        super()._end_cancelled()
         for answer in self._running():
             if answer.is_cancelled:
                 answer.end("cancelled")

@@ -97,9 +97,6 @@ class ClassifyingEngine(Worker):
     def _running_count(self) -> int:
         return len(self._batch)
 
-    def _end_cancelled(self) -> None:
-        return
-
     def _has_waiting(self) -> bool:
         return bool(self._rows)
 

@@ -129,6 +129,7 @@ class ContinuousEngine(Worker):
     # --- between steps -----------------------------------------------------------------------------------
 
     def _end_cancelled(self) -> None:
+        super()._end_cancelled()
         for request in self._requests[:]:
             if request.answer.is_cancelled:
                 self._remove(request)

@@ -174,9 +174,12 @@ class Worker(ABC):
     def _running(self) -> Sequence[Answer]:
         """Return the answers that are computed now."""
 
-    @abstractmethod
     def _end_cancelled(self) -> None:
-        """End the cancelled ones of the running answers."""
+        """End the cancelled ones of the waiting answers, and in a subclass of the running ones."""
+        with self._changed:
+            cancelled = self._waiting.remove_where(lambda answer: answer.is_cancelled)
+        for answer in cancelled:
+            answer.end("cancelled")
 
     def _has_waiting(self) -> bool:
         return len(self._waiting) > 0
@@ -200,10 +203,6 @@ class Worker(ABC):
                         self._run_actions()
                         with self._changed:
                             self._changed.wait_for(self._has_waiting, FOLLOWED)
-                    with self._changed:
-                        cancelled = self._waiting.remove_where(lambda answer: answer.is_cancelled)
-                    for answer in cancelled:
-                        answer.end("cancelled")
                     self._end_cancelled()
                     if not self._advance():
                         with self._changed:
