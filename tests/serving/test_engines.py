@@ -398,7 +398,7 @@ def test_closing_ends_every_request_with_an_error(kind):
         sent[0].next()
     ends = [answer.wait().end for answer in sent]
     assert all(end.reason in ("error", "length") for end in ends)
-    assert any("shut down" in str(end.error) for end in ends) or kind == "batched"
+    assert any("shut down" in str(end.error) for end in ends)
 
 
 def test_a_cancelled_request_does_not_wait_for_its_turn(kind):

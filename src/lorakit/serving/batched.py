@@ -151,6 +151,9 @@ class _NextTokens(LogitsProcessor):
         engine = self._engine
         engine.steps += 1
         engine._end_cancelled()
+        if engine._is_closing:
+            for answer in engine._running():
+                answer.fail(engine._stopped())
         live = [i for i, answer in enumerate(self._batch) if not answer.has_ended]
         choosers = [self._batch[i].chooser for i in live]
         is_first = input_ids.shape[1] == 1  # as in transformers' ForcedBOSTokenLogitsProcessor
