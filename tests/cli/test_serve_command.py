@@ -27,7 +27,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.serving.engine import Receipt
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
-from lorakit.serving.verification import Verdict
+from lorakit.serving.verification import Verdict, VerifiedEngine
 
 
 def error_of(capsys: Any, *arguments: str) -> str:
@@ -321,22 +321,29 @@ def test_requests_stay_within_the_limits_of_the_options(serving: Serve) -> None:
     assert serving(use, *(word for k, v in limits.items() for word in (f"--{k}", str(v)))) == 0
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize(("stops", "is_draining"), [(False, False), (True, False), (True, True)])
 def test_a_failed_verification_stops_the_server_if_asked(
-    serving: Serve, monkeypatch: pytest.MonkeyPatch, capsys: Any, stops: bool
+    serving: Serve, monkeypatch: pytest.MonkeyPatch, capsys: Any, stops: bool, is_draining: bool
 ) -> None:
     monkeypatch.setattr("lorakit.serving.opening.bound_for", lambda dtype: -1.0)  # all answers fail
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
 
     def use(client: TestClient) -> None:
+        def replay(*arguments: Any) -> None:
+            client.app.state.serving.is_draining = is_draining  # type: ignore[attr-defined]
+            original(*arguments)
+
+        original = VerifiedEngine._replay
+        monkeypatch.setattr(VerifiedEngine, "_replay", replay)
         assert status(client, **ASKED) == 200
         failure = 'lorakit_verified_answers_total{adapter="sql",result="failed"} 1.0'
         end = time.monotonic() + 60
         while failure not in client.get("/metrics").text:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert ended.wait(10 if stops else 0.1) == stops
+        sends = stops and not is_draining
+        assert ended.wait(10 if sends else 0.1) == sends
 
     try:
         options = ["--verify", "1", *(["--verify_stops"] if stops else [])]

@@ -97,7 +97,8 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
         metrics.verification.record(model, passed=verdict.agrees, difference=verdict.difference)
         if not verdict.agrees and config.verify_stops and not failed:
             failed.append(verdict)
-            os.kill(os.getpid(), signal.SIGTERM)  # the server drains
+            if not app.state.serving.is_draining:  # a second signal would cut the running answers
+                os.kill(os.getpid(), signal.SIGTERM)
 
     opened = in_own_thread(lambda: open_all(config, report))
     base_name = opened.name
