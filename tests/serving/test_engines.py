@@ -401,6 +401,13 @@ def test_closing_ends_every_request_with_an_error(kind):
     assert any("shut down" in str(end.error) for end in ends)
 
 
+def test_a_score_is_not_followed_by_a_wait(kind, monkeypatch):
+    monkeypatch.setattr(worker, "FOLLOWED", 60)
+    with running(make(kind, model_with_adapters())) as engine:
+        for _ in range(2):
+            engine.score([5, 6, 7], PlainLease((), TOKENIZER)).result(20)
+
+
 def test_a_cancelled_request_does_not_wait_for_its_turn(kind):
     """Its place in the queue, its lease and its key's tokens are free before the running request ends."""
     model = model_with_adapters()

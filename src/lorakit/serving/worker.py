@@ -33,8 +33,8 @@ UNLIMITED = 2**20
 """Context of a model that states none."""
 
 FOLLOWED = 0.01
-"""Seconds that an engine waits after an action for a request. Most actions install the adapter of one that is submitted
-a moment later, and would else wait for a whole step."""
+"""Seconds that an engine waits for a request after a change of the adapters. Most changes install the adapter of one
+that is submitted a moment later, and would else wait for a whole step."""
 
 SCORED_ROWS = 64
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
@@ -63,7 +63,7 @@ class Worker(ABC):
         self.steps = self.tokens = 0
         self._ends = frozenset(ending_tokens(model, tokenizer))
         self._waiting: FairQueue[Answer] = FairQueue()
-        self._actions: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._actions: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._changed = threading.Condition()
         self._is_draining = self._is_closing = False
         self._error: str | None = None
@@ -99,15 +99,18 @@ class Worker(ABC):
 
     def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
         """Return log-probabilities of given tokens (`Engine.score`)."""
-        return self.between_steps(lambda: self._score(list(tokens), lease, start))
+        return self._queued(lambda: self._score(list(tokens), lease, start), is_change=False)
 
     def between_steps(self, action: Callable[[], T]) -> Future[T]:
         """Run an action in the thread of the engine (`Engine.between_steps`)."""
+        return self._queued(action, is_change=True)
+
+    def _queued(self, action: Callable[[], T], *, is_change: bool) -> Future[T]:
         future: Future[T] = Future()
         with self._changed:
             if self._error is not None or self._is_closing:
                 self._require_open()
-            self._actions.append((action, future))
+            self._actions.append((action, future, is_change))
             self._changed.notify()
         return future
 
@@ -199,8 +202,7 @@ class Worker(ABC):
         try:
             with evaluating(self.model):
                 while not self._is_closing:
-                    if self._actions:
-                        self._run_actions()
+                    if self._run_actions():
                         with self._changed:
                             self._changed.wait_for(self._has_waiting, FOLLOWED)
                     self._end_cancelled()
@@ -223,7 +225,7 @@ class Worker(ABC):
         error = self._stopped()
         for answer in (*waiting, *self._running()):
             answer.fail(error)
-        for _, future in actions:
+        for _, future, _ in actions:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
@@ -231,15 +233,19 @@ class Worker(ABC):
         """Return the error of a request that is not finished when the thread ends."""
         return EngineStoppedError(FAILED if self._error else "The server was shut down.")
 
-    def _run_actions(self) -> None:
+    def _run_actions(self) -> bool:
+        """Run the actions that wait; return whether one of them may have changed the adapters."""
+        has_changed = False
         while self._actions:
-            action, future = self._actions.popleft()
+            action, future, is_change = self._actions.popleft()
+            has_changed |= is_change
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
+        return has_changed
 
     def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
         """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""
