@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -125,13 +125,16 @@ async def begin(
         if body.base_logprobs:
             require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
+        sampling = settings.sampling
         stop_ids |= special_stops(lease.tokenizer, settings.stop)
         requests = [
             GenerationRequest(
                 prompt=ids,
                 lease=lease,
                 max_tokens=_room(serving, ids, settings),
-                sampling=_with_seed(settings.sampling, p * settings.answers + k),
+                sampling=replace(
+                    sampling, seed=derived_seed(sampling.seed, p * settings.answers + k)
+                ),
                 stop=settings.stop,
                 stop_ids=stop_ids,
                 top_logprobs=settings.top_logprobs,
@@ -150,15 +153,6 @@ async def begin(
         return generation
 
     return await guarded(request, work())
-
-
-def _with_seed(sampling: Sampling, index: int) -> Sampling:
-    return Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=derived_seed(sampling.seed, index),
-    )
 
 
 def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:

@@ -121,6 +121,3 @@ def run(
     listener.listen(BACKLOG)
     started()
     server.run([listener])
-
-
-__all__ = ["HEADER_BYTES", "HEADER_SECONDS", "Server", "TimedProtocol", "run"]
