@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from fakes import TEXT, FakeClassifier, classifying_store
-from served import BASE, Serve, Served
+from served import BASE, Serve, Served, wait_for
 
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
-from lorakit.serving.http import classify, errors, prompts
+from lorakit.serving.http import classify, errors, prompts, state
 from lorakit.serving.http.state import RequestRecord
 from lorakit.serving.http.streaming import EventStream
 
@@ -511,6 +511,23 @@ def test_a_slow_preparation_is_cancelled_and_its_lease_released(serve: Serve) ->
     served.store.hold.set()
     served.settle()
     assert len(served.store.leases) == 1
+
+
+def test_requests_that_wait_for_adapters_leave_threads_for_others(serve: Serve) -> None:
+    served = serve()
+    served.store.hold = threading.Event()
+    requests = [threading.Thread(target=served.complete) for _ in range(state.THREADS)]
+    for one in requests:
+        one.start()
+    wait_for(lambda: served.app.state.serving.computing == state.THREADS)
+    listing = threading.Thread(target=served.client.get, args=("/v1/models",))
+    listing.start()
+    listing.join(3)
+    was_answered = not listing.is_alive()
+    served.store.hold.set()
+    for one in (*requests, listing):
+        one.join()
+    assert was_answered
 
 
 def test_the_openapi_document_names_every_route(serve: Serve) -> None:

@@ -67,6 +67,10 @@ class Serving:
     workers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-http")
     )
+    loaders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-load")
+    )
+    """Acquire adapters. To install one, a thread waits for a step of the engine, on the batched engine for a batch."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -186,7 +190,7 @@ class Serving:
                 self.release(future.result()[0])
 
         async def attempt() -> tuple[Lease, T]:
-            future = self.workers.submit(work)
+            future = self.loaders.submit(work)
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
