@@ -16,7 +16,7 @@ from served import BASE, Serve, Served, wait_for
 
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
-from lorakit.serving.http import classify, errors, prompts, state
+from lorakit.serving.http import classify, errors, prompts, schemas, state
 from lorakit.serving.http.state import RequestRecord
 from lorakit.serving.http.streaming import EventStream
 
@@ -266,7 +266,7 @@ def test_a_body_is_strict_json(serve: Serve, case: str) -> None:
     assert words in error_of(answer, 400)["message"]
 
 
-MANY = 30_000
+MANY = 9_000
 WRONG = {
     "messages": ("/v1/chat/completions", {"messages": [0] * MANY}, "messages.0"),
     "messages without fields": (
@@ -310,6 +310,28 @@ def test_validation_stops_at_the_first_problem(
     monkeypatch.setattr(errors, "validation_error", counted)
     assert error_of(serve().post(path, model="sql", **body), 400)["param"] == param
     assert max(counts) < 10
+
+
+TOO_MANY = {
+    "messages": ("chat/completions", {"messages": [{"role": "user", "content": ""}] * 10_001}),
+    "parts": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 5_001}] * 2},
+    ),
+    "texts": ("classify", {"input": [["a", "b"]] * 10_001}),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MANY)
+def test_items_are_counted_before_they_are_validated(
+    serve: Serve, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation runs on the event loop: 60,000 messages would stop the server for a second."""
+    monkeypatch.setattr(schemas, "_is_pair", lambda _: 1 / 0)
+    monkeypatch.setattr(schemas.Message, "unsupported", None)  # fails at the first message
+    path, body = TOO_MANY[case]
+    error = error_of(serve().post(f"/v1/{path}", model="sql", **body), 400)
+    assert "at most 10,000" in error["message"]
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])

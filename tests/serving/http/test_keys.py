@@ -134,6 +134,14 @@ def test_too_many_requests_are_429(serve: Serve, tmp_path: Path) -> None:
     assert served.client.get("/health", headers=bearer(ALL)).status_code == 200
 
 
+def test_an_invalid_request_counts(serve: Serve, tmp_path: Path) -> None:
+    served = serve(keys=ring(tmp_path, {"name": "a", "key": ALL, "requests_per_minute": 1}))
+    answers = [
+        served.client.post("/v1/completions", json={}, headers=bearer(ALL)) for _ in range(2)
+    ]
+    assert [answer.status_code for answer in answers] == [400, 429]
+
+
 def test_tokens_are_reserved_and_unused_ones_given_back(serve: Serve, tmp_path: Path) -> None:
     served = serve(keys=ring(tmp_path, {"name": "a", "key": ALL, "tokens_per_minute": 100}))
     served.engine.text = lambda request: " a"

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from lorakit import storage
 from lorakit.formatting import size
 from lorakit.serving.http.errors import ApiError, ClientGone
-from lorakit.serving.http.state import serving_of
+from lorakit.serving.http.state import record_of, serving_of
 
 LARGE = 65_536
 """Bytes of a body that a worker thread parses: it takes longer than other requests should wait."""
@@ -25,13 +25,14 @@ class StrictRequest(Request):
     """A request whose body is read within the limits, also one without a content-length."""
 
     async def body(self) -> bytes:
-        """Return the body.
+        """Return the body, and count the request, also if it is invalid.
 
         Raises:
-            ApiError: It is too large, too slow, or not JSON by its content-type.
+            ApiError: It is too large, too slow, or not JSON by its content-type; or the key has sent too many.
             ClientGone: The client closed the connection.
         """
         if not hasattr(self, "_body"):
+            record_of(self).key.take_request()
             limits = serving_of(self).settings.limits
             try:
                 self._body = await asyncio.wait_for(

@@ -41,7 +41,6 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
             f"'input' has {len(rows):,} texts; this server allows at most {most:,} (max_inputs)."
         )
         raise ApiError(400, message, param="input", code="max_inputs")
-    record.key.take_request()
     admitted(serving)
     examples: list[LabelledExample] = []
 

@@ -118,7 +118,6 @@ async def begin(
     Raises:
         ApiError: The request cannot be answered. Then nothing is leased.
     """
-    record.key.take_request()
     admitted(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:

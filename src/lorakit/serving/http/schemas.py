@@ -13,6 +13,8 @@ List = Annotated[list[T], Field(fail_fast=True)]
 """A list whose first invalid item ends the validation. All of a large body would take seconds on the event loop."""
 MOST = 1000
 """Most prompts or adapters in a body, whatever the server's limits are; they are counted before they are validated."""
+MOST_TEXTS = 10_000
+"""The same for messages with their parts, and for texts to classify."""
 
 
 def unsupported(field: str, message: str) -> PydanticCustomError:
@@ -230,6 +232,12 @@ class Message(Strict):
         return value
 
 
+def _parts(message: Any) -> int:
+    """Return the number of parts of a message; a text is one."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return max(1, len(content)) if isinstance(content, list) else 1
+
+
 class ChatRequest(Generating):
     """A conversation to answer."""
 
@@ -266,6 +274,13 @@ class ChatRequest(Generating):
     safety_identifier: str | None = None
     """As `user`."""
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few_messages(cls, value: Any) -> Any:
+        if isinstance(value, list) and sum(map(_parts, value)) > MOST_TEXTS:
+            raise ValueError(f"a list with at most {MOST_TEXTS:,} messages and parts of them")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Any:
         if self.top_logprobs is not None and not self.logprobs:
@@ -299,9 +314,11 @@ class ClassifyRequest(Strict):
     @classmethod
     def _texts_or_pairs(cls, value: Any) -> Any:
         parts = [value] if isinstance(value, str) else value
-        is_list = isinstance(parts, list) and len(parts) > 0
+        is_list = isinstance(parts, list) and 0 < len(parts) <= MOST_TEXTS
         if not is_list or not (all(isinstance(p, str) for p in parts) or all(map(_is_pair, parts))):
-            raise ValueError("a text, a list of texts, or a list of pairs of texts")
+            raise ValueError(
+                f"a text, a list of texts, or a list of pairs of texts, at most {MOST_TEXTS:,}"
+            )
         return value
 
     @property
