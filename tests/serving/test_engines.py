@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
-from lorakit.serving import worker
+from lorakit.serving import continuous, worker
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
@@ -235,17 +235,24 @@ def test_log_probabilities_are_those_of_the_model(kind):
         assert token.top[0][1] >= token.top[1][1] >= token.top[2][1]
 
 
-def test_scores_of_a_prompt_are_not_computed():
-    """Those of a long prompt would take gigabytes of memory for the vocabulary."""
+def test_scores_are_computed_in_parts_and_not_of_a_prompt(kind, monkeypatch):
+    """All of a long text would take gigabytes of memory for the vocabulary."""
+    monkeypatch.setattr(continuous, "SCORED_ROWS", 32)
     model, rows = model_with_adapters(), []
+    tokens = prompts(1, shortest=100)[0]
+    handle_of(model).activate("a")
+    with torch.no_grad():
+        scores = model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+    handle_of(model).activate(None)
+    expected = scores.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
     model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
-    with running(make("continuous", model)) as engine:
-        rows.clear()
-        tokens = prompts(1, shortest=100)[0]
-        all_of_them = engine.score(tokens, PlainLease((), TOKENIZER)).result(60)
-        last = engine.score(tokens, PlainLease((), TOKENIZER), start=len(tokens) - 3).result(60)
-    assert rows == [len(tokens), 4]
-    assert last == pytest.approx(all_of_them[-3:], abs=1e-5)
+    with running(make(kind, model)) as engine:
+        for count in (len(tokens) - 1, 70, 3, 0):
+            rows.clear()
+            lease = PlainLease((("a", 1.0),), TOKENIZER)
+            found = engine.score(tokens, lease, start=len(tokens) - count).result(60)
+            assert found == pytest.approx(expected[len(expected) - count :], abs=1e-4)
+            assert max(rows, default=0) <= (32 if kind == "continuous" else count + 1)
 
 
 def test_stop_texts_and_stop_ids_end_an_answer(kind):

@@ -6,7 +6,7 @@ request waits until the batch before it has ended. It is also the reference that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import UNLIMITED, Worker
+from lorakit.serving.worker import SCORED_ROWS, UNLIMITED, Worker
 
 
 class BatchedEngine(Worker):
@@ -128,16 +128,18 @@ class BatchedEngine(Worker):
             ids.append(int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
         return ids
 
-    def _scores(self, tokens: list[int], start: int) -> Tensor:
+    def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
         if not self.model.config.is_encoder_decoder:
-            return super()._scores(tokens, start)
+            yield from super()._scores(tokens, start)
+            return
         first = self.model.generation_config.decoder_start_token_id  # type: ignore[union-attr]
         prompt, answer = self._prompt(tokens[:start]), [first, *tokens[start:-1]]
-        return self.model(
+        scores = self.model(
             input_ids=torch.tensor([prompt], device=self.model.device),
             decoder_input_ids=torch.tensor([answer], device=self.model.device),
             use_cache=False,
         ).logits[0]
+        yield from scores.split(SCORED_ROWS)
 
 
 class _NextTokens(LogitsProcessor):

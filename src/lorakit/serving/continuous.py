@@ -7,24 +7,24 @@ A step is one packed row of tokens, in which each request has its own adapters (
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.compute.batching import context_length
+from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Lease, Limits
 from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
 from lorakit.serving.pages import Key, PagePool, first_key, next_key
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import Worker, choice_of
+from lorakit.serving.worker import SCORED_ROWS, Worker, choice_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,15 +116,29 @@ class ContinuousEngine(Worker):
     def _cache_used(self) -> float:
         return 1 - self._pool.available / self._pool.count
 
-    def _last_scores(self, count: int) -> dict[str, Any]:
-        return {"logits_to_keep": count}
-
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
         self.model.set_attn_implementation(self._stock)
         try:
             return super()._score(tokens, lease, start)
         finally:
             self.model.set_attn_implementation(NAME)
+
+    def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
+        """Compute a part at a time (`Worker._scores`), with the keys and values of those before."""
+        ids = torch.tensor([tokens[:-1]], device=self.model.device)
+        # One part needs no cache, which is outside the memory for pages.
+        # Without the configuration it keeps all keys, also if that names a sliding window that the model ignores.
+        cache = DynamicCache() if len(tokens) - start > SCORED_ROWS else None
+        done = 0
+        for first in range(start - 1, len(tokens) - 1, SCORED_ROWS):
+            end = min(first + SCORED_ROWS, len(tokens) - 1)
+            yield self.model(
+                input_ids=ids[:, done:end],
+                use_cache=cache is not None,
+                logits_to_keep=end - first,
+                **{ARGUMENT: cache},
+            ).logits[0]
+            done = end
 
     # --- between steps -----------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Replay a share of the answers, to find out whether an answer came from other adapters than its receipt says.
 
-The tokens of an answer are computed again by the adapters of its receipt alone, all in one forward pass without
-batching, pages or reused prefixes, and the two log-probabilities of each token are compared. Texts cannot be compared:
-in bfloat16, rounding alone changes which of two likely tokens comes first.
+The tokens of an answer are computed again by the adapters of its receipt alone, without batching, pages or
+reused prefixes, and the two log-probabilities of each token are compared. Texts cannot be compared: in bfloat16,
+rounding alone changes which of two likely tokens comes first.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ FOLLOWED = 0.01
 """Seconds that an engine waits for a request after a change of the adapters. Most changes install the adapter of one
 that is submitted a moment later, and would else wait for a whole step."""
 
-SCORED_ROWS = 64
+SCORED_ROWS = 128
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
 
 
@@ -190,11 +191,6 @@ class Worker(ABC):
     def _running_count(self) -> int:
         return len(self._running())
 
-    def _last_scores(self, count: int) -> dict[str, Any]:
-        """Return arguments by which the model computes the scores of the last `count` tokens only, if it has any."""
-        del count
-        return {}
-
     def _cache_used(self) -> float:
         return 0.0
 
@@ -262,22 +258,21 @@ class Worker(ABC):
             raise DataError(
                 f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
             )
-        with self._by_row([lease]):
-            scores = self._scores(tokens, start)
-        new = torch.tensor(tokens[start:], device=scores.device)
+        new = torch.tensor(tokens[start:], device=self.model.device)
         values: list[float] = []
-        for first in range(0, len(new), SCORED_ROWS):
-            part = slice(first, first + SCORED_ROWS)
-            rows = scores[part].float().log_softmax(-1)
-            values += rows.gather(-1, new[part, None])[:, 0].tolist()
+        with self._by_row([lease]):
+            for scores in self._scores(tokens, start):
+                own = new[len(values) : len(values) + len(scores), None]
+                values += scores.float().log_softmax(-1).gather(-1, own)[:, 0].tolist()
         return values
 
-    def _scores(self, tokens: list[int], start: int) -> Tensor:
-        """Return the scores (N, V) of the N tokens from `start` on, each given all tokens before it."""
+    def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
+        """Yield the scores of the tokens from `start` on, each given all tokens before it, in parts (rows, V)."""
         ids = torch.tensor([tokens], device=self.model.device)
-        options = {**self._last_scores(len(tokens) - start + 1), "use_cache": False}
-        scores = self.model(input_ids=ids, **options).logits[0]
-        return scores[start - len(tokens) - 1 : -1]
+        accepts = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": len(tokens) - start + 1} if accepts else {}
+        scores = self.model(input_ids=ids, use_cache=False, **options).logits[0]
+        yield from scores[start - len(tokens) - 1 : -1].split(SCORED_ROWS)
 
 
 def choice_of(blend: Blend) -> AdapterChoice:
