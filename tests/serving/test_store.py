@@ -8,32 +8,28 @@ import gc
 import io
 import json
 import os
-import random
 import shutil
-import tempfile
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
-from random_adapters import randomise
 from safetensors.torch import load_file
+from stores import (
+    IDS,
+    LARGE,
+    LORA,
+    TENSORS,
+    alone,
+    answer,
+    open_base,
+    same_tensors,
+    tensors_on_model,
+    write_adapter,
+)
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
@@ -42,105 +38,10 @@ from lorakit.data import DataConfig
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError
 from lorakit.methods.method import Method
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.loading import Base, load_base
-from lorakit.models.sources import ModelSource
-from lorakit.serving.errors import StoreFullError, UnknownAdapterError
-from lorakit.serving.store import AdapterLease, AdapterStore
+from lorakit.models.loading import load_base
+from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.store import AdapterStore
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
-
-TENSORS = "adapter_model.safetensors"
-LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
-LARGE = 10**9
-VOCABULARY = len(tiny_tokenizer())
-IDS = torch.tensor([[5, 6, 7, 8]])
-
-
-def open_base(arch: str = "llama", head: str | None = None, **fields: Any) -> Base:
-    """Return a base as `load_base` does."""
-    new = fields.pop("new_weights", [])
-    model = tiny_models.build(arch, head, vocab_size=VOCABULARY, **fields)
-    return Base(
-        model,
-        tiny_tokenizer(),
-        ModelSource(name="tiny", path_or_id="tiny", kind="folder"),
-        new_weights=new,
-    )
-
-
-def write_adapter(
-    folder: Path,
-    *,
-    seed: int = 0,
-    method: Method = LORA,
-    tokenizer: Any = None,
-    base: Base | None = None,
-    provenance: dict[str, Any] | None = None,
-) -> Path:
-    """Write a random adapter of the tiny base; a present folder is replaced in one step."""
-    model = (base or open_base()).model
-    handle = lorakit.attach(model, method, name="x", seed=seed)
-    randomise(handle, seed=seed)
-    handle.save(folder, tokenizer=tokenizer, provenance=provenance, overwrite=True)
-    handle.detach()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four adapters, a to d, of one size."""
-    root = tmp_path_factory.mktemp("made")
-    for i, name in enumerate("abcd"):
-        write_adapter(root / name, seed=i)
-    return root
-
-
-@pytest.fixture
-def root(made: Path, tmp_path: Path) -> Path:
-    """A folder of its own with these adapters."""
-    shutil.copytree(made, tmp_path / "root")
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def store(root: Path) -> AdapterStore:
-    return AdapterStore(open_base(), root, budget=LARGE)
-
-
-def size_of_one(root: Path) -> int:
-    store = AdapterStore(open_base(), root, budget=LARGE)
-    store.acquire("a").release()
-    return store.stats().bytes
-
-
-@torch.no_grad()
-def answer(store: AdapterStore, lease: AdapterLease) -> torch.Tensor:
-    """Return the logits under a lease, in a packed batch."""
-    ((name, weight),) = lease.blend or (("", 0),)
-    with store.handle.per_token([({name: weight} if name else None, 4)]):
-        return store.base.model(IDS).logits
-
-
-@torch.no_grad()
-def alone(folder: Path) -> torch.Tensor:
-    """Return the logits of the adapter in a folder, on a base of its own."""
-    model = open_base().model
-    lorakit.load(model, folder, name="x")
-    return model(IDS).logits
-
-
-def tensors_on_model(store: AdapterStore, lease: AdapterLease) -> dict[str, torch.Tensor]:
-    """Return the tensors of the lease's one adapter, by their names in PEFT's file."""
-    ((name, _),) = lease.blend
-    return {
-        f"base_model.model.{path}.{part}.weight": getattr(module, part).detach().clone()
-        for path, module in store.handle.modules(name).items()
-        for part in ("lora_A", "lora_B")
-    }
-
-
-def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
-
 
 # --- identity -----------------------------------------------------------------------------------------
 
@@ -462,123 +363,6 @@ def test_the_handle_stays_when_the_last_adapter_is_removed(store: AdapterStore, 
         torch.testing.assert_close(answer(store, lease), alone(root / "b"))
 
 
-# --- the budget ---------------------------------------------------------------------------------------
-
-
-def test_eviction_never_takes_an_adapter_in_use(root: Path) -> None:
-    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root))
-    in_use = store.acquire("a")
-    expected = answer(store, in_use)
-    for name in "bcdbcd":
-        store.acquire(name).release()
-        assert store.stats().loaded == 2
-        assert in_use.blend[0][0] in store.handle.names
-    torch.testing.assert_close(answer(store, in_use), expected)
-    assert store.stats().evictions == 5
-    other = store.acquire("b")
-    with pytest.raises(StoreFullError, match="--adapter_memory"):
-        store.acquire("c")
-    torch.testing.assert_close(answer(store, in_use), expected)
-    other.release()
-    store.acquire("c").release()  # the error is not remembered
-    assert store.stats().bytes <= store.budget
-
-
-def test_the_least_recently_used_one_leaves(root: Path) -> None:
-    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root))
-    for name in "abac":
-        store.acquire(name).release()
-    assert [store.describe(name)["loaded"] for name in "abc"] == [True, False, True]
-
-
-def test_pinned_adapters_are_loaded_from_the_start_and_stay(root: Path) -> None:
-    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root), pinned=["a"])
-    assert (store.stats().loads, store.stats().pinned) == (1, 1)
-    for name in "bcdb":
-        store.acquire(name).release()
-    assert store.describe("a")["loaded"]
-    with pytest.raises(StoreFullError):
-        AdapterStore(open_base(), root, budget=100, pinned=["a"])
-    with pytest.raises(UnknownAdapterError):
-        AdapterStore(open_base(), root, budget=LARGE, pinned=["none"])
-
-
-def test_two_threads_load_an_adapter_once(store: AdapterStore) -> None:
-    begin, leases = threading.Barrier(4), []
-
-    def acquire() -> None:
-        begin.wait()
-        leases.append(store.acquire("a"))
-
-    threads = [threading.Thread(target=acquire) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert store.stats().loads == 1
-    assert store.stats().leases == {"a": 4}
-    assert len({lease.blend for lease in leases}) == 1
-    for lease in leases:
-        lease.release()
-    assert store.stats().leases == {}
-
-
-def test_loading_one_adapter_does_not_block_another(root: Path) -> None:
-    """An engine whose step takes long, and a lease that is released in its thread."""
-    may_change, waits = threading.Event(), threading.Event()
-
-    def between_steps(action: Callable[[], Any]) -> Any:
-        waits.set()
-        assert may_change.wait(10)
-        return action()
-
-    store = AdapterStore(open_base(), root, budget=LARGE, pinned=["a"], between_steps=between_steps)
-    loading = threading.Thread(target=lambda: store.acquire("b").release())
-    loading.start()
-    assert waits.wait(10)
-    began = time.perf_counter()
-    lease = store.acquire("a")
-    lease.release()
-    assert time.perf_counter() - began < 1
-    may_change.set()
-    loading.join(10)
-    assert store.describe("b")["loaded"]
-
-
-@contextmanager
-def engine_thread() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Yield a function that runs an action in another thread, as an engine does between its steps."""
-    with ThreadPoolExecutor(1) as thread:
-        yield lambda action: thread.submit(action).result(30)
-
-
-def test_a_lease_is_released_in_the_engines_thread_without_waiting_for_it(root: Path) -> None:
-    """The engine runs changes in its own thread, so a release there must not wait for a change."""
-    with engine_thread() as in_engine:
-        store = AdapterStore(open_base(), root, budget=LARGE, between_steps=in_engine)
-        lease = store.acquire("a")
-        store.remove("a")
-        in_engine(lease.release)
-        store.settle()
-        assert store.stats().bytes == 0
-
-
-def test_an_engine_that_has_died_does_not_make_an_adapter_bad(root: Path) -> None:
-    dead = True
-
-    def between_steps(action: Callable[[], Any]) -> Any:
-        if dead:
-            raise AdapterStateError("the engine has died")
-        return action()
-
-    store = AdapterStore(open_base(), root, budget=LARGE, between_steps=between_steps)
-    with pytest.raises(AdapterStateError, match="has died"):
-        store.acquire("a")
-    assert store.stats().bytes == 0
-    dead = False
-    store.acquire("a").release()
-
-
 # --- what is refused ----------------------------------------------------------------------------------
 
 
@@ -851,168 +635,3 @@ def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
         assert not same_tensors(tensors_on_model(store, lease), tensors_on_model(store, newest))
     with pytest.raises(AdapterStateError, match="'live' already"):
         store.follow(run, "live")
-
-
-# --- all of it in any order -----------------------------------------------------------------------------
-
-
-class StoreMachine(RuleBasedStateMachine):
-    """Names, contents and leases in any order: the tensors of each lease are those of the file when it was taken."""
-
-    NAMES = "xyz"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.root = self.folder / "root"
-        self.root.mkdir()
-        self.store = AdapterStore(self.base, self.root, budget=2 * self.size + 10)
-        self.files: dict[str, int] = {}
-        """Content of each folder."""
-        self.withdrawn: set[str] = set()
-        self.leases: list[tuple[AdapterLease, int]] = []
-
-    contents: Path
-    base: Base
-    size: int
-    tensors: list[dict[str, torch.Tensor]]
-
-    @property
-    def known(self) -> set[str]:
-        return self.files.keys() - self.withdrawn
-
-    @rule(name=st.sampled_from(NAMES), content=st.integers(0, 3), in_place=st.booleans())
-    def write(self, name: str, content: int, in_place: bool) -> None:
-        folder = self.root / name
-        if in_place and folder.exists():
-            for file in (self.contents / "abcd"[content]).iterdir():
-                (folder / file.name).write_bytes(file.read_bytes())
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(self.contents / "abcd"[content], folder)
-        self.files[name] = content
-
-    @rule(name=st.sampled_from(NAMES))
-    def delete(self, name: str) -> None:
-        shutil.rmtree(self.root / name, ignore_errors=True)
-        self.files.pop(name, None)
-
-    @rule(name=st.sampled_from(NAMES))
-    def remove(self, name: str) -> None:
-        if name in self.known:
-            self.store.remove(name)
-            self.withdrawn.add(name)
-        else:
-            with pytest.raises(UnknownAdapterError):
-                self.store.remove(name)
-
-    @rule(name=st.sampled_from(NAMES))
-    def add(self, name: str) -> None:
-        if name not in self.files:
-            with pytest.raises(AdapterFileError):
-                self.store.add(name, name, replace=True)
-            return
-        try:
-            self.store.add(name, name, replace=True)
-        except StoreFullError:
-            assert len({content for _, content in self.leases}) == 2
-            return
-        self.withdrawn.discard(name)
-
-    @rule(name=st.sampled_from(NAMES))
-    def acquire(self, name: str) -> None:
-        if name not in self.known:
-            with pytest.raises(UnknownAdapterError):
-                self.store.acquire(name)
-            return
-        content, in_use = self.files[name], {content for _, content in self.leases}
-        try:
-            lease = self.store.acquire(name)
-        except StoreFullError:
-            assert content not in in_use
-            assert len(in_use) == 2
-            return
-        self.leases.append((lease, content))
-
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        lease.release()
-
-    @invariant()
-    def leases_keep_their_content(self) -> None:
-        for lease, content in self.leases:
-            assert same_tensors(tensors_on_model(self.store, lease), self.tensors[content])
-
-    @invariant()
-    def books_balance(self) -> None:
-        self.store.settle()
-        stats = self.store.stats()
-        assert stats.loaded == len(self.store.handle.names) <= 2
-        assert stats.bytes == self.size * stats.loaded
-        assert sum(stats.leases.values()) == len(self.leases)
-        assert set(self.store.names()) == self.known
-
-    def teardown(self) -> None:
-        for lease, _ in self.leases:
-            lease.release()
-        self.store.handle.detach()
-        shutil.rmtree(self.folder)
-
-
-@pytest.mark.slow
-def test_leases_keep_their_content_in_any_order_of_changes(made: Path) -> None:
-    StoreMachine.contents, StoreMachine.base = made, open_base()
-    StoreMachine.size = size_of_one(made)
-    StoreMachine.tensors = [load_file(made / name / TENSORS) for name in "abcd"]
-    run_state_machine_as_test(
-        StoreMachine, settings=settings(max_examples=8, stateful_step_count=20, deadline=None)
-    )
-
-
-@pytest.mark.slow
-def test_threads_that_load_while_the_model_runs_get_their_own_answers(root: Path) -> None:
-    """An engine runs passes of the leases it is given; other threads acquire, replace, remove and add."""
-    errors: list[BaseException] = []
-    expected = {name: alone(root / name) for name in "abcd"}
-    with engine_thread() as in_engine:
-        store = AdapterStore(
-            open_base(), root, budget=3 * size_of_one(root), between_steps=in_engine
-        )
-
-        def request(seed: int) -> None:
-            draw = random.Random(seed)
-            try:
-                for _ in range(40):
-                    name = draw.choice("abcd")
-                    try:
-                        lease = store.acquire(name)
-                    except (StoreFullError, UnknownAdapterError):
-                        continue
-
-                    def compute(lease: AdapterLease = lease) -> torch.Tensor:
-                        logits = answer(store, lease)
-                        if draw.random() < 0.5:
-                            lease.release()
-                        return logits
-
-                    torch.testing.assert_close(in_engine(compute), expected[name])
-                    lease.release()
-                    if draw.random() < 0.2:
-                        with suppress(UnknownAdapterError, StoreFullError, AdapterStateError):
-                            store.remove(name)
-                            store.add(name, name)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=request, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        store.settle()
-    assert not errors, errors[0]
-    assert store.stats().leases == {}
-    assert store.stats().loaded == len(store.handle.names)
-    assert store.stats().bytes <= store.budget

@@ -19,7 +19,7 @@ from lorakit.serving.continuous import PAGE
 
 ELSEWHERE = {
     "loading an adapter evicts one that a request uses": (
-        "test_store",
+        "test_adapter_memory",
         "test_eviction_never_takes_an_adapter_in_use",
     ),
     "a request in flight goes on with new content": (
@@ -31,7 +31,7 @@ ELSEWHERE = {
         "test_a_removed_name_is_unknown_at_once_and_its_memory_is_freed",
     ),
     "loading while generating crashes": (
-        "test_store",
+        "test_adapter_memory",
         "test_threads_that_load_while_the_model_runs_get_their_own_answers",
     ),
     "unload after traffic waits for ever": ("test_store", "test_unloading_after_traffic_returns"),
