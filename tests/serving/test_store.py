@@ -485,7 +485,7 @@ def test_the_tokenizer_is_the_folders_own(store: AdapterStore, root: Path) -> No
     assert leases["own"].tokenizer.chat_template == own.chat_template
     assert leases["again"].tokenizer is leases["own"].tokenizer  # read once
     assert leases["same"].tokenizer is leases["a"].tokenizer is store.base.tokenizer
-    with pytest.raises(AdapterFileError, match="different tokenizers"):
+    with pytest.raises(AdapterStateError, match="different tokenizers"):
         store.acquire({"own": 0.5, "a": 0.5})
     store.acquire({"own": 0.5, "again": 0.5}).release()
     store.acquire({"same": 0.5, "a": 0.5}).release()
@@ -571,6 +571,15 @@ def test_a_head_with_more_labels_than_the_base_is_refused(tmp_path: Path) -> Non
     write_adapter(tmp_path / "x", method=method, base=open_base("llama", head, num_labels=5))
     with pytest.raises(AdapterFileError, match=r"has 5 labels.*--num_labels 5"):
         AdapterStore(open_base("llama", head, num_labels=4), tmp_path, budget=LARGE).acquire("x")
+
+
+def test_a_blend_of_different_labels_is_the_clients_mistake(tmp_path: Path) -> None:
+    base = open_base("llama", "sequence-classification", num_labels=2)
+    for name, labels in (("one", ["no", "yes"]), ("other", ["bad", "good"])):
+        write_adapter(tmp_path / name, base=base, provenance={"labels": labels})
+    store = AdapterStore(base, tmp_path, budget=LARGE)
+    with pytest.raises(AdapterStateError, match="predict different labels"):
+        store.acquire({"one": 0.5, "other": 0.5})
 
 
 def test_a_random_head_is_never_used(root: Path) -> None:

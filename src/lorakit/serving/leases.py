@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.choice import Blend
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterStateError
 from lorakit.serving.engine import Receipt
 from lorakit.serving.loaded import Loaded
 
@@ -90,7 +90,7 @@ def common_tokenizer(held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
     (first, one), *others = held.items()
     for name, other in others:
         if other.tokenizer.digest != one.tokenizer.digest:
-            raise AdapterFileError(
+            raise AdapterStateError(
                 f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend of "
                 "them. Request them one by one."
             )
@@ -102,7 +102,7 @@ def common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]
     (first, one), *others = held.items()
     for name, other in others:
         if (other.outputs, other.labels) != (one.outputs, one.labels):
-            raise AdapterFileError(
+            raise AdapterStateError(
                 f"'{first}' and '{name}' predict different labels, so a blend of them has no meaning. Request them one "
                 "by one."
             )

@@ -275,8 +275,7 @@ class AdapterStore:
 
         Raises:
             UnknownAdapterError: A name is unknown; the message lists the known ones.
-            AdapterFileError: The file is damaged or unsafe, does not fit the model, or changes while it is read; or the
-                adapters of a blend have different tokenizers.
+            AdapterFileError: The file is damaged or unsafe, does not fit the model, or changes while it is read.
             WrongBaseError: It was trained on another base.
             AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
             StoreFullError: Adapters in use hold the memory.
