@@ -412,6 +412,23 @@ def test_an_adapter_that_matches_no_module_is_refused(root: Path, tmp_path: Path
     other.acquire("a").release()
 
 
+def test_a_refused_adapter_leaves_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is remembered: neither the tensors nor the first request may stay with it."""
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def refuse(model: Any, stored: Any, path: str, **_: Any) -> None:
+        tensors.append(weakref.ref(next(iter(stored.layers.values())).A))
+        raise WrongBaseError(f"'{path}' was trained on another base.")
+
+    monkeypatch.setattr("lorakit.serving.preparing.check_base", refuse)
+    store = AdapterStore(open_base(), root, budget=LARGE)
+    for _ in range(2):
+        with pytest.raises(WrongBaseError, match="another base"):
+            store.acquire("a")
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None]  # read once
+
+
 CONVOLUTION = lorakit.LoRA(rank=1, alpha=1, targets=("conv.conv",))
 
 

@@ -342,21 +342,12 @@ class AdapterStore:
                 raise self._vanished(name, entry)
             location, state = found
             try:
-                with _refusing():
-                    self._require_allowed(entry.source, location)
-                    folders.require_size(state, max(_READ * self.budget, folders.LARGEST_OTHER))
-                    digests = folders.digests_of(location, state)
-                with self._loaded.loading(digests.whole):
-                    loaded = self._loaded.take(digests.whole) or self._load(
-                        location, state, digests
-                    )
-            except _NotServedError as refused:
-                if not folders.unchanged(location, state):
-                    continue
-                self._see(entry, _Seen(state, refusal=refused.error))
-                raise refused.error from None
+                loaded = self._load(entry, location, state)
+            except LorakitError:
+                if folders.unchanged(location, state):
+                    raise
+                continue
             if loaded is not None:
-                self._see(entry, _Seen(state, digests.whole))
                 return loaded
         raise AdapterFileError(
             f"'{location.path}' changed each time it was read. Write a new adapter into another folder and rename it."
@@ -388,25 +379,49 @@ class AdapterStore:
             assert self.root is not None
             folders.require_within(location, self.root)
 
-    def _load(self, location: Location, state: State, digests: folders.Digests) -> Loaded | None:
-        """Load an adapter, with its first lease; return None if its files have changed meanwhile."""
-        with _refusing():
-            tokenizer = self._tokenizer_of(location, digests.tokenizer)
-            prepared = in_own_thread(
-                lambda: prepare(
-                    self.base,
-                    location,
-                    allow_other_base=self._allow_other_base,
-                    tokenizer=tokenizer.digest,
-                    record=self._record,
+    def _load(self, entry: _Entry, location: Location, state: State) -> Loaded | None:
+        """Return the adapter in an entry's files, with one more lease; None if they have changed meanwhile."""
+        with self._refusing(entry, location, state):
+            self._require_allowed(entry.source, location)
+            folders.require_size(state, max(_READ * self.budget, folders.LARGEST_OTHER))
+            digests = folders.digests_of(location, state)
+        with self._loaded.loading(digests.whole):
+            loaded = self._loaded.take(digests.whole)
+            if loaded is None:
+                with self._refusing(entry, location, state):
+                    tokenizer = self._tokenizer_of(location, digests.tokenizer)
+                    prepared = in_own_thread(
+                        lambda: prepare(
+                            self.base,
+                            location,
+                            allow_other_base=self._allow_other_base,
+                            tokenizer=tokenizer.digest,
+                            record=self._record,
+                        )
+                    )
+                if not folders.unchanged(location, state):
+                    return None
+                outputs, labels = prepared.outputs, prepared.labels
+                loaded = Loaded(
+                    digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task
                 )
-            )
-        if not folders.unchanged(location, state):
-            return None
-        outputs, labels = prepared.outputs, prepared.labels
-        loaded = Loaded(digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task)
-        self._loaded.install(loaded, prepared, location.path)
+                self._loaded.install(loaded, prepared, location.path)
+        self._see(entry, _Seen(state, digests.whole))
         return loaded
+
+    @contextmanager
+    def _refusing(self, entry: _Entry, location: Location, state: State) -> Iterator[None]:
+        """Remember an error in the block as that of an entry's files, unless the system lacked something."""
+        try:
+            yield
+        except LorakitError as error:
+            cause: BaseException | None = error
+            while cause is not None and not is_momentary(cause):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None and folders.unchanged(location, state):
+                # A copy: the error's traceback would keep the tensors that were read.
+                self._see(entry, _Seen(state, refusal=type(error)(*error.args)))
+            raise
 
     def _tokenizer_of(self, location: Location, files: str) -> Tokenizer:
         """Return the folder's own tokenizer, read once for all folders with the same files; else the base's."""
@@ -494,27 +509,6 @@ class AdapterStore:
         with self._lock:
             leases = dict(self._leases)
         return self._loaded.stats(leases)
-
-
-class _NotServedError(Exception):
-    """Content that is not served. Other errors, such as full memory, may be gone at the next request."""
-
-    def __init__(self, error: LorakitError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    try:
-        yield
-    except LorakitError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if is_momentary(cause):
-                raise error
-            cause = cause.__cause__ or cause.__context__
-        raise _NotServedError(error) from error
 
 
 def _serves(source: Source) -> bool:
