@@ -34,11 +34,14 @@ from stores import (
     same_tensors,
     size_of_one,
     tensors_on_model,
+    write_adapter,
 )
 
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.models.loading import Base
+from lorakit.serving import folders
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
+from lorakit.serving.preparing import prepare
 from lorakit.serving.store import AdapterLease, AdapterStore
 
 # --- the budget ---------------------------------------------------------------------------------------
@@ -80,6 +83,37 @@ def test_pinned_adapters_are_loaded_from_the_start_and_stay(root: Path) -> None:
         AdapterStore(open_base(), root, budget=100, pinned=["a"])
     with pytest.raises(UnknownAdapterError):
         AdapterStore(open_base(), root, budget=LARGE, pinned=["none"])
+
+
+def test_a_pinned_adapter_makes_room_for_its_new_content(root: Path) -> None:
+    store = AdapterStore(open_base(), root, budget=size_of_one(root), pinned=["a"])
+    write_adapter(root / "a", seed=9)
+    with store.acquire("a") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+
+
+def test_a_request_without_room_reads_its_adapter_once_before_it_loads_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (
+            reads.append(original.__name__),
+            original(*args, **kwargs),
+        )[1]
+
+    store = AdapterStore(open_base(), root, budget=size_of_one(root))
+    in_use = store.acquire("a")
+    monkeypatch.setattr("lorakit.serving.store.prepare", counted(prepare))
+    monkeypatch.setattr(folders, "digests_of", counted(folders.digests_of))
+    for _ in range(5):
+        with pytest.raises(StoreFullError):
+            store.acquire("b")
+    assert reads == ["digests_of", "prepare"]
+    in_use.release()
+    store.acquire("b").release()
+    assert reads == ["digests_of", "prepare"] * 2
 
 
 def test_two_threads_load_an_adapter_once(store: AdapterStore) -> None:

@@ -177,7 +177,11 @@ class LoadedAdapters:
         """
         with self._changes:
             with self._lock:
-                leaving = self._make_room(loaded.bytes, path)
+                evicted = self._to_evict(loaded.bytes, path)
+                for other in evicted:
+                    del self._usable[other.digest]
+                self.evictions += len(evicted)
+                leaving, self._garbage = [*self._garbage, *evicted], []
                 self.bytes += loaded.bytes
             try:
                 self._change(leaving, lambda: self._add(loaded, prepared))
@@ -199,8 +203,13 @@ class LoadedAdapters:
                     self.handle.remove(loaded.name)
                 raise
 
-    def _make_room(self, needed: int, path: str) -> list[Loaded]:
-        """Withdraw adapters that free `needed` bytes, the least recently used first, and return them."""
+    def require_room(self, needed: int, path: str) -> None:
+        """Raise if an adapter of `needed` bytes cannot be installed now (`install`)."""
+        with self._changes, self._lock:  # no change is under way, which would hold memory
+            self._to_evict(needed, path)
+
+    def _to_evict(self, needed: int, path: str) -> list[Loaded]:
+        """Return the adapters to unload to free `needed` bytes, the least recently used first."""
         free = self.budget - self.bytes + sum(other.bytes for other in self._garbage)
         idle = [
             other
@@ -218,11 +227,7 @@ class LoadedAdapters:
                 f"'{path}' needs {size(needed)}, and {size(max(0, free))} of the {size(self.budget)} for adapters can "
                 "be freed: the others are in use or pinned. Try again later, or raise --adapter_memory."
             )
-        for other in evicted:
-            del self._usable[other.digest]
-        self.evictions += len(evicted)
-        leaving, self._garbage = [*self._garbage, *evicted], []
-        return leaving
+        return evicted
 
     def collect(self) -> None:
         """Remove the adapters that nothing can use any more from the model."""

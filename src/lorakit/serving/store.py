@@ -53,6 +53,8 @@ class _Seen:
 
     state: State
     digest: str = ""
+    bytes: int = 0
+    """Size of its tensors on the model."""
     refusal: LorakitError | None = None
     """Why it is not served, in place of a digest."""
 
@@ -67,7 +69,7 @@ class _Entry:
 
     @property
     def digest(self) -> str | None:
-        """Digest of the content that was loaded last; None if there is none, or it is refused."""
+        """Digest of the content that was read last; None if there is none, or it is refused."""
         return (self.seen and self.seen.digest) or None
 
 
@@ -336,6 +338,7 @@ class AdapterStore:
                 raise type(seen.refusal)(*seen.refusal.args)
             if loaded := self._loaded.take(seen.digest):
                 return loaded
+            self._loaded.require_room(seen.bytes, location.path)  # before it is read
         for _ in range(_ATTEMPTS):
             found = folders.settled(entry.source)
             if found is None:
@@ -386,7 +389,7 @@ class AdapterStore:
             folders.require_size(state, max(_READ * self.budget, folders.LARGEST_OTHER))
             digests = folders.digests_of(location, state)
         with self._loaded.loading(digests.whole):
-            loaded = self._loaded.take(digests.whole)
+            loaded, prepared = self._loaded.take(digests.whole), None
             if loaded is None:
                 with self._refusing(entry, location, state):
                     tokenizer = self._tokenizer_of(location, digests.tokenizer)
@@ -405,8 +408,9 @@ class AdapterStore:
                 loaded = Loaded(
                     digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task
                 )
+            self._see(entry, _Seen(state, digests.whole, loaded.bytes))
+            if prepared is not None:
                 self._loaded.install(loaded, prepared, location.path)
-        self._see(entry, _Seen(state, digests.whole))
         return loaded
 
     @contextmanager
