@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from hypothesis.stateful import (
 from safetensors.torch import load_file
 from stores import (
     LARGE,
+    LORA,
     TENSORS,
     alone,
     answer,
@@ -79,7 +81,7 @@ def test_pinned_adapters_are_loaded_from_the_start_and_stay(root: Path) -> None:
     for name in "bcdb":
         store.acquire(name).release()
     assert store.describe("a")["loaded"]
-    with pytest.raises(StoreFullError):
+    with pytest.raises(AdapterFileError, match="Raise --adapter_memory"):
         AdapterStore(open_base(), root, budget=100, pinned=["a"])
     with pytest.raises(UnknownAdapterError):
         AdapterStore(open_base(), root, budget=LARGE, pinned=["none"])
@@ -114,6 +116,26 @@ def test_a_request_without_room_reads_its_adapter_once_before_it_loads_it(
     in_use.release()
     store.acquire("b").release()
     assert reads == ["digests_of", "prepare"] * 2
+
+
+@pytest.mark.parametrize(
+    ("adapters", "pinned", "choice"),
+    [(1, "", "big"), (2, "a", "big"), (2, "", {"a": 0.5, "b": 0.25, "c": 0.25})],
+    ids=["larger than the budget", "beside a pinned one", "a blend"],
+)
+def test_what_can_never_fit_does_not_wait_for_other_requests(
+    root: Path, adapters: int, pinned: str, choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(root / "big", method=dataclasses.replace(LORA, rank=4))
+    store = AdapterStore(open_base(), root, budget=adapters * size_of_one(root), pinned=[*pinned])
+    with store.acquire("a"):
+        for _ in range(2):
+            with pytest.raises(AdapterFileError, match=r"needs .*, more than the .* occupy"):
+                store.acquire(choice)
+            monkeypatch.setattr(
+                "lorakit.serving.store.prepare", lambda *_, **__: pytest.fail("read")
+            )
+    assert store.stats().leases == {}
 
 
 def test_two_threads_load_an_adapter_once(store: AdapterStore) -> None:

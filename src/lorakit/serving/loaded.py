@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.handle import Adapters
 from lorakit.adapters.loading import install
+from lorakit.errors import AdapterFileError
 from lorakit.formatting import size
 from lorakit.serving.errors import StoreFullError
 from lorakit.serving.preparing import Prepared
@@ -164,20 +165,24 @@ class LoadedAdapters:
                 if users > 1:
                     self._loading[digest] = lock, users - 1
 
-    def install(self, loaded: Loaded, prepared: Prepared, path: str) -> None:
+    def install(
+        self, loaded: Loaded, prepared: Prepared, path: str, beside: Collection[Loaded]
+    ) -> None:
         """Put a prepared adapter on the model, and unload others if memory is short.
 
         Args:
             loaded: The adapter, with its first lease.
             prepared: Its modules.
             path: Its folder, for the message.
+            beside: Adapters that its request holds too.
 
         Raises:
-            StoreFullError: Adapters in use hold the memory.
+            StoreFullError: Adapters that other requests use hold the memory.
+            AdapterFileError: There would be too little memory without them too.
         """
         with self._changes:
             with self._lock:
-                evicted = self._to_evict(loaded.bytes, path)
+                evicted = self._to_evict(loaded.bytes, path, beside)
                 for other in evicted:
                     del self._usable[other.digest]
                 self.evictions += len(evicted)
@@ -203,13 +208,20 @@ class LoadedAdapters:
                     self.handle.remove(loaded.name)
                 raise
 
-    def require_room(self, needed: int, path: str) -> None:
+    def require_room(self, needed: int, path: str, beside: Collection[Loaded]) -> None:
         """Raise if an adapter of `needed` bytes cannot be installed now (`install`)."""
         with self._changes, self._lock:  # no change is under way, which would hold memory
-            self._to_evict(needed, path)
+            self._to_evict(needed, path, beside)
 
-    def _to_evict(self, needed: int, path: str) -> list[Loaded]:
+    def _to_evict(self, needed: int, path: str, beside: Collection[Loaded]) -> list[Loaded]:
         """Return the adapters to unload to free `needed` bytes, the least recently used first."""
+        staying = self._pinned.union(other.digest for other in beside)
+        most = self.budget - sum(o.bytes for o in self._usable.values() if o.digest in staying)
+        if needed > most:
+            raise AdapterFileError(
+                f"'{path}' needs {size(needed)}, more than the {size(most)} of --adapter_memory that neither pinned "
+                "adapters nor the others of its blend occupy. Raise --adapter_memory."
+            )
         free = self.budget - self.bytes + sum(other.bytes for other in self._garbage)
         idle = [
             other

@@ -182,7 +182,7 @@ class AdapterStore:
 
         Raises:
             AdapterStateError: The name is taken or not printable, or a batch of several adapters cannot use it.
-            AdapterFileError: The path is outside the root, holds no adapter, or a damaged one.
+            AdapterFileError: The path is outside the root, holds no adapter, or a damaged or too large one.
             WrongBaseError: It was trained on another base.
             StoreFullError: Adapters in use hold the memory.
         """
@@ -277,7 +277,8 @@ class AdapterStore:
 
         Raises:
             UnknownAdapterError: A name is unknown; the message lists the known ones.
-            AdapterFileError: The file is damaged or unsafe, does not fit the model, or changes while it is read.
+            AdapterFileError: The file is damaged or unsafe, changes while it is read, or does not fit the model or the
+                budget.
             WrongBaseError: It was trained on another base.
             AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
             StoreFullError: Adapters in use hold the memory.
@@ -288,7 +289,7 @@ class AdapterStore:
         held: dict[str, Loaded] = {}
         try:
             for name in weights:
-                held[name] = self._acquire(name, self._entry(name))
+                held[name] = self._acquire(name, self._entry(name), beside=held.values())
             blend: dict[str, float] = {}
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
@@ -325,8 +326,8 @@ class AdapterStore:
             (), receipt, self.base.tokenizer, labels, outputs, None, Holders(lambda: None)
         )
 
-    def _acquire(self, name: str, entry: _Entry) -> Loaded:
-        """Return the loaded adapter of an entry, with one more lease."""
+    def _acquire(self, name: str, entry: _Entry, beside: Collection[Loaded] = ()) -> Loaded:
+        """Return the loaded adapter of an entry, with one more lease. The request also holds those `beside` it."""
         location = entry.source.locate()
         if location is None:
             raise self._vanished(name, entry)
@@ -338,14 +339,14 @@ class AdapterStore:
                 raise type(seen.refusal)(*seen.refusal.args)
             if loaded := self._loaded.take(seen.digest):
                 return loaded
-            self._loaded.require_room(seen.bytes, location.path)  # before it is read
+            self._loaded.require_room(seen.bytes, location.path, beside)  # before it is read
         for _ in range(_ATTEMPTS):
             found = folders.settled(entry.source)
             if found is None:
                 raise self._vanished(name, entry)
             location, state = found
             try:
-                loaded = self._load(entry, location, state)
+                loaded = self._load(entry, location, state, beside)
             except LorakitError:
                 if folders.unchanged(location, state):
                     raise
@@ -382,7 +383,9 @@ class AdapterStore:
             assert self.root is not None
             folders.require_within(location, self.root)
 
-    def _load(self, entry: _Entry, location: Location, state: State) -> Loaded | None:
+    def _load(
+        self, entry: _Entry, location: Location, state: State, beside: Collection[Loaded]
+    ) -> Loaded | None:
         """Return the adapter in an entry's files, with one more lease; None if they have changed meanwhile."""
         with self._refusing(entry, location, state):
             self._require_allowed(entry.source, location)
@@ -410,7 +413,7 @@ class AdapterStore:
                 )
             self._see(entry, _Seen(state, digests.whole, loaded.bytes))
             if prepared is not None:
-                self._loaded.install(loaded, prepared, location.path)
+                self._loaded.install(loaded, prepared, location.path, beside)
         return loaded
 
     @contextmanager
