@@ -319,8 +319,6 @@ def _count_error(site: Site, kept: Kept, response: httpx.Response, outcome: Outc
         outcome.expected["adapter not loaded (404)"] += 1
     elif status == 429:
         outcome.expected["queue full (429)"] += 1
-    elif status == 503 and kind == "adapter_memory_full":
-        outcome.expected["adapter memory full (503)"] += 1
     else:
         outcome.unexpected[f"request: {status} {kind}"] += 1
 

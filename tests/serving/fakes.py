@@ -81,6 +81,8 @@ class FakeStore:
         return lease
 
     def add(self, name: str, path: Any, *, replace: bool, allows: Callable[[str], bool]) -> None:
+        if self.fails is not None:
+            raise self.fails
         if "/" in str(path) or not allows(path):
             raise LorakitError(f"'{path}' is outside the folder of adapters.")
         self.records[name] = {"task": "completion", "path": f"/adapters/{path}"}
@@ -100,7 +102,7 @@ class FakeStore:
         return self.records[name].get("report")
 
     def stats(self) -> Any:
-        return SimpleNamespace(loaded=2, bytes=1000, budget=2000, loads=3, evictions=1, leases={})
+        return SimpleNamespace(loaded=2, bytes=1000, budget=2000, loads=3, evictions=1, leases=0)
 
     @property
     def all_released_once(self) -> bool:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from fakes import FakeEngine
+from stores import LORA, open_base, size_of_one, write_adapter
 
+from lorakit.models.loading import Base
 from lorakit.serving import room
 from lorakit.serving.errors import StoreFullError
+from lorakit.serving.folders import Location
+from lorakit.serving.http.app import create_app
+from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.http.state import RequestRecord
+from lorakit.serving.preparing import prepare
 from lorakit.serving.room import Room
+from lorakit.serving.store import AdapterStore
 
 T = TypeVar("T")
 
@@ -21,7 +33,7 @@ class Memory:
 
     def __init__(self, size: int = 2) -> None:
         self.size, self.held, self.order = size, [], []
-        self.room = Room(lambda: bool(self.held))
+        self.room = Room()
 
     async def use(self, name: str) -> None:
         async def attempt() -> None:
@@ -34,7 +46,7 @@ class Memory:
 
     def release(self, name: str) -> None:
         self.held.remove(name)
-        self.room.released()
+        self.room.freed()
 
 
 def run(play: Coroutine[Any, Any, T]) -> T:
@@ -92,33 +104,69 @@ def test_one_that_gives_up_lets_the_next_one_try():
     run(play())
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_room_that_becomes_free_after_a_failed_attempt_is_found(waits):
+def test_room_that_becomes_free_during_a_failed_attempt_is_found():
     async def play() -> None:
         memory = Memory(size=1)
         await memory.use("a")
+        waiting = asyncio.create_task(memory.use("b"))
+        await settle()
+        attempts: list[int] = []
 
         async def attempt() -> None:
-            if "a" in memory.held:
-                if not waits or attempts:
-                    memory.held.remove(
-                        "a"
-                    )  # given back between this attempt and the look at `held`
-                attempts.append(False)
+            attempts.append(len(memory.held))
+            if len(attempts) > 1 and memory.held:
+                memory.release(memory.held[0])  # after this attempt has looked for room
+                await settle()
+            if attempts[-1]:
                 raise StoreFullError("full")
-            attempts.append(True)
 
-        attempts: list[bool] = []
-        await asyncio.wait_for(memory.room.acquire(attempt), 5)
-        assert attempts == ([False, False, True] if waits else [False, True])
+        last = asyncio.create_task(memory.room.acquire(attempt))
+        await settle()
+        memory.release("a")
+        await asyncio.wait_for(asyncio.gather(waiting, last), 5)
+        assert attempts == [1, 1, 0]
 
     run(play())
 
 
-def test_waiting_for_nothing_is_an_error():
+@pytest.mark.parametrize("ends", ["is served", "fails", "is cancelled"])
+def test_adapters_of_a_blend_that_is_still_read_are_in_use(
+    root: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A request that waits for their memory is served as soon as the blend has ended, in any way."""
+    write_adapter(root / "big", method=dataclasses.replace(LORA, rank=4))
+    store = AdapterStore(open_base(), root, budget=3 * size_of_one(root))
+    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(base: Base, location: Location, **options: Any) -> Any:
+        if location.path.endswith("/c"):
+            begun.set()
+            assert go.wait(10)
+            if ends != "is served":
+                raise MemoryError
+        return prepare(base, location, **options)
+
+    monkeypatch.setattr("lorakit.serving.store.prepare", slow)
+
+    async def ask(model: str, lora: dict[str, float] | None = None) -> None:
+        record = RequestRecord("id", 0.0)
+        lease, _ = await serving.leased(record, lambda lease: None, model, lora)
+        serving.release(lease)
+
     async def play() -> None:
-        memory = Memory(size=0)
-        with pytest.raises(StoreFullError):
-            await asyncio.wait_for(memory.use("a"), 5)
+        blend = asyncio.create_task(ask("base", {"a": 0.4, "b": 0.3, "c": 0.3}))
+        await asyncio.to_thread(begun.wait, 10)
+        other = asyncio.create_task(ask("big"))
+        while not serving.room._waiting:
+            await asyncio.sleep(0.01)
+        if ends == "is cancelled":
+            blend.cancel()
+            await asyncio.sleep(0.1)  # the other one tries again, in vain
+        go.set()
+        await asyncio.wait_for(asyncio.gather(other, blend, return_exceptions=True), 5)
+        assert other.exception() is None
+        await asyncio.to_thread(serving.workers.shutdown)
+        assert (serving.computing, store.stats().leases) == (0, 0)
 
     run(play())

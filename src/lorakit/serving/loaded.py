@@ -68,8 +68,8 @@ class StoreStats:
     """Adapters loaded so far."""
     evictions: int
     """Adapters unloaded so far to make room."""
-    leases: dict[str, int]
-    """Leases by public name."""
+    leases: int
+    """Leases of adapters; one of a blend counts once for each name."""
 
 
 class LoadedAdapters:
@@ -103,8 +103,8 @@ class LoadedAdapters:
     def __contains__(self, digest: object) -> bool:
         return digest in self._usable
 
-    def stats(self, leases: dict[str, int]) -> StoreStats:
-        """Return the present numbers; `leases` are those by public name."""
+    def stats(self) -> StoreStats:
+        """Return the present numbers."""
         with self._lock:
             return StoreStats(
                 loaded=len(self._usable) + len(self._garbage),
@@ -113,7 +113,7 @@ class LoadedAdapters:
                 budget=self.budget,
                 loads=self.loads,
                 evictions=self.evictions,
-                leases=leases,
+                leases=sum(loaded.leases for loaded in self._usable.values()),
             )
 
     def take(self, digest: str) -> Loaded | None:

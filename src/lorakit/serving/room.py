@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,60 +28,40 @@ class _Waiter:
 
 
 class Room:
-    """First come, first served, among the requests of one event loop.
+    """First come, first served, among the requests of one event loop."""
 
-    Args:
-        is_in_use: Returns whether any request holds adapters. If none does, waiting would not help.
-    """
-
-    def __init__(self, is_in_use: Callable[[], bool]) -> None:
-        self._is_in_use = is_in_use
+    def __init__(self) -> None:
         self._waiting: deque[_Waiter] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def acquire(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what `attempt` returns, once there is room.
-
-        Raises:
-            StoreFullError: There is no room although no request holds adapters.
-        """
+        """Return what `attempt` returns, once it raises no StoreFullError any more."""
         self._loop = loop = asyncio.get_running_loop()
-        may_overtake = not self._waiting or loop.time() - self._waiting[0].since < PATIENCE
-        if may_overtake and (found := await self._try(attempt)):
-            return found[0]
+        if not self._waiting or loop.time() - self._waiting[0].since < PATIENCE:
+            try:
+                return await attempt()
+            except BaseException as error:
+                self._wake()  # the attempt may have held some adapters of a blend
+                if not isinstance(error, StoreFullError):
+                    raise
         own = _Waiter(loop.time())
         self._waiting.append(own)
         try:
             while True:
                 own.changed.clear()
-                if self._waiting[0] is own and (found := await self._try(attempt)):
-                    return found[0]
+                if self._waiting[0] is own:
+                    with suppress(StoreFullError):
+                        return await attempt()
                 await own.changed.wait()
         finally:
             self._waiting.remove(own)
             self._wake()
 
-    async def _try(self, attempt: Callable[[], Awaitable[T]]) -> tuple[T] | None:
-        """Return what `attempt` returns, in a tuple; None if there is no room while requests hold adapters.
-
-        Raises:
-            StoreFullError: There is no room although no request holds adapters.
-        """
-        for is_last in (False, True):
-            try:
-                return (await attempt(),)
-            except StoreFullError:
-                if self._is_in_use():
-                    break
-                if is_last:
-                    raise
-                # Adapters that were in use during the attempt may have been given back since: try once more.
-        return None
-
-    def released(self) -> None:
-        """Let the first one try again, after a request has given back its adapters; from any thread."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake)
+    def freed(self) -> None:
+        """Let the first one try again, because adapters may be idle now; from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
         if self._waiting:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -120,7 +119,8 @@ class AdapterStore:
         self._entries: dict[str, _Entry] = {}
         self._removed: set[str] = set()
         """Names of folders in the root that `remove` has withdrawn."""
-        self._leases: Counter[str] = Counter()
+        self.freed: Callable[[], None] = lambda: None
+        """Called, in any thread, when adapters may have become idle; not by an `acquire` that fails."""
         self._pinned = frozenset(pinned)
         for name, run in (followed or {}).items():
             self.follow(run, name)
@@ -238,7 +238,7 @@ class AdapterStore:
                 self._retain()
         finally:
             self._loaded.give_back(*filter(None, [loaded]))
-        self._loaded.collect()
+            self._collect()
 
     def _require_free(self, name: str) -> None:
         with suppress(UnknownAdapterError):
@@ -250,6 +250,11 @@ class AdapterStore:
         digests = {name: e.digest for name, e in self._entries.items() if e.digest is not None}
         pinned = [digest for name, digest in digests.items() if name in self._pinned]
         self._loaded.retain(digests.values(), pinned)
+
+    def _collect(self) -> None:
+        """Unload what has lost its name, which may also have lost its pin."""
+        self._loaded.collect()
+        self.freed()
 
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
@@ -265,7 +270,7 @@ class AdapterStore:
             self._removed.add(name)
             self._pinned -= {name}
             self._retain()
-        self._loaded.collect()
+        self._collect()
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -299,14 +304,10 @@ class AdapterStore:
         except BaseException:
             self._loaded.give_back(*held.values())
             raise
-        with self._lock:
-            self._leases.update(held.keys())
 
         def release() -> None:
             self._loaded.give_back(*held.values())
-            with self._lock:  # afterwards: without leases there is room
-                self._leases.subtract(held.keys())
-                self._leases += Counter()  # drop names without leases
+            self.freed()
 
         task = next(iter(held.values())).task
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
@@ -362,7 +363,7 @@ class AdapterStore:
         with self._lock:
             entry.seen = seen
             self._retain()
-        self._loaded.collect()
+        self._collect()
 
     def _vanished(self, name: str, entry: _Entry) -> LorakitError:
         """Return the error for a name whose files are gone."""
@@ -375,7 +376,7 @@ class AdapterStore:
             if self._entries.get(name) is entry:
                 del self._entries[name]
             self._retain()
-        self._loaded.collect()
+        self._collect()
         return self._unknown(name)
 
     def _require_allowed(self, source: Source, location: Location) -> None:
@@ -513,9 +514,7 @@ class AdapterStore:
 
     def stats(self) -> StoreStats:
         """Return what the store holds now."""
-        with self._lock:
-            leases = dict(self._leases)
-        return self._loaded.stats(leases)
+        return self._loaded.stats()
 
 
 def _serves(source: Source) -> bool:

@@ -13,7 +13,7 @@ from test_errors import error_of
 
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.serving.engine import QueueFullError
-from lorakit.serving.errors import EngineStoppedError
+from lorakit.serving.errors import EngineStoppedError, StoreFullError
 from lorakit.serving.http import metrics as metrics_module
 from lorakit.serving.http.keys import Budget, Key, KeyRing, digest_of
 from lorakit.serving.http.metrics import Metrics
@@ -133,6 +133,14 @@ def test_an_adapter_is_replaced_if_asked(serve: Serve) -> None:
     served = serve(allow_loading=True)
     body = {"lora_name": "sql", "lora_path": "sql", "load_inplace": True}
     assert served.post("/v1/load_lora_adapter", **body).status_code == 200
+
+
+def test_a_load_that_finds_no_room_may_be_repeated(serve: Serve) -> None:
+    served = serve(allow_loading=True)
+    served.store.fails = StoreFullError("All memory for adapters is in use.")
+    answer = served.post("/v1/load_lora_adapter", lora_name="new", lora_path="new")
+    assert error_of(answer, 503)["code"] == "adapter_memory_full"
+    assert int(answer.headers["retry-after"]) >= 1
 
 
 # --- classes and scores --------------------------------------------------------------------------------

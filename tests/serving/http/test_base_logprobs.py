@@ -270,7 +270,7 @@ def test_they_are_those_of_the_bare_model(text: Path, model: Any, verify: float)
                 own.append(logprobs_of(choice))
             last = last_choices(client.post(path, json={**body, "stream": True}))
             found += [last[index]["base_logprobs"] for index in range(2)]
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)
     assert len(found) == len(sent) == 8
     for values, (prompt, tokens) in zip(found, sent, strict=True):
         assert values == pytest.approx(forced(text, prompt, tokens), abs=1e-4)
@@ -301,4 +301,4 @@ def test_a_token_that_the_base_lacks_is_known_before(text: Path, tmp_path: Path)
         assert "which only the tokenizer knows" in error["message"]
         (choice,) = post(client, "/v1/completions", **body, prompt="a")["choices"]
         assert len(choice["base_logprobs"]) == len(logprobs_of(choice))
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)

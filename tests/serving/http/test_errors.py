@@ -15,7 +15,7 @@ from fakes import TEXT, FakeClassifier, classifying_store
 from served import BASE, Serve, Served, wait_for
 
 from lorakit.errors import AdapterFileError, AdapterStateError
-from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
+from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http import classify, errors, prompts, schemas, state
 from lorakit.serving.http.state import RequestRecord
 from lorakit.serving.http.streaming import EventStream
@@ -394,7 +394,6 @@ STORE_ERRORS = [
         404,
         "There is no model 'sql'",
     ),
-    (StoreFullError("All memory for adapters is in use."), 503, "All memory"),
     (AdapterFileError("'sql' is damaged."), 500, "is damaged"),
     (AdapterStateError("'sql' is not linear in a weight."), 400, "not linear"),
     (OSError("/secret/path"), 500, "The server failed"),

@@ -52,7 +52,7 @@ def test_requests_at_a_time_get_what_their_adapters_alone_say(text: Path) -> Non
             whole, streamed = ([one.result() for one in several] for several in answers)
         tokenizer = opened.base.tokenizer
         assert tokenizer is not None
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)
     expected = [
         tokenizer.decode(alone(text, adapter, prompt, 12), skip_special_tokens=True)
         for adapter in CHOICES
@@ -119,7 +119,7 @@ def test_answers_are_computed_again_if_asked(text: Path) -> None:
         for model in ("sql", "base"):
             post(client, "/v1/completions", model=model, prompt="The river", max_tokens=6, n=2)
         wait_for(lambda: len(verdicts) == 4)
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)
     assert all(verdict.agrees for verdict in verdicts)
     assert {verdict.receipt.adapters[0][0] for verdict in verdicts if verdict.receipt.adapters} == {
         "sql"
@@ -152,7 +152,7 @@ def test_loading_and_unloading_between_requests(text: Path) -> None:
         assert (details["kind"], details["dtype"], details["context"]) == ("text", "float32", 256)
         assert models[2]["details"]["rank"] == 4
         assert str(text) not in str(models)
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_classes_and_scores_are_those_of_the_adapter_alone(classes: Path) -> Non
         base = client.post("/v1/classify", json={"model": "base", "input": "a"})
         assert base.status_code == 400
         assert "no trained" in base.json()["error"]["message"]
-        wait_for(lambda: opened.store.stats().leases == {})
+        wait_for(lambda: opened.store.stats().leases == 0)
     for (name, _), data in answers.items():
         logits = logits_alone(classes, name, rows)
         if not LABELS[name]:

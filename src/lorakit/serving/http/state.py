@@ -75,7 +75,8 @@ class Serving:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.room = Room(lambda: bool(self.store.stats().leases))
+        self.room = Room()
+        self.store.freed = self.room.freed
 
     def drain(self) -> None:
         """Accept no more requests for tokens or classes; those that wait or run are finished."""
@@ -180,12 +181,13 @@ class Serving:
             try:
                 return lease, prepare(lease)
             except BaseException:
-                self._give_back(lease)
+                lease.release()
                 raise
 
         def abandon(future: Future[tuple[Lease, T]]) -> None:
             if future.cancelled() or future.exception() is not None:
                 self._count(-1)
+                self.room.freed()  # it may have held some adapters of a blend
             else:
                 self.release(future.result()[0])
 
@@ -212,13 +214,9 @@ class Serving:
         """
         self._count(-1)
         try:
-            self.workers.submit(self._give_back, lease)
+            self.workers.submit(lease.release)
         except RuntimeError:  # the server has ended
             lease.release()
-
-    def _give_back(self, lease: Lease) -> None:
-        lease.release()
-        self.room.released()
 
     def _count(self, change: int) -> None:
         with self._lock:
