@@ -63,6 +63,10 @@ class FakeStore:
         self.leases: list[FakeLease] = []
         self.fails: Exception | None = None
         self.hold: threading.Event | None = None
+        self.pinned: frozenset[str] = frozenset()
+
+    def are_pinned(self, names: Any) -> bool:
+        return self.pinned.issuperset(names)
 
     def names(self) -> list[str]:
         return sorted(self.records)

@@ -55,6 +55,15 @@ def run(play: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, play).result()
 
 
+async def waiting_in(own: Room, count: int) -> None:
+    """Wait until as many requests wait for memory."""
+    for _ in range(500):
+        if len(own._waiting) == count:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the requests do not wait")
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -158,8 +167,7 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
         blend = asyncio.create_task(ask("base", {"a": 0.4, "b": 0.3, "c": 0.3}))
         await asyncio.to_thread(begun.wait, 10)
         other = asyncio.create_task(ask("big"))
-        while not serving.room._waiting:
-            await asyncio.sleep(0.01)
+        await waiting_in(serving.room, 1)
         if ends == "is cancelled":
             blend.cancel()
             await asyncio.sleep(0.1)  # the other one tries again, in vain
@@ -168,5 +176,34 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
         assert other.exception() is None
         await asyncio.to_thread(serving.workers.shutdown)
         assert (serving.computing, store.stats().leases) == (0, 0)
+
+    run(play())
+
+
+def test_the_base_and_pinned_adapters_overtake_those_that_wait(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold no memory that another request could have."""
+    monkeypatch.setattr(room, "PATIENCE", 0)
+    store = AdapterStore(open_base(), root, budget=2 * size_of_one(root), pinned=["a"])
+    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+
+    async def ask(model: str, lora: dict[str, float] | None = None) -> Any:
+        lease, _ = await serving.leased(RequestRecord("id", 0.0), lambda lease: None, model, lora)
+        return lease
+
+    async def play() -> None:
+        in_use = await ask("b")
+        waiting: list[asyncio.Task[Any]] = []
+        for name in "cb":
+            waiting.append(asyncio.create_task(ask(name)))
+            await waiting_in(serving.room, len(waiting))
+        for model, lora in (("base", None), ("a", None), ("base", {"a": 0.5})):
+            serving.release(await asyncio.wait_for(ask(model, lora), 5))
+        assert len(serving.room._waiting) == 2
+        serving.release(in_use)
+        for task in waiting:
+            serving.release(await asyncio.wait_for(task, 5))
+        await asyncio.to_thread(serving.workers.shutdown)
 
     run(play())

@@ -34,10 +34,15 @@ class Room:
         self._waiting: deque[_Waiter] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def acquire(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what `attempt` returns, once it raises no StoreFullError any more."""
+    async def acquire(self, attempt: Callable[[], Awaitable[T]], *, overtakes: bool = False) -> T:
+        """Return what `attempt` returns, once it raises no StoreFullError any more.
+
+        Args:
+            attempt: Acquires adapters.
+            overtakes: Whether to try at once although others wait, because it keeps no memory that they need.
+        """
         self._loop = loop = asyncio.get_running_loop()
-        if not self._waiting or loop.time() - self._waiting[0].since < PATIENCE:
+        if overtakes or not self._waiting or loop.time() - self._waiting[0].since < PATIENCE:
             try:
                 return await attempt()
             except BaseException as error:

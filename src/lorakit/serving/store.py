@@ -256,6 +256,10 @@ class AdapterStore:
         self._loaded.collect()
         self.freed()
 
+    def are_pinned(self, names: Collection[str]) -> bool:
+        """Return whether all these adapters stay loaded, so that requests for them take no memory from others."""
+        return self._pinned.issuperset(names)
+
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
 

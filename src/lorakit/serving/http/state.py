@@ -169,8 +169,9 @@ class Serving:
     ) -> tuple[Lease, T]:
         """Acquire the adapters that a request names and prepare it, in a worker thread. Count it as computing.
 
-        Waits until there is memory for the adapters. If it fails, or nobody waits for it any more, the lease is
-        released and the request no longer counts. Else both are the caller's to do (`release`).
+        Waits until there is memory for the adapters; the base and pinned ones do not wait for others. If it fails, or
+        nobody waits for it any more, the lease is released and the request no longer counts. Else both are the caller's
+        to do (`release`).
 
         Raises:
             ApiError: 404 for an unknown model, 400 for an invalid blend.
@@ -202,7 +203,8 @@ class Serving:
 
         self._count(1)
         try:
-            return await self.room.acquire(attempt)
+            names = {*(lora or [model])} - {self.settings.base_name}
+            return await self.room.acquire(attempt, overtakes=self.store.are_pinned(names))
         except BaseException:
             self._count(-1)
             raise
