@@ -115,6 +115,13 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
+def settle(store: AdapterStore) -> None:
+    """Wait until the adapters that no name and no lease refers to have left the model."""
+    if store._loaded._collector is not None:
+        store._loaded._collector.join()
+    store._loaded.collect()
+
+
 @contextmanager
 def engine_thread() -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Yield a function that runs an action in another thread, as an engine does between its steps."""

@@ -27,6 +27,7 @@ from stores import (
     answer,
     open_base,
     same_tensors,
+    settle,
     tensors_on_model,
     write_adapter,
 )
@@ -80,7 +81,7 @@ def test_reload_under_the_old_name_gives_the_new_content_and_old_leases_keep_the
     torch.testing.assert_close(answer(store, old), before)
     torch.testing.assert_close(answer(store, new), alone(root / "a"))
     old.release()
-    store.settle()
+    settle(store)
     assert store.handle.names == (new.blend[0][0],)
 
 
@@ -317,7 +318,7 @@ def test_a_removed_name_is_unknown_at_once_and_its_memory_is_freed(
     torch.testing.assert_close(answer(store, lease), expected)  # the request in flight goes on
     lease.release()
     lease.release()
-    store.settle()
+    settle(store)
     gc.collect()
     assert tensor() is None
     assert (store.stats().loaded, store.stats().bytes, store.handle.names) == (0, 0, ())

@@ -60,7 +60,6 @@ class StoreStats:
 
     loaded: int
     """Adapters on the model."""
-    pinned: int
     bytes: int
     """Size of the tensors of loaded adapters."""
     budget: int
@@ -108,7 +107,6 @@ class LoadedAdapters:
         with self._lock:
             return StoreStats(
                 loaded=len(self._usable) + len(self._garbage),
-                pinned=len(self._pinned & self._usable.keys()),
                 bytes=self.bytes,
                 budget=self.budget,
                 loads=self.loads,
@@ -253,13 +251,6 @@ class LoadedAdapters:
             except Exception as error:
                 # The engine has died, or a forward pass runs: the next change tries again.
                 _LOG.debug("unloading is put off: %s", error)
-
-    def settle(self) -> None:
-        """Wait until the adapters that nothing can use any more have left the model."""
-        collector = self._collector
-        if collector is not None:
-            collector.join()
-        self.collect()
 
     def _change(self, leaving: list[Loaded], then: Callable[[], None] = lambda: None) -> None:
         """Remove adapters from the model between two forward passes; those that stay after an error are garbage."""

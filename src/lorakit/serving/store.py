@@ -447,10 +447,6 @@ class AdapterStore:
             self._tokenizers[files] = found
         return found
 
-    def settle(self) -> None:
-        """Wait until the adapters that no name and no lease refers to have left the model."""
-        self._loaded.settle()
-
     # --- descriptions ------------------------------------------------------------------------------------
 
     def describe(self, name: str) -> dict[str, Any]:
