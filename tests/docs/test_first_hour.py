@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_the_run_folder_has_the_files_of_the_page(reader: Reader) -> None:
     made.run("out/e2e", "--evaluation.samples 1")
     named = [line.split()[0] for line in tree.lines[1:] if "missing if" not in line]
     assert [name for name in named if not (folder / "out/e2e" / name).exists()] == []
+
+
+def test_the_readme_names_the_versions_that_pip_requires() -> None:
+    needed = dict(re.findall(r'"?([\w-]+)(?: = ")?>=([\d.]+)"', pages.read("pyproject.toml")))
+    sentence = (
+        f"lorakit needs Python {needed['requires-python']}, PyTorch {needed['torch']} and transformers "
+        f"{needed['transformers']}, or newer"
+    )
+    assert sentence in pages.read("README.md")
 
 
 def test_settings_of_the_pages_are_accepted(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from scenarios import (
 from several_processes import steps_of
 from sharded_processes import COUNTS, ways_on
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from lorakit.adapters import attach
@@ -30,8 +31,9 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.training.distributed import Processes
 from lorakit.training.interruption import EXIT_TO_RESUME
-from lorakit.training.sharding import require_splittable
+from lorakit.training.sharding import require_splittable, require_support
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,14 @@ def test_runs_that_cannot_split_end_with_an_error(root: Path) -> None:
 def test_settings_that_exclude_shard(tmp_path: Path, settings: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         tiny_runs.config(tmp_path, "base", shard=True, **settings)
+
+
+def test_an_older_pytorch_that_cannot_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Processes(count=2)
+    require_support(two)
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    with pytest.raises(ConfigurationError, match=r"PyTorch 2.* Install PyTorch 2\.13 or newer"):
+        require_support(two)
 
 
 def test_models_that_cannot_be_split(tmp_path: Path) -> None:

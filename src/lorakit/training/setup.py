@@ -46,8 +46,8 @@ from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.schedule import Share, StepPlan, rate_factor
 from lorakit.training.sharding import (
-    require_processes,
     require_splittable,
+    require_support,
     split_base,
     split_note,
 )
@@ -318,7 +318,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
     """
     processes = processes or Processes()
     if config.shard:
-        require_processes(processes)
+        require_support(processes)
     with processes.together():
         job, task = _opened(config, processes)
         # A single process may not need the digests, which take seconds.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lorakit.adapters.formats import BaseRecord
 from lorakit.adapters.installed import adapted_layers, base_weights
@@ -28,12 +29,18 @@ from lorakit.training.distributed import COMMAND, Processes
 from lorakit.training.process_failures import CHECKED_FOR
 
 
-def require_processes(processes: Processes) -> None:
-    """Reject ``shard`` for a run of one process.
+def require_support(processes: Processes) -> None:
+    """Reject ``shard`` for a run of one process, and with a PyTorch that is too old.
 
     Raises:
-        ConfigurationError: With the command that starts several.
+        ConfigurationError: With the command that starts several processes, or the version to install.
     """
+    # The newest method that `split_blocks` calls.
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigurationError(
+            f"shard is true, but PyTorch {torch.__version__} cannot split weights as lorakit needs it. Install PyTorch "
+            "2.13 or newer, or set shard to false (--shard false)."
+        )
     if processes.count == 1:
         raise ConfigurationError(
             f"shard is true, but this run has one process. Start several with {COMMAND}, or set shard to false "
