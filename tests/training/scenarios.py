@@ -21,20 +21,21 @@ BOUNDS = {"gradient": 1e-12, "weight": 1e-9, "losses": 1e-7}
 Some losses are summed in float32."""
 
 
-def made_once(script: str, factory: pytest.TempPathFactory, *, timeout: float) -> Path:
-    """Return the folder that a script of this folder has filled. One pytest process runs it for all.
+def made_once(script: str, factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that a script of this folder has filled. One worker of a session runs it for all.
 
     printed.txt has what the script printed.
     """
     path = Path(__file__).with_name(script)
-    shared = factory.getbasetemp().parent / f"{path.stem}-{os.getppid()}"
+    session = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # of all workers
+    shared = session / path.stem
     with filelock.FileLock(f"{shared}.lock"):
         if not (shared / "done").exists():
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
-            done = subprocess.run(
-                [sys.executable, path, shared], capture_output=True, text=True, timeout=timeout
-            )
+            done = subprocess.run([sys.executable, path, shared], capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
             (shared / "printed.txt").write_text(done.stdout)
             (shared / "done").touch()

@@ -27,7 +27,7 @@ FAILING = 1
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once("failing_processes.py", tmp_path_factory, timeout=400)
+    return made_once("failing_processes.py", tmp_path_factory)
 
 
 def require_error(processes: list[dict[str, Any]], message: str, failing: int = FAILING) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scenarios
 import tiny_runs
 from scenarios import (
     made_once,
@@ -35,7 +36,28 @@ from lorakit.training.setup import prepare
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once("several_processes.py", tmp_path_factory, timeout=300)
+    return made_once("several_processes.py", tmp_path_factory)
+
+
+@pytest.mark.parametrize("worker", ["gw0", None])
+def test_every_session_runs_the_scenarios_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str | None
+) -> None:
+    (tmp_path / "clock.py").write_text("import time; print(time.time_ns())")
+    monkeypatch.setattr(scenarios, "__file__", str(tmp_path / "scenarios.py"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if worker:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+
+    def printed(session: str, *names: str) -> list[str]:
+        folders = [tmp_path / session / name if worker else tmp_path / session for name in names]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        factories: Any = [SimpleNamespace(getbasetemp=lambda f=folder: f) for folder in folders]
+        return [(made_once("clock.py", f) / "printed.txt").read_text() for f in factories]
+
+    (first, again), (other,) = printed("pytest-0", "gw0", "gw1"), printed("pytest-1", "gw0")
+    assert first == again != other
 
 
 # --- the same result ------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from lorakit.training.sharding import require_splittable, require_support
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once("sharded_processes.py", tmp_path_factory, timeout=300)
+    return made_once("sharded_processes.py", tmp_path_factory)
 
 
 # --- the same result ------------------------------------------------------------------------------
