@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import benchmarks
 from benchmarks import (
     accuracy,
     adapter,
@@ -22,6 +23,7 @@ from benchmarks import (
     training,
     training_tables,
 )
+from benchmarks.__main__ import COMMANDS, PARTS
 from benchmarks.workloads import WORKLOADS
 
 
@@ -30,6 +32,11 @@ def cells(text: str, first: str) -> list[str]:
     lines = [line for line in text.splitlines() if re.match(rf"\| {re.escape(first)}\s*\|", line)]
     assert len(lines) == 1, text
     return [cell.strip() for cell in lines[0].strip("|").split("|")]
+
+
+def test_the_overview_names_every_part() -> None:
+    named = set(re.findall(r"^(\w+)\.py ", benchmarks.__doc__ or "", re.M))
+    assert named >= {module.split(".")[1] for module in (PARTS | COMMANDS).values()}
 
 
 def run(seconds: float, rate: float = 1e9, **figures: Any) -> dict[str, Any]:
