@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Sequence
 
+import own_loop
 import torch
 from effective_weights import (
     WIDTH,
@@ -388,7 +389,7 @@ class AdapterMachine(MachineState):
             close.set()
             return await running
 
-        self.check(asyncio.run(both()), choices)
+        self.check(own_loop.run(both()), choices)
 
     @precondition(MachineState.attached)
     @rule(call=st.sampled_from(["activate", "merge", "unmerge", "remove", "detach"]), name=USED)

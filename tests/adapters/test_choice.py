@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import own_loop
 import pytest
 import tiny_models
 import torch
@@ -133,7 +134,7 @@ def test_per_sample_is_local_to_its_task(toy, x, expected) -> None:
     async def run() -> list[Tensor]:
         return await asyncio.gather(rows("a"), surroundings(), rows(None))
 
-    for output, name in zip(asyncio.run(run()), ("a", "b", None), strict=True):
+    for output, name in zip(own_loop.run(run()), ("a", "b", None), strict=True):
         torch.testing.assert_close(output, expected[name])
 
 
@@ -155,7 +156,7 @@ def test_a_thread_that_inherits_the_context_is_inside_the_block(toy, x, expected
         return inside, await late
 
     adapters.activate("b")
-    inside, late = asyncio.run(run())
+    inside, late = own_loop.run(run())
     torch.testing.assert_close(inside, expected["a"])
     assert torch.equal(late, expected["b"])  # the block had ended
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import own_loop
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -251,7 +252,7 @@ def run(model: LlamaForCausalLM, folders: dict[str, Path], fault: str) -> tuple[
             for _ in range(60):
                 await send_malformed(http, site, rng, outcome)
 
-    asyncio.run(send())
+    own_loop.run(send())
     return outcome, checked_answers(model, folders, site, outcome)
 
 
@@ -294,7 +295,7 @@ def test_clients_at_the_same_time(model: LlamaForCausalLM, folders: dict[str, Pa
     server, outcome = Server(model, folders), Outcome()
     site = replace(site_of(server, folders), time_limit=60)
     transport = httpx.ASGITransport(server.app)
-    asyncio.run(run_clients(site, 4, 2, outcome, transport=transport))
+    own_loop.run(run_clients(site, 4, 2, outcome, transport=transport))
     assert outcome.kept
     assert (outcome.lost, outcome.unexpected) == (0, Counter())
     assert not checked_answers(model, folders, site, outcome).wrong
@@ -305,7 +306,7 @@ def test_lost_answers_are_found(model: LlamaForCausalLM, folders: dict[str, Path
     server, outcome = Server(model, folders, "loses"), Outcome()
     site = site_of(server, folders)
     transport = httpx.ASGITransport(server.app)
-    asyncio.run(run_clients(site, 4, 1.5, outcome, transport=transport))
+    own_loop.run(run_clients(site, 4, 1.5, outcome, transport=transport))
     assert outcome.lost > 0
     assert not outcome.kept
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 from fakes import FakeEngine
+from own_loop import run
 from stores import LORA, open_base, size_of_one, write_adapter
 
 from lorakit.models.loading import Base
@@ -24,8 +22,6 @@ from lorakit.serving.http.state import RequestRecord
 from lorakit.serving.preparing import prepare
 from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
-
-T = TypeVar("T")
 
 
 class Memory:
@@ -47,12 +43,6 @@ class Memory:
     def release(self, name: str) -> None:
         self.held.remove(name)
         self.room.freed()
-
-
-def run(play: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a thread of its own: another test may leave an event loop running in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, play).result()
 
 
 async def waiting_in(own: Room, count: int) -> None:

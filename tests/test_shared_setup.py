@@ -1,0 +1,15 @@
+"""What all tests rely on: see conftest.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def test_coroutines_run_in_their_own_thread() -> None:
+    """The main thread can run no event loop once a test has opened the browser."""
+    direct = re.compile(r"\basyncio\.run\b")
+    files = [p.name for p in TESTS.rglob("*.py") if direct.search(p.read_text(encoding="utf-8"))]
+    assert files == ["own_loop.py"]
