@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,19 @@ class Site:
 
     address: str
     opened: Server
-    delay: list[float] = field(default_factory=lambda: [0.0])
-    """Seconds that each step of the engine takes besides computing."""
+    steps: int = 0
+    """Steps that the engine has computed."""
+    last_step: float = math.inf
+    """The step after which the engine waits."""
+
+    @contextlib.contextmanager
+    def holding(self, *, after: int = 0) -> Iterator[None]:
+        """Let the engine compute `after` more steps, then hold it until the end of the block."""
+        self.last_step = self.steps + after
+        try:
+            yield
+        finally:
+            self.last_step = math.inf
 
     def link(self, *models: str, blend: dict[str, float] | None = None, **settings: Any) -> str:
         query = [("model", name) for name in models]
@@ -53,15 +65,18 @@ class Site:
 @contextlib.contextmanager
 def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
     with served(folder, **options) as (client, opened):
-        delay = [0.0]
+        site = Site(live(SimpleNamespace(app=client.app)), opened)
         advance = opened.worker._advance
 
-        def slow() -> bool:
-            time.sleep(delay[0])
-            return advance()
+        def held() -> bool:
+            while site.steps >= site.last_step:
+                time.sleep(0.005)
+            computed = advance()
+            site.steps += computed
+            return computed
 
-        opened.worker._advance = slow  # type: ignore[method-assign]
-        yield Site(live(SimpleNamespace(app=client.app)), opened, delay)
+        opened.worker._advance = held  # type: ignore[method-assign]
+        yield site
 
 
 def panes(opened: Opened) -> list[Any]:

@@ -111,17 +111,16 @@ def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> N
 
 def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -> None:
     with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
-        site.delay[0] = 0.03
-        opened.page.fill("#prompt", "The river")
-        opened.page.click("#send")
         base = panes(opened)[0]
-        until(
-            opened,
-            "document.querySelectorAll('.pane')[0].querySelector('.answer').textContent.length > 3",
-        )
-        base.locator(".stop").click()
+        with site.holding(after=20):
+            opened.page.fill("#prompt", "The river")
+            opened.page.click("#send")
+            until(
+                opened,
+                "document.querySelectorAll('.pane')[0].querySelector('.answer').textContent.length > 3",
+            )
+            base.locator(".stop").click()
         finish(opened)
-        site.delay[0] = 0
         stopped, whole = answers(opened)
         alone = {"temperature": 0, "max_completion_tokens": 60}
         assert whole == site.chat("sql", "The river", **alone)
@@ -144,15 +143,15 @@ def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None
         send(opened)
         before = answers(opened)
         slider = opened.page.locator("input[type=range]").first
-        slider.fill("0")
-        until(opened, "location.hash.includes('%22e2e%22%3A0%2C')")
-        opened.page.wait_for_timeout(600)
+        with site.holding():
+            slider.fill("0")
+            until(opened, "location.hash.includes('%22e2e%22%3A0%2C')")
+            opened.page.wait_for_selector("#stop-all:enabled")
         finish(opened)
         after = answers(opened)
         assert after[0] == before[0]
-        assert after[1] == site.chat("sql", "The river", temperature=0, lora=None) != before[1] or (
-            after[1] == site.chat("base", "The river", temperature=0, lora={"sql": 0.5})
-        )
+        blend = site.chat("base", "The river", temperature=0, lora={"sql": 0.5})
+        assert after[1] == blend != before[1]
 
 
 def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, site: Site) -> None:
@@ -167,10 +166,9 @@ def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, sit
                 f"document.querySelector('[type=range]').value = {value};"
                 "document.querySelector('[type=range]').dispatchEvent(new Event('input'))"
             )
-        opened.page.locator("[type=range]").dispatch_event("change")
-        site.delay[0] = 0.02
-        opened.page.wait_for_selector("#stop-all:enabled", timeout=10_000)
-        site.delay[0] = 0
+        with site.holding():
+            opened.page.locator("[type=range]").dispatch_event("change")
+            opened.page.wait_for_selector("#stop-all:enabled")
         finish(opened)
         assert answers(opened) == [site.chat("base", "The river", temperature=0, lora={"e2e": 2})]
         assert opened.run("window.calls") == 1
@@ -224,14 +222,13 @@ def test_nothing_is_lost_by_an_edit_or_a_second_send(browser: Browser, site: Sit
         opened.page.locator(".user button").first.click()
         opened.page.click("#cancel-edit")
         assert opened.page.input_value("#prompt") == "a draft"
-        site.delay[0] = 0.03
-        opened.page.click("#send")
-        opened.page.fill("#prompt", "another")
-        opened.page.keyboard.press("Enter")
-        assert "still being computed" in opened.page.inner_text("#notice")
-        assert opened.page.input_value("#prompt") == "another"
+        with site.holding():
+            opened.page.click("#send")
+            opened.page.fill("#prompt", "another")
+            opened.page.keyboard.press("Enter")
+            assert "still being computed" in opened.page.inner_text("#notice")
+            assert opened.page.input_value("#prompt") == "another"
         finish(opened)
-        site.delay[0] = 0
         assert opened.page.locator(".user p").all_text_contents() == ["The river", "a draft"]
 
 
@@ -313,9 +310,9 @@ def test_a_blank_answer_is_not_sent_back(browser: Browser, site: Site) -> None:
 def test_all_panes_can_be_stopped_while_one_computes_again(browser: Browser, site: Site) -> None:
     with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
         send(opened)
-        site.delay[0] = 0.03
-        panes(opened)[1].locator(".again").click()
-        opened.page.click("#stop-all", timeout=1000)
+        with site.holding():
+            panes(opened)[1].locator(".again").click()
+            opened.page.click("#stop-all")
         finish(opened)
         assert "Stopped." in panes(opened)[1].text_content()
 
