@@ -45,7 +45,7 @@ class Served:
         wait_for(lambda: self.app.state.serving.computing == 0 and self.store.all_released_once)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not hold in time"

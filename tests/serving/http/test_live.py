@@ -157,19 +157,19 @@ def test_slow_headers_close_the_connection(
             trickling.sendall(b"X: y\r\n")
             time.sleep(0.03)
     assert read_all(silent) == b""
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.slow
 def test_a_long_answer_is_not_cut_by_the_watch_of_headers(
     connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
     served = serve()
     served.engine.pause = threading.Event()
     connection = connect(live(served))
     connection.sendall(request(BODY))
-    time.sleep(0.5)
+    time.sleep(1)
     served.engine.pause.set()
     assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
@@ -179,7 +179,7 @@ def test_a_body_that_nobody_reads_does_not_keep_the_connection(
     connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a key: each of 1,024 such connections would make uvicorn answer everyone else with 503."""
-    monkeypatch.setattr(running, "HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
     connection = connect(live(serve(), timeout_keep_alive=60))
     connection.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
     assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
@@ -188,7 +188,7 @@ def test_a_body_that_nobody_reads_does_not_keep_the_connection(
         while time.monotonic() - began < 3:
             connection.sendall(b"x")
             time.sleep(0.03)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_the_official_client_does_not_repeat_a_request_in_vain(
 # --- the end of the server -----------------------------------------------------------------------------
 
 SERVER = """
-import socket, sys, threading, time
+import socket, sys, threading
 sys.path[:0] = ["tests", "tests/serving"]
 from fakes import FakeEngine, FakeStore
 from lorakit.serving.http.app import create_app
@@ -319,7 +319,7 @@ from lorakit.serving.http.settings import HttpSettings
 
 engine = FakeEngine()
 engine.pause = threading.Event()
-threading.Timer(float(sys.argv[1]), engine.pause.set).start() if sys.argv[1] != "never" else None
+threading.Thread(target=lambda: sys.stdin.readline() and engine.pause.set(), daemon=True).start()
 listener = socket.create_server(("127.0.0.1", 0))
 app = create_app(engine, FakeStore(), HttpSettings(base_name="base"))
 run(app, listener, started=lambda: print(listener.getsockname()[1], flush=True))
@@ -329,15 +329,14 @@ import os; os._exit(0)
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], str]]]:
-    """Start a server whose answers end after some seconds, or never."""
+def start_server() -> Iterator[Callable[[], tuple[subprocess.Popen[str], str]]]:
+    """Start a server whose answers end once it has read a line."""
     with contextlib.ExitStack() as stack:
 
-        def start(seconds: str) -> tuple[subprocess.Popen[str], str]:
-            command = [sys.executable, "-c", textwrap.dedent(SERVER), seconds]
-            process = stack.enter_context(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+        def start() -> tuple[subprocess.Popen[str], str]:
+            command = [sys.executable, "-c", textwrap.dedent(SERVER)]
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
             stack.callback(process.kill)
             assert process.stdout is not None
             port = process.stdout.readline().strip()
@@ -347,38 +346,42 @@ def start_server() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], str]
         yield start
 
 
+def is_ending(connection: socket.socket) -> bool:
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    return connection.recv(10_000).startswith(b"HTTP/1.1 503 ")
+
+
 @pytest.mark.slow
 def test_a_signal_finishes_what_runs_and_refuses_the_rest(
     connect: Connect, start_server: Any
 ) -> None:
-    process, address = start_server("1.5")
+    process, address = start_server()
     running_one = connect(address)
     running_one.sendall(request({**BODY, "model": "sql", "stream": True}))
     assert running_one.recv(10_000)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    wait_for(lambda: is_ending(connect(address)))
     late = connect(address)
     late.sendall(request(BODY))
     answer = read_one(late)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"shutting down" in answer
-    health = connect(address)
-    health.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert health.recv(10_000).startswith(b"HTTP/1.1 503 ")
+    process.stdin.write("\n")
+    process.stdin.flush()
     assert b"[DONE]" in read_all(running_one)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(connect: Connect, start_server: Any) -> None:
-    process, address = start_server("never")
+    process, address = start_server()
     connection = connect(address)
     connection.sendall(request({**BODY, "stream": True}))
     assert connection.recv(10_000)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    wait_for(lambda: is_ending(connect(address)))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
