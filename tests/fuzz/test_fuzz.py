@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import warnings
 from pathlib import Path
 
 import pytest
 from fuzz_faults import FAULTS, Fault, planted
-from fuzz_running import CASES, Report, replay, run
+from fuzz_running import CASES, Report, limit_process, replay, run
 from fuzz_targets import BY_NAME, TARGETS
 
 EXECUTIONS = {"gguf": 120, "tokenizer": 400}
@@ -49,6 +52,19 @@ def test_a_missing_check_is_found(fault: Fault, reports: dict[str, Report]) -> N
     with planted(fault):
         report = run(BY_NAME[fault.reader], usual.executions, until=usual.failed)
     assert report.failed - usual.failed
+
+
+def test_a_crash_of_a_worker_prints_no_stack(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns about threads
+        child = os.fork()
+    if child == 0:
+        try:
+            limit_process(tmp_path)
+            os._exit(faulthandler.is_enabled())
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("case", sorted(CASES.glob("*-*")), ids=lambda case: case.name)
