@@ -309,6 +309,12 @@ def example_batch(
     return batch
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the logits of `example_batch`."""
+    return model(**example_batch(model.config.model_type, model)).logits
+
+
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of the parameters and buffers in a model's state."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
-from tiny_models import assert_same_tensors, tensors_of
+from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -35,12 +35,6 @@ METHODS: dict[str, tuple[str, Method]] = {
 def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Method]:
     arch, method = METHODS[request.param]
     return tiny_models.build(arch), method
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    kind = model.config.model_type
-    return model(**tiny_models.example_batch(kind, model)).logits
 
 
 def objects(model: nn.Module) -> dict[str, int]:

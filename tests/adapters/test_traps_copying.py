@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 
 import pytest
 import tiny_models
 import torch
+from adapter_machine import through_torch_save
 from random_adapters import randomise
 from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
@@ -17,14 +17,6 @@ from torch import Tensor, nn
 from lorakit.adapters import attach, handle_of
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
-
-
-def through_torch_save(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,

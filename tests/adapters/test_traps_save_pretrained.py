@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from safetensors.torch import load_file
-from tiny_models import assert_same_tensors, tensors_of
+from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,12 +43,6 @@ CASES: dict[str, tuple[str, Method]] = {
 def case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Method]:
     arch, method = CASES[request.param]
     return tiny_models.build(arch), method
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    kind = model.config.model_type
-    return model(**tiny_models.example_batch(kind, model)).logits
 
 
 def load(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
