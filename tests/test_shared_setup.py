@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hypothesis import settings
+
 TESTS = Path(__file__).parent
 
 
@@ -13,3 +15,8 @@ def test_coroutines_run_in_their_own_thread() -> None:
     direct = re.compile(r"\basyncio\.run\b")
     files = [p.name for p in TESTS.rglob("*.py") if direct.search(p.read_text(encoding="utf-8"))]
     assert files == ["own_loop.py"]
+
+
+def test_generated_examples_are_the_same_on_every_machine() -> None:
+    assert settings.default is not None
+    assert (settings.default.deadline, settings.default.derandomize) == (None, True)

@@ -11,7 +11,7 @@ import secrets
 
 import pytest
 from adapter_machine import AdapterMachine
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from planted_faults import FAULTS, Fault
 
@@ -22,8 +22,6 @@ FIXED = settings(
     max_examples=500,
     stateful_step_count=25,
     derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.generate, Phase.shrink],
 )
 UNTIL_FOUND = settings(FIXED, max_examples=800, phases=[Phase.generate], report_multiple_bugs=False)

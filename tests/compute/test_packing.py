@@ -6,7 +6,7 @@ import random
 import pytest
 import tiny_models
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakit
@@ -99,7 +99,7 @@ def adapted(request):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(examples=forests())
 def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, examples):
     packed, gradients = loss_and_gradients(adapted, pack(examples, pad_id=0))
@@ -150,7 +150,7 @@ def test_conversations_have_the_loss_and_gradients_of_separate_examples(arch):
         assert (ours - theirs).norm() <= 1e-5 * scale
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(examples=forests())
 def test_every_token_before_a_target_sees_its_own_example_up_to_itself(examples):
     batch = pack(examples, pad_id=0)

@@ -14,7 +14,7 @@ words = st.lists(st.sampled_from("abcde"), max_size=9)
 
 @pytest.mark.slow
 @given(words, words.filter(bool))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_equals_pyter(output: list[str], reference: list[str]) -> None:
     assert edit_rate(output, [reference]) == pyter.ter(output, reference)
 

@@ -48,7 +48,7 @@ def is_expression(key: str) -> bool:
     return True
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(st.lists(KEYS.filter(is_expression), max_size=6, unique=True), st.lists(PATHS, min_size=1))
 def test_a_table_gives_what_the_rule_gives(keys: list[str], paths: list[str]):
     table = PatternTable({key: i for i, key in enumerate(keys)}, Matcher())

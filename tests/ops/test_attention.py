@@ -120,7 +120,7 @@ def test_queries_that_see_nothing_are_finite():
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), x))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 3), st.floats(0.02, 0.9))
 def test_any_mask(seed, length, rows, density):
     generator = torch.Generator().manual_seed(seed)

@@ -322,7 +322,7 @@ def test_leases_keep_their_content_in_any_order_of_changes(made: Path) -> None:
     StoreMachine.size = size_of_one(made)
     StoreMachine.tensors = [load_file(made / name / TENSORS) for name in "abcd"]
     run_state_machine_as_test(
-        StoreMachine, settings=settings(max_examples=8, stateful_step_count=20, deadline=None)
+        StoreMachine, settings=settings(max_examples=8, stateful_step_count=20)
     )
 
 

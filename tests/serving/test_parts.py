@@ -83,7 +83,7 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPages.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_a_key_depends_on_everything_before_it():
@@ -177,7 +177,7 @@ def test_rows_without_a_possible_token_are_none_and_the_others_are_chosen():
 
 
 @given(st.text(min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_pieces_of_any_text_are_the_text(text):
     ids = TOKENIZER(text)["input_ids"]
     stream = TextStream(TOKENIZER)
@@ -189,7 +189,7 @@ def test_the_pieces_of_any_text_are_the_text(text):
     st.text("ab é😀", min_size=1, max_size=30),
     st.lists(st.text("ab é😀", min_size=1, max_size=3), min_size=1, max_size=3),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_stop_text_is_found_wherever_tokens_end(text, stops):
     stream, pieces = TextStream(TOKENIZER, stops), []
     for token in TOKENIZER(text)["input_ids"]:

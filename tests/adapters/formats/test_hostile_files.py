@@ -73,9 +73,7 @@ def test_what_is_no_safetensors_file(tmp_path, content):
         read_safetensors(path, RunFolderError)
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.integers(0, 300))
 def test_no_bytes_make_it_stumble(tmp_path, junk, place):
     path = tmp_path / "file.safetensors"

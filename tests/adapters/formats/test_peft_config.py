@@ -129,7 +129,6 @@ def test_a_value_of_the_wrong_kind_is_named(change: dict, message: str):
         parse({**LORA, **change})
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(_IMPLEMENTED | _NO_EFFECT | {"x"})),
@@ -166,7 +165,7 @@ PATHS = (
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     target=st.sampled_from(
         [
@@ -203,7 +202,6 @@ def test_targets_mean_what_they_mean_to_peft(target, exclude, save, layers, patt
         assert ours.is_target(path) == bool(check_target_module_exists(theirs, path)), path
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(

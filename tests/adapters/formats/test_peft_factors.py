@@ -176,14 +176,13 @@ def fused_layers(draw: st.DrawFn) -> StoredLayer:
     return with_dora(layer) if draw(st.booleans()) else layer
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(fused_layers())
 def test_any_slices_go_there_and_back(layer: StoredLayer):
     check_delta(layer)
     check_way_back(layer)
 
 
-@settings(deadline=None)
 @given(
     rank=st.integers(1, 300),
     multiple=st.sampled_from([1, 2, 3, 4, 6]),
@@ -220,7 +219,6 @@ def test_target_modules_are_the_shortest_names(targets, modules, expected):
     assert target_modules(targets, modules) == expected
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_target_modules_hit_the_targets_alone(data: st.DataObject):
     part = st.sampled_from(["a", "b", "0", "1", "a.b", "0.a"])

@@ -27,7 +27,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", _app)
 
 @schema.parametrize()
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_every_route_answers_by_its_document(case: Any) -> None:
     if isinstance(case.body, dict) and "model" in case.body:
         case.body["model"] = "sql"
