@@ -12,6 +12,8 @@ from pathlib import Path
 # No network access. huggingface_hub reads this once, so set it before any import of it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # rich would take every output for a terminal
 # The tensors are tiny: a second thread costs more than it saves, and pytest-xdist already uses all cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hypothesis import settings
 
+from lorakit.cli.console import console
+
 TESTS = Path(__file__).parent
 
 
@@ -20,3 +22,8 @@ def test_coroutines_run_in_their_own_thread() -> None:
 def test_generated_examples_are_the_same_on_every_machine() -> None:
     assert settings.default is not None
     assert (settings.default.deadline, settings.default.derandomize) == (None, True)
+
+
+def test_output_is_not_taken_for_a_terminal() -> None:
+    """CI systems and shells may export FORCE_COLOR."""
+    assert not console().is_terminal
