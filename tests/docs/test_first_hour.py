@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +109,24 @@ def test_the_readme_names_the_versions_that_pip_requires() -> None:
         f"{needed['transformers']}, or newer"
     )
     assert sentence in pages.read("README.md")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_torch_comes_from_its_index_after_an_interrupted_installation(
+    tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pip").touch()
+
+    def make(*options: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", target, f"VENV={tmp_path}", *options]
+        return subprocess.run(command, cwd=pages.ROOT, capture_output=True, text=True)
+
+    assert make("PIP=false").returncode
+    lines = make("TORCH_INDEX=https://index/cpu", "--dry-run").stdout.splitlines()
+    first = next(line for line in lines if " install " in line and not line.startswith("echo"))
+    assert first.endswith("--index-url https://index/cpu torch")
 
 
 def test_settings_of_the_pages_are_accepted(tmp_path: Path) -> None:
