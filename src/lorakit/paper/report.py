@@ -351,6 +351,8 @@ def _protocol(grid: Grid) -> str:
     rates = f"{config.trials} learning rate{'s' if config.trials > 1 else ''}"
     if config.trial_epochs is not None:
         rates += f" in shorter runs of {_epochs(config.trial_epochs)}"
+    if config.widen:
+        rates += ", and more while the best one is outermost"
     return (
         f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {rates}. Learning rate and "
         f"step are chosen on {' or '.join(held_out)}, never on the {scored} data that the table scores. Parameter "

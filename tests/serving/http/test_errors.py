@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import TEXT, FakeClassifier, classifying_store
+from own_loop import run
 from served import BASE, Serve, Served, wait_for
 
 from lorakit.errors import AdapterFileError, AdapterStateError
@@ -521,7 +522,7 @@ def test_a_long_stream_is_cancelled_before_its_client_reads_the_error(serve: Ser
     async def send(message: dict[str, Any]) -> None:
         assert cancelled or b"max_seconds" not in message.get("body", b"")
 
-    asyncio.run(EventStream(generation, events(), {})(scope, receive, send))  # type: ignore[arg-type]
+    run(EventStream(generation, events(), {})(scope, receive, send))  # type: ignore[arg-type]
     assert cancelled
 
 
