@@ -15,6 +15,7 @@ from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.computation import choose_computation
 from lorakit.compute.objective import LanguageModellingLoss, confirm_loss_path
 from lorakit.compute.trials import why_not_packed
+from lorakit.data import packing
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.tasks import LanguageExample
@@ -99,10 +100,16 @@ def adapted(request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cut", [False, True])
 @settings(max_examples=40)
 @given(examples=forests())
-def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, examples):
-    packed, gradients = loss_and_gradients(adapted, pack(examples, pad_id=0))
+def test_loss_and_all_gradients_are_those_of_the_separate_examples(adapted, cut, examples):
+    with pytest.MonkeyPatch.context() as patch:
+        if cut:  # every branch
+            patch.setattr(packing, "ROW_LENGTH", 0)
+            patch.setattr(packing, "PAIRS_OF_A_COPY", 0)
+        batch = pack(examples, pad_id=0)
+    packed, gradients = loss_and_gradients(adapted, batch)
     parts = [loss_and_gradients(adapted, collate([e], pad_id=0)) for e in examples]
     assert packed == pytest.approx(sum(loss for loss, _ in parts), rel=1e-12)
     separate = [sum(part[1][i] for part in parts) for i in range(len(gradients))]
@@ -119,6 +126,32 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(adapted):
     assert same_loss == pytest.approx(loss, rel=1e-12)
     for ours, theirs in zip(same_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shared", "rows", "tokens"),
+    [
+        (1, 16, 16 * 1023),  # a token that begins every text: one copy for each
+        (800, 1, 800 + 16 * 223),  # a prompt
+    ],
+)
+def test_a_short_prefix_does_not_join_a_batch_in_one_long_row(shared, rows, tokens):
+    start, targets = [1] * shared, [*[False] * 900, *[True] * 124]
+    examples = [example([*start, *[2 + i] * (1024 - shared)], 900, targets) for i in range(16)]
+    batch = pack(examples, pad_id=0)
+    assert len(batch["input_ids"]) == rows
+    assert (batch["input_ids"] != 0).sum() == tokens
+    assert batch["target_weights"].sum() == 16 * 124
+
+
+def test_a_target_in_a_copied_prefix_counts_once_for_each_example():
+    """The examples train on all their tokens, and share the first two of 600."""
+    ids = [[1, 1, *[2 + i] * 598] for i in range(4)]
+    batch = pack([example(row, 1) for row in ids], pad_id=0)
+    assert len(batch["input_ids"]) == 4
+    shared = batch["targets"] == 1
+    assert batch["target_weights"][shared].tolist() == [4]
+    assert batch["target_weights"].sum() == 4 * 599
 
 
 def test_random_batches_have_few_sizes():

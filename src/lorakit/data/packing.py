@@ -11,7 +11,7 @@ in a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import pairwise
 
@@ -25,6 +25,12 @@ from lorakit.tasks import Example, LanguageExample
 ROW_LENGTH = 1024
 """Maximum length of a row in tokens, unless a single tree is longer. The mask grows with its square. Attention under
 the mask (`lorakit.ops.masked_attention`) costs the same for trees in one row as for trees in separate rows."""
+
+PAIRS_OF_A_COPY = 2**18
+"""A tree longer than `ROW_LENGTH` is cut into several if that adds at most one token for each so many entries of its
+mask, which take about as long as a token of a model with 135 million parameters. Most tokenizers and chat templates
+begin every text with the same token: without cuts a batch would be one row, with a mask of 268 MB for 16 texts of
+1,024."""
 
 
 @dataclass(slots=True)
@@ -90,7 +96,7 @@ def shared_once(examples: Sequence[Example]) -> int:
 
 
 def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:
-    """Return one tree per first token, as its nodes up to the last targets, parents before children."""
+    """Return one tree per first token, or its parts, as nodes up to the last targets, parents before children."""
     roots: dict[int, _Node] = {}
     for example in sorted(examples, key=lambda example: example.input_ids):
         first, *rest = example.input_ids
@@ -104,7 +110,39 @@ def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:
             node = node.children[token]
             node.weight += example.loss_mask[depth]
             node.is_input |= depth < last_target
-    return [list(_nodes(root)) for root in roots.values()]
+    return [part for root in roots.values() for part in _parts(root)]
+
+
+def _parts(root: _Node) -> Iterator[list[_Node]]:
+    """Yield the nodes of a tree, in several trees with a copy of its prefix each if it is long and the prefix short."""
+    stack = [root]
+    while stack:
+        root = stack.pop()
+        nodes = list(_nodes(root))
+        prefix = [root]
+        while len(prefix[-1].children) == 1:
+            prefix.extend(prefix[-1].children.values())
+        first, *others = prefix[-1].children.values() or [root]
+        size = _size(nodes)
+        copies = len(prefix) * len(others)
+        if not others or size <= ROW_LENGTH or copies * PAIRS_OF_A_COPY > size**2:
+            yield nodes
+            continue
+        prefix[-1].children = {first.token: first}
+        stack += [root, *(_after_copy(prefix, child) for child in others)]
+
+
+def _after_copy(prefix: Sequence[_Node], child: _Node) -> _Node:
+    """Put a subtree after a copy of a prefix, whose targets count in the original only, and return the copy's root."""
+    end: _Node | None = None
+    nodes = []
+    for node in prefix:
+        end = replace(node, parent=end, weight=0, children={})
+        nodes.append(end)
+    for one, other in pairwise([*nodes, child]):
+        one.children[other.token] = other
+    child.parent = end
+    return nodes[0]
 
 
 def _nodes(root: _Node) -> Iterator[_Node]:
