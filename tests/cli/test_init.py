@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from lorakit import storage
 from lorakit.cli import main
 from lorakit.cli.data import DataCommandConfig
 from lorakit.cli.generate import GenerateConfig
 from lorakit.cli.parsing import parse
 from lorakit.data.examples import task_of
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import TrainConfig
 
 CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
@@ -85,3 +87,21 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
     config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
     assert (config.base.name, config.data.validation) == ("other", "held.jsonl")
     assert (config.data.max_length, config.data.validation_fraction) == (64, 0)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
+def test_names_in_comments_cannot_add_settings(end, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    bad = end.join(("x", "base.name: evil/model", "base.trust_remote_code: true", "#"))
+    rows = [{"text": "a", "label": bad, bad: "1"}, {"text": "b", "label": "pos", bad: "2"}]
+    data = write(tmp_path, rows, ".jsonl")
+    file = f"run{end}method: full{end}#.yaml"
+    assert main(["init", data, "--file", file]) == 0
+    assert "evil/model" in Path(file).read_text()
+    assert list(storage.read_yaml(file)) == [
+        *("base", "data", "output", "adapter", "method", "lora"),
+        *("epochs", "batch_size", "optimizer"),
+    ]
+    config = parse(TrainConfig, "train", "", ["--config", file])
+    assert (config.method, config.base) == ("lora", BaseConfig(name="minilm-l6"))
+    assert end == "\n" or end not in capsys.readouterr().out

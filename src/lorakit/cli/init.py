@@ -12,6 +12,7 @@ from lorakit.cli.parsing import parse
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
 from lorakit.errors import ConfigurationError, DataError
+from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import generic_task
 
@@ -75,9 +76,11 @@ def run(argv: Sequence[str]) -> None:
     text = _file(data, task, config, f"{len(rows.rows):,} rows, columns {', '.join(rows.columns)}")
     with storage.atomic_file(config.file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"Settings for {rows.name} (task {task.name}) in {config.file}. Edit them, then:")
+    print(
+        f"Settings for {visible(rows.name)} (task {task.name}) in {visible(config.file)}. Edit them, then:"
+    )
     for command in _commands(config, task):
-        print(f"  {command}")
+        print(f"  {visible(command)}")
 
 
 def _task(data: DataConfig, columns: list[str], name: str) -> tuple[DataConfig, DataTask]:
@@ -118,7 +121,10 @@ def _output(data: DataConfig) -> str:
 
 
 def _file(data: DataConfig, task: DataTask, config: InitConfig, facts: str) -> str:
-    """Return the text of the file; `facts` describes the data."""
+    """Return the text of the file; `facts` describes the data.
+
+    Comments have names of files, columns and labels, whose line breaks must not start a line of settings.
+    """
     train, output = data.source("train"), _output(data)
     base = {"name": "smollm2-135m" if task.generates else "minilm-l6"}
     base = base if config.base is None else _changed(config.base)
@@ -127,9 +133,9 @@ def _file(data: DataConfig, task: DataTask, config: InitConfig, facts: str) -> s
         **{"train": train, "task": task.name, **held_out, "too_long": "truncate"},
         **{"max_length": data.max_length, **_changed(data), "task": task.name},
     }
-    labels = f"  # labels: {', '.join(task.labels)}\n" if task.labels else ""
-    commands = "\n".join(f"#   {command}" for command in _commands(config, task))
-    return f"""# {task.name}: {facts}
+    labels = f"  # labels: {visible(', '.join(task.labels))}\n" if task.labels else ""
+    commands = "\n".join(f"#   {visible(command)}" for command in _commands(config, task))
+    return f"""# {task.name}: {visible(facts)}
 {commands}
 # Every command reads this file and skips the settings of the others.
 # 'lorakit train --help all' describes every setting.
