@@ -256,6 +256,27 @@ def test_numbers_mappings_and_dashes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ("", {"q_proj": 4, "v_proj": 16}),
+        ("--lora.rank_pattern.q_proj 2", {"q_proj": 2, "v_proj": 16}),
+        ("--lora.rank_pattern.k_proj 3", {"q_proj": 4, "v_proj": 16, "k_proj": 3}),
+        ("--lora.rank_pattern '{q_proj: 2}'", {"q_proj": 2}),
+    ],
+)
+def test_an_entry_of_a_mapping_keeps_the_others_of_the_file(arguments, pattern, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora: {rank_pattern: {q_proj: 4, v_proj: 16}}\n")
+    assert train(f"{RUN} --config {file} {arguments}").lora.rank_pattern == pattern
+
+
+def test_an_entry_replaces_a_wrong_value_of_the_file(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora: {rank_pattern: 4}\n")
+    assert train(f"{RUN} --config {file} --lora.rank_pattern.q 2").lora.rank_pattern == {"q": 2}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--r 4", r"unknown option '--r'\. Its name in lorakit is --lora\.rank\."),

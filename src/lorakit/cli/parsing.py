@@ -36,7 +36,9 @@ def parse(
 ) -> Config:
     """Return a configuration parsed from `argv` and from the YAML files of `--config`.
 
-    Arguments override files, and later files override earlier ones. Prints the help and exits on `--help`.
+    Arguments override files, and later files override earlier ones. A mapping replaces another one as a whole, but an
+    argument of one entry, such as --lora.rank_pattern.q_proj 2, keeps the file's other entries. Prints the help and
+    exits on `--help`.
 
     Args:
         config_class: Dataclass whose fields are the options; the string under a field is its help.
@@ -59,7 +61,7 @@ def parse(
 
         show_help(config_class, command, text, positional, every="all" in argv)
         sys.exit(0)
-    files, typed = _typed(argv, config_class, positional, command)
+    files, typed, by_entry = _typed(argv, config_class, positional, command)
     values = dict(defaults or {})
     without_effect = tuple(unused(typed)) if unused else ()
     runs: dict[str, Any] = {}  # the run's folder that each file sets
@@ -77,6 +79,9 @@ def parse(
             print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)
         values.update(found)
         runs.update({file: foreign["output"]} if "output" in foreign else {})
+    for name in by_entry:
+        if isinstance(values.get(name), dict):
+            typed[name] = {**values[name], **typed[name]}
     values.update(typed)
     if runs and "output" in missing_options(config_class, values):
         file, run = runs.popitem()
@@ -117,10 +122,14 @@ def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]
 
 def _typed(
     argv: Sequence[str], config_class: type, positional: tuple[str, ...], command: str
-) -> tuple[list[str], dict[str, Any]]:
-    """Return the files of `--config`, and the value of every option in `argv` by dotted name."""
+) -> tuple[list[str], dict[str, Any], set[str]]:
+    """Return the files of `--config`, and the value of every option in `argv` by dotted name.
+
+    The third value has the names of the mappings of which `argv` sets single entries.
+    """
     options = {"config": _CONFIG, **options_of(config_class)}
     values: dict[str, Any] = {}
+    by_entry: set[str] = set()
     names: list[str] = []
     files: list[str] = []
     free: list[str] = []
@@ -144,7 +153,10 @@ def _typed(
             files.append(value)
             continue
         names.append(f"{option.name}.{key}" if key else option.name)
-        values[option.name] = {**values.get(option.name, {}), key: value} if key else value
+        if key:
+            by_entry.add(option.name)
+            value = {**values.get(option.name, {}), key: value}
+        values[option.name] = value
     if unknown:  # all of them: a command line of another library has several
         lines = [
             f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
@@ -154,7 +166,7 @@ def _typed(
         raise ConfigurationError(first, *(f"  {line}" for line in more))
     by_position = _of_positions(free, options, positional, command)
     _require_once([*names, *by_position], options)
-    return files, {**by_position, **values}
+    return files, {**by_position, **values}, by_entry
 
 
 def _require_once(names: Sequence[str], options: Mapping[str, Option]) -> None:
