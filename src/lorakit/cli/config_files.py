@@ -28,16 +28,17 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
         typed_only: An option that only the command line can set, such as --recipe.
 
     Raises:
-        ConfigurationError: The file cannot be read, or has keys that no command has; names each of them.
+        ConfigurationError: The file cannot be read, sets an option twice, or has keys that no command has; names each
+            of them.
     """
     content = _read(path)
     own, sections = options_of(config_class), sections_of(config_class)
-    values = dict(_flat(content, sections))
+    values = _by_name(path, content, sections)
     if values.keys() <= own.keys() | sections.keys():
         return values, {}
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
-    values = dict(_flat(content, {**every_section, **sections}))
+    values = _by_name(path, content, {**every_section, **sections})
     is_of_run = not _options_of_training_only().isdisjoint(values)
     of_run = _top_level_of_training() if is_of_run and not _trains(config_class) else set()
     unknown = []
@@ -84,6 +85,18 @@ def _read(path: str) -> dict[str, Any]:
             f"--config {path} is not a mapping of options. Write one 'name: value' per line."
         )
     return content
+
+
+def _by_name(path: str, content: Mapping[Any, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a file by dotted name; reject one that is set twice."""
+    values: dict[str, Any] = {}
+    for name, value in _flat(content, sections):
+        if name in values:
+            raise ConfigurationError(
+                f"{path}: {name} occurs twice. A section and a dotted name set the same option; remove one of them."
+            )
+        values[name] = value
+    return values
 
 
 def _flat(
