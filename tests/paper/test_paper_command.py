@@ -68,3 +68,9 @@ def test_an_option_that_is_no_setting():
 def test_an_unknown_recipe_is_an_error_of_the_command(capsys):
     assert main(["train", "--recipe", "roberta-base/mrcp/lora", "--output", "out"]) == 1
     assert "Did you mean 'roberta-base/mrpc/lora'" in capsys.readouterr().err
+
+
+def test_an_empty_recipe_is_an_error(capsys):
+    """A shell passes --recipe "$RECIPE" with an unset variable as an empty name."""
+    assert main(["train", "--recipe", "", "--output", "out"]) == 1
+    assert "There is no recipe ''. A name is model/task/method" in capsys.readouterr().err

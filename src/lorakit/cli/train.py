@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
         "--recipe NAME starts from the paper's settings ('lorakit recipes' lists them); other options override "
         "them.",
         rest,
-        defaults=_recipe(recipe, rest) if recipe else None,
+        defaults=None if recipe is None else _recipe(recipe, rest),
         typed_only="--recipe",
         unused=options_of_other_methods,
     )
