@@ -84,6 +84,9 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
     assert Path("run.yaml").read_text() == text
     more = ["--base.name", "other", "--data.validation", "held.jsonl", "--data.max_length", "64"]
     assert main(["init", *chosen, "--overwrite", *more]) == 0
+    capsys.readouterr()
+    assert main(["init", *chosen, "--file", "my run.yaml"]) == 0
+    assert "  lorakit train --config 'my run.yaml'\n" in capsys.readouterr().out
     config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
     assert (config.base.name, config.data.validation) == ("other", "held.jsonl")
     assert (config.data.max_length, config.data.validation_fraction) == (64, 0)

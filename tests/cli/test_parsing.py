@@ -248,6 +248,16 @@ def test_values_that_are_no_lists() -> None:
     assert (config.adapters, config.weights) == (["a", "b"], [0.7, -0.2])
 
 
+def test_the_path_of_a_file_with_a_comma_is_one_value(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "--base.name b --output out --data.train 'sales, 2024.csv'"
+    assert train(line).data.train == ["sales", "2024.csv"]
+    Path("sales, 2024.csv").write_text("prompt,completion\na,b\n")
+    assert train(line).data.train == "sales, 2024.csv"
+    merged = parse(CombineConfig, "combine", "", ["--adapters", "sales, 2024.csv", "--output", "o"])
+    assert merged.adapters == ["sales, 2024.csv"]
+
+
 def test_numbers_mappings_and_dashes() -> None:
     config = train(
         f"{RUN} --optimizer.learning-rate 5e-4 --optimizer.betas 0.9 0.95 --batch-size=2 "

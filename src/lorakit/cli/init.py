@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _column(field: str, columns: list[str]) -> str | None:
 
 
 def _commands(config: InitConfig, task: DataTask) -> list[str]:
-    file = f"--config {config.file}"
+    file = shlex.join(["--config", config.file])
     first = [f"lorakit {command} {file}" for command in ("data", "plan", "train", "evaluate")]
     return first + commands_for(generic_task(task.type).name, file, _output(config.data))
 

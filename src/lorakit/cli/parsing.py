@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -275,7 +276,8 @@ def _value(words: list[str], option: Option, key: str = "") -> Any:
         read = _read_text(text) if text.startswith("[") else None
         if isinstance(read, list) and len(words) == 1:
             return read
-        if len(words) == 1 and "," in text and not _PATTERN_SIGNS.intersection(text):
+        is_pattern = not _PATTERN_SIGNS.isdisjoint(text)
+        if len(words) == 1 and "," in text and not is_pattern and not os.path.exists(text):
             words = [part.strip() for part in text.split(",") if part.strip()]
         elif len(words) == 1 and str in option.kinds:
             return text
