@@ -27,12 +27,12 @@ FIRST = {
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch, capsys):
-    """Return what `lorakit data` prints for one row."""
+    """Return what `lorakit data` prints for these rows."""
 
-    def shown(row):
+    def shown(*rows):
         tiny_tokenizer().save_pretrained(tmp_path)
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         data = str(tmp_path / "rows.jsonl")
         assert main(["data", "--base.name", str(tmp_path), "--data.train", data]) == 0
         return capsys.readouterr().out
@@ -46,6 +46,15 @@ def test_the_format_and_the_loss_mask_without_a_terminal(shown, layout):
     assert out.splitlines()[0] == FIRST[layout]
     assert MASK[layout] in out
     assert "Tokens between [[ and ]] contribute to the loss" in out
+
+
+def test_control_characters_of_the_data_are_escaped(shown):
+    label = "x\nlorakit: all is well\u202e"
+    out = shown({"text": "a\tb \x1b[2J\r\nd", "label": label}, {"text": "b", "label": "y"})
+    assert not [c for c in out if c not in "\n\t" and not c.isprintable()]
+    assert r"labels x\nlorakit: all is well\u202e, y" in out
+    assert "\\u001b·[·" in out
+    assert "\n  label x\\nlorakit: all is well\\u202e: 1\n" in out
 
 
 def test_colours_replace_the_brackets_unless_no_color_is_set(shown, monkeypatch):

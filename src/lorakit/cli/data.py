@@ -12,6 +12,7 @@ from rich.markup import escape
 from lorakit.cli.parsing import parse
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import require_at_least
+from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _print(console: Console, preview: Preview) -> None:
     labels = f", labels {', '.join(preview.labels)}" if preview.labels else ""
-    console.print(f"[bold]task[/bold] {preview.task}: {escape(preview.format + labels)}")
+    console.print(f"[bold]task[/bold] {preview.task}: {escape(visible(preview.format + labels))}")
     in_colour = console.color_system is not None and not console.no_color
     for example in preview.examples:
         console.print(f"\n[dim]{escape(example.origin)}, {len(example.tokens)} tokens[/dim]")
@@ -101,7 +102,7 @@ def _marked(example: PreviewExample, *, in_colour: bool) -> Text:
     dot, runs = Text("·", style="dim"), []
     for target, tokens in groupby(example.tokens, key=lambda token: token.target):
         style = "black on green" if target and in_colour else ""
-        run = dot.join(Text(token.text, style) for token in tokens)
+        run = dot.join(Text(visible(token.text, keep="\n\t"), style) for token in tokens)
         runs.append(Text("[[") + run + "]]" if target and not in_colour else run)
     return dot.join(runs)
 
@@ -118,7 +119,7 @@ def _print_split(console: Console, name: str, split: SplitPreview) -> None:
     for low, high, count in lengths.histogram:
         console.print(f"  {low:>5} to {high:<5} {'█' * round(BAR * count / most)} {count:,}")
     for label, count in split.labels.items():
-        console.print(f"  label {label}: {count:,}", markup=False)
+        console.print(f"  label {visible(label)}: {count:,}", markup=False)
     if split.scores is not None:
         console.print("  score: minimum {:g}, mean {:.3g}, maximum {:g}".format(*split.scores))
     if split.repeated_examples or split.repeated_prompts:
