@@ -28,9 +28,10 @@ def test_overview_names_every_command(capsys):
 
 
 def test_a_misspelt_command_is_corrected(capsys):
-    status, _, err = run(capsys, "trian")
-    assert status == 2
-    assert "Did you mean 'train'?" in err
+    for words in (["trian"], ["help", "trian"]):
+        status, _, err = run(capsys, *words)
+        assert status == 2
+        assert "Did you mean 'train'?" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
