@@ -22,7 +22,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
-from lorakit.planning import plan
+from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
@@ -384,6 +384,30 @@ def test_a_quantised_base_takes_the_bytes_of_the_loaded_one(tmp_path, dtype):
     scales = [t.quant_state.absmax for t in tensors if getattr(t, "quant_state", None) is not None]
     loaded = sum(t.nbytes for t in (*tensors, *scales))
     assert planned.chosen.memory.base == pytest.approx(loaded, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("computed", ["bfloat16", "float32"])
+def test_loading_reads_the_unquantised_weights(tmp_path, monkeypatch, computed):
+    config = tiny_models.ARCHITECTURES["llama"]()
+    config.update({"architectures": ["LlamaForCausalLM"], "dtype": torch.bfloat16})
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(planner, "compute_dtype", lambda *_: getattr(torch, computed))
+    plans = {
+        name: plan(
+            dataclasses.replace(
+                tiny_runs.config(tmp_path, str(tmp_path)),
+                base=BaseConfig(name=str(tmp_path), dtype=name, device="cpu"),
+            ),
+            length=32,
+            compare=False,
+            machine=MACHINE,
+        )
+        for name in ("nf4", computed)
+    }
+    # In the dtype of the file the unquantised weights stay mapped; else their copy goes as the quantised ones come.
+    beside = plans["nf4"].chosen.memory.base if computed == "bfloat16" else 0
+    assert plans["nf4"].loading == pytest.approx(plans[computed].loading + beside, abs=1000)
 
 
 def test_an_encoder_is_planned_as_a_classifier(tmp_path):

@@ -14,6 +14,7 @@ from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
+from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
@@ -112,7 +113,8 @@ class Plan:
     """Whether they split the weights of the blocks."""
     machine: Machine
     loading: int
-    """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, both copies exist briefly."""
+    """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, both copies exist briefly. nf4 and
+    int8 read all weights unquantised first."""
     chosen: Prediction
     """The run as configured."""
     full: Prediction | None
@@ -217,7 +219,7 @@ def plan(
         processes=processes,
         split=config.shard,
         machine=machine,
-        loading=_loading(shape, run, dtype) if device.type == "cpu" else 0,
+        loading=_loading(shape, run, config.base.dtype, dtype) if device.type == "cpu" else 0,
         chosen=predict(run),
         full=full and predict(full),
         why_no_full=why,
@@ -225,11 +227,20 @@ def plan(
     )
 
 
-def _loading(shape: Shape, run: SimulatedRun, dtype: torch.dtype) -> int:
+def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype) -> int:
+    """Return the peak bytes while loading a base: `base_dtype` is that of its weights, `dtype` that of its products.
+
+    The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
+    from these weights.
+    """
     stored = getattr(shape.config, "dtype", None)
-    if not isinstance(stored, torch.dtype) or stored == dtype:
-        return INTERPRETER + IMPORTS + run.base
-    return INTERPRETER + IMPORTS + run.base + run.total * stored.itemsize
+    is_quantised = base_dtype in QUANTISATIONS
+    weights = run.total * dtype.itemsize if is_quantised else run.base
+    if isinstance(stored, torch.dtype) and stored != dtype:
+        weights += run.total * stored.itemsize
+    elif is_quantised:
+        weights += run.base
+    return INTERPRETER + IMPORTS + weights
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
