@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
+from lorakit.models import loading
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import (
@@ -280,6 +281,19 @@ def test_load_base(folder: str, kind) -> None:
     assert not base.model.training
     (notice,) = base.notices
     assert f"14 projections are quantised to {kind}" in notice
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_does_not_map_its_checkpoint(tmp_path, monkeypatch, kind) -> None:
+    folder = save_base(tmp_path / "base")
+    monkeypatch.setattr(loading, "compute_dtype", lambda *_: torch.float32)  # the file's
+    maps = Path("/proc/self/maps")
+    model = load_base(folder, dtype=kind).model
+    assert folder not in maps.read_text()
+    plain = load_base(folder).model
+    assert folder in maps.read_text()
+    assert model.get_input_embeddings().weight.equal(plain.get_input_embeddings().weight)
 
 
 def test_load_base_says_that_stacked_experts_are_not_quantised(tmp_path: Path) -> None:

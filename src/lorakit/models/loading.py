@@ -136,6 +136,10 @@ def load_base(
     if quantisation:
         experts = share_of_experts(model)
         count = quantise(model, quantisation)
+        # The other weights may map the checkpoint's file: all that was read of it would stay in memory.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                tensor.data = tensor.data.clone()
         notices.append(
             f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
             f"{dtype_name(weights_dtype)}."
