@@ -58,6 +58,7 @@ def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method():
     assert any("--from_adapter" in note for note in found.notes)
     assert not any("--from_adapter" in note for note in recipe("roberta-base/cola/lora").notes)
     left = _recipe("roberta-base/rte/lora", ["--from_adapter", "out/mnli/best"])
+    assert left == _recipe("roberta-base/rte/lora", ["--from-adapter=out/mnli/best"])
     assert not any(name.startswith(("lora", "method")) for name in left)
     assert left["optimizer.learning_rate"] == 5e-4
 

@@ -49,8 +49,8 @@ from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
-LONG, SHORT = 50, 10
-"""Steps of the main ways and of the others: five epochs and one. An epoch ends with a step of a single example."""
+LONG, SHORT = 20, 10
+"""Steps of the main ways and of the others: two epochs and one. An epoch ends with a step of a single example."""
 COUNTS = (1, 2, 4)
 LIMIT = 60.0
 """Seconds after which the processes of a run are killed."""

@@ -109,7 +109,7 @@ def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
     from lorakit.paper.recipes import recipe
 
     chosen = recipe(name)
-    from_adapter = any(word.split("=")[0] == "--from_adapter" for word in argv)
+    from_adapter = any(word.split("=")[0].replace("-", "_") == "__from_adapter" for word in argv)
     return chosen.starting_from_adapter() if from_adapter else chosen.settings
 
 
