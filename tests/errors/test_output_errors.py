@@ -70,6 +70,8 @@ FOREIGN = {
     "a thesis": ["thesis.tex"],
     "a project with a config.yaml": ["config.yaml", "checkpoints/last.ckpt", "train.py"],
     "names of a run's": ["adapter/thesis.tex", "best/thesis.tex"],
+    "an adapter and checkpoints": ["adapter_config.json", "checkpoint-10/optimizer.pt"],
+    "a model and notes": ["config.json", "model.safetensors", "notes.txt"],
 }
 
 

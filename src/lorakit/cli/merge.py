@@ -11,8 +11,11 @@ from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
 
-SAVED = (".json", ".safetensors", ".jinja", ".txt", ".model")
-"""Suffixes of the files that `save_pretrained` of a model and its tokenizer writes."""
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors"),
+    "model.safetensors.index.json",
+)
+"""Files that `save_pretrained` of a model writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +52,32 @@ def run(argv: Sequence[str]) -> None:
     )
     # Before the imports of PyTorch, which take seconds.
     output = storage.require_free_folder(config.output, overwrite=config.overwrite)
-    _require_replaceable(output)
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
     from lorakit.adapters import handle_of
+    from lorakit.adapters.formats import TOKENIZER_FILES
     from lorakit.compute.adapted import AdapterFile, open_adapted
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.methods.registry import use_method
     from lorakit.models.dtype_choice import MERGED
     from lorakit.storage.tensors import use_default_mode
 
+    storage.require_replaceable(
+        output,
+        "a merged model's",
+        written=(*MODEL_FILES, *TOKENIZER_FILES),
+        marks=("config.json",),
+    )
     if config.method is not None:
         use_method(config.method)
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
-    _require_apart(output, config.adapter, base.source.path_or_id)
+    if Path(base.source.path_or_id).resolve() == output:
+        raise RunFolderError(
+            f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
+        )
     model, tokenizer = base.model, base.tokenizer
     assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
     handle = handle_of(model)
@@ -87,26 +99,3 @@ def run(argv: Sequence[str]) -> None:
     for sentence in verdict.sentences():
         print(sentence)
     print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')
-
-
-def _require_replaceable(output: Path) -> None:
-    """Reject overwriting a folder that is not a merged model's: it has other files, or no config.json."""
-    if not output.is_dir():
-        return
-    others = sorted(p.name for p in output.iterdir() if p.suffix not in SAVED)
-    if others or (any(output.iterdir()) and not (output / "config.json").exists()):
-        raise RunFolderError(
-            f"'{output}' is not the folder of a merged model, and overwriting would delete its files"
-            f"{': ' if others else ''}{', '.join(others[:3])}. Choose another folder."
-        )
-
-
-def _require_apart(output: Path, *inputs: str) -> None:
-    """Reject overwriting an input of the merge, or a folder that contains one."""
-    for name in inputs:
-        path = Path(name).resolve()
-        if path.exists() and (path == output or output in path.parents):
-            raise RunFolderError(
-                f"'{output}' contains an input of the merge ({name}), and overwriting would delete it. "
-                "Choose another folder."
-            )

@@ -5,6 +5,7 @@ from lorakit.storage.atomic import (
     atomic_folder,
     require_free_file,
     require_free_folder,
+    require_replaceable,
 )
 from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
@@ -48,6 +49,7 @@ __all__ = [
     "require_checksum",
     "require_free_file",
     "require_free_folder",
+    "require_replaceable",
     "sha256",
     "write_json",
     "write_record",

@@ -13,12 +13,14 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
 from lorakit.errors import RunFolderError
-from lorakit.storage.refusals import full_disk_explained, writing
+from lorakit.storage.refusals import full_disk_explained, reading, writing
 
 try:
     import fcntl
@@ -111,6 +113,38 @@ def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
                 f"'{target}' already exists. Choose another file, or set overwrite (--overwrite) to replace it."
             )
     return target
+
+
+def require_replaceable(
+    folder: str | Path, what: str, *, written: Collection[str], marks: Collection[str]
+) -> None:
+    """Refuse to overwrite a folder with files other than those that a save of this kind writes.
+
+    Args:
+        folder: The output folder; it may be missing or empty.
+        what: Whose files a save writes, for the message ("an adapter's").
+        written: Patterns of those files, relative to the folder. A star does not match a slash.
+        marks: The folder must have one of these files.
+
+    Raises:
+        RunFolderError: The folder has other files, or none of `marks`.
+    """
+    folder = Path(os.path.realpath(folder))
+    with reading(folder, RunFolderError):
+        patterns = written if any((folder / mark).exists() for mark in marks) else ()
+        files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        names = (file.relative_to(folder).as_posix() for file in files)
+        others = (
+            name
+            for name in names
+            if not any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
+        )
+        first = sorted(islice(others, 3))  # the folder may have millions
+    if first:
+        raise RunFolderError(
+            f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
+            f"{', '.join(first)}. Choose another folder."
+        )
 
 
 def _writable(path: str | Path) -> Path:

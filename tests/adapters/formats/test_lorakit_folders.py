@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -391,8 +392,34 @@ def test_overwriting_what_is_no_adapter_is_refused(tmp_path):
     formats.check_replaceable(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     formats.check_replaceable(tmp_path / "empty")
-    formats.write(ADAPTERS["full"], tmp_path / "adapter")
-    formats.check_replaceable(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["checkpoint-10/optimizer.pt", "notes.md", "tokenizer_training/run.py", "second/README.md"],
+)
+def test_overwriting_an_adapter_deletes_nothing_beside_it(tmp_path, other):
+    formats.write(ADAPTERS["full"], tmp_path)
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("years of work")
+    with pytest.raises(RunFolderError, match=f"would delete them: {re.escape(other)}[.] Choose"):
+        formats.check_replaceable(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [None, "lorakit.json"])
+def test_all_files_of_an_adapter_can_be_overwritten(tmp_path, damage):
+    """Also the files of PEFT alone, and those that only lorakit.json names: Marian's tokenizer has a source.spm."""
+    (tmp_path / "additional_chat_templates").mkdir()
+    names = ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/rag.jinja")
+    for name in (*names, *(() if damage else ("source.spm",))):
+        (tmp_path / name).write_text("{}")
+    formats.write(ADAPTERS["plain"], tmp_path)
+    if damage:
+        (tmp_path / damage).write_text("{")
+    formats.check_replaceable(tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+    (tmp_path / "source.spm").unlink(missing_ok=True)
+    formats.check_replaceable(tmp_path)
 
 
 # --- which format? ------------------------------------------------------------------------------

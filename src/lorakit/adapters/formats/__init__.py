@@ -11,9 +11,12 @@ loralib         one file of tensors                             yes     `loralib
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
 from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
+from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
 
 __all__ = [
     "BaseRecord",
@@ -45,12 +48,15 @@ __all__ = [
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
-    *("additional_chat_templates", "vocab.*", "merges.txt", "*.model"),
+    *("additional_chat_templates", "additional_chat_templates/*.jinja"),
+    *("vocab.*", "merges.txt", "*.model"),
 )
 """File names of a tokenizer saved by transformers."""
 
 _CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
 """A folder with one of these files is an adapter."""
+
+_TENSOR_NAMES = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
 
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
@@ -139,25 +145,21 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse to overwrite a folder that is not an adapter's.
+    """Refuse to overwrite a folder with files other than an adapter's and its tokenizer's.
 
     Raises:
-        RunFolderError: The folder is not empty and contains no adapter.
+        RunFolderError: The folder has other files, or files but no adapter.
     """
-    folder = Path(folder)
-    with storage.reading(folder, RunFolderError):
-        has_files = folder.is_dir() and any(folder.iterdir())
-        is_adapter = any((folder / name).exists() for name in _CONFIG_NAMES)
-    if has_files and not is_adapter:
-        raise RunFolderError(
-            f"'{folder}' holds files that are not an adapter's, and overwriting would delete them. "
-            "Choose another folder."
-        )
+    saved: object = None
+    with suppress(LorakitError):  # of PEFT, new or damaged
+        saved = storage.read_json(Path(folder) / lorakit_json.NAME).get("files")
+    listed = map(glob.escape, saved) if isinstance(saved, Mapping) else ()
+    written = (*_CONFIG_NAMES, *_TENSOR_NAMES, lorakit_json.CARD_NAME, *TOKENIZER_FILES, *listed)
+    storage.require_replaceable(folder, "an adapter's", written=written, marks=_CONFIG_NAMES)
 
 
 def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
-    tensors = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
-    if path.name in (*tensors, *_CONFIG_NAMES):
+    if path.name in (*_TENSOR_NAMES, *_CONFIG_NAMES):
         raise AdapterFileError(
             f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
         )
