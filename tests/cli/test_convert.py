@@ -50,6 +50,32 @@ def test_nothing_else_comes_along(adapter: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "converted").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "link", ["merges.txt", "tokenizer_config.json", "additional_chat_templates"]
+)
+def test_links_out_of_the_folder_are_refused(adapter: Path, tmp_path: Path, capsys, link) -> None:
+    """An unpacked archive could otherwise publish files of this machine."""
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "key.jinja").write_text("secret")
+    (adapter / "lorakit.json").unlink()  # its checksums would refuse a changed file
+    (adapter / link).unlink(missing_ok=True)
+    (adapter / link).symlink_to(secrets if "." not in link else secrets / "key.jinja")
+    assert main(["convert", str(adapter), str(tmp_path / "converted")]) == 1
+    assert "outside the adapter's folder" in capsys.readouterr().err
+    assert not (tmp_path / "converted").exists()
+
+
+def test_links_of_the_hubs_cache_are_copied(adapter: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--me/snapshots/main", tmp_path / "models--me/blobs"
+    snapshot.mkdir(parents=True)
+    for path in adapter.rename(blobs).iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    convert(snapshot, tmp_path / "converted")
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted").chat_template == TEMPLATE
+    assert not any(path.is_symlink() for path in (tmp_path / "converted").iterdir())
+
+
 def test_in_place_nothing_is_lost(adapter: Path) -> None:
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     convert(adapter, adapter, "--overwrite", "true")

@@ -17,7 +17,6 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 
 from lorakit import storage
@@ -131,17 +130,28 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copy the tokenizer and chat template of an adapter to another folder; call it before `write`."""
-    if not Path(source).is_dir():
-        return  # a loralib file
-    for path in sorted(Path(source).iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in TOKENIZER_FILES):
+    """Copy the tokenizer and chat template of an adapter to another folder; call it before `write`.
+
+    Raises:
+        AdapterFileError: A file is a link out of the adapter's folder, other than one of the hub's cache.
+    """
+    source = Path(os.path.realpath(source))
+    # The hub's cache consists of links from snapshots/REVISION to blobs.
+    snapshots = [parent for parent in source.parents if parent.name == "snapshots"]
+    homes = [source, *(parent.with_name("blobs") for parent in snapshots)]
+    for path in sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)}):
+        if path.is_dir():
             continue
+        target = Path(os.path.realpath(storage.regular_file(path)))
+        if not any(home in target.parents for home in homes):
+            raise AdapterFileError(
+                f"'{path}' is a link to '{target}', outside the adapter's folder, so it was not copied. Replace the "
+                "link by the file if it belongs to the adapter, otherwise delete it."
+            )
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
         with storage.reading(path, AdapterFileError):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copy(path, folder / path.name)
+            shutil.copy(path, copy)
 
 
 def check_replaceable(folder: str | Path) -> None:
