@@ -301,6 +301,14 @@ def test_an_empty_folder_is_replaced(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o750
 
 
+def test_a_private_file_stays_private(tmp_path):
+    target = tmp_path / "predictions.jsonl"
+    target.touch(0o600)
+    with storage.atomic_file(target) as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_folder_that_fills_up_during_the_save_is_not_replaced(tmp_path):
     target = tmp_path / "target"
 

@@ -63,7 +63,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
 
-    On any exception `path` keeps its old content and the temporary file is removed.
+    On any exception `path` keeps its old content and the temporary file is removed. The new file has
+    the mode of the old one: a private file stays private.
 
     Raises:
         RunFolderError: `path` is a folder or a device, or cannot be written.
@@ -71,10 +72,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = require_free_file(path, overwrite=True)
     with full_disk_explained(target), _created_parents(target), _temporary(target) as temporary:
         with writing(target):
-            temporary.touch(exist_ok=False)
+            temporary.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         with _locked(temporary):
             yield temporary
             with writing(target):
+                if target.exists():
+                    shutil.copymode(target, temporary)
                 _sync(temporary)
                 _put_in_place(temporary, target)
 
