@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 
+import at_rest
 import pytest
 import tiny_runs
 import torch
@@ -19,6 +21,7 @@ from sample_adapters import (
     trained_llama,
 )
 
+from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, difference
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -105,6 +108,28 @@ def test_what_one_adapter_has_alone_counts_against_zero():
     assert alone.second == 0
     assert alone.distance == pytest.approx(alone.first)
     assert "2 matrices are only in the first adapter" in found.notices[0]
+
+
+@pytest.mark.parametrize("name", ["fused", "interleaved", "grouped", "loralib-conv"])
+def test_one_adapter_in_two_forms_is_at_distance_zero(name):
+    """PEFT has one pair of factors for the slices of a layer, and for the groups of a convolution."""
+    both = stored(name), stored(**{name: to_peft(layers()[name])})
+    for one, other in (both, both[::-1]):
+        found = adapter_diff(one, other)
+        assert found.overall.first == pytest.approx(float(at_rest.delta(layers()[name]).norm()))
+        assert found.overall.relative < 1e-7
+        assert (
+            f"1 layers have different slices or groups in the two adapters, such as '{name}'"
+            in (found.notices[0])
+        )
+
+
+def test_magnitudes_of_slices_and_of_all_rows():
+    fused = layers()["fused"]
+    norms = randn(60, seed=1).abs()
+    fused = dataclasses.replace(fused, magnitude=randn(40, seed=2).abs(), base_norms=norms)
+    found = adapter_diff(stored(fused=fused), stored(fused=to_peft(fused)))
+    assert found.trained["fused.magnitude"].distance == 0
 
 
 def test_nothing_in_common():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_adapters import dense_parts, linear, randn, stored, trained_llama
+from sample_adapters import dense_parts, layers, linear, randn, stored, trained_llama
 
+from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.analysis import adapter_similarity, random_level, subspace_similarity
 from lorakit.analysis.similarity import similarity_of_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -95,6 +96,15 @@ def test_slices_are_compared_with_their_like():
     assert "1 matrices are only in the first adapter, such as 'linear'" in found.notices[0]
 
 
+@pytest.mark.parametrize("name", ["fused", "grouped", "loralib-conv"])
+def test_one_adapter_in_two_forms_is_the_same(name):
+    both = stored(name, "linear"), stored("linear", **{name: to_peft(layers()[name])})
+    one, other = adapter_similarity(*both), adapter_similarity(*both[::-1])
+    assert one.A.keys() == other.A.keys()
+    assert min(s.whole for s in (*one.A.values(), *one.B.values())) > 1 - 1e-9
+    assert "compared as whole layers" in one.notices[0]
+
+
 def test_pissa_is_compared_by_its_change():
     """A and B of both adapters are mostly their common start."""
     start = {"initial_A": 5 * randn(2, 64, seed=0), "initial_B": 5 * randn(64, 2, seed=1)}
@@ -106,9 +116,9 @@ def test_pissa_is_compared_by_its_change():
 
     found = adapter_similarity(updated(2), updated(4))
     change = [dense_parts(adapter.layers["linear"])[0] for adapter in (updated(2), updated(4))]
-    for layers, (one, other) in ((found.A, change), (found.B, [c.T for c in change])):
+    for sides, (one, other) in ((found.A, change), (found.B, [c.T for c in change])):
         expected = reference(one, other)[:4, :4]
-        torch.testing.assert_close(layers["linear"].phi, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sides["linear"].phi, expected, rtol=1e-4, atol=1e-6)
     (notice,) = found.notices
     assert "1 matrices of both adapters start from directions of the base (PiSSA)" in notice
     plain = linear(A=randn(2, 64, seed=6), B=randn(64, 2, seed=7))

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import formats
-from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.compress import Decomposition, check_target, compress_layers, decompose, fit
-from lorakit.analysis.deltas import Factors, part_rank, parts_of, read, with_parts
+from lorakit.analysis.deltas import Factors, in_one_form, part_rank, parts_of, read, with_parts
 from lorakit.analysis.derived import (
     Derived,
     LayerResult,
@@ -271,9 +270,12 @@ def _combine_entries(
 
 
 def _aligned(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
-    """Return the layers with corresponding parts; layers with different slices become one unsliced part."""
-    if len({(layer.kind, layer.slices, layer.groups, layer.grouped) for layer in layers}) > 1:
-        layers = [_unsliced(layer) for layer in layers]
+    """Return the layers `in_one_form`.
+
+    Raises:
+        AdapterFileError: They are layers of different kinds or shapes.
+    """
+    layers = in_one_form(layers)
     kinds = {(layer.kind, layer.groups, layer.grouped, layer.tied_head) for layer in layers}
     shapes = {(layer.B.shape[0], layer.A.shape[1:]) for layer in layers}
     if len(kinds) > 1 or len(shapes) > 1:
@@ -285,21 +287,6 @@ def _aligned(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
             "model and layer types."
         )
     return layers
-
-
-def _unsliced(layer: StoredLayer) -> StoredLayer:
-    full = to_peft(layer)
-    return dataclasses.replace(
-        layer,
-        kind=full.kind,
-        A=full.A,
-        B=full.B,
-        slices=(),
-        initial_A=None,
-        initial_B=None,
-        weight_shape=None,
-        grouped=layer.groups == 1,
-    )
 
 
 def _trim(change: Tensor, density: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import formats
+from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -128,6 +129,39 @@ def families(layers: Mapping[str, Layer]) -> dict[str, dict[str, Layer]]:
     for name, layer in layers.items():
         grouped.setdefault(family(name), {})[name] = layer
     return grouped
+
+
+def in_one_form(layers: Sequence[StoredLayer]) -> list[StoredLayer]:
+    """Return layers with corresponding parts: layers with different slices or groups become PEFT's one pair.
+
+    Raises:
+        AdapterFileError: PEFT's form cannot represent one of them.
+    """
+    if len({(layer.kind, layer.slices, layer.groups, layer.grouped) for layer in layers}) == 1:
+        return list(layers)
+    return [replace(to_peft(layer), grouped=layer.groups == 1) for layer in layers]
+
+
+def pair_in_one_form(
+    one: StoredAdapter, other: StoredAdapter
+) -> tuple[tuple[StoredAdapter, StoredAdapter], list[str]]:
+    """Return two adapters with the layers that they share `in_one_form`, and a notice about the converted ones.
+
+    Raises:
+        AdapterFileError: PEFT's form cannot represent such a layer.
+    """
+    layers, converted = (dict(one.layers), dict(other.layers)), []
+    for path in one.layers.keys() & other.layers.keys():
+        layers[0][path], layers[1][path] = in_one_form([one.layers[path], other.layers[path]])
+        if layers[0][path] is not one.layers[path]:
+            converted.append(path)
+    if not converted:
+        return (one, other), []
+    notice = (
+        f"{len(converted)} layers have different slices or groups in the two adapters, such as '{min(converted)}'. "
+        "They are compared as whole layers."
+    )
+    return (replace(one, layers=layers[0]), replace(other, layers=layers[1])), [notice]
 
 
 def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.deltas import Delta, deltas_of, in_common, read
+from lorakit.analysis.deltas import Delta, deltas_of, in_common, pair_in_one_form, read
 from lorakit.analysis.spectrum import spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 
@@ -140,11 +140,11 @@ def adapter_diff(
     Raises:
         AdapterFileError: One cannot be read, or they have nothing in common.
     """
-    stored = read(first, alpha=alpha), read(second, alpha=alpha)
-    layers, unshared = {}, []
+    stored, sentences = pair_in_one_form(read(first, alpha=alpha), read(second, alpha=alpha))
+    layers = {}
     if any(adapter.layers for adapter in stored):
         one, other = (deltas_of(adapter) for adapter in stored)
-        _, unshared = in_common(one, other)
+        sentences += in_common(one, other)[1]
         for name in dict.fromkeys((*one, *other)):
             present = one.get(name) or other[name]
             changes = [_change(side.get(name), present) for side in (one, other)]
@@ -154,17 +154,17 @@ def adapter_diff(
     for which, mine, theirs in (("first", *tensors), ("second", *reversed(tensors))):
         only_mine = [name for name in mine if name not in theirs]
         if only_mine:
-            unshared.append(f"'{only_mine[0]}' is trained in full only in the {which} adapter.")
+            sentences.append(f"'{only_mine[0]}' is trained in full only in the {which} adapter.")
     if not layers and not shared:
         methods = " and ".join(type(adapter.method).__name__ for adapter in stored)
         raise AdapterFileError(
-            f"The two adapters ({methods}) have nothing in common. {' '.join(unshared)} Compare adapters of the same "
+            f"The two adapters ({methods}) have nothing in common. {' '.join(sentences)} Compare adapters of the same "
             "method and layers."
         )
     trained = {
         name: _tensor_difference(name, tensors[0][name], tensors[1][name]) for name in shared
     }
-    return AdapterDiff(layers=layers, trained=trained, notices=unshared)
+    return AdapterDiff(layers=layers, trained=trained, notices=sentences)
 
 
 def _change(delta: Delta | None, present: Delta) -> Change:

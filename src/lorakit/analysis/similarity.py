@@ -18,6 +18,7 @@ from lorakit.analysis.deltas import (
     deltas_of,
     in_common,
     notices,
+    pair_in_one_form,
     read,
 )
 from lorakit.analysis.thin_svd import change_directions, row_directions
@@ -170,8 +171,10 @@ def adapter_similarity(
         ConfigurationError: A matrix of PiSSA was never trained.
     """
     stored = read(first, alpha=alpha), read(second, alpha=alpha)
-    one, other = (chosen(deltas_of(adapter), only) for adapter in stored)
-    shared, sentences = in_common(one, other)
+    in_one_form, sentences = pair_in_one_form(*stored)
+    one, other = (chosen(deltas_of(adapter), only) for adapter in in_one_form)
+    shared, unshared = in_common(one, other)
+    sentences += unshared
     for name in list(shared):
         if one[name].is_zero or other[name].is_zero:
             sentences.append(f"'{name}' is skipped: it is zero in one of the adapters.")
