@@ -155,8 +155,14 @@ def test_similarity_to_the_base():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_untrained_matrix_is_named():
-    adapter = stored("linear", other=linear(B=torch.zeros(20, 4)))
+START = {"A": randn(4, 24, seed=3), "B": randn(20, 4, seed=4)}
+PISSA = START | {f"initial_{name}": factor for name, factor in START.items()}
+
+
+@pytest.mark.parametrize("other", [linear(B=torch.zeros(20, 4)), linear(**PISSA)])
+def test_an_untrained_matrix_is_named(other):
+    """Of LoRA, where B starts at zero, or of PiSSA, where A and B start as directions of the base."""
+    adapter = stored("linear", other=other)
     weights = Base({"linear.weight": randn(20, 24, seed=0), "other.weight": randn(20, 24, seed=1)})
     found = adapter_amplification(adapter, weights)
     assert list(found.layers) == ["linear"]

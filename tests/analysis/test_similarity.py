@@ -123,10 +123,16 @@ def test_pissa_is_compared_by_its_change():
     assert "1 matrices of both adapters start from directions of the base (PiSSA)" in notice
     plain = linear(A=randn(2, 64, seed=6), B=randn(64, 2, seed=7))
     assert adapter_similarity(updated(2), stored(linear=plain)).notices == []
-    with pytest.raises(ConfigurationError, match="never trained"):
-        adapter_similarity(
-            updated(2), stored(linear=linear(A=start["initial_A"], B=start["initial_B"], **start))
-        )
+    # An expert without tokens stays at its start.
+    same = linear(A=start["initial_A"], B=start["initial_B"], **start)
+    both = [
+        stored(linear=adapter.layers["linear"], unused=same) for adapter in (updated(2), updated(4))
+    ]
+    found = adapter_similarity(*both)
+    assert list(found.A) == ["linear"]
+    assert "'unused' is skipped: it is zero in one of the adapters." in found.notices
+    with pytest.raises(AdapterFileError, match="zero in one of the adapters"):
+        adapter_similarity(updated(2), stored(linear=same))
 
 
 def test_json():

@@ -52,8 +52,11 @@ class Delta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether A or B is zero, as B is before training."""
-        return not self.A.any() or not self.B.any()
+        """Whether A or B is zero, as B is before training, or PiSSA's factors equal their start."""
+        if not self.A.any() or not self.B.any():
+            return True
+        r = len(self.A) // 2
+        return self.A[:r].equal(self.A[r:]) and self.B[:, :r].equal(-self.B[:, r:])
 
     def added_to(self, W: Tensor) -> Tensor:
         """Return the base matrix W (out, in) merged with the change, DoRA's magnitudes included."""

@@ -167,8 +167,8 @@ def adapter_similarity(
         only: Regular expression that selects matrices by name; None selects all.
 
     Raises:
-        AdapterFileError: One cannot be read, or they have no matrix in common.
-        ConfigurationError: A matrix of PiSSA was never trained.
+        AdapterFileError: One cannot be read, they have no matrix in common, or one was never trained.
+        ConfigurationError: `only` is no regular expression, or matches no name.
     """
     stored = read(first, alpha=alpha), read(second, alpha=alpha)
     in_one_form, sentences = pair_in_one_form(*stored)
