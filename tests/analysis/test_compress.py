@@ -73,6 +73,12 @@ def test_every_kind_of_layer(name):
         assert "DoRA" in made.notices[0]
 
 
+def test_no_layer_exceeds_the_rank_unless_its_groups_need_more():
+    for rank, expected in ((3, 2), (2, 2), (1, 2)):
+        made = compress_adapter(stored("grouped"), rank=rank)
+        assert made.adapter.layers["grouped"].rank == expected
+
+
 @pytest.mark.parametrize("name", layers())
 def test_a_rank_that_is_no_smaller_changes_no_bit(name):
     layer = layers()[name]

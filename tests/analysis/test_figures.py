@@ -88,7 +88,7 @@ def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) 
         trained_llama(seed).save(tmp_path / name, "trained")
     (section,) = run_sections(tmp_path / "one")
     found = adapter_spectrum(tmp_path / "one")
-    assert f"Rank {found.rank_for(0.9)} for all matrices" in section.blocks[0].text
+    assert f"Rank {found.rank_for(0.9)} for all layers" in section.blocks[0].text
     assert sum(row[1] for row in section.blocks[2].rows) == len(found.layers)
     (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
     assert [type(block) for block in section.blocks] == [Figure, Figure]

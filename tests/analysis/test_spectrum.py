@@ -19,7 +19,7 @@ from sample_adapters import (
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis import adapter_spectrum, spectrum
+from lorakit.analysis import adapter_spectrum, compress_adapter, spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.full import FullFineTuning
 
@@ -113,6 +113,26 @@ def test_a_trained_adapter():
     assert found.rank_for(0.9) == int((found.energy < 0.9).sum()) + 1
 
 
+def test_the_ranks_are_those_of_the_layers():
+    """Not of a group's part of a convolution, nor of loralib's factors, which have K rows for each rank."""
+    adapter = stored("linear", "fused", "grouped", "loralib-conv")
+    found = adapter_spectrum(adapter)
+    for name, one in found.layers.items():
+        assert one.rank == adapter.layers[name.split()[0]].rank
+    for energy in (0.3, 0.6, 0.9, 0.99, 1.0):
+        rank = found.rank_for(energy)
+        made = compress_adapter(adapter, rank=rank)
+        kept = 1 - made.error**2
+        assert kept >= energy - 1e-6
+        if rank > 1:  # both groups together have a rank of 2 or more
+            assert kept == pytest.approx(float(found.energy[rank - 1]), abs=1e-6)
+        for name, one in found.layers.items():
+            if name in adapter.layers:
+                alone = compress_adapter(stored(name), rank=one.rank_for(energy))
+                assert 1 - alone.error**2 >= energy - 1e-6
+                assert alone.adapter.layers[name].rank == one.rank_for(energy)
+
+
 def test_the_published_adapter(shared):
     path = shared / "checkpoints" / "roberta_base_lora_mnli.bin"
     found = adapter_spectrum(path, alpha=16)
@@ -135,6 +155,7 @@ def test_json_holds_every_number():
     facts = adapter_spectrum(stored("linear", "fused")).to_json(energy=0.5)
     assert facts["layers"]["linear"].keys() == {
         *(
+            "rank",
             "singular_values",
             "norm",
             "effective_rank",

@@ -248,8 +248,8 @@ def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.
 
 
 def part_rank(layer: StoredLayer, rank: int) -> int:
-    """Return the rank of each part of a layer of this rank, at least 1. A convolution divides it among its groups."""
-    return -(-rank // layer.groups) * layer.form.taps
+    """Return the rank of each part of a layer of at most this rank. A convolution has at least 1 for each group."""
+    return max(1, rank // layer.groups) * layer.form.taps
 
 
 def weight_name(path: str, layer: StoredLayer) -> str:

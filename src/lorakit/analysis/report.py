@@ -74,7 +74,7 @@ def run_sections(adapter: str | Path) -> list[Section]:
         (
             kind,
             len(layers),
-            number_range([len(layer.singular_values) for layer in layers.values()]),
+            number_range([layer.rank for layer in layers.values()]),
             number_range([layer.norm for layer in layers.values()]),
             number_range([layer.effective_rank for layer in layers.values()]),
             number_range([layer.rank_for(ENERGY) for layer in layers.values()]),
@@ -86,7 +86,7 @@ def run_sections(adapter: str | Path) -> list[Section]:
     sentence = UNTRAINED
     if suggested:
         sentence = (
-            f"Rank {suggested} for all matrices would keep {ENERGY:.0%} of the change's squared norm; the adapter has "
+            f"Rank {suggested} for all layers would keep {ENERGY:.0%} of the change's squared norm; the adapter has "
             f"rank {len(spectra.energy)}."
         )
     blocks: list[Block] = [

@@ -32,6 +32,23 @@ class Spectrum:
 
     singular_values: Tensor
     """(min(r, out, in),), descending, float64."""
+    groups: int = 1
+    """Groups of a convolution. This is the change of one of them, which has its share of the layer's rank."""
+    taps: int = 1
+    """Singular values for each rank of the layer: the width of the kernel for loralib's convolutions."""
+
+    @property
+    def rank(self) -> int:
+        """The layer's rank that keeps all singular values."""
+        return len(self.squares_by_rank)
+
+    @property
+    def squares_by_rank(self) -> Tensor:
+        """Sum of the squares of the singular values that each rank of the layer adds, (rank,)."""
+        first = torch.arange(len(self.singular_values)) // self.taps
+        ranks = (first + 1) * self.groups
+        squares = self.singular_values.square()
+        return squares.new_zeros(int(ranks[-1])).index_add_(0, ranks - 1, squares)
 
     @property
     def norm(self) -> float:
@@ -54,11 +71,11 @@ class Spectrum:
 
     @property
     def energy(self) -> Tensor:
-        """Share of the squared norm in the first i singular values, for i = 1 to r: (r,)."""
-        return cumulative_share(self.singular_values.square())
+        """Share of the squared norm that rank i of the layer keeps, for i = 1 to its rank: (rank,)."""
+        return cumulative_share(self.squares_by_rank)
 
     def rank_for(self, energy: float) -> int:
-        """Return the smallest rank that keeps this share of the squared norm; 0 for an untrained adapter."""
+        """Return the layer's smallest rank that keeps this share of the squared norm; 0 for an untrained adapter."""
         return rank_for(self.energy, energy)
 
 
@@ -91,11 +108,11 @@ class AdapterSpectrum:
 
     @property
     def energy(self) -> Tensor:
-        """Share of the whole adapter's squared norm that rank i keeps in every matrix, for i = 1 to r."""
-        width = max(len(s.singular_values) for s in self.layers.values())
-        total = torch.zeros(width, dtype=torch.float64)
-        for layer in self.layers.values():
-            total[: len(layer.singular_values)] += layer.singular_values.square()
+        """Share of the whole adapter's squared norm that rank i keeps in every layer, for i = 1 to the highest."""
+        squares = [layer.squares_by_rank for layer in self.layers.values()]
+        total = torch.zeros(max(map(len, squares)), dtype=torch.float64)
+        for one in squares:
+            total[: len(one)] += one
         return cumulative_share(total)
 
     @property
@@ -104,7 +121,7 @@ class AdapterSpectrum:
         return sum(layer.norm**2 for layer in self.layers.values()) ** 0.5
 
     def rank_for(self, energy: float) -> int:
-        """Return the smallest common rank of all matrices that keeps this share of the squared norm."""
+        """Return the smallest common rank of all layers that keeps this share of the squared norm."""
         return rank_for(self.energy, energy)
 
     def to_json(self, energy: float = ENERGY) -> dict[str, Any]:
@@ -118,6 +135,7 @@ class AdapterSpectrum:
             },
             "layers": {
                 name: {
+                    "rank": layer.rank,
                     "singular_values": layer.singular_values.tolist(),
                     "norm": layer.norm,
                     "effective_rank": layer.effective_rank,
@@ -144,7 +162,11 @@ def adapter_spectrum(
         AdapterFileError: The adapter cannot be read, or has no low-rank factors.
     """
     stored = read(adapter, alpha=alpha)
-    layers = {name: spectrum(d.A, d.B, d.scaling) for name, d in deltas_of(stored).items()}
+    layers = {}
+    for name, delta in deltas_of(stored).items():
+        form = stored.layers[delta.path].form
+        values = singular_values(delta.A, delta.B, delta.scaling)
+        layers[name] = Spectrum(values, groups=form.groups, taps=form.taps)
     return AdapterSpectrum(layers=layers, notices=notices(stored))
 
 

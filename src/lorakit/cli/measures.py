@@ -64,11 +64,11 @@ def _spectrum(config: SpectrumConfig) -> Findings:
     facts = found.to_json(config.energy)
     rows = {
         name: {
-            "rank": len(layer["singular_values"]),
+            "rank": layer["rank"],
             "norm": layer["norm"],
             "effective rank": layer["effective_rank"],
             "stable rank": layer["stable_rank"],
-            "first direction": layer["energy_by_rank"][0],
+            "first direction": (layer["singular_values"][0] / (layer["norm"] or 1)) ** 2,
             f"rank for {config.energy:.4g}": layer["suggested_rank"],
         }
         for name, layer in facts["layers"].items()
