@@ -1,7 +1,13 @@
-"""Parameter counts without weights, against the paper's tables and the formula r (in + out)."""
+"""Parameter counts without weights, against the paper's tables and the formula r (in + out), and file sizes."""
 
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
 from paper_models import paper_model
 
+import lorakit
 from lorakit.adapters.summary import count_parameters
 from lorakit.methods.lora.method import LoRA
 
@@ -12,3 +18,39 @@ def test_counting_builds_no_weights_and_changes_nothing():
     count_parameters(model, LoRA(rank=4, targets="all-linear"))
     assert set(dict(model.named_parameters())) == before
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": "attention.qv"},
+        {"targets": "attention", "train_modules": ("ln_f",)},
+        {"targets": "attention.qv", "init": "pissa"},
+        {"targets": ("attention.qv", "mlp"), "dora": True},
+        {"targets": "attention.qv", "lora_bias": True},
+        {"targets": ("attention.qv", "embedding"), "tie_head": True},
+    ],
+)
+def test_the_file_has_the_size_of_the_summary(settings, tmp_path):
+    """Slices of GPT-2's fused projection have zeros in PEFT's form, and PiSSA has twice the rank."""
+    adapters = lorakit.attach(tiny_models.build("gpt2"), LoRA(rank=2, **settings))
+    assert adapters.summary().file_bytes == tensor_bytes(adapters.save(tmp_path / "adapter"))
+
+
+def test_the_file_has_the_size_of_the_summary_without_peft(tmp_path):
+    convolution = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2, dilation=2))
+    both = lorakit.Combined(methods=(LoRA(rank=2, targets="attention.qv"), lorakit.BitFit()))
+    for model, method in (
+        (convolution, LoRA(rank=2, targets="0")),
+        (tiny_models.build("gpt2"), both),
+    ):
+        adapters = lorakit.attach(model, method, name="a")
+        folder = adapters.save(tmp_path / type(method).__name__)
+        assert not (folder / "adapter_config.json").exists()
+        assert adapters.summary().file_bytes == tensor_bytes(folder)
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Return the bytes of a safetensors file without its header."""
+    (file,) = folder.glob("*.safetensors")
+    return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")

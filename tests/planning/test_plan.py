@@ -74,6 +74,17 @@ def test_counts_match_the_trained_run(tmp_path):
     assert planned.steps == 1
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_the_saved_file_is_in_the_form_of_peft(tmp_path, init):
+    """Its slices of GPT-2's fused projection have zeros, and PiSSA has twice the rank."""
+    base = tiny_runs.save_base(tmp_path / "base", "gpt2")
+    lora = lorakit.LoRA(rank=2, targets="attention.qv", init=init)
+    planned = plan(tiny_runs.config(tmp_path, base, lora=lora), length=8, machine=MACHINE)
+    adapters = lorakit.attach(lorakit.load_base(base, dtype="float32").model, lora)
+    assert planned.chosen.file_bytes == adapters.summary().file_bytes
+    assert planned.chosen.file_bytes > 4 * planned.chosen.trained
+
+
 @pytest.mark.slow
 def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
     """Each product takes a million seconds; the rates alone predict almost none."""

@@ -309,7 +309,7 @@ def _predict(
         method=run.method,
         trained=run.trained,
         share=run.trained / run.total,
-        file_bytes=4 * run.trained,
+        file_bytes=run.file,
         memory=memory,
         seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
         + held * UPDATE_BYTES / machine.traffic

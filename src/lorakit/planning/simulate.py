@@ -46,6 +46,8 @@ class SimulatedRun:
     method: str
     trained: int
     """Trained parameters."""
+    file: int
+    """Bytes of the tensors in the saved file."""
     total: int
     """Parameters of the base."""
     base: int
@@ -101,6 +103,7 @@ def simulate(
             enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         count = total if is_full else sum(p.numel() for p in trained)
+        file = 4 * count if is_full else adapters.summary(ADAPTER).file_bytes
         copies = in_all_blocks if is_full else _copied_in(in_blocks)
         model.train()
         computation = choice_of(config, model, task)
@@ -126,6 +129,7 @@ def simulate(
     return SimulatedRun(
         method=type(adapters.method(ADAPTER)).__name__,
         trained=count,
+        file=file,
         total=total,
         base=size,
         blocks=sum(block_sizes),
