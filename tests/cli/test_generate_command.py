@@ -355,7 +355,10 @@ def test_without_a_system_role_the_system_text_starts_the_first_message(
             "output is .out.txt.; it must be a file name that ends in .jsonl",
         ),
         (["--file", "{train}", "--raw", "true"], "has 'messages', which need the chat template"),
-        (["--file", "{train}", "--system", "y"], r"train.jsonl:2: 'messages' has a system turn"),
+        (
+            ["--file", "{train}", "--system", "y"],
+            r"train.jsonl:2: 'system' is set, and the messages",
+        ),
     ],
 )
 def test_options_that_do_not_fit_the_prompts(arguments, message, trained, capsys) -> None:

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.errors import DataError
+from lorakit.serving.http.prompts import encode_chat
+from lorakit.serving.http.schemas import Message
 from lorakit.tasks import BadRow, Chat, Completion, TooLong, chat, chat_template
 from lorakit.tasks.chat_template import ChatTemplate
 
@@ -404,11 +406,55 @@ def test_text_beside_the_content_must_be_unicode_too():
 
 
 def test_a_rejection_by_the_template_is_reported():
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template = "{% if messages[0].role == 'tool' %}{{ raise_exception('no question') }}{% endif %}"
+    with pytest.raises(BadRow, match="rejected by the chat template: no question"):
+        encode(TURNS[3:], template + CHAT_TEMPLATE)
+
+
+FOR = "{% for message in messages %}"
+# Qwen 2.5's loop writes these roles only, and its own system text without a system turn.
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}"
+    + CHAT_TEMPLATE.replace(
+        FOR, FOR[:-3] + " if message.role in ('system', 'user', 'assistant') %}"
     )
-    with pytest.raises(BadRow, match="rejected by the chat template: no system role"):
-        encode(TURNS, template + CHAT_TEMPLATE)
+)
+DROPPING = CHAT_TEMPLATE.replace(FOR, FOR[:-3] + " if message.role in ('user', 'assistant') %}")
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + DROPPING
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, DEFAULT_SYSTEM, DROPPING, REFUSING])
+@pytest.mark.parametrize("role", ["system", "developer", "column"])
+def test_training_and_the_server_see_the_same_system_text(template, role):
+    is_column = role == "column"
+    turns = [] if is_column else [{"role": role, "content": "Be brief."}]
+    example, tokenizer = encode(
+        [*turns, *TURNS[1:3]], template, system="Be brief." if is_column else None
+    )
+    turns = [Message(**m) for m in (turns or TURNS[:1]) + TURNS[1:2]]
+    assert example.prompt_ids == encode_chat(tokenizer, turns, 1000)[0]
+    has_role = template in (CHAT_TEMPLATE, DEFAULT_SYSTEM)
+    start = "system\nBe brief.<|im_end|>\n<|im_start|>user\n" if has_role else "user\nBe brief.\n\n"
+    assert example.prompt.startswith(f"<|im_start|>{start}Where is the river pub?<|im_end|>")
+    assert target_text(example, tokenizer) == ["Near the park.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [DEFAULT_SYSTEM, DROPPING])
+def test_turns_that_the_template_leaves_out_are_rejected(template):
+    with pytest.raises(BadRow, match=r"has a 'tool' turn that .* chat template does not write"):
+        encode(TURNS, template)
+    # Turns after the last target are dropped anyway.
+    assert encode(TURNS[:4], template)[0] == encode(TURNS[:3], template)[0]
+
+
+def test_a_system_text_needs_a_place():
+    with pytest.raises(BadRow, match="no user message to write the system text into"):
+        encode([TURNS[0], TURNS[2]], DROPPING)
+    blank = TURNS[0] | {"content": ""}  # has nothing to move
+    assert encode([blank, *TURNS[1:3]], DROPPING)[0] == encode(TURNS[1:3], DROPPING)[0]
 
 
 def test_a_tokenizer_without_template_is_rejected():

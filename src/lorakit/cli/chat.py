@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> None:
     if file is not None:
         _load(conversation, file.path)
     template = conversation.template  # raises if there is none
-    if config.system and not template.has_system_role():
+    if config.system and not template.has_system_role:
         _say("the chat template has no system role; the system text starts the first user message.")
     is_terminal = sys.stdin.isatty()
     if is_terminal:

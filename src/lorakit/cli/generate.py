@@ -136,7 +136,7 @@ def run(argv: Sequence[str]) -> None:
     is_undecided = task is None and adapter is None and isinstance(prompts[0], str)
     if is_undecided and base.tokenizer.chat_template:
         _note("prompts are used unchanged; --chat formats them with the chat template.")
-    if config.system and not ChatTemplate(base.tokenizer).has_system_role():
+    if config.system and not ChatTemplate(base.tokenizer).has_system_role:
         _note(
             "the chat template has no system role; the system text starts the first user message."
         )

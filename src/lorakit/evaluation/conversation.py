@@ -20,7 +20,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate
 from lorakit.evaluation.prompt_cache import PromptCache
 from lorakit.models.loading import Base
-from lorakit.tasks import Chat
+from lorakit.tasks import Chat, conversion
 from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.messages import Message
 from lorakit.tasks.task import checked_text
@@ -119,7 +119,7 @@ class Conversation:
         """
         turns = [*self.messages, {"role": "user", "content": checked_text(message, "message")}]
         template, model = self.template, self.base.model
-        messages = template.with_system(turns, self.system) if self.system else turns
+        messages = template.prepared(conversion.with_system(turns, self.system))
         ids = template.ids(messages, answer=True)
         if model.config.is_encoder_decoder:
             ids = encoder_input(self.base, ids)

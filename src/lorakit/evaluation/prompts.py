@@ -176,9 +176,9 @@ def _chat_ids(
         prompt = PromptRow(
             {"messages": [{"role": "user", "content": prompt}]}, f"prompt {prompt!r:.40}"
         )
-    messages = prompt.fields["messages"]
+    messages, tools = prompt.fields["messages"], prompt.fields.get("tools")
     try:
-        messages = template.with_system(messages, system) if system else messages
-        return template.ids(messages, prompt.fields.get("tools"), answer=True)
+        messages = template.prepared(conversion.with_system(messages, system), tools)
+        return template.ids(messages, tools, answer=True)
     except BadRow as error:
         raise DataError(f"{prompt.where}: {error}.") from None

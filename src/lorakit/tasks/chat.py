@@ -82,7 +82,6 @@ class Chat(TextTask):
         Messages after the last target are dropped: no target depends on them.
         """
         messages, tools = checked_messages(fields), conversion.tools(fields.get("tools"))
-        self.template.check_tools(messages, tools)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not turns:
             raise bad_messages("has no assistant turn, so the example has no target")
@@ -95,6 +94,7 @@ class Chat(TextTask):
         messages = messages[: trained[-1] + 1]
         if len(messages) == 1:
             raise bad_messages("has no message before the assistant's turn")
+        messages = self.template.prepared(messages, tools)
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)

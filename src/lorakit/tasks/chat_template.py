@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
@@ -19,6 +20,8 @@ Span = tuple[int, int]
 Turns = tuple[list[int], list[Span]]
 """Token ids of a conversation, and the span of each assistant turn."""
 
+PROBE = "lorakit-probe"
+"""A text that no template contains or changes. It shows whether the template writes a turn."""
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -46,7 +49,52 @@ class ChatTemplate:
             return self._turns_by_tag(messages, tools)
         return self._turns_by_prefix(messages, tools)
 
-    def check_tools(self, messages: list[Message], tools: list | None) -> None:
+    def prepared(self, messages: list[Message], tools: list | None = None) -> list[Message]:
+        """Return the messages with the roles that the template writes.
+
+        `developer` becomes `system`, as OpenAI's newer files and clients call it. Without a system role, the text of a
+        first system turn moves to the start of the first user message.
+
+        Raises:
+            BadRow: The template would leave out a turn, the tools or the tool calls without a word.
+        """
+        self._require_tools(messages, tools)
+        messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+        if messages[0]["role"] == "system" and not self.has_system_role:
+            messages = _merge_system(messages)
+        self._require_turns(messages, tools)
+        return messages
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether the template writes a system turn. Others reject it (Gemma 2) or drop it."""
+        turns = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+        try:
+            return PROBE in self.text(turns, answer=True)
+        except BadRow:
+            return False
+
+    def _require_turns(self, messages: list[Message], tools: list | None) -> None:
+        """Reject turns that the template leaves out. `has_system_role` has tested a first system turn."""
+        start = int(messages[0]["role"] == "system")
+        probes = {
+            i: f"{PROBE}-{i}-"
+            for i, message in enumerate(messages[start:], start)
+            if message["role"] not in ("user", "assistant")
+        }
+        if not probes:
+            return
+        probed = [m | {"content": probes.get(i, m["content"])} for i, m in enumerate(messages)]
+        text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
+        for i, probe in probes.items():
+            if probe not in text:
+                role = messages[i]["role"]
+                raise bad_messages(
+                    f"has a {role!r} turn that the tokenizer's chat template does not write, so the model would not "
+                    "see it. Use the tokenizer of a model trained with such turns, or remove the turn"
+                )
+
+    def _require_tools(self, messages: list[Message], tools: list | None) -> None:
         """Reject tools and tool calls that the template would leave out without a word."""
         template = self._source(tools)
         used = {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}
@@ -65,31 +113,6 @@ class ChatTemplate:
         """Return the rendered conversation; with `answer`, followed by the generation prompt."""
         # A thought or an argument of a tool call may hold text that the tokenizer cannot encode.
         return checked_text(self._apply(messages, tools, answer, tokenize=False), "messages")
-
-    def has_system_role(self) -> bool:
-        """Return whether the template writes a system turn. Others reject it (Gemma) or drop it."""
-        probe = "lorakit-system-probe"
-        turns = [{"role": "system", "content": probe}, {"role": "user", "content": "a"}]
-        try:
-            return probe in self.text(turns, answer=True)
-        except BadRow:
-            return False
-
-    def with_system(self, messages: list[Message], system: str) -> list[Message]:
-        """Return the messages with a system turn; without a system role, with its text before the first user message.
-
-        Raises:
-            BadRow: They have a system turn already, or there is neither a system role nor a user message.
-        """
-        if messages[0]["role"] in ("system", "developer"):
-            raise bad_messages("has a system turn already; remove it, or set no other system text")
-        if self.has_system_role():
-            return [{"role": "system", "content": system}, *messages]
-        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-        if first is None:
-            raise bad_messages("has no user message to write the system text into")
-        content = f"{system}\n\n{messages[first]['content']}"
-        return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
     def ids(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
@@ -200,3 +223,15 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=answer, **options
             )
+
+
+def _merge_system(messages: list[Message]) -> list[Message]:
+    """Return the messages with the text of the first, a system turn, at the start of the first user message."""
+    system, *rest = messages
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    if first is None:
+        raise bad_messages("has no user message to write the system text into")
+    if not system["content"].strip():
+        return rest
+    content = f"{system['content']}\n\n{rest[first]['content']}"
+    return [*rest[:first], rest[first] | {"content": content}, *rest[first + 1 :]]

@@ -73,10 +73,9 @@ def encode_chat(
         ApiError: The template rejects the conversation, or the text is too long.
         DataError: The tokenizer has no chat template, or one that cannot be rendered.
     """
-    # Templates know the role system only; developer is its new name.
     turns = [
         {
-            "role": "system" if m.role == "developer" else m.role,
+            "role": m.role,
             "content": m.content
             if isinstance(m.content, str)
             else [p.model_dump() for p in m.content],
@@ -85,10 +84,7 @@ def encode_chat(
     ]
     try:
         template = ChatTemplate(tokenizer)
-        rows = checked_messages({"messages": turns})
-        if rows[0]["role"] == "system" and not template.has_system_role():
-            # As in `lorakit chat`: the text starts the first user message.
-            rows = template.with_system(rows[1:] or rows, rows[0]["content"])
+        rows = template.prepared(checked_messages({"messages": turns}))
         text = template.text(rows, answer=True)
     except BadRow as error:
         raise invalid_value(f"{error}.", "messages") from None

@@ -61,13 +61,10 @@ function lorakit(request, base, dtype) {
     decoding.push(...["temperature", "top_p", "top_k"].filter((name) => body[name]).map((name) => `${name}=${body[name]}`));
     decoding.push(`seed=${Math.abs(body.seed)}`);
   }
-  const [system] = (body.messages ?? []).filter(({ role }) => role === "system");
-  const messages = (body.messages ?? []).filter((message) => message !== system);
   const prompt = body.messages
     ? [
         "template = ChatTemplate(tokenizer)",
-        `messages = ${python(messages)}`,
-        ...(system ? [`messages = template.with_system(messages, ${python(system.content)})`] : []),
+        `messages = template.prepared(${python(body.messages)})`,
         "prompt = template.ids(messages, answer=True)",
       ]
     : [`prompt = prompt_ids(tokenizer, ${python(body.prompt)})`];
