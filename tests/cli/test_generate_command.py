@@ -16,8 +16,9 @@ from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, base_of, prompt_format
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError
+from lorakit.evaluation.prompts import read_prompts
 from lorakit.models.base_config import BaseConfig
-from lorakit.tasks import Chat
+from lorakit.tasks import Chat, Completion
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 
@@ -121,6 +122,18 @@ def test_a_conversation_that_ends_with_the_user_is_kept_whole(trained, prompts, 
     rows = [{"messages": [USER, ANSWER, AGAIN]}, ROWS[2]]
     generate(trained, "--file", tiny_runs.write_rows(tmp_path / "open.jsonl", rows))
     assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_the_messages_of_a_row_come_before_its_prompt(adapter, trained, prompts, tmp_path) -> None:
+    """ultrachat_200k and no_robots have both columns; the prompt is the first question."""
+    row = {"prompt": "river", "prompt_id": "7", "messages": [SYSTEM, USER, ANSWER, AGAIN, ANSWER]}
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [row])
+    options = ["--adapter", str(trained / "run" / "adapter")] if adapter else []
+    generate(trained, "--file", file, *options)
+    assert prompts == trained_prompts(file)
+    # Another task is trained on the prompt.
+    assert read_prompts(file, Completion) == ["river"]
 
 
 INSTRUCTIONS: list[dict[str, Any]] = [

@@ -99,7 +99,9 @@ def _row_prompt(
     try:
         if template is not None and not is_conversation:
             return checked_text(template.render(fields.get), "prompt")
-        if isinstance(fields.get("prompt"), str):
+        # ultrachat_200k has both columns. Its `prompt` is the first question.
+        is_chat = is_conversation and task in (None, Chat)
+        if isinstance(fields.get("prompt"), str) and not is_chat:
             return checked_text(fields["prompt"], "prompt")
         if task is not None and issubclass(task, NamedText):
             return PromptRow(fields, row.origin)
