@@ -336,6 +336,20 @@ def test_the_history_of_alpacas_rows_comes_before_the_question():
             list(task.rows({**row, "history": history}))
 
 
+def test_thoughts_that_the_template_writes_are_targets():
+    template = CHAT_TEMPLATE.replace(
+        "message['content']", "message.get('reasoning_content', '') + message['content']"
+    )
+    thinking = TURNS[2] | {"reasoning_content": "A park! "}
+    example, tokenizer = encode([TURNS[1], thinking], template)
+    assert target_text(example, tokenizer) == ["A park! Near the park.<|im_end|>"]
+    # Blank thoughts are no loss. A mode of the template is no key of a message.
+    blank, mode = TURNS[2] | {"reasoning": "\n"}, "{% if enable_thinking %}{% endif %}"
+    assert encode([TURNS[1], blank])[0] == encode(TURNS[1:3])[0]
+    with pytest.raises(BadRow, match="does not write reasoning_content"):
+        encode([TURNS[1], thinking], mode + CHAT_TEMPLATE)
+
+
 def test_tools_may_be_json_text():
     tools = [{"name": "search"}]
     text, tokenizer = encode(TURNS, TOOL_TEMPLATE, tools=json.dumps(tools))
@@ -385,6 +399,12 @@ USER = {"role": "user", "content": "x"}
         ([USER, calling("Paris")], "message 2 whose 'arguments' is not JSON"),
         ([USER, calling("[1]")], "whose 'arguments' is a list as JSON; write an object"),
         ([USER, CALL], "does not write tool_calls, so the model would not see them"),
+        ([USER, TURNS[2] | {"reasoning_content": "t"}], "has reasoning_content, but .* not write"),
+        ([USER, TURNS[2] | {"thinking": "t"}], "has thinking, but .* model trained with thoughts"),
+        (
+            [USER, TURNS[2] | {"function_call": {"name": "f"}}],
+            "message 2, .* write it as tool_calls",
+        ),
         ([USER, {"role": "assistant"}], r"no 'content' in message 2 \(assistant\)"),
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),

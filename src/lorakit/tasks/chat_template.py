@@ -22,6 +22,9 @@ Turns = tuple[list[int], list[Span]]
 
 PROBE = "lorakit-probe"
 """A text that no template contains or changes. It shows whether the template writes a turn."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message's thoughts. transformers copies the value of one to the key that a template reads."""
+_READS_THOUGHTS = re.compile(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -56,9 +59,9 @@ class ChatTemplate:
         first system turn moves to the start of the first user message.
 
         Raises:
-            BadRow: The template would leave out a turn, the tools or the tool calls without a word.
+            BadRow: The template would leave out a turn, tools, tool calls or thoughts without a word.
         """
-        self._require_tools(messages, tools)
+        self._require_keys(messages, tools)
         messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         if messages[0]["role"] == "system" and not self.has_system_role:
             messages = _merge_system(messages)
@@ -94,16 +97,19 @@ class ChatTemplate:
                     "see it. Use the tokenizer of a model trained with such turns, or remove the turn"
                 )
 
-    def _require_tools(self, messages: list[Message], tools: list | None) -> None:
-        """Reject tools and tool calls that the template would leave out without a word."""
+    def _require_keys(self, messages: list[Message], tools: list | None) -> None:
+        """Reject tools, tool calls and thoughts that the template would leave out without a word."""
         template = self._source(tools)
-        used = {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}
-        for name, given in used.items():
-            if given and name not in template:
+        written = {name: name in template for name in ("tools", "tool_calls")}
+        written |= dict.fromkeys(THOUGHTS, _READS_THOUGHTS.search(template) is not None)
+        keys = ("tool_calls", *THOUGHTS)
+        used = [key for m in messages for key in keys if str(m.get(key) or "").strip()]
+        for name in ["tools", *used] if tools else used:
+            if not written[name]:
                 raise BadRow(
-                    f"{'is set' if name == 'tools' else 'has tool_calls'}, but the tokenizer's chat template does "
+                    f"{'is set' if name == 'tools' else f'has {name}'}, but the tokenizer's chat template does "
                     f"not write {name}, so the model would not see them. Use the tokenizer of a model trained with "
-                    f"tools, or remove {name} from the row",
+                    f"{'thoughts' if name in THOUGHTS else 'tools'}, or remove {name} from the row",
                     "tools" if name == "tools" else "messages",
                 )
 

@@ -78,6 +78,11 @@ def _checked_message(message: Any, number: int) -> Message:
                 f"has {message[key]!r} as {key!r} of message {number}; write 1 or true to train on the message, 0 or "
                 "false to leave it out of the loss"
             )
+    if message.get("function_call"):
+        raise bad_messages(
+            f"has a 'function_call' in message {number}, which no chat template writes; write it as tool_calls: "
+            "[{type: function, function: {name, arguments}}]"
+        )
     if "tool_calls" in message:
         message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)
         message.setdefault("content", "")
