@@ -171,8 +171,45 @@ def test_what_follows_the_last_assistant_turn_is_left_out():
 def test_a_template_that_rewrites_earlier_turns_is_rejected():
     single, tokenizer = encode(TURNS[:3], REWRITING)
     assert target_text(single, tokenizer) == ["<think></think>Near the park.<|im_end|>"]
-    with pytest.raises(BadRow, match=r"message 3 \(assistant\) differently .* \{% generation %\}"):
+    with pytest.raises(
+        BadRow, match=r"assistant turn 1 differently .* weight 0 .*\{% generation %\}"
+    ):
         encode(TURNS, REWRITING)
+    example, tokenizer = encode([*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:]], REWRITING)
+    assert target_text(example, tokenizer) == ["<think></think>It is cheap.<|im_end|>"]
+
+
+END = "{{ '<|im_end|>\n' }}"
+OPENING = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+HEADER = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+# Phi writes eos after the last turn besides, gpt-oss in place of the end-of-turn token.
+EOS_BESIDES = OPENING + END + HEADER + "{% else %}{{ '<|bos|>' }}{% endif %}"
+EOS_INSTEAD = (
+    OPENING
+    + "{% if loop.last and m.role == 'assistant' %}{{ '<|bos|>' }}{% else %}{{ '<|im_end|>' }}{% endif %}"
+    + HEADER
+    + "{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(EOS_BESIDES, "<|im_end|>\n<|bos|>"), (EOS_INSTEAD, "<|bos|>")]
+)
+def test_the_last_turn_may_end_differently(template, end):
+    example, tokenizer = encode(TURNS, template)
+    assert target_text(example, tokenizer) == ["Near the park.<|im_end|>", f"It is cheap.{end}"]
+    rendered = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert tokenizer.decode(example.input_ids) == rendered
+    # Without an end-of-turn token the next turn's opening is no end.
+    with pytest.raises(BadRow, match="cannot be split into turns"):
+        encode(TURNS, EOS_INSTEAD.replace("{{ '<|im_end|>' }}", ""))
+
+
+def test_a_greeting_may_be_excluded():
+    greeting, *turns = [TURNS[2] | {"weight": 0}, *TURNS[1:3]]
+    example, tokenizer = encode([greeting, *turns])
+    assert target_text(example, tokenizer) == ["Near the park.<|im_end|>"]
+    assert tokenizer.decode(example.input_ids).startswith("<|im_start|>assistant\nNear the park.")
 
 
 def test_a_boundary_inside_a_token_is_rejected():
@@ -382,7 +419,7 @@ USER = {"role": "user", "content": "x"}
         (["hi"], "has text as message 1"),
         ([USER], "has no assistant turn"),
         ([TURNS[2]], "has no message before the assistant's turn"),
-        ([TURNS[2], USER, TURNS[2]], "starts with an assistant turn"),
+        ([TURNS[2], USER, TURNS[2]], "starts with an assistant turn; set its weight to 0"),
         ([USER, {"role": "asistant", "content": "y"}], "role 'asistant' .* mean 'assistant'"),
         ([USER, {"speaker": "gpt", "text": "y"}], r"'role' \(message 2 has: speaker, text\)"),
         ([USER, {"from": "gtp", "value": "y"}], "sender 'gtp' in message 2; .* mean 'gpt'"),

@@ -98,10 +98,8 @@ class Chat(TextTask):
         ids, spans = self.template.assistant_turns(messages, tools)
         ids, spans = self._with_ends(ids, spans)
         mask = [False] * len(ids)
-        # Turns after the last target have no span.
-        for turn, (start, stop) in zip(turns, spans, strict=False):
-            if turn in trained:
-                mask[start:stop] = [True] * (stop - start)
+        for start, stop in spans:
+            mask[start:stop] = [True] * (stop - start)
         mask[0] = False
         # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
         prompt = self.template.text(messages[:-1], tools, answer=True)
@@ -145,6 +143,6 @@ class Chat(TextTask):
     def _turn_end(self, ids: list[int], start: int, stop: int) -> int:
         """Return the position after the end-of-turn token, without the blanks that follow it; else `stop`."""
         end = stop
-        while end > start + 1 and not str(self.tokenizer.decode([ids[end - 1]])).strip():
+        while end > start + 1 and self.template.is_blank(ids[end - 1]):
             end -= 1
         return end if ids[end - 1] in self.template.special_ids else stop

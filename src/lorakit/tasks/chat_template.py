@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from bisect import bisect
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.tasks.language_modelling import encode_text
-from lorakit.tasks.messages import Message, bad_messages
+from lorakit.tasks.messages import Message, bad_messages, is_trained
 from lorakit.tasks.task import BadRow, checked_text, json_type
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Token positions `start <= i < stop` of one assistant turn."""
 Turns = tuple[list[int], list[Span]]
-"""Token ids of a conversation, and the span of each assistant turn."""
+"""Token ids of a conversation, and the span of each assistant turn in the loss."""
 
 PROBE = "lorakit-probe"
 """A text that no template contains or changes. It shows whether the template writes a turn."""
@@ -46,7 +47,10 @@ class ChatTemplate:
         self._special = re.compile("|".join(names) or r"(?!)")
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
-        """Return the token ids of the conversation and the span of each assistant turn."""
+        """Return the token ids of the conversation and the span of each assistant turn in the loss.
+
+        The last message must be such a turn.
+        """
         template = self._source(tools)
         if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
             return self._turns_by_tag(messages, tools)
@@ -132,10 +136,10 @@ class ChatTemplate:
         mask = [False, *map(bool, out["assistant_masks"]), False]
         edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
         spans = list(zip(edges[::2], edges[1::2], strict=True))
-        turns = sum(m["role"] == "assistant" for m in messages)
-        if len(spans) != turns:
+        turns = [m for m in messages if m["role"] == "assistant"]
+        if len(spans) != len(turns):
             raise bad_messages(
-                f"has {turns} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}"
+                f"has {len(turns)} assistant turns, but the chat template marks {len(spans)} with {{% generation %}}"
             )
         ids = list(out["input_ids"])
         # Some templates write the end-of-turn token outside the tags. It is the special token after the last turn.
@@ -145,12 +149,14 @@ class ChatTemplate:
                 (start, stop + 1) if ids[stop : stop + 1] == end else (start, stop)
                 for start, stop in spans
             ]
-        return ids, spans
+        return ids, [s for s, m in zip(spans, turns, strict=True) if is_trained(m)]
 
     def _turns_by_prefix(self, messages: list[Message], tools: list | None) -> Turns:
         """Locate each turn by rendering the conversation with it and, as a generation prompt, without it."""
-        if messages[0]["role"] == "assistant":
-            raise bad_messages("starts with an assistant turn; start with a system or user message")
+        if messages[0]["role"] == "assistant" and is_trained(messages[0]):
+            raise bad_messages(
+                "starts with an assistant turn; set its weight to 0, or start with a system or user message"
+            )
         text = self.text(messages, tools)
         ids = encode_text(self.tokenizer, text)
         special = self._special_tokens(text, ids)
@@ -168,23 +174,48 @@ class ChatTemplate:
 
         spans: list[Span] = []
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not is_trained(message):
                 continue
             before = start_of(self.text(messages[:turn], tools, answer=True))
             is_last = turn + 1 == len(messages)
             upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
+            has_before = ids[: len(before)] == before
+            stop = self._stop(ids, upto, len(before)) if has_before else None
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
-            if ids[: len(before)] != before or ids[: len(upto)] != upto or len(upto) <= len(before):
+            if stop is None:
+                number = sum(m["role"] == "assistant" for m in messages[: turn + 1])
                 raise bad_messages(
                     f"cannot be split into turns: the chat template renders the conversation up to "
-                    f"message {turn + 1} (assistant) differently from the same part of the whole conversation, "
-                    f"{self._difference(ids, before if ids[: len(before)] != before else upto)}. Use a chat "
-                    "template with {% generation %} around the assistant's turns, or rows that end with "
-                    "their first assistant turn"
+                    f"assistant turn {number} differently from the same part of the whole conversation, "
+                    f"{self._difference(ids, upto if has_before else before)}. Set weight 0 on the assistant's turns "
+                    "before the last, end each row with its first assistant turn, or use a chat template with "
+                    "{% generation %} around the assistant's turns"
                 )
-            spans.append((len(before), len(upto)))
+            spans.append((len(before), stop))
         return ids, spans
+
+    def _stop(self, ids: list[int], upto: list[int], start: int) -> int | None:
+        """Return where the turn that ends `upto` stops in `ids`; None if they write it differently.
+
+        They may end it differently. Phi writes eos after the last turn only, gpt-oss another end-of-turn token there.
+        """
+        if ids[: len(upto)] == upto:
+            return len(upto) if len(upto) > start else None
+        common = _common_length(ids, upto)
+        if not all(i in self.special_ids or self.is_blank(i) for i in upto[common:]):
+            return None
+        turn = [i for i in ids[start:common] if not self.is_blank(i)]
+        if not turn or turn[-1] in self.special_ids:
+            return common if turn else None
+        # `ids` has an end-of-turn token here if the next turn opens with a special token after it.
+        following = itertools.dropwhile(self.is_blank, ids[common + 1 :])
+        end = [*ids[common : common + 1], *itertools.islice(following, 1)]
+        return common + 1 if len(end) == 2 and self.special_ids.issuperset(end) else None
+
+    def is_blank(self, token: int) -> bool:
+        """Return whether a token is white space."""
+        return not str(self.tokenizer.decode([token])).strip()
 
     def _special_tokens(self, text: str, ids: list[int]) -> list[tuple[int, int, int]]:
         """Return the start and end in `text` and the index in `ids` of each special token.
@@ -200,8 +231,7 @@ class ChatTemplate:
         return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
 
     def _difference(self, whole: list[int], part: list[int]) -> str:
-        pairs = zip(whole, part, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(part)))
+        at = _common_length(whole, part)
         actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
         return f"{actual!r} instead of {expected!r}"
 
@@ -229,6 +259,12 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=answer, **options
             )
+
+
+def _common_length(a: list[int], b: list[int]) -> int:
+    """Return the number of leading ids that both lists have."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _merge_system(messages: list[Message]) -> list[Message]:
