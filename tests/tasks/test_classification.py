@@ -53,6 +53,7 @@ def test_truncation_takes_from_the_end_of_the_longer_text(side):
     [
         ([10, 2, 2, 1], ("1", "2", "10")),
         ([1.0, 0.0], ("0", "1")),
+        (["1.0", "0.0", "10."], ("0", "1", "10")),
         ([True, False], ("false", "true")),
         (["spam", "ham", " spam "], ("ham", "spam")),
         (["10", "9", "-1"], ("-1", "9", "10")),
@@ -118,13 +119,15 @@ def test_a_score_that_is_no_finite_number_is_refused(value):
         ([5.0, 3.8], True),
         ([5, 3.8], True),
         (["5.0", "3.8"], True),
+        ([0.0, 1.0, float("nan")], False),  # pandas stores integers so if one is missing
+        (["0.0", "1.0", "N/A"], False),
         ([1, 0], False),
         (["1", "0"], False),
         (["high", "low"], False),
         ([True, False], False),
     ],
 )
-def test_decimal_labels_are_scores(labels, scores):
+def test_labels_with_a_fraction_are_scores(labels, scores):
     rows = [{"text": "a", "label": label} for label in labels]
     assert Regression.reads(["text", "label"], rows) is scores
     assert Classification.reads(["text", "label"], rows) is not scores

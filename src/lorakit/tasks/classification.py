@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 PAIR = ("sentence1", "sentence2")
 """Fields of a pair of texts."""
+
+WHOLE = re.compile(r"([+-]?\d+)\.0*")
+"""A whole number with a decimal point. pandas writes integers so if a value of their column was missing."""
 
 
 class Labelled(Task):
@@ -100,7 +104,7 @@ class Classification(Labelled):
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Return whether the columns fit and the labels are not decimal numbers."""
+        """Return whether the columns fit and no label has a fraction."""
         return super().reads(columns, rows) and not _are_scores(rows)
 
     @classmethod
@@ -145,7 +149,7 @@ class Classification(Labelled):
 
 
 class Regression(Labelled):
-    """Regression on `text`, or on `sentence1` and `sentence2`. The target is a `score`, or a decimal `label`."""
+    """Regression on `text`, or on `sentence1` and `sentence2`. The target is a `score`, or a fractional `label`."""
 
     name = "regression"
     kind = "regression"
@@ -155,7 +159,7 @@ class Regression(Labelled):
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Return whether the columns fit and the targets are scores, or labels that are decimal numbers."""
+        """Return whether the columns fit and the targets are scores, or numeric labels, some with a fraction."""
         if not super().reads(columns, rows):
             return False
         return "score" in columns or _are_scores(rows)
@@ -179,7 +183,7 @@ def targets(examples: Groups) -> list[int | float]:
 
 
 def class_name(label: object) -> str:
-    """Return a label as text: a whole number (1, 1.0) as its digits, a boolean as true or false."""
+    """Return a label as text: a whole number (1, 1.0, "1.0") as its digits, a boolean as true or false."""
     if label is None:
         raise BadRow("is missing", "label")
     if isinstance(label, bool):
@@ -189,7 +193,9 @@ def class_name(label: object) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     if isinstance(label, str):
-        return text_field({"label": label}, "label").strip()
+        name = text_field({"label": label}, "label").strip()
+        whole = WHOLE.fullmatch(name)
+        return whole[1] if whole else name
     raise BadRow(f"is {json_type(label)}, expected a name or a whole number", "label")
 
 
@@ -209,13 +215,13 @@ def number(value: object, column: str) -> float:
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:
-    """Return whether the labels are scores: numbers, some with a decimal point.
+    """Return whether the labels are scores: numbers, some with a fraction.
 
     Raises:
-        BadRow: Some labels have a decimal point, and others are not numbers.
+        BadRow: Some labels have a fraction, and others are not numbers.
     """
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
-    if not any(map(_is_decimal, labels)):
+    if not any(map(_has_fraction, labels)):
         return False
     other = next((label for label in labels if not _is_number(label)), None)
     if other is not None:
@@ -235,7 +241,5 @@ def _is_number(label: object) -> bool:
     return True
 
 
-def _is_decimal(label: object) -> bool:
-    return isinstance(label, float) or (
-        isinstance(label, str) and _is_number(label) and not label.strip().lstrip("+-").isdigit()
-    )
+def _has_fraction(label: object) -> bool:
+    return _is_number(label) and not number(label, "label").is_integer()
