@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from lorakit.errors import DataError
 from lorakit.metrics import GLUE, classification, glue, regression
@@ -20,12 +21,18 @@ def test_classification_by_hand() -> None:
     }
 
 
-def test_f1_of_several_classes_is_their_mean() -> None:
-    # Class 0: 2/3, class 1: 2/3, class 2: 1; a fourth class that never occurs: 0.
+def test_f1_of_several_classes_is_the_mean_over_those_that_occur() -> None:
+    # Class 0: 2/3, class 1: 2/3, class 2: 1. A fourth class never occurs.
     predictions, labels = [0, 1, 1, 2], [0, 0, 1, 2]
-    assert classification(predictions, labels)["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-    of_four = classification(predictions, labels, classes=4)
-    assert of_four["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 4)
+    expected = pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert classification(predictions, labels)["f1"] == expected
+    assert classification(predictions, labels, classes=4)["f1"] == expected
+    assert f1_score(labels, predictions, average="macro") == expected
+    # The model never predicts class 2, and no label is class 2.
+    assert classification([0, 1, 0], [0, 1, 0], classes=3)["f1"] == 1
+    assert classification([0, 1, 0], [0, 1, 1], classes=3)["f1"] == pytest.approx(2 / 3)
+    # A class that is predicted or correct, and never both, scores 0.
+    assert classification([0, 1, 2], [0, 1, 1], classes=4)["f1"] == pytest.approx((1 + 2 / 3) / 3)
 
 
 def test_a_set_of_one_class_has_scores_too() -> None:

@@ -44,7 +44,8 @@ def score_files(
         outputs: File of the outputs: texts, predicted classes or predicted numbers.
         references: File of the references or labels, in the same order; None reads them from the rows of `outputs`.
         family: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a GLUE task or of
-            any "classification" or "regression".
+            any "classification" or "regression". A classification with the classes 0 and 1 only is binary: its f1 is
+            that of class 1.
         java: Whether "e2e", "webnlg" and "dart" use Java; None uses it if it is installed.
 
     Raises:

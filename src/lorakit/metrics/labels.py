@@ -51,15 +51,15 @@ def classification(
     """Return accuracy and F1, from 0 to 1, and the Matthews correlation, from -1 to 1.
 
     - accuracy: the fraction of correct predictions.
-    - f1: 2 TP / (2 TP + FP + FN) of class 1 for two classes (as in GLUE's MRPC and QQP), else the mean over all
-      classes; 0 for a class that is neither in the labels nor in the predictions.
+    - f1: 2 TP / (2 TP + FP + FN) of class 1 for two classes (as in GLUE's MRPC and QQP), else the mean over the classes
+      that occur in the labels or the predictions, as scikit-learn's macro average.
     - matthews: (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)); for more than two classes the
       generalisation of Gorodkin 2004. It is 0 if all predictions or all labels are one class.
 
     Args:
         predictions: Class indices from 0.
         labels: Correct class indices, in the same order.
-        classes: Number of classes. None uses the classes that occur, or two if only 0 and 1 occur.
+        classes: Number of classes. None means two if only 0 and 1 occur.
 
     Raises:
         DataError: The list of predictions is empty, its length differs from that of labels, or a value is not a class
@@ -73,7 +73,6 @@ def classification(
         from sklearn import metrics
     occurring = {*labels, *predictions}
     binary = classes == 2 or (classes is None and occurring <= {0, 1})
-    all_classes = None if binary or classes is None else list(range(classes))
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         "f1": float(
@@ -81,7 +80,6 @@ def classification(
                 labels,
                 predictions,
                 average="binary" if binary else "macro",
-                labels=all_classes,
                 zero_division=0,  # type: ignore[arg-type]
             )
         ),
