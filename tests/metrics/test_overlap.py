@@ -102,6 +102,19 @@ def test_rouge_l_compares_the_words_of_every_script(text, other, shared) -> None
     assert text_scores([text], [[other]])["rouge_l"] == pytest.approx(100 * shared)
 
 
+@pytest.mark.parametrize("texts", [["yes", "no"], ["New York", "42 km"], ["+", "-"], ["👍", ":-)"]])
+def test_short_answers_that_are_right_have_the_full_score(texts) -> None:
+    groups = [[text] for text in texts]
+    assert text_scores(texts, groups) == pytest.approx({"bleu": 100, "rouge_l": 100})
+    assert text_scores(texts, groups[::-1]) == {"bleu": 0, "rouge_l": 0}
+    assert bleu(["yes"], [["yes"]]) == 0  # sacrebleu's default
+
+
+def test_one_output_of_four_tokens_makes_bleu_that_of_sacrebleu() -> None:
+    outputs, groups = ["yes", "a b c d e"], [["yes"], ["a b c d f"]]
+    assert text_scores(outputs, groups)["bleu"] == bleu(outputs, groups) > 0
+
+
 def test_rouge_of_samsum_rejects_references_in_another_script() -> None:
     with pytest.raises(
         DataError, match=r"No reference has a word of a-z or 0-9.*'привет'.*data\.task"

@@ -22,6 +22,7 @@ def bleu(
     *,
     lowercase: bool = True,
     smoothing: Literal["exp", "none"] = "exp",
+    effective_order: bool = False,
 ) -> float:
     """Return the corpus BLEU of Papineni et al. 2002, from 0 to 100, by sacrebleu with the 13a tokenizer.
 
@@ -34,6 +35,8 @@ def bleu(
         lowercase: Whether to ignore case.
         smoothing: How to handle a p_n of 0: `exp` replaces it by a small precision, halved each time, as sacrebleu does
             by default; with `none` BLEU is 0, as in multi-bleu-detok.perl.
+        effective_order: Whether the mean leaves out the orders n above the longest output, in tokens. Without it, BLEU
+            is 0 if no output has four tokens.
 
     Raises:
         DataError: The list of outputs is empty, or an output has no reference.
@@ -45,7 +48,9 @@ def bleu(
     # sacrebleu expects the references by column, padded with None.
     columns = list(zip_longest(*references))
     # force: no warning about tokenized texts, which WebNLG's scorer passes on purpose.
-    scorer = BLEU(lowercase=lowercase, smooth_method=smoothing, force=True)
+    scorer = BLEU(
+        lowercase=lowercase, smooth_method=smoothing, effective_order=effective_order, force=True
+    )
     return scorer.corpus_score(list(outputs), columns).score  # type: ignore[arg-type]
 
 
@@ -103,13 +108,14 @@ def check_rouge_references(references: Sequence[Sequence[str]]) -> None:
 class _Words:
     """Tokenizer of the generic ROUGE-L. It splits texts in a-z and 0-9 as rouge_score does.
 
-    A word consists of letters, digits and combining marks. In scripts without spaces each character is a word.
+    A word consists of letters, digits and combining marks. In scripts without spaces each character is a word, as in a
+    text without any word ("+").
     """
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
         """Return the words of a text in lower case."""
-        return "".join(map(_in_words, text.lower())).split()
+        return "".join(map(_in_words, text.lower())).split() or list("".join(text.split()))
 
 
 @cache
@@ -127,14 +133,14 @@ def text_scores(
     """Return corpus BLEU and mean ROUGE-L, both from 0 to 100, against any number of references per output.
 
     With `lowercase`, BLEU (:func:`bleu`) equals that of the E2E NLG Challenge, except for outputs of fewer than four
-    tokens. ROUGE-L is that of :func:`rouge` without stemming, for all scripts: its words may have any letters, and each
-    character of a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) counts as a word. It always
-    ignores case.
+    tokens: if all are that short, it has the effective order. ROUGE-L is that of :func:`rouge` without stemming, for
+    all scripts: its words may have any letters, and each character of a script without spaces (Chinese, Japanese, Thai,
+    Lao, Khmer, Burmese) counts as a word. It always ignores case.
 
     Raises:
         DataError: The list of outputs is empty, or an output has no reference.
     """
-    corpus_bleu = bleu(outputs, references, lowercase=lowercase)
+    corpus_bleu = bleu(outputs, references, lowercase=lowercase, effective_order=True)
     with requires_extra("train"):
         from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
