@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,35 @@ def test_an_encoder_decoder_is_scored(tmp_path: Path) -> None:
     tiny_runs.config(tmp_path, base)  # writes the data
     result = evaluate(settings(tmp_path))
     assert set(result.scores) == {"loss", "perplexity", "bleu", "rouge_l"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("completion", "sacrebleu.metrics.bleu"),
+        ("samsum", "rouge_score.rouge_scorer"),
+        ("classification", "sklearn"),
+        ("regression", "scipy"),
+    ],
+)
+def test_a_missing_package_shows_before_the_model_runs(tmp_path, monkeypatch, kind, module) -> None:
+    rows = {
+        "completion": tiny_runs.pairs(2),
+        "samsum": [{"dialogue": "A: hi", "summary": "A greets."}],
+        "classification": [{"text": "a", "label": "dry"}, {"text": "b", "label": "wet"}],
+        "regression": [{"text": "a", "score": 1.5}],
+    }[kind]
+    labels = kind in ("classification", "regression")
+    tiny_runs.save_base(tmp_path / "base", *(("bert", "base") if labels else ()))
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("generate", "held_out"):
+        monkeypatch.setattr(evaluate_module, name, lambda *_, **__: pytest.fail("ran the model"))
+    config = settings(tmp_path, data=DataConfig(task=kind, test=test))
+    if not labels:
+        config = dataclasses.replace(config, scores=("text",))
+    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[train\]'"):
+        evaluate(config)
 
 
 @pytest.mark.parametrize(

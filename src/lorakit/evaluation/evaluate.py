@@ -41,6 +41,7 @@ from lorakit.tasks import (
     generic_task,
 )
 from lorakit.tasks.language_modelling import cut_prompt, start_ids
+from lorakit.tasks.task import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,12 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if task.has_references:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]
-        if "text" in config.scores:
-            task.type.check_scoring(list(groups.values()))
+        scored: Groups = list(groups.values())
     else:
         examples = examples[: config.limit]
+        scored = [[example] for example in examples]
+    if "text" in config.scores or not task.has_references:
+        task.type.check_scoring(scored)
     score = functools.partial(_score, config, base, task, examples, decoding)
     result = score(progress=progress)
     if config.compare and config.adapter is not None and task.has_references:

@@ -142,6 +142,12 @@ class Classification(Labelled):
         return self._encode(fields, self.index[label], label)
 
     @classmethod
+    def check_scoring(cls, examples: Groups) -> None:
+        """Check that the packages of the scores are installed."""
+        del examples
+        metrics.classification([0, 1], [0, 1])
+
+    @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return accuracy, F1 and the Matthews correlation: :func:`lorakit.metrics.classification`."""
         labels = [int(label) for label in targets(examples)]
@@ -169,6 +175,12 @@ class Regression(Labelled):
         column = "score" if fields.get("score") is not None else "label"
         score = number(fields.get(column), column)
         return self._encode(fields, score, str(score))
+
+    @classmethod
+    def check_scoring(cls, examples: Groups) -> None:
+        """Check that the packages of the scores are installed."""
+        del examples
+        metrics.regression([0.0, 1.0], [0.0, 1.0])
 
     @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:

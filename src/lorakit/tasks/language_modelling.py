@@ -24,6 +24,12 @@ class TextTask(Task):
     scores = quick_scores = ("bleu", "rouge_l")
 
     @classmethod
+    def check_scoring(cls, examples: Groups) -> None:
+        """Score the first input, with a reference as its output."""
+        first = examples[:1]
+        cls.score([texts[0] for texts in references(cls, first)], first)
+
+    @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return corpus BLEU and mean ROUGE-L, from 0 to 100."""
         lowercase = settings.get("lowercase", True)

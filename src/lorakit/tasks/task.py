@@ -241,9 +241,9 @@ class Task(ABC):
             classes: Number of classes.
         """
 
-    @classmethod  # noqa: B027 - most tasks have nothing to check
+    @classmethod  # noqa: B027 - a task without scores has nothing to check
     def check_scoring(cls, examples: Groups) -> None:
-        """Check before generation starts that `score` can score outputs of the examples.
+        """Check before the model runs that `score` can score outputs of the examples.
 
         Raises:
             ConfigurationError: A package that it needs is missing.
