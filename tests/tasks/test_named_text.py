@@ -186,6 +186,39 @@ def test_the_hubs_layout_and_the_files_give_the_same(tmp_path: Path) -> None:
     assert task.score([worse], [[loaded]]) == {"logical_form": 0, "execution": 0}
 
 
+def with_table(tmp_path: Path, conditions=(), **table: Any) -> LanguageExample:
+    row = {
+        **WIKISQL,
+        "table": {**WIKISQL["table"], "types": ["text", "real", "text"], **table},
+        "sql": {**WIKISQL["sql"], "conds": list(conditions)},
+    }
+    (loaded,) = examples(tmp_path, "wikisql", row)
+    return loaded
+
+
+def test_an_empty_table_of_wikisql_has_rows_too(tmp_path: Path) -> None:
+    groups = [[with_table(tmp_path, rows=rows)] for rows in ([], [["Ann", "31", "Guard"]])]
+    TASKS["wikisql"].check_scoring(groups)
+    right = "SELECT COUNT Player FROM table"
+    assert TASKS["wikisql"].score([right] * 2, groups) == {"logical_form": 1, "execution": 1}
+    untyped = with_table(tmp_path, conditions=[[2, 0, "Guard"]], rows=[], types=None)
+    TASKS["wikisql"].check_scoring([[untyped]])
+
+
+def test_queries_of_wikisql_are_executed_before_generation_and_not_in_training(tmp_path) -> None:
+    group = [with_table(tmp_path, conditions=[[1, 0, "unknown"]], rows=[["Ann", "31", "Guard"]])]
+    with pytest.raises(DataError, match="its correct query cannot be executed"):
+        TASKS["wikisql"].check_scoring([group])
+    quick = TASKS["wikisql"].score(["SELECT COUNT Player FROM table"], [group], quick=True)
+    assert quick.keys() == set(TASKS["wikisql"].quick_scores)
+
+
+def test_cells_of_wikisql_that_are_no_finite_numbers_stay_text(tmp_path: Path) -> None:
+    rows = [["Ann", cell, "Guard"] for cell in ("Nan", "-inf", "1,040.5")]
+    stored = with_table(tmp_path, rows=rows).gold["table"]["rows"]
+    assert [row[1] for row in stored] == ["Nan", "-inf", 1040.5]
+
+
 BAD = [
     ("e2e_nlg", {"meaning_representation": "The Vaults"}, r"expected slot\[value\]"),
     ("e2e_nlg", {"meaning_representation": "name[a], b"}, r"expected slot\[value\]"),

@@ -158,7 +158,7 @@ def _example(example: Mapping[str, Any], location: str) -> tuple[Table, Query]:
 def _types(table: Mapping[str, Any], rows: Sequence, width: int, location: str) -> list[str]:
     if table.get("types") is None:
         return [
-            "real" if all(isinstance(row[i], int | float) for row in rows) else "text"
+            "real" if rows and all(isinstance(row[i], int | float) for row in rows) else "text"
             for i in range(width)
         ]
     types = _list(table, "types", f"{location}: table")
