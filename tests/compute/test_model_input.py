@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
-from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit import PrefixEmbedding, PrefixLayer, attach
 from lorakit.compute.base import check_context
@@ -18,7 +20,7 @@ from lorakit.evaluation.generate import NoRepeatedNGrams, generate
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.loading import Base
 from lorakit.models.sources import ModelSource
-from lorakit.tasks import LabelledExample, LanguageExample
+from lorakit.tasks import Chat, LabelledExample, LanguageExample, PlainText
 from lorakit.tasks.classification import Classification
 
 P, X = PREFIX_START, INFIX_START
@@ -112,6 +114,27 @@ def test_virtual_tokens_count_towards_the_context(decoder: Base) -> None:
         check_context(decoder, [long])
     with pytest.raises(DataError, match=r"Prompt 1 has 55 tokens and 6 virtual ones"):
         generate(decoder.model, decoder.tokenizer, [[5] * 55], Decoding(max_new_tokens=4))
+
+
+def test_an_encoder_decoder_trains_the_last_turn_alone() -> None:
+    base = base_of("t5", tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+    turns = [
+        {"role": role, "content": f"{role} {n}"} for n in "12" for role in ("user", "assistant")
+    ]
+    chat = Chat(base.tokenizer, max_length=99)
+    with pytest.raises(DataError, match=r"loss on several assistant turns, but 't5'.*Set weight 0"):
+        check_context(base, [chat.encode({"messages": turns})])
+    turns[1]["weight"] = 0
+    example = chat.encode({"messages": turns})
+    check_context(base, [example])
+    (labels,) = collator(base)([example])["labels"].tolist()
+    assert base.tokenizer.decode(labels) == "assistant 2<|im_end|>"
+    marked = dataclasses.replace(example, loss_mask=list(example.loss_mask))
+    marked.loss_mask[example.prompt_length - 1] = True  # the header of the last turn
+    check_context(base, [marked])
+    text = PlainText(base.tokenizer, max_length=99).encode({"text": "river pub"})
+    with pytest.raises(DataError, match="is plain text, but 't5' is an encoder-decoder"):
+        check_context(base, [text])
 
 
 @pytest.mark.parametrize("beams", [1, 3])

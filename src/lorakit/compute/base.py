@@ -62,14 +62,18 @@ def open_base(
 def check_context(base: Base, examples: Sequence[Example]) -> None:
     """Reject examples that are longer than the model's context, or than either context of an encoder-decoder.
 
+    An encoder-decoder reads the prompt in its encoder, so all targets must be in the completion.
+
     Raises:
-        DataError: An example is too long. The message has its length, the context and the setting to change.
+        DataError: An example is too long, or has targets in the prompt. The message has what to change.
     """
     context = context_length(base.model)
-    if context is None or not examples:
-        return
     if base.model.config.is_encoder_decoder:
-        _check_sides(base, examples, context)
+        _check_targets(base, examples)
+        if context is not None:
+            _check_sides(base, examples, context)
+        return
+    if context is None or not examples:
         return
     longest = max(examples, key=len)
     virtual = virtual_tokens_of(base.model).total
@@ -80,6 +84,26 @@ def check_context(base: Base, examples: Sequence[Example]) -> None:
         f"{longest.origin} has {len(longest):,} tokens{and_virtual}, and the context of '{base.source.name}' is "
         f"{context:,}. Set data.max_length to {context - virtual} and data.too_long to skip or truncate."
     )
+
+
+def _check_targets(base: Base, examples: Sequence[Example]) -> None:
+    """Reject plain text, and conversations with targets before the last turn."""
+    found = f"but '{base.source.name}' is an encoder-decoder, which trains the text after a prompt only."
+    for example in examples:
+        if not isinstance(example, LanguageExample):
+            continue
+        if not example.completion:
+            raise DataError(
+                f"{example.origin} is plain text, {found} Use rows of prompt and completion, or a decoder as base."
+            )
+        prompt = example.loss_mask[: example.prompt_length]
+        while prompt and prompt[-1]:  # some templates mark the header of the last turn
+            prompt.pop()
+        if any(prompt):
+            raise DataError(
+                f"{example.origin} has loss on several assistant turns, {found} Set weight 0 on all assistant turns "
+                "but the last, or use a decoder as base."
+            )
 
 
 def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
