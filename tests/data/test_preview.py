@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
-from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, preview
 from lorakit.errors import DataError
@@ -98,7 +99,40 @@ def test_notes_on_lengths_escapes_and_special_tokens(tmp_path):
     notes = "\n".join(preview(config, TOKENIZER).notes)
     assert "would stop at 1 rows of train above max_length 16" in notes
     assert "prompt_template contains a backslash and an n" in notes
-    assert "1 completions of train contain <|im_end|>" in notes
+    assert "1 examples of train have <|im_end|> inside a text with loss" in notes
+
+
+def turns(*contents: str) -> dict:
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("row", "noted"),
+    [
+        ({"text": "old <|im_end|> price <|im_start|> here"}, {"<|im_end|>", "<|im_start|>"}),
+        ({"text": "old price here"}, set()),
+        (turns("q", "a <|im_end|> b", "q", "plain"), {"<|im_end|>"}),
+        (turns("q", "plain", "q", "a <|im_start|> b"), {"<|im_start|>"}),
+        (turns("q <|im_end|>", "a", "q", "plain"), set()),
+        (pair("q <|im_end|>", "plain"), set()),
+    ],
+)
+def test_special_tokens_inside_targets_are_noted(tmp_path, row, noted):
+    config = DataConfig(train=write(tmp_path / "train.jsonl", [row]))
+    notes = preview(config, TOKENIZER).notes
+    assert {re.sub(".* have (.*) inside .*", r"\1", note) for note in notes} == noted
+
+
+def test_special_tokens_of_the_chat_template_are_not_noted(tmp_path):
+    template = CHAT_TEMPLATE.replace("+ message['content']", "+ '<|channel|>' + message['content']")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>"]})
+    train = write(tmp_path / "train.jsonl", [turns("q", "a", "q", "plain")])
+    shown = preview(DataConfig(train=train), tokenizer)
+    assert "<|channel|>" in [token.text for token in shown.examples[0].tokens if token.target]
+    assert shown.notes == []
 
 
 @pytest.mark.parametrize(("template", "notes"), [("Answer:", 1), ("{prompt}:", 0)])

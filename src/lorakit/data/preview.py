@@ -252,6 +252,41 @@ def _notes(
             f"{spaced:,} prompts of {first} end in a space, which most tokenizers merge with the next word: "
             "start the completion with the space instead"
         )
-    for special in tokenizer.all_special_tokens:
-        if count := sum(special in example.completion for example in language):
-            yield f"{count:,} completions of {first} contain {special}, which the tokenizer encodes as a special token"
+    for special, count in _special_in_targets(language, tokenizer).items():
+        yield (
+            f"{count:,} examples of {first} have {special} inside a text with loss, and the tokenizer encodes it as a "
+            "special token: remove it if the model must not write it there"
+        )
+
+
+def _special_in_targets(
+    examples: Sequence[LanguageExample], tokenizer: PreTrainedTokenizerBase
+) -> Counter[str]:
+    """Return in how many examples each special token is a target that is not the last one of its turn.
+
+    Chat templates write special tokens into turns too (channels, tool calls). These count only if they are in the text
+    or end turns.
+    """
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = tokenizer.added_tokens_decoder.items()
+    special |= {i: str(token) for i, token in added if token.special}
+    inside: list[set[int]] = []
+    ends: set[int] = set()
+    for example in examples:
+        targets = zip(
+            example.input_ids, example.loss_mask, [*example.loss_mask[1:], False], strict=True
+        )
+        found: dict[bool, set[int]] = {True: set(), False: set()}
+        for token, target, followed in targets:
+            if target and token in special:
+                found[followed].add(token)
+        inside.append(found[True])
+        ends |= found[False]
+    return Counter(
+        special[token]
+        for example, tokens in zip(examples, inside, strict=True)
+        for token in sorted(tokens)
+        if token in ends
+        or token == tokenizer.eos_token_id
+        or special[token] in (example.completion or example.prompt)
+    )
