@@ -48,6 +48,21 @@ def test_truncation_takes_from_the_end_of_the_longer_text(side):
         classify({"text": LONG, "label": "no"}, max_length=16)
 
 
+def test_a_tokenizer_that_fails_keeps_its_truncation_side(monkeypatch):
+    tokenizer = tiny_encoder_tokenizer()
+    tokenizer.truncation_side = "left"
+    call = type(tokenizer).__call__
+
+    def fail(self, *texts, **settings):
+        assert "truncation" not in settings, "fails"
+        return call(self, *texts, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", fail)
+    with pytest.raises(AssertionError, match="fails"):
+        classify({"text": LONG, "label": "no"}, tokenizer, max_length=8, truncate=True)
+    assert tokenizer.truncation_side == "left"
+
+
 @pytest.mark.parametrize(
     ("values", "labels"),
     [

@@ -73,8 +73,10 @@ class Labelled(Task):
                 raise TooLong(len(encoded["input_ids"]), self.max_length)
             side = self.tokenizer.truncation_side
             self.tokenizer.truncation_side = "right"  # some tokenizers would cut the start
-            encoded = tokenize(truncation="longest_first", max_length=self.max_length)
-            self.tokenizer.truncation_side = side
+            try:
+                encoded = tokenize(truncation="longest_first", max_length=self.max_length)
+            finally:
+                self.tokenizer.truncation_side = side
         return LabelledExample(
             input_ids=list(encoded["input_ids"]),
             token_type_ids=list(encoded["token_type_ids"]) if self.takes_token_types else None,
