@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
+import lorakit
 from lorakit.cli import main
-from lorakit.data import DataConfig
+from lorakit.data import DataConfig, load_examples
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation import evaluate as evaluation
 from lorakit.evaluation.decoding import Decoding
@@ -22,6 +23,7 @@ from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.prompts import read_prompts
 from lorakit.metrics import data_to_text
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks import TASKS
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 
@@ -126,6 +128,25 @@ def test_wikisql_is_read_back_while_training_and_after(trained: Path, tmp_path: 
     assert record["output"] == "SELECT river FROM table"
     assert record["table"] == {"header": ["river", "park"]}
     assert len(record["golds"]) == 4
+
+
+def test_the_references_of_one_row_have_one_gold(trained: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        evaluation, "generate", lambda model, tokenizer, ids, *_, **__: ["x"] * len(ids)
+    )
+    row = {
+        "category": "City",
+        "modified_triple_sets": {"mtriple_set": [["river | in | park"]]},
+        "lex": {"text": ["A river.", "The river."], "comment": ["good", "good"]},
+    }
+    base = lorakit.load_base(trained / "base", dtype="float32")
+    for task, rows, golds in (("webnlg", [row], 0), ("wikisql", [SQL] * 3, 3)):
+        test = tiny_runs.write_rows(tmp_path / f"{task}.jsonl", rows)
+        loaded = load_examples(DataConfig(task=task, test=test), "test", base.tokenizer).examples
+        found = evaluation.generated(base, loaded, task=TASKS[task], quick=True)
+        (record,) = found.outputs
+        assert len(record["references"]) == max(golds, 2)
+        assert len(record.get("golds", [])) == golds
 
 
 @pytest.mark.slow

@@ -263,14 +263,19 @@ def generated(
             "references": [task.answer(example.completion) for example in group],
             "special_tokens": [token for token in special if token in group[0].prompt],
             **group[0].gold,
-            # An input that several rows have counts once for each of them (WikiSQL).
-            **({"golds": [e.gold for e in group]} if len(group) > 1 and group[0].gold else {}),
+            **_golds(group),
         }
         for text, group in zip(texts, groups.values(), strict=True)
     ]
     answers = [record["output"] for record in outputs]
     scores = task.score(answers, list(groups.values()), quick=quick, lowercase=lowercase)
     return Evaluation(scores=scores, outputs=outputs)
+
+
+def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
+    """Return `golds` of an input that several rows have, which counts once for each of them (WikiSQL)."""
+    rows = {id(e.gold): e.gold for e in group}  # the references of one row share their gold
+    return {"golds": [*rows.values()]} if len(rows) > 1 and group[0].gold else {}
 
 
 def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
