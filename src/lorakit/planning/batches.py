@@ -177,7 +177,7 @@ def language_examples(count: int, length: int, targets: int) -> list[LanguageExa
         LanguageExample(
             input_ids=[number, *[0] * (length - 1)],
             prompt=str(number),
-            completion="",
+            completion=str(number),  # not plain text
             loss_mask=[position >= length - targets for position in range(length)],
             prompt_length=length - targets,
         )
