@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LanguageExample
+from lorakit.tasks.language_modelling import common_length
 
 ROW_LENGTH = 1024
 """Maximum length of a row in tokens, unless a single tree is longer. The mask grows with its square. Attention under
@@ -89,10 +90,7 @@ def shared_once(examples: Sequence[Example]) -> int:
     """Return the tokens of the examples with each shared prefix counted once, about as many as `pack` computes."""
     ordered = sorted(example.input_ids for example in examples)
     count = sum(map(len, ordered))
-    for one, other in pairwise(ordered):
-        pairs = enumerate(zip(one, other, strict=False))
-        count -= next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-    return count
+    return count - sum(common_length(one, other) for one, other in pairwise(ordered))
 
 
 def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from lorakit.adapters import handle_of
+from lorakit.tasks.language_modelling import common_length
 
 ARGUMENT = ALL_CACHE_NAMES[0]
 """The argument of `model.generate` for a cache; its name differs between versions of transformers."""
@@ -41,9 +42,9 @@ class PromptCache:
             return None  # layers with a window or a state cannot remove their last tokens
         if values is None or adapters != self._adapters:
             return new
-        pairs = enumerate(zip(known, ids, strict=False))
-        common = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids)))
-        common = min(common, len(ids) - 1)  # the model must compute the last token's scores
+        common = min(
+            common_length(known, ids), len(ids) - 1
+        )  # the model must compute the last token's scores
         if not common:
             return new
         if common < len(known):

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
-from lorakit.tasks.language_modelling import encode_text
+from lorakit.tasks.language_modelling import common_length, encode_text
 from lorakit.tasks.messages import Message, bad_messages, is_trained
 from lorakit.tasks.task import BadRow, checked_text, json_type
 
@@ -202,7 +202,7 @@ class ChatTemplate:
         """
         if ids[: len(upto)] == upto:
             return len(upto) if len(upto) > start else None
-        common = _common_length(ids, upto)
+        common = common_length(ids, upto)
         if not all(i in self.special_ids or self.is_blank(i) for i in upto[common:]):
             return None
         turn = [i for i in ids[start:common] if not self.is_blank(i)]
@@ -231,7 +231,7 @@ class ChatTemplate:
         return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
 
     def _difference(self, whole: list[int], part: list[int]) -> str:
-        at = _common_length(whole, part)
+        at = common_length(whole, part)
         actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
         return f"{actual!r} instead of {expected!r}"
 
@@ -259,12 +259,6 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=answer, **options
             )
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    """Return the number of leading ids that both lists have."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _merge_system(messages: list[Message]) -> list[Message]:

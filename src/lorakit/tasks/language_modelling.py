@@ -222,6 +222,12 @@ def fit(
     return example
 
 
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of leading token ids that two sequences share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def cut_prompt(values: list[T], length: int, keep: int = 0) -> list[T]:
     """Return up to `length` of a prompt's token ids, or other values, cut from the left after the first `keep`."""
     if len(values) <= length:
