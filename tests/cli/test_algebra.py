@@ -80,7 +80,9 @@ def test_compress(capsys, folder, tmp_path):
 
 
 def test_combine(capsys, folder, tmp_path):
-    argv = ["combine", folder / "one", folder / "two", "--output", tmp_path / "sum"]
+    # `lorakit train` saves each adapter in a folder of this name.
+    run_adapter = shutil.copytree(folder / "two", tmp_path / "second" / "adapter")
+    argv = ["combine", folder / "one", run_adapter, "--output", tmp_path / "sum"]
     status, _, err = run(capsys, *argv, "--weights", "[0.7, -0.2]")
     assert (status, err) == (0, "")
     expected = logits(folder, (folder / "one", 0.7), (folder / "two", -0.2))
@@ -88,7 +90,8 @@ def test_combine(capsys, folder, tmp_path):
         logits(folder, (tmp_path / "sum", 1.0)), expected, rtol=1e-4, atol=1e-4
     )
     stored = formats.read(tmp_path / "sum")
-    assert [origin["name"] for origin in stored.provenance["made_from"]] == ["one", "two"]
+    assert [origin["name"] for origin in stored.provenance["made_from"]] == ["one", "second"]
+    assert '"name": "second"' in (tmp_path / "sum" / "README.md").read_text()
     assert stored.provenance["error"] == 0
 
 
@@ -193,7 +196,7 @@ def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
     assert "result" in scores
     (made_from,) = formats.read(tmp_path / "small").provenance["made_from"]
     assert made_from == {
-        "name": "step-000004",
+        "name": f"{run_folder.name}/step-000004",
         "sha256": storage.sha256(step / "weights.safetensors"),
     }
     assert (tmp_path / "small" / "tokenizer_config.json").exists()

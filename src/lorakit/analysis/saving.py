@@ -15,6 +15,7 @@ from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.card import card
 from lorakit.adapters.formats.peft.reading import PICKLE_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
@@ -155,4 +156,14 @@ def _origin(path: Path) -> dict[str, Any]:
     """Return the name of an input, and the digest of its tensors if it is an adapter."""
     files = [path] if path.is_file() else [path / name for name in TENSORS]
     digests = [storage.sha256(file) for file in files if file.is_file()]
-    return {"name": path.name, "sha256": digests[0] if digests else None}
+    return {"name": _name(path), "sha256": digests[0] if digests else None}
+
+
+def _name(path: Path) -> str:
+    """Return the name by which a reader recognises an input: RUN, RUN/step-NNNNNN, or the whole hub id."""
+    if not path.exists():
+        return path.as_posix()
+    if is_checkpoint(path):
+        path = path.resolve()
+        return f"{path.parent.parent.name}/{path.name}"
+    return default_name(path)
