@@ -270,6 +270,28 @@ def test_temporaries_of_a_living_process_are_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["target"]
 
 
+@pytest.mark.parametrize(
+    ("save", "create"), [(storage.atomic_file, "touch"), (storage.atomic_folder, "mkdir")]
+)
+def test_a_save_survives_another_that_begins_before_its_lock(tmp_path, monkeypatch, save, create):
+    """A temporary without a lock counts as abandoned, so the other save removes it."""
+    original = getattr(Path, create)
+    others = []
+
+    def beside_another(temporary: Path, **settings: Any) -> None:
+        original(temporary, **settings)
+        if others:
+            return
+        others.append(temporary)
+        with save(tmp_path / "target"):
+            assert not temporary.exists()
+
+    monkeypatch.setattr(Path, create, beside_another)
+    with save(tmp_path / "target") as temporary:
+        assert temporary.exists()
+    assert os.listdir(tmp_path) == ["target"]
+
+
 def test_neighbours_with_similar_names_are_left_alone(tmp_path):
     for name in (".target.tmp", ".target2.tmp-0", "target.tmp-0"):
         (tmp_path / name).mkdir()

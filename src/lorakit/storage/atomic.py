@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -46,17 +47,18 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             written.
     """
     target = require_free_folder(path, overwrite=overwrite)
-    with full_disk_explained(target), _created_parents(target), _temporary(target) as temporary:
+    with (
+        full_disk_explained(target),
+        _created_parents(target),
+        _temporary(target, Path.mkdir) as temporary,
+    ):
+        yield temporary
         with writing(target):
-            temporary.mkdir()
-        with _locked(temporary):
-            yield temporary
-            with writing(target):
-                if target.is_dir():
-                    shutil.copymode(target, temporary)
-                _sync_tree(temporary)
-                require_free_folder(target, overwrite=overwrite)
-                _put_in_place(temporary, target)
+            if target.is_dir():
+                shutil.copymode(target, temporary)
+            _sync_tree(temporary)
+            require_free_folder(target, overwrite=overwrite)
+            _put_in_place(temporary, target)
 
 
 @contextmanager
@@ -70,16 +72,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         RunFolderError: `path` is a folder or a device, or cannot be written.
     """
     target = require_free_file(path, overwrite=True)
-    with full_disk_explained(target), _created_parents(target), _temporary(target) as temporary:
+    create = partial(Path.touch, mode=0o600 if target.exists() else 0o666, exist_ok=False)
+    with (
+        full_disk_explained(target),
+        _created_parents(target),
+        _temporary(target, create) as temporary,
+    ):
+        yield temporary
         with writing(target):
-            temporary.touch(0o600 if target.exists() else 0o666, exist_ok=False)
-        with _locked(temporary):
-            yield temporary
-            with writing(target):
-                if target.exists():
-                    shutil.copymode(target, temporary)
-                _sync(temporary)
-                _put_in_place(temporary, target)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            _sync(temporary)
+            _put_in_place(temporary, target)
 
 
 def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -173,11 +177,11 @@ def _writable(path: str | Path) -> Path:
 
 
 @contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """Yield an unused sibling path of the target, and remove its file or folder at the end."""
+def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """Create a file or folder beside the target, yield its path, and remove it at the end."""
     with writing(target):
         _remove_leftovers(target)
-    temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
+        temporary, lock = _created(target, create)
     try:
         yield temporary
     finally:
@@ -186,42 +190,51 @@ def _temporary(target: Path) -> Iterator[Path]:
         if old.exists():
             with suppress(OSError):
                 _restore_or_remove(old, target)
+        if lock is not None:
+            os.close(lock)
 
 
 def _temporary_prefix(target: Path) -> str:
     return f".{target.name}.tmp-"
 
 
-@contextmanager
-def _locked(temporary: Path) -> Iterator[None]:
-    """Lock the temporary. The kernel releases the lock with the process, which marks leftovers."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # without file locks, leftovers are never removed
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def _created(target: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """Return a new temporary and the descriptor of its lock, which the kernel releases with the process.
+
+    A save of another process that sees the temporary before its lock takes it for abandoned; then create another.
+    """
+    while True:
+        temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
+        try:
+            create(temporary)
+            if fcntl is None:
+                return temporary, None
+            with suppress(FileNotFoundError):
+                lock = os.open(temporary, os.O_RDONLY)
+                with suppress(OSError):  # without file locks, leftovers are never removed
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if temporary.exists():
+                    return temporary, lock
+                os.close(lock)
+        except BaseException:
+            _remove(temporary)
+            raise
 
 
-def _is_abandoned(path: Path) -> bool:
-    """Whether the process that created this temporary has ended."""
+def _lock_of_abandoned(path: Path) -> int | None:
+    """Lock a temporary whose process has ended, and return the lock's descriptor; None for those of others."""
     if fcntl is None:
-        return False
+        return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
-        return False
+        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
     except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+        os.close(lock)
+        return None
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -229,12 +242,16 @@ def _remove_leftovers(target: Path) -> None:
         if not name.startswith(_temporary_prefix(target)):
             continue
         leftover = target.with_name(name)
-        if not _is_abandoned(leftover):
+        lock = _lock_of_abandoned(leftover)
+        if lock is None:
             continue
-        if name.endswith(_OLD_SUFFIX):
-            _restore_or_remove(leftover, target)
-        else:
-            _remove(leftover)
+        try:
+            if name.endswith(_OLD_SUFFIX):
+                _restore_or_remove(leftover, target)
+            else:
+                _remove(leftover)
+        finally:
+            os.close(lock)
 
 
 def _restore_or_remove(old: Path, target: Path) -> None:
