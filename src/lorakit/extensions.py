@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
+from lorakit import storage
 from lorakit.errors import ConfigurationError, nearest
 
 
@@ -86,7 +87,8 @@ def load_from_file(name: str, setting: str, fits: Callable[[type], bool]) -> obj
 
 def _module(file: Path, setting: str) -> ModuleType:
     """Import a file as a module, once per content, so that its classes keep their identity."""
-    digest = hashlib.sha256(bytes(file) + file.read_bytes()).hexdigest()
+    with storage.reading(file, ConfigurationError):
+        digest = hashlib.sha256(bytes(file) + file.read_bytes()).hexdigest()
     name = f"lorakit_own_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -97,7 +99,10 @@ def _module(file: Path, setting: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look up the module here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's code may raise anything
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a user's code may raise anything, and end the process
         del sys.modules[name]
         raise ConfigurationError(
             f"{setting}: the file '{file}' cannot be imported ({type(error).__name__}: {error}). Fix the file."

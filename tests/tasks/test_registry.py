@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -89,6 +90,26 @@ def test_a_file_that_cannot_be_run_is_named(file: Path) -> None:
     file.write_text("import nothing_of_the_kind")
     with pytest.raises(
         ConfigurationError, match=r"my_tasks\.py' cannot be imported \(ModuleNotFoundError"
+    ):
+        task_type(f"{file}:Weather")
+
+
+def test_a_file_that_ends_the_process_is_named(file: Path) -> None:
+    """Such as a script that calls its own main function."""
+    file.write_text("import sys; sys.exit(0)")
+    with pytest.raises(
+        ConfigurationError, match=r"my_tasks\.py' cannot be imported \(SystemExit: 0"
+    ):
+        task_type(f"{file}:Weather")
+
+
+def test_a_file_that_cannot_be_read_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(
+        ConfigurationError, match=r"my_tasks\.py' cannot be read: Permission denied"
     ):
         task_type(f"{file}:Weather")
 
