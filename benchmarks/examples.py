@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.workloads import SEED, WORKLOADS, Order, Workload
+from lorakit import storage
 from lorakit.data import DataConfig, docstrings, load_examples
 from lorakit.data.batches import MEGABATCH, BatchSampler
 from lorakit.models.loading import load_tokenizer
@@ -118,7 +119,7 @@ def prepare(workload: Workload, folder: Path, *, base: str, updates: int) -> Pre
     """Sample the examples for `updates` counted updates and the held-out examples, and write them to `folder`."""
     generator = random.Random(SEED)
     rows, held_out, source = _rows(workload, generator)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     count = workload.warmup + updates
     if workload.grouped:
         rows = _grouped(rows, count * workload.batch_size, generator)
@@ -147,7 +148,7 @@ def prepare_whole(workload: Workload, folder: Path) -> Prepared:
         tests = _read(root / "mrpc" / "test.jsonl")
         held_out = [*held_out, *({name: row[name] for name in MRPC} for row in tests)]
         source = f"{source}, validation and test together"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     size = workload.batch_size
     _write(folder / "train.jsonl", rows[: len(rows) // size * size])
     _write(folder / "held_out.jsonl", held_out)
@@ -175,7 +176,9 @@ def _tokenised(
         "batches": batches,
         "pad_id": tokenizer.pad_token_id,
     }
-    (prepared.folder / "examples.json").write_text(json.dumps(record), encoding="utf-8")
+    # Last and atomically: this file says that the preparation was not interrupted.
+    with storage.atomic_file(prepared.folder / "examples.json") as file:
+        file.write_text(json.dumps(record), encoding="utf-8")
     return Prepared.read(prepared.folder)
 
 

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lorakit import storage
 from lorakit.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,9 +104,10 @@ def write(
         quick: Whether this is a quick run.
     """
     target = folder(quick)
-    text = json.dumps(record, indent=1, sort_keys=True)
-    (target / f"{part}.json").write_text(text + "\n", encoding="utf-8")
-    (target / f"{part}.md").write_text(markdown(sections), encoding="utf-8")
+    texts = {"json": json.dumps(record, indent=1, sort_keys=True) + "\n", "md": markdown(sections)}
+    for ending, text in texts.items():
+        with storage.atomic_file(target / f"{part}.{ending}") as file:
+            file.write_text(text, encoding="utf-8")
 
 
 def publish(

@@ -59,10 +59,11 @@ def row(measure: str, value: float, unit: str = "", target: str = "", **more: An
 def ratio_row(
     measure: str, ours: Sequence[float], theirs: Sequence[float], target: str = ""
 ) -> Row:
-    """Return the median ratio over the rounds, with its range."""
+    """Return the median ratio over the rounds, with its range if there are several."""
     found = [a / b for a, b in zip(ours, theirs, strict=True)]
-    more = {"low": min(found), "high": max(found), "times": [list(ours), list(theirs)]}
-    return row(measure, median(found), "x", target, **more)
+    interval = {"low": min(found), "high": max(found)} if len(found) > 1 else {}
+    times = [list(ours), list(theirs)]
+    return row(measure, median(found), "x", target, **interval, times=times)
 
 
 def in_turn(
@@ -138,10 +139,10 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
             "base": saturate(plain, count, (), 3),
             "base, loaded": saturate(full, count, (), 3),
             "mixed": saturate(full, count, names, 3),
+            "PEFT": saturate(mixed, count, names, 3),
         },
         rounds,
     )
-    found |= in_turn({"PEFT": saturate(mixed, count, names, 3)}, 1)
     base = _rates(found["base"])
     rows += [
         ratio_row(
@@ -152,7 +153,7 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
         ratio_row(f"{count} requests: {many} adapters / base alone", _rates(found["mixed"]), base),
         ratio_row(
             f"{many} adapters, {count} requests: engine / PEFT adapter_names",
-            _rates(found["mixed"])[:1],
+            _rates(found["mixed"]),
             _rates(found["PEFT"]),
         ),
     ]

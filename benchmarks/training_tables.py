@@ -33,13 +33,14 @@ def sections(record: dict[str, Row]) -> list[report.Section]:
 
 
 def comparison(row: Row) -> Table:
-    """Return a table of the systems of a row against PEFT's default, PEFT's best, and both limits."""
+    """Return a table of the systems of a row against PEFT's default, the best of PEFT and TRL, and both limits."""
     table = report.table(
         "system",
         "tokens/s",
         "range",
         "x PEFT's default",
         "x PEFT's best",
+        *["x TRL's best"] * len(row["trl_best"]),
         "share of the limit",
         "peak memory, MB",
         "loading, MB",
@@ -59,6 +60,7 @@ def comparison(row: Row) -> Table:
             f"{min(speeds):,.0f} to {max(speeds):,.0f}",
             f"{times_as_fast(row, name, row['default']):.2f}",
             f"{times_as_fast(row, name, row['best']):.2f}",
+            *(f"{times_as_fast(row, name, peer):.2f}" for peer in row["trl_best"]),
             # The limit applies to LoRA only: full fine-tuning needs half as many products again.
             "" if name.startswith("full") else f"{median(speeds) / lowest:.0%}",
             f"{median(run['memory'] for run in runs) / 1e6:,.0f}",
@@ -68,7 +70,7 @@ def comparison(row: Row) -> Table:
         )
     for name, bound in bounds.items():
         label = f"limit, {name}" + (" (binds)" if bound == lowest else "")
-        table.add_row(label, f"{bound:,.0f}", *[""] * 8)
+        table.add_row(label, f"{bound:,.0f}", *[""] * (len(table.columns) - 2))
     return table
 
 

@@ -51,6 +51,7 @@ def record() -> dict[str, Any]:
     ]
     rows = [
         serving_steps.ratio_row("ours / theirs", [9.0, 10.0, 11.0], [10.0] * 3, "at least 0.9"),
+        serving_steps.ratio_row("ours / once", [10.0], [4.0]),
         serving_steps.row("load", 41.26, "ms"),
         serving_steps.row("errors", 0.0, target="0"),
     ]
@@ -85,6 +86,7 @@ def test_tables_of_systems(record: dict[str, Any]) -> None:
 
 def test_table_of_small_measures(record: dict[str, Any]) -> None:
     text = report.markdown(list(serving_steps.sections(record["measures"])))
+    assert cells(text, "ours / once") == ["ours / once", "2.50 x", "", ""]
     assert cells(text, "ours / theirs") == [
         "ours / theirs",
         "1.00 x",

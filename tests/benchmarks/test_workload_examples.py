@@ -81,6 +81,14 @@ def test_every_order_holds_the_same_examples(tmp_path: Path, name: str) -> None:
         assert sum(prepared.tokens(order)) == sum(len(e["input_ids"]) for e in prepared.examples)
 
 
+@pytest.mark.usefixtures("data_sets")
+def test_an_interrupted_preparation_begins_again(tmp_path: Path) -> None:
+    whole = prepared_row(tmp_path, "mrpc")
+    (whole.folder / "examples.json").unlink()
+    (whole.folder / "train.jsonl").write_text("half")
+    assert prepared_row(tmp_path, "mrpc") == whole
+
+
 def padded_tokens(prepared: Prepared, order: str) -> int:
     batches = prepared.in_order(order)  # type: ignore[arg-type]
     return sum(len(batch) * max(len(e["input_ids"]) for e in batch) for batch in batches)
