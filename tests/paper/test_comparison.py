@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from lorakit.paper.comparison import Comparison, compare
+from lorakit.paper.comparison import Comparison, _published_difference, compare
 from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
 from lorakit.paper.runs import Record
+from lorakit.paper.studies import STUDIES
 
 
 @pytest.fixture
@@ -90,3 +91,29 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
     (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
     assert difference.verdict == verdict
     assert difference.interval == (interval and pytest.approx(interval, abs=0.2))
+
+
+@pytest.mark.parametrize(
+    ("table", "method", "column", "difference"),
+    [
+        ("table2", "adapter_h", "RTE", 85.2 - 72.9),  # the rows with 0.8M parameters
+        ("table2", "adapter_p", "RTE", 85.2 - 80.1),
+        ("table2", "full", "RTE", 86.6 - 78.7),
+        ("table4", "adapter_h", "WikiSQL", 73.4 - 71.9),
+        ("table4", "adapter_h-8", "WikiSQL", 73.4 - 73.2),
+        ("table3", "adapter_l", "BLEU", 70.4 - 66.3),
+    ],
+)
+def test_the_published_difference_is_that_of_the_same_size(table, method, column, difference):
+    study = STUDIES[table]
+    (variant,) = [variant for variant in study.variants if variant.key == method]
+    found = _published_difference(study.table.rows, variant, column, 1)
+    assert found is not None
+    assert found[1] == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("table", STUDIES)
+def test_every_published_size_is_in_its_table(table):
+    study = STUDIES[table]
+    printed = {(row.method, row.parameters) for row in study.table.rows}
+    assert {(v.method, v.published) for v in study.variants if v.published} <= printed

@@ -188,7 +188,7 @@ def _difference(
         value=value,
         interval=interval,
         verdict=verdict,
-        published=_published_difference(published, other.variant.method, column, sign),
+        published=_published_difference(published, other.variant, column, sign),
     )
 
 
@@ -211,14 +211,18 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _published_difference(
-    rows: Sequence[PublishedRow], method: str, column: str, sign: int
+    rows: Sequence[PublishedRow], variant: Variant, column: str, sign: int
 ) -> tuple[str, float] | None:
-    """Return LoRA minus a method on the paper's first model with both in the same setup, unrestricted if possible."""
+    """Return LoRA minus a method on the paper's first model with both in the same setup, unrestricted if possible.
+
+    Of several sizes of the method it is the variant's.
+    """
     for restricted in (False, True):
         for model in dict.fromkeys(row.model for row in rows):
             candidates = [r for r in rows if r.model == model and r.restricted == restricted]
             lora = next((r for r in candidates if r.method == "LoRA"), None)
-            other = next((r for r in candidates if r.method == method), None)
-            if lora is not None and other is not None:
-                return model, sign * (lora.cells[column].value - other.cells[column].value)
+            others = [r for r in candidates if r.method == variant.method]
+            others.sort(key=lambda row: row.parameters != variant.published)
+            if lora is not None and others:
+                return model, sign * (lora.cells[column].value - others[0].cells[column].value)
     return None

@@ -28,12 +28,13 @@ def _data(task: str, column: str, score: str = "accuracy", **options: Any) -> St
     return StudyData(**{"key": task, "task": task, "columns": columns, **options})
 
 
-def _adapter_h(size: int, key: str = "") -> Variant:
+def _adapter_h(size: int, key: str = "", published: str = "") -> Variant:
     return Variant(
         key=key or f"adapter_h-{size}",
         method="AdapterH",
         settings=bottleneck("houlsby", size),
         setting=f"r={size}",
+        published=published,
     )
 
 
@@ -86,8 +87,18 @@ _TABLE2 = Study(
     variants=(
         _FT,
         _BITFIT,
-        Variant(key="adapter_h", method="AdapterH", settings=bottleneck("houlsby", 8)),
-        Variant(key="adapter_p", method="AdapterP", settings=bottleneck("pfeiffer", 16)),
+        Variant(
+            key="adapter_h",
+            method="AdapterH",
+            settings=bottleneck("houlsby", 8),
+            published="0.8M",
+        ),
+        Variant(
+            key="adapter_p",
+            method="AdapterP",
+            settings=bottleneck("pfeiffer", 16),
+            published="0.8M",
+        ),
         Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 0)),
         Variant(key="lora", method="LoRA", settings=lora(8, "attention.qv")),
     ),
@@ -167,8 +178,8 @@ _TABLE4 = Study(
             key="prefix_embedding", method="PreEmbed", settings=prefix("prefix_embedding", 256, 8)
         ),
         Variant(key="prefix_layer", method="PreLayer", settings=prefix("prefix_layer", 8, 8)),
-        _adapter_h(1, key="adapter_h"),
-        _adapter_h(8),
+        _adapter_h(1, key="adapter_h", published="7.1M"),
+        _adapter_h(8, published="40.1M"),
         _lora_on("q,v, r=1", key="lora"),
         _lora_on("q,v, r=8", key="lora-8"),
     ),

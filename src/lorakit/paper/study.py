@@ -28,6 +28,8 @@ class Variant:
     """Settings of `TrainConfig` by dotted name."""
     setting: str = ""
     """Distinguishes rows of one method, for example r=8."""
+    published: str = ""
+    """Parameters as printed in its published row, for example 0.8M, where the paper has several sizes of the method."""
 
     def rates(self, trials: int) -> list[float]:
         """Return the learning rates to try, ascending, with two significant digits."""
