@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from lorakit.paper.reproduction import (
     Reproduction,
     _compared,
     _differences,
+    _recorded,
     reproduce,
 )
 from lorakit.paper.run_table import run_table
 from lorakit.paper.runs import Record, TableRun
 from lorakit.paper.studies import STUDIES
+
+LOGS = Path(__file__).parents[2] / "docs" / "results" / "runs"
 
 
 def silent(text: str) -> None:
@@ -188,6 +192,15 @@ def test_a_row_that_is_not_in_the_log(logged, tmp_path):
         reproduce(replace(logged("mrpc/lora"), output=str(tmp_path / "log")), silent)
     with pytest.raises(ConfigurationError, match="is of table2, not of table3"):
         reproduce(replace(logged("mrpc/lora"), table="table3"), silent)
+
+
+def test_the_folder_is_named_after_the_base_of_the_log(tmp_path, monkeypatch):
+    """The runs of two logs have equal names: in one folder, those of one base would pass for the other's."""
+    monkeypatch.chdir(tmp_path)
+    log = str(LOGS / "table2-mpnet-base")
+    config = PaperConfig(table="table2", log=log, reproduce="rte/lora/0")
+    assert _recorded(config).folder.as_posix() == "out/paper/table2-mpnet-base-reproduced"
+    assert _recorded(replace(config, output="again")).folder.name == "again"
 
 
 def test_reproduce_without_a_log_or_with_a_wrong_row(tmp_path):

@@ -111,26 +111,27 @@ def _recorded(config: PaperConfig) -> PaperConfig:
         raise ConfigurationError(
             f"reproduce needs the log of a table: a folder with {GRID}. Name it with --log."
         )
-    if (config.folder / GRID).exists():
-        raise ConfigurationError(
-            f"'{config.folder}' is the folder of a table, whose runs would not be repeated. Choose another one with "
-            "--output."
-        )
     recorded = recorded_config(config.log_folder)
     if recorded.table != config.table:
         raise ConfigurationError(
             f"The log '{config.log}' is of {recorded.table}, not of {config.table}. Name its table."
         )
     task, method, _ = _row(config)
-    return replace(
+    row = replace(
         recorded,
         base=replace(recorded.base, device=config.base.device),
         data=config.data,
-        output=str(config.folder),
+        output=config.output,
         tasks=(task,),
         methods=(method,),
         reproduce=config.reproduce,
     )
+    if (row.folder / GRID).exists():
+        raise ConfigurationError(
+            f"'{row.folder}' is the folder of a table, whose runs would not be repeated. Choose another one with "
+            "--output."
+        )
+    return row
 
 
 def _row(config: PaperConfig) -> tuple[str, str, int | None]:
