@@ -12,6 +12,7 @@ from lorakit import storage
 from lorakit.cli import main
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.base_config import BaseConfig
+from lorakit.paper import runs
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.reproduction import (
     RepeatedScore,
@@ -60,6 +61,27 @@ def test_the_same_machine_gives_equal_scores(logged, tmp_path):
     assert len({score.run for score in result.scores}) == 2
     one = reproduce(logged("mrpc/bitfit/1"), silent)
     assert {score.run.rpartition("-")[2] for score in one.scores} == {"1"}
+
+
+@pytest.mark.slow
+def test_a_repetition_counts_for_the_conditions_under_which_it_was_made(
+    logged, tmp_path, monkeypatch
+):
+    call = logged("mrpc/bitfit/1")
+    first = reproduce(call, silent)
+    monkeypatch.setattr(runs, "train", lambda config: pytest.fail("trained again"))
+    assert reproduce(call, silent) == first
+    (path,) = (tmp_path / "again" / "runs" / "mrpc" / "bitfit").glob("*.json")
+    made = storage.read_record(path, RunFolderError)
+    for changes, told in (
+        ({"source": "abc"}, "source files of lorakit: abc, here"),
+        ({"versions": {**made["versions"], "torch": "1.0"}}, "torch: 1.0, here 2"),
+        ({"inputs": {**made["inputs"], "train data": "abc"}}, "train data: other content"),
+        ({"threads": [99]}, "threads: 99, here"),
+    ):
+        storage.write_record(path, {**made, **changes})
+        with pytest.raises(ConfigurationError, match=f"made under other conditions: {told}"):
+            reproduce(call, silent)
 
 
 @pytest.mark.slow

@@ -12,10 +12,22 @@ from lorakit import storage
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
+from lorakit.models.devices import pick_device
+from lorakit.paper.comparable import digests_of
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun, column_of
+from lorakit.paper.runs import (
+    Measure,
+    Record,
+    Runner,
+    Say,
+    TableRun,
+    changed_settings,
+    column_of,
+    device_name,
+)
+from lorakit.training.environment import environment
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 
@@ -76,7 +88,8 @@ def reproduce(
         amplification: As for `lorakit.paper.run_table.run_table`.
 
     Raises:
-        ConfigurationError: There is no log, or it has no such row.
+        ConfigurationError: There is no log, or it has no such row. The output folder holds a repetition of the run
+            that was made under other conditions than the present ones.
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
     recorded = recorded_grid(_recorded(config), say)
@@ -98,6 +111,7 @@ def reproduce(
         for run in recorded.scored_runs(data_set, variant):
             if run.seed in wanted:
                 say(run.name)
+                _require_made_here(runner, run)
                 repeated = runner.finish(run, scored=True)
                 record = records[run.seed]
                 differences |= dict.fromkeys(_differences(record, repeated))
@@ -132,6 +146,31 @@ def _recorded(config: PaperConfig) -> PaperConfig:
             "--output."
         )
     return row
+
+
+def _require_made_here(runner: Runner, run: TableRun) -> None:
+    """Reject a finished repetition that was made with other software, data or hardware: it says nothing about these."""
+    held = runner.record(run)
+    if held is None:
+        return
+    config = runner.train_config(run)
+    inputs = digests_of(config)  # first: opening the base can lower the number of threads
+    here = environment(pick_device(config.base.device))
+    now = replace(
+        held,
+        settings=changed_settings(config),
+        inputs=inputs,
+        processor=here["processor"],
+        device=device_name(here["device"]),
+        threads=[here["threads"]],
+        versions=here["versions"],
+        source=runner.source,
+    )
+    if changed := list(_differences(held, now)):
+        raise ConfigurationError(
+            f"'{runner.config.folder}' holds a repetition of {run.name} that was made under other conditions: "
+            f"{'; '.join(changed)}. Choose another folder with --output."
+        )
 
 
 def _row(config: PaperConfig) -> tuple[str, str, int | None]:
