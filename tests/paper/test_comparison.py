@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit.errors import RunFolderError
 from lorakit.paper.comparison import Comparison, _published_difference, compare
 from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
@@ -91,6 +93,29 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
     (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
     assert difference.verdict == verdict
     assert difference.interval == (interval and pytest.approx(interval, abs=0.2))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [
+        (
+            "lora/rate-0.0005-seed-0",
+            "lora/rate-0.0005-seed-1",
+            "mrpc/lora with rate 0.0005 and seed 0",
+        ),
+        (
+            "full/rate-5e-05-seed-0",
+            "lora/rate-0.0005-seed-0",
+            "mrpc/full with rate 5e-05 and seed 0",
+        ),
+    ],
+)
+def test_a_record_of_another_run_is_refused(compared, tmp_path, source, target, told):
+    grid = compared({"full": [0.78, 0.76], "lora": [0.75, 0.73]}).grid
+    folder = tmp_path / "runs" / "mrpc"
+    shutil.copy(folder / f"{source}.json", folder / f"{target}.json")
+    with pytest.raises(RunFolderError, match=f"{target}.json' holds the record of {told}"):
+        compare(grid)
 
 
 @pytest.mark.parametrize(

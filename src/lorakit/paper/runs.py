@@ -198,7 +198,7 @@ class Runner:
         """Return the record of a run; None if the run has not finished.
 
         Raises:
-            RunFolderError: The record is damaged, or another version of lorakit wrote it.
+            RunFolderError: The record is damaged or of another run, or another version of lorakit wrote it.
         """
         path = self._path(run)
         if not path.exists():
@@ -208,7 +208,15 @@ class Runner:
             raise RunFolderError(
                 f"Another version of lorakit wrote '{path}'. Choose another folder with --output."
             )
-        return Record(**values)
+        record = Record(**values)
+        key = (record.data_set, record.variant, record.rate, record.seed)
+        if key != (run.data_set.key, run.variant.key, run.rate, run.seed):
+            data_set, variant, rate, seed = key
+            raise RunFolderError(
+                f"'{path}' holds the record of {data_set}/{variant} with rate {rate} and seed {seed}. Restore the "
+                f"record of {run.name}, or delete the file to train this run again."
+            )
+        return record
 
     def finish(self, run: TableRun, *, scored: bool) -> Record:
         """Train a run or resume its training; with `scored`, also score its best adapter. Skip finished parts.
