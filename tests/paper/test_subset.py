@@ -1,11 +1,18 @@
 """Random subsets of a training set: nested, deterministic and drawn once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from lorakit.data import DataConfig
+from lorakit import load_base
+from lorakit.cli.paper import _predicted
+from lorakit.data import DataConfig, load_examples
 from lorakit.errors import DataError
+from lorakit.paper.comparison import compare
+from lorakit.paper.grid import draw_training_data, open_grid, preview
+from lorakit.paper.grid_setup import GridSetup
+from lorakit.paper.report import markdown
 from lorakit.paper.subset import write_subset
 
 
@@ -32,6 +39,36 @@ def test_of_a_smaller_set_all_is_written_and_a_file_that_is_there_is_kept(data, 
     before = path.read_bytes()
     assert write_subset(config, 5, path) == 60
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("limit", "trained"), [(50, 50), (57, 54), (500, 54)])
+def test_a_limit_near_the_size_of_the_set_is_kept_and_told(table2, data, limit, trained):
+    """Of 60 rows, at least a tenth is held out."""
+    config = table2(limit=limit, methods=("lora",))
+    with open_grid(config, lambda _: None) as grid:
+        ((data_set, variant),) = grid.cells()
+        settings = grid.runner.train_config(grid.trials(data_set, variant)[0]).data
+        tokenizer = load_base(
+            config.base.name, task="sequence-classification", num_labels=2
+        ).tokenizer
+        assert len(load_examples(settings, "train", tokenizer)) == trained
+        page = markdown(compare(grid))
+    assert f"train on the same rows, drawn at random once: {trained} of mrpc." in page
+    planned = preview(replace(config, output=f"{config.output}-new"), lambda _: None).setup
+    assert (planned.rows, planned.held_out) == (grid.setup.rows, grid.setup.held_out)
+
+
+def test_a_log_keeps_its_held_out_share(table2):
+    config = table2(limit=50, methods=("lora",))
+    setup = GridSetup(held_out={"mrpc": 0.1}, training={"mrpc": "mrpc-250.jsonl"})
+    draw_training_data(config, config.study.data_sets[0], setup)
+    assert (setup.held_out, setup.rows) == ({"mrpc": 0.1}, {"mrpc": 54})
+
+
+@pytest.mark.slow
+def test_a_dry_run_predicts_the_steps_of_a_set_smaller_than_the_limit(table2):
+    grid = preview(table2(limit=500, epochs=3, methods=("lora",)), lambda _: None)
+    assert _predicted(grid, *next(grid.cells()))[0] == str(3 * 4)  # 54 rows, in batches of 16
 
 
 def test_a_row_that_cannot_be_read_is_an_error(tmp_path):

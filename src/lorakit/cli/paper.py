@@ -158,7 +158,6 @@ def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
     """Return the planner's steps, memory and time for a scored run."""
     from lorakit.errors import LorakitError
     from lorakit.formatting import duration, size
-    from lorakit.paper.grid import training_limit
     from lorakit.paper.runs import TableRun
     from lorakit.planning import plan
 
@@ -173,9 +172,9 @@ def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
     if settings.max_steps is None:
         if grid.config.budget is not None:
             return ["from the budget", memory, f"{seconds:.2f}s per step"]
-        limit = training_limit(grid.config, data_set)
-        if limit is not None:
-            steps = round(settings.epochs * -(-limit // settings.batch_size))
+        rows = grid.setup.rows.get(data_set.key)
+        if rows is not None:
+            steps = round(settings.epochs * -(-rows // settings.batch_size))
     if steps is None:
         return [f"{settings.epochs:g} epochs", memory, f"{seconds:.2f}s per step"]
     return [f"{steps:,}", memory, duration(steps * seconds)]

@@ -26,7 +26,7 @@ from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
-from lorakit.paper.subset import write_subset
+from lorakit.paper.subset import draw_rows, write_subset
 from lorakit.tasks.registry import task_type
 
 SUFFIXES = ("md", "json", "png", "html")
@@ -344,7 +344,7 @@ def preview(config: PaperConfig, say: Say) -> Grid:
     setup = _read_setup(config)
     _count_parameters(config, setup)
     for data_set in config.study.data_sets:
-        _set_held_out_share(config, data_set, setup)
+        draw_training_data(config, data_set, setup, write=False)
     return Grid(config, setup, say)
 
 
@@ -407,33 +407,32 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
             counts[variant.key] = ParameterCount(trained=trained, head=head_size)
 
 
-def _set_held_out_share(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> int | None:
-    """Set the share of training data to hold out; return the number of rows to draw, None for all."""
-    limit = training_limit(config, data_set)
-    if not data_set.holds_out:
-        return limit
+def draw_training_data(
+    config: PaperConfig, data_set: StudyData, setup: GridSetup, *, write: bool = True
+) -> None:
+    """Draw the training data of a limited grid into the output folder, unless it is there, and set the held-out share.
+
+    Without `write`, only count the rows that would be drawn.
+    """
+    key, limit = data_set.key, training_limit(config, data_set)
     if limit is None:
-        setup.held_out.setdefault(data_set.key, HELD_OUT_SHARE)
-        return None
-    held_out = min(max(limit, LEAST_HELD_OUT), MOST_HELD_OUT)
-    setup.held_out.setdefault(data_set.key, round(held_out / (limit + held_out), 6))
-    return limit + held_out
-
-
-def draw_training_data(config: PaperConfig, data_set: StudyData, setup: GridSetup) -> None:
-    """Draw the training data of a limited grid into the output folder, unless it is there."""
-    count = _set_held_out_share(config, data_set, setup)
-    if count is None:
+        if data_set.holds_out:
+            setup.held_out.setdefault(key, HELD_OUT_SHARE)
         return
+    held_out = min(max(limit, LEAST_HELD_OUT), MOST_HELD_OUT) if data_set.holds_out else 0
+    count = limit + held_out
     path = config.drawn_data / f"{data_set.task}-{count}.jsonl"
-    if data_set.key in setup.training and path.exists():
+    if key in setup.rows and (path.exists() or not write):
         return
     data = DataConfig(task=data_set.task, root=config.data.root)
-    if write_subset(data, count, path) < count and data_set.holds_out:
-        setup.held_out[data_set.key] = (
-            HELD_OUT_SHARE  # the set has fewer rows: use the default share
-        )
-    setup.training[data_set.key] = path.name
+    drawn = write_subset(data, count, path) if write else len(draw_rows(data, count))
+    if data_set.holds_out:
+        # A smaller set supplies `limit` rows as long as a tenth of it can be held out.
+        share = max(1 - limit / drawn, min(held_out / count, HELD_OUT_SHARE))
+        setup.held_out.setdefault(key, round(share, 6))
+    setup.rows[key] = drawn - round(drawn * setup.held_out.get(key, 0.0))
+    if write:
+        setup.training[key] = path.name
 
 
 def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:

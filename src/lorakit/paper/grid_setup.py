@@ -32,5 +32,7 @@ class GridSetup:
     """The measurements that converted the budget to steps, by data set."""
     training: dict[str, str] = field(default_factory=dict)
     """Names of the files with the drawn training data, by data set."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Number of drawn rows that are not held out, by data set; logs of earlier versions lack it."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Share of the training data that is held out, by data set."""

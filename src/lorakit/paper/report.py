@@ -298,10 +298,10 @@ def own_notes(comparison: Comparison) -> list[str]:
         notes.append(
             "METEOR, ROUGE-L and CIDEr were computed without Java; see the guide to metrics."
         )
-    if grid.config.limit:
-        notes.append(
-            f"All runs train on the same {grid.config.limit:,} rows, drawn at random once."
-        )
+    if limit := grid.config.limit:
+        rows = {d.key: grid.setup.rows.get(d.key, limit) for d in grid.study.data_sets}
+        drawn = ", ".join(f"{count:,} of {key}" for key, count in rows.items())
+        notes.append(f"All runs train on the same rows, drawn at random once: {drawn}.")
     return notes
 
 

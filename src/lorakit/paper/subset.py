@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from lorakit import storage
 from lorakit.data import DataConfig
@@ -29,6 +30,17 @@ def write_subset(data: DataConfig, count: int, path: Path) -> int:
     if path.exists():
         with storage.reading(path, DataError):
             return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line)
+    rows = draw_rows(data, count)
+    storage.write_rows(path, rows)
+    return len(rows)
+
+
+def draw_rows(data: DataConfig, count: int) -> list[dict[str, Any]]:
+    """Return `count` rows of a training set in random order; all rows of a smaller set.
+
+    Raises:
+        DataError: The data or one of its rows cannot be read.
+    """
     location = data.source("train")
     if location is None:
         raise DataError(f"Task {data.task} has no training data. Choose another task with --tasks.")
@@ -39,5 +51,4 @@ def write_subset(data: DataConfig, count: int, path: Path) -> int:
             raise DataError(str(row), f"Fix this row: every row of {source.name} must be readable.")
         rows.append(row.values)
     random.Random(SEED).shuffle(rows)
-    storage.write_rows(path, rows[:count])
-    return min(count, len(rows))
+    return rows[:count]
