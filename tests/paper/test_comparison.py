@@ -96,6 +96,26 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
 
 
 @pytest.mark.parametrize(
+    ("tasks", "averages", "noted"),
+    [
+        (None, {"AdapterD*": "85.4", "LoRA": "87.2"}, False),
+        (("mrpc", "rte"), {"LoRA": "88.2"}, True),
+    ],
+)
+def test_the_published_average_is_as_printed_or_noted(tmp_path, tasks, averages, noted):
+    config = PaperConfig(
+        table="table2", tasks=tasks, methods=("full", "lora"), output=str(tmp_path)
+    )
+    count = ParameterCount(trained=1)
+    counts = {d.key: {"full": count, "lora": count} for d in config.study.data_sets}
+    comparison = compare(Grid(config, GridSetup(counts=counts), lambda _: None))
+    found = {row.label: str(row.cells["Avg"]) for row in comparison.published[:5]}
+    assert averages.items() <= found.items()
+    page = markdown(comparison)
+    assert ("- Avg of a published row is the mean of the columns shown here" in page) == noted
+
+
+@pytest.mark.parametrize(
     ("source", "target", "told"),
     [
         (

@@ -80,6 +80,15 @@ class Comparison:
         return {name: digits.get(name, 1) for name in self.columns}
 
     @property
+    def published_notes(self) -> tuple[str, ...]:
+        """Facts needed to read the published numbers."""
+        table, average = self.grid.study.table, self.grid.study.average
+        if average not in self.columns or set(self.columns) == set(table.columns):
+            return table.notes
+        note = f"{average} of a published row is the mean of the columns shown here; the paper prints no such number."
+        return (*table.notes, note)
+
+    @property
     def labels(self) -> dict[str, str]:
         """Labels of the measured rows, by key."""
         return {row.variant.key: row.variant.label for row in self.own}
@@ -94,19 +103,17 @@ def compare(grid: Grid) -> Comparison:
     # With LoRA only, the table compares settings: show the published rows with these settings. Else show all rows.
     all_rows = any(variant.method != "LoRA" for variant in study.variants)
     settings = {variant.setting for variant in study.variants}
+    average = study.average if len(columns) > 1 else None
     published = [
-        replace(row, cells={name: row.cells[name] for name in columns})
+        replace(row, cells=_published_cells(row, columns, average))
         for row in study.table.rows
         if all_rows or row.setting in settings
     ]
-    if study.average is not None and len(columns) > 1:
-        for row in published:
-            value = statistics.fmean(cell.value for cell in row.cells.values())
-            row.cells[study.average] = Cell(value=value, text=f"{value:.1f}")
+    if average is not None:
         for row in own:
             if row.cells.keys() == set(columns):
-                row.cells[study.average] = _average(list(row.cells.values()))
-        columns += (study.average,)
+                row.cells[average] = _average(list(row.cells.values()))
+        columns += (average,)
     differences = [
         difference
         for lora in own
@@ -124,6 +131,20 @@ def compare(grid: Grid) -> Comparison:
         own=tuple(own),
         differences=tuple(differences),
     )
+
+
+def _published_cells(
+    row: PublishedRow, columns: Sequence[str], average: str | None
+) -> dict[str, Cell]:
+    """Return the cells of these columns, and their average: as printed if the paper averages the same columns."""
+    cells = {name: row.cells[name] for name in columns}
+    if average is not None:
+        value = statistics.fmean(cell.value for cell in cells.values())
+        is_printed = row.cells.keys() == {*columns, average}
+        cells[average] = (
+            row.cells[average] if is_printed else Cell(value=value, text=f"{value:.1f}")
+        )
+    return cells
 
 
 def _own_row(grid: Grid, variant: Variant) -> OwnRow:

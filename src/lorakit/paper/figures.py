@@ -54,7 +54,7 @@ def table_page(comparison: Comparison) -> Page:
             summary.append(
                 f"LoRA is {words} {', '.join(others)}: the 95 % interval of the difference excludes zero."
             )
-    notes = [*own_notes(comparison), *grid.study.table.notes]
+    notes = [*own_notes(comparison), *comparison.published_notes]
     command = Code(text=grid.config.command, label="Command that created this page")
     sections = [
         Section(title="Scores", blocks=blocks),

@@ -271,7 +271,7 @@ def _notes(comparison: Comparison) -> list[str]:
         "## Notes",
         "On these runs:\n\n" + "\n".join(f"- {note}" for note in own_notes(comparison)),
         "On the published numbers:\n\n"
-        + "\n".join(f"- {note}" for note in comparison.grid.study.table.notes),
+        + "\n".join(f"- {note}" for note in comparison.published_notes),
     ]
 
 
