@@ -40,10 +40,12 @@ def test_the_paper_s_rows_and_ours(decoder, tmp_path, monkeypatch):
     assert len(json.loads(result.data.read_text(encoding="utf-8"))["timings"]) == 12
 
 
-@pytest.mark.parametrize("option", ["methods", "tasks"])
-def test_options_of_training_runs_are_refused(option: str) -> None:
-    with pytest.raises(ConfigurationError, match="Leave tasks and methods out"):
-        PaperConfig(table="table1", **{option: ("lora",)})
+@pytest.mark.parametrize(
+    ("option", "value"), [("methods", ("lora",)), ("tasks", ("rte",)), ("seeds", 5), ("limit", 100)]
+)
+def test_options_of_training_runs_are_refused(option: str, value: object) -> None:
+    with pytest.raises(ConfigurationError, match=f"trains nothing. Leave {option} out"):
+        PaperConfig(table="table1", **{option: value})
 
 
 def test_adapters_have_about_the_asked_for_parameters_and_one_too_large_is_refused():

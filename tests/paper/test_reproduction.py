@@ -212,8 +212,9 @@ def test_a_row_that_is_not_in_the_log(logged, tmp_path):
         reproduce(logged("mrcp/lora"), silent)
     with pytest.raises(ConfigurationError, match="is the folder of a table"):
         reproduce(replace(logged("mrpc/lora"), output=str(tmp_path / "log")), silent)
+    other = PaperConfig(table="table3", log=str(tmp_path / "log"), reproduce="mrpc/lora")
     with pytest.raises(ConfigurationError, match="is of table2, not of table3"):
-        reproduce(replace(logged("mrpc/lora"), table="table3"), silent)
+        reproduce(other, silent)
 
 
 def test_the_folder_is_named_after_the_base_of_the_log(tmp_path, monkeypatch):
@@ -223,6 +224,19 @@ def test_the_folder_is_named_after_the_base_of_the_log(tmp_path, monkeypatch):
     config = PaperConfig(table="table2", log=log, reproduce="rte/lora/0")
     assert _recorded(config).folder.as_posix() == "out/paper/table2-mpnet-base-reproduced"
     assert _recorded(replace(config, output="again")).folder.name == "again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dry_run": True}, "dry_run"),
+        ({"seeds": 1, "limit": 100}, "seeds, limit"),
+        ({"base": BaseConfig(name="bert-tiny")}, "base.name"),
+    ],
+)
+def test_a_setting_that_a_repetition_does_not_use_is_refused(changes, named):
+    with pytest.raises(ConfigurationError, match=f"recorded settings. Leave {named} out"):
+        PaperConfig(table="table2", log="log", reproduce="rte/lora", **changes)
 
 
 def test_reproduce_without_a_log_or_with_a_wrong_row(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ _NOT_IN_COMMAND = (
     *("table", "data.root", "output", "log", "reproduce", "background", "keep_weights", "dry_run"),
     *CHANGE_NO_NUMBER,
 )
+_OF_A_REPETITION = (
+    *("table", "log", "reproduce", "output", "background"),
+    *("data.root", "base.device"),
+)
+_OF_LATENCY = ("table", "base", "budget", "output", "background", "dry_run")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -105,9 +110,9 @@ class PaperConfig:
         name = self.table if self.table.startswith("table") else f"table{self.table}"
         require_choice("table", name, TABLES)
         object.__setattr__(self, "table", name)
+        usual_base = STUDIES[name].base if name in STUDIES else "smollm2-135m"
         if not self.base.name:
-            usual = STUDIES[name].base if name in STUDIES else "smollm2-135m"
-            object.__setattr__(self, "base", replace(self.base, name=usual))
+            object.__setattr__(self, "base", replace(self.base, name=usual_base))
         for option in ("seeds", "trials", "batch_size"):
             require_at_least(option, getattr(self, option), 1)
         for option, least in (("limit", 8), ("eval_limit", 1)):
@@ -139,10 +144,21 @@ class PaperConfig:
         _ = self.seconds
         if self.table in STUDIES:
             _ = self.study
-        elif self.tasks is not None or self.methods is not None:
-            raise ConfigurationError(
-                f"{self.table} times one model and trains nothing. Leave tasks and methods out."
+        if self.reproduce:
+            self._refuse_others(
+                _OF_A_REPETITION, usual_base, "reproduce repeats runs with their recorded settings"
             )
+        elif self.table not in STUDIES:
+            self._refuse_others(
+                _OF_LATENCY, usual_base, f"{self.table} times one model and trains nothing"
+            )
+
+    def _refuse_others(self, used: Collection[str], usual_base: str, purpose: str) -> None:
+        """Reject settings that would have no effect. `used` are the others: sections, and settings by dotted name."""
+        default = PaperConfig(table="table2", base=BaseConfig(name=usual_base))
+        changed = [name for name, _ in _changed(self, default)]
+        if unused := [n for n in changed if not {n, n.split(".")[0]}.intersection(used)]:
+            raise ConfigurationError(f"{purpose}. Leave {', '.join(unused)} out.")
 
     @property
     def study(self) -> Study:
@@ -153,8 +169,7 @@ class PaperConfig:
     def folder(self) -> Path:
         """The folder for the runs and the table."""
         model = re.sub(r"[^\w.-]+", "-", Path(self.base.name).name or self.base.name)
-        purpose = "-reproduced" if self.reproduce else ""
-        return Path(self.output or f"out/paper/{self.table}-{model}{purpose}")
+        return Path(self.output or f"out/paper/{self.table}-{model}")
 
     @property
     def log_folder(self) -> Path:

@@ -135,10 +135,9 @@ def _recorded(config: PaperConfig) -> PaperConfig:
         recorded,
         base=replace(recorded.base, device=config.base.device),
         data=config.data,
-        output=config.output,
+        output=config.output or f"{recorded.folder}-reproduced",
         tasks=(task,),
         methods=(method,),
-        reproduce=config.reproduce,
     )
     if (row.folder / GRID).exists():
         raise ConfigurationError(
