@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.background import IN_BACKGROUND, run_in_background
 from lorakit.cli.parsing import parse
+from lorakit.formatting import visible
 from lorakit.paper.paper_config import PaperConfig
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _reproduce(config: PaperConfig) -> None:
     if not result.differences:
         print("\nEqual processor, threads, software and inputs: all scores must be equal.")
     for difference in result.differences:
-        print(difference)
+        print(visible(difference))
     if not result.holds:
         sys.exit(1)
 
@@ -195,4 +196,4 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, keep="\n"), file=sys.stderr, flush=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from lorakit import storage
+from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
@@ -22,8 +24,7 @@ def recorded_config(log: Path) -> PaperConfig:
         LorakitError: As for `read_log`.
     """
     settings, setup = read_log(log)
-    runs = log.glob("runs/*/*/rate-*-seed-*.json")
-    seeds = [int(run.stem.rpartition("-")[2]) for run in runs]
+    seeds = [_seed_of(path) for path in log.glob("runs/*/*/rate-*-seed-*.json")]
     variants = dict.fromkeys(v for by_variant in setup.counts.values() for v in by_variant)
     return PaperConfig(
         **{
@@ -34,6 +35,16 @@ def recorded_config(log: Path) -> PaperConfig:
             "log": str(log),
         }
     )
+
+
+def _seed_of(path: Path) -> int:
+    """Return the seed in the name of a record. A huge one would make the grid list as many runs."""
+    match = re.search(r"-seed-(\d{1,4})$", path.stem)
+    if match is None:
+        raise RunFolderError(
+            f"'{path}' is not the record of a run: its name must end in a seed below 10,000. Delete the file."
+        )
+    return int(match[1])
 
 
 def read_log(log: Path) -> tuple[dict[str, Any], GridSetup]:
@@ -52,8 +63,11 @@ def read_log(log: Path) -> tuple[dict[str, Any], GridSetup]:
             data_set: {variant: ParameterCount(**count) for variant, count in by_variant.items()}
             for data_set, by_variant in content["plan"].pop("counts").items()
         }
-        return dict(content["settings"]), GridSetup(counts=counts, **content["plan"])
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        setup = GridSetup(counts=counts, **content["plan"])
+        for values in (setup, *(count for by in counts.values() for count in by.values())):
+            conform(values)
+        return dict(content["settings"]), setup
+    except (KeyError, AttributeError, TypeError, ValueError, ConfigurationError) as error:
         raise RunFolderError(
             f"Another version of lorakit wrote '{path}' ({type(error).__name__}: {error}). Choose another log."
         ) from None

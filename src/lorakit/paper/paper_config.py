@@ -26,7 +26,7 @@ _NOT_IN_COMMAND = (
 )
 _OF_A_REPETITION = (
     *("table", "log", "reproduce", "output", "background"),
-    *("data.root", "base.device"),
+    *("data.root", "base.device", "base.trust_remote_code"),
 )
 _OF_LATENCY = ("table", "base", "budget", "output", "background", "dry_run")
 _UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -133,7 +133,12 @@ def _recorded(config: PaperConfig) -> PaperConfig:
     task, method, _ = _row(config)
     row = replace(
         recorded,
-        base=replace(recorded.base, device=config.base.device),
+        # The log must not decide that code of a model repository runs here.
+        base=replace(
+            recorded.base,
+            device=config.base.device,
+            trust_remote_code=config.base.trust_remote_code,
+        ),
         data=config.data,
         output=config.output or f"{recorded.folder}-reproduced",
         tasks=(task,),

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from lorakit import storage
+from lorakit.configuration import conform
 from lorakit.data import DataConfig
-from lorakit.errors import DivergenceError, RunFolderError
+from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
@@ -109,7 +110,7 @@ class Record:
     """How training diverged; empty if it did not."""
     scores: dict[str, float] = field(default_factory=dict)
     """Scores on the table's data; empty for a trial whose rate was not chosen."""
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
     """For each evaluation: the step, the held-out scores, and the mean training loss since the one before."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that differ from the defaults, by dotted name."""
@@ -209,6 +210,12 @@ class Runner:
                 f"Another version of lorakit wrote '{path}'. Choose another folder with --output."
             )
         record = Record(**values)
+        try:
+            conform(record)
+        except ConfigurationError as error:
+            raise RunFolderError(
+                f"'{path}' is damaged: {error} Restore the file, or delete it to train this run again."
+            ) from None
         key = (record.data_set, record.variant, record.rate, record.seed)
         if key != (run.data_set.key, run.variant.key, run.rate, run.seed):
             data_set, variant, rate, seed = key
