@@ -11,6 +11,7 @@ import pytest
 
 from lorakit.errors import RunFolderError
 from lorakit.paper.comparison import Comparison, _published_difference, compare
+from lorakit.paper.figures import table_page
 from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
@@ -93,6 +94,15 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
     (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
     assert difference.verdict == verdict
     assert difference.interval == (interval and pytest.approx(interval, abs=0.2))
+
+
+@pytest.mark.parametrize(("others", "told"), [(("full",), False), (("full", "bitfit"), True)])
+def test_several_intervals_are_counted(compared, others, told):
+    """One of many intervals excludes zero by chance."""
+    comparison = compared({**{key: [0.78, 0.76] for key in others}, "lora": [0.88, 0.8601]})
+    note = "about 0.1 of the 2 intervals would still exclude zero by chance."
+    assert (note in markdown(comparison)) == told
+    assert any(note in line for line in table_page(comparison).summary) == told
 
 
 @pytest.mark.parametrize(

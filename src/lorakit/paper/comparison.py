@@ -80,6 +80,17 @@ class Comparison:
         return {name: digits.get(name, 1) for name in self.columns}
 
     @property
+    def chance_note(self) -> str:
+        """How many intervals exclude zero by chance; empty with at most one interval."""
+        count = sum(difference.interval is not None for difference in self.differences)
+        if count < 2:
+            return ""
+        return (
+            f"If no method differed from LoRA, about {0.05 * count:.2g} of the {count} intervals would still exclude "
+            "zero by chance."
+        )
+
+    @property
     def published_notes(self) -> tuple[str, ...]:
         """Facts needed to read the published numbers."""
         table, average = self.grid.study.table, self.grid.study.average

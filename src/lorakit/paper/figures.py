@@ -54,6 +54,8 @@ def table_page(comparison: Comparison) -> Page:
             summary.append(
                 f"LoRA is {words} {', '.join(others)}: the 95 % interval of the difference excludes zero."
             )
+    if len(summary) > 1 and comparison.chance_note:
+        summary.append(comparison.chance_note)
     notes = [*own_notes(comparison), *comparison.published_notes]
     command = Code(text=grid.config.command, label="Command that created this page")
     sections = [

@@ -192,7 +192,7 @@ def _differences(comparison: Comparison) -> list[str]:
         "brackets is its 95 % confidence interval over the seeds. LoRA is *ahead* or *behind* if the interval excludes "
         "zero, else *level*. With one seed there is no verdict. There is none either if all differences are equal and "
         "not zero. In round brackets is the paper's difference, on its first model with both methods; of several sizes "
-        "of a method, it is the one that is also run here.",
+        f"of a method, it is the one that is also run here. {comparison.chance_note}".rstrip(),
         table(["LoRA minus", *comparison.columns], body),
     ]
 
