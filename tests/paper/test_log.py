@@ -13,7 +13,7 @@ from lorakit.cli import main
 from lorakit.errors import RunFolderError
 from lorakit.paper import reproduction
 from lorakit.paper.comparison import compare
-from lorakit.paper.grid import recorded_grid
+from lorakit.paper.grid import open_grid, recorded_grid
 from lorakit.paper.log import recorded_config
 from lorakit.paper.paper_config import PaperConfig
 
@@ -65,6 +65,15 @@ def test_a_plan_with_values_of_other_types_is_refused(log, values):
     change(log / "grid.json", plan={**content["plan"], **values})
     with pytest.raises(RunFolderError, match=r"Another version of lorakit wrote '.*grid.json'"):
         open_log(log)
+
+
+@pytest.mark.parametrize("name", ["out/../out", "link"])
+def test_an_output_folder_can_be_the_log_under_another_name(table2, tmp_path, name):
+    (tmp_path / "link").symlink_to("out")
+    config = table2(output=str(tmp_path / "out"), log=str(tmp_path / name))
+    with open_grid(config, lambda _: None) as grid:
+        assert grid.finished == 0
+    assert (tmp_path / "out" / "grid.json").exists()
 
 
 def test_a_log_sends_no_control_characters_to_the_terminal(monkeypatch, capsys):

@@ -280,7 +280,8 @@ def open_grid(
     _require_grid_or_empty(config.log_folder, config, "log")
     path = config.log_folder / GRID
     with ExitStack() as locks:
-        for locked in dict.fromkeys((folder, config.log_folder)):
+        # Both names can be of one folder, which cannot be locked twice.
+        for locked in dict.fromkeys(p.resolve() for p in (folder, config.log_folder)):
             locks.enter_context(storage.lock_folder(locked))
         setup = _read_setup(config)
         _count_parameters(config, setup)
