@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.errors import RunFolderError
 from lorakit.paper.comparison import Comparison, _published_difference, compare
-from lorakit.paper.figures import table_page
+from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
@@ -94,6 +94,18 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
     (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
     assert difference.verdict == verdict
     assert difference.interval == (interval and pytest.approx(interval, abs=0.2))
+
+
+def test_the_figure_has_the_published_spreads(compared):
+    figure = comparison_figure(compared({"lora": [0.78, 0.76]}))
+    assert figure is not None
+    spreads = {
+        value["label"].split(", trained")[0]: value["high"] - value["low"]
+        for value in figure.charts[0].spec["data"]["values"]
+        if value["hollow"]
+    }
+    assert spreads["roberta-base, LoRA"] == pytest.approx(2 * 0.7)
+    assert spreads["roberta-base, FT*"] == 0  # the paper prints none
 
 
 @pytest.mark.parametrize(("others", "told"), [(("full",), False), (("full", "bitfit"), True)])

@@ -99,6 +99,7 @@ def _panel(comparison: Comparison, name: str, methods: list[str], *, legend: boo
             x=count,
             y=row.cells[name].value,
             name=f"{row.model}, {row.label} {row.setting}".strip(),
+            spread=row.cells[name].spread or 0.0,
             hollow=True,
         )
         for row in comparison.published
