@@ -346,7 +346,7 @@ def preview(config: PaperConfig, say: Say) -> Grid:
     _count_parameters(config, setup)
     for data_set in config.study.data_sets:
         draw_training_data(config, data_set, setup, write=False)
-    return Grid(config, setup, say)
+    return Grid(_with_dtype(config, setup) if setup.dtype else config, setup, say)
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:
