@@ -62,6 +62,11 @@ def test_adapters_have_about_the_asked_for_parameters_and_one_too_large_is_refus
         latency._bottleneck_of(model, "lin", 100 * size)
 
 
+def test_the_fewest_passes_are_counted_without_the_warm_up():
+    timings = latency._time_setting(build("llama"), 1, 8, 0.05, seconds=0.0)
+    assert {timing.passes for timing in timings} == {latency.FEWEST_PASSES}
+
+
 def test_a_batch_is_halved_until_passes_fit():
     model = build("llama")
     assert latency._largest_batch(model, 8, 8, seconds=1e9) == 8

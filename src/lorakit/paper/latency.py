@@ -89,12 +89,12 @@ def run_latency(config: PaperConfig, say: Say = print) -> LatencyResult:
 
 
 def _largest_batch(model: PreTrainedModel, batch: int, length: int, seconds: float) -> int:
-    """Halve `batch` until the fewest passes of all four methods fit into the time."""
+    """Halve `batch` until the fewest passes of all four methods, and one for warm-up, fit into the time."""
     with evaluating(model):
         row = torch.zeros((1, length), dtype=torch.long, device=model.device)
         _time_pass(model, row)
         row_seconds = _time_pass(model, row)
-    while batch > 1 and FEWEST_PASSES * 4 * row_seconds * batch > seconds:
+    while batch > 1 and (FEWEST_PASSES + 1) * 4 * row_seconds * batch > seconds:
         batch //= 2
     return batch
 
@@ -128,7 +128,7 @@ def _time_setting(
                 rounds = len(times["FT"])
                 # The first round warms up caches and is excluded.
                 if rounds > PASSES or (
-                    rounds >= FEWEST_PASSES and time.monotonic() - start > seconds
+                    rounds > FEWEST_PASSES and time.monotonic() - start > seconds
                 ):
                     break
     finally:
