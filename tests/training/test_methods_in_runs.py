@@ -251,6 +251,38 @@ def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
     require_equal_checkpoint(result)  # its head is trained in full
 
 
+@pytest.mark.slow
+def test_an_adapter_of_a_language_model_starts_a_classifier(tmp_path: Path, capsys) -> None:
+    """A folder of PEFT does not record the class of its base, and has no head: the new one is trained and saved."""
+    base = tiny_runs.save_base(tmp_path / "base")
+    first = train(tiny_runs.config(tmp_path, base, max_steps=1, output=str(tmp_path / "first")))
+    (first.adapter / "lorakit.json").unlink()
+    tiny_runs.write_rows(tmp_path / "labels.jsonl", tiny_runs.labelled(20))
+    config = tiny_runs.config(
+        tmp_path,
+        base,
+        data=DataConfig(train=str(tmp_path / "labels.jsonl"), validation_fraction=0.2),
+        from_adapter=str(first.adapter),
+        max_steps=2,
+    )
+    assert "score.weight" in prepare(config).parameters
+    result = train(config)
+    assert "start anew and are trained: score.weight (2, 32)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    scored = evaluate(
+        EvaluateConfig(
+            base=config.base,
+            adapter=str(result.adapter),
+            data=config.data,
+            split="validation",
+            scores=("loss",),
+        )
+    )
+    assert scored.scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
+    require_equal_checkpoint(result)
+
+
 def test_default_rates_stand_in_the_recorded_configuration(tmp_path: Path, decoder: str) -> None:
     train(writing(tmp_path, decoder, "bitfit", max_steps=1, optimizer=OptimizerConfig()))
     assert f"learning_rate: {BitFit.default_rate}" in (tmp_path / "run/config.yaml").read_text()

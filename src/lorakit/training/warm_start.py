@@ -36,32 +36,37 @@ def method_of(config: TrainConfig) -> Method:
 
 
 def warm_start(base: Base, path: str, *, name: str) -> Adapters:
-    """Load the adapter at `path` on `base` for training; add a notice about the parts of the head that are new.
+    """Load the adapter at `path` on `base` for training; add a notice about the weights that start anew.
+
+    These are the parts of the head that the adapter has in another shape, and weights that neither the base nor the
+    adapter has, such as the head of a classifier whose adapter was trained on a language model.
 
     Raises:
         LorakitError: The adapter cannot be read, or more than its head does not fit the base.
     """
     stored = formats.read(path)
     heads = classification_head(base.model)
-    of_head = {
-        parameter: tensor
-        for parameter, tensor in base.model.named_parameters()
-        if any(is_inside(parameter, head) for head in heads)
-    }
-    shapes = {}
-    for parameter, new in of_head.items():
+    new, loaded = {}, []
+    for parameter, tensor in base.model.named_parameters():
         old = stored.trained.get(parameter, stored.base_copies.get(parameter))
-        if old is not None and old.shape != new.shape:
-            stored.trained[parameter] = new.detach().clone()
+        in_head = any(is_inside(parameter, head) for head in heads)
+        if old is None:
+            if parameter in base.new_weights:
+                new[parameter] = f"{parameter} {tuple(tensor.shape)}"
+        elif in_head and old.shape != tensor.shape:
+            new[parameter] = f"{parameter} {tuple(old.shape)} -> {tuple(tensor.shape)}"
+        elif in_head:
+            loaded.append(parameter)
+        if parameter in new:
+            stored.trained[parameter] = tensor.detach().clone()
             stored.base_copies.pop(parameter, None)
-            shapes[parameter] = f"{parameter} {tuple(old.shape)} -> {tuple(new.shape)}"
     adapters = load_stored(
         base.model, stored, path, name=name, trainable=True, tokenizer=base.tokenizer
     )
-    if shapes:
-        loaded = ", ".join(n for n in stored.trained if n in of_head and n not in shapes)
+    if new:
+        parts = f"{', '.join(sorted(loaded))} and the adapter" if loaded else "the adapter"
         base.notices.append(
-            f"warm start from {path}: its head is for another task, so {', '.join(shapes.values())} is new; "
-            f"loaded {loaded + ' and ' if loaded else ''}the adapter"
+            f"warm start from {path}: the adapter lacks these weights or has them in another shape, so they start anew "
+            f"and are trained: {', '.join(new.values())}; loaded {parts}"
         )
     return adapters
