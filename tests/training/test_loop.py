@@ -494,10 +494,22 @@ def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypa
     assert {"validation/loss", "validation/perplexity"} == logged[0][1].keys()
 
 
-def test_a_logger_that_is_not_installed_says_so(tmp_path, base, monkeypatch) -> None:
+@pytest.mark.parametrize("way", [{"overwrite": True}, {"resume": True, "max_steps": 2}], ids=str)
+def test_a_logger_that_is_not_installed_leaves_the_old_run(
+    tmp_path, base, monkeypatch, way
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    result = train(config)
+
+    def files() -> dict[Path, bytes]:
+        paths = [path for path in result.folder.rglob("*") if path.is_file()]
+        return {path: path.read_bytes() for path in paths if path.name[0] != "."}
+
+    before = files()
     with pytest.raises(ConfigurationError, match="pip install wandb"):
-        train(tiny_runs.config(tmp_path, base, loggers=("wandb",)))
+        train(dataclasses.replace(config, loggers=("wandb",), **way))
+    assert files() == before
 
 
 def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:

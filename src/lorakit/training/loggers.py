@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,23 @@ from lorakit.training.run_folder import RunFolder
 from lorakit.training.step import StepResult
 
 
-class Loggers:
-    """All loggers of a run; leaving the context closes them. Only the first process of a run logs.
+def require_loggers(names: Iterable[str]) -> None:
+    """Import the packages of the loggers `names`, before a run changes its folder.
 
     Raises:
-        ConfigurationError: The package of a logger is not installed.
+        ConfigurationError: One is not installed.
     """
+    for name in names:
+        try:
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError:
+            raise ConfigurationError(
+                f"loggers has {name}, which is not installed: pip install {name}."
+            ) from None
+
+
+class Loggers:
+    """All loggers of a run; leaving the context closes them. Only the first process of a run logs."""
 
     def __init__(self, run: RunFolder, state: State, processes: Processes) -> None:
         self._metrics = run.metrics
@@ -72,12 +84,8 @@ class TensorBoard:
     """Logger that writes event files to tensorboard/ in the run folder."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigurationError(
-                "loggers has tensorboard, which is not installed: pip install tensorboard."
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         # purge_step hides the steps that an interrupted session logged after its last checkpoint.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
@@ -95,12 +103,8 @@ class WeightsAndBiases:
     """Logger to a Weights & Biases run named after the run folder; environment variables set its project."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise ConfigurationError(
-                "loggers has wandb, which is not installed: pip install wandb."
-            ) from None
+        import wandb  # type: ignore[import-not-found]
+
         self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:

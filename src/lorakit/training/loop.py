@@ -25,7 +25,7 @@ from lorakit.training.divergence import (
 from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
 from lorakit.training.interruption import Interruption
-from lorakit.training.loggers import Loggers
+from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
 from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> RunResult:
     ):
         if (finished := processes.on_first(run.result)) is not None:
             return finished
+        processes.on_first(lambda: require_loggers(config.loggers))
         reset_peak_memory()
         job, optimizer, state = _start(run, processes)
         if state.is_best:
