@@ -358,7 +358,7 @@ def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> No
     lines = JsonLines(tmp_path / "samples.jsonl")
     for step in range(3):
         lines.append(step=step, output="one\u2028two\x85three")
-    lines.truncate(1)
+    lines.truncate(checkpoint.State(step=1, evaluated=True))
     records = [json.loads(line) for line in lines.path.read_text().split("\n") if line]
     assert [record["step"] for record in records] == [0, 1]
 

@@ -112,8 +112,10 @@ def test_a_crash_elsewhere(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_random_states_resumes(tmp_path, base, undisturbed, monkeypatch) -> None:
-    """Earlier versions stored the states of random generators beside the weights."""
+def test_a_checkpoint_of_an_earlier_version_resumes(
+    tmp_path, base, undisturbed, monkeypatch
+) -> None:
+    """They stored the states of random generators beside the weights, and `evaluated` was `started`."""
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
         crash_in_step(patch, 8)
@@ -123,6 +125,7 @@ def test_a_checkpoint_with_random_states_resumes(tmp_path, base, undisturbed, mo
         (folder / "random.safetensors").write_bytes(b"states")
         path = folder / checkpoint.STATE
         record = storage.read_record(path, RunFolderError)
+        record["state"]["started"] = record["state"].pop("evaluated")
         record["files"]["random.safetensors"] = storage.sha256(folder / "random.safetensors")
         storage.write_record(path, record)
     train(dataclasses.replace(config, resume=True))
@@ -175,6 +178,17 @@ def test_several_crashes_in_one_run(tmp_path, base, undisturbed, monkeypatch) ->
     assert [s["from_step"] for s in sessions] == [0, 0, 3, 6, 9, 15]
 
 
+def signal_in_step(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    original, calls = optimizer_steps.clip_gradients, iter(range(1, 100))
+
+    def signalling(*args):
+        if next(calls) == step:
+            signal.raise_signal(number)
+        return original(*args)
+
+    patch.setattr(optimizer_steps, "clip_gradients", signalling)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
@@ -183,19 +197,12 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     request, tmp_path, base, undisturbed, monkeypatch, capsys, number, error
 ) -> None:
     config = settings(tmp_path, base)
-    original, calls = optimizer_steps.clip_gradients, iter(range(1, 100))
     # A shell without job control starts background jobs with SIGINT ignored, also pytest.
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     inherited = signal.signal(number, before)
     request.addfinalizer(lambda: signal.signal(number, inherited))
-
-    def signalling(*args):
-        if next(calls) == 5:
-            signal.raise_signal(number)
-        return original(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_steps, "clip_gradients", signalling)
+        signal_in_step(patch, 5, number)
         # A terminal with a live line, on which the command stays on one line.
         patch.setattr(progress, "Console", partial(Console, force_terminal=True, width=40))
         with pytest.raises(error) as raised:
@@ -208,6 +215,37 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5
     assert (tmp_path / "run" / "checkpoints" / "step-000005").is_dir()
     train(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", [4, 12, STEPS]
+)  # evaluations are due, and at 12 and 18 checkpoints
+def test_an_interrupted_run_evaluates_when_it_resumes(
+    tmp_path, base, undisturbed, monkeypatch, step: int
+) -> None:
+    """It writes one checkpoint and leaves: the system may kill it soon after SIGTERM."""
+    config = settings(tmp_path, base)
+    saved = []
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, step, signal.SIGTERM)
+        save = checkpoint.save
+        patch.setattr(
+            checkpoint, "save", lambda *args, **kw: saved.append(args[1].step) or save(*args, **kw)
+        )
+        with pytest.raises(SystemExit):
+            train(config)
+    assert saved.count(step) == 1
+    evaluated = [record["step"] for record in tiny_runs.metrics(tmp_path / "run", "validation")]
+    assert evaluated == list(range(0, step, 4))
+    config = dataclasses.replace(config, resume=True)
+    with monkeypatch.context() as patch:
+        # After the evaluation, whose lines must not be recorded twice.
+        crash_at(patch, checkpoint, "write_safetensors", 1)
+        with pytest.raises(Crash):
+            train(config)
+    train(config)
     assert_same_run(tmp_path / "run", undisturbed)
 
 

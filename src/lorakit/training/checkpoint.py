@@ -60,8 +60,8 @@ class State:
 
     step: int = 0
     """Finished optimizer steps."""
-    started: bool = False
-    """Whether the run has evaluated before its first step."""
+    evaluated: bool = False
+    """Whether no evaluation is missing: before the first step, or after the latest one if it is due there."""
     tokens: int = 0
     """Tokens of all examples so far, without savings by packing."""
     computed_tokens: int = 0
@@ -103,7 +103,7 @@ class State:
     def is_best(self) -> bool:
         """Whether the latest step has the best validation score so far."""
         # After a divergence the run passes the best step again, with other weights.
-        return self.best_step == self.step and self.without_best == 0
+        return self.evaluated and self.best_step == self.step and self.without_best == 0
 
     def advance(
         self,
@@ -215,7 +215,10 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
         except RunFolderError as error:
             damages.append(str(error))
             continue
-        state = from_fields(State, record["state"], path / STATE)
+        fields = record["state"]
+        if "started" in fields:  # of earlier versions, which evaluated before each checkpoint
+            fields["evaluated"] = fields.pop("started")
+        state = from_fields(State, fields, path / STATE)
         if damages:
             _LOG.warning("%s The run resumes from step %d.", " ".join(damages), state.step)
         return path, state

@@ -93,8 +93,10 @@ def _train_to_end(
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     with Loggers(run, state, job.processes) as log:
-        if not state.started:
+        if not state.evaluated:  # a new run, or an interruption before an evaluation
             validate(run, job, state, log, show)
+            if state.is_best and not job.is_over(state):
+                _save_checkpoint(run, job, state, optimizer)
         if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
             _save_checkpoint(run, job, state, optimizer)
         for examples in job.step_plan.steps(start=state.step):
@@ -116,10 +118,13 @@ def _train_to_end(
             if done.halved:
                 record_batch_sizes(run, job, state)
             require_no_explosion(state, job.config.optimizer.explosion)
-            if job.evaluates_after(state.step):
+            state.evaluated = not job.evaluates_after(state.step)
+            if interruption.requested:  # little time may be left: the resumed run evaluates
+                break
+            if not state.evaluated:
                 validate(run, job, state, log, show)
                 release_free_memory()
-            if job.saves_after(state.step) or (state.is_best and not job.is_over(state)):
+            if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
                 _save_checkpoint(run, job, state, optimizer)
         job.processes.begin("the end of the run")
         _save_checkpoint(run, job, state, optimizer)

@@ -126,20 +126,20 @@ class JsonLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
-    def truncate(self, step: int) -> None:
-        """Drop the lines of later steps, and an incomplete last line.
+    def truncate(self, state: State) -> None:
+        """Drop the lines that were recorded after `state`, and an incomplete last line.
 
         Raises:
             RunFolderError: Another line is damaged.
         """
         if not self.path.exists():
             return
-        remaining = self.until(step)
+        remaining = self.until(state)
         with storage.atomic_file(self.path) as temporary:
             temporary.write_bytes(b"".join(remaining))
 
-    def until(self, step: int) -> list[bytes]:
-        """Return the lines up to a step; none if the file is missing.
+    def until(self, state: State) -> list[bytes]:
+        """Return the lines that were recorded until `state`; none if the file is missing.
 
         Raises:
             RunFolderError: A line is damaged. An incomplete last line is skipped instead.
@@ -151,7 +151,7 @@ class JsonLines:
         remaining = []
         for number, line in enumerate(lines, 1):
             try:
-                if _step_of(line) <= step:
+                if _is_until(state, line):
                     remaining.append(line + b"\n")
             except ValueError as error:
                 if number < len(lines):  # only an incomplete line has no newline
@@ -161,13 +161,14 @@ class JsonLines:
         return remaining
 
 
-def _step_of(line: bytes) -> int:
-    """Return the step of a line of JsonLines, or raise a ValueError."""
+def _is_until(state: State, line: bytes) -> bool:
+    """Return whether a line of JsonLines was recorded until `state`, or raise a ValueError."""
     record = json.loads(line)
     step = record.get("step") if isinstance(record, dict) else None
     if type(step) is not int:
         raise ValueError("expected a JSON object with a step")
-    return step
+    of_evaluation = record.get("split") != "train"
+    return step < state.step or (step == state.step and (state.evaluated or not of_evaluation))
 
 
 class RunFolder:
@@ -218,7 +219,7 @@ class RunFolder:
                 record = storage.read_record(self.path / ENVIRONMENT, RunFolderError)
                 sessions = record.get("sessions", [])
             for lines in (self.metrics, self.samples):
-                lines.until(state.step)
+                lines.until(state)
         if self.extends:  # first, so that a kill leaves an unfinished run
             (self.path / RESULT).unlink(missing_ok=True)
         if self.extends or not (self.path / CONFIG).exists():
@@ -234,9 +235,8 @@ class RunFolder:
 
     def return_to(self, state: State) -> None:
         """Drop metrics, samples and events that were recorded after `state`."""
-        step = state.step if state.started else -1
-        self.metrics.truncate(step)
-        self.samples.truncate(step)
+        self.metrics.truncate(state)
+        self.samples.truncate(state)
         self.write_events(state)
 
     def write_events(self, state: State) -> None:

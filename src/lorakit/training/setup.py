@@ -169,13 +169,13 @@ class Job:
         )
 
     def is_over(self, state: State) -> bool:
-        """Return whether the run has made its last step or was stopped early."""
-        return state.stopped_early or state.step >= self.step_plan.total
+        """Return whether the run has made its last step and its evaluation, or was stopped early."""
+        return state.stopped_early or (state.step >= self.step_plan.total and state.evaluated)
 
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation is due after `step` finished steps."""
         every = self.config.evaluation.every or self.step_plan.steps_per_epoch
-        return step % every == 0 or step == self.step_plan.total
+        return bool(self.scored) and (step % every == 0 or step == self.step_plan.total)
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` finished steps; the last one is always written."""

@@ -26,7 +26,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
     Without validation data this does nothing. `state` also keeps the scores before the first step for comparison; the
     untrained adapter is never the best.
     """
-    state.started = True
+    state.evaluated = True
     if not job.scored:
         return
     settings = job.config.evaluation
