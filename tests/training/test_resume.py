@@ -15,6 +15,7 @@ import pytest
 import tiny_runs
 import torch
 from rich.console import Console
+from scenarios import require_close_weights
 from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
@@ -346,6 +347,31 @@ def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> N
         train(other)
     assert "batch_size was 4 and is 8" in str(raised.value)
     assert "optimizer.learning_rate was 0.02 and is 0.001" in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_may_have_another_device_and_other_checkpoints(
+    tmp_path, base, undisturbed, monkeypatch
+) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("device: cpu", "device: cuda:1"))
+    train(dataclasses.replace(config, checkpoints=CheckpointConfig(every=1, keep=1)))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_out_of_memory_resumes_with_gradient_checkpointing(
+    tmp_path, base, undisturbed, monkeypatch, capsys
+) -> None:
+    config = half_a_run(tmp_path, base, monkeypatch)
+    config = dataclasses.replace(config, gradient_checkpointing=True)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(config)
+    assert "--resume --gradient_checkpointing\n" in capsys.readouterr().err
+    require_close_weights(train(config).adapter, undisturbed / "adapter")
 
 
 @pytest.mark.slow

@@ -57,7 +57,11 @@ OF_A_RUN = {"base", "data", "method", "output"}
 
 NOT_COMPARED = (
     *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
-    *("optimizer.on_divergence", "optimizer.explosion"),
+    *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
+    *(
+        "gradient_checkpointing",
+        "base.device",
+    ),  # a run may need others to go on; only rounding differs
 )
 """Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
 
@@ -194,10 +198,14 @@ class RunFolder:
         start = ["lorakit"]
         if processes > 1:
             start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
-        # A session may split the weights otherwise than the first one, whose settings are in the file.
-        split = ["--shard"] if self.config.shard else []
+        # The settings of the first session are in the file; a later one may need less memory.
+        flags = [
+            f"--{name}"
+            for name in ("shard", "gradient_checkpointing")
+            if getattr(self.config, name)
+        ]
         return shlex.join(
-            [*start, "train", "--config", str(self.path / CONFIG), "--resume", *split]
+            [*start, "train", "--config", str(self.path / CONFIG), "--resume", *flags]
         )
 
     def begin(
