@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -111,6 +112,12 @@ def crash_at(patch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> No
 def crash_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
     """Crash in a step (from 1), between its gradients and its update."""
     crash_at(patch, optimizer_steps, "clip_gradients", step)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python, NumPy and PyTorch's CPU."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), numpy["key"].tolist(), numpy["pos"], torch.get_rng_state().tolist()
 
 
 def summed_loss(model: Any, example: Any) -> tuple[torch.Tensor, int]:

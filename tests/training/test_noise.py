@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models.faster import make_stock
 from lorakit.training import step as steps
 from lorakit.training.config import HeldOutConfig
+from lorakit.training.loop import train
 from lorakit.training.noise import require_keyed_noise
 from lorakit.training.setup import Job, prepare
 
@@ -164,6 +166,17 @@ def test_compiled_dropout_is_rejected(tmp_path: Path) -> None:
     quiet.config = job.config
     quiet.model.eval()
     on_two_processes(quiet)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_the_global_generators(tmp_path, base, monkeypatch, fails: bool) -> None:
+    """A loop that draws settings for several runs would draw the same ones for each."""
+    before = tiny_runs.random_states()
+    if fails:
+        tiny_runs.crash_in_step(monkeypatch, 2)
+    with pytest.raises(tiny_runs.Crash) if fails else nullcontext():
+        train(tiny_runs.config(tmp_path, base, max_steps=2))
+    assert tiny_runs.random_states() == before
 
 
 def test_stock_functions_return_after_an_error(tmp_path: Path) -> None:

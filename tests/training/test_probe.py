@@ -32,7 +32,7 @@ def state(base: Base) -> dict[str, object]:
         "compiled": [m._compiled_call_impl is not None for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "gradients": [p.grad for p in model.parameters()],
-        "random": torch.get_rng_state().tolist(),
+        "random": tiny_runs.random_states(),
     }
 
 

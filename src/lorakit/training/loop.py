@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
+from lorakit.models.devices import pick_device
 from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -27,7 +28,7 @@ from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, recor
 from lorakit.training.interruption import Interruption
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
-from lorakit.training.noise import require_keyed_noise
+from lorakit.training.noise import own_generators, require_keyed_noise
 from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult, open_run
@@ -44,7 +45,7 @@ def train(config: TrainConfig) -> RunResult:
 
     A run can be interrupted at any instant and resumed: it reaches the same weights as an uninterrupted run, bit for
     bit on a CPU. `torchrun` starts it in several processes, which share each step and reach the same weights up to
-    rounding.
+    rounding. The global random generators end in the states that they had before.
 
     Raises:
         LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> RunResult:
         joined(config.base.device, timedelta(minutes=config.processes_timeout)) as processes,
         gathering(processes),
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
+        own_generators(config.seed, pick_device(config.base.device)),
     ):
         if (finished := processes.on_first(run.result)) is not None:
             return finished

@@ -20,7 +20,7 @@ from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
 from lorakit.models.sharding import own_part, reached
-from lorakit.ops import Keys, keyed
+from lorakit.ops import Keys, keyed, seeded
 from lorakit.ops.dropout import CPU, Draw, token_words
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
@@ -35,6 +35,21 @@ BLOCK = 256
 DROPPED_TABLES = ("deberta", "deberta-v2")
 """Architectures with dropout on a table of positions (rows, F), which has the same mask in every batch. Its number of
 rows may equal that of a batch's tokens."""
+
+
+@contextmanager
+def own_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators inside the block, and restore afterwards all that training seeds for its batches.
+
+    These are the global generators of Python, NumPy, PyTorch's CPU and `device`.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with seeded(seed, [device]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from statistics import median
 from lorakit.data import DataTask, ExampleSet
 from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.loading import Base
-from lorakit.ops import seeded
 from lorakit.training.config import TrainConfig
+from lorakit.training.noise import own_generators
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.schedule import Batches
 from lorakit.training.setup import Job, assemble
@@ -30,8 +30,8 @@ def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: Exa
     """Train a new adapter for a few steps, and return the median time of a step in seconds.
 
     The steps are those of the first epoch whose number of tokens is closest to the mean. They train a copy of the base,
-    because not all settings of a run can be undone (compiled blocks, gradient checkpointing). The random state ends as
-    it was.
+    because not all settings of a run can be undone (compiled blocks, gradient checkpointing). The global random
+    generators end in the states that they had before.
 
     Args:
         config: A run.
@@ -44,7 +44,7 @@ def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: Exa
     """
     resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=resolved)
-    with seeded(config.seed, (p.device for p in base.model.parameters())):
+    with own_generators(config.seed, base.model.device):
         copied = dataclasses.replace(base, model=copy.deepcopy(base.model))
         seconds = _median_seconds(assemble(config, task, copied, train))
     del copied

@@ -397,8 +397,6 @@ def _confirmed(job: Job, task: DataTask) -> Job:
     if job.config.compile:
         compile_blocks(job.model)
     job.model.train()
-    # Every batch seeds its own noise; this is for the scores before the first step.
-    torch.manual_seed(job.config.seed)
     return job
 
 
