@@ -165,6 +165,30 @@ class Mine(Classification):
 """
 
 
+def test_a_score_that_a_task_does_not_return_is_missed_before_the_first_step(
+    tmp_path, base
+) -> None:
+    (tmp_path / "mine.py").write_text("""
+from lorakit.tasks import Completion
+
+class Mine(Completion):
+    name = "mine"
+    scores = quick_scores = ("hit",)
+
+    @classmethod
+    def score(cls, outputs, examples, **settings):
+        return {"hits": 1.0}
+""")
+    settings = tiny_runs.config(
+        tmp_path, base, evaluation=HeldOutConfig(metric="loss", samples=1, max_new_tokens=1)
+    )
+    data = dataclasses.replace(settings.data, task=f"{tmp_path / 'mine.py'}:Mine")
+    evaluation = dataclasses.replace(settings.evaluation, metric="hit")
+    expected = r"loss, perplexity, hits, without hit, .* of task mine, or set evaluation\.metric"
+    with pytest.raises(LorakitError, match=expected):
+        train(dataclasses.replace(settings, data=data, evaluation=evaluation))
+
+
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_changed_task_file(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"

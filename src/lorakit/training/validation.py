@@ -49,7 +49,7 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
     # A task of the user may score the same texts differently in another process.
     state.scores = job.processes.from_first(state.scores)
     record_batch_sizes(run, job, state)
-    _require_finite(state.scores, job.task.name)
+    _require_usable(state.scores, job.task.name, settings.metric)
     log.scores(state)
     if state.step == 0:
         state.scores_before = state.scores
@@ -71,8 +71,13 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
     show.scores(state, notes)
 
 
-def _require_finite(scores: dict[str, float], task: str) -> None:
-    """Reject non-finite scores, before the first step at the latest."""
+def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
+    """Reject scores without `metric`, and non-finite scores, before the first step at the latest."""
+    if metric not in scores:
+        raise LorakitError(
+            f"The scores of the validation data are {', '.join(scores)}, without {metric}, which evaluation.metric "
+            f"names. Return {metric} from the score method of task {task}, or set evaluation.metric to one of these."
+        )
     for name, score in scores.items():
         if not math.isfinite(score):
             raise LorakitError(
