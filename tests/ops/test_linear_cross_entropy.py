@@ -103,6 +103,16 @@ def test_bfloat16_loss_is_summed_in_float32():
     assert abs(ours - exact) <= 2**-8 * exact
 
 
+def test_a_factor_on_the_loss_is_not_rounded_to_bfloat16():
+    """1 / 171 in bfloat16 is off by 2e-3; the products' own rounding cancels in the norm."""
+    hidden, weight, targets, _ = tensors(torch.bfloat16, n=512, d=32)
+    (alone,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), hidden)
+    (scaled,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets) / 171, hidden)
+    assert scaled.dtype == torch.bfloat16
+    ratio = 171 * scaled.double().norm() / alone.double().norm()
+    assert abs(ratio - 1) < 5e-4
+
+
 def test_no_gradient_is_formed_without_need():
     """A loss of validation computes the product for the logits only, also with a head that is trained."""
     hidden, weight, targets, bias = tensors(torch.float32)

@@ -107,7 +107,7 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx, grad_total):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_grad, weight_grad, bias_grad = (
-            None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
+            None if grad is None else grad * grad_total for grad in ctx.saved_tensors
         )
         return hidden_grad, weight_grad, None, bias_grad, None, None, None, None
 
