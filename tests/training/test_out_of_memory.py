@@ -463,3 +463,14 @@ def test_only_a_halved_size_is_kept_by_a_resumed_run(tmp_path: Path, dropout_bas
     adopt_batch_sizes(job, state)
     assert (job.batch_size.size, job.evaluation_batch_size.size) == (4, 8)
     assert state.batch_sizes == [[4, 8]]
+
+
+def test_the_halved_size_of_another_process_is_kept_by_all_sessions(tmp_path, dropout_base) -> None:
+    """Process 1 of two ran out of memory; the later sessions have one process."""
+    event = {"event": OUT_OF_MEMORY, "process": 1, "setting": "batch_size"}
+    state = State(batch_sizes=[[8, 8], [4, 8]], events=[event])
+    job = prepare(tiny_runs.config(tmp_path, dropout_base, batch_size=8, accumulation=1))
+    for _ in range(2):
+        job.batch_size.size = job.batch_size.configured
+        adopt_batch_sizes(job, state)
+        assert (job.batch_size.size, job.evaluation_batch_size.size) == (4, 8)

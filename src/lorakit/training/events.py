@@ -23,10 +23,9 @@ def adopt_batch_sizes(job: Job, state: State) -> None:
     for number, (setting, batch_size) in enumerate(
         zip(SETTINGS, (job.batch_size, job.evaluation_batch_size), strict=True)
     ):
+        # An event has the number that its process had then, perhaps among another number of processes.
         if any(
-            event["event"] == OUT_OF_MEMORY
-            and event["setting"] == setting
-            and event["process"] in before
+            event["event"] == OUT_OF_MEMORY and event["setting"] == setting
             for event in state.events
         ):
             fitted = min(stored[process][number] for process in before)
