@@ -95,6 +95,14 @@ def test_stored_in_the_smallest_exact_dtype(
 # --- settings that transformers does not read ---------------------------------------------------
 
 
+def test_query_and_key_rows_without_the_number_of_key_heads(tmp_path: Path) -> None:
+    source = tiny_llama(num_key_value_heads=4)
+    path = write_gguf(tmp_path / "tiny.gguf", source, settings={"attention.head_count_kv": None})
+    weights = load_base(path, dtype="float32").model.state_dict()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("build", "settings", "options"),
     [

@@ -49,7 +49,7 @@ SIZES = {
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options})).eval()
 
 
 def tiny_starcoder2(**options: Any) -> Starcoder2ForCausalLM:
@@ -66,12 +66,12 @@ def write_gguf(
     leave_out: str | None = None,
     blocks: int | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
-    settings: Mapping[str, str | float] | None = None,
+    settings: Mapping[str, str | float | None] | None = None,
 ) -> Path:
     """Write ``model`` with its matrices as ``kind`` and its norms in float32.
 
     ``blocks`` is a false number of layers, and ``extra`` holds tensors that no Llama has. ``settings`` are those of
-    the architecture, for example ``rope.freq_base``.
+    the architecture, for example ``rope.freq_base``; None leaves one out.
     """
     config = model.config
     llama = config.model_type == "llama"
@@ -82,11 +82,18 @@ def write_gguf(
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_VALUE_HEADS)
     writer.add_layer_norm_rms_eps(1e-6) if llama else writer.add_layer_norm_eps(1e-5)
-    for name, value in {"rope.freq_base": 10000.0, **(settings or {})}.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-        add[type(value)](f"{config.model_type}.{name}", value)
+    key_value_heads = config.num_key_value_heads
+    defaults = {"rope.freq_base": 10000.0, "attention.head_count_kv": key_value_heads}
+    add = {
+        str: writer.add_string,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        bool: writer.add_bool,
+    }
+    for name, value in {**defaults, **(settings or {})}.items():
+        if value is not None:
+            add[type(value)](f"{config.model_type}.{name}", value)
     writer.add_rope_dimension_count(8)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -107,7 +114,7 @@ def write_gguf(
             continue
         data = tensor.float().numpy()
         if llama and ("q_proj" in name or "k_proj" in name):
-            data = _permuted(data, HEADS if "q_proj" in name else KEY_VALUE_HEADS)
+            data = _permuted(data, HEADS if "q_proj" in name else key_value_heads)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if data.ndim == 1 or kind == F32:
             writer.add_tensor(target, np.ascontiguousarray(data))

@@ -25,7 +25,7 @@ from lorakit.storage import atomic_folder, read_json, sha256, write_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONVERSION = 3
+_CONVERSION = 4
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = "conversion.json"
 _DESCRIPTION = ("config.json", "tokenizer.json")
@@ -318,6 +318,8 @@ def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedMod
             "Download the file again, or name the original model."
         )
     _require_used(gguf, header, source)
+    if config.model_type == "llama" and "llama.attention.head_count_kv" not in header.settings:
+        _restore_row_order(source)
     settings = source.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path", "_name_or_path"):
         settings.pop(key, None)
@@ -329,6 +331,20 @@ def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedMod
     model.tie_weights()
     model.generation_config = source.generation_config
     return model
+
+
+def _restore_row_order(model: PreTrainedModel) -> None:
+    """Undo llama.cpp's order of query and key rows in a Llama with as many key heads as query heads.
+
+    llama.cpp rotates neighbouring rows, transformers those of the two halves of a head. transformers reorders the rows
+    only if the file has the number of key heads, which is optional.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            rows, columns = weight.shape
+            heads = model.config.num_attention_heads
+            pairs = weight.data.reshape(heads, rows // heads // 2, 2, columns)
+            weight.data = pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def _restore_pre_tokenizer(
