@@ -21,6 +21,7 @@ from tiny_gguf import (
     rounded,
     tiny_llama,
     tiny_starcoder2,
+    tiny_t5,
     write_gguf,
 )
 from transformers import AutoConfig, Gemma3TextConfig, LlamaForCausalLM, PreTrainedModel
@@ -28,7 +29,7 @@ from transformers import AutoConfig, Gemma3TextConfig, LlamaForCausalLM, PreTrai
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
 from lorakit.models.gguf import converted_folder, described_folder
-from lorakit.models.gguf_header import Header
+from lorakit.models.gguf_header import Header, read_header
 from lorakit.models.loading import Base, load_base
 
 
@@ -153,6 +154,19 @@ def test_settings_of_rope_and_of_the_sliding_window(
             unset = build()
             unset.load_state_dict(source.state_dict())
             assert not torch.allclose(unset(ids).logits, logits, rtol=0.01, atol=0.01)
+
+
+def test_head_and_activation_of_t5(tmp_path: Path) -> None:
+    source = tiny_t5()
+    settings = {"attention.key_length": 8, "attention.layer_norm_epsilon": 1e-6}
+    settings |= {"rope.dimension_count": None, "rope.freq_base": None}
+    path = write_gguf(tmp_path / "tiny.gguf", source, settings=settings)
+    model = module._read_model(path, torch.float32, read_header(path)).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        logits = [each(input_ids=ids, decoder_input_ids=ids).logits for each in (source, model)]
+    assert torch.equal(*logits)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
 
 
 def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

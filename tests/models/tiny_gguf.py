@@ -1,4 +1,4 @@
-"""Write a tiny Llama or StarCoder2 as a GGUF file, like llama.cpp's converter."""
+"""Write a tiny Llama, StarCoder2 or T5 as a GGUF file, like llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     Starcoder2Config,
     Starcoder2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -57,6 +59,25 @@ def tiny_starcoder2(**options: Any) -> Starcoder2ForCausalLM:
     return Starcoder2ForCausalLM(Starcoder2Config(**SIZES, **options)).eval()
 
 
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Return a T5 1.1: a gated feed-forward layer, and an output head of its own."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(TOKENS),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=HEADS,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=2,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(len(TOKENS), 32))
+    return model
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -78,13 +99,19 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_name("Tiny")
     writer.add_block_count(config.num_hidden_layers if blocks is None else blocks)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_layer_norm_rms_eps(1e-6) if llama else writer.add_layer_norm_eps(1e-5)
-    key_value_heads = config.num_key_value_heads
-    defaults = {"rope.freq_base": 10000.0, "attention.head_count_kv": key_value_heads}
+    norm = "layer_norm_rms_epsilon" if llama else "layer_norm_epsilon"
+    key_value_heads = getattr(config, "num_key_value_heads", HEADS)
+    defaults = {
+        "context_length": SIZES["max_position_embeddings"],
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": SIZES["intermediate_size"],
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": key_value_heads,
+        f"attention.{norm}": 1e-6 if llama else 1e-5,
+        "rope.dimension_count": 8,
+        "rope.freq_base": 10000.0,
+        "vocab_size": config.vocab_size,
+    }
     add = {
         str: writer.add_string,
         int: writer.add_uint32,
@@ -94,8 +121,6 @@ def write_gguf(
     for name, value in {**defaults, **(settings or {})}.items():
         if value is not None:
             add[type(value)](f"{config.model_type}.{name}", value)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     if pre is not None:
         writer.add_tokenizer_pre(pre)
@@ -109,10 +134,10 @@ def write_gguf(
     writer.add_chat_template(CHAT_TEMPLATE)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name in ("lm_head.weight", leave_out):
+    for name, tensor in model.named_parameters():  # a tied weight once
+        if name == leave_out:
             continue
-        data = tensor.float().numpy()
+        data = tensor.detach().float().numpy()
         if llama and ("q_proj" in name or "k_proj" in name):
             data = _permuted(data, HEADS if "q_proj" in name else key_value_heads)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -180,7 +180,8 @@ def _require_used(gguf: Path, header: Header, model: PreTrainedModel) -> None:
     Raises:
         BaseModelError: The file holds more: transformers drops silently what the model has no place for.
     """
-    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
+    head, embedding = cast(Any, model.get_output_embeddings()), model.get_input_embeddings()
+    tied = {"output.weight"} if head.weight is embedding.weight else set()
     stored = {
         tensor.name: tensor.elements
         for tensor in header.tensors
@@ -284,6 +285,8 @@ def _read_config(gguf: Path, header: Header) -> PretrainedConfig:
             config.sliding_window = window
         else:
             unread.append(f"attention.sliding_window {window:,}")
+    if config.model_type == "t5" and config.is_gated_act:  # the only kind that transformers reads
+        config.feed_forward_proj, config.dense_act_fn = "gated-gelu", "gelu_new"
     if unread:
         raise BaseModelError(
             f"'{gguf}' has the setting {' and '.join(unread)}, which transformers does not read from a GGUF file of "
@@ -328,7 +331,9 @@ def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedMod
     with torch.device("meta"):
         model = type(source)(config)
     model.load_state_dict(source.state_dict(), strict=True, assign=True)
-    model.tie_weights()
+    # A T5 model with a head of its own is not tied, although its configuration says so.
+    model.all_tied_weights_keys = source.all_tied_weights_keys
+    model.tie_weights(recompute_mapping=False)
     model.generation_config = source.generation_config
     return model
 
