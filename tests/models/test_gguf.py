@@ -24,7 +24,14 @@ from tiny_gguf import (
     tiny_t5,
     write_gguf,
 )
-from transformers import AutoConfig, Gemma3TextConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
@@ -181,6 +188,23 @@ def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
     }
     assert config.sliding_window == 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        (Gemma2Config(num_hidden_layers=46, hidden_size=4608, num_attention_heads=32), 144),
+        (Gemma3TextConfig(num_hidden_layers=62, hidden_size=5376, num_attention_heads=32), 168),
+        (Gemma3TextConfig(num_hidden_layers=18, hidden_size=640, head_dim=128), 128),
+    ],
+)
+def test_attention_scale_of_gemma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, scale: int
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    settings = {"general.architecture": config.model_type.removesuffix("_text")}
+    read = module._read_config(tmp_path / "gemma.gguf", Header(settings, ()))
+    assert read.query_pre_attn_scalar == scale
 
 
 @pytest.mark.parametrize(

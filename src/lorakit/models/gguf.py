@@ -244,7 +244,7 @@ def _rope_notices(gguf: Path, header: Header) -> list[str]:
 
 
 def _read_config(gguf: Path, header: Header) -> PretrainedConfig:
-    """Read the configuration; set RoPE and the sliding window, which transformers reads for few architectures.
+    """Read the configuration; set what transformers does not read: RoPE, the sliding window, attention's scale.
 
     Raises:
         BaseModelError: The file has a setting that transformers does not compute.
@@ -285,6 +285,12 @@ def _read_config(gguf: Path, header: Header) -> PretrainedConfig:
             config.sliding_window = window
         else:
             unread.append(f"attention.sliding_window {window:,}")
+    layers_of_27b = {"gemma2": 46, "gemma3_text": 62}
+    if config.model_type in layers_of_27b:
+        # No setting of the file. As in llama.cpp, the size of the model decides.
+        share = config.hidden_size // config.num_attention_heads
+        is_27b = config.num_hidden_layers == layers_of_27b[config.model_type]
+        config.query_pre_attn_scalar = share if is_27b else config.head_dim
     if config.model_type == "t5" and config.is_gated_act:  # the only kind that transformers reads
         config.feed_forward_proj, config.dense_act_fn = "gated-gelu", "gelu_new"
     if unread:
