@@ -87,7 +87,7 @@ def write_gguf(
     leave_out: str | None = None,
     blocks: int | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
-    settings: Mapping[str, str | float | None] | None = None,
+    settings: Mapping[str, str | float | list[bool] | None] | None = None,
 ) -> Path:
     """Write ``model`` with its matrices as ``kind`` and its norms in float32.
 
@@ -117,6 +117,7 @@ def write_gguf(
         int: writer.add_uint32,
         float: writer.add_float32,
         bool: writer.add_bool,
+        list: writer.add_array,
     }
     for name, value in {**defaults, **(settings or {})}.items():
         if value is not None:

@@ -19,6 +19,7 @@ import torch
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.formatting import counted
 from lorakit.models.cache import cache_folder, cached, is_complete
+from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, TensorEntry, read_header
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
@@ -102,7 +103,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _describe(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
         header = read_header(gguf)
-        config = _read_config(gguf, header)
+        config = read_config(gguf, header)
         tokenizer = _read_tokenizer(gguf)
     _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
@@ -243,68 +244,10 @@ def _rope_notices(gguf: Path, header: Header) -> list[str]:
     ]
 
 
-def _read_config(gguf: Path, header: Header) -> PretrainedConfig:
-    """Read the configuration; set what transformers does not read: RoPE, the sliding window, attention's scale.
-
-    Raises:
-        BaseModelError: The file has a setting that transformers does not compute.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    prefix = f"{header.settings['general.architecture']}."
-    settings = {name.removeprefix(prefix): value for name, value in header.settings.items()}
-    unread: list[str] = []
-
-    by_layer = getattr(config, "rope_parameters", None) or {}
-    if by_layer:
-        rope = by_layer.get("full_attention", by_layer)  # Gemma 3 scales only its full attention
-        rope["rope_theta"] = settings.get("rope.freq_base", rope["rope_theta"])
-        if "sliding_attention" in by_layer and "rope.freq_base_swa" in settings:
-            by_layer["sliding_attention"]["rope_theta"] = settings["rope.freq_base_swa"]
-        # As in llama.cpp: without a type the scaling is linear, and factors of 0 and 1 change nothing.
-        kind = settings.get("rope.scaling.type", "linear")
-        factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear")) or 1.0
-        scaled = kind == "longrope" or (kind != "none" and factor != 1)
-        if scaled and (kind, factor) != (rope["rope_type"], rope.get("factor")):
-            if kind == "linear" and rope["rope_type"] == "default":
-                rope |= {"rope_type": "linear", "factor": factor}
-            else:
-                unread.append(f"rope.scaling.type {kind}")
-        if settings.get("rope.scaling.attn_factor", 1.0) != 1:
-            unread.append(f"rope.scaling.attn_factor {settings['rope.scaling.attn_factor']:.4g}")
-
-    window = settings.get("attention.sliding_window", 0)  # 0 is none
-    if 0 < window < settings["context_length"]:
-        layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-        if (
-            hasattr(config, "sliding_window")
-            and getattr(config, "use_sliding_window", True)
-            and "sliding_attention" in layer_types
-        ):
-            config.sliding_window = window
-        else:
-            unread.append(f"attention.sliding_window {window:,}")
-    layers_of_27b = {"gemma2": 46, "gemma3_text": 62}
-    if config.model_type in layers_of_27b:
-        # No setting of the file. As in llama.cpp, the size of the model decides.
-        share = config.hidden_size // config.num_attention_heads
-        is_27b = config.num_hidden_layers == layers_of_27b[config.model_type]
-        config.query_pre_attn_scalar = share if is_27b else config.head_dim
-    if config.model_type == "t5" and config.is_gated_act:  # the only kind that transformers reads
-        config.feed_forward_proj, config.dense_act_fn = "gated-gelu", "gelu_new"
-    if unread:
-        raise BaseModelError(
-            f"'{gguf}' has the setting {' and '.join(unread)}, which transformers does not read from a GGUF file of "
-            f"{config.model_type}, so the model would compute something else. Name the original model."
-        )
-    return type(config).from_dict(config.to_dict())
-
-
 def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:
     import transformers
 
-    config = _read_config(gguf, header)
+    config = read_config(gguf, header)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
