@@ -111,6 +111,46 @@ def test_embeddings_are_called_in_the_forward_pass(arch: str) -> None:
     assert len(called) == (2 if arch in ("t5", "bart", "MT5", "MBart") else 1)
 
 
+SHORT = dict.fromkeys(("encoder_layers", "decoder_layers"), 1) | {
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16),
+    **{"vocab_size": 60, "max_position_embeddings": 64, "decoder_start_token_id": 2},
+    **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2},
+}
+SHORT_T5 = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+ENCODER_DECODERS = {
+    "LongT5": SHORT_T5 | {"decoder_start_token_id": 0},
+    "Blenderbot": SHORT,
+    "BlenderbotSmall": SHORT,
+    "PLBart": SHORT,
+    "Mvp": SHORT,
+    "BigBirdPegasus": SHORT | {"attention_type": "original_full"},
+    "PegasusX": SHORT | {"block_size": 4, "num_global_tokens": 2},
+    "LED": SHORT | {"attention_window": 4},
+    "Bart": SHORT | {"tie_word_embeddings": False},
+    "Marian": SHORT | {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 60},
+}
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_embeddings_of_encoder_and_decoder(name: str) -> None:
+    head = "MTModel" if name == "Marian" else "ForConditionalGeneration"
+    config = getattr(transformers, f"{name}Config")(**ENCODER_DECODERS[name])
+    model = getattr(transformers, f"{name}{head}")(config).eval()
+    called: list[str] = []
+    for place in (places := find_places(model, "embedding")):
+        layer = model.get_submodule(place.path)
+        layer.register_forward_hook(lambda *_, path=place.path: called.append(path))
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=ids)
+    assert sorted(called) == sorted(place.path for place in places)
+    assert len(called) == 2
+    for shared in (path for path, _ in model.named_modules() if path.endswith("shared")):
+        with pytest.raises(TargetError, match=r"never calls.*Write 'embedding'"):
+            resolve_targets(model, shared)
+
+
 # --- heads --------------------------------------------------------------------------------------
 
 

@@ -72,8 +72,6 @@ class Architecture:
             other layer uses that dropout.
         output_norm: name of the LayerNorm at the end of a block; None if the block ends with a
             residual sum.
-        input_embedding: last part of the path of the embeddings that the model calls, if these are
-            not ``get_input_embeddings()``.
         never_called: last parts of the paths of embeddings that the model never calls: it only uses
             their weight, so an adapter on them would have no effect.
     """
@@ -82,7 +80,6 @@ class Architecture:
     layers: Mapping[str, str | Fused]
     dropouts: Mapping[str, str] = field(default_factory=dict)
     output_norm: str | None = None
-    input_embedding: str | None = None
     never_called: tuple[str, ...] = ()
 
     def output_norm_of(self, config: Any) -> str | None:
@@ -257,21 +254,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         dropouts=dict.fromkeys(
             ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"), "dropout"
         ),
-        input_embedding="embed_tokens",
-        never_called=("shared",),
     ),
     Architecture(
         model_types=("bart", "marian"),
         layers=_BART_LAYERS,
         output_norm="final_layer_norm",
-        input_embedding="embed_tokens",
-        never_called=("shared",),
     ),
     Architecture(
         model_types=("mbart", "m2m_100", "pegasus"),
         layers=_BART_LAYERS,
-        input_embedding="embed_tokens",
-        never_called=("shared",),
     ),
     Architecture(model_types=("vit",), layers={**_attention("attention"), **_FC_MLP}),
     Architecture(

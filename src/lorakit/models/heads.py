@@ -52,20 +52,22 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
-    """Return the paths of the adaptable layers that embed the model's input.
+    """Return the paths of the adaptable layers that embed the model's input, of encoder and decoder.
 
     T5 and BART share the weight of one embedding with those of encoder and decoder. The model calls
     only these two, so they are returned.
     """
-    called = {
-        path
-        for path, _, config, _ in modules
-        if (architecture := architecture_of(config)) and architecture.input_embedding
-        if path.rpartition(".")[2] == architecture.input_embedding
-    }
-    if not called:
-        embeddings = _input_embeddings(model)
-        called = {at.path for at in modules if at.module is embeddings}
+    get_decoder = getattr(model, "get_decoder", None)
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    parts = [model, get_decoder()] if get_decoder and is_pair else [model]
+    embeddings = [_input_embeddings(part) for part in parts]
+    called: set[str] = set()
+    for at in modules:
+        if tied := _called_instead(at):
+            start = at.path[: at.path.rfind(".") + 1]
+            called |= {start + path for path in tied}
+        elif any(at.module is one for one in embeddings):
+            called.add(at.path)
     # ViT's input embedding is a module that contains the convolution over patches.
     return [
         at.path
@@ -78,7 +80,19 @@ def is_never_called(at: LocatedModule) -> bool:
     """Whether the model uses this layer's weight without calling it, always or in training."""
     architecture, name = architecture_of(at.config), at.path.rpartition(".")[2]
     names = architecture.never_called if architecture else ()
-    return (isinstance(at.module, nn.Embedding) and name in names) or never_calls(at.parent, name)
+    is_table = isinstance(at.module, nn.Embedding) and (name in names or bool(_called_instead(at)))
+    return is_table or never_calls(at.parent, name)
+
+
+def _called_instead(at: LocatedModule) -> list[str]:
+    """Return the embeddings inside the parent of an embedding that are tied to it and called in its place."""
+    keys = getattr(at.parent, "_tied_weights_keys", None)  # of a class of transformers
+    if not isinstance(keys, dict) or not isinstance(at.module, nn.Embedding):
+        return []
+    weight = f"{at.path.rpartition('.')[2]}.weight"
+    tied = [key.removesuffix(".weight") for key, source in keys.items() if source == weight]
+    inside = dict(base_modules(at.parent)) if tied else {}
+    return [path for path in tied if isinstance(inside.get(path), nn.Embedding)]
 
 
 def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
