@@ -137,14 +137,17 @@ def test_conversations_of_several_turns_are_packed(tmp_path: Path, method: str) 
         torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_window_that_one_long_example_exceeds_rules_out_packing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [None, "train", "validation"])
+def test_a_window_that_one_long_example_exceeds_rules_out_packing(
+    tmp_path: Path, split: str | None
+) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "mistral", sliding_window=16)
+    config = tiny_runs.config(tmp_path, base)
     short = {"prompt": "pub:", "completion": " park"}
-    for name, long in (("short", short), ("long", {**short, "completion": " park" * 12})):
-        config = tiny_runs.config(tmp_path, base)
-        tiny_runs.write_rows(tmp_path / "train.jsonl", [short, short, long])
-        notes = prepare(config).computation.notes
-        assert ("differ" if name == "long" else "computed once") in notes[0]
+    for name in ("train", "validation"):
+        long = {**short, "completion": " park" * 12} if name == split else short
+        tiny_runs.write_rows(tmp_path / f"{name}.jsonl", [short, short, long])
+    assert ("differ" if split else "computed once") in prepare(config).computation.notes[0]
 
 
 CUTS = ((8, 1), (4, 2), (2, 4), (3, 3))

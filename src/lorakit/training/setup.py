@@ -392,8 +392,9 @@ def _attached(
 def _confirmed(job: Job, task: DataTask) -> Job:
     """Choose how the run is computed, after a trial on a few examples, and put the model into training mode."""
     choice = choice_of(job.config, job.model, task)
+    examples = [*job.train.examples, *job.scored]  # both are packed
     with job.autocast():
-        job.computation = confirm_computation(choice, job.base, job.train.examples)
+        job.computation = confirm_computation(choice, job.base, examples)
     if job.config.compile:
         compile_blocks(job.model)
     job.model.train()
