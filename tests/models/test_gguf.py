@@ -22,10 +22,7 @@ from tiny_gguf import (
     tiny_llama,
     write_gguf,
 )
-from transformers import (
-    AutoConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
@@ -138,6 +135,21 @@ def test_a_missing_splitting_rule_is_reported(
     path = write_gguf(tmp_path / "tiny.gguf", llama, pre=pre)
     (notice,) = module.conversion_notices(converted_folder(path))
     assert "names no pre-tokenizer" in notice
+
+
+@pytest.mark.parametrize(("flag", "first"), [(True, "▁he"), (False, "he")])
+def test_space_before_the_first_word(
+    tmp_path: Path, llama: LlamaForCausalLM, flag: bool, first: str
+) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "▁", "h", "e", "he", "▁he"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("h", "e"), ("▁", "he")])
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": flag}
+    assert module._finish_tokenizer(tokenizer, metadata, llama.config) == []
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.tokenize("he he") == [first, "▁he"]
+    assert loaded.decode([vocabulary[first], 7]) == "he he"
 
 
 # --- the cache ----------------------------------------------------------------------------------

@@ -150,10 +150,26 @@ def _finish_tokenizer(
     tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any], config: PretrainedConfig
 ) -> list[str]:
     """Restore what transformers does not read from the file; return notices."""
+    if metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        _remove_space_prefix(tokenizer)
     tokenizer.model_max_length = getattr(
         config, "max_position_embeddings", tokenizer.model_max_length
     )
     return _restore_pre_tokenizer(tokenizer, metadata)
+
+
+def _remove_space_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a SentencePiece tokenizer put no space before the first word, and remove none when it decodes."""
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = cast(Any, tokenizer).backend_tokenizer
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # others never put one
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        # LlamaTokenizer builds both again from this.
+        cast(Any, tokenizer).add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = False
 
 
 def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
