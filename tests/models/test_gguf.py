@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_gguf import (
     BF16,
     CHAT_TEMPLATE,
@@ -172,6 +173,21 @@ def test_converted_once(
     llama.model.norm.weight.data.div_(2)
     assert converted_folder(write_gguf(tmp_path / "tiny.gguf", llama)) == folder
     assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
+def test_another_version_of_transformers_converts_again(
+    tmp_path: Path, llama: LlamaForCausalLM, folder_of: Callable[[Path], Path]
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    folder = folder_of(path)
+    (record,) = folder.glob(f"conversion-transformers-{transformers.__version__}.json")
+    config = folder / "config.json"
+    written = config.read_text(encoding="utf-8")
+    config.write_text("{}", encoding="utf-8")  # as another version would read it
+    record.rename(folder / "conversion-transformers-5.3.0.json")
+    assert folder_of(path) == folder
+    assert config.read_text(encoding="utf-8") == written
 
 
 def test_concurrent_calls_convert_once(

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 _CONVERSION = 4
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
-_RECORD = "conversion.json"
-_DESCRIPTION = ("config.json", "tokenizer.json")
-_CONVERTED = (*_DESCRIPTION, "model.safetensors", _RECORD)
+_RECORD = f"conversion-transformers-{version('transformers')}.json"
+"""Names the version of transformers, on which the result depends: another version converts again."""
+_DESCRIPTION = ("config.json", "tokenizer.json", _RECORD)
+_CONVERTED = (*_DESCRIPTION, "model.safetensors")
 
 _UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_short")
 """Tensors that transformers computes itself: frequencies of rotary embeddings. Any other unused tensor is an error."""
@@ -105,10 +107,11 @@ def _describe(gguf: Path, folder: Path) -> None:
         header = read_header(gguf)
         config = read_config(gguf, header)
         tokenizer = _read_tokenizer(gguf)
-    _finish_tokenizer(tokenizer, header.settings, config)
+    notices = _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
 
 
 @contextmanager
