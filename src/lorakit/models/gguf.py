@@ -153,6 +153,10 @@ def _finish_tokenizer(
     tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any], config: PretrainedConfig
 ) -> list[str]:
     """Restore what transformers does not read from the file; return notices."""
+    for name in ("bos", "eos"):  # transformers before 5.19 takes one for the other
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     if metadata.get("tokenizer.ggml.add_space_prefix") is False:
         _remove_space_prefix(tokenizer)
     tokenizer.model_max_length = getattr(
