@@ -58,10 +58,8 @@ OF_A_RUN = {"base", "data", "method", "output"}
 NOT_COMPARED = (
     *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
-    *(
-        "gradient_checkpointing",
-        "base.device",
-    ),  # a run may need others to go on; only rounding differs
+    # A run may need others to go on; only rounding differs.
+    *("gradient_checkpointing", "base.device"),
 )
 """Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
 
