@@ -88,3 +88,17 @@ def test_the_main_settings_are_always_shown(adapter, shown: str, changed: str) -
     assert method.describe(adapter) == shown
     # A resumed run compares this text: it has the settings that differ from the defaults alone.
     assert method.describe(adapter, main=False) == changed
+
+
+def test_an_assumed_alpha_is_stated(tmp_path: Path, capsys) -> None:
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2))
+    folder, file = str(adapters.save(tmp_path / "a")), str(tmp_path / "a.bin")
+    assert main(["convert", folder, file]) == 0
+    for arguments, is_assumed in (
+        ([file], True),
+        ([file, "--alpha", "16"], False),
+        ([folder], False),
+    ):
+        capsys.readouterr()
+        assert main(["inspect", *arguments]) == 0
+        assert ("does not record alpha; 1 is assumed" in capsys.readouterr().out) == is_assumed

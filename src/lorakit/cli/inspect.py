@@ -54,10 +54,12 @@ def run(argv: Sequence[str]) -> None:
 
     if config.method is not None:
         use_method(config.method)
-    alpha = config.alpha
-    if alpha is None and Path(config.adapter).is_file():
-        alpha = 1.0
-    stored = formats.read(config.adapter, alpha=alpha)
+    assumes_alpha = config.alpha is None and Path(config.adapter).is_file()
+    stored = formats.read(config.adapter, alpha=1.0 if assumes_alpha else config.alpha)
+    if assumes_alpha:
+        stored.notices.append(
+            "The file does not record alpha; 1 is assumed here. Set the lora_alpha it was trained with: --alpha 16."
+        )
     facts = describe(stored)
     if config.json:
         print_json(facts)
