@@ -87,6 +87,14 @@ def test_the_columns_to_name_are_those_of_the_task_that_are_missing(write):
     assert "Name their columns with --data.columns.label COLUMN, in" in str(caught.value)
 
 
+def test_a_column_mapped_to_a_field_is_no_other_field(write):
+    path = write([{"input": "q", "output": " a"}])
+    (example,) = load(path, columns={"instruction": "input"})
+    assert "### Input:" not in example.prompt
+    (example,) = load(path, columns={"instruction": "input", "input": "input"})
+    assert "### Input:" in example.prompt
+
+
 def test_rows_without_columns_are_an_error_and_a_sign_in_a_name_of_json_is_no_separator(write):
     for row in ({}, {"question | answer": "a"}):
         with pytest.raises(DataError, match="expected those of any task"):

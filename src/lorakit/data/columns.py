@@ -44,20 +44,20 @@ class ColumnMap:
         derived = () if task is None else task.derived
         for template in self.templates.values():
             template.check([*self.columns, *self.renamed, *derived], source_name)
-        present = {*self.columns, *self.renamed, *self.templates}
-        # Of a text and a pair of texts, a task reads those that `columns` names.
-        named, pair = set(config.columns), set(PAIR)
-        other = {"text"} if named & pair else set()
-        if "text" in named or not pair <= present:
-            other = pair
-        names = [name for name in FIELDS if name not in other - named]
-        if task is not None and task not in GENERIC.values():  # a named task may read any column
-            names = (*self.renamed, *self.columns)
-        self.fields = [name for name in dict.fromkeys(names) if name in present]
-        """Fields that the rows can have."""
         unnamed = [name for name in self.columns if name not in self.renamed.values()]
         self.present = {*unnamed, *self.renamed, *self.templates}
         """Fields and columns by which "auto" chooses the task; a column that has become a field counts as that."""
+        # Of a text and a pair of texts, a task reads those that `columns` names.
+        named, pair = set(config.columns), set(PAIR)
+        other = {"text"} if named & pair else set()
+        if "text" in named or not pair <= self.present:
+            other = pair
+        self.fields = [
+            name for name in FIELDS if name in self.present and name not in other - named
+        ]
+        """Fields that the rows can have."""
+        if task is not None and task not in GENERIC.values():  # a named task may read any column
+            self.fields = list(dict.fromkeys((*self.renamed, *self.columns)))
 
     def column_of(self, field: str) -> str:
         """Return the column that holds a field."""
