@@ -71,8 +71,15 @@ def test_columns_that_fit_no_task_list_those_found_and_those_known(write):
     assert "its columns are question, answer" in message
     assert "prompt + completion" in message
     assert "sentence1 + sentence2 + label" in message
-    assert "--data.columns.prompt COLUMN --data.columns.completion COLUMN, in YAML" in message
-    assert "data.columns: {prompt: COLUMN, completion: COLUMN}. Or build prompt" in message
+    advice = message.splitlines()[-1]
+    assert (
+        "for completion with --data.columns.prompt COLUMN --data.columns.completion COL" in advice
+    )
+    assert (
+        "for classification with --data.columns.text COLUMN --data.columns.label COLUMN" in advice
+    )
+    assert "for text" not in advice  # which needs all columns but one to go
+    assert "Or build prompt" in advice
 
 
 def test_the_columns_to_name_are_those_of_the_task_that_are_missing(write):
@@ -85,6 +92,44 @@ def test_the_columns_to_name_are_those_of_the_task_that_are_missing(write):
     with pytest.raises(DataError) as caught:
         load(write([pair]), task="classification")
     assert "Name their columns with --data.columns.label COLUMN, in" in str(caught.value)
+
+
+MESSAGES = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "advice"),
+    [
+        # Two fields of different layouts.
+        (
+            {"input": "q", "output": "a"},
+            {"columns": {"instruction": "input", "completion": "output"}},
+            "Name their columns with --data.columns.prompt COLUMN, in YAML with data.columns: {prompt:",
+        ),
+        # A layout of another task is nearest.
+        (
+            {"text": "a", "target": "b"},
+            {},
+            "Name their columns, for classification with --data.columns.label COLUMN; for regression",
+        ),
+        (
+            {"conversation": MESSAGES},
+            {},
+            "Name their columns, for chat with --data.columns.messages COLUMN; for text with",
+        ),
+        # Another task reads the columns.
+        (
+            {"id": 1, "messages": MESSAGES},
+            {"task": "completion"},
+            "They fit task chat: set data.task (--data.task chat), or use data of task completion.",
+        ),
+        ({"review": "a"}, {"task": "classification"}, "The rows have too few columns."),
+    ],
+)
+def test_the_advice_names_what_makes_the_rows_fit(write, row, settings, advice):
+    with pytest.raises(DataError) as caught:
+        load(write([row]), **settings)
+    assert str(caught.value).splitlines()[-1].startswith(advice)
 
 
 def test_a_column_mapped_to_a_field_is_no_other_field(write):

@@ -143,7 +143,7 @@ class ColumnMap:
             expected = " or ".join(dict.fromkeys(" and ".join(layout) for layout in texts))
             raise DataError(
                 f"{self.source_name}: its columns are {listed(self.columns)}; task {task.name} predicts from "
-                f"{expected}. {self._renaming(texts)}"
+                f"{expected}. {self._renaming(self._nearest((task, layout) for layout in texts))}"
             )
         self._check_one_input(task)
 
@@ -173,13 +173,34 @@ class ColumnMap:
                 ".csv, or with tabs as .tsv."
             )
 
-    def _renaming(self, layouts: Sequence[Sequence[str]]) -> str:
-        """Return the sentence that says how to name the columns that the data lack of the nearest layout."""
-        layout = max(layouts, key=lambda names: sum(name in self.fields for name in names))
-        missing = [name for name in layout if name not in self.fields]
-        flags = " ".join(f"--data.columns.{name} COLUMN" for name in missing)
-        mapping = ", ".join(f"{name}: COLUMN" for name in missing)
-        return f"Name their columns with {flags}, in YAML with data.columns: {{{mapping}}}."
+    def _nearest(
+        self, layouts: Iterable[tuple[type[Task], Sequence[str]]]
+    ) -> dict[type[Task], list[str]]:
+        """Return the missing fields of the layouts with the most fields in the data, at most one layout of each task.
+
+        Layouts with more fields than the data has columns are left out.
+        """
+        options: dict[int, dict[type[Task], list[str]]] = {}
+        for task, layout in layouts:
+            missing = [name for name in layout if name not in self.fields]
+            if len(layout) <= len(self.present):
+                options.setdefault(len(layout) - len(missing), {}).setdefault(task, missing)
+        return options[max(options)] if options else {}
+
+    def _renaming(self, missing: Mapping[type[Task], Sequence[str]]) -> str:
+        """Return the sentence that says how to name the columns of the missing fields of each task."""
+        if not missing:
+            return "The rows have too few columns."
+        flags = {
+            task.name: " ".join(f"--data.columns.{name} COLUMN" for name in names)
+            for task, names in missing.items()
+        }
+        if len(flags) > 1:
+            choices = [f"for {task} with {names}" for task, names in flags.items()]
+            return f"Name their columns, {'; '.join(choices)}."
+        (names,) = missing.values()
+        mapping = ", ".join(f"{name}: COLUMN" for name in names)
+        return f"Name their columns with {' '.join(flags.values())}, in YAML with data.columns: {{{mapping}}}."
 
     def _misfit(self, name: str, candidates: Sequence[type[Task]]) -> DataError:
         """Return the error that the columns fit none of the candidates."""
@@ -191,14 +212,29 @@ class ColumnMap:
             for task in candidates
         ]
         task_name = "any task" if name == "auto" else f"task {name}"
-        advice = self._renaming(candidates[0].layouts)
-        if candidates[0] is Completion:
-            advice += " Or build prompt and completion with data.prompt_template and data.completion_template."
         return DataError(
             f"{self.source_name}: its columns are {listed(self.columns)}; expected those of {task_name}:",
             *expected,
-            advice,
+            self._advice(name, candidates),
         )
+
+    def _advice(self, name: str, candidates: Sequence[type[Task]]) -> str:
+        """Return which task to set or which columns to name for rows that fit none of the candidates."""
+        other = next((task.name for task in GENERIC.values() if task.reads(self.present, [])), None)
+        if other is not None and candidates[0] in GENERIC.values():
+            return f"They fit task {other}: set data.task (--data.task {other}), or use data of task {name}."
+        columns = [""] * len(self.present)
+        missing = self._nearest(
+            (task, layout)
+            for task in candidates
+            for layout in task.layouts
+            # "auto" must choose the task by its fields and the columns that remain.
+            if name != "auto" or task.reads({*layout, *columns[len(layout) :]}, [])
+        )
+        advice = self._renaming(missing)
+        if Completion in (missing or candidates):
+            advice += " Or build prompt and completion with data.prompt_template and data.completion_template."
+        return advice
 
 
 def _inputs(task: type[Labelled]) -> list[tuple[str, ...]]:
