@@ -96,6 +96,20 @@ def test_alpha_must_be_given(published):
             formats.read(published, alpha=alpha)
 
 
+def test_alpha_is_asked_of_a_loralib_file_only(tmp_path):
+    model, text = tmp_path / "model.safetensors", tmp_path / "run.yaml"
+    save_file({"h.weight": torch.ones(2, 2)}, model)
+    text.write_text("max_steps: 1")
+    (tmp_path / "config.json").write_text("{}")
+    for path, message in (
+        (model, "it holds no lora_A and lora_B"),
+        (text, "is not a tensor file"),
+        (tmp_path, r"It is the folder of a model\.$"),
+    ):
+        with pytest.raises(AdapterFileError, match=message):
+            formats.read(path)
+
+
 # --- the layouts ----------------------------------------------------------------------------------
 
 

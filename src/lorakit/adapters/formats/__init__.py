@@ -209,6 +209,8 @@ def _no_adapter_in(folder: Path) -> str:
     hint = ""
     if adapters:
         hint = f" Did you mean '{adapters[0]}'?"
+    elif (folder / "config.json").exists():
+        hint = " It is the folder of a model."
     elif tensors:
         hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
     return (

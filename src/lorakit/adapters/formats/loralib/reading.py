@@ -53,23 +53,23 @@ def read_loralib(
         AdapterFileError: The file is damaged or unsafe, or factors are missing.
     """
     path = Path(path)
-    if alpha is None:
-        raise ConfigurationError(
-            f"'{path}' is a loralib file, which does not record alpha. Set alpha to the lora_alpha it was trained "
-            "with; the official scripts use 16 for RoBERTa, 32 for DeBERTa and GPT-2."
-        )
-    if not is_finite(alpha) or alpha == 0:
+    if alpha is not None and (not is_finite(alpha) or alpha == 0):
         raise ConfigurationError(
             f"alpha is {alpha!r}; a finite number other than 0 was expected (0 would disable the adapter)."
         )
     with located(f"'{path}'"):
         factors, others = _sort(_state_dict(path))
+        if not factors:
+            raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
+        if alpha is None:
+            raise ConfigurationError(
+                "it is a loralib file, which does not record alpha. Set alpha (--alpha 16) to the lora_alpha it was "
+                "trained with; the official scripts use 16 for RoBERTa, 32 for DeBERTa and GPT-2."
+            )
         layers = {
             layer_path: _layer(layer_path, parts, others, float(alpha), enable_lora or {})
             for layer_path, parts in factors.items()
         }
-        if not layers:
-            raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
         return _adapter(layers, others, float(alpha))
 
 
