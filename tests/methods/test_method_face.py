@@ -120,7 +120,8 @@ def test_file_round_trip(case: Case, tmp_path: Path) -> None:
     assert first["files"] == second["files"]
 
     third = case.model()
-    assert load(third, tmp_path / "again").trainable_parameters() == []
+    with pytest.raises(AdapterStateError, match=r"'again' is frozen.* load it with trainable=True"):
+        load(third, tmp_path / "again").trainable_parameters()
     assert torch.equal(seen(third, case.batch(third)), expected)
 
 

@@ -112,8 +112,18 @@ class Adapters:
         return virtual_tokens_of(self._installed[name].method for name, _ in blend)
 
     def trainable_parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """Return the adapter's tensors that require a gradient, each once, for an optimizer."""
-        return [p for p in self._get(name).parameters() if p.requires_grad]
+        """Return the adapter's tensors that require a gradient, each once, for an optimizer.
+
+        Raises:
+            AdapterStateError: The adapter is frozen, as `load` leaves it.
+        """
+        adapter = self._get(name)
+        if trainable := [p for p in adapter.parameters() if p.requires_grad]:
+            return trainable
+        raise AdapterStateError(
+            f"The adapter {adapter.name!r} is frozen: none of its tensors requires a gradient. To train it, load it "
+            "with trainable=True; in PEFT with is_trainable=True."
+        )
 
     def __repr__(self) -> str:
         return f"Adapters({', '.join(self.names)}; active: {self.active or 'none'})"
