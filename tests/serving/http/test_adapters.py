@@ -95,6 +95,12 @@ def test_an_adapter_is_loaded_and_unloaded(serve: Serve) -> None:
     assert "secret" not in error["message"]
 
 
+def test_the_base_cannot_be_unloaded(serve: Serve) -> None:
+    served = serve(allow_loading=True)
+    error = error_of(served.post("/v1/unload_lora_adapter", lora_name=BASE), 400)
+    assert error["message"] == f"'lora_name' is '{BASE}', the base. Only adapters can be unloaded."
+
+
 def test_a_load_into_an_engine_that_has_failed_is_503(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,12 @@ async def unload_adapter(request: Request, body: UnloadRequest) -> Loaded:
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
     _require_operator(serving, key, name)
+    if name == serving.settings.base_name:
+        raise ApiError(
+            400,
+            f"'lora_name' is {name!r}, the base. Only adapters can be unloaded.",
+            param="lora_name",
+        )
     try:
         await serving.in_worker(partial(serving.store.remove, name))
     except UnknownAdapterError:
