@@ -96,6 +96,14 @@ def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_during_the_imports(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.cli.import_module", interrupted)
+    assert run(capsys, "train") == (130, "", "\nlorakit train: interrupted.\n")
+
+
 def test_the_option_that_no_yaml_file_can_set(capsys, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("recipe: roberta-base/mrpc/lora\n")

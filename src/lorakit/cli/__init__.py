@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Escape characters that the terminal cannot encode, so that a print never ends a long run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
-    module = import_module(f"lorakit.cli.{command}")
     try:
+        # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
+        module = import_module(f"lorakit.cli.{command}")
         with memory_errors():
             status = module.run(rest) or 0
         if sys.stdout is not None:  # None if the process started with stdout closed
