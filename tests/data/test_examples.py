@@ -8,6 +8,7 @@ import pytest
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, DataTask, load_examples, task_of
+from lorakit.data.examples import RowReader
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
 
@@ -480,6 +481,23 @@ def test_a_text_beside_other_columns_is_not_language_modelling_by_itself(write):
     ):
         load(path)
     assert load(path, task="text").task == "text"
+
+
+def test_validation_rows_that_are_training_rows_are_counted(write, tmp_path):
+    rows = [{"prompt": "a", "completion": str(n), "id": n} for n in range(20)]
+    train, validation = write(rows), tmp_path / "validation.jsonl"
+
+    def held_out(rows):
+        validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        reader, config = RowReader(), DataConfig(train=str(train), validation=str(validation))
+        load_examples(config, "train", TOKENIZER, reader=reader)
+        return load_examples(config, "validation", TOKENIZER, reader=reader).report
+
+    again = [{"completion": "3", "prompt": "a", "id": 99}] * 2  # the fields count, not the columns
+    others = [{"prompt": "a", "completion": f"new {n}"} for n in range(18)]
+    assert "; 2 are training rows, so scores partly measure" in str(held_out(again + others))
+    few = held_out(again[:1] + others)
+    assert (few.in_train, "training rows" in str(few)) == (1, False)
 
 
 def test_plain_texts_can_be_held_out(write):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Maximum number of problems in a message. The report has all of them."""
+
+MANY = 0.1
+"""Share of validation rows that are training rows from which on the report says so. A few are usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class Report:
     """Kept examples that were cut to `max_length`."""
     held_out: int = 0
     """Examples on the other side of `validation_fraction`."""
+    in_train: int = 0
+    """Rows of validation that training reads as well."""
     bad: list[Problem] = field(default_factory=list)
     """Skipped invalid rows, with file and line."""
     too_long: list[Problem] = field(default_factory=list)
@@ -110,6 +116,10 @@ class Report:
             parts.append(f"{self.truncated:,} truncated")
         if self.held_out:
             parts.append(f"{self.held_out:,} on the other side of validation_fraction")
+        if self.in_train >= MANY * self.rows > 0:
+            parts.append(
+                f"{self.in_train:,} are training rows, so scores partly measure memorisation"
+            )
         return "\n".join([f"{self.source}: {'; '.join(parts)}", *_listing(self.bad)])
 
 
@@ -148,6 +158,8 @@ class RowReader:
 
     def __init__(self) -> None:
         self._read: dict[tuple[Any, ...], DataRows] = {}
+        self.by_split: dict[Split, DataRows] = {}
+        """The rows of each split that was read."""
 
     def read(self, config: DataConfig, split: Split) -> DataRows:
         """Return the rows of a split.
@@ -164,6 +176,7 @@ class RowReader:
         key = (sources, config.hub_split(split), config.limit)
         if key not in self._read:
             self._read[key] = read_source(source, config.hub_split(split), config.limit)
+        self.by_split[split] = self._read[key]
         return self._read[key]
 
 
@@ -210,6 +223,9 @@ def load_examples(
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
+    elif split == "validation" and (train := reader.by_split.get("train")) is not None:
+        seen = set(_keys(train, ColumnMap(config, train.columns, train.name)))
+        report.in_train = sum(key in seen for key in _keys(data, columns))
     report.kept = len(examples)
     report.truncated = sum(example.truncated for example in examples)
     return ExampleSet(
@@ -284,6 +300,13 @@ def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
                 yield columns.apply(row.values)
             except BadRow:
                 continue  # _encode reports the row
+
+
+def _keys(data: DataRows, columns: ColumnMap) -> Iterator[bytes]:
+    """Yield a digest of each row's fields."""
+    for fields in _fields(data, columns):
+        text = json.dumps(fields, sort_keys=True, default=str)
+        yield hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _encode(
