@@ -146,6 +146,18 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
         train(f"{RUN} --config {tmp_path / 'latin1.yaml'}")
 
 
+def test_the_folder_of_a_run_gets_the_command_that_resumes_it(tmp_path) -> None:
+    (tmp_path / "config.yaml").touch()
+    command = re.escape(f"lorakit train --config {tmp_path}/config.yaml --resume")
+    for line in (f"--resume --output {tmp_path}", f"--resume {tmp_path}"):
+        with pytest.raises(ConfigurationError, match=f"is a run, .* Resume it: {command}"):
+            train(line)
+    with pytest.raises(ConfigurationError, match=r"Name its file: --config .*/config\.yaml"):
+        train(f"--resume --config {tmp_path}")
+    with pytest.raises(ConfigurationError, match="are not set"):
+        train("--resume")
+
+
 def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("method: lora\nlora: {rank: 4}\noptimizer: {lr_ratio: 16, eps: 1e-6}\n")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -69,8 +70,10 @@ def _read(path: str) -> dict[str, Any]:
     try:
         content = storage.read_yaml(path)
     except OSError as error:
+        file = Path(path, "config.yaml")
+        advice = f"Name its file: --config {file}" if file.is_file() else "Check the path"
         raise ConfigurationError(
-            f"--config {path} cannot be read: {error.strerror or error}. Check the path."
+            f"--config {path} cannot be read: {error.strerror or error}. {advice}."
         ) from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"--config {path} is not UTF-8 text. Save it as UTF-8.") from None

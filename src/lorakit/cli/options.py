@@ -6,10 +6,12 @@ import ast
 import dataclasses
 import functools
 import inspect
+import shlex
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorakit.configuration import YAML, converted
@@ -86,11 +88,24 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
             raise ConfigurationError(
                 f"Options of {section} require {missing[0]}. Add --{missing[0]}, or remove all --{section} options."
             )
+        if (run := _run_to_resume(values)) is not None:
+            raise ConfigurationError(
+                f"{run} is a run, whose config.yaml has its settings. Resume it: "
+                + shlex.join(["lorakit", "train", "--config", str(run / "config.yaml"), "--resume"])
+            )
         raise ConfigurationError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. "
             f"Add {' and '.join(f'--{name} VALUE' for name in missing)}. --help lists the options."
         )
     return _build(config_class, values, "", None)
+
+
+def _run_to_resume(values: Mapping[str, Any]) -> Path | None:
+    """Return the folder of the run that --resume is for: `output`, or the value after --resume, as Trainer has it."""
+    if "resume" not in values:
+        return None
+    folders = [Path(str(values[name])) for name in ("output", "resume") if name in values]
+    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
 
 
 def _build(config_class: type[Config], values: Mapping[str, Any], prefix: str, base: Any) -> Config:
