@@ -40,6 +40,25 @@ def as_csv(rows, delimiter=","):
     return "\r\n".join(lines) + "\r\n"
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_file_of_lines_is_to_be_renamed(tmp_path, indent):
+    rows = read(tmp_path / "data.jsonl", json.dumps(ROWS, indent=indent).encode())
+    found = [
+        problem.endswith("if the file is one list, rename it to .json")
+        for problem in problems(rows)
+    ]
+    assert found == [True] + [False] * (len(rows) - 1)
+    assert len(read(tmp_path / "data.json", json.dumps(ROWS, indent=indent).encode())) == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "csv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_gets_the_command_that_converts_it(tmp_path, suffix, encoding):
+    data = ("\ufeff" + as_jsonl(ROWS)).encode(encoding)
+    with pytest.raises(DataError, match=r"is UTF-16\. Convert it: iconv -f utf-16"):
+        read(tmp_path / f"data.{suffix}", gzip.compress(data) if suffix.endswith("gz") else data)
+
+
 @pytest.mark.parametrize("gz", ["", ".gz"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -85,6 +86,8 @@ def read_jsonl(path: Path) -> Rows:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
+            is_list = number == 1 and line.lstrip().startswith(b"[")
+            advice = "; if the file is one list, rename it to .json" if is_list else ""
             try:
                 value = json.loads(line.decode("utf-8"), **storage.STRICT_JSON)
             except UnicodeDecodeError as error:
@@ -92,12 +95,14 @@ def read_jsonl(path: Path) -> Rows:
                     origin, f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})"
                 )
             except json.JSONDecodeError as error:
-                yield Problem(origin, f"not valid JSON ({error.msg} at character {error.pos + 1})")
+                where = f"{error.msg} at character {error.pos + 1}"
+                yield Problem(origin, f"not valid JSON ({where}){advice}")
             except (ValueError, RecursionError) as error:
                 # For example a duplicate key, a number of 5,000 digits, or 10,000 brackets.
                 yield Problem(origin, f"not readable as JSON ({error})")
             else:
-                yield _row(value, origin)
+                row = _row(value, origin)
+                yield Problem(origin, row.message + advice) if isinstance(row, Problem) else row
 
 
 def read_json(path: Path) -> Rows:
@@ -414,6 +419,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         is_gzip = path.name.lower().endswith(".gz")
         with io.BufferedReader(_Inflated(path), _BUFFER) if is_gzip else path.open("rb") as file:
+            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{path} is UTF-16. Convert it: iconv -f utf-16 -t utf-8 OLD > NEW")
             yield file
     except EOFError:
         raise DataError(f"{path}: the gzip file is truncated; copy or download it again") from None
