@@ -118,8 +118,9 @@ LOADS = {
     "a name taken": ({"lora_name": "sql", "lora_path": "sql"}, "lora_name", "load_inplace"),
     "the base's name": ({"lora_name": "base", "lora_path": "sql"}, "lora_name", "name of the base"),
     "a path outside": ({"lora_name": "new", "lora_path": "../x"}, "lora_path", "outside"),
-    "a name with a slash": ({"lora_name": "a/b", "lora_path": "x"}, "lora_name", "pattern"),
-    "a hidden name": ({"lora_name": ".a", "lora_path": "x"}, "lora_name", "pattern"),
+    "a name with a slash": ({"lora_name": "a/b", "lora_path": "x"}, "lora_name", "without slashes"),
+    "a hidden name": ({"lora_name": ".a", "lora_path": "x"}, "lora_name", "without a dot"),
+    "no name": ({"lora_name": "", "lora_path": "x"}, "lora_name", "must be a name of up to 200"),
     "no path": ({"lora_name": "new"}, "lora_path", "is missing"),
 }
 
@@ -133,6 +134,13 @@ def test_an_invalid_load(serve: Serve, case: str) -> None:
     error = error_of(served.post("/v1/load_lora_adapter", **body), 400)
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_a_name_may_be_that_of_any_folder(serve: Serve) -> None:
+    answer = serve(allow_loading=True).post(
+        "/v1/load_lora_adapter", lora_name="für mich", lora_path="new"
+    )
+    assert answer.json()["id"] == "für mich"
 
 
 def test_an_adapter_is_replaced_if_asked(serve: Serve) -> None:

@@ -169,7 +169,7 @@ CHATS = {
     "logprobs as a number": ({"logprobs": 2}, "logprobs", "boolean"),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
     "a long answer": ({"max_completion_tokens": 5000}, "max_completion_tokens", "at most 4,096"),
-    "no messages": ({"messages": []}, "messages", "at least 1 item"),
+    "no messages": ({"messages": []}, "messages", "is []; it must have at least 1 item."),
     "an unknown role": ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "'assistant'"),
     "a named message": (
         {"messages": [{**USER, "name": "x"}]},

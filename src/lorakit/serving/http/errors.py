@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from lorakit.errors import AdapterStateError, DataError, LorakitError, nearest
-from lorakit.formatting import listed, visible
+from lorakit.formatting import counted, listed, visible
 from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
 
 LOG = logging.getLogger("lorakit.serving")
@@ -194,9 +194,19 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
         param = ".".join([*map(str, path), problem["ctx"]["field"]])
         message = f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
         return ApiError(400, message, param=param, code="unknown_field")
-    expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    text = f"{name} is {shown}; it must be {expected}."
+    expected = _expected(kind, str(problem["msg"]), problem.get("ctx", {}))
+    text = f"{name} is {shown}; it must {expected}."
     return invalid_value(text, param)
+
+
+def _expected(kind: str, message: str, bounds: Mapping[str, Any]) -> str:
+    """Return what a value must be or have, by the kind, the message and the bounds of pydantic's problem."""
+    unit = "character" if kind.startswith("string_") else "item"
+    if kind.endswith("too_short"):
+        return f"have at least {counted(bounds['min_length'], unit)}"
+    if kind.endswith("too_long"):
+        return f"have at most {counted(bounds['max_length'], unit)}"
+    return f"be {message.removeprefix('Value error, ').removeprefix('Input should be ')}"
 
 
 def _path(problem: Mapping[str, Any]) -> list[str | int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from lorakit.serving.folders import LONGEST_NAME, is_folder_name
 
 T = TypeVar("T")
 
@@ -332,10 +334,18 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value)
 
 
+def _folder_name(name: str) -> str:
+    if not is_folder_name(name):
+        raise ValueError(
+            f"a name of up to {LONGEST_NAME} printable characters, without slashes and without a dot as the first"
+        )
+    return name
+
+
 class LoadRequest(Strict):
     """An adapter to offer, as in vLLM."""
 
-    lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}$")]
+    lora_name: Annotated[str, AfterValidator(_folder_name)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     """Its folder, under the folder of adapters of the server."""
     load_inplace: bool = False
