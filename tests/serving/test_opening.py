@@ -7,7 +7,7 @@ import pytest
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.serving.cards import Card
-from lorakit.serving.opening import _base
+from lorakit.serving.opening import _base, _cards
 
 NAME = "owner/model"
 
@@ -18,6 +18,14 @@ NAME = "owner/model"
 def test_the_base_has_the_revision_that_the_adapters_record(revisions, expected) -> None:
     cards = [Card(base=NAME, revision=revision) for revision in revisions]
     assert _base(None, cards) == BaseConfig(name=NAME, revision=expected)
+
+
+def test_a_followed_run_that_is_not_there_is_a_notice(tmp_path, caplog) -> None:
+    (tmp_path / "first").mkdir()
+    assert _cards(None, {"first": str(tmp_path / "first"), "frist": str(tmp_path / "frist")}) == []
+    (notice,) = caplog.messages
+    assert notice.startswith(f"There is no run at '{tmp_path}/frist' yet;")
+    assert notice.endswith(f"Did you mean '{tmp_path}/first'?")
 
 
 def test_several_revisions_need_a_choice() -> None:

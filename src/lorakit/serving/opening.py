@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
-from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError, nearest_path
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import NEW_WEIGHTS, Base
@@ -145,6 +145,13 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
     """Return what the adapters' files say about them; one that is damaged is an error only for those who name it."""
+    for path in followed.values():
+        if not Path(path).expanduser().exists():
+            _LOG.warning(
+                "There is no run at '%s' yet; its adapter is offered once it is there.%s",
+                visible(path),
+                nearest_path(path),
+            )
     places = (
         [folders.AdapterSource(f"{root}/{name}") for name in folders.adapters_in(root)]
         if root
