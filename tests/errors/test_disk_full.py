@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -25,7 +26,9 @@ from user_mistakes import (
 )
 
 import lorakit
+from lorakit import storage
 from lorakit.adapters import formats
+from lorakit.cli import main
 from lorakit.errors import (
     LorakitError,
     RunFolderError,
@@ -152,6 +155,21 @@ def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Undistur
             patched.setattr(*place, lambda *args, full=counters[write], **kw: full(*args, **kw))
         result = lorakit.train(run_config(base, data, folder / "run"))
     return Undisturbed(result, {write: plenty - full.left for write, full in counters.items()})
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_run_with_a_checkpoint_gets_the_command_that_resumes_it(
+    step: int, base: str, data: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: object) -> None:
+        with storage.writing("run/adapter"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lorakit.training.loop.train", full)
+    monkeypatch.setattr("lorakit.training.checkpoint.newest_step", lambda folder: step)
+    assert main(f"train --base.name {base} --data.train {data} --output run".split()) == 1
+    command = "checkpoint: lorakit train --config run/config.yaml --resume"
+    assert (command in capsys.readouterr().err) == (step > 0)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from lorakit.storage.records import (
     write_record,
     write_rows,
 )
-from lorakit.storage.refusals import reading, regular_file, writing
+from lorakit.storage.refusals import is_disk_full, reading, regular_file, writing
 from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "dump_yaml",
+    "is_disk_full",
     "is_quiet_asked",
     "json_line",
     "lock_folder",

@@ -26,9 +26,7 @@ def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        if _is_disk_full(failure) or is_out_of_memory(
-            failure
-        ):  # the disk: a write inside the block
+        if is_disk_full(failure) or is_out_of_memory(failure):  # the disk: a write inside the block
             raise
         name = failure.filename or path
         if not isinstance(failure, FileNotFoundError):
@@ -89,7 +87,7 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, LorakitError) or not _is_disk_full(error):
+        if isinstance(error, LorakitError) or not is_disk_full(error):
             raise
         raise RunFolderError(
             f"disk full while writing '{path}'; nothing was changed there. "
@@ -97,7 +95,8 @@ def full_disk_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, is of a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
