@@ -80,7 +80,11 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
     text = Path("run.yaml").read_text()
     assert "columns: {completion: right, prompt: left}" in text
     assert "validation_fraction: 0.1" in text
+    capsys.readouterr()
     assert main(["init", *chosen]) == 1
+    assert "Choose another file (--file FILE), or pass overwrite=True" in capsys.readouterr().err
+    assert main(["init", *chosen, "--output", "other.yaml"]) == 1
+    assert "Did you mean '--file'?" in capsys.readouterr().err
     assert Path("run.yaml").read_text() == text
     more = ["--base.name", "other", "--data.validation", "held.jsonl", "--data.max_length", "64"]
     assert main(["init", *chosen, "--overwrite", *more]) == 0

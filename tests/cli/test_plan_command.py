@@ -116,7 +116,7 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
     # An existing report is an error before planning, unless overwrite is set.
     page.write_text("mine")
     assert main([*arguments, *written]) == 1
-    assert "set overwrite (--overwrite) to replace it" in capsys.readouterr().err
+    assert "(--overwrite on the command line) to replace it" in capsys.readouterr().err
     assert page.read_text() == "mine"
     assert main([*arguments, *written, "--overwrite", "true", "--json", "true"]) == 0
     assert json.loads(capsys.readouterr().out)["chosen"]["trained"]

@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "data.train",
     )
-    storage.require_free_file(config.file, overwrite=config.overwrite)
+    storage.require_free_file(config.file, overwrite=config.overwrite, option="--file")
     rows = RowReader().read(config.data, "train")
     data, task = _task(config.data, rows.columns, rows.name)
     text = _file(data, task, config, f"{len(rows.rows):,} rows, columns {', '.join(rows.columns)}")

@@ -32,6 +32,8 @@ def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: st
     head, _, last = name.rpartition(".")
     if (ours := OTHER_NAMES.get(last)) in known and head in ("", str(ours).rpartition(".")[0]):
         return f" Its name in lorakit is {dashes}{ours}."
+    if (command, name) == ("init", "output"):
+        return " Did you mean '--file'?"
     if name in _NAMES_OF_ROWS and command in ROWS:
         return f" Did you mean '{dashes}{ROWS[command]}'?"
     if same := [f"{dashes}{option}" for option in known if option.rpartition(".")[2] == last]:

@@ -98,13 +98,19 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
             raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
         if target.is_dir() and not overwrite and any(target.iterdir()):
             raise RunFolderError(
-                f"'{target}' already exists. Choose another folder, or set overwrite (--overwrite) to replace it."
+                f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
+                "line) to replace it."
             )
     return target
 
 
-def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
+def require_free_file(path: str | Path, *, overwrite: bool = False, option: str = "") -> Path:
     """Return the real path of an output file that can be written. Call this before long work.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may exist.
+        option: The option that names the file, if it is not the usual --output.
 
     Raises:
         RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot
@@ -117,7 +123,8 @@ def require_free_file(path: str | Path, *, overwrite: bool = False) -> Path:
             raise RunFolderError(f"'{target}' is {kind}, expected a file. Choose another path.")
         if target.exists() and not overwrite:
             raise RunFolderError(
-                f"'{target}' already exists. Choose another file, or set overwrite (--overwrite) to replace it."
+                f"'{target}' already exists. Choose another file{f' ({option} FILE)' if option else ''}, or pass "
+                "overwrite=True (--overwrite on the command line) to replace it."
             )
     return target
 
