@@ -107,7 +107,11 @@ def test_rank_above_the_width(model: nn.Module, shell: Shell, base: str, data: s
         with refused(ConfigurationError, "rank 33", "q_proj", "32", "rank_pattern"):
             lorakit.attach(model, lorakit.LoRA(rank_pattern={"q_proj": 33}))
     run = f"train --base.name {base} --data.train {data} --output run"
-    shell.refuses(f"{run} --lora.rank 17", "rank 17", "v_proj", "16", "rank_pattern")
+    shell.refuses(
+        f"{run} --lora.rank 17", "rank 17", "v_proj", "16", "--lora.rank_pattern.v_proj 16"
+    )
+    # The bound is that of the narrowest layer, not of the first.
+    shell.refuses(f"{run} --lora.rank 99", "rank 99", "v_proj", "a rank of at most 16")
 
 
 UNKNOWN_KEYS = {

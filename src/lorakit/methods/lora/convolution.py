@@ -37,6 +37,13 @@ class ConvLoRA(_ConvolutionLoRA):
     form_class = ConvForm
 
     @classmethod
+    def largest_rank(cls, layer: nn.Module, slices: tuple[RowSlice, ...]) -> int:
+        """Return the largest rank: the width of the groups together."""
+        assert isinstance(layer, Convolution)
+        n_in, n_out = cls.dimensions(layer)
+        return layer.groups * min(n_in, n_out // layer.groups)
+
+    @classmethod
     def check_rank(
         cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
     ) -> None:
@@ -46,8 +53,7 @@ class ConvLoRA(_ConvolutionLoRA):
         if groups == 1:
             super().check_rank(path, layer, rank, slices)
             return
-        n_in, n_out = cls.dimensions(layer)
-        largest = groups * min(n_in, n_out // groups)
+        largest = cls.largest_rank(layer, slices)
         if rank % groups or rank > largest:
             nearest = min(max(rank // groups, 1) * groups, largest)
             raise ConfigurationError(

@@ -112,18 +112,25 @@ class LoRALayer(AdapterModule):
         raise NotImplementedError
 
     @classmethod
+    def largest_rank(cls, layer: nn.Module, slices: tuple[RowSlice, ...]) -> int:
+        """Return the largest rank that a change of the layer's weight, or of one of its slices, can have."""
+        n_in, n_out = cls.dimensions(layer)
+        return min(n_in, n_out, *(s.total for s in slices))
+
+    @classmethod
     def check_rank(
         cls, path: str, layer: nn.Module, rank: int, slices: tuple[RowSlice, ...]
     ) -> None:
         """Reject a rank above the width of the layer at `path`, which no weight change can have."""
-        n_in, n_out = cls.dimensions(layer)
-        n_out = min((s.total for s in slices), default=n_out)
-        largest = min(n_in, n_out)
+        largest = cls.largest_rank(layer, slices)
         if rank > largest:
+            n_in, n_out = cls.dimensions(layer)
+            n_out = min((s.total for s in slices), default=n_out)
+            name = path.rsplit(".", 1)[-1]
             raise ConfigurationError(
                 f"Rank {rank} exceeds the width of '{path}', which maps {n_in} to {n_out} features. "
-                f"Use a rank of at most {largest} for it, for example "
-                f"rank_pattern={{'{path.rsplit('.', 1)[-1]}': {largest}}}."
+                f"Use a rank of at most {largest}, or set it for this layer alone: rank_pattern={{'{name}': "
+                f"{largest}}} (--lora.rank_pattern.{name} {largest})."
             )
 
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:

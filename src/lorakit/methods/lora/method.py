@@ -128,13 +128,19 @@ class LoRA:
         for place in resolve_targets(model, self.targets):
             by_path.setdefault(place.path, []).append(place)
         self._check_patterns(list(by_path))
-        modules: dict[str, AdapterModule] = {}
+        layers = []
         for path, places in by_path.items():
             layer = model.get_submodule(path)
-            lora_class = kind_of(layer, model, path)
             slices = tuple(place.slice for place in places if place.slice is not None)
+            layers.append((path, layer, kind_of(layer, model, path), slices))
+        # The narrowest layer first, so that the error names a rank that fits all layers.
+        for path, layer, lora_class, slices in sorted(
+            layers, key=lambda entry: entry[2].largest_rank(entry[1], entry[3])
+        ):
+            lora_class.check_rank(path, layer, self.rank_of(path), slices)
+        modules: dict[str, AdapterModule] = {}
+        for path, layer, lora_class, slices in layers:
             rank, alpha = self.rank_of(path), self.alpha_of(path)
-            lora_class.check_rank(path, layer, rank, slices)
             module = lora_class(
                 layer,
                 rank=rank,
