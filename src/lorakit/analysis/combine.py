@@ -198,7 +198,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
                 raise WrongBaseError(
                     f"The adapters were trained on different bases: '{recorded[0].source.name}' and "
                     f"'{other.source.name}' (or other weights of that name). Their sum is meaningless on either base. "
-                    "Set allow_other_base to combine them anyway."
+                    "Set allow_other_base (--allow_other_base) to combine them anyway."
                 ) from error
             notices.append("Combined adapters of different bases because allow_other_base is set.")
     return list(dict.fromkeys(notices))

@@ -261,7 +261,8 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
 def _wrong_base(recorded: BaseRecord, live: BaseRecord, reason: str) -> WrongBaseError:
     return WrongBaseError(
         f"The adapter was trained on {_describe(recorded)}, but this model ({_describe(live)}) is another "
-        f"base: {reason}. Load the adapter on its own base, or set allow_other_base to load it anyway."
+        f"base: {reason}. Load the adapter on its own base, or set allow_other_base "
+        "(--allow_other_base) to load it anyway."
     )
 
 
