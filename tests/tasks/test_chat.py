@@ -260,6 +260,13 @@ def sharegpt(messages):
     ]
 
 
+def test_messages_may_be_json_text():
+    assert encode(json.dumps(TURNS))[0] == encode(TURNS)[0]
+    for text in ("Hi", "{}", "[" * 100_000):
+        with pytest.raises(BadRow, match=r"expected a list of \{role, content\}, or its JSON text"):
+            encode(text)
+
+
 def test_sharegpt_messages_are_read():
     assert encode(sharegpt(TURNS))[0] == encode(TURNS)[0]
 

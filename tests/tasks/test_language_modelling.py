@@ -120,7 +120,11 @@ def test_too_long_without_truncation_names_both_lengths():
         ({"prompt": "a", "completion": None}, "'completion' is missing"),
         ({"prompt": "a", "completion": " \n"}, "'completion' is empty"),
         ({"prompt": "", "completion": "b"}, "'prompt' is empty"),
-        ({"prompt": "a", "completion": 3}, r"'completion' is a number \(3\), expected text"),
+        (
+            {"prompt": "a", "completion": 3},
+            r"'completion' is a number \(3\), expected text; write it in quotes, or convert it with "
+            r"data\.completion_template '\{completion\}'",
+        ),
         ({"prompt": ["a"], "completion": "b"}, "'prompt' is a list, expected text"),
         (
             {"prompt": "a", "completion": "\ud83d"},

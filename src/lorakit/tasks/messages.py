@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import Any
 
 from lorakit.errors import nearest
@@ -29,13 +31,18 @@ def without_answer(messages: list[Message]) -> list[Message]:
 def checked_messages(fields: Fields) -> list[Message]:
     """Return the messages of a row after validation, each as `{role, content, ...}` without null entries.
 
-    A `system` text beside the messages becomes their first one.
+    The messages are a list, or a list as JSON text. A `system` text beside them becomes their first one.
     """
     messages = fields.get("messages", fields.get("conversations"))
     if messages is None:
         raise bad_messages("is missing")
+    if isinstance(messages, str):  # as in CSV files
+        with suppress(ValueError, RecursionError):
+            messages = json.loads(messages)
     if not isinstance(messages, list | tuple):
-        raise bad_messages(f"is {json_type(messages)}, expected a list of {{role, content}}")
+        raise bad_messages(
+            f"is {json_type(messages)}, expected a list of {{role, content}}, or its JSON text"
+        )
     if not messages:
         raise bad_messages("is empty")
     checked = [

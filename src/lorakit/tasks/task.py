@@ -268,7 +268,12 @@ def text_field(fields: Fields, column: str) -> str:
     if value is None:
         raise BadRow("is missing", column)
     if not isinstance(value, str):
-        raise BadRow(f"is {json_type(value)}, expected text", column)
+        advice = ""
+        if isinstance(value, int | float):
+            advice = "; write it in quotes"
+            if column in ("prompt", "completion"):
+                advice += f", or convert it with data.{column}_template '{{{column}}}'"
+        raise BadRow(f"is {json_type(value)}, expected text{advice}", column)
     if not value.strip():
         raise BadRow("is empty", column)
     return checked_text(value, column)
