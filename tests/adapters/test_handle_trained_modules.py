@@ -121,7 +121,7 @@ def test_file_round_trip(case: tuple[PreTrainedModel, Method], tmp_path: Path) -
     adapters.detach()
     loaded = load(model, tmp_path / "adapter", name="loaded")
     torch.testing.assert_close(logits(model), adapted, atol=1e-5, rtol=1e-5)
-    assert loaded.trainable_parameters() == []
+    assert not any(p.requires_grad for p in model.parameters())
     loaded.activate(None)
     assert torch.equal(logits(model), base)
     loaded.detach()

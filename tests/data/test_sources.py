@@ -60,10 +60,7 @@ def test_the_digest_is_of_all_the_content_whatever_the_limit(folder):
         (".", r"is a folder; .* \(data files in it: bad\.jsonl, part-a\.jsonl, part-b"),
         ("docstring", "Did you mean 'docstrings'"),
         ("notes.txt", r"notes\.txt: unknown format '\.txt'; data files end in \.jsonl"),
-        (
-            "bad.jsonl",
-            r"none of its 3 rows can be read; the first problem is bad\.jsonl:1: not UTF-8",
-        ),
+        ("bad.jsonl", r"bad\.jsonl is UTF-16\. Convert it: iconv -f utf-16 -t utf-8"),
         ([], "name at least one file"),
         ("", "name at least one file"),
     ],
