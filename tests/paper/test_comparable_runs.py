@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_a_seed_with_other_settings_is_refused(one_run, monkeypatch):
     monkeypatch.setattr(runs_module, "WARMUP", 0.1)
     with pytest.raises(ConfigurationError, match=r"optimizer.warmup was 0.06 and is 0.1"):
         call(seeds=3)
+
+
+def test_a_seed_with_gradient_checkpointing_is_refused(one_run, monkeypatch):
+    """It rounds otherwise. Only the sessions of one run may differ in it."""
+    call, _ = one_run
+    original = runs_module.Runner.train_config
+
+    def checkpointing(runner, run):
+        return replace(original(runner, run), gradient_checkpointing=True)
+
+    monkeypatch.setattr(runs_module.Runner, "train_config", checkpointing)
+    with pytest.raises(ConfigurationError, match="gradient_checkpointing was None and is True"):
+        call(seeds=2)
 
 
 def test_a_seed_from_another_base_of_the_same_name_is_refused(one_run, monkeypatch):

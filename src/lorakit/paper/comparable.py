@@ -16,8 +16,8 @@ from lorakit.training.environment import environment
 from lorakit.training.run_folder import NOT_COMPARED
 from lorakit.training.setup import prepare
 
-_CHANGE_NO_NUMBER = (*NOT_COMPARED, "checkpoints.every", "checkpoints.keep")
-"""Settings that may differ between the runs of a grid."""
+_CHANGE_NO_NUMBER = {*NOT_COMPARED} - {"gradient_checkpointing"}
+"""Settings that may differ between the runs of a grid: not one that a resumed run may change although it rounds."""
 
 
 def require_comparable(
