@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def number(value: float, *, sign: bool = False) -> str:
@@ -68,6 +70,13 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     """Return names as a, b, c; of a long list the first ones and the number of the others."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def resume_command(
+    config: Path, *, start: Sequence[str] = ("lorakit",), flags: Sequence[str] = ()
+) -> str:
+    """Return the shell command that resumes the run of a config.yaml."""
+    return shlex.join([*start, "train", "--config", str(config), "--resume", *flags])
 
 
 def percentage(part: float, whole: float = 1.0, *, sign: bool = False) -> str:

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import functools
 import inspect
-import shlex
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorakit.configuration import YAML, converted
 from lorakit.errors import ConfigurationError
+from lorakit.formatting import resume_command
 
 Config = TypeVar("Config")
 
@@ -90,8 +90,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
             )
         if (run := _run_to_resume(values)) is not None:
             raise ConfigurationError(
-                f"{run} is a run, whose config.yaml has its settings. Resume it: "
-                + shlex.join(["lorakit", "train", "--config", str(run / "config.yaml"), "--resume"])
+                f"{run} is a run, whose config.yaml has its settings. Resume it: {resume_command(run / 'config.yaml')}"
             )
         raise ConfigurationError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. "

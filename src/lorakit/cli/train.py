@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit import storage
     from lorakit.cli.report import write_run_report
-    from lorakit.formatting import number
+    from lorakit.formatting import number, resume_command
     from lorakit.reporting.run_record import read_run
     from lorakit.training.checkpoint import newest_step
     from lorakit.training.distributed import started_processes
@@ -61,8 +61,7 @@ def run(argv: Sequence[str]) -> None:
     except RunFolderError as error:
         if not storage.is_disk_full(error) or not newest_step(Path(config.output, CHECKPOINTS)):
             raise
-        file = str(Path(config.output, CONFIG))
-        resume = shlex.join(["lorakit", "train", "--config", file, "--resume"])
+        resume = resume_command(Path(config.output, CONFIG))
         raise RunFolderError(
             str(error), f"The run can go on from its checkpoint: {resume}"
         ) from error

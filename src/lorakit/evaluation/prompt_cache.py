@@ -42,9 +42,8 @@ class PromptCache:
             return None  # layers with a window or a state cannot remove their last tokens
         if values is None or adapters != self._adapters:
             return new
-        common = min(
-            common_length(known, ids), len(ids) - 1
-        )  # the model must compute the last token's scores
+        # The model must compute the last token's scores.
+        common = min(common_length(known, ids), len(ids) - 1)
         if not common:
             return new
         if common < len(known):

@@ -34,6 +34,7 @@ import yaml
 from lorakit import storage
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.formatting import resume_command
 from lorakit.methods.registry import default_rate
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import resolve_dtype
@@ -202,9 +203,7 @@ class RunFolder:
             for name in ("shard", "gradient_checkpointing")
             if getattr(self.config, name)
         ]
-        return shlex.join(
-            [*start, "train", "--config", str(self.path / CONFIG), "--resume", *flags]
-        )
+        return resume_command(self.path / CONFIG, start=start, flags=flags)
 
     def begin(
         self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import glob
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +26,7 @@ from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loral
 from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
+from lorakit.formatting import resume_command
 
 __all__ = [
     "BaseRecord",
@@ -195,9 +195,8 @@ def _reject_unfinished_run(folder: Path) -> None:
     ):
         return
     instead = f", or use its best adapter so far, '{best}'" if best.is_dir() else ""
-    resume = shlex.join(["lorakit", "train", "--config", str(config), "--resume"])
     raise AdapterFileError(
-        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {resume}{instead}."
+        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {resume_command(config)}{instead}."
     )
 
 
