@@ -20,7 +20,6 @@ from tiny_gguf import (
     F32,
     Q4_1,
     rounded,
-    tiny_llama,
     write_gguf,
 )
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
@@ -30,17 +29,7 @@ from lorakit.models import gguf as module
 from lorakit.models.gguf import converted_folder, described_folder
 from lorakit.models.loading import Base, load_base
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("LORAKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def llama() -> LlamaForCausalLM:
-    return tiny_llama()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_full_precision_is_converted_exactly(tmp_path: Path, llama: LlamaForCausalLM) -> None:

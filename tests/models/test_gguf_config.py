@@ -32,17 +32,7 @@ from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, read_header
 from lorakit.models.loading import load_base
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("LORAKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def llama() -> LlamaForCausalLM:
-    return tiny_llama()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_query_and_key_rows_without_the_number_of_key_heads(tmp_path: Path) -> None:

@@ -224,6 +224,19 @@ def test_it_merges_or_says_that_it_cannot(run, decoder, method, tmp_path: Path, 
         assert not output.exists()
 
 
+def validation_scores(config: TrainConfig, result: RunResult) -> dict[str, float]:
+    """Return the scores of a run's saved adapter on the run's validation data."""
+    return evaluate(
+        EvaluateConfig(
+            base=config.base,
+            adapter=str(result.adapter),
+            data=config.data,
+            split="validation",
+            scores=("loss",),
+        )
+    ).scores
+
+
 @pytest.mark.slow
 def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
     config = labelling(
@@ -238,16 +251,8 @@ def test_classification(tmp_path: Path, encoder: str, method: str) -> None:
     assert {name for name in job.parameters if name.startswith("classifier.")}
     result = train(config)
     assert result.scores["loss"] < result.scores_before["loss"]
-    scored = evaluate(
-        EvaluateConfig(
-            base=config.base,
-            adapter=str(result.adapter),
-            data=config.data,
-            split="validation",
-            scores=("loss",),
-        )
-    )
-    assert scored.scores["accuracy"] == result.scores["accuracy"]
+    scores = validation_scores(config, result)
+    assert scores["accuracy"] == result.scores["accuracy"]
     require_equal_checkpoint(result)  # its head is trained in full
 
 
@@ -270,16 +275,8 @@ def test_an_adapter_of_a_language_model_starts_a_classifier(tmp_path: Path, caps
     assert "start anew and are trained: score.weight (2, 32)" in " ".join(
         capsys.readouterr().err.split()
     )
-    scored = evaluate(
-        EvaluateConfig(
-            base=config.base,
-            adapter=str(result.adapter),
-            data=config.data,
-            split="validation",
-            scores=("loss",),
-        )
-    )
-    assert scored.scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
+    scores = validation_scores(config, result)
+    assert scores["loss"] == pytest.approx(result.scores["loss"], rel=1e-5)
     require_equal_checkpoint(result)
 
 
