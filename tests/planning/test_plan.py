@@ -147,7 +147,7 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     first_epoch = [
         [job.train[i].input_ids for i in batch]
         for step in itertools.islice(job.step_plan.steps(), 9)
-        for batch in step
+        for batch in job.share(step)
     ]
     for planned in batches.fullest_and_middle(packed=True):
         assert [example.input_ids for example in planned] in first_epoch

@@ -172,9 +172,13 @@ def test_a_step_has_the_same_examples_however_it_is_cut(tmp_path, base, sampling
         config = tiny_runs.config(
             tmp_path, base, batch_size=batch_size, accumulation=accumulation, sampling=sampling
         )
-        steps = list(prepare(config).step_plan.steps())
-        assert all(len(batch) <= batch_size for step in steps for batch in step)
-        plans.append([[i for batch in step for i in batch] for step in steps])
+        job = prepare(config)
+        steps = list(job.step_plan.steps())
+        for step in steps:
+            batches = job.share(step)
+            assert [i for batch in batches for i in batch] == step
+            assert max(map(len, batches)) == min(batch_size, len(step))
+        plans.append(steps)
     assert plans[0] == plans[1] == plans[2] != plans[3]
     for epoch in (plans[0][:10], plans[0][10:]):
         assert sorted(map(len, epoch)) == [3, *[8] * 9]
@@ -216,8 +220,8 @@ def test_loss_in_metrics_is_the_mean_over_targets(tmp_path: Path, base: str) -> 
     config = tiny_runs.config(tmp_path, base, max_steps=1, seed=5, packing=False)
     job = prepare(config)
     job.model.train()
-    (groups,) = job.step_plan.steps()
-    batches = [job.collate([job.train[i] for i in group]) for group in groups]
+    (step,) = job.step_plan.steps()
+    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(step)]
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0
     for batch, model_inputs in zip(batches, inputs, strict=True):

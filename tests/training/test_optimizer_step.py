@@ -53,9 +53,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     clipped = 0
     for step, examples in enumerate(job.step_plan.steps()):
         done = optimizer_step(job, optimizer, examples, step)
-        losses = [
-            tiny_runs.summed_loss(plain.model, plain.train[i]) for batch in examples for i in batch
-        ]
+        losses = [tiny_runs.summed_loss(plain.model, plain.train[i]) for i in examples]
         loss = sum(value for value, _ in losses) / sum(count for _, count in losses)
         adamw.zero_grad()
         loss.backward()

@@ -256,14 +256,15 @@ def test_shares_have_the_same_tokens_and_numbers_of_examples() -> None:
 
 def test_one_process_computes_the_batches_of_the_step() -> None:
     examples = [language(str(i % 3), 4, 1 + i % 5) for i in range(11)]
-    step = [[7, 3, 9, 1], [0, 2, 10, 4], [5, 6]]
+    batches = [[7, 3, 9, 1], [0, 2, 10, 4], [5, 6]]
+    step = [i for batch in batches for i in batch]
     for packed in (False, True):
-        assert Share(examples, batch_size=BatchSize(4), packed=packed)(step) == step
+        assert Share(examples, batch_size=BatchSize(4), packed=packed)(step) == batches
 
 
 def test_packed_examples_with_one_prompt_stay_together() -> None:
     examples = [language(str(i % 2), 20, 5) for i in range(8)]
-    step = [[0, 1, 2, 3, 4, 5, 6, 7]]
+    step = list(range(8))
     shares = [
         Share(examples, batch_size=BatchSize(8), rank=r, count=2, packed=True)(step) for r in (0, 1)
     ]

@@ -46,28 +46,19 @@ def test_every_step_moves_the_weights(schedule, warmup) -> None:
 
 def plan(**settings) -> StepPlan:
     """25 examples in steps of 8."""
-    settings = {"batch_size": 4, "epochs": 2.0, "max_steps": None, **settings}
+    settings = {"epochs": 2.0, "max_steps": None, **settings}
     return StepPlan(BatchSampler([5] * 25, batch_size=8, seed=1), **settings)
 
 
 def test_an_epoch_visits_each_example_once_and_one_step_is_shorter() -> None:
     steps = list(plan(epochs=1).steps())
-    sizes = sorted([len(batch) for batch in step] for step in steps)
-    assert sizes == [[1], [4, 4], [4, 4], [4, 4]]
-    assert sorted(i for step in steps for batch in step for i in batch) == list(range(25))
+    assert sorted(map(len, steps)) == [1, 8, 8, 8]
+    assert sorted(i for step in steps for i in step) == list(range(25))
 
 
 @pytest.mark.parametrize("start", range(8))
 def test_steps_from_the_middle_are_the_rest_of_all_steps(start: int) -> None:
     assert list(plan().steps(start)) == list(plan().steps())[start:]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8, 20])
-def test_the_cut_into_batches_changes_no_step(batch_size: int) -> None:
-    whole = [batch for (batch,) in plan(batch_size=8).steps()]
-    steps = list(plan(batch_size=batch_size).steps())
-    assert [[i for batch in step for i in batch] for step in steps] == whole
-    assert max(len(batch) for step in steps for batch in step) == min(batch_size, 8)
 
 
 def test_max_steps_replaces_epochs() -> None:

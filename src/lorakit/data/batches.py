@@ -72,7 +72,7 @@ def token_count(batch: Mapping[str, Tensor]) -> int:
 class BatchSampler:
     """Sampler of the batches of an epoch. Each epoch yields every example once; one batch may be short.
 
-    Training draws the examples of a whole optimizer step as one batch and cuts it afterwards (`StepPlan`).
+    Training draws the examples of a whole optimizer step as one batch and cuts it afterwards (`Share`).
 
     Examples of similar length share a batch, which reduces padding. The sampler shuffles all examples, sorts each run
     of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the

@@ -15,7 +15,7 @@ from lorakit.models.loading import Base
 from lorakit.training.config import TrainConfig
 from lorakit.training.noise import own_generators
 from lorakit.training.optimizer import build_optimizer
-from lorakit.training.schedule import Batches
+from lorakit.training.schedule import Step
 from lorakit.training.setup import Job, assemble
 from lorakit.training.step import optimizer_step
 
@@ -64,11 +64,11 @@ def _median_seconds(job: Job) -> float:
     return median(seconds[1:] or seconds)
 
 
-def _typical_steps(job: Job) -> list[Batches]:
+def _typical_steps(job: Job) -> list[Step]:
     """Return the steps of the first epoch, those with an average number of tokens first."""
     plan, lengths = job.step_plan, job.train.lengths
     tokens = [
-        (sum(lengths[i] for indices in step for i in indices), step)
+        (sum(lengths[i] for i in step), step)
         for step in itertools.islice(plan.steps(), plan.steps_per_epoch)
     ]
     mean = sum(lengths) / plan.steps_per_epoch

@@ -13,8 +13,10 @@ from lorakit.compute.batch_size import BatchSize
 from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
+Step = list[int]
+"""Indices of the examples of an optimizer step, over all processes."""
 Batches = list[list[int]]
-"""Indices of the examples in each batch."""
+"""Indices of the examples in each batch of a process."""
 
 
 def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> float:
@@ -39,40 +41,33 @@ def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> 
 
 
 class StepPlan:
-    """The examples of each optimizer step: one batch of the sampler, cut into batches that fit into memory.
+    """The examples of each optimizer step, which `Share` cuts into batches.
 
-    The sampler draws the examples of whole steps, so the cut does not change the examples of a step. A step does not
-    cross the end of an epoch, so one step of an epoch may have fewer examples. Its loss is still the mean over its
-    targets.
+    A step does not cross the end of an epoch, so one step of an epoch may have fewer examples. Its loss is still the
+    mean over its targets.
 
     Args:
-        sampler: Returns the examples of each step of an epoch.
-        batch_size: Examples per forward and backward pass.
+        sampler: Returns the steps of an epoch.
         epochs: Length of the run, in passes over the data.
         max_steps: Length of the run, in steps; overrides `epochs`.
     """
 
     def __init__(
         self,
-        sampler: Callable[[int], Batches],
+        sampler: Callable[[int], list[Step]],
         *,
-        batch_size: int,
         epochs: float,
         max_steps: int | None,
     ) -> None:
         self._sampler = sampler
-        self._batch_size = batch_size
         self.steps_per_epoch = len(sampler(0))
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
 
-    def steps(self, start: int = 0) -> Iterator[Batches]:
-        """Yield the batches of each step, from step `start` to the end of the run."""
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Yield the examples of each step, from step `start` to the end of the run."""
         first_epoch, skipped = divmod(start, self.steps_per_epoch)
-        endless = (
-            examples for epoch in itertools.count(first_epoch) for examples in self._sampler(epoch)
-        )
-        for examples in itertools.islice(endless, skipped, skipped + self.total - start):
-            yield _cut(examples, self._batch_size)
+        endless = itertools.chain.from_iterable(map(self._sampler, itertools.count(first_epoch)))
+        return itertools.islice(endless, skipped, skipped + self.total - start)
 
 
 class Share:
@@ -102,34 +97,37 @@ class Share:
         self._rank, self._count = rank, count
         self._packed = packed
 
-    def __call__(self, step: Batches) -> Batches:
-        """Return the batches of this process, for the batches of a whole step. They have the present batch size."""
+    def __call__(self, step: Step) -> Batches:
+        """Return the batches of this process. They have the present batch size."""
         return self.of_all(step)[self._rank]
 
-    def of_all(self, step: Batches) -> list[Batches]:
-        """Return the batches of each process, for the batches of a whole step."""
-        indices = [i for batch in step for i in batch]
-        units = self._units(indices)
-        costs = [self._tokens(indices[place] for place in unit) for unit in units]
+    def of_all(self, step: Step) -> list[Batches]:
+        """Return the batches of each process."""
+        units = self._units(step)
+        costs = [self._tokens(step[place] for place in unit) for unit in units]
         shares = even_shares(units, costs, self._count)
         return [
             [
                 list(batch)
-                for batch in self._batch_size.cut([indices[place] for place in sorted(share)])
+                for batch in self._batch_size.cut([step[place] for place in sorted(share)])
             ]
             for share in shares
         ]
 
-    def _units(self, indices: list[int]) -> list[list[int]]:
+    def _units(self, step: Step) -> list[list[int]]:
         """Return the places of examples that stay together, at most an even share of the step."""
-        places = range(len(indices))
+        places = range(len(step))
         if not self._packed:
             return [[place] for place in places]
         by_prompt: dict[str, list[int]] = {}
         for place in places:
-            by_prompt.setdefault(self._examples[indices[place]].prompt, []).append(place)
-        most = -(-len(indices) // self._count)
-        return [unit for group in by_prompt.values() for unit in _cut(group, most)]
+            by_prompt.setdefault(self._examples[step[place]].prompt, []).append(place)
+        most = -(-len(step) // self._count)
+        return [
+            group[at : at + most]
+            for group in by_prompt.values()
+            for at in range(0, len(group), most)
+        ]
 
     def _tokens(self, unit: Iterable[int]) -> int:
         """Return the tokens that the model computes for examples with the same prompt."""
@@ -154,7 +152,3 @@ def even_shares(
         shares[emptiest] += units[u]
         totals[emptiest] += costs[u]
     return shares
-
-
-def _cut(items: list[int], size: int) -> list[list[int]]:
-    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -438,7 +438,6 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
     )
     return StepPlan(
         sampler,
-        batch_size=config.batch_size,
         epochs=config.epochs,
         max_steps=config.max_steps,
     )

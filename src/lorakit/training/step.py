@@ -14,7 +14,7 @@ from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Signals
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, set_rate
-from lorakit.training.schedule import Batches
+from lorakit.training.schedule import Step
 from lorakit.training.setup import Job
 from lorakit.training.sharding import settle_split_gradients, split_gradients
 
@@ -40,7 +40,7 @@ class StepResult:
 
 
 def optimizer_step(
-    job: Job, optimizer: Optimizer, examples: Batches, step: int, signals: Signals = (0, 0)
+    job: Job, optimizer: Optimizer, examples: Step, step: int, signals: Signals = (0, 0)
 ) -> StepResult:
     """Update the weights once. Each process computes its share of the examples and gets the same result.
 
@@ -84,12 +84,12 @@ def optimizer_step(
     )
 
 
-def _compute_share(job: Job, examples: Batches, step: int) -> tuple[float, int, int]:
+def _compute_share(job: Job, examples: Step, step: int) -> tuple[float, int, int]:
     """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
     for parameter in job.parameters.values():
         parameter.grad = None  # a failed attempt may have left some
     batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
-    target_count = sum(job.count_targets(job.train[i]) for indices in examples for i in indices)
+    target_count = sum(job.count_targets(job.train[i]) for i in examples)
     loss = _accumulate_gradients(job, batches, target_count, step)
     if job.config.shard:
         _take_part(job, examples, step)
@@ -118,7 +118,7 @@ def _accumulate_gradients(
     return loss
 
 
-def _take_part(job: Job, examples: Batches, step: int) -> None:
+def _take_part(job: Job, examples: Step, step: int) -> None:
     """Run as many passes as the process with the most batches, the surplus ones on an example of the step.
 
     Every pass gathers the weights from all processes. The loss of a surplus pass has the weight 0.
@@ -126,7 +126,7 @@ def _take_part(job: Job, examples: Batches, step: int) -> None:
     batches = job.share.of_all(examples)
     surplus = max(map(len, batches)) - len(batches[job.processes.rank])
     for _ in range(surplus):
-        batch = job.collate([job.train[examples[0][0]]])
+        batch = job.collate([job.train[examples[0]]])
         with keyed_noise(job, batch, step):
             with job.autocast():
                 loss = job.objective.loss_sum(job.model, batch)
