@@ -229,8 +229,20 @@ def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
         (["combine", "--output", "{out}"], "adapters"),
         (["extract", "{tuned}", "{out}", "--rank", "2"], "base"),
         (
-            ["compress", "{one}", "{out}", "--rank", "2", "--data.validation", "x.jsonl"],
+            [
+                "compress",
+                "{one}",
+                "{out}",
+                "--rank=2",
+                "--data.validation=x",
+                "--data.task=text",
+                "--split=test",
+            ],
             "split is test",
+        ),
+        (
+            ["compress", "{one}", "{out}", "--rank", "2", "--batch_size", "0"],
+            "batch_size is 0",
         ),
         (
             ["extract", "{base}", "{out}", "--base.name", "{base}", "--rank", "2"],

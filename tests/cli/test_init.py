@@ -96,6 +96,24 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
     assert (config.data.max_length, config.data.validation_fraction) == (64, 0)
 
 
+def test_what_is_not_read_is_said_and_given_options_stay(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"context": "c", "question": "a", "answer": "b"}]
+    write(tmp_path, rows, ".csv")
+    assert main(["init", "row*.csv", "--data.too_long", "stop"]) == 0
+    assert "Columns that no field reads: context.\n" in capsys.readouterr().out
+    text = Path("run.yaml").read_text()
+    assert "  # columns that no field reads: context\n" in text
+    assert "prompt_template: '{column}" in text
+    config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
+    assert (config.data.too_long, config.output) == ("stop", "out/row")
+    write(tmp_path, rows, ".csv")
+    template = ["--data.prompt_template", "{context} {question}", "--data.columns.completion"]
+    assert main(["init", "rows.csv", "--overwrite", *template, "answer"]) == 0
+    assert "no field reads" not in capsys.readouterr().out + Path("run.yaml").read_text()
+    assert parse(TrainConfig, "train", "", ["--config", "run.yaml"]).data.too_long == "truncate"
+
+
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
 def test_names_in_comments_cannot_add_settings(end, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

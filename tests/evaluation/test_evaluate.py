@@ -337,6 +337,24 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
         evaluate(settings(tmp_path, scores=("loss",)))
 
 
+@pytest.mark.parametrize(
+    ("data", "split"),
+    [
+        ({"task": "mrpc"}, "validation"),
+        ({"task": "samsum"}, "test"),
+        ({"task": "mrpc", "test": "mine.jsonl"}, "test"),
+        ({"task": "samsum", "validation": "mine.jsonl"}, "validation"),
+        ({"task": "samsum", "train": "mine.jsonl", "validation_fraction": 0.1}, "test"),
+        ({"task": "mrpc", "test": "mine.jsonl", "validation": "v.jsonl"}, "validation"),
+        ({"train": "mine.jsonl", "validation_fraction": 0.1}, "validation"),
+    ],
+)
+def test_a_file_that_is_named_is_scored_before_a_published_split(data, split: str) -> None:
+    assert EvaluateConfig(data=DataConfig(**data)).scored_split() == split
+    with pytest.raises(ConfigurationError, match="There is no data to score"):
+        EvaluateConfig().scored_split()
+
+
 def test_outputs_do_not_go_where_the_report_goes(trained):
     with pytest.raises(ConfigurationError, match=r"ends in \.jsonl"):
         settings(trained, output="w/o.html")
@@ -357,6 +375,9 @@ def test_plain_text_is_trained_and_scored_by_its_loss_alone(tmp_path, capsys) ->
     result = evaluate(settings(tmp_path, data=data, adapter=adapter))
     assert set(result.scores) == {"loss", "perplexity"}
     before = evaluate(settings(tmp_path, data=data))
+    assert result.base_scores == pytest.approx(before.scores)
+    with pytest.raises(ConfigurationError, match="task text has no references"):
+        evaluate(settings(tmp_path, data=data, scores=("text",)))
     assert result.scores["loss"] < before.scores["loss"]
     limited = evaluate(settings(tmp_path, data=data, adapter=adapter, limit=1))
     assert limited.scores["loss"] != result.scores["loss"]

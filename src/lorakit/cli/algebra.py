@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultConfig(ScoringConfig):
-    """Where to save a computed adapter, and how to score it."""
+    """Where to save a computed adapter, and how to score it. Without data, nothing is scored."""
 
     output: str
     """Folder for the adapter. Must not exist unless overwrite is set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -10,12 +11,13 @@ from pathlib import Path
 from lorakit import storage
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
+from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
-from lorakit.tasks import generic_task
+from lorakit.tasks import Completion, generic_task
 
 USUAL_COLUMNS = {
     "prompt": ("instruction", "question", "query", "input", "source", "context", "user"),
@@ -70,16 +72,20 @@ def run(argv: Sequence[str]) -> None:
         "labels or scores.",
         argv,
         "data.train",
+        defaults={"data.too_long": "truncate"},
     )
     storage.require_free_file(config.file, overwrite=config.overwrite, option="--file")
     rows = RowReader().read(config.data, "train")
     data, task = _task(config.data, rows.columns, rows.name)
-    text = _file(data, task, config, f"{len(rows.rows):,} rows, columns {', '.join(rows.columns)}")
+    unread = ColumnMap(data, rows.columns, rows.name).unread(task.type)
+    facts = f"{len(rows.rows):,} rows, columns {', '.join(rows.columns)}"
+    text = _file(data, task, config, facts, unread)
     with storage.atomic_file(config.file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(
-        f"Settings for {visible(rows.name)} (task {task.name}) in {visible(config.file)}. Edit them, then:"
-    )
+    print(f"Settings for {visible(rows.name)} (task {task.name}) in {visible(config.file)}.")
+    if unread:
+        print(visible(f"Columns that no field reads: {', '.join(unread)}."))
+    print("Edit the file, then:")
     for command in _commands(config, task):
         print(f"  {visible(command)}")
 
@@ -118,11 +124,14 @@ def _output(data: DataConfig) -> str:
     """Return the run's folder, which has the name of the training data."""
     train = data.source("train")
     first = train if isinstance(train, str) else (train or ["run"])[0]
-    return f"out/{Path(first).name.split('.')[0] or 'run'}"
+    name = re.sub(r"[*?\[\]]", "", Path(first).name.split(".")[0]).strip("-_")  # a glob
+    return f"out/{name or 'run'}"
 
 
-def _file(data: DataConfig, task: DataTask, config: InitConfig, facts: str) -> str:
-    """Return the text of the file; `facts` describes the data.
+def _file(
+    data: DataConfig, task: DataTask, config: InitConfig, facts: str, unread: Sequence[str]
+) -> str:
+    """Return the text of the file; `facts` describes the data, and no field reads the columns `unread`.
 
     Comments have names of files, columns and labels, whose line breaks must not start a line of settings.
     """
@@ -131,10 +140,17 @@ def _file(data: DataConfig, task: DataTask, config: InitConfig, facts: str) -> s
     base = base if config.base is None else _changed(config.base)
     held_out = {} if data.has("validation") else {"validation_fraction": 0.1}
     settings = {
-        **{"train": train, "task": task.name, **held_out, "too_long": "truncate"},
-        **{"max_length": data.max_length, **_changed(data), "task": task.name},
+        **{"train": train, "task": task.name, **held_out, "max_length": data.max_length},
+        **{**_changed(data), "task": task.name},
     }
-    labels = f"  # labels: {visible(', '.join(task.labels))}\n" if task.labels else ""
+    notes = [f"labels: {', '.join(task.labels)}"] if task.labels else []
+    if unread:
+        notes.append(f"columns that no field reads: {', '.join(unread)}")
+        if issubclass(task.type, Completion):
+            notes.append(
+                "a prompt of several columns: prompt_template: '{column}\\n{other_column}'"
+            )
+    comments = "".join(f"  # {visible(note)}\n" for note in notes)
     commands = "\n".join(f"#   {visible(command)}" for command in _commands(config, task))
     return f"""# {task.name}: {visible(facts)}
 {commands}
@@ -147,7 +163,7 @@ base:  # name: a hub id, a local folder, a .gguf file or a short name
 
 data:  # validation_fraction holds out part of the training data; or set validation to a file
 {_lines(settings)}
-{labels}  # test: test.jsonl  # for lorakit evaluate
+{comments}  # test: test.jsonl  # for lorakit evaluate
 
 output: {_yaml(output)}  # the run's folder; a second run needs another name, --overwrite or --resume
 adapter: {_yaml(output + "/adapter")}  # read by generate, evaluate and merge

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lorakit.data.data_config import FIELDS, DataConfig
+from lorakit.data.data_config import FIELDS, OPTIONAL_FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
@@ -93,7 +93,7 @@ class ColumnMap:
 
     def _render(self, values: Mapping[str, Any]) -> dict[str, str]:
         return {
-            field: template.render(lambda name: values.get(self.column_of(name)))
+            field: template.render(lambda name: values[self.column_of(name)])
             for field, template in self.templates.items()
         }
 
@@ -126,6 +126,13 @@ class ColumnMap:
                 self._check_one_input(candidates[0])
                 return candidates[0]
         raise self._misfit(name, candidates)
+
+    def unread(self, task: type[Task]) -> list[str]:
+        """Return the columns that no field of `task` and no template reads."""
+        fields = {*OPTIONAL_FIELDS, *(name for layout in task.layouts for name in layout)}
+        fields.update(name for template in self.templates.values() for name in template.fields)
+        read = set(map(self.column_of, fields))
+        return [column for column in self.columns if column not in read]
 
     def has_inputs(self, task: type[Labelled]) -> bool:
         """Return whether the rows have the texts of `task`."""

@@ -14,9 +14,11 @@ from lorakit.tasks import GENERIC, Completion, Task, task_type
 
 Split = Literal["train", "validation", "test"]
 
+OPTIONAL_FIELDS = ("input", "system", "history", "tools")
+"""Fields of generic tasks that rows need not have."""
 FIELDS = (
     *dict.fromkeys(name for task in GENERIC.values() for layout in task.layouts for name in layout),
-    *("input", "system", "history", "tools"),
+    *OPTIONAL_FIELDS,
 )
 """Fields that `columns` can map to a column."""
 
@@ -162,11 +164,15 @@ class DataConfig:
             return None
         return OwnData(task=task, data_set=task.data_set, root=self.root)
 
+    def names(self, split: Split) -> bool:
+        """Return whether the configuration itself names the data of a split."""
+        return self._configured_source(split) is not None
+
     def has(self, split: Split) -> bool:
         """Return whether the configuration or the named task has data for a split. Does not look for its files."""
         if split == "validation" and self.validation_fraction:
             return True
-        if self._configured_source(split) is not None:
+        if self.names(split):
             return True
         return self.own is not None and bool(
             self.own.names(split, self._configured_split_name(split))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -22,13 +22,14 @@ from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
-from lorakit.data import DataConfig, DataTask, RowReader, load_examples, task_of
+from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,
@@ -54,7 +55,7 @@ class Evaluation:
     """The same scores of the base without its adapter; empty if they were not computed."""
     examples: int = 0
     """Number of scored examples."""
-    split: Literal["validation", "test"] = "test"
+    split: ScoredSplit = "test"
     """Scored split of the data."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
@@ -83,7 +84,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     task = _task(config, adapter, reader)
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     data = dataclasses.replace(config.data, task=task.name)
-    split = config.split or _split(data)
+    split = config.scored_split(data)
     rows = reader.read(data, split)  # before the base, which takes longer to load
     data = as_recorded(data, adapter, rows.columns)
     if adapter is not None and issubclass(task.type, Labelled):
@@ -101,11 +102,15 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     else:
         examples = examples[: config.limit]
         scored = [[example] for example in examples]
+    if "loss" not in config.scores and task.generates and not task.has_references:
+        raise ConfigurationError(
+            f"scores is text, but task {task.name} has no references for generated text; set scores to loss."
+        )
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(scored)
     score = functools.partial(_score, config, base, task, examples, decoding)
     result = score(progress=progress)
-    if config.compare and config.adapter is not None and task.has_references:
+    if config.compare and config.adapter is not None and task.generates:
         handle = handle_of(base.model)
         assert handle is not None
         handle.activate(None)
@@ -303,22 +308,6 @@ def by_prompt(
     return dict(list(groups.items())[:limit])
 
 
-def _split(data: DataConfig) -> Literal["validation", "test"]:
-    """Return the split of the task's published scores, else the test data, else the validation data.
-
-    Raises:
-        ConfigurationError: The configuration has neither.
-    """
-    preferred = "test" if data.task_type is None else data.task_type.scored_split
-    for split in (preferred, "test", "validation"):
-        if data.has(split):
-            return split
-    raise ConfigurationError(
-        "There is no data to score. Name a file, --data.test FILE, or a share of the training data, --data.train FILE "
-        "--data.validation_fraction 0.1."
-    )
-
-
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:
     """Return the task that the adapter was trained for, whose labels its head has; else the task of the data."""
     configured = config.data.task_type
@@ -326,7 +315,7 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
     if adapter is not None:
         recorded = recorded_task(adapter, None if configured is None else config.data.task)
     if recorded is None:
-        return task_of(config.data, config.split or _split(config.data), reader=reader)
+        return task_of(config.data, config.scored_split(), reader=reader)
     if configured is None or config.data.task == recorded.name:
         return recorded
     # A named task inherits the format of its generic task, so that one adapter serves both.
