@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -22,11 +24,13 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
+from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
+from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
 from lorakit.training.setup import prepare
 
@@ -152,6 +156,45 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     for planned in batches.fullest_and_middle(packed=True):
         assert [example.input_ids for example in planned] in first_epoch
     assert batches.steps == job.step_plan.total == 18
+
+
+@pytest.mark.slow
+def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch):
+    """The first rows of sorted data have one label; one of them may be empty, or hold several examples."""
+    monkeypatch.setattr(batches_module, "ROWS", 10)
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    rows = [{"text": f"river {i}", "label": f"{i // 5}"} for i in range(30)]
+    file = tiny_runs.write_rows(tmp_path / "sorted.jsonl", rows)
+    config = tiny_runs.config(
+        tmp_path, base, data=DataConfig(train=file), evaluation=HeldOutConfig()
+    )
+    planned = from_data(config)
+    assert planned.task.labels == ("0", "1", "2", "3", "4", "5")
+    assert planned.steps is None
+    decoder = tiny_runs.save_base(tmp_path / "decoder")
+    rows = [{"dialogue": "" if i == 3 else f"pub {i}", "summary": "park"} for i in range(15)]
+    dialogues = tiny_runs.write_rows(tmp_path / "dialogues.jsonl", rows)
+    data = DataConfig(task="samsum", train=dialogues)
+    assert from_data(tiny_runs.config(tmp_path, decoder, data=data)).steps is None
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [
+        ("XLMRobertaModel", True),
+        ("XLMRobertaForMaskedLM", True),
+        ("LlamaForCausalLM", False),
+        ("GPT2LMHeadModel", False),
+        ("T5ForConditionalGeneration", False),
+    ],
+)
+def test_a_plan_without_data_is_for_what_the_model_does(tmp_path, name, encoder):
+    config = transformers.PretrainedConfig(
+        architectures=[name], is_encoder_decoder=name[:2] == "T5"
+    )
+    shape: Any = SimpleNamespace(name="base", config=config)
+    planned = planner._batches(tiny_runs.config(tmp_path, "base"), shape, 8, None, 1)
+    assert (planned.task.name == "classification") == encoder
 
 
 def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from lorakit.data.data_config import DataConfig, Split
-from lorakit.data.examples import DataTask, ExampleSet, Report, RowReader, load_examples, task_of
+from lorakit.data.examples import (
+    DataTask,
+    ExampleSet,
+    Report,
+    RowReader,
+    load_examples,
+    task_class_of,
+    task_of,
+)
 from lorakit.data.preview import Preview, preview
 from lorakit.data.readers import Problem
 from lorakit.data.templates import Template
@@ -20,5 +28,6 @@ __all__ = [
     "Template",
     "load_examples",
     "preview",
+    "task_class_of",
     "task_of",
 ]

@@ -285,6 +285,19 @@ def task_of(
     return _infer_task(config, data, ColumnMap(config, data.columns, data.name))
 
 
+def task_class_of(config: DataConfig, *, reader: RowReader) -> type[Task]:
+    """Return the class of the training set's task, without the labels, which need all of its rows.
+
+    Raises:
+        DataError: The data is missing or unreadable, or its columns fit no task.
+    """
+    if config.task_type is not None:
+        return config.task_type
+    data = reader.read(config, "train")
+    columns = ColumnMap(config, data.columns, data.name)
+    return columns.task(config.task, _fields(data, columns))
+
+
 def _infer_task(config: DataConfig, data: DataRows, columns: ColumnMap) -> DataTask:
     """Return the configured task, or for "auto" the one that fits the columns, with the labels of the rows."""
     task = columns.task(config.task, _fields(data, columns))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP
-from lorakit.data import DataTask, RowReader, load_examples, task_of
+from lorakit.data import DataTask, RowReader, load_examples, task_class_of, task_of
 from lorakit.data.packing import shared_once
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import load_tokenizer
 from lorakit.ops.rows import round_up
-from lorakit.tasks import Example, LabelledExample, LanguageExample
+from lorakit.tasks import Example, Labelled, LabelledExample, LanguageExample
 from lorakit.training.config import TrainConfig
 from lorakit.training.schedule import Share
 from lorakit.training.setup import step_plan_of
@@ -64,13 +64,17 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     """
     limit = min(config.data.limit or ROWS, ROWS)
     reader = RowReader()
-    task = task_of(dataclasses.replace(config.data, limit=limit), reader=reader)
+    first = dataclasses.replace(config.data, limit=limit)
+    if issubclass(task_class_of(first, reader=reader), Labelled):
+        task = task_of(config.data, reader=reader)  # a label may occur in the last row only
+    else:
+        task = task_of(first, reader=reader)
     tokenizer = load_tokenizer(
         config.base.name,
         revision=config.base.revision,
         trust_remote_code=config.base.trust_remote_code,
     )
-    data = dataclasses.replace(config.data, task=task.name, limit=limit)
+    data = dataclasses.replace(first, task=task.name)
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     plan = step_plan_of(config, train)
     first_epoch = list(itertools.islice(plan.steps(), plan.steps_per_epoch))
@@ -79,7 +83,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
-    whole = train.report.read < limit or config.data.limit == limit
+    whole = train.report.rows < limit or config.data.limit == limit
     lengths = sorted(train.lengths)
     source = (
         f"{train.report.source}, {len(train):,} examples{'' if whole else ' (from the first rows)'}: "

@@ -15,6 +15,7 @@ from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
+from lorakit.models.loading import head_of_class
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
@@ -256,10 +257,9 @@ def _batches(
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
-    names = getattr(shape.config, "architectures", None) or []
-    generates = any("LM" in name and "Masked" not in name for name in names)
+    heads = [head_of_class(n) for n in getattr(shape.config, "architectures", None) or []]
     seq2seq = getattr(shape.config, "is_encoder_decoder", False)
-    encoder = bool(names) and not generates and not seq2seq
+    encoder = bool(heads) and "causal-lm" not in heads and not seq2seq
     return from_lengths(config, length, targets, encoder=encoder, processes=processes)
 
 
