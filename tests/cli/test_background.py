@@ -103,15 +103,18 @@ def test_it_pauses_while_quiet_is_asked(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused, signum):
+    """Also the one of a closed terminal, which would leave it behind, stopped for ever."""
+
     def terminate():
         wait_for(lambda: steps(tmp_path))
         if not paused:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
             return
         with quiet():
             time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
             wait_for((tmp_path / "saved").exists)
 
     thread = threading.Thread(target=terminate)
@@ -119,6 +122,22 @@ def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused):
     assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_SIGTERM]) == 7
     thread.join()
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.slow
+def test_nohup_keeps_it_running(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    thread = threading.Thread(
+        target=lambda: (wait_for(lambda: steps(tmp_path)), os.kill(os.getpid(), signal.SIGHUP))
+    )
+    thread.start()
+    try:
+        command = [sys.executable, "-IS", "-c", COUNTS, "20"]
+        assert background.run_in_background(command) == 0
+    finally:
+        thread.join()
+        signal.signal(signal.SIGHUP, before)
+    assert steps(tmp_path) == 20
 
 
 def test_the_process_does_not_start_another_one(capsys):
