@@ -9,7 +9,7 @@ from random_adapters import randomise
 from tiny_tokenizer import SENTENCES
 
 import lorakit
-from lorakit.analysis import adapter_drift, divergence
+from lorakit.analysis import adapter_drift, divergence, drift
 from lorakit.analysis.drift import read_texts
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.models.base_config import BaseConfig
@@ -128,6 +128,17 @@ def test_long_texts_are_cut(folder):
     assert max(len(piece.kl) for piece in found.pieces) == 7
     assert len(found.pieces) > 2
     assert found.to_json()["overall"]["texts"] == 2
+
+
+def test_every_piece_starts_as_a_text_does(folder, monkeypatch):
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    text = SENTENCES[0] * 3
+    bare = base.tokenizer(text, add_special_tokens=False).input_ids
+    monkeypatch.setattr(drift, "start_ids", lambda _: [1, 2])
+    (pieces,) = drift._pieces(base, [text], 8)
+    assert len(pieces) > 2
+    assert all(piece[:2] == [1, 2] and len(piece) <= 8 for piece in pieces)
+    assert [i for piece in pieces for i in piece[2:]] == bare
 
 
 def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):

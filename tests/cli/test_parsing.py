@@ -273,10 +273,10 @@ def test_the_path_of_a_file_with_a_comma_is_one_value(tmp_path, monkeypatch) -> 
 def test_numbers_mappings_and_dashes() -> None:
     config = train(
         f"{RUN} --optimizer.learning-rate 5e-4 --optimizer.betas 0.9 0.95 --batch-size=2 "
-        "--data.columns.prompt question --data.columns.completion answer --max_steps null"
+        "--data.columns.prompt 0 --data.columns.completion null --max_steps null"
     )
     assert (config.optimizer.learning_rate, config.optimizer.betas) == (5e-4, (0.9, 0.95))
-    assert config.data.columns == {"prompt": "question", "completion": "answer"}
+    assert config.data.columns == {"prompt": "0", "completion": "null"}  # names of columns
     assert (config.batch_size, config.max_steps) == (2, None)
 
 

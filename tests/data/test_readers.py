@@ -188,8 +188,12 @@ def test_csv_with_a_document_in_a_field(tmp_path):
     assert values(rows) == [{"text": text, "label": "1"}]
 
 
-def test_csv_with_a_quote_that_never_closes_is_a_problem_of_its_line(tmp_path):
-    rows = read(tmp_path / "data.csv", 'a,b\n1,2\n3,"4\n5,6\n')
+def test_a_quote_that_never_closes_cannot_hide_the_rows_after_it(tmp_path):
+    """As one bad row, it would take all of them: only a last row is a problem of its own."""
+    message = r"data\.csv:3: a quote opens a field that does not end up to line 4, the last"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "data.csv", 'a,b\n1,2\n3,"4\n5,6\n')
+    rows = read(tmp_path / "data.csv", 'a,b\n1,2\n3,"4')
     assert values(rows) == [{"a": "1", "b": "2"}]
     assert problems(rows) == [f"{tmp_path}/data.csv:3: not valid CSV (unexpected end of data)"]
 

@@ -35,12 +35,14 @@ def test_an_unknown_column_names_the_nearest():
         ({"a": "x"}, "'b' is missing"),
         ({"a": "x", "b": ["y"]}, "'b' is a list, expected text"),
         ({"a": " ", "b": ""}, "'a' is empty, as is b"),
+        ({"a": None, "b": None}, "'a' is empty, as is b"),
     ],
 )
 def test_a_row_that_cannot_fill_a_template_is_named(row, message):
     with pytest.raises(BadRow, match=message):
-        Template("{a} and {b}").render(row.get)
+        Template("{a} and {b}").render(row.__getitem__)
 
 
-def test_one_column_of_several_may_be_empty():
-    assert Template("{a}\n{b}").render({"a": "x", "b": ""}.get) == "x\n"
+@pytest.mark.parametrize("empty", ["", None])  # Parquet files write null
+def test_one_column_of_several_may_be_empty(empty):
+    assert Template("{a}\n{b}").render({"a": "x", "b": empty}.__getitem__) == "x\n"

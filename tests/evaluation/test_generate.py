@@ -4,6 +4,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation.decoding import Decoding
@@ -32,8 +33,8 @@ class Ids:
         self.pad_token_id = tokenizer.pad_token_id
         self.tokenizer = tokenizer
 
-    def __call__(self, prompt: str):
-        return self.tokenizer(prompt)
+    def encode(self, text: str, **settings) -> list[int]:
+        return self.tokenizer.encode(text, **settings)
 
     def batch_decode(self, rows, *, skip_special_tokens: bool) -> list[list[int]]:
         assert skip_special_tokens
@@ -66,8 +67,17 @@ def test_greedy_equals_the_definition_in_any_batch_and_in_input_order(
     assert generate(model, tokenizer, PROMPTS, decoding) == texts
 
 
-def test_token_ids_and_text_are_the_same_prompt(model, tokenizer) -> None:
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_token_ids_and_text_are_the_same_prompt(model, adds_eos) -> None:
+    """Also where the tokenizer adds eos to a text: the answer follows the prompt."""
+    tokenizer = tiny_tokenizer()
     ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    if adds_eos:
+        end = [("<|im_end|>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A <|im_end|>", special_tokens=end
+        )
+        assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
     decoding = Decoding(max_new_tokens=5)
     assert generate(model, tokenizer, ids, decoding) == generate(
         model, tokenizer, PROMPTS, decoding

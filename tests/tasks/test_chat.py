@@ -289,6 +289,26 @@ def test_alpacas_rows_become_a_question_and_an_answer():
     assert task.encode(fields) == encode(expected)[0]
 
 
+def test_messages_as_prompt_and_completion_are_one_conversation():
+    """Those of TRL; the loss includes the completion only."""
+    turns = [
+        {"role": role, "content": f"text {i}"} for i, role in enumerate(("user", "assistant") * 2)
+    ]
+    task = Chat(tiny_tokenizer(), max_length=1000)
+    row = {"prompt": turns[:3], "completion": turns[3:]}
+    assert Chat.reads(row, [row])
+    assert not Completion.reads(row, [row])
+    (fields,) = task.rows(row)
+    turns[1] = {**turns[1], "weight": 0}
+    assert task.encode(fields) == encode(turns)[0]
+    texts = {"prompt": "a", "completion": "b"}
+    assert Completion.reads(texts, [texts])
+    assert not Chat.reads(texts, [texts])
+    (fields,) = task.rows(texts)  # if the configuration says chat
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert task.encode(fields) == encode(pair)[0]
+
+
 CALL = {"role": "assistant", "tool_calls": [{"name": "search"}]}
 TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}" + CHAT_TEMPLATE.replace(
     "message['content']",

@@ -22,7 +22,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError, requir
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
 from lorakit.tasks import LanguageExample
-from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.language_modelling import encode_text, start_ids
 
 _ROWS = 128
 """Distributions compared at a time; each is a float64 row as wide as the vocabulary."""
@@ -196,15 +196,20 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
 
 
 def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[list[int]]]:
-    """Yield the ids of each text in pieces of at most `max_length` tokens, without those of a single token."""
+    """Yield the ids of each text in pieces of at most `max_length` tokens, without those of a single token.
+
+    Every piece starts as a text does (with bos), so that the model predicts it from an input of a known form.
+    """
     assert base.tokenizer is not None  # open_adapted rejects bases without a tokenizer
     context = context_length(base.model)
     length = max_length
     if context is not None:
         length = min(max_length, context - virtual_tokens_of(base.model).total)
+    start = start_ids(base.tokenizer)
+    room = max(length - len(start), 1)
     for text in texts:
-        ids = prompt_ids(base.tokenizer, text)
-        pieces = (ids[start : start + length] for start in range(0, len(ids), length))
+        ids = encode_text(base.tokenizer, text)
+        pieces = (start + ids[at : at + room] for at in range(0, len(ids), room))
         yield [piece for piece in pieces if len(piece) > 1]
 
 

@@ -268,7 +268,8 @@ def _value(words: list[str], option: Option, key: str = "") -> Any:
         raise ConfigurationError(f"--{option.name} needs a value.")
     text = words[0]
     if key:
-        return _read_text(text)
+        of_texts = any(get_args(kind)[1:] == (str,) for kind in option.kinds)
+        return text if of_texts else _read_text(text)
     if type(None) in option.kinds and text == "null":
         return None
     items = next((get_args(k) for k in option.kinds if get_origin(k) in (list, tuple)), None)

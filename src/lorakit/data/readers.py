@@ -205,6 +205,11 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
             except csv.Error as error:
                 if header is None:
                     raise DataError(f"{path}:{line}: not a CSV header ({error})") from None
+                if str(error) == "unexpected end of data" and reader.line_num > line:
+                    raise DataError(
+                        f"{path}:{line}: a quote opens a field that does not end up to line {reader.line_num:,}, the "
+                        "last of the file. Close it; a quote inside a text is written twice, in a quoted field"
+                    ) from None
                 yield Problem(f"{path}:{line}", f"not valid CSV ({error})")
                 continue
             if not record:

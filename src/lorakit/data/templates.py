@@ -55,13 +55,13 @@ class Template:
                 )
 
     def render(self, value_of: Callable[[str], object]) -> str:
-        """Return the text with each field replaced by `value_of(field)`.
+        """Return the text with each field replaced by `value_of(field)`, which raises KeyError for a missing one.
 
         Raises:
-            BadRow: A value is missing or neither text nor a number, or all values are empty.
+            BadRow: A value is missing or neither text, a number nor null, or all values are empty.
         """
-        values = {field: as_text(value_of(field), field) for field in self.fields}
-        # An optional column may be empty (Alpaca's `input`), but not all columns of the template.
+        values = {field: self._text(value_of, field) for field in self.fields}
+        # An optional column may be empty or null (Alpaca's `input`), but not all columns of the template.
         if self.fields and not any(value.strip() for value in values.values()):
             others = f", as is {', '.join(self.fields[1:])}" if len(self.fields) > 1 else ""
             raise BadRow(f"is empty{others}", self.fields[0])
@@ -69,13 +69,19 @@ class Template:
             literal + ("" if field is None else values[field]) for literal, field in self.parts
         )
 
+    def _text(self, value_of: Callable[[str], object], field: str) -> str:
+        try:
+            return as_text(value_of(field), field)
+        except KeyError:
+            raise BadRow("is missing", field) from None
+
 
 def as_text(value: object, column: str) -> str:
-    """Return text or a number as text for a template."""
+    """Return text, a number or null as text for a template."""
     if isinstance(value, str):
         return value
     if value is None:
-        raise BadRow("is missing", column)
+        return ""
     if isinstance(value, int | float):
         return str(value)
     raise BadRow(f"is {json_type(value)}, expected text", column)

@@ -31,6 +31,7 @@ from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
 from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.models.sharding import is_split
 from lorakit.ops import seeded
+from lorakit.tasks.language_modelling import prompt_ids
 
 Prompt = str | Sequence[int]
 
@@ -79,8 +80,9 @@ def generate(
             "base with a language-modelling head or the adapter of a text task."
         )
     decoding = decoding or Decoding()
+    ends = [tokenizer.eos_token_id] if model.config.is_encoder_decoder else []
     ids: list[list[int]] = [
-        list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type]
+        [*prompt_ids(tokenizer, prompt), *ends] if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
     ]
     if [] in ids:

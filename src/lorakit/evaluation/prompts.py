@@ -98,7 +98,7 @@ def _row_prompt(
     is_conversation = "messages" in fields or "conversations" in fields
     try:
         if template is not None and not is_conversation:
-            return checked_text(template.render(fields.get), "prompt")
+            return checked_text(template.render(fields.__getitem__), "prompt")
         # ultrachat_200k has both columns. Its `prompt` is the first question.
         is_chat = is_conversation and task in (None, Chat)
         if isinstance(fields.get("prompt"), str) and not is_chat:

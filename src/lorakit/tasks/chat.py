@@ -21,12 +21,12 @@ class Chat(TextTask):
     """`messages`: a list of `{role, content}`, rendered by the tokenizer's chat template.
 
     A row may also have `system`, the text of a first turn, and `tools`, a list of JSON schemas that is passed to the
-    template. Messages of ShareGPT (`{from, value}`) and Alpaca's rows (`instruction`, `input`, `output`, `history`) are
-    converted.
+    template. Messages of ShareGPT (`{from, value}`), Alpaca's rows (`instruction`, `input`, `output`, `history`), and
+    a `prompt` with a `completion`, each text or a list of messages (TRL), are converted.
     """
 
     name = "chat"
-    layouts = (("messages",), conversion.ALPACA)
+    layouts = (("messages",), conversion.ALPACA, conversion.PAIR)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -44,14 +44,15 @@ class Chat(TextTask):
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
-        """Return whether there are messages. Alpaca's rows are chat only if the configuration says so."""
-        del rows
-        return "messages" in columns
+        """Return whether there are messages. Texts, such as Alpaca's, are chat only if the configuration says so."""
+        return "messages" in columns or conversion.is_conversational(next(iter(rows), {}))
 
     @classmethod
     def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
         """Return how the rows write conversations: whose keys, with contents as parts, with tools."""
         if "messages" not in columns:
+            if set(conversion.PAIR) <= set(columns):
+                return "prompt and completion as messages"
             return "Alpaca's instruction, input and output as a user's and an assistant's message"
         first = [row["messages"] for row in rows if isinstance(row.get("messages"), list)]
         messages = [m for conversation in first for m in conversation if isinstance(m, dict)]
@@ -70,11 +71,16 @@ class Chat(TextTask):
         return ", ".join([keys, *(name for name, present in extras.items() if present)])
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
-        """Yield the row, with messages where it is one of Alpaca's."""
-        if "messages" not in fields and conversion.is_alpaca(fields):
+        """Yield the row, with messages where it has other fields."""
+        if "messages" in fields:
+            yield fields
+        elif conversion.is_alpaca(fields):
             answer = {"role": "assistant", "content": text_field(fields, "output")}
-            fields = {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
-        yield fields
+            yield {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
+        elif set(conversion.PAIR) <= fields.keys():
+            yield {**fields, "messages": conversion.joined_messages(fields)}
+        else:
+            yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the conversation up to its last target: each assistant turn without weight 0 or train false.

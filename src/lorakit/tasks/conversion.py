@@ -13,6 +13,9 @@ from lorakit.tasks.task import BadRow, Fields, checked_text, json_type, text_fie
 ALPACA = ("instruction", "output")
 """Fields of an Alpaca row. `input`, and in chats `system` and `history`, are optional."""
 
+PAIR = ("prompt", "completion")
+"""Fields of a prompt with its completion. In TRL's conversational rows both are lists of messages."""
+
 SENDERS = {
     "system": "system",
     "human": "user",
@@ -62,6 +65,26 @@ def alpaca_prompt(fields: Fields) -> str:
         instruction=instruction,
         input=f"### Input:\n{context}\n\n" if context else "",
     )
+
+
+def is_conversational(fields: Fields) -> bool:
+    """Return whether prompt and completion are lists of messages, as in TRL's conversational rows."""
+    return all(isinstance(fields.get(name), list | tuple) for name in PAIR)
+
+
+def joined_messages(fields: Fields) -> list[Any]:
+    """Return prompt and completion, each a list of messages or the text of one, as one conversation.
+
+    The loss includes messages of the completion only.
+    """
+    prompt, completion = (
+        list(fields[name])
+        if isinstance(fields[name], list | tuple)
+        else [{"role": role, "content": text_field(fields, name)}]
+        for name, role in zip(PAIR, ("user", "assistant"), strict=True)
+    )
+    earlier = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    return [*earlier, *completion]
 
 
 def alpaca_messages(fields: Fields) -> list[dict[str, Any]]:

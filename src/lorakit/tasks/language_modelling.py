@@ -52,6 +52,12 @@ class Completion(TextTask):
         # Tokens between prompt and completion; named tasks may insert eos.
         self.before_completion: list[int] = []
 
+    @classmethod
+    def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
+        """Return whether there are prompts and completions, both text: lists of messages are a chat."""
+        fits = super().reads(columns, ())
+        return fits and not conversion.is_conversational(next(iter(rows), {}))
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids to generate from. Training uses the same ids before a completion."""
         return self.start + encode_text(self.tokenizer, prompt) + self.before_completion
