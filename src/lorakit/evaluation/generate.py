@@ -80,7 +80,8 @@ def generate(
             "base with a language-modelling head or the adapter of a text task."
         )
     decoding = decoding or Decoding()
-    ends = [tokenizer.eos_token_id] if model.config.is_encoder_decoder else []
+    eos: Any = tokenizer.eos_token_id
+    ends: list[int] = [eos] if model.config.is_encoder_decoder else []
     ids: list[list[int]] = [
         [*prompt_ids(tokenizer, prompt), *ends] if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
