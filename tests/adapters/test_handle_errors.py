@@ -448,27 +448,47 @@ def test_parts_that_do_not_scale(method, adapters: Adapters, model: PreTrainedMo
 # --- removing -------------------------------------------------------------------------------------
 
 
-def test_a_handle_that_has_ended(adapters: Adapters, model: PreTrainedModel) -> None:
+DETACHED_CALLS = {
+    "activate": lambda adapters: adapters.activate("sql"),
+    "activate none": lambda adapters: adapters.activate(None),
+    "disabled": lambda adapters: adapters.disabled().__enter__(),
+    "per_sample": lambda adapters: adapters.per_sample(["sql", None]).__enter__(),
+    "per_sample base": lambda adapters: adapters.per_sample([None, None]).__enter__(),
+    "per_token": lambda adapters: adapters.per_token([(None, 14)]).__enter__(),
+    "merge": lambda adapters: adapters.merge("sql"),
+    "merge active": lambda adapters: adapters.merge(),
+    "remove": lambda adapters: adapters.remove("sql"),
+    "summary": lambda adapters: adapters.summary(),
+    "save": lambda adapters: adapters.save("never"),
+}
+
+
+@pytest.mark.parametrize("call", DETACHED_CALLS.values(), ids=DETACHED_CALLS)
+def test_a_detached_handle_changes_nothing(
+    call, adapters: Adapters, model: PreTrainedModel
+) -> None:
     adapters.detach()
-    for call in (
-        lambda: adapters.activate("sql"),
-        lambda: adapters.merge("sql"),
-        lambda: adapters.merge(),
-        lambda: adapters.summary(),
-        lambda: adapters.per_sample(["sql", None]).__enter__(),
-        lambda: adapters.save("never"),
-    ):
-        with pytest.raises(AdapterStateError, match=r"none|No adapter|0 adapters"):
-            call()
+    with pytest.raises(AdapterStateError, match=r"This handle was detached .* latest attach"):
+        call(adapters)
     assert handle_of(model) is None
-    again = attach(model, LoRA(rank=2), name="sql")
-    assert again is not adapters
-    assert adapters.names == ()
-    adapters.detach()  # on a detached handle: the new handle keeps its adapters
-    assert handle_of(model) is again
-    assert again.names == ("sql",)
+    again = attach(model, FullFineTuning(), name="sql")
     randomise(again)
-    assert (logits(model) - logits(tiny_models.build("llama"))).abs().max() > 1e-2
+    expected = logits(model)
+    assert (expected - logits(tiny_models.build("llama"))).abs().max() > 1e-2
+    for refused in (call, lambda adapters: adapters.keep()):
+        with pytest.raises(AdapterStateError, match=r"This handle was detached .* latest attach"):
+            refused(adapters)
+    adapters.detach()  # the new handle keeps its adapters
+    assert handle_of(model) is again
+    assert again is not adapters
+    assert again.names == ("sql",)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_handle_after_a_merge_without_the_base(adapters: Adapters) -> None:
+    adapters.merge(keep_base=False)
+    with pytest.raises(AdapterStateError, match=r"This handle was detached"):
+        adapters.disabled().__enter__()
 
 
 def test_removing_the_active_adapter_leaves_the_others_whole(

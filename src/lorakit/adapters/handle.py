@@ -139,8 +139,9 @@ class Adapters:
         Raises:
             AdapterStateError: A name is unknown, an adapter is merged, another thread runs the model, or an adapter
                 whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted. Or a
-                layer of an adapter was replaced.
+                layer of an adapter was replaced, or the handle was detached.
         """
+        self._require_attached()
         with self._activation.running.exclusive("activate another adapter", within_own_pass=True):
             self._refuse_merged("activate another adapter")
             chosen = choice_for_batch(choice, self._get)
@@ -152,8 +153,9 @@ class Adapters:
         """Use the base alone, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
 
         Raises:
-            AdapterStateError: An adapter is merged.
+            AdapterStateError: An adapter is merged, or the handle was detached.
         """
+        self._require_attached()
         self._refuse_while_merged("use the base alone")
         with self._activation.local(BASE):
             yield
@@ -174,6 +176,7 @@ class Adapters:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
                 number of rows, or a layer sees something else than whole rows in order.
         """
+        self._require_attached()
         self._refuse_while_merged("choose adapters by row")
         with self._activation.local(choice_by_row(names, repeat, self._get)):
             yield
@@ -197,6 +200,7 @@ class Adapters:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
                 number of tokens, or a layer or an adapter mixes tokens.
         """
+        self._require_attached()
         self._refuse_while_merged("choose adapters by token")
         choice = replace(choice_by_token(spans, self._get), unchanged=unchanged)
         with self._activation.local(choice):
@@ -217,8 +221,9 @@ class Adapters:
 
         Raises:
             AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
-                model runs, or a layer of an adapter was replaced.
+                model runs, or a layer of an adapter was replaced. Or the handle was detached.
         """
+        self._require_attached()
         with self._activation.running.exclusive("merge"):
             self._refuse_merged("merge")
             merged = self._activation.active
@@ -289,6 +294,7 @@ class Adapters:
             if handle_of(self.model) is None:
                 self._set_up_model()
                 self._freeze_base()
+            self._require_attached()
             self._is_kept = True
 
     def blend(self, choice: AdapterChoice) -> Blend:
@@ -520,6 +526,7 @@ class Adapters:
 
     def _get(self, name: str | None) -> InstalledAdapter:
         """Return the adapter of this name; None is the only one of the model."""
+        self._require_attached()
         if name is None:
             if len(self._installed) == 1:
                 return next(iter(self._installed.values()))
@@ -532,6 +539,14 @@ class Adapters:
                 + nearest(str(name), self.names)
             )
         return self._installed[name]
+
+    def _require_attached(self) -> None:
+        """Raise an AdapterStateError if the model has no handle, or another one, because this one was detached."""
+        if handle_of(self.model) is not self:
+            raise AdapterStateError(
+                "This handle was detached from the model by detach(), by remove() of its last adapter or by "
+                "merge(keep_base=False). Use the handle that the latest attach or load returned."
+            )
 
     def _require_in_place(self, names: Iterable[str]) -> None:
         """Raise an AdapterStateError if the user has replaced a layer that one of these adapters is on."""
