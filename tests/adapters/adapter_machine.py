@@ -131,8 +131,7 @@ class AdapterMachine(MachineState):
     def removed(self, names: set[str]) -> None:
         for name in names:
             del self.adapters[name]
-        if not self.adapters or names & {name for name, _ in self.active}:
-            self.active = ()
+        self.active = tuple((name, w) for name, w in self.active if name in self.adapters)
         for waiting in self.passes:
             # Without the last adapter, the base's own tensors may require gradients again.
             waiting.disturbed |= not self.adapters or bool(names & waiting.names)

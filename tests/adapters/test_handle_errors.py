@@ -509,6 +509,19 @@ def test_removing_the_active_adapter_leaves_the_others_whole(
     assert handle_of(model) is None
 
 
+def test_removing_one_of_a_blend_keeps_the_rest_active(
+    adapters: Adapters, model: PreTrainedModel
+) -> None:
+    attach(model, LoRA(rank=2, targets="attention.k"), name="third")
+    randomise(adapters, "third")
+    adapters.activate({"e2e": 0.3, "third": 2.0})
+    expected = logits(model)
+    adapters.activate({"e2e": 0.3, "sql": 0.7, "third": 2.0})
+    adapters.remove("sql")
+    assert adapters.active == {"e2e": 0.3, "third": 2.0}
+    assert torch.equal(logits(model), expected)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -272,7 +272,10 @@ class Adapters:
             self._set_active(merged)
 
     def remove(self, name: str) -> None:
-        """Remove one adapter from the model; removing the last one is a `detach`, unless `keep` was called."""
+        """Remove one adapter from the model; removing the last one is a `detach`, unless `keep` was called.
+
+        The other active adapters stay active with their weights. If there are none, the base alone is active.
+        """
         with self._activation.running.exclusive("remove an adapter"):
             self._refuse_merged("remove an adapter")
             adapter = self._get(name)
@@ -282,7 +285,8 @@ class Adapters:
             self._activation.forbid_recomputation("removed", frozenset({name}))
             self._report_replaced([name])
             if name in self._activation.active.names:
-                self._set_active(BASE)
+                others = {other: w for other, w in self.active.items() if other != name}
+                self._set_active(choice_for_batch(others, self._get))
             self._remove(adapter)
 
     def keep(self) -> None:
