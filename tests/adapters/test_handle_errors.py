@@ -556,6 +556,17 @@ def test_save_that_fails_leaves_nothing(adapters: Adapters, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_that_fails_leaves_the_provenance(adapters: Adapters, tmp_path: Path) -> None:
+    adapters.save(tmp_path / "adapter", "sql", provenance={"step": 1})
+    with pytest.raises(ConfigurationError, match="provenance cannot be written as JSON"):
+        adapters.save(tmp_path / "other", "sql", provenance={"loss": float("nan")})
+    with pytest.raises(RunFolderError, match="overwrite"):
+        adapters.save(tmp_path / "adapter", "sql", provenance={"step": 2})
+    assert adapters.provenance("sql") == {"step": 1}
+    adapters.save(tmp_path / "other", "sql", provenance={"loss": 2.5})
+    assert adapters.provenance("sql") == {"step": 1, "loss": 2.5}
+
+
 @pytest.mark.parametrize("state", ["merged", "inactive", "other", "rows"])
 def test_a_file_does_not_depend_on_what_acts(
     state: str, adapters: Adapters, model: PreTrainedModel, tmp_path: Path

@@ -381,17 +381,18 @@ class Adapters:
                 "call its eval() after each model.train(). To keep the changed statistics, merge(keep_base=False) and "
                 "save the whole model."
             )
-        if provenance:
-            adapter.provenance = {**adapter.provenance, **provenance}
-        return saving.save(
+        recorded = {**adapter.provenance, **(provenance or {})}
+        path = saving.save(
             self.model,
-            adapter,
+            replace(adapter, provenance=recorded),
             Path(folder),
             tokenizer=tokenizer,
             base=base,
             overwrite=overwrite,
             is_main_process=is_main_process,
         )
+        adapter.provenance = recorded
+        return path
 
     def owns(self, adapters: LayerAdapters) -> bool:
         """Return whether a layer's adapters belong to this handle."""
