@@ -345,6 +345,34 @@ def test_state_dict_of_a_detached_model_is_the_base() -> None:
     model.load_state_dict(before)
 
 
+def test_save_pretrained_of_the_user_is_called_and_kept(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    folders = []
+
+    def own(folder: Path, **settings) -> None:
+        folders.append(folder)
+        type(model).save_pretrained(model, folder, **settings)
+
+    model.save_pretrained = own
+    adapters = attach(model, LoRA(rank=2))
+    randomise(adapters)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert folders == [tmp_path]
+    assert_close(logits(load(model, tmp_path)), expected)
+    adapters.detach()
+    assert model.save_pretrained is own
+
+
+def test_a_save_pretrained_set_while_adapted_is_kept() -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    own = lambda folder: None  # noqa: E731
+    model.save_pretrained = own
+    adapters.detach()
+    assert model.save_pretrained is own
+
+
 def test_the_backbone_is_saved_with_its_adapter(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2, targets="all-linear"))

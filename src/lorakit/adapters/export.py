@@ -29,6 +29,7 @@ from lorakit.adapters.installed import (
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
@@ -40,12 +41,13 @@ _LOG = logging.getLogger(__name__)
 
 def save_pretrained(
     model: nn.Module,
+    own: OwnMethod,
     save_directory: str | Path,
     *args: Any,
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Write an adapted model; replaces the model's `save_pretrained` while it has adapters.
+    """Write an adapted model by its own `save_pretrained`, which this one replaces while it has adapters.
 
     The written weights are never quantised, also for a quantised base, because merged weights are not.
 
@@ -71,8 +73,8 @@ def save_pretrained(
     kwargs.setdefault("save_original_format", False)
     try:
         with unmarked(model):
-            return type(model).save_pretrained(  # type: ignore[attr-defined]
-                model, save_directory, *args, state_dict=state, **kwargs
+            return call_replaced(
+                model, "save_pretrained", own, save_directory, *args, state_dict=state, **kwargs
             )
     finally:
         if tied is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from lorakit.adapters.installed import (
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.replaced_methods import replace_method, restore_method
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.adapters.statistics import (
     first_changed,
@@ -487,10 +487,7 @@ class Adapters:
         record_statistics(self.model)
         export.guard_loading(self.model)
         for module in self.model.modules():  # also parts of it, such as the backbone
-            if hasattr(module, "save_pretrained"):
-                module.__dict__["save_pretrained"] = functools.partial(
-                    export.save_pretrained, module
-                )
+            replace_method(module, "save_pretrained", export.save_pretrained)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -511,7 +508,7 @@ class Adapters:
         self._is_kept = False
         unwatch(self.model)
         for module in self.model.modules():
-            module.__dict__.pop("save_pretrained", None)
+            restore_method(module, "save_pretrained", export.save_pretrained)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)
