@@ -364,6 +364,17 @@ def test_save_pretrained_of_the_user_is_called_and_kept(tmp_path: Path) -> None:
     assert model.save_pretrained is own
 
 
+@pytest.mark.parametrize("arguments", [(False,), ()], ids=["positional", "keyword"])
+def test_only_the_main_process_writes(arguments: tuple, tmp_path: Path) -> None:
+    """The configuration of a folder with virtual tokens is changed after the model is written."""
+    model = tiny_models.build("llama")
+    attach(model, PrefixLayer(prefix_length=2))
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    model.save_pretrained(tmp_path, *arguments, **({} if arguments else {"is_main_process": False}))
+    assert config.read_text() == "{}"
+
+
 def test_a_save_pretrained_set_while_adapted_is_kept() -> None:
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2))

@@ -79,14 +79,15 @@ def save_pretrained(
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
-        if unmerged:
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if unmerged and is_main_process:
             _prevent_loading(Path(save_directory), unmerged)
 
 
 def _prevent_loading(folder: Path, name: str) -> None:
     """Make `from_pretrained` fail, with the reason, on a folder that holds the base without the adapter."""
     path = folder / CONFIG_NAME
-    if path.exists():  # only the first process writes it
+    if path.exists():
         reason = f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
         storage.write_json(path, {**storage.read_json(path), "transformers_weights": reason})
     _LOG.warning(
