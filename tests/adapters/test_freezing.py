@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+from random_adapters import randomise
 from tiny_models import assert_same_tensors, tensors_of
 from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
-from lorakit.adapters import attach, count_parameters, handle_of, load
+from lorakit.adapters import Adapters, attach, count_parameters, handle_of, load
 from lorakit.errors import AdapterStateError, TargetError
-from lorakit.methods import BitFit, FullFineTuning, LoRA, Method
+from lorakit.methods import BitFit, FullFineTuning, LoRA, Method, PrefixLayer
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -178,6 +180,46 @@ def test_statistics_of_a_model_that_was_cast_and_cast_back_are_unchanged(
     attach(model, LoRA(rank=2, targets="0")).save(tmp_path / "first")
     model.bfloat16().float()
     handle_of(model).save(tmp_path / "second")  # type: ignore[union-attr]
+
+
+TRAINED_ON = {
+    "pissa": LoRA(rank=2, targets="attention.q", init="pissa", train_modules="lm_head"),
+    "vectors": PrefixLayer(prefix_length=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", TRAINED_ON.values(), ids=TRAINED_ON)
+def test_a_trainable_adapter_has_no_tensors_of_16_bits(
+    method: Method, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """An update of 1e-4 would round to nothing; copies of base tensors keep the base's dtype, as with `attach`."""
+    model = tiny_models.build("llama").to(torch.bfloat16)
+    adapters = attach(model, method, dtype=dtype)
+    randomise(adapters)
+    adapters.save(tmp_path / "saved")
+    saved = added_tensors(adapters)
+    adapters.detach()
+    for trainable, expected in ((False, dtype), (True, torch.promote_types(dtype, torch.float32))):
+        adapters = load(model, tmp_path / "saved", name="again", trainable=trainable)
+        found = added_tensors(adapters)
+        assert {tensor.dtype for tensor in found.values()} == {expected}
+        assert_same_tensors({n: t.to(dtype) for n, t in found.items()}, saved)
+        copies = [
+            copy for module in adapters.modules().values() for copy in module.trained.values()
+        ]
+        assert all(copy.dtype == torch.bfloat16 for copy in copies)
+        adapters.detach()
+
+
+def added_tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """Return the tensors that the only adapter adds, without its copies of base tensors."""
+    return {
+        f"{path}.{name}": tensor.detach()
+        for path, module in adapters.modules().items()
+        for name, tensor in module.state_dict().items()
+        if not name.startswith("trained.")
+    }
 
 
 @pytest.mark.parametrize("part", ["", "1"], ids=["whole", "layer"])

@@ -33,6 +33,7 @@ from lorakit.models.dtype_choice import MERGED
 from lorakit.models.layers import base_modules
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops import seeded
+from lorakit.ops.autocast import wide_dtype
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ def load(
         name: Its name on this model; None uses the folder's name, and for RUN/adapter the run's.
         allow_other_base: Load the adapter even if the file records another base, and log a warning.
         alpha: Alpha of a loralib file, which does not record it.
-        trainable: Whether its tensors require a gradient, to continue training.
+        trainable: Whether its tensors require a gradient, to continue training. Tensors of 16 bits that the method
+            adds become float32, as in PEFT and as `attach` makes them: small updates would round to nothing. Copies of
+            base tensors keep the base's dtype.
         tokenizer: The tokenizer that you use with the model. Another one than in training is a warning.
 
     Returns:
@@ -146,6 +149,11 @@ def install(
     trainable: bool = False,
 ) -> InstalledAdapter:
     """Add the modules that `build_modules` returned to the model, without activating the adapter."""
+    if trainable:
+        for module in modules.values():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(wide_dtype(tensor))
     adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
     with torch.no_grad():
         for parameter_name, copy in adapter.trained_tensors().items():
