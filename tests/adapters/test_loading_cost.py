@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from real_tensors import RealTensors
 from torch import nn
 
 import lorakit
+from lorakit import storage
 from lorakit.adapters import handle_of
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats import fingerprint
-from lorakit.errors import WrongBaseError
+from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models.layers import base_modules, is_of_adapter
 
 LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
@@ -76,6 +79,32 @@ def test_loading_visits_no_other_adapter(folder: Path, monkeypatch: pytest.Monke
     lorakit.load(model, folder, name="b")
     handle.remove("b")
     assert not others & {id(module) for module in visited}
+
+
+def test_a_false_size_in_a_small_file_allocates_nothing(tmp_path: Path) -> None:
+    method = lorakit.Combined(methods=(LORA, lorakit.PrefixLayer(prefix_length=2)))
+    model = tiny_models.build("llama")
+    handle = lorakit.attach(model, method, name="x")
+    record = handle.save(tmp_path / "adapter") / "lorakit.json"
+    handle.detach()
+    with RealTensors() as real:
+        lorakit.load(model, tmp_path / "adapter").detach()
+    expected = real.largest
+    content = storage.read_record(record, AdapterFileError)
+    assert '"prefix_length": 2' in json.dumps(content)
+    content = json.loads(
+        json.dumps(content).replace('"prefix_length": 2', '"prefix_length": 999999')
+    )
+    storage.write_record(record, content)
+    with (
+        RealTensors() as real,
+        pytest.raises(
+            AdapterFileError, match=r"shape \(2, 32\), and this model needs \(999999, 32\)"
+        ),
+    ):
+        lorakit.load(model, tmp_path / "adapter")
+    assert 0 < real.largest <= expected
+    assert handle_of(model) is None
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5", "bert"])

@@ -1,14 +1,17 @@
 """Parameter counts without weights, against the paper's tables and the formula r (in + out), and file sizes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from paper_models import paper_model
+from real_tensors import RealTensors
 
 import lorakit
 from lorakit.adapters.summary import count_parameters
+from lorakit.methods import AdapterModule
 from lorakit.methods.lora.method import LoRA
 
 
@@ -18,6 +21,49 @@ def test_counting_builds_no_weights_and_changes_nothing():
     count_parameters(model, LoRA(rank=4, targets="all-linear"))
     assert set(dict(model.named_parameters())) == before
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=8, targets="all-linear", init="pissa"),
+        LoRA(rank=8, targets="mlp", dora=True),
+        lorakit.BottleneckAdapter(size=8),
+        lorakit.PrefixLayer(prefix_length=1000),
+    ],
+    ids=["pissa", "dora", "bottleneck", "vectors"],
+)
+def test_counting_allocates_nothing_and_draws_no_random_numbers(method):
+    model = tiny_models.build("llama")
+    state = torch.get_rng_state()
+    with RealTensors() as real:
+        counts = count_parameters(model, method)
+    assert real.largest == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    adapters = lorakit.attach(model, method)
+    assert counts == adapters.summary().counts
+
+
+@dataclass(frozen=True)
+class AsWideAsTheWeight:
+    """Train as many numbers as the weight has entries above zero."""
+
+    def modules(self, model, dtype=None):
+        module = AdapterModule()
+        count = int((model.lm_head.weight > 0).sum())
+        module.numbers = torch.nn.Parameter(torch.randn(count, dtype=dtype))
+        return {"lm_head": module}
+
+    def trained_parameters(self, model):
+        return []
+
+
+def test_a_method_that_reads_numbers_is_counted_too():
+    model = tiny_models.build("llama")
+    state = torch.get_rng_state()
+    counts = count_parameters(model, AsWideAsTheWeight())
+    assert counts.trainable == int((model.lm_head.weight > 0).sum())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lorakit.adapters.handle import Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
+from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
 from lorakit.methods.lora.forms import LoralibConvForm
@@ -252,17 +253,15 @@ def _build_other_modules(
     model: nn.Module, stored: StoredAdapter, origin: str
 ) -> dict[str, AdapterModule]:
     """Return the modules of methods other than LoRA: built by the method, then filled with the file's tensors."""
-    modules: dict[str, AdapterModule] = {}
     others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
-    if others:
-        devices = (parameter.device for parameter in model.parameters())
-        # The initial values are overwritten. The state of the global generator stays.
-        with seeded(0, devices):
-            for part in others:
-                modules.update(part.modules(model))
-    for path in {**modules, **stored.modules}:
-        expected = modules[path].state_dict() if path in modules else {}
-        in_file = stored.modules.get(path, {})
+    # Compare before anything is allocated: an untrusted file may state any size.
+    shapes = {
+        path: module.state_dict()
+        for part in others
+        for path, module in fake_modules(part, model).items()
+    }
+    for path in {**shapes, **stored.modules}:
+        expected, in_file = shapes.get(path, {}), stored.modules.get(path, {})
         if expected.keys() != in_file.keys():
             raise AdapterFileError(
                 f"{origin} holds {_listed(in_file)} for '{path}', and {type(stored.method).__name__} needs "
@@ -274,8 +273,16 @@ def _build_other_modules(
                     f"{origin}: '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model needs "
                     f"{tuple(expected[name].shape)}. Load it on the base it was trained on."
                 )
-        tensors = {name: t.to(expected[name].device, copy=True) for name, t in in_file.items()}
-        modules[path].load_state_dict(tensors, assign=True)  # in the file's dtype
+    modules: dict[str, AdapterModule] = {}
+    if others:
+        # The initial values are overwritten. The state of the global generator stays.
+        with seeded(0, (parameter.device for parameter in model.parameters())):
+            for part in others:
+                modules.update(part.modules(model))
+    for path, module in modules.items():
+        in_file = stored.modules.get(path, {})
+        tensors = {name: t.to(shapes[path][name].device, copy=True) for name, t in in_file.items()}
+        module.load_state_dict(tensors, assign=True)  # in the file's dtype
     return modules
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from lorakit.adapters.formats.layout import peft_differs_on
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
 from lorakit.formatting import percentage, size
+from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.forms import NotExpressibleError
@@ -112,13 +113,13 @@ def _layer_bytes(layer: LoRALayer, *, for_peft: bool) -> int:
 def count_parameters(model: nn.Module, method: Method) -> Counts:
     """Count the parameters that `method` would train on `model`, which is not changed.
 
-    The model may be on the meta device.
+    It allocates no tensors and draws no random numbers. The model may be on the meta device.
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
         ConfigurationError: A setting does not fit the model.
     """
-    modules = method.modules(model)
+    modules = fake_modules(method, model)
     by_layer = Counter(
         {path: sum(p.numel() for p in m.parameters()) for path, m in modules.items()}
     )
