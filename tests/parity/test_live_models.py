@@ -13,7 +13,7 @@ import torch
 from covering_array import Case, fresh_model
 from logits import assert_differ, assert_same, randomise
 
-from lorakit import LoRA, attach, from_peft
+from lorakit import LoRA, attach, from_peft, load
 
 FOLDERS = {
     "llama": LoRA(rank=2, alpha=3.0, targets="all-linear", rank_pattern={"down_proj": 3}),
@@ -68,7 +68,7 @@ def test_from_peft_converts_a_live_model(case: Case):
 
 
 @pytest.mark.parametrize("arch", ["gemma", "smollm3"])
-def test_from_peft_with_tied_adapters(arch: str):
+def test_tied_adapters_of_peft(arch: str, tmp_path):
     """PEFT's ensure_weight_tying uses one pair of factors for the table and the tied head."""
     model = fresh_model(arch, "causal-lm")
     batch = tiny_models.example_batch(arch, model)
@@ -79,6 +79,10 @@ def test_from_peft_with_tied_adapters(arch: str):
     adapted = peft_models.adapt(fresh_model(arch, "causal-lm"), config)
     expected = adapted(**batch).logits
     assert_differ(expected, base)
+    with peft_models.expected_peft_warnings():
+        adapted.save_pretrained(tmp_path / "adapter")
+    load(model, tmp_path / "adapter")
+    assert_same(model(**batch).logits, expected)
     with peft_models.expected_peft_warnings():
         handle = from_peft(adapted)
     assert_same(handle.model(**batch).logits, expected)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.formats.layout import parameter_names
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.layers import base_modules
@@ -241,6 +242,10 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
     targets = {path for path in modules if config.is_target(path)}
+    if options.get("ensure_weight_tying"):
+        for first, others in parameter_names(model).aliases.items():
+            tied = {name.removesuffix(".weight") for name in (first, *others)}
+            targets |= tied if tied & targets else set()
     attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
     return targets | {f"{path}.out_proj" for path in attention}
 
