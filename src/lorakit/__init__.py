@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from lorakit import metrics
     from lorakit.adapters.attach import attach
     from lorakit.adapters.handle import Adapters
-    from lorakit.adapters.loading import from_peft, load
+    from lorakit.adapters.loading import load
+    from lorakit.adapters.peft_model import from_peft
     from lorakit.adapters.summary import count_parameters
     from lorakit.data.data_config import DataConfig
     from lorakit.errors import LorakitError
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapters": "lorakit.adapters.handle",
     "attach": "lorakit.adapters.attach",
-    "from_peft": "lorakit.adapters.loading",
+    "from_peft": "lorakit.adapters.peft_model",
     "load": "lorakit.adapters.loading",
     "count_parameters": "lorakit.adapters.summary",
     "DataConfig": "lorakit.data.data_config",

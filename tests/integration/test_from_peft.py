@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.errors import AdapterStateError, LorakitError
+from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
 
 pytestmark = [
     # PEFT uses a name that transformers deprecates.
@@ -127,6 +127,132 @@ def test_what_cannot_be_taken_over() -> None:
     with pytest.raises(LorakitError, match="IA3"):
         lorakit.from_peft(other)
     assert torch.equal(logits(other), before)
+
+
+# --- what is refused leaves the PEFT model as it was -------------------------------------------------
+
+
+def assert_refused(model: peft.PeftModel, error: type[LorakitError], message: str) -> None:
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        lorakit.from_peft(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert dict(model.named_modules()) == modules
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_embedding_and_a_head_that_were_trained_apart() -> None:
+    """The base ties them, so it could hold only one of the two."""
+    config = peft.LoraConfig(
+        r=2, target_modules=TARGETS, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    model = peft.get_peft_model(tiny_models.build("llama", tie_word_embeddings=True), config)
+    randomise(model)
+    assert_refused(model, AdapterFileError, "apart, but they are one tensor in this model")
+
+
+def test_a_convolution_that_peft_computes_otherwise() -> None:
+    base = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+    assert_refused(model, AdapterFileError, "PEFT's convolution always pads with zeros")
+
+
+def test_an_adapter_of_which_peft_saves_a_part() -> None:
+    """PEFT leaves out `.mlp.down_proj` of one adapter, because another is named `mlp`."""
+    model = peft_model()
+    model.add_adapter("mlp", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert_refused(model, AdapterFileError, r"no tensors for 'model\.layers\.0\.mlp\.down_proj'")
+
+
+def test_active_adapters_that_cannot_be_mixed() -> None:
+    model = peft_model()
+    model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
+    model.base_model.set_adapter(["default", "dora"])
+    assert_refused(model, AdapterStateError, "'dora' .* not linear in a weight")
+    model.set_adapter("dora")
+    assert lorakit.from_peft(model).active == {"dora": 1.0}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_scaling_that_was_changed(use_rslora: bool) -> None:
+    model = peft_model(use_rslora=use_rslora)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    layer.set_scale("default", 0.5)
+    message = r"'default' has the scaling .* on '.*layers\.1\.mlp\.down_proj'.*activate\(\{'default': 0\.5\}\)"
+    assert_refused(model, AdapterStateError, message)
+    layer.set_scale("default", 1)
+    expected = logits(model)
+    torch.testing.assert_close(logits(lorakit.from_peft(model).model), expected, atol=1e-5, rtol=0)
+
+
+def test_adapters_that_are_disabled_on_some_layers() -> None:
+    model = peft_model()
+    model.base_model.model.model.layers[1].mlp.down_proj.enable_adapters(False)
+    assert_refused(model, AdapterStateError, "Some layers .* have their adapters disabled")
+
+
+def test_a_layer_that_has_no_place_for_adapters() -> None:
+    base = tiny_models.build("llama")
+    base.model.layers[1].mlp.down_proj.adapters = "mine"
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=TARGETS))
+    assert_refused(model, AdapterStateError, "already has an attribute named 'adapters'")
+
+
+# --- the state of the PEFT model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_disabled_adapters_stay_disabled(settings: dict) -> None:
+    model = peft_model(**settings)
+    active = logits(model)
+    model.base_model.disable_adapter_layers()
+    expected = logits(model)
+    adapters = lorakit.from_peft(model)
+    assert adapters.active == {}
+    torch.testing.assert_close(logits(adapters.model), expected, atol=1e-5, rtol=0)
+    adapters.activate("default")
+    torch.testing.assert_close(logits(adapters.model), active, atol=1e-5, rtol=0)
+
+
+def test_names_that_lorakit_cannot_use_are_changed(caplog: pytest.LogCaptureFixture) -> None:
+    """`base` is an attribute of the module that holds a layer's adapters."""
+    model = peft_model()
+    for seed, name in enumerate(("base", "a b", "a_b")):
+        model.add_adapter(name, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+        randomise(model, seed)
+    model.set_adapter("base")
+    expected = logits(model)
+    adapters = lorakit.from_peft(model)
+    assert adapters.names == ("default", "base_adapter", "a_b_2", "a_b")
+    assert adapters.active == {"base_adapter": 1.0}
+    torch.testing.assert_close(logits(adapters.model), expected, atol=1e-5, rtol=0)
+    notices = [record.getMessage() for record in caplog.records]
+    assert "base: lorakit cannot use this name, so the adapter is named 'base_adapter'." in notices
+    assert sum("cannot use this name" in notice for notice in notices) == 2
+
+
+def test_a_frozen_adapter_named_like_a_module_stays_frozen() -> None:
+    """The names of the base's trainable biases contain the adapter's name."""
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny_models.build("gpt2"), config)
+    frozen = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model.add_adapter("mlp", frozen)
+    assert any(".mlp." in name and p.requires_grad for name, p in model.named_parameters())
+    adapters = lorakit.from_peft(model)
+    assert adapters.trainable_parameters("default")
+    with pytest.raises(AdapterStateError, match="'mlp' is frozen"):
+        adapters.trainable_parameters("mlp")
+
+
+def test_biases_that_were_trained_in_place_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny_models.build("gpt2"), config)
+    lorakit.from_peft(model)
+    assert any("trained the biases of the base itself" in r.getMessage() for r in caplog.records)
 
 
 def test_a_merged_one_is_refused_or_given_its_base_back() -> None:

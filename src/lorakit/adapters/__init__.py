@@ -2,7 +2,8 @@
 
 from lorakit.adapters.attach import attach
 from lorakit.adapters.handle import Adapters, handle_of
-from lorakit.adapters.loading import from_peft, load
+from lorakit.adapters.loading import load
+from lorakit.adapters.peft_model import from_peft
 from lorakit.adapters.summary import Counts, Summary, count_parameters
 
 __all__ = [

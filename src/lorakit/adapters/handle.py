@@ -49,9 +49,11 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
-from lorakit.models.quantised import require_exact_layers
 
 _LOG = logging.getLogger(__name__)
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""A name that an adapter can have, unless it is an attribute (`is_attribute`)."""
 
 _HANDLE = "_lorakit_adapters"
 
@@ -401,7 +403,7 @@ class Adapters:
     def check_can_add(self, name: str) -> None:
         """Reject an invalid or taken name, and any addition while an adapter is merged."""
         self._refuse_merged("add another adapter")
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise ConfigurationError(
                 f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
             )
@@ -444,7 +446,6 @@ class Adapters:
 
         The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
         """
-        require_exact_layers(self.model)
         is_first = handle_of(self.model) is None
         if is_first:
             self._set_up_model()

@@ -27,7 +27,7 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS, base_modules
 from lorakit.models.parameter_swaps import buffers_for
-from lorakit.models.quantised import QuantisedWeight, quantised_weight
+from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 
 _LOG = logging.getLogger(__name__)
 
@@ -137,10 +137,10 @@ def install(
         activation: The active adapters of the model.
 
     Raises:
-        ConfigurationError: A base tensor to be trained is quantised.
-        AdapterStateError: A layer already has another attribute named `adapters`, or accelerate has offloaded it.
+        ConfigurationError: As for `check_installable`.
+        AdapterStateError: As for `check_installable`.
     """
-    refuse_quantised(model, trained_names)
+    check_installable(model, modules, trained_names)
     installed = InstalledAdapter(name, method, modules)
     names_of: dict[int, list[str]] = {}  # a tied parameter has several, which share one copy
     seen: set[tuple[int, str]] = set()
@@ -161,9 +161,6 @@ def install(
             path, _, attribute = parameter_name.rpartition(".")
             modules.setdefault(path, AdapterModule()).add_trained(attribute, copy)
     layers = {path: model.get_submodule(path) for path in modules}
-    for path, layer in layers.items():  # check all before the first change
-        check_free(path, layer)
-    _refuse_offloaded(model, modules)
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )
@@ -185,13 +182,33 @@ def install(
     return installed
 
 
-def _refuse_offloaded(model: nn.Module, modules: dict[str, AdapterModule]) -> None:
-    """Reject an adapter's tensors on the meta device, unless the whole model is only planned there.
+def check_installable(
+    model: nn.Module, modules: dict[str, AdapterModule], trained_names: list[str]
+) -> None:
+    """Check whether `install` can add an adapter's modules and trained copies; nothing is changed.
+
+    Raises:
+        ConfigurationError: A base tensor to be trained is quantised.
+        AdapterStateError: A layer already has another attribute named `adapters`, or accelerate has offloaded it.
+    """
+    require_exact_layers(model)
+    refuse_quantised(model, trained_names)
+    tensors: dict[str, Tensor | None] = {p: next(m.parameters(), None) for p, m in modules.items()}
+    for name in trained_names:
+        path, _, attribute = name.rpartition(".")
+        tensors[path] = base_parameter(model.get_submodule(path), attribute)
+    for path in tensors:
+        check_free(path, model.get_submodule(path))
+    _refuse_offloaded(model, tensors)
+
+
+def _refuse_offloaded(model: nn.Module, tensors: dict[str, Tensor | None]) -> None:
+    """Reject an adapter's tensors, by layer, on the meta device, unless the whole model is only planned there.
 
     accelerate brings the weights of a layer back for each call, but not those of the adapter.
     """
-    tensors = ((path, next(module.parameters(), None)) for path, module in modules.items())
-    path = next((path for path, tensor in tensors if tensor is not None and tensor.is_meta), None)
+    offloaded = (path for path, tensor in tensors.items() if tensor is not None and tensor.is_meta)
+    path = next(offloaded, None)
     if path is not None and any(hasattr(module, "_hf_hook") for _, module in base_modules(model)):
         raise AdapterStateError(
             f"accelerate has offloaded '{path}' (device_map, cpu_offload or disk_offload), and an adapter's tensors "

@@ -1,10 +1,9 @@
-"""Load an adapter from disk, or from a live PEFT model, onto a model."""
+"""Load an adapter from disk onto a model."""
 
 from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -19,9 +18,9 @@ from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.handle import Adapters, is_attribute
+from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter
-from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError, nearest
+from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
@@ -108,8 +107,14 @@ def default_name(path: str | Path) -> str:
     word = path.stem if path.is_file() else path.name
     if word == "adapter" and path.is_dir():
         word = path.parent.name
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-") or "adapter"
-    return f"{name}_adapter" if is_attribute(name) else name
+    return usable_name(word)
+
+
+def usable_name(word: str) -> str:
+    """Return a word as a name that an adapter can have; a word that is one stays."""
+    if ADAPTER_NAME.fullmatch(word) is None:
+        word = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-") or "adapter"
+    return f"{word}_adapter" if is_attribute(word) else word
 
 
 def put_on(
@@ -162,60 +167,6 @@ def install(
     for parameter in adapter.parameters():
         parameter.requires_grad_(trainable and parameter.is_floating_point())
     return adapter
-
-
-def from_peft(peft_model: Any) -> Adapters:
-    """Convert a live PEFT model: restore its base's own modules and attach its adapters with lorakit.
-
-    Args:
-        peft_model: A `peft.PeftModel` with one or more unmerged LoRA adapters. It cannot be used afterwards.
-
-    Returns:
-        The handle of the base model, ``handle.model``, with the same active adapters.
-
-    Raises:
-        AdapterFileError: An adapter uses an option of PEFT that lorakit does not support.
-        AdapterStateError: The model has no PEFT adapter, or a merged one.
-    """
-    names = list(getattr(peft_model, "peft_config", {}))
-    if not names or not hasattr(peft_model, "unload"):  # transformers has a peft_config of its own
-        raise AdapterStateError(
-            f"{type(peft_model).__name__} has no PEFT adapter. Pass the model that get_peft_model or "
-            "PeftModel.from_pretrained returned."
-        )
-    if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
-        raise AdapterStateError(
-            "The PEFT model has an adapter merged into its weights, and PEFT can only unmerge it by subtraction, which "
-            "rounds. Call unmerge_adapter() first, or reload the base and the adapter's folder."
-        )
-    active = list(peft_model.active_adapters)
-    trainable = [n for n, p in peft_model.named_parameters() if p.requires_grad]
-    with tempfile.TemporaryDirectory() as folder:
-        peft_model.save_pretrained(folder, selected_adapters=names)
-        stored = {
-            name: formats.read(Path(folder) if name == "default" else Path(folder, name))
-            for name in names
-        }
-    _restore_originals(peft_model)
-    base = peft_model.unload()
-    for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
-        parameter.requires_grad_(parameter.is_floating_point())
-    for name in names:
-        for notice in stored[name].notices:
-            _LOG.warning("%s: %s", name, notice)
-        put_on(base, stored[name], name=name, trainable=any(f".{name}." in n for n in trainable))
-    handle = handle_for(base)
-    handle.activate(dict.fromkeys(active, 1.0))
-    return handle
-
-
-def _restore_originals(peft_model: nn.Module) -> None:
-    """Restore the modules that PEFT trains copies of (modules_to_save); PEFT's unload keeps the copies."""
-    for path, wrapper in list(peft_model.named_modules()):
-        original = getattr(wrapper, "original_module", None)
-        if isinstance(original, nn.Module) and hasattr(wrapper, "modules_to_save"):
-            parent, _, name = path.rpartition(".")
-            setattr(peft_model.get_submodule(parent), name, original)
 
 
 def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[str, AdapterModule]:
