@@ -60,7 +60,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
     get_decoder = getattr(model, "get_decoder", None)
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     parts = [model, get_decoder()] if get_decoder and is_pair else [model]
-    embeddings = [_input_embeddings(part) for part in parts]
+    embeddings = [input_embeddings(part) for part in parts]
     called: set[str] = set()
     for at in modules:
         if tied := _called_instead(at):
@@ -108,7 +108,8 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
     ]
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that embeds the input, or None if the model has none."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         return getter() if getter else None

@@ -16,6 +16,7 @@ import torch
 from at_rest import adapter, linear, numbers, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedModel
 
 import lorakit
 from lorakit.adapters import formats
@@ -243,6 +244,53 @@ def test_the_table_that_peft_saves_along_is_held_against_the_models(tmp_path):
     stored = read_peft(tmp_path)
     with pytest.raises(AdapterFileError, match=r"model\.resize_token_embeddings\(99\)"):
         formats.check_targets(stored, tmp_path, tiny_models.build("llama", vocab_size=50))
+
+
+def modernbert() -> PreTrainedModel:
+    settings = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = ModernBertConfig(vocab_size=99, **settings, pad_token_id=0, attention_dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ModernBertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build", [modernbert, lambda: tiny_models.build("phi")], ids=["modernbert", "phi"]
+)
+def test_a_resized_embedding_loads_under_every_name(build, tmp_path):
+    """ModernBERT has `tok_embeddings`; Phi's head has a bias, which grows too."""
+    ids = torch.arange(3, 17).view(2, 7)
+    theirs, ours = build(), build()
+    for model in (theirs, ours):
+        model.resize_token_embeddings(104, mean_resizing=False)
+    with torch.no_grad():
+        theirs.get_input_embeddings().weight += 0.1
+        if (head := theirs.get_output_embeddings()) is not None:
+            head.bias += 0.1
+    targets = ["Wqkv"] if build is modernbert else ["q_proj"]
+    with speaking_peft():
+        wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=targets))
+        wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    lorakit.load(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, wrapped(ids).logits)
+
+
+def test_a_base_weight_that_the_options_do_not_train(tmp_path, sound):
+    folder = shutil.copytree(sound, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors, name = load_file(file), f"{PREFIX}body.2.weight"
+    save_file({**tensors, name: Net().body[2].weight.detach()}, file)
+    stored = read_peft(folder)
+    formats.check_targets(stored, folder, Net())
+    assert not stored.base_copies
+    assert "body.2.weight" not in stored.trained
+    save_file({**tensors, name: numbers(8, 8)}, file)
+    with pytest.raises(
+        AdapterFileError, match=r"'body\.2\.weight' that differs .* do not train it"
+    ):
+        formats.check_targets(read_peft(folder), folder, Net())
 
 
 def test_an_adapted_layer_without_tensors_and_the_other_way_round(tmp_path):

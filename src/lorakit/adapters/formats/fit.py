@@ -16,6 +16,7 @@ from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
+from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import base_modules
 
 
@@ -59,7 +60,9 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     if stored.base_copies or stored.trained:
         names = parameter_names(model)
         if stored.base_copies:
-            _sort_base_copies(stored, path, names.parameters)
+            _sort_base_copies(
+                stored, path, names.parameters, _embedding_names(model, names.aliases)
+            )
         _list_tied(stored, path, model, names.aliases)
 
 
@@ -73,7 +76,22 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _sort_base_copies(stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor]) -> None:
+def _embedding_names(model: nn.Module, aliases: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Return all names of the parameters of the input and the output embedding."""
+    embeddings = (input_embeddings(model), output_embeddings(model))
+    names = {
+        f"{path}.{attribute}"
+        for path, module in base_modules(model)
+        if any(module is embedding for embedding in embeddings)
+        for attribute in module._parameters
+    }
+    tied = ({first, *others} for first, others in aliases.items())
+    return names.union(*(group for group in tied if group & names))
+
+
+def _sort_base_copies(
+    stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor], embeddings: set[str]
+) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
@@ -81,6 +99,12 @@ def _sort_base_copies(stored: StoredAdapter, path: str | Path, live: Mapping[str
             unknown.append(name)
             continue
         base = live[name]
+        is_explained = name in embeddings or name.rpartition(".")[0] in stored.layers
+        if stored.peft_config is not None and not is_explained and not _same(tensor, base):
+            raise AdapterFileError(
+                f"'{path}' has a '{name}' that differs from the model's, and its options do not train it. Only "
+                "weights of embeddings and of adapted layers may differ. Load it on the base it was trained on."
+            )
         if base.shape != tensor.shape:
             raise AdapterFileError(
                 f"'{path}' has '{name}' with shape {tuple(tensor.shape)}, but the model's has shape "

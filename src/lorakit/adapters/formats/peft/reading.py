@@ -28,15 +28,14 @@ _PART = re.compile(
 )
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
-_TABLES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out")
-"""Last names of input and output embeddings, which PEFT saves if they were resized."""
 
 
 def read_peft(folder: str | Path) -> StoredAdapter:
     """Read a PEFT LoRA folder.
 
     Every pair of factors must be complete and match the options, and no tensor may remain. Only a
-    live model can show whether the layers exist (`expected_layers`).
+    live model can show whether the layers exist (`expected_layers`), and whether other weights are those of embeddings,
+    which PEFT saves along if they were resized (`check_targets`).
 
     Raises:
         AdapterFileError: The folder is damaged, incomplete or unsafe, or sets an option that lorakit
@@ -191,7 +190,7 @@ class _OtherTensors:
     """The tensors other than factors, classified as PEFT would use them.
 
     Raises:
-        AdapterFileError: PEFT would ignore one of them.
+        AdapterFileError: The options do not explain one of them.
     """
 
     def __init__(
@@ -209,7 +208,7 @@ class _OtherTensors:
                 hint = " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name."
             raise AdapterFileError(
                 f"it holds {len(surplus)} tensors that its options do not explain, the first "
-                f"'{surplus[0]}'.{hint} PEFT would skip them silently."
+                f"'{surplus[0]}'.{hint} Download or save the adapter again."
             )
 
     def _classify(self, key: str) -> bool:
@@ -224,13 +223,13 @@ class _OtherTensors:
             self.saved_modules.add(entry)
             self.trained[name] = tensor
             return True
-        *_, owner, attribute = ("", *name.split("."))
+        owner, _, attribute = key.rpartition(".")
         in_layer = name != key  # the key has a `base_layer`, so it belongs to an adapted layer
         if (self.config.bias == "all" and "bias" in name) or (
             self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
         ):
             self.trained[name] = tensor
-        elif attribute == "weight" and (in_layer or owner in _TABLES):
+        elif owner and attribute in ("weight", "bias") and f"{owner}.weight" in self.tensors:
             self.base_copies[name] = tensor
         else:
             return False
