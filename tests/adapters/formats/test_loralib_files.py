@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import loralib
+import peft
 import pytest
 import tiny_models
 import torch
@@ -267,6 +268,39 @@ def test_what_loralib_saves(tmp_path, bias, names):
         ours = delta(stored.layers[path])
         torch.testing.assert_close(ours.T if path == "table" else ours, change, rtol=0, atol=1e-5)
         assert stored.layers[path].rank == 2
+
+
+def test_a_file_without_weights_converts_to_a_folder_of_peft(tmp_path):
+    """The kinds are assumed from the names; only a base shows them."""
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(11, 6), "embed_out": nn.Linear(6, 11)})
+    theirs = nn.ModuleDict(
+        {"embed_tokens": loralib.Embedding(11, 6, r=2), "embed_out": loralib.Linear(6, 11, r=2)}
+    )
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    state = {name: numbers(*t.shape) for name, t in loralib.lora_state_dict(theirs).items()}
+    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=3)
+    assert {path: layer.kind for path, layer in stored.layers.items()} == {
+        "embed_tokens": "embedding",
+        "embed_out": "linear",
+    }
+    assert any("does not record the kinds of its layers" in notice for notice in stored.notices)
+    formats.write(stored, tmp_path / "folder")
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "folder")
+    factors = state["embed_tokens.lora_A"], state["embed_tokens.lora_B"]
+    ids = torch.arange(11)
+    expected = model["embed_tokens"].get_base_layer()(ids) + 1.5 * (factors[1] @ factors[0]).T
+    torch.testing.assert_close(adapted.base_model.model["embed_tokens"](ids), expected)
+
+
+@pytest.mark.parametrize("assumed", ["linear", "embedding"])
+def test_the_base_shows_the_kinds(assumed, tmp_path):
+    state = loralib.lora_state_dict(random_net())
+    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=3)
+    stored.layers = {path: replace(layer, kind=assumed) for path, layer in stored.layers.items()}
+    formats.check_targets(stored, tmp_path, random_net(lora=False))
+    kinds = {path: layer.kind for path, layer in stored.layers.items()}
+    assert kinds == {"table": "embedding", "fc": "linear", "conv": "conv-loralib"}
+    assert not any("kinds of its layers" in notice for notice in stored.notices)
 
 
 def test_a_file_of_a_whole_model(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
+from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -57,6 +58,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             )
     elif stored.base is None:  # a loralib file records no base
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
+        stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
     if stored.base_copies or stored.trained:
         names = parameter_names(model)
         if stored.base_copies:
@@ -67,11 +69,13 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
-    """Return the layer with the kind of the live one: loralib's names do not show it, so `read` assumes linear."""
-    is_linear = isinstance(layer.form, LinearForm)
-    if is_linear and isinstance(live, nn.Embedding):
+    """Return the layer with the kind of the live one, which a loralib file without weights does not show."""
+    if live is None or layer.kind not in (LinearForm.kind, EmbeddingForm.kind):
+        return layer
+    if isinstance(live, nn.Embedding):
         return replace(layer, kind=EmbeddingForm.kind, transposed=False)
-    if is_linear and isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    layer = replace(layer, kind=LinearForm.kind)
+    if isinstance(live, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return layer.as_loralib_conv(live.weight.shape)
     return layer
 

@@ -22,11 +22,20 @@ from lorakit.models.roles import RowSlice
 
 EnableLora = Mapping[str, Sequence[bool]]
 
+ASSUMED_KINDS = (
+    "The file does not record the kinds of its layers. Those named like an embedding count as embeddings, all others "
+    "as linear layers. If one is of another kind, such as a convolution, PEFT cannot load a folder made from this "
+    "file. Then load the file on its base and save it: lorakit.load(model, FILE, alpha=...).save(FOLDER)."
+)
+"""Notice about a file without weights; `check_targets`, which has the model, removes it."""
+
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])")
 _DEBERTA_OLD = re.compile(r"(?P<start>.+\.)(?P<name>\w+)_lora_(?P<factor>[ab])\.weight")
 _GPT2_FIRST = re.compile(
     r"(?P<start>.+\.attn)\.(?P<letter>[qkv])_proj_adapter(?P<factor>[12])\.weight"
 )
+_TABLE = re.compile(r"(^|[._])(?!\w*_(out|proj)$)(wte|wpe|embed\w*|\w*embeddings?)$")
+"""End of the path of an embedding table."""
 _GPT2_FUSED = "c_attn"
 _GPT2_BASE_NAMES = {"g": "weight", "w": "weight", "b": "bias"}
 """OpenAI's names of GPT-2's parameters -> those of transformers: g and b are of a norm, w and b of a Conv1D."""
@@ -130,13 +139,15 @@ def _layer(
     n_in, n_out = A.shape[1], B.shape[0]
     rank = B.shape[1]
     weight = others.get(f"{layer_path}.conv.weight", others.get(f"{layer_path}.weight"))
+    is_table = _TABLE.search(layer_path) is not None
     options: dict[str, Any] = {"kind": "linear"}
-    if weight is not None and weight.ndim > 2:
+    if weight is None and is_table:
+        options = {"kind": "embedding"}
+    elif weight is not None and weight.ndim > 2:
         options = {"kind": "conv-loralib", "weight_shape": tuple(weight.shape)}
         rank = A.shape[0] // weight.shape[-1]
     elif weight is not None and tuple(weight.shape) == (n_in, n_out) != (n_out, n_in):
         # Stored as (in, out): GPT-2's layout, or an embedding table, which its name shows.
-        is_table = re.search(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?)$", layer_path) is not None
         options = {"kind": "embedding"} if is_table else {"kind": "linear", "transposed": True}
     else:
         weight_rows = None if weight is None else _rows_of(weight, A)
@@ -239,6 +250,8 @@ def _adapter(
         bias = "lora_only" if of_adapted_layers else "all"
     rank, _ = Counter(layer.rank for layer in layers.values()).most_common(1)[0]
     notices = rank_notices(layers)
+    if not copies and any(not layer.slices for layer in layers.values()):
+        notices.append(ASSUMED_KINDS)
     if copies:
         notices.append(
             "The file holds a whole model; its base weights are only compared with the model's."
