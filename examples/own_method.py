@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import ConfigurationError
 from lorakit.methods import AdapterModule
 from lorakit.methods.trained import modules_named, parameters_below
+from lorakit.models.layers import weight_shape
 from lorakit.models.roles import resolve_targets
 
 
@@ -30,8 +32,14 @@ class IA3:
     def modules(
         self, model: nn.Module, dtype: torch.dtype = torch.float32
     ) -> dict[str, AdapterModule]:
-        places = resolve_targets(model, tuple(self.targets))
-        return {place.path: Scale(model.get_submodule(place.path), dtype) for place in places}
+        modules = {}
+        for place in resolve_targets(model, tuple(self.targets)):
+            if place.slice is not None:  # some rows of a fused projection, such as k of q, k and v
+                raise ConfigurationError(
+                    f"IA3 cannot scale a slice of '{place.path}'. Choose other targets."
+                )
+            modules[place.path] = Scale(model.get_submodule(place.path), dtype)
+        return modules
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         return parameters_below(model, modules_named(model, self.train_modules))
@@ -46,7 +54,7 @@ class Scale(AdapterModule):
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.vector = nn.Parameter(
-            torch.ones(layer.out_features, dtype=dtype, device=layer.weight.device)
+            torch.ones(weight_shape(layer)[0], dtype=dtype, device=layer.weight.device)
         )
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:

@@ -126,6 +126,22 @@ def test_a_class_of_the_running_program(tmp_path: Path) -> None:
     assert torch.equal(other(**batch).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("arch", "targets"), [("gpt-neox", ("attention.k",)), ("phi3", ("mlp.up",))]
+)
+def test_the_example_does_not_scale_the_other_rows_of_a_fused_projection(arch, targets) -> None:
+    with pytest.raises(ConfigurationError, match="IA3 cannot scale a slice of"):
+        attach(tiny_models.build(arch), use_method(NAME)(targets=targets))
+
+
+def test_the_example_scales_the_output_of_a_conv1d() -> None:
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, use_method(NAME)(targets=("mlp.up",)))
+    widths = {len(module.vector) for module in adapters.modules().values()}
+    assert widths == {model.transformer.h[0].mlp.c_fc.nf}
+    model(**tiny_models.example_batch("gpt2", model))
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnOutput:
     """Puts a module of a given class on one layer."""
