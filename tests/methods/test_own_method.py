@@ -176,6 +176,35 @@ def test_a_module_without_weights_is_not_merged(tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path)
 
 
+class Counts(AdapterModule):
+    """Has a counter, which an adapter's file cannot hold."""
+
+    persistent = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.register_buffer("steps", torch.tensor(0), persistent=self.persistent)
+
+    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
+        return output + self.offset
+
+
+class CountsForNow(Counts):
+    persistent = False
+
+
+def test_a_tensor_that_no_file_can_hold_is_refused_before_training() -> None:
+    model = tiny_models.build("llama")
+    with pytest.raises(
+        ConfigurationError, match=r"Counts on .* has the tensor 'steps' of int64.*persistent=False"
+    ):
+        attach(model, OnOutput(kind=Counts))
+    assert not any("adapters" in name for name in model.state_dict())
+    (tensors,) = attach(model, OnOutput(kind=CountsForNow)).stored().modules.values()
+    assert list(tensors) == ["offset"]
+
+
 def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:
     (tmp_path / "their_package.py").write_text(FILE.read_text())
     monkeypatch.syspath_prepend(tmp_path)

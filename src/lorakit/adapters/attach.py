@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.statistics import layers_with_statistics
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method
+from lorakit.methods.module import AdapterModule
+from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.ops import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def attach(
         trained_names = method.trained_parameters(handle.model)
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
+        _require_storable(modules)
         handle.add(name, method, modules, trained_names)
     handle.activate(name)
     if (layer := next(layers_with_statistics(handle.model), None)) is not None:
@@ -66,6 +70,18 @@ def attach(
             layer[0],
         )
     return handle
+
+
+def _require_storable(modules: Mapping[str, AdapterModule]) -> None:
+    """Reject tensors that `save` could not write, before they are trained."""
+    for path, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            if tensor.dtype not in FLOATS:
+                raise ConfigurationError(
+                    f"{type(module).__name__} on '{path}' has the tensor '{name}' of {dtype_name(tensor.dtype)}, and "
+                    f"an adapter's file holds {', '.join(map(dtype_name, FLOATS))}. Register it as a buffer with "
+                    "persistent=False, or as float32."
+                )
 
 
 def handle_for(model: nn.Module) -> Adapters:

@@ -35,6 +35,8 @@ class AdapterModule(nn.Module):
 
     A layer is any module of the base: a projection, a norm, a dropout, a whole block.
 
+    Parameters and persistent buffers are saved in the adapter's file, so they must be floating-point tensors.
+
     A plain `AdapterModule` only holds trained copies of its layer's own parameters (`trained`: a bias, a whole
     classification head). Subclasses add an effect on the output.
     """
