@@ -88,6 +88,15 @@ def test_per_sample_is_local_to_its_thread(toy, x, expected, other_thread) -> No
     assert torch.equal(model(x), expected["a"])
 
 
+def test_spans_may_come_from_an_iterator(toy, x, expected) -> None:
+    model, adapters = toy
+    adapters.activate(None)
+    with adapters.per_token(zip(["a", "b"], [3, 3], strict=True)):
+        output = model(x)
+    torch.testing.assert_close(output[0], expected["a"][0])
+    torch.testing.assert_close(output[1], expected["b"][1])
+
+
 def test_per_token_is_local_to_its_thread(toy, x, expected, other_thread) -> None:
     model, adapters = toy
     adapters.activate("a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -113,8 +113,9 @@ def choice_by_row(rows: Sequence[AdapterChoice], repeat: int, get: Get) -> Choic
     return Choice(tuple(_blend(row, get) for row in rows), "row").repeated(repeat)
 
 
-def choice_by_token(spans: Sequence[tuple[AdapterChoice, int]], get: Get) -> Choice:
+def choice_by_token(spans: Iterable[tuple[AdapterChoice, int]], get: Get) -> Choice:
     """Return a user's choice for each span of tokens (`Adapters.per_token`)."""
+    spans = tuple(spans)
     for span in spans:
         is_pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
         if not is_pair or type(span[1]) is not int or span[1] < 0:

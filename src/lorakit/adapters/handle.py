@@ -185,7 +185,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def per_token(
-        self, spans: Sequence[tuple[AdapterChoice, int]], *, unchanged: bool = False
+        self, spans: Iterable[tuple[AdapterChoice, int]], *, unchanged: bool = False
     ) -> Iterator[None]:
         """Use a different adapter for each span of tokens, for the length of a `with` block, as `per_sample` does.
 

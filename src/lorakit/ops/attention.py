@@ -178,7 +178,10 @@ _blocks_by_mask: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def mask_cache(mask: Tensor, caches: WeakTensorKeyDictionary) -> dict[Any, Any]:
-    """Return the mutable cache entry of this mask; a new one if the mask was modified since."""
+    """Return the mutable cache entry of this mask; a new one if the mask was modified since.
+
+    A tensor made in `torch.inference_mode` counts no modifications, so such a mask must not be modified.
+    """
     # Inference tensors have no version counter.
     version = 0 if mask.is_inference() else mask._version
     if mask not in caches or caches[mask][0] != version:
