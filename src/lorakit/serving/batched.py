@@ -20,10 +20,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorakit.compute.batching import context_length
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
+from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
 from lorakit.serving.worker import SCORED_ROWS, UNLIMITED, Worker
@@ -51,9 +51,9 @@ class BatchedEngine(Worker):
         queue: int = 256,
         notice: str | None = None,
     ) -> None:
-        context = context_length(model) or UNLIMITED
-        super().__init__(model, tokenizer, Limits(context, queue, running))
-        self.notice = notice
+        context, shortened = context_of(model)
+        limits = Limits(context or UNLIMITED, queue, running)
+        super().__init__(model, tokenizer, limits, notice, shortened)
         self._batch: list[Answer] = []
 
     def _running(self) -> Sequence[Answer]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.compute.batching import collator, context_length
+from lorakit.compute.batching import collator
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
+from lorakit.serving.context import context_of
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
 from lorakit.serving.worker import UNLIMITED, Worker
 from lorakit.tasks import LabelledExample
@@ -51,8 +52,9 @@ class ClassifyingEngine(Worker):
 
     def __init__(self, base: Base, *, running: int, queue: int) -> None:
         assert base.tokenizer is not None
-        context = context_length(base.model) or UNLIMITED
-        super().__init__(base.model, base.tokenizer, Limits(context, queue, running))
+        context, shortened = context_of(base.model)
+        limits = Limits(context or UNLIMITED, queue, running)
+        super().__init__(base.model, base.tokenizer, limits, shortened)
         self._collate = collator(base)
         self._rows: deque[tuple[_Job, int]] = deque()
         self._batch: list[tuple[_Job, int]] = []

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
-from lorakit.compute.batching import context_length
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.answer import Answer
+from lorakit.serving.context import context_of
 from lorakit.serving.engine import Lease, Limits
 from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
@@ -96,8 +96,9 @@ class ContinuousEngine(Worker):
         self._storage = checked_storage(model, cache_bytes, PAGE)
         self._pool = PagePool(self._storage.pages)
         capacity = self._storage.pages * PAGE
-        context = min(context_length(model) or capacity, capacity)
-        super().__init__(model, tokenizer, Limits(context, queue, running))
+        context, shortened = context_of(model)
+        limits = Limits(min(context or capacity, capacity), queue, running)
+        super().__init__(model, tokenizer, limits, shortened)
         self._step_tokens = max(step_tokens, running)
         self._requests: list[_Running] = []
         self._stock = model.config._attn_implementation or "sdpa"

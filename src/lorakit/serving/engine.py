@@ -212,7 +212,7 @@ class Engine(Protocol):
 
     @property
     def notice(self) -> str | None:
-        """Why the model runs on the batched engine, as a sentence for the operator; None without a reason to give."""
+        """What the operator should know, such as why the model runs on the batched engine; None without a notice."""
         ...
 
     @property

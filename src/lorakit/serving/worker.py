@@ -52,15 +52,20 @@ class Worker(ABC):
         model: The base. Nothing else may compute with it until `close`.
         tokenizer: Its tokenizer.
         limits: What the engine can hold.
+        notices: What the operator should know of it. None is left out.
     """
 
     name: str
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        *notices: str | None,
     ) -> None:
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        self.notice: str | None = None
+        self.notice = "; ".join(notice for notice in notices if notice) or None
         self.steps = self.tokens = 0
         self._ends = frozenset(ending_tokens(model, tokenizer))
         self._waiting: FairQueue[Answer] = FairQueue()

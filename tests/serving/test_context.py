@@ -1,0 +1,50 @@
+"""How many tokens a request may have, and that no request of that length changes another's answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import running, send
+from leases import PlainLease
+from test_engines import GREEDY, TOKENIZER, make
+from tiny_models import build
+
+SHORT = 64
+"""Tokens for which LongRoPE uses its short factors."""
+
+
+def longrope_model():
+    """A model whose long factors change every answer."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 6.0, 10.0, 14.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    rope["original_max_position_embeddings"] = SHORT
+    model = build(
+        "phi3",
+        vocab_size=len(TOKENIZER),
+        max_position_embeddings=256,
+        original_max_position_embeddings=SHORT,
+        rope_parameters=rope,
+    )
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("kind", ["continuous", "batched"])
+def test_a_long_request_changes_no_other_answer_under_longrope(kind) -> None:
+    prompt, lease = [5, 6, 7, 8, 9], PlainLease((), TOKENIZER)
+    model = longrope_model()
+    with torch.no_grad():
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    engine = make(kind, model)
+    other = send(engine, [4] * (engine.limits.context - 8), lease, 8, sampling=GREEDY)
+    sent = send(engine, prompt, lease, 8, sampling=GREEDY)
+    with running(engine):
+        assert sent.wait().ids == expected[0, 5:].tolist()
+        assert other.wait().end.reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["continuous", "batched"])
+def test_longrope_limits_the_context_to_its_short_factors(kind) -> None:
+    engine = make(kind, longrope_model())
+    assert engine.limits.context == SHORT
+    assert "at most 64 of the 256 tokens" in engine.notice
