@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 from engines import running, send
 from leases import PlainLease, attach_some
 from test_engines import GREEDY, TOKENIZER, alone, prompts
@@ -76,3 +78,61 @@ def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch, settings)
     assert (answer.ids[0] == 7) == ("forced_bos_token_id" in settings)
     assert scores == pytest.approx([token.logprob for token in answer.tokens], abs=1e-4)
     assert scores != pytest.approx(base, abs=1e-2)
+
+
+_SIZES = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MASKED = {
+    "a chunk": transformers.Llama4TextConfig(
+        **_SIZES,
+        intermediate_size_mlp=32,
+        head_dim=8,
+        attention_chunk_size=48,
+        num_local_experts=2,
+    ),
+    "a window": transformers.PhimoeConfig(**_SIZES, num_local_experts=2, sliding_window=48),
+    "a window of some layers": transformers.Qwen2MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=2,
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=48,
+        max_window_layers=1,
+    ),
+}
+"""Windows that the layers do not pass to the attention. They are longer than the prompts of the engine's trial."""
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_window_that_only_the_mask_has_is_kept(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MASKED[name]).eval()
+    prompt = prompts(1, shortest=60)[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].log_softmax(-1)
+    engine = engine_for(model, TOKENIZER)
+    with running(engine):
+        lease = PlainLease((), TOKENIZER)
+        (token,) = send(engine, prompt, lease, 1, sampling=GREEDY, top_logprobs=0).wait().tokens
+    assert token.logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert engine.name == "batched"
+
+
+def test_a_window_that_no_layer_has_leaves_continuous_batching():
+    settings = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
+    config = transformers.Qwen2Config(**_SIZES, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    engine = engine_for(model, TOKENIZER)
+    assert (engine.name, engine.notice) == ("continuous", None)

@@ -162,6 +162,8 @@ class Step:
     def __init__(self, storage: PagedStorage, parts: Sequence[Part], device: torch.device) -> None:
         self.storage, self.device = storage, device
         self.layer = -1
+        self.windows: set[int | None] = set()
+        """The windows of the layers computed so far."""
         size = storage.size
         tokens = [token for part in parts for token in part.tokens]
         positions = [p for part in parts for p in range(part.past, part.past + len(part.tokens))]
@@ -242,6 +244,7 @@ class Step:
         Returns:
             Shape (1, T, H, width).
         """
+        self.windows.add(window)
         outputs: list[Tensor] = []
         heads = key.shape[1]
         for group in self.groups:

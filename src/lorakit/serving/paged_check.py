@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lorakit.compute.batching import context_length
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.paged_attention import (
     NAME,
@@ -88,7 +89,7 @@ def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
         ids = (torch.tensor([prompt], device=model.device) for prompt in prompts)
         expected = torch.stack([model(input_ids=i, use_cache=False).logits[0, -1] for i in ids])
         model.set_attn_implementation(NAME)
-        found = _over_pages(model, storage, prompts)
+        found, windows = _over_pages(model, storage, prompts)
     except UnsupportedModelError:
         raise
     except Exception as error:  # any model of any library
@@ -96,6 +97,7 @@ def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
     finally:
         model.set_attn_implementation(stock)
         model.train(was_training)
+    _require_windows(model, windows)
     difference = float((found - expected).float().norm() / expected.float().norm())
     if not difference <= LARGEST_DIFFERENCE.get(model.dtype, LARGEST_OF_SHORT):
         raise UnsupportedModelError(
@@ -105,17 +107,44 @@ def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
 
 def _over_pages(
     model: PreTrainedModel, storage: PagedStorage, prompts: Sequence[list[int]]
-) -> Tensor:
-    """Return the scores after each prompt (N, V), computed in three steps: half, all but one token, the last token."""
+) -> tuple[Tensor, set[int | None]]:
+    """Return the scores after each prompt (N, V), and the windows of the layers.
+
+    The scores are computed in three steps: half of each prompt, all but one token, the last token.
+    """
     numbers = iter(range(1, storage.pages + 1))
     pages = [[next(numbers) for _ in range(-(-len(p) // storage.size))] for p in prompts]
     past = [0] * len(prompts)
-    scores = torch.empty(0)
+    scores, windows = torch.empty(0), set[int | None]()
     for stops in zip(*((len(p) // 2, len(p) - 1, len(p)) for p in prompts), strict=True):
         parts = [
             Part(prompt[start:stop], start, own)
             for prompt, start, stop, own in zip(prompts, past, stops, pages, strict=True)
         ]
-        scores = compute(model, Step(storage, parts, model.device))
+        step = Step(storage, parts, model.device)
+        scores = compute(model, step)
+        windows |= step.windows
         past = list(stops)
-    return scores
+    return scores, windows
+
+
+def _require_windows(model: PreTrainedModel, windows: set[int | None]) -> None:
+    """Reject a model whose masks hide keys that its layers would see over pages.
+
+    Such keys are farther away than the trial's prompts are long, so its scores do not show them. Masks are not built
+    for this attention: it needs the window as an argument.
+
+    Args:
+        model: The model.
+        windows: What its layers passed to the attention.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"]
+    if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
+        raise UnsupportedModelError(f"it has layers with {', '.join(unknown)}")
+    window, context = getattr(config, "sliding_window", None), context_length(model)
+    is_used = window is not None and (context is None or window < context)
+    if is_used and "sliding_attention" in kinds and window not in windows:
+        raise UnsupportedModelError(
+            f"its sliding window of {window:,} tokens is in its masks alone"
+        )
