@@ -183,6 +183,8 @@ def test_an_error_in_a_layer_fails_its_request_alone(kind):
 
 
 class BrokenTokenizer:
+    eos_token_id = None
+
     def decode(self, ids, **options):
         raise RuntimeError("broken tokenizer")
 
@@ -271,6 +273,17 @@ def test_stop_texts_and_stop_ids_end_an_answer(kind):
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.end.reason == by_id.end.reason == "stop"
     assert by_id.ids == whole.ids[: whole.ids.index(whole.ids[4]) + 1]
+
+
+def test_the_end_token_of_an_adapters_own_tokenizer_ends_its_answers(kind):
+    model = model_with_adapters()
+    prompt, own = prompts(1)[0], tiny_tokenizer()
+    with running(make(kind, model)) as engine:
+        base = send(engine, prompt, PlainLease((), TOKENIZER), 8, sampling=GREEDY).wait()
+        own.eos_token = own.convert_ids_to_tokens(base.ids[4])
+        found = send(engine, prompt, PlainLease((), own), 8, sampling=GREEDY).wait()
+    assert found.ids == base.ids[: base.ids.index(base.ids[4]) + 1]
+    assert (base.end.reason, found.end.reason) == ("length", "stop")
 
 
 def test_a_cancelled_request_ends_and_the_others_go_on(kind):

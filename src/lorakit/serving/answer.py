@@ -20,7 +20,7 @@ class Answer:
     Args:
         request: The request.
         deliver: Receives the events.
-        ends: Tokens of the base that end a text.
+        ends: Tokens that end a text, besides those of the request.
         wake: Called after `cancel`, from any thread.
     """
 

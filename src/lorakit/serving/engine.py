@@ -120,7 +120,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the answer, besides the base's own."""
+    """Tokens that end the answer, besides those of the model and of the lease's tokenizer."""
     top_logprobs: int | None = None
     """How many of the most likely tokens are reported for each token; None reports no log-probabilities."""
 

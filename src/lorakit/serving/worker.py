@@ -67,7 +67,6 @@ class Worker(ABC):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.notice = "; ".join(notice for notice in notices if notice) or None
         self.steps = self.tokens = 0
-        self._ends = frozenset(ending_tokens(model, tokenizer))
         self._waiting: FairQueue[Answer] = FairQueue()
         self._actions: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._changed = threading.Condition()
@@ -94,7 +93,8 @@ class Worker(ABC):
                 f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "
                 f"context of {self.limits.context}. Shorten the prompt or lower max_tokens."
             )
-        answer = Answer(request, deliver, self._ends, self._wake)
+        ends = frozenset(ending_tokens(self.model, request.lease.tokenizer))
+        answer = Answer(request, deliver, ends, self._wake)
         with self._changed:
             self._require_open()
             if len(self._waiting) >= self.limits.queue:
