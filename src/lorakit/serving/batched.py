@@ -26,7 +26,7 @@ from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import SCORED_ROWS, UNLIMITED, Worker
+from lorakit.serving.worker import SCORED_ROWS, Worker
 
 
 class BatchedEngine(Worker):
@@ -37,6 +37,7 @@ class BatchedEngine(Worker):
         tokenizer: Its tokenizer.
         running: Most requests in a batch.
         queue: Most waiting requests.
+        prompt_tokens: Length of a prompt that a model without a stated context must accept.
         notice: Why the model is computed this way.
     """
 
@@ -49,11 +50,11 @@ class BatchedEngine(Worker):
         *,
         running: int = 16,
         queue: int = 256,
+        prompt_tokens: int | None = None,
         notice: str | None = None,
     ) -> None:
-        context, shortened = context_of(model)
-        limits = Limits(context or UNLIMITED, queue, running)
-        super().__init__(model, tokenizer, limits, notice, shortened)
+        context, bound = context_of(model, tokenizer, prompt_tokens)
+        super().__init__(model, tokenizer, Limits(context, queue, running), notice, bound)
         self._batch: list[Answer] = []
 
     def _running(self) -> Sequence[Answer]:

@@ -18,6 +18,7 @@ def engine_for(
     cache_bytes: int = 2**30,
     running: int = 64,
     queue: int = 256,
+    prompt_tokens: int | None = None,
 ) -> Worker:
     """Return an engine for a model: continuous batching where the model can be computed so, else whole batches.
 
@@ -29,6 +30,7 @@ def engine_for(
         cache_bytes: Memory for keys and values, in continuous batching.
         running: Most requests in a batch.
         queue: Most waiting requests.
+        prompt_tokens: Length of a prompt that a model without a stated context must accept.
 
     Raises:
         BaseModelError: The model generates no text.
@@ -45,7 +47,15 @@ def engine_for(
             cache_bytes=cache_bytes,
             running=running,
             queue=queue,
+            prompt_tokens=prompt_tokens,
         )
     except UnsupportedModelError as reason:
         notice = f"requests are computed in batches that end together, not by continuous batching: {reason}"
-        return BatchedEngine(model, tokenizer, running=min(running, 16), queue=queue, notice=notice)
+        return BatchedEngine(
+            model,
+            tokenizer,
+            running=min(running, 16),
+            queue=queue,
+            prompt_tokens=prompt_tokens,
+            notice=notice,
+        )

@@ -18,7 +18,7 @@ from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
-from lorakit.serving.worker import UNLIMITED, Worker
+from lorakit.serving.worker import Worker
 from lorakit.tasks import LabelledExample
 
 _LOG = logging.getLogger(__name__)
@@ -46,15 +46,17 @@ class ClassifyingEngine(Worker):
         base: A base with a head of classes or a score.
         running: Most rows of a batch.
         queue: Most waiting requests.
+        prompt_tokens: Length of a text that a model without a stated context must accept.
     """
 
     name = "classifying"
 
-    def __init__(self, base: Base, *, running: int, queue: int) -> None:
+    def __init__(
+        self, base: Base, *, running: int, queue: int, prompt_tokens: int | None = None
+    ) -> None:
         assert base.tokenizer is not None
-        context, shortened = context_of(base.model)
-        limits = Limits(context or UNLIMITED, queue, running)
-        super().__init__(base.model, base.tokenizer, limits, shortened)
+        context, bound = context_of(base.model, base.tokenizer, prompt_tokens)
+        super().__init__(base.model, base.tokenizer, Limits(context, queue, running), bound)
         self._collate = collator(base)
         self._rows: deque[tuple[_Job, int]] = deque()
         self._batch: list[tuple[_Job, int]] = []

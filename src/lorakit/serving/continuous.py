@@ -75,6 +75,7 @@ class ContinuousEngine(Worker):
         cache_bytes: Memory for keys and values.
         running: Most requests in a step.
         queue: Most waiting requests.
+        prompt_tokens: Length of a prompt that a model without a stated context must accept.
         step_tokens: Most tokens of a step.
 
     Raises:
@@ -91,14 +92,15 @@ class ContinuousEngine(Worker):
         cache_bytes: int = 2**30,
         running: int = 64,
         queue: int = 256,
+        prompt_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
     ) -> None:
         self._storage = checked_storage(model, cache_bytes, PAGE)
         self._pool = PagePool(self._storage.pages)
         capacity = self._storage.pages * PAGE
-        context, shortened = context_of(model)
-        limits = Limits(min(context or capacity, capacity), queue, running)
-        super().__init__(model, tokenizer, limits, shortened)
+        context, bound = context_of(model, tokenizer, prompt_tokens)
+        limits = Limits(min(context, capacity), queue, running)
+        super().__init__(model, tokenizer, limits, bound)
         self._step_tokens = max(step_tokens, running)
         self._requests: list[_Running] = []
         self._stock = model.config._attn_implementation or "sdpa"

@@ -97,15 +97,15 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
 
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
     assert base.tokenizer is not None
+    limits: dict[str, Any] = {
+        "running": config.max_running,
+        "queue": config.max_queue,
+        "prompt_tokens": config.max_prompt_tokens,
+    }
     if not task.generates:
-        return ClassifyingEngine(base, running=config.max_running, queue=config.max_queue)
-    return engine_for(
-        base.model,
-        base.tokenizer,
-        cache_bytes=bytes_of("cache_memory", config.cache_memory),
-        running=config.max_running,
-        queue=config.max_queue,
-    )
+        return ClassifyingEngine(base, **limits)
+    cache_bytes = bytes_of("cache_memory", config.cache_memory)
+    return engine_for(base.model, base.tokenizer, cache_bytes=cache_bytes, **limits)
 
 
 def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:

@@ -30,9 +30,6 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
-UNLIMITED = 2**20
-"""Context of a model that states none."""
-
 FOLLOWED = 0.01
 """Seconds that an engine waits for a request after a change of the adapters. Most changes install the adapter of one
 that is submitted a moment later, and would else wait for a whole step."""

@@ -14,7 +14,7 @@ class HttpLimits:
     max_body_seconds: float = 30.0
     """Most seconds until a body has arrived."""
     max_prompt_tokens: int | None = None
-    """Most tokens of a prompt. Default: the model's context."""
+    """Most tokens of a prompt. Default: the model's context. Raises the context of a model that states none."""
     max_tokens: int = 4096
     """Most new tokens of an answer. Also the default of a chat, if the context leaves as many."""
     max_choices: int = 16
