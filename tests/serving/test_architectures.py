@@ -11,6 +11,7 @@ from test_engines import GREEDY, TOKENIZER, alone, prompts
 from tiny_models import ENCODER_DECODERS, build
 
 from lorakit.adapters import handle_of
+from lorakit.errors import DataError
 from lorakit.serving.choosing import engine_for
 
 CONTINUOUS = [
@@ -136,3 +137,27 @@ def test_a_window_that_no_layer_has_leaves_continuous_batching():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     engine = engine_for(model, TOKENIZER)
     assert (engine.name, engine.notice) == ("continuous", None)
+
+
+def test_an_encoder_decoder_has_a_context_for_its_input_and_one_for_its_answer():
+    """As in `lorakit generate`. The encoder also reads an end token."""
+    model = build("bart", vocab_size=len(TOKENIZER))
+    model.generation_config.eos_token_id = None
+    attach_some(model, "a")
+    engine = engine_for(model, TOKENIZER)
+    context = engine.limits.context
+    lease, longest = PlainLease((), TOKENIZER), [5, 6, 7] * context
+    expected = [alone(model, longest[:n], (), context) for n in (context - 1, 3)]
+    sent = [
+        send(engine, longest[:n], lease, context, sampling=GREEDY, top_logprobs=0)
+        for n in (context - 1, 3)
+    ]
+    for length, new in ((context, 1), (3, context + 1)):
+        with pytest.raises(DataError, match="exceeds the context of 64"):
+            send(engine, longest[:length], lease, new)
+    with running(engine):
+        answers = [answer.wait() for answer in sent]
+        scores = engine.score([*longest[:3], *answers[1].ids], lease, start=3).result(60)
+    assert [answer.ids for answer in answers] == [until_end(ids) for ids in expected]
+    assert engine.steps <= context
+    assert scores == pytest.approx([token.logprob for token in answers[1].tokens], abs=1e-4)

@@ -96,6 +96,16 @@ def _forced_start(base: Base) -> list[int]:
     return [] if forced is None else [int(forced)]
 
 
+def room_after(length: int, context: int, *, is_encoder_decoder: bool) -> int:
+    """Return the most new tokens after an input of `length` tokens; less than 1 if there is no room for any.
+
+    An encoder-decoder has a context for its input and one for its answer.
+    """
+    if is_encoder_decoder:
+        return context if length <= context else 0
+    return context - length
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest input in tokens that the model supports; None if it has no limit or does not state one."""
     config = model.config.get_text_config()

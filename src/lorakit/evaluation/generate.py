@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length
+from lorakit.compute.batching import context_length, room_after
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
@@ -159,10 +159,9 @@ def _check_lengths(
     context = context_length(model)
     and_virtual = f" and {virtual} virtual ones" if virtual else ""
     for number, prompt in enumerate(ids, start=1):
-        # The encoder and the decoder have separate contexts.
-        sides = (len(prompt), new_tokens)
-        needed = max(sides) if model.config.is_encoder_decoder else sum(sides)
-        if context and needed > context:
+        if context and new_tokens > room_after(
+            len(prompt), context, is_encoder_decoder=model.config.is_encoder_decoder
+        ):
             raise DataError(
                 f"Prompt {number} has {len(prompt) - virtual} tokens{and_virtual}; with max_new_tokens "
                 f"{new_tokens} that exceeds the model's context of {context}. Shorten the prompt or "

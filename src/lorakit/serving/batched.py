@@ -54,7 +54,13 @@ class BatchedEngine(Worker):
         notice: str | None = None,
     ) -> None:
         context, bound = context_of(model, tokenizer, prompt_tokens)
-        super().__init__(model, tokenizer, Limits(context, queue, running), notice, bound)
+        super().__init__(
+            model,
+            tokenizer,
+            Limits(context, queue, running, model.config.is_encoder_decoder),
+            notice,
+            bound,
+        )
         self._batch: list[Answer] = []
 
     def _running(self) -> Sequence[Answer]:
@@ -85,7 +91,7 @@ class BatchedEngine(Worker):
     def _fits(self, batch: Sequence[Answer]) -> bool:
         """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""
         prompt = max(len(answer.request.prompt) for answer in batch)
-        return prompt + max(answer.request.max_tokens for answer in batch) <= self.limits.context
+        return max(answer.request.max_tokens for answer in batch) <= self.limits.room_after(prompt)
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.choice import Blend
+from lorakit.compute.batching import room_after
 from lorakit.tasks import LabelledExample
 
 T = TypeVar("T")
@@ -173,11 +174,17 @@ class Limits:
     """What an engine can hold."""
 
     context: int
-    """Most tokens of one request, prompt and answer together."""
+    """Most tokens of one request, prompt and answer together; of each of them in an encoder-decoder."""
     queue: int
     """Most waiting requests."""
     running: int
     """Most requests in one batch."""
+    is_encoder_decoder: bool = False
+
+    def room_after(self, prompt: int) -> int:
+        """Return the most new tokens after a prompt of so many tokens; less than 1 if there is no room for any."""
+        length = prompt + 1 if self.is_encoder_decoder else prompt  # an encoder reads an end token
+        return room_after(length, self.context, is_encoder_decoder=self.is_encoder_decoder)
 
 
 @dataclass(frozen=True)

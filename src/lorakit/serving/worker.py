@@ -84,8 +84,7 @@ class Worker(ABC):
         if request.max_tokens < 1:
             raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
         self._require_known(request.prompt)
-        needed = len(request.prompt) + request.max_tokens
-        if needed > self.limits.context:
+        if request.max_tokens > self.limits.room_after(len(request.prompt)):
             raise DataError(
                 f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "
                 f"context of {self.limits.context}. Shorten the prompt or lower max_tokens."
@@ -256,7 +255,7 @@ class Worker(ABC):
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
         if not 1 <= start <= len(tokens):
             raise DataError(f"start is {start}; it must be from 1 to the number of tokens.")
-        if len(tokens) > self.limits.context:
+        if len(tokens) - start > self.limits.room_after(start):
             raise DataError(
                 f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
             )

@@ -160,8 +160,8 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
     Raises:
         ApiError: The prompt is too long.
     """
-    limits, context = serving.settings.limits, serving.engine.limits.context
-    most = limits.max_prompt_tokens
+    limits, engine = serving.settings.limits, serving.engine.limits
+    most, room = limits.max_prompt_tokens, engine.room_after(len(ids))
     if most is not None and len(ids) > most:
         raise ApiError(
             400,
@@ -170,23 +170,22 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
             code="max_prompt_tokens",
         )
     wanted = settings.max_tokens
-    if len(ids) >= context:
+    if room < 1:
         raise ApiError(
             400,
-            f"The prompt has {len(ids):,} tokens, and the context, which also holds the answer, has {context:,}. "
-            "Shorten the prompt.",
+            f"The prompt of {len(ids):,} tokens fills the context of {engine.context:,}. Shorten the prompt.",
             param="prompt",
             code="context_length_exceeded",
         )
-    if len(ids) + (wanted or 0) > context:
+    if (wanted or 0) > room:
         raise ApiError(
             400,
             f"The prompt has {len(ids):,} tokens, and with {wanted:,} new ones that exceeds the context of "
-            f"{context:,}. Shorten the prompt, or set a lower max_tokens.",
+            f"{engine.context:,}. Shorten the prompt, or set a lower max_tokens.",
             param="prompt",
             code="context_length_exceeded",
         )
-    return wanted or min(context - len(ids), limits.max_tokens)
+    return wanted or min(room, limits.max_tokens)
 
 
 class Generation:
