@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tiny_tokenizer import tiny_tokenizer
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lorakit.serving.engine import Receipt, Sampling
 from lorakit.serving.http.logprobs import TokenTexts
@@ -215,6 +221,40 @@ def test_an_incomplete_character_is_kept_back():
     assert [stream.push(token) for token in ids] == [*[""] * (len(ids) - 1), "😀"]
     assert stream.push(ids[0]) == ""
     assert stream.finish() == "�"
+
+
+def sentencepiece_tokenizer():
+    """The decoder of Llama 2's tokenizer, which strips the space at the start of a text."""
+    words = ["<unk>", "<s>", "▁The", "▁river", "▁pub", "▁serves", "▁cheap", "▁food", "."]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+
+
+@pytest.mark.parametrize("prompt", [[1], [1, 2, 3, 4], [2, 3, 4, 2, 3, 4, 2, 3, 4]])
+def test_a_text_that_continues_a_prompt_has_the_space_between_them(prompt):
+    tokenizer, answer = sentencepiece_tokenizer(), [5, 6, 7, 8]
+    start, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + answer)
+    )
+    stream, texts = TextStream(tokenizer, before=prompt), TokenTexts(tokenizer, prompt)
+    text = "".join(map(stream.push, answer)) + stream.finish()
+    assert start + text == whole
+    shown = [texts.add(token) for token in answer]
+    assert "".join(token for token, _ in shown).lstrip() == text.lstrip()
+    assert [offset for _, offset in shown[1:]] == [text.index(word) for word in (" ch", " fo", ".")]
+
+
+def test_a_text_of_its_own_starts_without_a_space():
+    stream = TextStream(sentencepiece_tokenizer())
+    assert "".join(map(stream.push, [5, 6])) == "serves cheap"
 
 
 # --- the queue -------------------------------------------------------------------------------------------

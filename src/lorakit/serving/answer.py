@@ -39,7 +39,7 @@ class Answer:
         self.has_ended = False
         self._deliver, self._wake = deliver, wake
         self._ends = ends | request.stop_ids
-        self._text = TextStream(request.lease.tokenizer, request.stop)
+        self._text = TextStream(request.lease.tokenizer, request.stop, request.text_before)
 
     @property
     def key(self) -> str:

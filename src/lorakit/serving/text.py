@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 WINDOW = 32
 """Tokens that are decoded again until they form text. A character has four at most; more are no whole characters."""
+BEFORE = 5
+"""Tokens of the prompt that are decoded before the first token of an answer: one whole character at least."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for an incomplete character."""
 
@@ -18,14 +20,20 @@ class TextStream:
     Args:
         tokenizer: Decodes the tokens.
         stop: Texts that end the answer.
+        before: Tokens that the answer continues. SentencePiece strips the space at the start of a text, but not here.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = [text for text in stop if text]
-        self._ids: list[int] = []
+        self._ids = list(before[-BEFORE:])
         # A token's text depends on those before it (spaces, several tokens for a character), so a window is decoded.
-        self._start = self._read = 0
+        self._start, self._read = 0, len(self._ids)
         self._held = ""
         self.stopped = False
         """Whether a stop text was found."""

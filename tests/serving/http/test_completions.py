@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from typing import Any
@@ -87,6 +88,20 @@ def test_the_settings_reach_the_engine(serve: Serve) -> None:
     served.complete(seed=-3, n=2, stop="a")
     assert served.engine.tickets[3].request.sampling.seed == second.sampling.seed
     assert served.engine.tickets[3].request.stop == ("a",)
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_a_completion_continues_its_prompt_and_a_chat_does_not(
+    serve: Serve, is_encoder_decoder: bool
+) -> None:
+    served = serve()
+    limits = served.engine.limits
+    served.engine.limits = dataclasses.replace(limits, is_encoder_decoder=is_encoder_decoder)
+    served.complete()
+    served.chat()
+    completion, chat = (ticket.request for ticket in served.engine.tickets)
+    assert completion.text_before == (() if is_encoder_decoder else completion.prompt)
+    assert chat.text_before == ()
 
 
 def test_a_special_token_as_stop_text_ends_an_answer(serve: Serve) -> None:

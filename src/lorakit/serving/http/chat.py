@@ -58,7 +58,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         ids, stop_ids = encode_chat(lease.tokenizer, body.messages, serving.engine.limits.context)
         return [ids], stop_ids
 
-    generation = await begin(request, serving, record, body, settings, encode)
+    generation = await begin(request, serving, record, body, settings, encode, continues=False)
     return await _Form(generation, body, f"chatcmpl-{record.id}").answer(request)
 
 

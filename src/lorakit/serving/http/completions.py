@@ -42,7 +42,7 @@ async def complete(request: Request, body: CompletionRequest) -> Response:
         context = serving.engine.limits.context
         return [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts], frozenset()
 
-    generation = await begin(request, serving, record, body, settings, encode)
+    generation = await begin(request, serving, record, body, settings, encode, continues=True)
     return await _Form(generation, body, f"cmpl-{record.id}").answer(request)
 
 

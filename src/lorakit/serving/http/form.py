@@ -42,7 +42,8 @@ class Form(ABC, Generic[Body, Logprobs]):
             "model": body.model,
             "system_fingerprint": generation.lease.receipt.fingerprint,
         }
-        self.texts = [TokenTexts(generation.lease.tokenizer) for _ in generation.requests]
+        tokenizer = generation.lease.tokenizer
+        self.texts = [TokenTexts(tokenizer, r.text_before) for r in generation.requests]
 
     @abstractmethod
     def logprobs(self, index: int, tokens: Sequence[Token]) -> Logprobs | None:

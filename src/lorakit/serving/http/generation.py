@@ -112,8 +112,12 @@ async def begin(
     body: Generating,
     settings: Settings,
     encode: Callable[[Lease], Prompts],
+    *,
+    continues: bool,
 ) -> Generation:
     """Acquire the adapters, encode the prompts, and submit an engine request for each answer.
+
+    `continues` says whether an answer continues the text of its prompt.
 
     Raises:
         ApiError: The request cannot be answered. Then nothing is leased.
@@ -137,6 +141,7 @@ async def begin(
                 stop=settings.stop,
                 stop_ids=stop_ids,
                 top_logprobs=settings.top_logprobs,
+                is_continuation=continues and not serving.engine.limits.is_encoder_decoder,
             )
             for p, ids in enumerate(prompts)
             for k in range(settings.answers)

@@ -14,18 +14,23 @@ from lorakit.serving.http.answers import (
     TokenLogprob,
     TopLogprob,
 )
-from lorakit.serving.text import REPLACEMENT, WINDOW
+from lorakit.serving.text import BEFORE, REPLACEMENT, WINDOW
 
 LOWEST = -9999.0
 """What OpenAI reports for a token of probability 0; JSON has no infinity."""
 
 
 class TokenTexts:
-    """The text of each token of one answer, with the blanks that it has after the tokens before it."""
+    """The text of each token of one answer, with the blanks that it has after the tokens before it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        tokenizer: Decodes the tokens.
+        before: Tokens that the answer continues.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []
+        self._context = list(before[-BEFORE:])
         self._new: list[int] = []
         """Tokens after the context; together they end within a character."""
         self._offset = 0
