@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from random_adapters import randomise
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +36,12 @@ class PlainLease:
         self.released += 1
 
 
-def attach_some(model: PreTrainedModel, names: str = "abc", targets: str = "attention.qv") -> None:
+def attach_some(
+    model: PreTrainedModel, names: str = "abc", targets: Any = "attention.qv", **settings: Any
+) -> None:
     """Attach random adapters with these names."""
     for i, name in enumerate(names):
-        adapters = lorakit.attach(model, lorakit.LoRA(rank=4, alpha=8, targets=targets), name=name)
+        method = lorakit.LoRA(rank=4, alpha=8, targets=targets, **settings)
+        adapters = lorakit.attach(model, method, name=name)
         randomise(adapters, name, seed=i + 1)
         adapters.activate(None)

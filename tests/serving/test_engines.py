@@ -136,6 +136,35 @@ def test_equal_prompts_that_arrive_together_are_computed_once():
     assert len({tuple(answer.ids) for answer in found}) == 1
 
 
+ON_HEAD = {
+    "factors": {"targets": ["q_proj", "lm_head"]},
+    "trained": {"targets": "attention.qv", "train_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("settings", ON_HEAD.values(), ids=ON_HEAD)
+def test_a_batch_with_an_adapter_of_the_head_is_computed_once(settings, caplog):
+    """Prompts have several tokens, of which the head computes one."""
+    model = build("llama", vocab_size=len(TOKENIZER), tie_word_embeddings=False)
+    model.generation_config.eos_token_id = None
+    attach_some(model, "ab", **settings)
+    attach_some(model, "c")
+    given, blends = prompts(4), [(("a", 1.0),), (("b", 1.0),), (("c", 1.0),), ()]
+    expected = [alone(model, p, blend, 6) for p, blend in zip(given, blends, strict=True)]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    engine = ContinuousEngine(model, TOKENIZER)
+    passes.clear()
+    sent = [
+        send(engine, p, PlainLease(blend, TOKENIZER), 6, sampling=GREEDY)
+        for p, blend in zip(given, blends, strict=True)
+    ]
+    with running(engine):
+        assert [answer.wait().ids for answer in sent] == expected
+    assert len(passes) == engine.steps == 6
+    assert caplog.messages == []
+
+
 def test_nan_of_one_adapter_fails_its_requests_alone(kind):
     model = model_with_adapters()
     handle = handle_of(model)
@@ -159,7 +188,7 @@ def test_nan_of_one_adapter_fails_its_requests_alone(kind):
             assert "adapter b" in str(found[1].end.error)
 
 
-def test_an_error_in_a_layer_fails_its_request_alone(kind):
+def test_an_error_in_a_layer_fails_its_request_alone(kind, caplog):
     model = model_with_adapters()
     handle = handle_of(model)
     given = prompts(3, seed=3)
@@ -179,6 +208,7 @@ def test_an_error_in_a_layer_fails_its_request_alone(kind):
         found = [answer.wait() for answer in sent]
     assert [a.ids for a in found[:2]] == expected[:2]
     assert found[2].end.reason == "error"
+    assert (kind == "continuous") == any("one by one" in text for text in caplog.messages)
     assert "broken adapter" in str(found[2].end.error)
 
 

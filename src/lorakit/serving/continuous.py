@@ -16,7 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.evaluation.prompt_cache import ARGUMENT
+from lorakit.models.heads import output_embeddings
+from lorakit.models.layers import ADAPTERS
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Lease, Limits
@@ -257,6 +260,7 @@ class ContinuousEngine(Worker):
                 batch[0].answer.fail(error)
                 self._finish(batch[0], has_failed=True)
                 return [], torch.empty(0)
+            _LOG.warning("Requests are computed one by one, because their batch failed: %s", error)
         parts = [self._compute([request]) for request in batch]
         computed = [request for requests, _ in parts for request in requests]
         return computed, torch.cat(
@@ -270,7 +274,15 @@ class ContinuousEngine(Worker):
         spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
         choosing = nullcontext() if handle is None else handle.per_token(spans, unchanged=True)
         with choosing:
-            return compute(self.model, step)
+            return compute(self.model, step, adapts_head=self._adapts_head(batch))
+
+    def _adapts_head(self, batch: list[_Running]) -> bool:
+        """Return whether an adapter of a batch changes the output embedding."""
+        head = output_embeddings(self.model)
+        slot = None if head is None else head._modules.get(ADAPTERS)
+        if not isinstance(slot, LayerAdapters):
+            return False
+        return any(name in slot for r in batch for name, _ in r.answer.request.lease.blend)
 
     def _finish(self, request: _Running, *, has_failed: bool) -> None:
         """Free the pages of a request that has ended, and keep what other requests can reuse."""

@@ -296,22 +296,25 @@ class _StepCache(Cache):
         return 0
 
 
-def compute(model: PreTrainedModel, step: Step) -> Tensor:
+def compute(model: PreTrainedModel, step: Step, *, adapts_head: bool = False) -> Tensor:
     """Return a step's scores after the last token of each request, shape (N, V).
 
     Args:
         model: Its attention implementation is `NAME`.
         step: The step.
+        adapts_head: Whether an adapter of the step changes the output embedding. A choice by token counts all tokens of
+            the step there, so the scores of all of them are computed.
     """
     token = _STEP.set(step)
     try:
-        return model(
+        scores = model(
             input_ids=step.input_ids,
             position_ids=step.position_ids,
-            logits_to_keep=step.last,
+            logits_to_keep=0 if adapts_head else step.last,
             use_cache=True,
             **{ARGUMENT: _StepCache(step)},
         ).logits[0]
+        return scores[step.last] if adapts_head else scores
     finally:
         _STEP.reset(token)
 
