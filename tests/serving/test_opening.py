@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.serving.cards import Card
-from lorakit.serving.opening import _base, _cards
+from lorakit.serving.opening import _base, _cards, _task
 
 NAME = "owner/model"
 
@@ -26,6 +28,34 @@ def test_a_followed_run_that_is_not_there_is_a_notice(tmp_path, caplog) -> None:
     (notice,) = caplog.messages
     assert notice.startswith(f"There is no run at '{tmp_path}/frist' yet;")
     assert notice.endswith(f"Did you mean '{tmp_path}/first'?")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "labels"),
+    [
+        ("classification", "classification", ()),
+        ("mrpc", "classification", ("not_equivalent", "equivalent")),
+        ("stsb", "regression", ()),
+        ("chat", "text", ()),
+        ("auto", "text", ()),
+    ],
+)
+def test_a_run_without_an_adapter_yet_decides_base_and_head(tmp_path, task, kind, labels) -> None:
+    settings = {"base": {"name": NAME, "revision": "v2"}, "data": {"task": task}}
+    run = {**settings, "method": "lora", "output": str(tmp_path)}
+    (tmp_path / "config.yaml").write_text(json.dumps(run))
+    cards = _cards(None, {"run": str(tmp_path)})
+    assert _base(None, cards) == BaseConfig(name=NAME, revision="v2")
+    assert (_task(cards).kind, _task(cards).labels) == (kind, labels)
+
+
+def test_a_run_that_has_not_begun_has_no_base(tmp_path, caplog) -> None:
+    assert _cards(None, {"run": str(tmp_path)}) == []
+    with pytest.raises(ConfigurationError, match=r"no adapter and no run yet .* --base.name MODEL"):
+        _base(None, [])
+    (tmp_path / "config.yaml").write_text("base: [")
+    assert _cards(None, {"run": str(tmp_path)}) == []
+    assert "is damaged" in caplog.text
 
 
 def test_several_revisions_need_a_choice() -> None:

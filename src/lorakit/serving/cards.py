@@ -11,6 +11,8 @@ from typing import Any
 from lorakit import storage
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.serving.folders import TOKENIZER_CONFIG, Location, State
+from lorakit.tasks import TASKS
+from lorakit.training.run_folder import CONFIG, read_settings
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -79,6 +81,26 @@ def read_card(location: Location, state: State) -> Card:
         scores={str(k): v for k, v in scores.items() if isinstance(v, int | float)},
         step=_typed(step, int),
         chat=chat,
+    )
+
+
+def card_of_run(folder: Path) -> Card | None:
+    """Return what the settings of a run say about the adapter that it will save; None if there are none yet.
+
+    The labels are known only for tasks that have classes of their own.
+
+    Raises:
+        RunFolderError: The settings cannot be read.
+    """
+    if not (folder / CONFIG).exists():
+        return None
+    settings = read_settings(folder)
+    base, task = _mapping(settings, "base"), _mapping(settings, "data").get("task")
+    return Card(
+        base=_typed(base.get("name"), str),
+        revision=_typed(base.get("revision"), str) or "",
+        task=_typed(task, str),
+        labels=getattr(TASKS.get(str(task)), "classes", ()),
     )
 
 

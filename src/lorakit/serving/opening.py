@@ -11,12 +11,12 @@ from typing import Any
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
-from lorakit.errors import AdapterFileError, ConfigurationError, nearest_path
+from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.serving import folders
-from lorakit.serving.cards import Card, read_card
+from lorakit.serving.cards import Card, card_of_run, read_card
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import Engine, Receipt
@@ -144,7 +144,10 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
 
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
-    """Return what the adapters' files say about them; one that is damaged is an error only for those who name it."""
+    """Return what the files of the adapters say, and those of runs without one.
+
+    One that is damaged is an error only for those who name it.
+    """
     for path in followed.values():
         if not Path(path).expanduser().exists():
             _LOG.warning(
@@ -163,7 +166,9 @@ def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
             location = source.locate()
             if location is not None:
                 cards.append(read_card(location, location.state()))
-        except AdapterFileError as error:
+            elif card := card_of_run(Path(source.path)):
+                cards.append(card)
+        except (AdapterFileError, RunFolderError) as error:
             _LOG.warning("%s", error)
     return cards
 
@@ -180,6 +185,8 @@ def _base(configured: BaseConfig | None, cards: list[Card]) -> BaseConfig:
             f"The adapters were made for {', '.join(names)}"
             if names
             else "The adapters record no base"
+            if cards
+            else "There is no adapter and no run yet that records a base"
         )
         raise ConfigurationError(f"{found}. Name the base to serve: --base.name MODEL.")
     if len(revisions) > 1:
