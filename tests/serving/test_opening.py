@@ -9,7 +9,8 @@ import pytest
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.serving.cards import Card
-from lorakit.serving.opening import _base, _cards, _task
+from lorakit.serving.opening import _base, _cards, _task, sources
+from lorakit.serving.serve_config import ServeConfig
 
 NAME = "owner/model"
 
@@ -56,6 +57,20 @@ def test_a_run_that_has_not_begun_has_no_base(tmp_path, caplog) -> None:
     (tmp_path / "config.yaml").write_text("base: [")
     assert _cards(None, {"run": str(tmp_path)}) == []
     assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("named", ["", "run="])
+def test_a_followed_run_may_be_in_the_home_folder(tmp_path, monkeypatch, named) -> None:
+    """No shell expands the ~ of a file of settings."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ServeConfig(follow=[f"{named}~/runs/run"])
+    assert sources(config) == (None, {"run": f"{tmp_path}/runs/run"})
+
+
+def test_a_followed_run_has_another_name_than_the_adapters(made) -> None:
+    config = ServeConfig(adapters=str(made), follow=[str(made / "a")])
+    with pytest.raises(ConfigurationError, match=r"have the name 'a'.*--follow NAME=.*leave out"):
+        sources(config)
 
 
 def test_several_revisions_need_a_choice() -> None:

@@ -132,6 +132,11 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
                 f"adapters is '{root}', which is an adapter itself. Name the folder that holds it: --adapters "
                 f"{root.parent}."
             )
+        for name in followed.keys() & set(folders.adapters_in(root)):
+            raise ConfigurationError(
+                f"The run '{followed[name]}' and an adapter in '{root}' have the name '{name}'. Follow the run under "
+                f"another name, --follow NAME={followed[name]}, or leave out --follow."
+            )
         return root, followed
     if not followed and (Path(DEMO) / "adapter").is_dir():
         followed = {"demo": DEMO}
@@ -149,7 +154,7 @@ def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
     One that is damaged is an error only for those who name it.
     """
     for path in followed.values():
-        if not Path(path).expanduser().exists():
+        if not Path(path).exists():
             _LOG.warning(
                 "There is no run at '%s' yet; its adapter is offered once it is there.%s",
                 visible(path),

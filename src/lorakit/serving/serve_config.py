@@ -130,7 +130,7 @@ class ServeConfig(HttpLimits):
 
     @property
     def followed(self) -> dict[str, str]:
-        """The runs to follow: name to path. An existing path may contain ``=``.
+        """The runs to follow: name to path, with ``~`` expanded. An existing path may contain ``=``.
 
         Raises:
             ConfigurationError: Two runs have the same name.
@@ -138,8 +138,10 @@ class ServeConfig(HttpLimits):
         found: dict[str, str] = {}
         for run in self.follow:
             name, equals, path = run.partition("=")
-            if not equals or os.path.exists(run):
-                name, path = os.path.basename(os.path.abspath(run)), run
+            whole = os.path.expanduser(run)
+            if not equals or os.path.exists(whole):
+                name, path = os.path.basename(os.path.abspath(whole)), whole
+            path = os.path.expanduser(path)
             if name in found:
                 raise ConfigurationError(
                     f"follow has two runs with the name '{name}', '{found[name]}' and '{path}'. Give one of them "
