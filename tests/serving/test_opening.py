@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from stores import LARGE, TENSORS, open_base
 
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.serving.cards import Card
+from lorakit.serving.http.errors import without_folders
 from lorakit.serving.opening import _base, _cards, _task, sources
 from lorakit.serving.serve_config import ServeConfig
+from lorakit.serving.store import AdapterStore
 
 NAME = "owner/model"
 
@@ -71,6 +74,18 @@ def test_a_followed_run_has_another_name_than_the_adapters(made) -> None:
     config = ServeConfig(adapters=str(made), follow=[str(made / "a")])
     with pytest.raises(ConfigurationError, match=r"have the name 'a'.*--follow NAME=.*leave out"):
         sources(config)
+
+
+def test_clients_see_no_folder_of_a_relative_path(root, monkeypatch) -> None:
+    monkeypatch.chdir(root.parent.parent)
+    folder, _ = sources(ServeConfig(adapters=f"{root.parent.name}/{root.name}"))
+    store = AdapterStore(open_base(), folder, budget=LARGE)
+    tensors = root / "a" / TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(AdapterFileError) as raised:
+        store.acquire("a")
+    assert root.parent.name in str(raised.value)
+    assert without_folders(str(raised.value)).startswith(f"'a/{TENSORS}'")
 
 
 def test_several_revisions_need_a_choice() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,8 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
                 f"{folders.LONGEST_NAME} printable characters."
             )
     if config.adapters is not None:
-        root = Path(config.adapters).expanduser()
+        # Absolute, because clients see messages without the folders of absolute paths.
+        root = Path(os.path.abspath(os.path.expanduser(config.adapters)))
         if not root.is_dir():
             raise ConfigurationError(
                 f"adapters is '{root}', which is not a folder. Check the path."
