@@ -22,7 +22,7 @@ class PlainLease:
     released: int = 0
     shared: list[PlainLease] = field(default_factory=list)
 
-    task = None
+    task = outputs = None
 
     @property
     def receipt(self) -> Receipt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
+from lorakit.serving.queue import FairQueue
 from lorakit.serving.worker import Worker
 from lorakit.tasks import LabelledExample
 
@@ -58,7 +58,7 @@ class ClassifyingEngine(Worker):
         context, bound = context_of(base.model, base.tokenizer, prompt_tokens)
         super().__init__(base.model, base.tokenizer, Limits(context, queue, running), bound)
         self._collate = collator(base)
-        self._rows: deque[tuple[_Job, int]] = deque()
+        self._rows: FairQueue[tuple[_Job, int]] = FairQueue()
         self._batch: list[tuple[_Job, int]] = []
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
@@ -81,7 +81,9 @@ class ClassifyingEngine(Worker):
                 raise QueueFullError(f"{waiting} requests wait already")
             if waiting and len(self._rows) + len(examples) > MOST_TEXTS:
                 raise QueueFullError(f"{len(self._rows)} texts wait already")
-            self._rows.extend((job, i) for i in range(len(examples)))
+            key = lease.receipt.fingerprint
+            for i in range(len(examples)):
+                self._rows.put(key, (job, i))
             self._changed.notify()
         return job.future
 
@@ -102,18 +104,19 @@ class ClassifyingEngine(Worker):
         return len(self._batch)
 
     def _has_waiting(self) -> bool:
-        return bool(self._rows)
+        return len(self._rows) > 0
 
     def _advance(self) -> bool:
         with self._changed:
-            while self._rows and len(self._batch) < self.limits.running:
-                job, row = self._rows.popleft()
+            while len(self._rows) and len(self._batch) < self.limits.running:
+                self._rows.take(entry := next(self._rows.turns()))
+                job, _ = entry
                 if job.is_running is None:
                     job.is_running = job.future.set_running_or_notify_cancel()
                 if job.is_running and not job.future.done():
-                    self._batch.append((job, row))
+                    self._batch.append(entry)
         if not self._batch:
-            return bool(self._rows)
+            return len(self._rows) > 0
         try:
             self._compute(self._batch)
         except Exception as error:
@@ -148,7 +151,7 @@ class ClassifyingEngine(Worker):
     def _end_all(self) -> None:
         super()._end_all()
         with self._changed:
-            rows, self._rows = [*self._batch, *self._rows], deque()
+            rows = [*self._batch, *self._rows.remove_where(lambda _: True)]
         for job in dict.fromkeys(job for job, _ in rows):
             if job.is_running is None:
                 job.is_running = job.future.set_running_or_notify_cancel()
