@@ -363,6 +363,16 @@ def test_the_queue_is_bounded():
         engine.between_steps(fill).result(60)
 
 
+def test_all_answers_of_a_request_find_room_in_the_queue(kind):
+    engine = make(kind, model_with_adapters(), running=1, queue=2)
+    one, other = (PlainLease((("a", 1.0),), TOKENIZER) for _ in range(2))
+    sent = [send(engine, [5, 6], one, 2, sampling=GREEDY) for _ in range(5)]
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        send(engine, [5, 6], other, 2)
+    with running(engine):
+        assert {len(answer.wait().ids) for answer in sent} == {2}
+
+
 SHORT = {
     "gpt-neo": GPTNeoConfig(
         hidden_size=32,

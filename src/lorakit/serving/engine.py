@@ -238,6 +238,8 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
         """Queue a request. `deliver` is called in the engine's thread, and must return at once without an error.
 
+        Requests with one lease are answers of one request: where one of them waits, the queue accepts the others.
+
         Raises:
             QueueFullError: Too many requests wait.
             LorakitError: The engine has died or drains, or the request exceeds a limit.

@@ -93,7 +93,9 @@ class Worker(ABC):
         answer = Answer(request, deliver, ends, self._wake)
         with self._changed:
             self._require_open()
-            if len(self._waiting) >= self.limits.queue:
+            is_full = len(self._waiting) >= self.limits.queue
+            # The answers of one request share its lease. It is accepted as a whole, or else could never fit.
+            if is_full and not any(a.request.lease is request.lease for a in self._waiting):
                 raise QueueFullError(f"{self.limits.queue} requests wait already")
             self._waiting.put(answer.key, answer)
             self._changed.notify()
