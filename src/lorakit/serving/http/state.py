@@ -210,15 +210,9 @@ class Serving:
             raise
 
     def release(self, lease: Lease) -> None:
-        """End a leased request, from any thread.
-
-        A worker thread releases the lease: the store may hold its lock while it waits for the engine's thread.
-        """
+        """End a leased request, from any thread."""
         self._count(-1)
-        try:
-            self.workers.submit(lease.release)
-        except RuntimeError:  # the server has ended
-            lease.release()
+        lease.release()
 
     def _count(self, change: int) -> None:
         with self._lock:
