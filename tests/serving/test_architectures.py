@@ -46,7 +46,8 @@ def test_the_answers_are_those_of_generate(arch):
     given = [p[:20] for p in prompts(3, seed=6)]
     blends = [(), (("a", 1.0),), (("b", 1.0),)]
     expected = [alone(model, p, b, 10) for p, b in zip(given, blends, strict=True)]
-    engine = engine_for(model, TOKENIZER)
+    engine = engine_for(model, TOKENIZER, running=64)
+    assert engine.limits.running == 64
     assert engine.name == ("continuous" if arch in CONTINUOUS else "batched"), engine.notice
     with running(engine):
         sent = [

@@ -52,7 +52,7 @@ class LorakitEngine:
         """Start an engine, after `rest`."""
         model, tokenizer = self._base.model, self._base.tokenizer
         assert tokenizer is not None
-        self.engine = in_own_thread(lambda: engine_for(model, tokenizer))
+        self.engine = in_own_thread(lambda: engine_for(model, tokenizer, running=64))
         if self.engine.name != "continuous":
             raise RuntimeError(
                 f"The base does not run by continuous batching: {self.engine.notice}."

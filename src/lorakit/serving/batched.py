@@ -48,7 +48,7 @@ class BatchedEngine(Worker):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        running: int = 16,
+        running: int = 32,
         queue: int = 256,
         prompt_tokens: int | None = None,
         notice: str | None = None,

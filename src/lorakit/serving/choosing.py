@@ -16,7 +16,7 @@ def engine_for(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_bytes: int = 2**30,
-    running: int = 64,
+    running: int = 32,
     queue: int = 256,
     prompt_tokens: int | None = None,
 ) -> Worker:
@@ -54,7 +54,7 @@ def engine_for(
         return BatchedEngine(
             model,
             tokenizer,
-            running=min(running, 16),
+            running=running,
             queue=queue,
             prompt_tokens=prompt_tokens,
             notice=notice,

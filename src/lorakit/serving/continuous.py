@@ -93,7 +93,7 @@ class ContinuousEngine(Worker):
         tokenizer: PreTrainedTokenizerBase,
         *,
         cache_bytes: int = 2**30,
-        running: int = 64,
+        running: int = 32,
         queue: int = 256,
         prompt_tokens: int | None = None,
         step_tokens: int = STEP_TOKENS,
