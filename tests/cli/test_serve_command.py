@@ -24,6 +24,7 @@ from tiny_runs import save_base
 import lorakit
 from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
+from lorakit.models.base_config import BaseConfig
 from lorakit.serving.engine import Receipt
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
@@ -101,6 +102,9 @@ def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         sources(ServeConfig())
     (tmp_path / "out/demo/adapter").mkdir(parents=True)
     assert sources(ServeConfig()) == (None, {"demo": "out/demo"})
+    # The demo's adapter needs the base of the demo.
+    assert sources(ServeConfig(base=BaseConfig(name="another"))) == (None, {})
+    assert sources(ServeConfig(base=BaseConfig(device="cpu"))) == (None, {"demo": "out/demo"})
     assert sources(ServeConfig(follow=["out/a", "b=out/c"])) == (None, {"a": "out/a", "b": "out/c"})
     with pytest.raises(ConfigurationError, match="not a folder"):
         sources(ServeConfig(adapters="nowhere"))

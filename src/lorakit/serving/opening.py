@@ -140,14 +140,14 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
                 f"another name, --follow NAME={followed[name]}, or leave out --follow."
             )
         return root, followed
-    if not followed and (Path(DEMO) / "adapter").is_dir():
-        followed = {"demo": DEMO}
-    if not followed and (config.base is None or not config.base.name):
+    if followed or (config.base is not None and config.base.name):
+        return None, followed
+    if not (Path(DEMO) / "adapter").is_dir():
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
             f"{DEMO}, which lorakit serve then offers as 'demo'."
         )
-    return None, followed
+    return None, {"demo": DEMO}
 
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:

@@ -13,7 +13,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.serving.http.settings import HttpLimits, HttpSettings
 
 DEMO = "out/demo"
-"""Run folder of `lorakit demo`, whose adapter is served if no other is named."""
+"""Run folder of `lorakit demo`, whose adapter is served if neither an adapter nor a base is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class ServeConfig(HttpLimits):
     served_name: str | None = None
     """Name of the base in requests. Default: its own, such as smollm2-135m-instruct-q4_1."""
     adapters: str | None = None
-    """Folder whose subfolders are adapters or runs; each is offered under its folder's name. Default: the adapter of
-    lorakit demo, in out/demo."""
+    """Folder whose subfolders are adapters or runs; each is offered under its folder's name. Default: without
+    --follow and --base.name the adapter of lorakit demo, in out/demo."""
     follow: list[str] = field(default_factory=list)
     """Run folders to follow, each as PATH or NAME=PATH. The newest adapter of a run answers while its training goes
     on."""
