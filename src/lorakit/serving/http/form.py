@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lorakit.serving.engine import Token
 from lorakit.serving.http.generation import Generation, Whole, collect, receipt_headers
@@ -83,5 +83,6 @@ class Form(ABC, Generic[Body, Logprobs]):
         if self.body.stream:
             return await started(request, self.generation, self.stream(), headers)
         content = await guarded(request, self.whole())
-        fields = content.model_dump(exclude=None if self.body.base_logprobs else _NOT_OPENAIS)
-        return JSONResponse(fields, headers=headers)
+        # Ten times as fast as `model_dump` and `JSONResponse`, which stop the event loop for seconds.
+        text = content.model_dump_json(exclude=None if self.body.base_logprobs else _NOT_OPENAIS)
+        return Response(text, headers=headers, media_type="application/json")
