@@ -375,13 +375,21 @@ def test_only_the_main_process_writes(arguments: tuple, tmp_path: Path) -> None:
     assert config.read_text() == "{}"
 
 
-def test_a_save_pretrained_set_while_adapted_is_kept() -> None:
+def test_a_save_pretrained_set_while_adapted_is_kept(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     adapters = attach(model, LoRA(rank=2))
-    own = lambda folder: None  # noqa: E731
+    replaced, folders = model.save_pretrained, []
+
+    def own(folder: Path) -> None:
+        folders.append(folder)
+        replaced(folder)
+
     model.save_pretrained = own
     adapters.detach()
     assert model.save_pretrained is own
+    model.save_pretrained(tmp_path)
+    assert folders == [tmp_path]
+    assert_close(logits(load(model, tmp_path)), logits(model))
 
 
 def test_the_backbone_is_saved_with_its_adapter(tmp_path: Path) -> None:

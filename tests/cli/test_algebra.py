@@ -235,10 +235,13 @@ def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
                 "{out}",
                 "--rank=2",
                 "--data.validation=x",
-                "--data.task=text",
                 "--split=test",
             ],
             "split is test",
+        ),
+        (
+            ["extract", "{tuned}", "{out}", "--rank=2", "--base.name={base}", "--data.train=x"],
+            "There is no data to score",
         ),
         (
             ["compress", "{one}", "{out}", "--rank", "2", "--batch_size", "0"],

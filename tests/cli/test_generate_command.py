@@ -118,6 +118,14 @@ def test_the_prompts_of_a_file_end_before_the_last_answer(trained, prompts, tmp_
     assert written == [row["messages"][:-1] for row in ROWS]
 
 
+def test_messages_as_prompt_and_completion_are_read_as_in_training(
+    trained, prompts, tmp_path
+) -> None:
+    rows = [{"prompt": [USER, ANSWER, AGAIN], "completion": [LAST]}, ROWS[2]]
+    generate(trained, "--file", tiny_runs.write_rows(tmp_path / "rows.jsonl", rows))
+    assert prompts[0] == prompts[1]
+
+
 def test_a_conversation_that_ends_with_the_user_is_kept_whole(trained, prompts, tmp_path) -> None:
     rows = [{"messages": [USER, ANSWER, AGAIN]}, ROWS[2]]
     generate(trained, "--file", tiny_runs.write_rows(tmp_path / "open.jsonl", rows))

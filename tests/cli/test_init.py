@@ -98,16 +98,16 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
 
 def test_what_is_not_read_is_said_and_given_options_stay(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [{"context": "c", "question": "a", "answer": "b"}]
+    rows = [{"context": "c", "question": "a", "answer": "b", "input": "i"}]
     write(tmp_path, rows, ".csv")
     assert main(["init", "row*.csv", "--data.too_long", "stop"]) == 0
-    assert "Columns that no field reads: context.\n" in capsys.readouterr().out
+    assert "Columns that no field reads: context, input.\n" in capsys.readouterr().out
     text = Path("run.yaml").read_text()
-    assert "  # columns that no field reads: context\n" in text
+    assert "  # columns that no field reads: context, input\n" in text
     assert "prompt_template: '{column}" in text
     config = parse(TrainConfig, "train", "", ["--config", "run.yaml"])
     assert (config.data.too_long, config.output) == ("stop", "out/row")
-    write(tmp_path, rows, ".csv")
+    write(tmp_path, [{"context": "c", "question": "a", "answer": "b"}], ".csv")
     template = ["--data.prompt_template", "{context} {question}", "--data.columns.completion"]
     assert main(["init", "rows.csv", "--overwrite", *template, "answer"]) == 0
     assert "no field reads" not in capsys.readouterr().out + Path("run.yaml").read_text()

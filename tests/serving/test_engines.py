@@ -10,10 +10,11 @@ from engines import running, send
 from leases import PlainLease, attach_some
 from tiny_models import build
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, MptConfig
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
+from lorakit.evaluation.generate import only_settings
 from lorakit.serving import continuous, worker
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
@@ -314,6 +315,20 @@ def test_the_end_token_of_an_adapters_own_tokenizer_ends_its_answers(kind):
         found = send(engine, prompt, PlainLease((), own), 8, sampling=GREEDY).wait()
     assert found.ids == base.ids[: base.ids.index(base.ids[4]) + 1]
     assert (base.end.reason, found.end.reason) == ("length", "stop")
+
+
+def test_a_request_that_waits_for_a_batch_ends_at_the_models_own_end_tokens(kind):
+    """The batched engine replaces the model's generation configuration while a batch runs."""
+    model = model_with_adapters()
+    prompt = prompts(1)[0]
+    with running(make(kind, model)) as engine:
+        whole = send(engine, prompt, PlainLease((), TOKENIZER), 8, sampling=GREEDY).wait()
+    model.generation_config.eos_token_id = [TOKENIZER.eos_token_id, whole.ids[4]]
+    engine = make(kind, model)
+    with only_settings(model, GenerationConfig()):
+        waiting = send(engine, prompt, PlainLease((), TOKENIZER), 8, sampling=GREEDY)
+    with running(engine):
+        assert waiting.wait().ids == whole.ids[: whole.ids.index(whole.ids[4]) + 1]
 
 
 def test_a_cancelled_request_ends_and_the_others_go_on(kind):

@@ -53,6 +53,16 @@ def test_a_run_without_an_adapter_yet_decides_base_and_head(tmp_path, task, kind
     assert (_task(cards).kind, _task(cards).labels) == (kind, labels)
 
 
+def test_adapters_decide_before_a_run_without_one(made, tmp_path) -> None:
+    """The run may spell the base as its user did, and leave the task to its data."""
+    settings = {"base": {"name": "./base"}, "data": {"task": "auto"}, "method": "lora"}
+    (tmp_path / "config.yaml").write_text(json.dumps({**settings, "output": str(tmp_path)}))
+    alone, both = _cards(made, {}), _cards(made, {"run": str(tmp_path)})
+    assert alone
+    assert both == alone
+    assert _cards(None, {"run": str(tmp_path)}) == [Card(base="./base", revision="", task="auto")]
+
+
 def test_a_run_that_has_not_begun_has_no_base(tmp_path, caplog) -> None:
     assert _cards(None, {"run": str(tmp_path)}) == []
     with pytest.raises(ConfigurationError, match=r"no adapter and no run yet .* --base.name MODEL"):

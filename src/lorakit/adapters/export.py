@@ -55,9 +55,12 @@ def save_pretrained(
         AdapterStateError: Called inside `per_sample`, where rows have different weights. Or `push_to_hub` is set and
             an active adapter cannot be merged, so the base would be pushed without it.
     """
-    names = {
-        n for _, _, adapters in adapted_layers(model) for n in adapters.activation.active.names
-    }
+    adapted = list(adapted_layers(model))
+    if not adapted:  # detached, and a wrapper of the user's still calls this
+        if state_dict is not None:
+            kwargs["state_dict"] = state_dict
+        return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
+    names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
     unmerged, _ = next(unmergeable(model, names), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):
         raise AdapterStateError(

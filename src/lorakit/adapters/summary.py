@@ -113,7 +113,8 @@ def _layer_bytes(layer: LoRALayer, *, for_peft: bool) -> int:
 def count_parameters(model: nn.Module, method: Method) -> Counts:
     """Count the parameters that `method` would train on `model`, which is not changed.
 
-    It allocates no tensors and draws no random numbers. The model may be on the meta device.
+    It allocates no tensors and draws no random numbers, but for a method of your own that reads weights. The model may
+    be on the meta device.
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.

@@ -23,6 +23,7 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
@@ -105,6 +106,28 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
     """
     storage.require_free_folder(output, overwrite=overwrite)
     formats.check_replaceable(output)
+
+
+def check_scoring(
+    scoring: ScoringConfig, adapter: str | Path | None = None, *, alpha: float | None = None
+) -> None:
+    """Check that there is data to score on before a long computation.
+
+    Args:
+        scoring: The data.
+        adapter: The first input, which may record a named task with data of its own.
+        alpha: alpha of a loralib file.
+
+    Raises:
+        ConfigurationError: The configuration has data, but none for the split to score.
+    """
+    data = scoring.data
+    if data == DataConfig():
+        return
+    if adapter is not None and data.task == "auto":
+        task = read(adapter, alpha=alpha).provenance.get("task")
+        data = dataclasses.replace(data, task=task) if task in TASKS else data
+    scoring.scored_split(data)
 
 
 def _score(

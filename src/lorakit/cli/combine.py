@@ -46,9 +46,10 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
-    from lorakit.analysis.saving import check_output
+    from lorakit.analysis.saving import check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
+    check_scoring(config, config.adapters[0], alpha=config.alpha)
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")

@@ -31,9 +31,10 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import compress_adapter
-    from lorakit.analysis.saving import check_output
+    from lorakit.analysis.saving import check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
+    check_scoring(config, config.adapter, alpha=config.alpha)
     settings = {"rank": config.rank, "energy": config.energy}
     compressed = compress_adapter(config.adapter, **settings, alpha=config.alpha)
     recorded = {"command": "compress", **settings}

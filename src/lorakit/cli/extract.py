@@ -42,9 +42,10 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import extract_adapter
-    from lorakit.analysis.saving import check_output
+    from lorakit.analysis.saving import check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
+    check_scoring(config)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     extracted = extract_adapter(
         config.base,

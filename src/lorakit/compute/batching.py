@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.compute.model_input import model_examples
 from lorakit.data.batches import IGNORED, collate
@@ -66,18 +66,18 @@ def target_counter(base: Base) -> Callable[[Example], int]:
     return count
 
 
-def encoder_input(base: Base, prompt_ids: Sequence[int]) -> list[int]:
+def encoder_input(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> list[int]:
     """Return the tokens of a prompt for an encoder: with an end-of-sequence token."""
-    assert base.tokenizer is not None
-    return [*prompt_ids, int(base.tokenizer.eos_token_id)]  # type: ignore[arg-type]
+    return [*prompt_ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
 
 def _encoder_decoder_batch(
     base: Base, examples: Sequence[LanguageExample], pad: int
 ) -> dict[str, torch.Tensor]:
     """Return padded encoder inputs, and the completions as labels."""
+    assert base.tokenizer is not None  # training rejects a base without one
     start = _forced_start(base)
-    inputs = [encoder_input(base, e.prompt_ids) for e in examples]
+    inputs = [encoder_input(base.tokenizer, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
     width, length = max(map(len, inputs)), max(map(len, targets))
     return {

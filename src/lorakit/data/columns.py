@@ -10,7 +10,17 @@ from lorakit.data.data_config import FIELDS, OPTIONAL_FIELDS, DataConfig
 from lorakit.data.templates import Template
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
-from lorakit.tasks import GENERIC, BadRow, Completion, Labelled, NamedText, Task, task_type
+from lorakit.tasks import (
+    GENERIC,
+    BadRow,
+    Chat,
+    Completion,
+    Labelled,
+    NamedText,
+    Task,
+    conversion,
+    task_type,
+)
 from lorakit.tasks.classification import PAIR
 
 
@@ -128,9 +138,14 @@ class ColumnMap:
         raise self._misfit(name, candidates)
 
     def unread(self, task: type[Task]) -> list[str]:
-        """Return the columns that no field of `task` and no template reads."""
-        fields = {*OPTIONAL_FIELDS, *(name for layout in task.layouts for name in layout)}
-        fields.update(name for template in self.templates.values() for name in template.fields)
+        """Return the columns that no field of a generic task and no template reads. Named tasks may read any."""
+        if task not in GENERIC.values():
+            return []
+        fields = {name for template in self.templates.values() for name in template.fields}
+        layout = next((own for own in task.layouts if set(own) <= set(self.fields)), ())
+        fields.update(layout)
+        if task is Chat or layout == conversion.ALPACA:
+            fields.update(OPTIONAL_FIELDS)
         read = set(map(self.column_of, fields))
         return [column for column in self.columns if column not in read]
 

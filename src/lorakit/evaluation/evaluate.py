@@ -82,6 +82,10 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         storage.require_free_file(config.output, overwrite=config.overwrite)
     adapter, reader = AdapterFile.read(config.adapter), RowReader()
     task = _task(config, adapter, reader)
+    if "loss" not in config.scores and task.generates and not task.has_references:
+        raise ConfigurationError(
+            f"scores is text, but task {task.name} has no references for generated text; set scores to loss."
+        )
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     data = dataclasses.replace(config.data, task=task.name)
     split = config.scored_split(data)
@@ -102,10 +106,6 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     else:
         examples = examples[: config.limit]
         scored = [[example] for example in examples]
-    if "loss" not in config.scores and task.generates and not task.has_references:
-        raise ConfigurationError(
-            f"scores is text, but task {task.name} has no references for generated text; set scores to loss."
-        )
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(scored)
     score = functools.partial(_score, config, base, task, examples, decoding)
@@ -295,7 +295,7 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
         room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
         keep = start_length(ids, start_ids(base.tokenizer))
         ids = cut_prompt(ids, max(room, 1), keep)
-    return encoder_input(base, ids) if encodes else ids
+    return encoder_input(base.tokenizer, ids) if encodes else ids
 
 
 def by_prompt(

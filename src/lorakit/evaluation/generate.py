@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length, room_after
+from lorakit.compute.batching import context_length, encoder_input, room_after
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
@@ -80,10 +80,8 @@ def generate(
             "base with a language-modelling head or the adapter of a text task."
         )
     decoding = decoding or Decoding()
-    eos: Any = tokenizer.eos_token_id
-    ends: list[int] = [eos] if model.config.is_encoder_decoder else []
-    ids: list[list[int]] = [
-        [*prompt_ids(tokenizer, prompt), *ends] if isinstance(prompt, str) else list(prompt)
+    ids = [
+        _ids(model, tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
     ]
     if [] in ids:
@@ -202,14 +200,25 @@ def generation_config(
     )
 
 
+def _ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a prompt, as in training."""
+    ids = prompt_ids(tokenizer, text)
+    return encoder_input(tokenizer, ids) if model.config.is_encoder_decoder else ids
+
+
 def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: those of the model's generation configuration, then the tokenizer's."""
-    config = getattr(model, "generation_config", None)  # classifiers have none
-    end = None if config is None else config.eos_token_id
-    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    ends = ending_tokens_of_model(model)
     if tokenizer.eos_token_id is not None:
         ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
     return list(dict.fromkeys(ends))
+
+
+def ending_tokens_of_model(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that end a text by the model's generation configuration."""
+    config = getattr(model, "generation_config", None)  # classifiers have none
+    end = None if config is None else config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 class Interrupted(StoppingCriteria):

@@ -96,6 +96,8 @@ def _row_prompt(
     found = {field: row.values[column] for field, column in columns.items() if column in row.values}
     fields = {**row.values, **found}
     is_conversation = "messages" in fields or "conversations" in fields
+    if not is_conversation and isinstance(fields.get("prompt"), list):
+        fields, is_conversation = {**fields, "messages": fields["prompt"]}, True
     try:
         if template is not None and not is_conversation:
             return checked_text(template.render(fields.__getitem__), "prompt")
@@ -151,7 +153,7 @@ def encode_prompts(
         ids = [prompt_ids(tokenizer, str(prompt)) for prompt in prompts]
         encoded = EncodedPrompts(ids=ids, shown=list(prompts))
     if base.model.config.is_encoder_decoder:
-        encoded.ids[:] = [encoder_input(base, prompt) for prompt in ids]
+        encoded.ids[:] = [encoder_input(base.tokenizer, prompt) for prompt in ids]
     return encoded
 
 

@@ -22,9 +22,9 @@ class ScoringConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Held-out data, and the format of its examples."""
     split: ScoredSplit | None = None
-    """Split to score. The default is the split of the file that you name: test, or without test data validation. For a
-    named task without a file it is the split of published scores (validation for GLUE, whose test sets have no public
-    labels)."""
+    """Split to score. The default is the split of the file that you name, test or validation. If you name both or
+    neither, it is test, but for a named task the split of published scores (validation for GLUE, whose test sets have
+    no public labels)."""
     scores: tuple[Score, ...] = ("loss",)
     """For text generation: the held-out loss, the scores of generated text (BLEU and ROUGE-L, or those of a named
     task), or both. Classification and regression always compute all their scores."""
@@ -41,10 +41,6 @@ class ScoringConfig:
             raise ConfigurationError("scores is empty; name loss, text or both.")
         require_at_least("batch_size", self.batch_size, 1)
         require_at_least("limit", self.limit, 1)
-        if (
-            self.data.task_type is not None
-        ):  # otherwise the adapter may record a task with data of its own
-            self.scored_split()
 
     def scored_split(self, data: DataConfig | None = None) -> ScoredSplit:
         """Return the split to score, of `data` if its task has been resolved.

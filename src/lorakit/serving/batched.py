@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lorakit.compute.batching import encoder_input
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
@@ -130,10 +131,8 @@ class BatchedEngine(Worker):
 
     def _prompt(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens of a prompt as the model reads them."""
-        ids = list(prompt)
-        if self.model.config.is_encoder_decoder:
-            ids.append(int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
-        return ids
+        encodes = self.model.config.is_encoder_decoder
+        return encoder_input(self.tokenizer, prompt) if encodes else list(prompt)
 
     def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
         if not self.model.config.is_encoder_decoder:

@@ -151,7 +151,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
 
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
-    """Return what the files of the adapters say, and those of runs without one.
+    """Return what the files of the adapters say; without any adapter yet, the settings of the runs.
 
     One that is damaged is an error only for those who name it.
     """
@@ -167,17 +167,18 @@ def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
         if root
         else []
     )
-    cards = []
+    cards: list[Card] = []
+    runs: list[Card] = []
     for source in [*places, *map(folders.RunSource, followed.values())]:
         try:
             location = source.locate()
             if location is not None:
                 cards.append(read_card(location, location.state()))
             elif card := card_of_run(Path(source.path)):
-                cards.append(card)
+                runs.append(card)
         except (AdapterFileError, RunFolderError) as error:
             _LOG.warning("%s", error)
-    return cards
+    return cards or runs  # an adapter records the base by its full name, and a task with its labels
 
 
 def _base(configured: BaseConfig | None, cards: list[Card]) -> BaseConfig:

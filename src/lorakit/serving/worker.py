@@ -20,7 +20,7 @@ from lorakit.adapters import handle_of
 from lorakit.adapters.choice import AdapterChoice, Blend
 from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError
-from lorakit.evaluation.generate import ending_tokens
+from lorakit.evaluation.generate import ending_tokens_of_model
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
 from lorakit.serving.errors import EngineStoppedError
@@ -62,6 +62,8 @@ class Worker(ABC):
         *notices: str | None,
     ) -> None:
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        # Read now: a running batch changes the generation configuration.
+        self._ends = frozenset(ending_tokens_of_model(model))
         self.notice = "; ".join(notice for notice in notices if notice) or None
         self.steps = self.tokens = 0
         self._waiting: FairQueue[Answer] = FairQueue()
@@ -89,12 +91,14 @@ class Worker(ABC):
                 f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "
                 f"context of {self.limits.context}. Shorten the prompt or lower max_tokens."
             )
-        ends = frozenset(ending_tokens(self.model, request.lease.tokenizer))
+        eos: Any = request.lease.tokenizer.eos_token_id
+        ends = self._ends if eos is None else self._ends | {eos}
         answer = Answer(request, deliver, ends, self._wake)
         with self._changed:
             self._require_open()
             is_full = len(self._waiting) >= self.limits.queue
-            # The answers of one request share its lease. It is accepted as a whole, or else could never fit.
+            # The answers of one request share its lease. Accept all of them: a request with more answers than places
+            # could never be queued.
             if is_full and not any(a.request.lease is request.lease for a in self._waiting):
                 raise QueueFullError(f"{self.limits.queue} requests wait already")
             self._waiting.put(answer.key, answer)

@@ -351,6 +351,7 @@ PREFIX = "base_model.model."
         ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, but use_dora is false"),
         ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
         ({"body.2.bias": numbers(8)}, r"the first 'body\.2\.bias'"),
+        ({"body.0.weight": numbers(8, 8)}, r"the first 'body\.0\.weight'"),  # PEFT skips it
         ({"surplus": numbers(8)}, "the first 'surplus'"),
         ({"head.weight": None, "head.bias": None}, "the trained head is missing"),
         ({"head.weight": numbers(4, 8) * float("inf")}, r"'head\.weight' holds 32 values"),

@@ -229,7 +229,14 @@ class _OtherTensors:
             self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
         ):
             self.trained[name] = tensor
-        elif owner and attribute in ("weight", "bias") and f"{owner}.weight" in self.tensors:
+        elif (
+            attribute in ("weight", "bias")
+            and f"{owner}.weight" in self.tensors
+            # PEFT skips a weight of an adapted layer without `base_layer`, but for those of embeddings.
+            and (
+                in_layer or owner not in self.layers or f"{owner}.lora_embedding_A" in self.tensors
+            )
+        ):
             self.base_copies[name] = tensor
         else:
             return False
