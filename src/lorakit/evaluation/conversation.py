@@ -122,7 +122,7 @@ class Conversation:
         messages = template.prepared(conversion.with_system(turns, self.system))
         ids = template.ids(messages, answer=True)
         if model.config.is_encoder_decoder:
-            ids = encoder_input(self.base.tokenizer, ids)
+            ids = encoder_input(template.tokenizer, ids)
         (answer,) = generate(
             model,
             template.tokenizer,

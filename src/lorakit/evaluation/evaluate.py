@@ -288,10 +288,10 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
 
     If `data.max_length` cut an example of the group, they are cut to the model's context instead.
     """
+    assert base.tokenizer is not None  # open_base rejects a base without one
     ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
     context = context_length(base.model)
     if context and any(example.truncated for example in group):
-        assert base.tokenizer is not None  # open_base rejects a base without one
         room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
         keep = start_length(ids, start_ids(base.tokenizer))
         ids = cut_prompt(ids, max(room, 1), keep)

@@ -153,7 +153,7 @@ def encode_prompts(
         ids = [prompt_ids(tokenizer, str(prompt)) for prompt in prompts]
         encoded = EncodedPrompts(ids=ids, shown=list(prompts))
     if base.model.config.is_encoder_decoder:
-        encoded.ids[:] = [encoder_input(base.tokenizer, prompt) for prompt in ids]
+        encoded.ids[:] = [encoder_input(tokenizer, prompt) for prompt in ids]
     return encoded
 
 
