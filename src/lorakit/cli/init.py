@@ -139,10 +139,8 @@ def _file(
     base = {"name": "smollm2-135m" if task.generates else "minilm-l6"}
     base = base if config.base is None else _changed(config.base)
     held_out = {} if data.has("validation") else {"validation_fraction": 0.1}
-    settings = {
-        **{"train": train, "task": task.name, **held_out, "max_length": data.max_length},
-        **{**_changed(data), "task": task.name},
-    }
+    settings: dict[str, object] = {"train": train, "task": task.name, **held_out}
+    settings |= {"max_length": data.max_length, **_changed(data)}
     notes = [f"labels: {', '.join(task.labels)}"] if task.labels else []
     if unread:
         notes.append(f"columns that no field reads: {', '.join(unread)}")

@@ -66,9 +66,14 @@ def target_counter(base: Base) -> Callable[[Example], int]:
     return count
 
 
-def encoder_input(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> list[int]:
-    """Return the tokens of a prompt for an encoder: with an end-of-sequence token."""
-    return [*prompt_ids, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+def prompt_input(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]
+) -> list[int]:
+    """Return the tokens of a prompt as the model reads them: an encoder reads an end-of-sequence token after it."""
+    ids = list(prompt_ids)
+    if model.config.is_encoder_decoder:
+        ids.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
+    return ids
 
 
 def _encoder_decoder_batch(
@@ -77,7 +82,7 @@ def _encoder_decoder_batch(
     """Return padded encoder inputs, and the completions as labels."""
     assert base.tokenizer is not None  # training rejects a base without one
     start = _forced_start(base)
-    inputs = [encoder_input(base.tokenizer, e.prompt_ids) for e in examples]
+    inputs = [prompt_input(base.model, base.tokenizer, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
     width, length = max(map(len, inputs)), max(map(len, targets))
     return {

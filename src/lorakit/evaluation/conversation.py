@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from lorakit.adapters import handle_of
 from lorakit.adapters.loading import default_name
 from lorakit.compute.adapted import AdapterFile, add_adapter
-from lorakit.compute.batching import context_length, encoder_input
+from lorakit.compute.batching import context_length, prompt_input
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
@@ -120,9 +120,7 @@ class Conversation:
         turns = [*self.messages, {"role": "user", "content": checked_text(message, "message")}]
         template, model = self.template, self.base.model
         messages = template.prepared(conversion.with_system(turns, self.system))
-        ids = template.ids(messages, answer=True)
-        if model.config.is_encoder_decoder:
-            ids = encoder_input(template.tokenizer, ids)
+        ids = prompt_input(model, template.tokenizer, template.ids(messages, answer=True))
         (answer,) = generate(
             model,
             template.tokenizer,

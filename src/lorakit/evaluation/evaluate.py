@@ -17,7 +17,7 @@ from lorakit.adapters import handle_of
 from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import Collate, collator, context_length, encoder_input
+from lorakit.compute.batching import Collate, collator, context_length, prompt_input
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.compute.model_input import start_length, virtual_tokens_of
@@ -295,7 +295,7 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
         room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
         keep = start_length(ids, start_ids(base.tokenizer))
         ids = cut_prompt(ids, max(room, 1), keep)
-    return encoder_input(base.tokenizer, ids) if encodes else ids
+    return prompt_input(base.model, base.tokenizer, ids)
 
 
 def by_prompt(

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length, encoder_input, room_after
+from lorakit.compute.batching import context_length, prompt_input, room_after
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
@@ -81,7 +81,9 @@ def generate(
         )
     decoding = decoding or Decoding()
     ids = [
-        _ids(model, tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_input(model, tokenizer, prompt_ids(tokenizer, prompt))
+        if isinstance(prompt, str)
+        else list(prompt)
         for prompt in prompts
     ]
     if [] in ids:
@@ -198,12 +200,6 @@ def generation_config(
         forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
     )
-
-
-def _ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a prompt, as in training."""
-    ids = prompt_ids(tokenizer, text)
-    return encoder_input(tokenizer, ids) if model.config.is_encoder_decoder else ids
 
 
 def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

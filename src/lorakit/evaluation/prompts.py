@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.compute.adapted import PromptFormat
-from lorakit.compute.batching import encoder_input
+from lorakit.compute.batching import prompt_input
 from lorakit.data.readers import Problem, Row, lines_of, reader_for
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
@@ -152,8 +152,7 @@ def encode_prompts(
     else:
         ids = [prompt_ids(tokenizer, str(prompt)) for prompt in prompts]
         encoded = EncodedPrompts(ids=ids, shown=list(prompts))
-    if base.model.config.is_encoder_decoder:
-        encoded.ids[:] = [encoder_input(tokenizer, prompt) for prompt in ids]
+    encoded.ids[:] = [prompt_input(base.model, tokenizer, prompt) for prompt in ids]
     return encoded
 
 

@@ -65,10 +65,9 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     limit = min(config.data.limit or ROWS, ROWS)
     reader = RowReader()
     first = dataclasses.replace(config.data, limit=limit)
-    if issubclass(task_class_of(first, reader=reader), Labelled):
-        task = task_of(config.data, reader=reader)  # a label may occur in the last row only
-    else:
-        task = task_of(first, reader=reader)
+    is_labelled = issubclass(task_class_of(first, reader=reader), Labelled)
+    # A label may occur in the last row only.
+    task = task_of(config.data if is_labelled else first, reader=reader)
     tokenizer = load_tokenizer(
         config.base.name,
         revision=config.base.revision,

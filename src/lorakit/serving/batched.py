@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorakit.compute.batching import encoder_input
+from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
@@ -131,8 +131,7 @@ class BatchedEngine(Worker):
 
     def _prompt(self, prompt: Sequence[int]) -> list[int]:
         """Return the tokens of a prompt as the model reads them."""
-        encodes = self.model.config.is_encoder_decoder
-        return encoder_input(self.tokenizer, prompt) if encodes else list(prompt)
+        return prompt_input(self.model, self.tokenizer, prompt)
 
     def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
         if not self.model.config.is_encoder_decoder:

@@ -26,7 +26,7 @@ class Chat(TextTask):
     """
 
     name = "chat"
-    layouts = (("messages",), conversion.ALPACA, conversion.PAIR)
+    layouts = (("messages",), conversion.ALPACA, conversion.PROMPT_COMPLETION)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -51,7 +51,7 @@ class Chat(TextTask):
     def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
         """Return how the rows write conversations: whose keys, with contents as parts, with tools."""
         if "messages" not in columns:
-            if set(conversion.PAIR) <= set(columns):
+            if set(conversion.PROMPT_COMPLETION) <= set(columns):
                 return "prompt and completion as messages"
             return "Alpaca's instruction, input and output as a user's and an assistant's message"
         first = [row["messages"] for row in rows if isinstance(row.get("messages"), list)]
@@ -77,7 +77,7 @@ class Chat(TextTask):
         elif conversion.is_alpaca(fields):
             answer = {"role": "assistant", "content": text_field(fields, "output")}
             yield {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
-        elif set(conversion.PAIR) <= fields.keys():
+        elif set(conversion.PROMPT_COMPLETION) <= fields.keys():
             yield {**fields, "messages": conversion.joined_messages(fields)}
         else:
             yield fields

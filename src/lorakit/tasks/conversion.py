@@ -13,7 +13,7 @@ from lorakit.tasks.task import BadRow, Fields, checked_text, json_type, text_fie
 ALPACA = ("instruction", "output")
 """Fields of an Alpaca row. `input`, and in chats `system` and `history`, are optional."""
 
-PAIR = ("prompt", "completion")
+PROMPT_COMPLETION = ("prompt", "completion")
 """Fields of a prompt with its completion. In TRL's conversational rows both are lists of messages."""
 
 SENDERS = {
@@ -69,7 +69,7 @@ def alpaca_prompt(fields: Fields) -> str:
 
 def is_conversational(fields: Fields) -> bool:
     """Return whether prompt and completion are lists of messages, as in TRL's conversational rows."""
-    return all(isinstance(fields.get(name), list | tuple) for name in PAIR)
+    return all(isinstance(fields.get(name), list | tuple) for name in PROMPT_COMPLETION)
 
 
 def joined_messages(fields: Fields) -> list[Any]:
@@ -81,7 +81,7 @@ def joined_messages(fields: Fields) -> list[Any]:
         list(fields[name])
         if isinstance(fields[name], list | tuple)
         else [{"role": role, "content": text_field(fields, name)}]
-        for name, role in zip(PAIR, ("user", "assistant"), strict=True)
+        for name, role in zip(PROMPT_COMPLETION, ("user", "assistant"), strict=True)
     )
     earlier = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
     return [*earlier, *completion]

@@ -43,7 +43,7 @@ class Completion(TextTask):
     """
 
     name = "completion"
-    layouts = (("prompt", "completion"), conversion.ALPACA)
+    layouts = (conversion.PROMPT_COMPLETION, conversion.ALPACA)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
