@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -101,6 +102,16 @@ def test_it_pauses_while_quiet_is_asked(tmp_path):
     assert steps(tmp_path) == 250
 
 
+@contextmanager
+def at_hangup(handler):
+    """Handle SIGHUP like a shell that the tests were started from, with or without nohup."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
@@ -117,26 +128,24 @@ def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused, signum):
             os.kill(os.getpid(), signum)
             wait_for((tmp_path / "saved").exists)
 
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_SIGTERM]) == 7
-    thread.join()
+    with at_hangup(signal.SIG_DFL):
+        thread = threading.Thread(target=terminate)
+        thread.start()
+        assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_SIGTERM]) == 7
+        thread.join()
     assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
-def test_nohup_keeps_it_running(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    thread = threading.Thread(
-        target=lambda: (wait_for(lambda: steps(tmp_path)), os.kill(os.getpid(), signal.SIGHUP))
-    )
-    thread.start()
-    try:
+def test_nohup_keeps_it_running(tmp_path):
+    with at_hangup(signal.SIG_IGN):
+        thread = threading.Thread(
+            target=lambda: (wait_for(lambda: steps(tmp_path)), os.kill(os.getpid(), signal.SIGHUP))
+        )
+        thread.start()
         command = [sys.executable, "-IS", "-c", COUNTS, "20"]
         assert background.run_in_background(command) == 0
-    finally:
         thread.join()
-        signal.signal(signal.SIGHUP, before)
     assert steps(tmp_path) == 20
 
 

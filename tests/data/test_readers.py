@@ -198,6 +198,14 @@ def test_a_quote_that_never_closes_cannot_hide_the_rows_after_it(tmp_path):
     assert problems(rows) == [f"{tmp_path}/data.csv:3: not valid CSV (unexpected end of data)"]
 
 
+def test_two_stray_quotes_of_a_tsv_file_cannot_join_the_rows_between_them(tmp_path):
+    message = r"data\.tsv:2: a quote opens a field that spans tabs and lines, up to line 4\."
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "data.tsv", 'a\tb\n"river\t1\npub\t0\npark"\t1\n')
+    rows = read(tmp_path / "data.tsv", 'a\tb\n"two\nlines"\t1\n"a\ttab"\t0\n')
+    assert [row["a"] for row in values(rows)] == ["two\nlines", "a\ttab"]
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [("a,b,a", "names the column 'a' more than once"), ("a,,b", "column 2 .* has no name")],

@@ -65,6 +65,35 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
     assert "batch_size: 4" in text
 
 
+@pytest.mark.parametrize(
+    ("validation", "expected"),
+    [
+        ({"rows": 1200, "training_rows": 0}, "None of its rows is used for training."),
+        (
+            {"rows": 1200, "training_rows": 3},
+            "3 of its 1,200 rows are used for training too, so the scores partly measure memorisation.",
+        ),
+        ({}, ""),
+        ({"rows": "many", "training_rows": 3}, ""),
+    ],
+)
+def test_scores_on_training_rows_are_called_so(
+    run: Path, validation: dict[str, Any], expected: str
+) -> None:
+    record = read_run(run)
+    written = record.provenance["data"]["validation"]
+    rows = [json.loads(line) for line in Path(written["source"]).read_text().splitlines()]
+    training = Path(record.provenance["data"]["train"]["source"]).read_text().splitlines()
+    repeated = sum(row in map(json.loads, training) for row in rows)
+    assert (written["rows"], written["training_rows"]) == (len(rows), repeated)
+    data = {"validation": validation}
+    record = dataclasses.replace(record, provenance={**record.provenance, "data": data})
+    assert record.memorisation == expected
+    assert f"Scores on the validation data. {expected}".strip() in text_of(
+        run_page(record).render()
+    )
+
+
 def test_the_curves_hold_every_step(run: Path) -> None:
     page = html.unescape(run_page(read_run(run)).render())
     for line in (run / "metrics.jsonl").read_text().splitlines():

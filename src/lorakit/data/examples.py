@@ -83,8 +83,8 @@ class Report:
     """Kept examples that were cut to `max_length`."""
     held_out: int = 0
     """Examples on the other side of `validation_fraction`."""
-    in_train: int = 0
-    """Rows of validation that training reads as well."""
+    in_train: int | None = None
+    """Rows of validation that training reads as well; None if they were not compared."""
     bad: list[Problem] = field(default_factory=list)
     """Skipped invalid rows, with file and line."""
     too_long: list[Problem] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Report:
             parts.append(f"{self.truncated:,} truncated")
         if self.held_out:
             parts.append(f"{self.held_out:,} on the other side of validation_fraction")
-        if self.in_train >= MANY * self.rows > 0:
+        if self.in_train and self.in_train >= MANY * self.rows:
             parts.append(
                 f"{self.in_train:,} are training rows, so scores partly measure memorisation"
             )
@@ -151,6 +151,14 @@ class ExampleSet(Sequence[Example]):
     def lengths(self) -> list[int]:
         """Return the number of tokens of each example."""
         return [len(example) for example in self.examples]
+
+    def record(self) -> dict[str, Any]:
+        """Return what a saved adapter records of this data."""
+        report = self.report
+        record = {"source": report.source, "sha256": self.sha256, "examples": len(self)}
+        if report.in_train is not None:
+            record |= {"rows": report.rows, "training_rows": report.in_train}
+        return record
 
 
 class RowReader:
@@ -223,6 +231,7 @@ def load_examples(
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
+        report.in_train = 0 if split == "validation" else None
     elif split == "validation" and (train := reader.by_split.get("train")) is not None:
         seen = set(_keys(train, ColumnMap(config, train.columns, train.name)))
         report.in_train = sum(key in seen for key in _keys(data, columns))

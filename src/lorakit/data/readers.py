@@ -58,6 +58,8 @@ repeated rows to a fiftieth, and a file that is made to fill the memory to a tho
 FREE_ROWS = 1_000_000
 """Most rows or lines of a file, and more for each of its bytes. Only compressed ones could have more."""
 
+QUOTES = "Close it; a quote inside a text is written twice, in a quoted field"
+
 csv.field_size_limit(MAX_LINE)
 
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
@@ -208,7 +210,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                 if str(error) == "unexpected end of data" and reader.line_num > line:
                     raise DataError(
                         f"{path}:{line}: a quote opens a field that does not end up to line {reader.line_num:,}, the "
-                        "last of the file. Close it; a quote inside a text is written twice, in a quoted field"
+                        f"last of the file. {QUOTES}"
                     ) from None
                 yield Problem(f"{path}:{line}", f"not valid CSV ({error})")
                 continue
@@ -220,6 +222,11 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                 yield Problem(
                     f"{path}:{line}",
                     f"{len(record)} fields, but the header has {len(header)} columns",
+                )
+            elif delimiter == "\t" and any("\t" in field and "\n" in field for field in record):
+                raise DataError(
+                    f"{path}:{line}: a quote opens a field that spans tabs and lines, up to line {reader.line_num:,}. "
+                    f"{QUOTES}"
                 )
             else:
                 yield Row(dict(zip(header, record, strict=True)), f"{path}:{line}")

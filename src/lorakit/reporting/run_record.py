@@ -116,6 +116,20 @@ class RunRecord:
         data = _mapping(_mapping(self.provenance.get("data")).get("validation"))
         return (data.get("sha256"), data.get("examples")) if data else None
 
+    @property
+    def memorisation(self) -> str:
+        """How many validation rows are training rows too, as a sentence; "" if not recorded."""
+        data = _mapping(_mapping(self.provenance.get("data")).get("validation"))
+        rows, repeated = data.get("rows"), data.get("training_rows")
+        if not isinstance(rows, int) or not isinstance(repeated, int):
+            return ""
+        if not repeated:
+            return "None of its rows is used for training."
+        return (
+            f"{repeated:,} of its {counted(rows, 'row')} are used for training too, so the scores partly measure "
+            "memorisation."
+        )
+
     def scored_on(self, name: str) -> str:
         """Return how many validation examples or samples a score is of, such as "2 samples"; "" if not recorded."""
         if self.samples and name not in ("loss", "perplexity"):

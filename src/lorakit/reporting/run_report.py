@@ -127,7 +127,7 @@ def _scores(run: RunRecord) -> list[Block]:
             {True: "better", False: "worse", None: ""}[verdict],
         ]
         rows.append([*row, best.get(name)] if shows_best else row)
-    caption = "Scores on the validation data, which is not used for training."
+    caption = f"Scores on the validation data. {run.memorisation}".strip()
     return [Table(caption=caption, columns=tuple(columns), rows=rows)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import shlex
 import sys
@@ -67,6 +68,7 @@ def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

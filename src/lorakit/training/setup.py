@@ -232,11 +232,7 @@ class Job:
         sets = {"train": self.train, "validation": self.validation}
         provenance = {
             "config": self.config.as_dict(),
-            "data": {
-                split: {"source": data.report.source, "sha256": data.sha256, "examples": len(data)}
-                for split, data in sets.items()
-                if data is not None
-            },
+            "data": {split: data.record() for split, data in sets.items() if data is not None},
             "task": self.task.name,
             "generic_task": generic_task(self.task).name,
             "encoding": self.config.data.encoding or next(iter(self.task.encodings), None),
