@@ -205,7 +205,7 @@ def test_a_head_that_does_more_than_we_know_is_found_out() -> None:
     assert why_not_fused(model) == ""
     objective = confirm_loss_path(model, batch)
     assert objective.path == "whole logits"
-    assert "not fused: its loss" in objective.note
+    assert "not fused: its logits" in objective.note
     torch.testing.assert_close(objective.loss_sum(model, batch), plain_loss(model, batch))
 
 
@@ -240,6 +240,34 @@ def test_a_cap_in_the_text_part_of_the_configuration_is_seen() -> None:
         model.get_output_embeddings().weight.normal_(std=4)
         ours = objective.loss_sum(model, batch)
         torch.testing.assert_close(ours, plain_loss(model, batch), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("setting", ["final_logit_softcapping", "logits_soft_cap"])
+def test_every_name_of_a_cap_is_known(setting: str) -> None:
+    model = tiny_models.build("llama").bfloat16()
+    setattr(model.config, setting, 30.0)
+    assert why_not_fused(model) == "the logits are capped"
+
+
+def test_a_cap_that_the_configuration_does_not_name_is_found_out_in_bfloat16() -> None:
+    """It moves the mean loss by less than bfloat16's rounding, but not the logits."""
+    model = tiny_models.build("llama").bfloat16().requires_grad_(False)
+    model.lm_head.weight.mul_(3)
+    forward = model.forward
+
+    def capped(input_ids, attention_mask, use_cache=False):
+        output = forward(input_ids, attention_mask)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    model.forward = capped
+    batch = batch_of_two()
+    fused, whole = (
+        LanguageModellingLoss(path=path).loss_sum(model, batch)
+        for path in ("fused", "whole logits")
+    )
+    assert abs(fused - whole) < 0.02 * (whole + 7)
+    assert "not fused: its logits" in confirm_loss_path(model, batch).note
 
 
 def test_a_hook_on_the_whole_model_is_not_bypassed() -> None:

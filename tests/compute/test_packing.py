@@ -6,6 +6,7 @@ import random
 import pytest
 import tiny_models
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from lorakit.compute.adapted import TEXT
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.computation import choose_computation
 from lorakit.compute.objective import LanguageModellingLoss, confirm_loss_path
-from lorakit.compute.trials import why_not_packed
+from lorakit.compute.trials import shortened, why_not_packed
 from lorakit.data import packing
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
@@ -297,12 +298,70 @@ def test_the_structure_of_these_allows_packing(arch):
     assert choice.note == ""
 
 
-@pytest.mark.parametrize("arch", ["bloom"])
-def test_these_do_not_and_say_why(arch):
+@pytest.mark.parametrize(("arch", "kind"), [("bloom", "bloom"), ("GPTNeo", "gpt_neo")])
+def test_these_do_not_and_say_why(arch, kind):
+    """A trial shorter than the window of GPT-Neo's local layers would not show that they count it by row."""
     model = tiny_models.build(arch, "causal-lm")
     choice = choose_computation(model, TEXT, training=True, packing=True)
     assert not choice.packed
-    assert choice.note == "batches padded, not packed: bloom ignores position ids"
+    assert choice.note == f"batches padded, not packed: {kind} counts positions by row"
+
+
+def decoder(config_class, dtype, **settings):
+    """Return a tiny decoder of transformers."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**sizes, **heads, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("config_class", "settings"),
+    [
+        ("MistralConfig", {"sliding_window": 64}),
+        ("Gemma3TextConfig", {"sliding_window": 64, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    ],
+)
+def test_a_window_shorter_than_an_example_is_read_from_the_configuration(
+    config_class, settings, dtype
+):
+    """Its effect on the hidden states is smaller than the rounding of a deep model in bfloat16."""
+    model = decoder(config_class, dtype, **settings)
+    ids = random.Random(0).choices(range(3, 99), k=65)
+    assert why_not_packed(model, example(ids[:64], 20)) == ""
+    assert why_not_packed(model, example(ids, 20), example(ids[:24], 16)) == (
+        "its attention reaches back 64 tokens, and the longest example has 65"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_leaks_into_the_next_completion_is_found_out_in_long_ones_too(dtype):
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    model = decoder("Lfm2Config", dtype, layer_types=kinds, block_auto_adjust_ff_dim=False)
+    longest = example(random.Random(0).choices(range(3, 99), k=408), 8)
+    assert "differ" in why_not_packed(model, longest, shortened(longest))
+
+
+@pytest.mark.parametrize(
+    ("one", "ids", "prompt"),
+    [
+        (example(list(range(40)), 30), [*range(16), *range(30, 38)], 16),
+        (example([4, 7, 5], 0, [False, True, True]), [4, 7, 5], 1),
+        (example([4, 7, 5], 3, [False, True, True]), [4, 7, 5], 2),
+        (example([4], 1, [False]), [4], 1),
+    ],
+)
+def test_a_shortened_example_has_the_start_of_prompt_and_completion(one, ids, prompt):
+    short = shortened(one)
+    assert (short.input_ids, short.prompt_length) == (ids, prompt)
+    assert short.loss_mask == [i >= prompt for i in range(len(ids))]
 
 
 def careless(model):

@@ -1,15 +1,20 @@
 """lorakit's attention and dropout in models of transformers: same results, and a clean removal."""
 
+import random
+
 import pytest
 import tiny_models
+import tiny_runs
 import torch
 from torch import nn
 
-from lorakit.compute.computation import choose_computation
-from lorakit.compute.trials import try_faster
+from lorakit.compute.computation import choose_computation, confirm_computation
+from lorakit.compute.trials import SHORT_COMPLETION, SHORT_PROMPT, try_faster
 from lorakit.data import DataTask
 from lorakit.models import faster
+from lorakit.models.loading import load_base
 from lorakit.ops import flex_masked_attention
+from lorakit.tasks import LanguageExample
 
 TAKING = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "bert", "roberta"]
 
@@ -59,6 +64,34 @@ def test_an_attention_that_computes_something_else_is_found_out(monkeypatch):
     )
     assert "would differ" in try_faster(model, padded_batch())
     assert model.config._attn_implementation == faster.STOCK
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_the_logits_of_trials_are_those_of_a_few_tokens(arch, tmp_path):
+    """A vocabulary of 262,144 and two examples of 2,048 tokens would take 4 GB for each copy of them."""
+    folder = tiny_runs.save_base(tmp_path / "base", arch)
+    base = load_base(folder, task=tiny_models.natural_head(arch), dtype="float32")
+    rows = []
+    base.model.get_output_embeddings().register_forward_hook(
+        lambda head, args, output: rows.append(output[..., 0].numel())
+    )
+    ids = random.Random(0).choices(range(3, 50), k=500)
+    examples = [
+        LanguageExample(
+            input_ids=ids[:length],
+            loss_mask=[i >= 100 for i in range(length)],
+            prompt_length=100,
+            prompt="",
+            completion="",
+        )
+        for length in (500, 400)
+    ]
+    task = DataTask(name="completion")
+    choice = choose_computation(base.model, task, training=True, packing=True)
+    confirmed = confirm_computation(choice, base, examples)
+    assert confirmed.faster == "layers"
+    assert rows
+    assert max(rows) <= 2 * (SHORT_PROMPT + SHORT_COMPLETION)
 
 
 def test_an_attention_that_fails_is_not_taken(monkeypatch):

@@ -147,7 +147,9 @@ def test_a_window_that_one_long_example_exceeds_rules_out_packing(
     for name in ("train", "validation"):
         long = {**short, "completion": " park" * 12} if name == split else short
         tiny_runs.write_rows(tmp_path / f"{name}.jsonl", [short, short, long])
-    assert ("differ" if split else "computed once") in prepare(config).computation.notes[0]
+    assert ("reaches back 16 tokens" if split else "computed once") in prepare(
+        config
+    ).computation.notes[0]
 
 
 CUTS = ((8, 1), (4, 2), (2, 4), (3, 3))

@@ -111,6 +111,22 @@ def room_after(length: int, context: int, *, is_encoder_decoder: bool) -> int:
     return context - length
 
 
+def attention_window(model: PreTrainedModel) -> int | None:
+    """Return the shortest window or chunk of the model's attention layers, in tokens; None if all see every token."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = [
+        getattr(config, name, None)
+        for kind, name in _WINDOWS.items()
+        if kinds is None or kind in kinds
+    ]
+    return min((window for window in windows if window), default=None)
+
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""The setting of each kind of layer."""
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the longest input in tokens that the model supports; None if it has no limit or does not state one."""
     config = model.config.get_text_config()

@@ -24,7 +24,13 @@ from lorakit.compute.objective import (
     confirm_loss_path,
     loss_paths,
 )
-from lorakit.compute.trials import Faster, try_faster, try_last_block, why_not_packed
+from lorakit.compute.trials import (
+    Faster,
+    shortened,
+    try_faster,
+    try_last_block,
+    why_not_packed,
+)
 from lorakit.data import DataTask
 from lorakit.models.heads import backbone_of
 from lorakit.models.loading import Base
@@ -32,8 +38,8 @@ from lorakit.tasks import Example, LanguageExample
 
 ChosenLoss = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
 
-POSITIONS_BY_ROW = ("bloom", "falcon", "mpt")
-"""Architectures whose attention counts positions from the start of a row and ignores position ids."""
+POSITIONS_BY_ROW = ("bloom", "falcon", "gpt_neo", "mpt")
+"""Architectures whose attention counts positions from the start of a row, and not by position ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +108,20 @@ def confirm_computation(
     """
     notes, faster, packed = list(choice.notes), choice.faster, choice.packed
     if faster != "none":
-        why_stock = try_faster(base.model, collator(base)(examples[:2]), faster)
+        few = examples[:2]
+        if base.model.config.is_encoder_decoder:
+            few = [shortened(example) for example in few]
+        why_stock = try_faster(base.model, collator(base)(few), faster)
         if why_stock:
             faster = "none"
             notes.append(f"stock attention: {why_stock}")
     if packed:
-        # The longest, since a sliding window changes only examples that are longer than the window.
-        (longest,) = model_examples(
-            base, [max(examples, key=len)]
-        )  # with virtual tokens, as in a batch
-        assert isinstance(longest, LanguageExample)
-        why_padded = why_not_packed(base.model, longest)
+        longest = max(examples, key=len)
+        # With virtual tokens, as in a batch.
+        trials = model_examples(base, [longest, shortened(longest)])
+        why_padded = why_not_packed(
+            base.model, *(one for one in trials if isinstance(one, LanguageExample))
+        )
         packed = not why_padded
         notes.insert(
             0,
@@ -142,12 +151,14 @@ def _confirmed_objective(
     if isinstance(chosen, SequenceToSequenceLoss):
         return chosen
     # Examples of different lengths, so that the first padding token is not mistaken for the last of a text.
-    probe = collator(base)([pick(examples[:50], key=len) for pick in (max, min)])
+    pair, batch = [pick(examples[:50], key=len) for pick in (max, min)], collator(base)
     if isinstance(chosen, LanguageModellingLoss):
-        confirmed = confirm_loss_path(model, probe, label_smoothing=chosen.label_smoothing)
+        confirmed = confirm_loss_path(
+            model, batch([*map(shortened, pair)]), label_smoothing=chosen.label_smoothing
+        )
     else:
         confirmed = replace(chosen, last_block=None)
-    return confirmed if chosen.last_block is None else try_last_block(confirmed, model, probe)
+    return confirmed if chosen.last_block is None else try_last_block(confirmed, model, batch(pair))
 
 
 def _structural_objective(
@@ -181,7 +192,7 @@ def _why_padded(model: PreTrainedModel, task: DataTask, *, packing: bool) -> str
     if not packing:
         return "batches padded"
     if model.config.model_type in POSITIONS_BY_ROW:
-        return f"batches padded, not packed: {model.config.model_type} ignores position ids"
+        return f"batches padded, not packed: {model.config.model_type} counts positions by row"
     parameters = inspect.signature(backbone_of(model).forward).parameters
     if not {"position_ids", "attention_mask"} <= parameters.keys():
         return "batches padded, not packed: the model takes no position ids"

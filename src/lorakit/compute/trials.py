@@ -15,41 +15,74 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.compute.batching import attention_window
 from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
-from lorakit.compute.objective import Batch, LabelLoss, LanguageModellingLoss, tolerance
+from lorakit.compute.objective import Batch, LabelLoss, LanguageModellingLoss, distance, tolerance
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster, make_stock, use_own_attention
-from lorakit.tasks import LanguageExample
+from lorakit.models.heads import backbone_of, output_embeddings
+from lorakit.tasks import Example, LanguageExample
 
 T = TypeVar("T", bound=LabelLoss | LanguageModellingLoss)
+E = TypeVar("E", bound=Example)
 
+SHORT_PROMPT, SHORT_COMPLETION = 16, 8
+"""Tokens of a `shortened` example."""
 
 Faster = Literal["layers", "attention", "none"]
 """Which layers of lorakit to use: attention, norms, activations and dropout; only the attention; or none."""
 
 
-def why_not_packed(model: nn.Module, example: LanguageExample) -> str:
+def shortened(example: E) -> E:
+    """Return an example for a trial of what does not depend on length: the start of its prompt and of its completion.
+
+    Whole logits then take little memory, and a completion that sees tokens of another one differs in a large part of
+    its tokens. All tokens of the completion are targets. A labelled example stays whole: it has few logits.
+    """
+    if not isinstance(example, LanguageExample):
+        return example
+    cut = _start_of_completion(example)
+    prompt = example.input_ids[:cut][:SHORT_PROMPT]
+    completion = example.input_ids[cut:][:SHORT_COMPLETION]
+    return replace(
+        example,
+        input_ids=[*prompt, *completion],
+        loss_mask=[False] * len(prompt) + [True] * len(completion),
+        prompt_length=len(prompt),
+    )
+
+
+def why_not_packed(model: PreTrainedModel, *examples: LanguageExample) -> str:
     """Return why packing changes the results of `model`; empty if it does not.
 
-    The trial computes two completions of one prompt together, with the prompt as a shared prefix, and each alone. It
-    compares the hidden states at all tokens of the completions.
+    For each example, a trial computes two completions of its prompt together, with the prompt as a shared prefix, and
+    each alone. It compares the hidden states at all tokens of the completions. A window that is shorter than an
+    example is read from the configuration: it moves hidden states by less than bfloat16 rounds them.
 
     Args:
         model: The model.
-        example: Any example, with the virtual tokens that the model expects. The trial uses its tokens.
+        examples: The longest one and a `shortened` one, with the virtual tokens that the model expects.
     """
-    objective, device = LanguageModellingLoss(), next(model.parameters()).device
-    pair = _two_completions(example)
-    try:
-        together = _used_outputs(objective, model, _to(device, pack(pair, pad_id=0)))
-        alone = [_used_outputs(objective, model, _to(device, collate([e], pad_id=0))) for e in pair]
-    except Exception as error:  # models can raise any exception; padded batches still work
-        return f"it raised {type(error).__name__}: {error}"
-    distance = _distance(together, torch.cat(alone))
-    if not distance <= _limit(model):
-        return f"its hidden states differ by {distance:.2g} from those of separate examples"
+    longest, window = max(map(len, examples)), attention_window(model)
+    if window is not None and window < longest:
+        return (
+            f"its attention reaches back {window:,} tokens, and the longest example has {longest:,}"
+        )
+    objective = LanguageModellingLoss()
+    for pair in map(_two_completions, examples):
+        try:
+            together = _used_outputs(objective, model, _to(model.device, pack(pair, pad_id=0)))
+            alone = [
+                _used_outputs(objective, model, _to(model.device, collate([one], pad_id=0)))
+                for one in pair
+            ]
+        except Exception as error:  # models can raise any exception; padded batches still work
+            return f"it raised {type(error).__name__}: {error}"
+        apart = distance(together, torch.cat(alone))
+        if not apart <= _limit(model):
+            return f"its hidden states differ by {apart:.2g} from those of separate examples"
     return ""
 
 
@@ -59,7 +92,7 @@ def _two_completions(example: LanguageExample) -> list[LanguageExample]:
     Each completion has at least two tokens, all of them targets. Packing then merges no targets, and each completion
     has a token whose hidden state depends on the mask.
     """
-    cut = max(1, min(example.prompt_length, len(example) - 1))
+    cut = _start_of_completion(example)
     prompt, completion = example.input_ids[:cut], example.input_ids[cut:] or example.input_ids
     first, rest = completion[0], completion[1:] or completion
     # Token 0 is often padding, whose vector can be zero and show nothing.
@@ -74,20 +107,27 @@ def _two_completions(example: LanguageExample) -> list[LanguageExample]:
     ]
 
 
+def _start_of_completion(example: LanguageExample) -> int:
+    """Return where the completion starts, after at least one token and, if possible, before the last one."""
+    return max(1, min(example.prompt_length, len(example) - 1))
+
+
 def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") -> str:
     """Install lorakit's own attention and layers, or return why the stock layers stay.
 
     Args:
         model: The model to change in place; it stays unchanged if a reason is returned.
-        batch: A padded batch, for which the logits must not change.
+        batch: A padded batch, for which the results must not change.
         faster: Which layers to install. "attention" is a compiled kernel, so its backward pass is tried too.
     """
     batch = _to(model.device, batch)
-    before = _logits(model, batch)
+    with evaluating(model):
+        before = _outputs(model, batch)
     try:
         make_faster(model) if faster == "layers" else use_own_attention(model)
-        distance = _distance(_logits(model, batch), before)
-        reason = "" if distance <= _limit(model) else f"the logits would differ by {distance:.2g}"
+        with evaluating(model):
+            apart = distance(_outputs(model, batch), before)
+        reason = "" if apart <= _limit(model) else f"the results would differ by {apart:.2g}"
         if faster == "attention":
             _try_backward(model, batch)
     except Exception as error:  # models can raise any exception; the stock layers still work
@@ -115,7 +155,7 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
     try:
         before = _used_outputs(objective, model, batch)
         for changed, note in _variants(objective, trial_block):
-            if _distance(_used_outputs(changed, model, batch), before) <= tolerance(model):
+            if distance(_used_outputs(changed, model, batch), before) <= tolerance(model):
                 notes = filter(None, (objective.note, note))
                 matching.append(replace(changed, last_block=block, note="; ".join(notes)))
     except Exception:  # models can raise any exception; the full block still works
@@ -148,34 +188,28 @@ def _to(device: torch.device, batch: Batch) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    with evaluating(model):
-        return _forward(model, batch).logits
-
-
-def _forward(model: PreTrainedModel, batch: Batch) -> Any:
+def _outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the last hidden states of a decoder, whose logits would take far more memory; of others the logits."""
     inputs: dict[str, Any] = dict(batch)
+    computed: nn.Module = model
     # An encoder-decoder derives its decoder's inputs from the labels.
     if not model.config.is_encoder_decoder:
         inputs.pop("labels", None)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+        if output_embeddings(model) is not None:
+            computed = backbone_of(model)
+    if "use_cache" in inspect.signature(computed.forward).parameters:
         # As in training: a compiled kernel depends on the strides of its inputs.
         inputs["use_cache"] = False
-    return model(**inputs)
+    outputs = computed(**inputs)
+    return outputs.logits if computed is model else outputs.last_hidden_state
 
 
 def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
     """Compute and discard gradients, since a compiled kernel may fail only in the backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
-        total = _forward(model, batch).logits.sum(dtype=torch.float32)
+        total = _outputs(model, batch).sum(dtype=torch.float32)
         torch.autograd.grad(total, trained, allow_unused=True)
-
-
-def _distance(x: Tensor, expected: Tensor) -> float:
-    """Return the relative distance over all rows; rounding can move a single row far."""
-    x, expected = x.float(), expected.float()
-    return float((x - expected).norm() / expected.norm())
 
 
 def _limit(model: nn.Module) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lorakit.compute.batching import context_length
+from lorakit.compute.batching import attention_window, context_length
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.paged_attention import (
     NAME,
@@ -142,9 +142,9 @@ def _require_windows(model: PreTrainedModel, windows: set[int | None]) -> None:
     kinds = getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"]
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise UnsupportedModelError(f"it has layers with {', '.join(unknown)}")
-    window, context = getattr(config, "sliding_window", None), context_length(model)
+    window, context = attention_window(model), context_length(model)
     is_used = window is not None and (context is None or window < context)
-    if is_used and "sliding_attention" in kinds and window not in windows:
+    if is_used and window not in windows:
         raise UnsupportedModelError(
             f"its sliding window of {window:,} tokens is in its masks alone"
         )
