@@ -312,6 +312,17 @@ def test_a_nested_configuration_is_compared_by_field():
     assert changed_fields(fields(1e-6), fields(1e-5)) == ["text_config.rms_norm_eps 1e-06 -> 1e-05"]
 
 
+def test_fields_that_differ_between_layers_are_compared():
+    def fields(heads: int) -> dict:
+        layers = {1: {"num_key_value_heads": heads}}
+        return computing_fields(transformers.LlamaConfig(per_layer_config=layers))
+
+    assert fields(2)["num_key_value_heads"] == 32
+    assert changed_fields(fields(2), fields(2)) == []
+    (change,) = changed_fields(fields(2), fields(4))
+    assert change.endswith(".num_key_value_heads 2 -> 4")
+
+
 def test_another_version_of_transformers_may_have_other_fields():
     then, now = record(llama()), record(llama())
     then.configuration["transformers_version"] = "5.0.0"
