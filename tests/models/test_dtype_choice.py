@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import (
+    Gemma3nTextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MusicgenConfig,
+    PretrainedConfig,
+)
 
 from lorakit.models import dtype_choice, dtypes
 from lorakit.models.base_config import BaseConfig
@@ -152,6 +158,24 @@ def test_products_have_the_shapes_of_the_base_and_a_bounded_size(
     choose_dtype(CPU, LlamaConfig(hidden_size=576, intermediate_size=1536))
     assert seen[0] == [(576, 576), (1536, 576), (576, 1536)]
     choose_dtype(CPU, LlamaConfig(hidden_size=16384, intermediate_size=65536))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_embd=96, n_inner=None), (96, 384)),  # its names are mapped
+        (Gemma3nTextConfig(hidden_size=32, intermediate_size=[64] * 34 + [48]), (32, 64)),
+        (LlamaConfig(per_layer_config={0: {"intermediate_size": 64}}), (4096, 11008)),
+        (MusicgenConfig(text_encoder={"model_type": "t5"}, audio_encoder={"model_type": "encodec"},
+                        decoder={"hidden_size": 48, "ffn_dim": 80}), (48, 80)),
+        (PretrainedConfig(), (1024, 4096)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_widths_of_unusual_configurations(
+    config: PretrainedConfig, expected: tuple[int, int]
+) -> None:
+    assert dtype_choice._widths(config) == expected
 
 
 def test_no_trial_without_bfloat16_arithmetic(

@@ -260,10 +260,19 @@ def _products(widths: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 
 def _widths(config: PretrainedConfig) -> tuple[int, int]:
     """Return the hidden and the inner width of a model; for unknown names, usual ones."""
-    text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", None) or _WIDTHS[0]
-    inner = next((w for n in _INNER if (w := getattr(text, n, None))), None) or 4 * hidden
-    return int(hidden), int(inner)
+    text = config.get_text_config(decoder=True)  # MusicGen has an encoder of text beside it
+    hidden = _width(text, "hidden_size") or _WIDTHS[0]
+    return hidden, _width(text, *_INNER) or 4 * hidden
+
+
+def _width(config: PretrainedConfig, *names: str) -> int | None:
+    """Return the first of these fields that is set. Of one width per layer (Gemma 3n), return the largest."""
+    for name in names:
+        # getattr rejects fields that differ between layers
+        value = vars(config).get(config.attribute_map.get(name, name))
+        if value:
+            return max(value) if isinstance(value, list | tuple) else int(value)
+    return None
 
 
 def _rows(batch_size: int) -> int:
