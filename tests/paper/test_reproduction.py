@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lorakit.cli import main
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper import runs
+from lorakit.paper.log import GRID
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.reproduction import (
     RepeatedScore,
@@ -206,7 +208,9 @@ def test_an_edited_score_and_another_processor_are_told(logged, tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_row_that_is_not_in_the_log(logged, tmp_path):
-    with pytest.raises(ConfigurationError, match=r"no scored run mrpc/lora/7.*Seeds.*: 0, 1"):
+    with pytest.raises(
+        ConfigurationError, match=r"no scored run mrpc/lora/7\..*mrpc/lora 0, 1[;.]"
+    ):
         reproduce(logged("mrpc/lora/7"), silent)
     with pytest.raises(ConfigurationError, match=r"tasks names 'mrcp'.*mrpc"):
         reproduce(logged("mrcp/lora"), silent)
@@ -215,6 +219,20 @@ def test_a_row_that_is_not_in_the_log(logged, tmp_path):
     other = PaperConfig(table="table3", log=str(tmp_path / "log"), reproduce="mrpc/lora")
     with pytest.raises(ConfigurationError, match="is of table2, not of table3"):
         reproduce(other, silent)
+
+
+@pytest.mark.parametrize("row", ["mrpc/bitfit/0", "rte/lora/0", "mrpc/full/0"])
+def test_a_row_of_the_table_that_the_log_lacks(tmp_path, row):
+    log = tmp_path / "log"
+    shutil.copytree(LOGS / "table2-minilm-l6", log)
+    content = storage.read_record(log / GRID, RunFolderError)
+    content["plan"]["counts"]["mrpc"]["full"]["left_out"] = "does not fit the base"
+    storage.write_record(log / GRID, content)
+    config = PaperConfig(
+        table="table2", log=str(log), reproduce=row, output=str(tmp_path / "again")
+    )
+    with pytest.raises(ConfigurationError, match=f"no scored run {row}. .*: mrpc/lora 0, 1, 2[.]"):
+        reproduce(config, silent)
 
 
 def test_the_folder_is_named_after_the_base_of_the_log(tmp_path, monkeypatch):

@@ -63,10 +63,11 @@ class Grid:
         """Data sets whose recorded runs are comparable with the runs of this call."""
 
     def cells(self) -> Iterator[tuple[StudyData, Variant]]:
-        """Yield each data set with each variant that fits the base."""
+        """Yield each data set with each variant that the setup has and that fits the base."""
         for data_set in self.study.data_sets:
+            counts = self.setup.counts.get(data_set.key, {})
             for variant in self.study.variants:
-                if not self.setup.counts[data_set.key][variant.key].left_out:
+                if variant.key in counts and not counts[variant.key].left_out:
                     yield data_set, variant
 
     def trials(self, data_set: StudyData, variant: Variant) -> list[TableRun]:

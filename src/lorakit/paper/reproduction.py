@@ -93,15 +93,16 @@ def reproduce(
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
     recorded = recorded_grid(_recorded(config), say)
-    ((data_set, variant),) = recorded.cells()
-    records = {record.seed: record for record in recorded.records(data_set, variant)}
+    cells = list(recorded.cells())  # one, or none
+    records = {record.seed: record for cell in cells for record in recorded.records(*cell)}
     _, _, seed = _row(config)
     wanted = list(records) if seed is None else [seed]
     if not records or not records.keys() >= set(wanted):
         raise ConfigurationError(
-            f"The log '{config.log}' has no scored run {config.reproduce}. Seeds of {data_set.key}/{variant.key}: "
-            f"{', '.join(map(str, records)) or 'none'}."
+            f"The log '{config.log}' has no scored run {config.reproduce}. Its rows and their seeds: "
+            f"{'; '.join(_scored_rows(config, say)) or 'none'}."
         )
+    ((data_set, variant),) = cells
     own = replace(recorded.config, log=None)
     scores: list[RepeatedScore] = []
     differences: dict[str, None] = {}
@@ -150,6 +151,14 @@ def _recorded(config: PaperConfig) -> PaperConfig:
             "--output."
         )
     return row
+
+
+def _scored_rows(config: PaperConfig, say: Say) -> Iterator[str]:
+    """Yield each row of the log that has scored runs, with their seeds."""
+    grid = recorded_grid(recorded_config(config.log_folder), say)
+    for data_set, variant in grid.cells():
+        if records := grid.records(data_set, variant):
+            yield f"{data_set.key}/{variant.key} {', '.join(str(r.seed) for r in records)}"
 
 
 def _require_made_here(runner: Runner, run: TableRun) -> None:
