@@ -229,6 +229,23 @@ def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_whose_adapter_was_deleted_is_a_finished_run(capsys, runs, tmp_path) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    status, _, err = call(capsys, "report", run)
+    assert (status, err) == (0, "")
+    page = (run / "report.html").read_text()
+    assert "The trained weights were deleted." in page
+    assert "is not finished" not in page
+    both = tmp_path / "both.html"
+    assert call(capsys, "report", run, runs[1], "--output", both)[0] == 0
+    cells = re.findall(
+        r"Adapter file</th>(?:<td[^>]*>([^<]*)</td>)(?:<td[^>]*>([^<]*)</td>)", both.read_text()
+    )
+    assert [first for first, _ in cells] == ["deleted"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

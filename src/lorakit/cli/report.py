@@ -85,8 +85,8 @@ def page_of(runs: Sequence[str | Path]) -> Page:
     from lorakit.training.run_folder import ADAPTER
 
     records = [read_run(folder) for folder in runs]
-    # The adapter after the last step, which exists only in finished runs.
-    adapters = [r.folder / ADAPTER for r in records if r.result is not None]
+    # The adapter after the last step. Only finished runs have one, until the user deletes it.
+    adapters = [r.folder / ADAPTER for r in records if r.result and r.adapter_bytes]
     if len(records) == 1:
         analysis = run_sections(adapters[0]) if adapters else []
         return run_page(records[0], analysis=analysis)

@@ -121,7 +121,7 @@ def _costs(runs: Sequence[RunRecord]) -> Table:
         "Tokens a second": _speed,
         "Peak memory": lambda run: size(run.result["peak_memory"]) if run.result else None,
         "Trained parameters": lambda run: run.sizes.get("trained_parameters"),
-        "Adapter file": lambda run: size(run.adapter_bytes) if run.adapter_bytes else None,
+        "Adapter file": _adapter_file,
         "Processor": _machine,
     }
     rows = [[name, *map(value, runs)] for name, value in quantities.items()]
@@ -133,6 +133,12 @@ def _costs(runs: Sequence[RunRecord]) -> Table:
 
 def _speed(run: RunRecord) -> str | None:
     return None if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"
+
+
+def _adapter_file(run: RunRecord) -> str | None:
+    if run.is_deleted:
+        return "deleted"
+    return size(run.adapter_bytes) if run.adapter_bytes else None
 
 
 def _machine(run: RunRecord) -> str | None:

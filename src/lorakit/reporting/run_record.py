@@ -47,11 +47,11 @@ class RunRecord:
     events: Sequence[Mapping[str, Any]] = ()
     """What went wrong and did not end the run."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance in the adapter's lorakit.json; empty if there is no adapter yet."""
+    """Provenance in the adapter's lorakit.json; empty if there is no adapter."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Record of the base in the adapter's lorakit.json."""
     adapter_bytes: int | None = None
-    """Size of the adapter's weights file."""
+    """Size of the adapter's weights file; None if there is none."""
     predicted: Mapping[str, float] = field(default_factory=dict)
     """Predictions of the planner, by the keys of `lorakit.reporting.run_report.PREDICTED`."""
     label: str | None = None
@@ -86,6 +86,11 @@ class RunRecord:
         """The command that started the run."""
         command = self.sessions[0].get("command") if self.sessions else None
         return command if isinstance(command, str) else None
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the run is finished and its adapter was deleted, as `lorakit paper --keep_weights false` does."""
+        return self.result is not None and self.adapter_bytes is None
 
     @property
     def tokens_per_second(self) -> float | None:

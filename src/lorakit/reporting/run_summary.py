@@ -129,11 +129,14 @@ def _ending(run: RunRecord, steps: int) -> list[str]:
             f"No evaluation was better than before training; the best one was at step {run.best_step:,}."
         )
     elif run.best_step is not None and run.best_step != steps:
+        advice = "" if run.is_deleted else ": prefer the adapter in best/"
         sentences.append(
-            f"The best validation score was at step {run.best_step:,}, before the end: prefer the adapter in best/."
+            f"The best validation score was at step {run.best_step:,}, before the end{advice}."
         )
     if (run.result or {}).get("stopped_early"):
         sentences.append("Training stopped early because the validation score no longer improved.")
+    if run.is_deleted:
+        sentences.append("The trained weights were deleted.")
     return sentences
 
 

@@ -156,8 +156,19 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
         formats.read(run / name)
     (run / "best").mkdir()
-    best = f"{expected}, or use its best adapter so far, '{run}/best'."
+    best = f"{expected}, or use its best adapter, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
+        formats.read(run / name)
+
+
+@pytest.mark.parametrize("name", ["", "adapter"])
+def test_a_finished_run_whose_adapter_was_deleted(tmp_path, name) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    (run / "result.json").touch()
+    expected = f"'{run}' is a finished run whose adapter was deleted. "
+    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume.$"):
         formats.read(run / name)
 
 

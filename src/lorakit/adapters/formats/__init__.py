@@ -84,7 +84,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
     if path.exists() and not path.is_dir():
         raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
-        _reject_unfinished_run(path.parent)
+        _reject_run_without_adapter(path.parent)
         raise AdapterFileError(
             f"'{path}' does not exist.{nearest_path(path) or ' Check the path.'} Download an adapter on the Hugging "
             "Face hub first: hf download OWNER/NAME --local-dir FOLDER."
@@ -94,7 +94,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
     elif os.path.lexists(path / peft.CONFIG_NAME):
         stored = read_peft(path)
     else:
-        _reject_unfinished_run(path)
+        _reject_run_without_adapter(path)
         raise AdapterFileError(_no_adapter_in(path))
     _check_alpha(stored, alpha, path)
     return stored
@@ -186,17 +186,22 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
         )
 
 
-def _reject_unfinished_run(folder: Path) -> None:
-    """Raise an error for a run that is not finished, and so has no adapter/ yet."""
+def _reject_run_without_adapter(folder: Path) -> None:
+    """Raise an error for a run that is not finished, and so has no adapter/ yet, or whose adapter/ was deleted."""
     config, best = folder / "config.yaml", folder / "best"
-    if (
-        not (config.is_file() and (folder / "checkpoints").is_dir())
-        or (folder / "adapter").exists()
-    ):
+    is_finished = (folder / "result.json").is_file()
+    is_run = config.is_file() and (is_finished or (folder / "checkpoints").is_dir())
+    if not is_run or (folder / "adapter").exists():
         return
-    instead = f", or use its best adapter so far, '{best}'" if best.is_dir() else ""
+    command = resume_command(config)
+    instead = f", or use its best adapter, '{best}'" if best.is_dir() else ""
+    if is_finished:
+        raise AdapterFileError(
+            f"'{folder}' is a finished run whose adapter was deleted. Continue it from its newest checkpoint, or from "
+            f"the start if it has none: {command}{instead}."
+        )
     raise AdapterFileError(
-        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {resume_command(config)}{instead}."
+        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {command}{instead}."
     )
 
 
