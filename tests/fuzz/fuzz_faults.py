@@ -98,10 +98,10 @@ FAULTS = (
     Fault("tokenizer", "lorakit.models.tokenizer:read_tokenizer", "not (whole and length >= 1)"),
     Fault(
         "tokenizer",
-        "lorakit.models.loading:_load_tokenizer",
-        "folder.is_dir() and any(folder.glob('tokenizer*'))",
+        "lorakit.models.tokenizer:tokenizer_of",
+        "_has_tokenizer(path, options)",
     ),
-    Fault("tokenizer", "lorakit.models.loading:_explained", "except Exception"),
+    Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "except Exception"),
     # the work, the size of a product, an exception of the library
     Fault("template", "lorakit.tasks.rendering:_Budget.charge", "self.spent > self.limit"),
     Fault("template", "lorakit.tasks.rendering:BoundedEnvironment.call_binop", "operator == '*'"),

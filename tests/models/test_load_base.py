@@ -300,7 +300,17 @@ def test_config_of_an_unknown_kind(llama: Path) -> None:
 
 def test_tokenizer_that_is_damaged(llama: Path) -> None:
     (llama / "tokenizer.json").write_text("{")
-    with pytest.raises(BaseModelError, match="'tiny-llama' cannot be loaded"):
+    message = r"tokenizer of 'tiny-llama' cannot be read \(JSONDecodeError.*; otherwise restore"
+    with pytest.raises(BaseModelError, match=message):
+        load_base(llama)
+
+
+def test_a_damaged_vocabulary_is_not_a_missing_tokenizer(llama: Path) -> None:
+    for path in llama.glob("tokenizer*"):
+        path.unlink()
+    (llama / "vocab.json").write_text('{"a": 0, ')
+    (llama / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(BaseModelError, match="tokenizer of 'tiny-llama' cannot be read"):
         load_base(llama)
 
 
@@ -389,18 +399,58 @@ def test_model_and_tokenizer_load_from_one_commit(
     ]
 
 
-def test_the_cached_copy_is_used_if_the_hub_is_unreachable(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of the model organisation/model in a local cache."""
     repository = tmp_path / "hub" / "models--organisation--model"
-    shutil.copytree(llama, repository / "snapshots" / commit)
+    snapshot = Path(shutil.copytree(llama, repository / "snapshots" / COMMIT))
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+@pytest.mark.parametrize("hub", ["unreachable", "reachable", "lost"])
+def test_a_tokenizer_on_the_hub_that_cannot_be_read(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, hub: str
+) -> None:
+    """A download that was cut off, or one that fails, does not mean that the model has no tokenizer."""
+    names = [path.name for path in cached.iterdir()]
+
+    def list_repo_files(*_: Any, **__: Any) -> list[str]:
+        if hub == "lost":
+            raise ConnectionError
+        return names
+
+    if hub != "unreachable":
+        (cached / "tokenizer.json").unlink()
+        (cached / "tokenizer_config.json").unlink()
+        monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
+        monkeypatch.setattr(HfApi, "list_repo_files", list_repo_files)
+
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            raise OSError("the download failed")
+
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    else:
+        (cached / "tokenizer.json").write_text("{")
+    message = rf"tokenizer of 'organisation/model' cannot be read .* organisation/model --revision {COMMIT} --force"
+    with pytest.raises(BaseModelError, match=message):
+        load_base("organisation/model", dtype="float32")
+    hub = "reachable" if hub == "lost" else hub
+    for path in cached.glob("tokenizer*"):
+        path.unlink()
+    names[:] = ["config.json", "model.safetensors"]
+    assert load_base("organisation/model", dtype="float32").tokenizer is None
+
+
+def test_the_cached_copy_is_used_if_the_hub_is_unreachable(cached: Path) -> None:
     base = load_base("organisation/model", dtype="float32")
     assert base.source.name == "organisation/model"
-    assert base.source.revision == commit
+    assert base.source.revision == COMMIT
     assert base.notices == ["The hub cannot be reached; the copy in the local cache is used."]
     assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorakit.errors import BaseModelError
@@ -60,3 +61,13 @@ def locate_on_hub(source: ModelSource) -> tuple[str | None, bool]:
             f"'{name}' is not a short name, not a local path and not in the local cache, and {reason}."
             f"{did_you_mean(name)}"
         ) from error
+
+
+def files_on_hub(name: str, commit: str | None, *, reachable: bool) -> list[str]:
+    """Return the names of a model's files on the hub; without the hub, those in the local cache."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if reachable:
+        return HfApi().list_repo_files(name, revision=commit)
+    cached = try_to_load_from_cache(name, "config.json", revision=commit)
+    return os.listdir(Path(cached).parent) if isinstance(cached, str) else []

@@ -23,7 +23,7 @@ from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise, share_of_experts
 from lorakit.models.sources import ModelSource, resolve
-from lorakit.models.tokenizer import read_tokenizer
+from lorakit.models.tokenizer import tokenizer_of
 from lorakit.ops import seeded
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def load_base(
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
-        with _explained(source, path, task):
-            tokenizer = _load_tokenizer(path, options)
+        tokenizer = tokenizer_of(source, path, options)
     if quantisation:
         experts = share_of_experts(model)
         count = quantise(model, quantisation)
@@ -176,7 +175,7 @@ def load_tokenizer(
     """Load only the tokenizer of a base model; arguments as for :func:`load_base`.
 
     Raises:
-        BaseModelError: the model does not exist, or it has no tokenizer.
+        BaseModelError: the model does not exist, it has no tokenizer, or its tokenizer cannot be read.
     """
     source = resolve(name, revision=revision)
     with _quiet():
@@ -184,8 +183,7 @@ def load_tokenizer(
             path, options = str(described_folder(Path(source.path_or_id))), {}
         else:
             source, path, options, _ = _locate(source, trust_remote_code)
-        with _explained(source, path, "causal-lm"):
-            tokenizer = _load_tokenizer(path, options)
+        tokenizer = tokenizer_of(source, path, options)
     if tokenizer is None:
         raise BaseModelError(f"'{source.name}' has no tokenizer. Name a base model that has one.")
     return tokenizer
@@ -378,21 +376,6 @@ def _is_encoder(config: PretrainedConfig) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
-
-
-def _load_tokenizer(path: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer; None if the model has none. A damaged one raises transformers' error."""
-    try:
-        tokenizer = read_tokenizer(path, BaseModelError, **options)
-    except (OSError, ValueError, KeyError) as error:
-        folder = Path(path)
-        if folder.is_dir() and any(folder.glob("tokenizer*")):
-            raise  # its tokenizer is damaged
-        if "trust_remote_code" in str(error):
-            raise
-        return None
-    # For a folder without tokenizer files, transformers can return one without words.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _set_padding(base: Base) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import BaseModelError, LorakitError
+from lorakit.models.hub import files_on_hub
+from lorakit.models.sources import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +24,67 @@ _TRIAL = "A river, 12 pubs.\n\tcaf\u00e9 \u4e2d\u6587 \U0001f600"
 
 _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.DOTALL)
 """Matches truncation and padding at the start of a serialised tokenizer. In a text of it the quotes are escaped."""
+
+_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
+"""Names of files that only a model with a tokenizer has."""
+
+
+def tokenizer_of(
+    source: ModelSource, path: str, options: Mapping[str, Any]
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a base model; None if it has none.
+
+    Args:
+        source: The model.
+        path: Its folder or hub id.
+        options: Options of transformers for this path.
+
+    Raises:
+        BaseModelError: The model has files of a tokenizer, and they cannot be read.
+    """
+    try:
+        tokenizer = read_tokenizer(path, BaseModelError, **options)
+    except LorakitError:
+        raise
+    # Any exception can mean that there is no tokenizer, or that it is damaged or needs a missing package.
+    except Exception as error:
+        if _has_tokenizer(path, options):
+            raise BaseModelError(_unreadable(source, path, error)) from error
+        return None
+    # For a folder without tokenizer files, transformers can return one without words.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
+    message = " ".join(str(error).split())[:500].rstrip(".")
+    if "trust_remote_code" in message:
+        return (
+            f"The tokenizer of '{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
+            "trust_remote_code."
+        )
+    advice = "restore its files from the model's source."
+    if source.kind == "hub":
+        commit = f" --revision {source.revision}" if source.revision else ""
+        advice = f"run: hf download {path}{commit} --force-download"
+    elif source.kind == "gguf":
+        advice = f"delete '{path}' to convert the GGUF file again."
+    return (
+        f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message}). If it needs a package, "
+        f"install it; otherwise {advice}"
+    )
+
+
+def _has_tokenizer(path: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a folder or a hub id has files of a tokenizer."""
+    if Path(path).is_dir():
+        names = os.listdir(path)
+    else:
+        commit, reachable = options["revision"], not options["local_files_only"]
+        try:
+            names = files_on_hub(path, commit, reachable=reachable)
+        except Exception:  # the connection was lost, which also explains the first error
+            return True
+    return any(fnmatch(name, pattern) for name in names for pattern in _FILES)
 
 
 def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:
