@@ -215,10 +215,37 @@ def test_runs_are_ranked_only_by_scores_whose_better_direction_is_known(run: Pat
         dataclasses.replace(record, label=name, result={**(record.result or {}), "scores": values})
         for name, values in zip("ab", scores, strict=True)
     ]
-    summary = comparison_page(records).summary
-    assert [line for line in summary if "best" in line] == [
-        "Loss is best in b (1.000), followed by a (2.000)."
+    records[0] = dataclasses.replace(records[0], config={**record.config, "batch_size": 3})
+    assert comparison_page(records).summary == [
+        "Loss of 12 examples is best in b (1.000), followed by a (2.000).",
+        "This page cannot show whether a difference between two runs exceeds chance: that requires several seeds of "
+        "each.",
+        "The runs differ in batch_size.",
     ]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_seeds_of_one_setup_are_not_ranked(run: Path, seed: int) -> None:
+    record = read_run(run)
+    result = {**(record.result or {}), "scores": {"loss": 1.0}}
+    other = dataclasses.replace(record, config={**record.config, "seed": seed}, result=result)
+    assert comparison_page([record, other]).summary == [
+        "The runs differ in seed." if seed else "The runs have the same settings.",
+        "So differences between their scores are chance.",
+    ]
+
+
+def test_scores_of_other_numbers_of_examples_are_not_ranked(run: Path, unfinished: Path) -> None:
+    record = read_run(run)
+    limited = {**record.config, "evaluation": {**record.config["evaluation"], "limit": 5}}
+    page = comparison_page([record, dataclasses.replace(record, config=limited)])
+    assert not [line for line in page.summary if "best" in line]
+    assert "scores on different data are not comparable" in " ".join(page.summary)
+    table = page.sections[0].blocks[0]
+    assert (table.columns[1], table.rows[0][1]) == ("Of", "12 examples / 5 examples")
+    page = comparison_page([record, read_run(unfinished)])
+    assert page.summary[-1] == "Not finished, with the scores so far: <i>second."
+    assert page.sections[0].blocks[0].rows[0][1] == "12 examples / ?"
 
 
 def test_other_validation_data_is_told_by_its_content(run: Path) -> None:
@@ -250,7 +277,7 @@ def test_names_are_lengthened_until_they_differ(run: Path) -> None:
     folders = [f"runs/{name}/rate-seed-0" for name in ("mrpc/lora", "rte/lora", "rte/full")]
     runs = [dataclasses.replace(record, folder=Path(folder)) for folder in [*folders, "other"]]
     columns = comparison_page(runs).sections[0].blocks[0].columns
-    assert columns[1:] == (
+    assert columns[2:] == (
         *("mrpc/lora/rate-seed-0", "rte/lora/rate-seed-0", "full/rate-seed-0"),
         "other",
     )

@@ -60,46 +60,67 @@ def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
-    sentences = []
-    for name in _score_names(runs):
-        values = {
-            run.name: run.scores("after")[name] for run in runs if name in run.scores("after")
-        }
-        if len(values) < 2 or name == "perplexity":
-            continue
-        ranked = sorted(values, key=lambda run: values[run])
-        higher_is_better = measures.better(name, values[ranked[-1]], values[ranked[0]])
-        if higher_is_better:
-            ranked.reverse()
-        first, second = ranked[:2]
-        if higher_is_better is None or values[first] == values[second]:
-            continue
-        sentences.append(
-            f"{measures.score_name(name)} is best in {first} ({number(values[first])}), followed by {second} "
-            f"({number(values[second])})."
-        )
+    """Return the best run of each score, as far as the runs are comparable, and what differs between them."""
+    names = _score_names(runs)
+    digests = {run.validation_data for run in runs} - {None}
+    counts = [{run.scored_on(name) for run in runs} - {""} for name in names]
+    same_data = len(digests) < 2 and all(len(known) < 2 for known in counts)
     differences = _differences(runs)
+    same_setup = differences.keys() <= {"seed"}
+    sentences = []
+    if same_data and not same_setup:
+        sentences = [text for name in names if (text := _best(name, runs))]
+    if sentences:
+        sentences.append(
+            "This page cannot show whether a difference between two runs exceeds chance: that requires several seeds "
+            "of each."
+        )
     if differences:
-        names = ", ".join(list(differences)[:6]) + (" and more" if len(differences) > 6 else "")
-        sentences.append(f"The runs differ in {names}.")
+        shown = ", ".join(list(differences)[:6]) + (" and more" if len(differences) > 6 else "")
+        sentences.append(f"The runs differ in {shown}.")
     else:
         sentences.append("The runs have the same settings.")
-    if len({run.validation_data for run in runs} - {None}) > 1:
+    if not same_data:
         sentences.append(
             "Their validation data differs: scores on different data are not comparable."
         )
+    if unfinished := [run.name for run in runs if run.result is None]:
+        sentences.append(f"Not finished, with the scores so far: {', '.join(unfinished)}.")
+    elif same_data and same_setup:
+        sentences.append("So differences between their scores are chance.")
     return sentences
 
 
+def _best(name: str, runs: Sequence[RunRecord]) -> str:
+    """Return the sentence that names the best run; "" if the number of examples or the better direction is unknown."""
+    scored = [run for run in runs if name in run.scores("after")]
+    counts = {run.scored_on(name) for run in scored}
+    if len(scored) < 2 or name == "perplexity" or "" in counts:
+        return ""
+    ranked = sorted(scored, key=lambda run: run.scores("after")[name])
+    low, high = (run.scores("after")[name] for run in (ranked[0], ranked[-1]))
+    higher_is_better = measures.better(name, high, low)
+    if higher_is_better:
+        ranked.reverse()
+    first, second = (run.scores("after")[name] for run in ranked[:2])
+    if higher_is_better is None or first == second:
+        return ""
+    return (
+        f"{measures.score_name(name)} of {counts.pop()} is best in {ranked[0].name} ({number(first)}), followed by "
+        f"{ranked[1].name} ({number(second)})."
+    )
+
+
 def _scores(runs: Sequence[RunRecord]) -> Table:
-    names = _score_names(runs)
     rows: list[list[Cell]] = []
-    for name in names:
+    for name in _score_names(runs):
+        counts = [run.scored_on(name) for run in runs]
+        of = counts[0] if len(set(counts)) == 1 else " / ".join(count or "?" for count in counts)
         for time in ("before", "after"):
             values = [run.scores(time).get(name) for run in runs]
-            rows.append([f"{measures.score_name(name)}, {time}", *values])
+            rows.append([f"{measures.score_name(name)}, {time}", of, *values])
     caption = "Scores on the validation data of each run, before and after training."
-    return Table(caption=caption, columns=("Score", *(run.name for run in runs)), rows=rows)
+    return Table(caption=caption, columns=("Score", "Of", *(run.name for run in runs)), rows=rows)
 
 
 def _curves(runs: Sequence[RunRecord]) -> list[Block]:
