@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import pytest
+import tiny_runs
+import torch
 from made_data import pairs, write
 
+from lorakit import LoRA, attach
 from lorakit.analysis import adapter_amplification
 from lorakit.analysis.base_weights import open_weights
 from lorakit.analysis.deltas import read
 from lorakit.cli.paper import _amplification
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.loading import load_base
 from lorakit.paper.run_table import run_table
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers", "middle"),
+    [
+        ("gpt2", "n_layer", "transformer.h.1.attn.c_attn rows 0:32"),
+        ("gpt-neox", "num_hidden_layers", "gpt_neox.layers.1.attention.query_key_value rows 0:8 of every 24"),
+        ("mpnet", "num_hidden_layers", "mpnet.encoder.layer.1.attention.attn.q"),
+    ],
+)  # fmt: skip
+def test_the_query_of_the_middle_block_is_found_by_its_role(tmp_path, arch, layers, middle):
+    config = BaseConfig(name=tiny_runs.save_base(tmp_path / arch, arch, **{layers: 4}))
+    base = load_base(config.name, task="sequence-classification", num_labels=3, dtype="float32")
+    adapters = attach(base.model, LoRA(rank=2, targets=("attention.qv",)), name="a")
+    for parameter in adapters.trainable_parameters("a"):
+        torch.nn.init.normal_(parameter)
+    adapters.save(tmp_path / "adapter")
+    stored = read(tmp_path / "adapter")
+    expected = adapter_amplification(stored, open_weights(config, stored)).layers[middle]
+    found = _amplification(tmp_path / "adapter", config)
+    assert found["amplification"] == pytest.approx(expected.factor)
+    assert found["norm of ΔW"] == pytest.approx(expected.change_norm)
 
 
 @pytest.mark.slow

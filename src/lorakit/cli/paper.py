@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from lorakit.paper.study import StudyData, Variant
 
 CONFIGS = (PaperConfig,)
-QUERY = re.compile(r"(query|query_proj|q_proj|q_lin|\bq)\W*$")
-"""Matches names of query projections, also of query slices of fused projections."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -104,19 +102,11 @@ def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
     """Return a row of table 7, measured on W_q of the middle block."""
     from lorakit.analysis import adapter_amplification
     from lorakit.analysis.base_weights import open_weights
-    from lorakit.analysis.deltas import deltas_of, read
-    from lorakit.errors import ConfigurationError
+    from lorakit.analysis.deltas import read
 
     stored = read(adapter)
-    queries = [name for name in deltas_of(stored) if QUERY.search(name)]
-    if not queries:
-        raise ConfigurationError(
-            f"{base.name} has no adapted layer with a usual query name (query, query_proj, q_proj, q_lin, q), which "
-            "table 7 needs. Choose another model with --base.name."
-        )
-    middle = queries[(len(queries) - 1) // 2]
-    weights = open_weights(base, stored)
-    (layer,) = adapter_amplification(stored, weights, only=f"^{re.escape(middle)}$").layers.values()
+    weights, only = open_weights(base, stored), f"^{re.escape(_middle_query(base))}$"
+    (layer,) = adapter_amplification(stored, weights, only=only).layers.values()
     return {
         "from ΔW": layer.projected,
         "from W": layer.projected_own,
@@ -124,6 +114,21 @@ def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
         "norm of ΔW": layer.change_norm,
         "amplification": layer.factor,
     }
+
+
+def _middle_query(base: BaseConfig) -> str:
+    """Return the name of W_q of the middle block in a classifier: of a layer, or of the rows of a fused one."""
+    import torch
+
+    from lorakit.models.base_shape import shape_of
+    from lorakit.models.places import find_places
+    from lorakit.planning.shape import build, new_mode, planning
+
+    with planning(new_mode()):
+        model = build(shape_of(base), base, "sequence-classification", 0, dtype=torch.float32)
+        queries = find_places(model, "attention.q")
+    middle = queries[(len(queries) - 1) // 2]
+    return middle.path if middle.slice is None else f"{middle.path} {middle.slice}"
 
 
 def _preview(config: PaperConfig) -> None:
