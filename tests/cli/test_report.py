@@ -204,6 +204,21 @@ def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> Non
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"01-curves.png", "01-curves.svg"} <= names
     assert out.count("figure   ") == len(names)
+    drawn = (tmp_path / "figures" / "01-curves.png").read_bytes()
+    argv = [
+        "report",
+        runs[1],
+        "--output",
+        tmp_path / "page.html",
+        "--figures",
+        tmp_path / "figures",
+    ]
+    status, _, err = call(capsys, *argv)
+    assert (status, "01-curves.png' already exists" in err) == (1, True)
+    assert (tmp_path / "figures" / "01-curves.png").read_bytes() == drawn
+    assert not (tmp_path / "page.html").exists()
+    assert call(capsys, *argv, "--overwrite")[0] == 0
+    assert (tmp_path / "figures" / "01-curves.png").read_bytes() != drawn
 
 
 @pytest.mark.slow

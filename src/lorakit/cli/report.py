@@ -30,7 +30,7 @@ class ReportConfig:
     figures: str | None = None
     """Also write every figure to this folder, as PNG and SVG."""
     overwrite: bool = False
-    """Replace an existing output. Always replaces report.html in the run folder."""
+    """Replace an existing output and figures. Always replaces report.html in the run folder."""
 
     def __post_init__(self) -> None:
         conform(self)
@@ -66,10 +66,12 @@ def run(argv: Sequence[str]) -> None:
     target = Path(config.output or (Path(config.runs[0]) / REPORT if one else COMPARISON))
     page = page_of(config.runs)
     storage.require_free_file(target, overwrite=own or config.overwrite)
+    figures = []
+    if config.figures is not None:  # first, so that a refused figure leaves the old page
+        figures = page.save_figures(config.figures, overwrite=config.overwrite)
     print(f"report   {page.write(target)}")
-    if config.figures is not None:
-        for path in page.save_figures(config.figures):
-            print(f"figure   {path}")
+    for path in figures:
+        print(f"figure   {path}")
 
 
 def page_of(runs: Sequence[str | Path]) -> Page:

@@ -182,22 +182,29 @@ class Page:
         """Return the figures of all sections."""
         return [block for s in self.sections for block in s.blocks if isinstance(block, Figure)]
 
-    def save_figures(self, folder: str | Path) -> list[Path]:
+    def save_figures(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write every figure to a folder, as PNG and as SVG, and return the paths.
+
+        Args:
+            folder: The folder, which may contain other files.
+            overwrite: Replace existing files of the same names.
 
         Raises:
             ConfigurationError: vl-convert-python is not installed.
-            RunFolderError: A file cannot be written.
+            RunFolderError: A file cannot be written, or exists and `overwrite` is false; then none is written.
         """
         if Path(folder).exists() and not Path(folder).is_dir():
             raise RunFolderError(f"'{folder}' is a file, expected a folder for the figures.")
-        written = []
-        for position, figure in enumerate(self.figures(), 1):
-            for suffix in (".png", ".svg"):
-                path = Path(folder) / f"{position:02d}-{figure.name or 'figure'}{suffix}"
-                drawing.save(figure, path)
-                written.append(path)
-        return written
+        files = {
+            Path(folder) / f"{position:02d}-{figure.name or 'figure'}{suffix}": figure
+            for position, figure in enumerate(self.figures(), 1)
+            for suffix in (".png", ".svg")
+        }
+        for path in files:
+            storage.require_free_file(path, overwrite=overwrite)
+        for path, figure in files.items():
+            drawing.save(figure, path)
+        return list(files)
 
 
 def cell_text(cell: Cell) -> str:
