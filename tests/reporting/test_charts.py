@@ -111,6 +111,25 @@ def test_every_mark_carries_its_numbers(kind) -> None:
     assert len(texts) == counts[kind]
 
 
+@pytest.mark.parametrize("count", [6, 7, 12, 36])
+def test_no_two_series_have_the_same_colour_and_the_same_dash_or_shape(count) -> None:
+    names = [f"run {i}" for i in range(count)]
+    lines = line_chart("", [Series(name=n, points=CURVE) for n in names], x="step", y="loss")
+    dots = dot_chart("", ["row"], {n: [1.0] for n in names}, x="norm", first_colour=2)
+    points = scatter_chart(
+        "", [Point(series=n, x=1, y=1, name=n) for n in names], series=names, x="x", y="y"
+    )
+    for encoding, cue in (
+        (lines.spec["layer"][0]["encoding"], "strokeDash"),
+        (dots.spec["encoding"], "shape"),
+        (points.spec["layer"][1]["encoding"], "shape"),
+    ):
+        scales = [encoding[channel]["scale"] for channel in ("color", cue)]
+        assert all(scale["domain"] == names for scale in scales)
+        styles = zip(*(map(str, scale["range"]) for scale in scales), strict=True)
+        assert len(set(styles)) == count
+
+
 @pytest.mark.parametrize("kind", CHARTS)
 def test_a_chart_is_one_picture_to_a_screen_reader(kind) -> None:
     root = ET.fromstring(drawing.inline_svg(CHARTS[kind], 1))

@@ -7,9 +7,10 @@ as text, which the page shows on hover.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,11 +34,13 @@ from lorakit.reporting.axes import (
     short_names,
 )
 
+Cue = TypeVar("Cue")
+
 SERIES = ("#0072b2", "#d55e00", "#00805f", "#8e4a9e", "#9a6a00", "#5b6b7b")
 """Colours of series, distinguishable with any colour vision; the first three are from Okabe and Ito."""
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 1], [1, 3])
-"""Dash patterns of series: colour is never the only cue."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+"""Dash patterns and shapes of series: colour is never the only cue."""
 
 WIDTH, HEIGHT = 310, 180
 """Size of a chart's plot in a picture, in pixels. In a page, the chart with its axes is `axes.OUTER` wide."""
@@ -85,7 +88,7 @@ class Series:
     dots: bool = False
     """Draw every point."""
     colour: int | None = None
-    """Index into `SERIES`; by default the position among the series."""
+    """Number of the colour and dash pattern; by default the position among the series."""
 
     def finite(self) -> list[tuple[float, float]]:
         """Return the points with finite coordinates."""
@@ -104,10 +107,7 @@ def line_chart(
 ) -> Chart:
     """Return lines over x. The y axis starts at the data, not at 0; the chart's title names it."""
     shown = [one for one in series if one.finite()]
-    chosen = {
-        one.name: (i if one.colour is None else one.colour) % len(SERIES)
-        for i, one in enumerate(shown)
-    }
+    chosen = {one.name: i if one.colour is None else one.colour for i, one in enumerate(shown)}
     data_scale = {"zero": False, "nice": True, "type": "linear"}
     scale = data_scale if y_domain is None else {"domain": list(y_domain)}
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
@@ -120,8 +120,9 @@ def line_chart(
         "y": quantitative("y", axis=axis, scale=scale),
     }
 
-    def by_series(styles: Sequence[Any], legend: Spec | None) -> Spec:
-        scale = {"domain": [*names.values()], "range": [styles[chosen[name]] for name in names]}
+    def by_series(style: Callable[[int], Any], legend: Spec | None) -> Spec:
+        styles = [style(chosen[name]) for name in names]
+        scale = {"domain": [*names.values()], "range": styles}
         return nominal("series", scale=scale, legend=legend)
 
     faint = [i for i, one in enumerate(shown) if one.faint]
@@ -131,8 +132,8 @@ def line_chart(
         "offset": 6 + LINE * len(labelled(marks)),
         "symbolOpacity": {"expr": f"indexof({faint}, datum.index) < 0 ? 1 : {FAINT}"},
     }
-    colour = by_series(SERIES, legend if len(shown) > 1 else None)
-    dash = by_series(DASHES, None)
+    colour = by_series(colour_of, legend if len(shown) > 1 else None)
+    dash = by_series(partial(cue_of, cues=DASHES), None)
     layers: list[Spec] = []
     for one in shown:
         points = thinned(one.finite())
@@ -173,14 +174,14 @@ def dot_chart(
 ) -> Chart:
     """Return a row for each name, with a dot for each series."""
     labels = short_names(names)
-    colours = [SERIES[(first_colour + i) % len(SERIES)] for i in range(len(series))]
+    colours = [colour_of(first_colour + i) for i in range(len(series))]
     values = [
         {"row": i, "x": value, "series": name, "label": f"{names[i]}, {name}: {number(value)}"}
         for name, numbers in series.items()
         for i, value in enumerate(numbers)
         if math.isfinite(value) and not (log and value <= 0)
     ]
-    domain, shapes = list(series), list(SHAPES[: len(series)])
+    domain, shapes = list(series), [cue_of(i, SHAPES) for i in range(len(series))]
     left = name_width(labels, LONGEST_ROW_NAME)
     legend = legend_columns(series, left=left) if len(series) > 1 else None
     spec: Spec = {
@@ -271,6 +272,19 @@ def histogram(
     total = sum(counts)
     alt = f"{title}: {total:,} {y} by {x}. " + " ".join(f"{mark.text}." for mark in marks)
     return Chart(title=title, alt=alt, spec=spec)
+
+
+def colour_of(number: int) -> str:
+    """Return the colour of a series."""
+    return SERIES[number % len(SERIES)]
+
+
+def cue_of(number: int, cues: Sequence[Cue]) -> Cue:
+    """Return the dash pattern or the shape of a series.
+
+    The cues shift in each round of the colours, so that no two of 36 series have both the same colour and the same cue.
+    """
+    return cues[(number + number // len(SERIES)) % len(cues)]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from lorakit.formatting import number
 from lorakit.reporting.axes import Spec, legend_columns, nominal, quantitative
-from lorakit.reporting.charts import HEIGHT, SERIES, SHAPES, WIDTH, Chart, in_words
+from lorakit.reporting.charts import (
+    HEIGHT,
+    SHAPES,
+    WIDTH,
+    Chart,
+    colour_of,
+    cue_of,
+    in_words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +61,8 @@ def scatter_chart(
         for one in shown
     ]
     names = list(series)
-    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
-    # Shifted in each round of the colours, so that a colour gets another shape.
-    shapes = [SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))]
+    colours = [colour_of(i) for i in range(len(names))]
+    shapes = [cue_of(i, SHAPES) for i in range(len(names))]
     # The layers share a legend: one layer without it removes it from all.
     shared = legend_columns(names) if legend else None
     colour = nominal("series", legend=shared, scale={"domain": names, "range": colours})
