@@ -186,6 +186,8 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
         ("LlamaForCausalLM", False),
         ("GPT2LMHeadModel", False),
         ("T5ForConditionalGeneration", False),
+        ("Gemma3ForConditionalGeneration", False),  # a decoder of images and text
+        ("T5Model", False),
     ],
 )
 def test_a_plan_without_data_is_for_what_the_model_does(tmp_path, name, encoder):

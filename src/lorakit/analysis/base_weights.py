@@ -142,13 +142,10 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
-    task = head_of_class(class_name) or "base"
-    # Decoders of images and text, such as Gemma 3, have the same suffix.
-    if task == "seq2seq-lm" and not config_of(base).is_encoder_decoder:
-        task = "causal-lm"
+    is_pair = config_of(base).is_encoder_decoder
     return load_base(
         base.name,
-        task=task,
+        task=head_of_class(class_name, is_encoder_decoder=is_pair) or "base",
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,

@@ -174,7 +174,9 @@ def _agreement(
     None if the models have no head or tokenizer, or the fine-tuned weights do not fit the base.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    if tokenizer is None or head_of_class(type(model).__name__) is None:
+    is_pair = model.config.is_encoder_decoder
+    head = head_of_class(type(model).__name__, is_encoder_decoder=is_pair)
+    if tokenizer is None or head is None:
         return None
     handle = handle_of(model)
     assert handle is not None

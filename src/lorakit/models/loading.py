@@ -157,9 +157,18 @@ def load_base(
     return base
 
 
-def head_of_class(class_name: str) -> ModelHead | None:
-    """Return the head of a model class by its name; None if the name ends in none of the known heads."""
-    return next((head for suffix, head in _BY_SUFFIX.items() if class_name.endswith(suffix)), None)
+def head_of_class(class_name: str, *, is_encoder_decoder: bool) -> ModelHead | None:
+    """Return the head of a model class by its name; None if the name ends in none of the known heads.
+
+    Args:
+        class_name: Name of the class.
+        is_encoder_decoder: Setting of the model. Decoders of images and text, such as Gemma 3, have the suffix of
+            encoder-decoders.
+    """
+    for suffix, head in _BY_SUFFIX.items():
+        if class_name.endswith(suffix):
+            return "causal-lm" if head == "seq2seq-lm" and not is_encoder_decoder else head
+    return None
 
 
 def model_class(task: ModelHead) -> Any:

@@ -257,9 +257,10 @@ def _batches(
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
-    heads = [head_of_class(n) for n in getattr(shape.config, "architectures", None) or []]
-    seq2seq = getattr(shape.config, "is_encoder_decoder", False)
-    encoder = bool(heads) and "causal-lm" not in heads and not seq2seq
+    is_pair = getattr(shape.config, "is_encoder_decoder", False)
+    names = getattr(shape.config, "architectures", None) or []
+    heads = [head_of_class(name, is_encoder_decoder=is_pair) for name in names]
+    encoder = bool(heads) and "causal-lm" not in heads and not is_pair
     return from_lengths(config, length, targets, encoder=encoder, processes=processes)
 
 

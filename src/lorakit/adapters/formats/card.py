@@ -167,7 +167,7 @@ def _base_code(stored: StoredAdapter) -> str:
     class_name = stored.base.architecture.class_name if stored.base else ""
     labels = _num_labels(stored) if class_name.endswith("Classification") else None
     if name in _PACKAGED:  # a short name of lorakit for weights in a Python package
-        head = head_of_class(class_name) or "base"
+        head = head_of_class(class_name, is_encoder_decoder=False) or "base"
         arguments = {"task": head, "num_labels": labels}
         if labels == 1:
             arguments = {"task": "regression"}
