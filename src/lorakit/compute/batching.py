@@ -115,10 +115,13 @@ def attention_window(model: PreTrainedModel) -> int | None:
     """Return the shortest window or chunk of the model's attention layers, in tokens; None if all see every token."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
+    # Of fields that differ between layers, the configuration of each layer has its own; getattr rejects them.
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     windows = [
-        getattr(config, name, None)
+        vars(layer).get(name)
         for kind, name in _WINDOWS.items()
         if kinds is None or kind in kinds
+        for layer in layers
     ]
     return min((window for window in windows if window), default=None)
 
