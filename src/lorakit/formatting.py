@@ -9,8 +9,9 @@ import json
 import math
 import shlex
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def number(value: float, *, sign: bool = False) -> str:
@@ -73,10 +74,21 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def resume_command(
-    config: Path, *, start: Sequence[str] = ("lorakit",), flags: Sequence[str] = ()
+    config: Path, settings: Mapping[str, Any], *, start: Sequence[str] = ("lorakit",)
 ) -> str:
-    """Return the shell command that resumes the run of a config.yaml."""
-    return shlex.join([*start, "train", "--config", str(config), "--resume", *flags])
+    """Return the shell command that resumes the run of a config.yaml.
+
+    Args:
+        config: The file.
+        settings: Settings by dotted name that override the file.
+        start: The words before `train`.
+    """
+    options = [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    return shlex.join([*start, "train", "--config", str(config), "--resume", *options])
 
 
 def percentage(part: float, whole: float = 1.0, *, sign: bool = False) -> str:

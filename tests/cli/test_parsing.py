@@ -148,7 +148,9 @@ def test_a_file_that_cannot_be_read(tmp_path) -> None:
 
 def test_the_folder_of_a_run_gets_the_command_that_resumes_it(tmp_path) -> None:
     (tmp_path / "config.yaml").touch()
-    command = re.escape(f"lorakit train --config {tmp_path}/config.yaml --resume")
+    command = re.escape(
+        f"lorakit train --config {tmp_path}/config.yaml --resume --output {tmp_path}"
+    )
     for line in (f"--resume --output {tmp_path}", f"--resume {tmp_path}"):
         with pytest.raises(ConfigurationError, match=f"is a run, .* Resume it: {command}"):
             train(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -26,7 +25,6 @@ from user_mistakes import (
 )
 
 import lorakit
-from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.cli import main
 from lorakit.errors import (
@@ -157,19 +155,21 @@ def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> Undistur
     return Undisturbed(result, {write: plenty - full.left for write, full in counters.items()})
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [0, 1])
 def test_a_run_with_a_checkpoint_gets_the_command_that_resumes_it(
-    step: int, base: str, data: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(config: object) -> None:
-        with storage.writing("run/adapter"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("lorakit.training.loop.train", full)
-    monkeypatch.setattr("lorakit.training.checkpoint.newest_step", lambda folder: step)
-    assert main(f"train --base.name {base} --data.train {data} --output run".split()) == 1
-    command = "checkpoint: lorakit train --config run/config.yaml --resume"
-    assert (command in capsys.readouterr().err) == (step > 0)
+    full, run = FullAfter(JsonLines._write, step), tmp_path / "run"
+    monkeypatch.setattr(JsonLines, "_write", lambda *args: full(*args))
+    command = f"train --base.name {base} --data.train {data} --output {run} --checkpoints.every 1"
+    assert main(command.split()) == 1
+    expected = f"The run can go on from its checkpoint: lorakit train --config {run}/config.yaml --resume\n"
+    assert (expected in capsys.readouterr().err) == (step > 0)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from scenarios import require_close_weights
 from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
+from lorakit.cli.parsing import parse
 from lorakit.compute.adapted import AdapterFile, base_of
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.methods.lora.method import LoRA
@@ -370,8 +372,37 @@ def test_a_run_that_is_out_of_memory_resumes_with_gradient_checkpointing(
         signal_in_step(patch, 1, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train(config)
-    assert "--resume --gradient_checkpointing\n" in capsys.readouterr().err
+    assert "--resume --gradient_checkpointing true\n" in capsys.readouterr().err
     require_close_weights(train(config).adapter, undisturbed / "adapter")
+
+
+@pytest.mark.slow
+def test_the_printed_command_repeats_what_this_session_changed(
+    tmp_path, base, undisturbed, monkeypatch, capsys
+) -> None:
+    """The folder was moved, and memory was short: config.yaml has the first session's settings."""
+    first = half_a_run(tmp_path, base, monkeypatch)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    changed = dataclasses.replace(
+        first,
+        output=str(tmp_path / "moved"),
+        batch_size=2,
+        accumulation=4,
+        checkpoints=CheckpointConfig(every=2, keep=1),
+        optimizer=dataclasses.replace(first.optimizer, on_divergence="rewind"),
+        loggers=("tensorboard",),
+    )
+    with pytest.raises(ConfigurationError, match=rf"--output {tmp_path}/moved; a higher --max"):
+        train(dataclasses.replace(first, output=changed.output, seed=1))
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(changed)
+    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert command[:2] == ["lorakit", "train"]
+    again = parse(TrainConfig, "train", "Train.", command[2:])
+    assert again == changed
+    require_close_weights(train(again).adapter, undisturbed / "adapter")
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse, take_option
-from lorakit.errors import RunFolderError
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -37,9 +36,8 @@ def run(argv: Sequence[str]) -> None:
         typed_only="--recipe",
         unused=options_of_other_methods,
     )
-    from lorakit import storage
     from lorakit.cli.report import write_run_report
-    from lorakit.formatting import number, resume_command
+    from lorakit.formatting import number
     from lorakit.reporting.run_record import read_run
     from lorakit.training.checkpoint import newest_step
     from lorakit.training.distributed import started_processes
@@ -56,15 +54,7 @@ def run(argv: Sequence[str]) -> None:
             print(
                 f"--resume: the run in {folder} has no checkpoint, so it starts from its first step"
             )
-    try:
-        result = train(config)
-    except RunFolderError as error:
-        if not storage.is_disk_full(error) or not newest_step(Path(config.output, CHECKPOINTS)):
-            raise
-        resume = resume_command(Path(config.output, CONFIG))
-        raise RunFolderError(
-            str(error), f"The run can go on from its checkpoint: {resume}"
-        ) from error
+    result = train(config)
     if not processes.is_first:
         return
     if finished is not None and finished == _finished(config):

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -193,17 +192,17 @@ class RunFolder:
         self.best = path / BEST
 
     def resume_command(self, processes: int = 1) -> str:
-        """Return the shell command that resumes this run on as many processes of this machine."""
+        """Return the shell command that resumes this run on as many processes of this machine.
+
+        It has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
+        moved, or a smaller `batch_size`.
+        """
         start = ["lorakit"]
         if processes > 1:
             start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
-        # The settings of the first session are in the file; a later one may need less memory.
-        flags = [
-            f"--{name}"
-            for name in ("shard", "gradient_checkpointing")
-            if getattr(self.config, name)
-        ]
-        return resume_command(self.path / CONFIG, start=start, flags=flags)
+        then, now = _recorded_and_present(self.path, self.config)
+        changed = {name: value for name, _, value in differences(then, now)}
+        return resume_command(self.path / CONFIG, changed, start=start)
 
     def begin(
         self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
@@ -290,7 +289,8 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
     """Open and lock the run folder `config.output` in the first process of a run, the only one that writes to it.
 
     Raises:
-        RunFolderError: The folder cannot be opened; see `_open_locked`.
+        RunFolderError: The folder cannot be opened; see `_open_locked`. If the disk is full in the block and the run
+            has a checkpoint, the error names the command that resumes it.
         ConfigurationError: The run to resume has other settings, or the processes have different ones.
     """
     processes.require_same(flat_settings(config.as_dict()))
@@ -299,7 +299,16 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
         with processes.together():
             if processes.is_first:
                 run = stack.enter_context(_open_locked(config))
-        yield cast(RunFolder, processes.from_first(run))
+        run = cast(RunFolder, processes.from_first(run))
+        try:
+            yield run
+        except RunFolderError as error:
+            if not storage.is_disk_full(error) or not newest_step(run.checkpoints):
+                raise
+            resume = run.resume_command(processes.count)
+            raise RunFolderError(
+                str(error), f"The run can go on from its checkpoint: {resume}"
+            ) from error
 
 
 @contextmanager
@@ -433,23 +442,34 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             raise RunFolderError(
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )
-    then, now = flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
+    then, now = _recorded_and_present(path, config)
     # How a step is cut into batches does not change its result.
     cut = ("batch_size", "accumulation")
     same_steps = math.prod(then.get(key, 0) for key in cut) == math.prod(now[key] for key in cut)
-    changed = [
+    changed = differences(then, now)
+    allowed = {
+        key: after
+        for key, _, after in changed
+        if {key, key.split(".")[0]}.intersection(NOT_COMPARED)
+        or (key == "max_steps" and config.max_steps)
+        or (key in cut and same_steps)
+    }
+    refused = [
         f"{key} was {before!r} and is {after!r}"
-        for key, before, after in differences(then, now)
-        if not {key, key.split(".")[0]}.intersection(NOT_COMPARED)
-        and not (key == "max_steps" and config.max_steps)
-        and not (key in cut and same_steps)
+        for key, before, after in changed
+        if key not in allowed
     ]
-    if changed:
+    if refused:
         raise ConfigurationError(
-            f"The run in {path} has other settings: {'; '.join(changed)}. Resume it with its own settings "
-            f"(--config {shlex.quote(str(path / CONFIG))} --resume; a higher --max_steps makes it longer), or start a "
-            "new run from its weights with from_adapter."
+            f"The run in {path} has other settings: {'; '.join(refused)}. Resume it with its own settings "
+            f"({resume_command(path / CONFIG, allowed)}; a higher --max_steps makes it longer), or start a new run "
+            "from its weights with from_adapter."
         )
+
+
+def _recorded_and_present(path: Path, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings in the run's config.yaml and those of this session, by dotted name."""
+    return flat_settings(read_settings(path)), flat_settings(_saved_settings(config))
 
 
 def _extended_setting(path: Path, config: TrainConfig) -> str:

@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     run = tmp_path / "a run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()
-    command = f"lorakit train --config '{run}/config.yaml' --resume"
+    command = f"lorakit train --config '{run}/config.yaml' --resume --output '{run}'"
     expected = f"'{run}' is an unfinished run, which has no adapter yet. Finish it: {command}"
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
         formats.read(run / name)
