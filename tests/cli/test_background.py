@@ -24,12 +24,13 @@ assert os.nice(0) == 19
 session = pathlib.Path("/proc/self/autogroup")
 assert not session.exists() or session.read_text().endswith("nice 19\\n")
 """
-SAVES_ON_SIGTERM = """
+SAVES_ON_A_SIGNAL = """
 import signal, sys, time
 def save(*_):
     open("saved", "w").close()
     sys.exit(7)
-signal.signal(signal.SIGTERM, save)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, save)
 open("steps", "w").write("x")
 time.sleep(60)
 """
@@ -131,7 +132,7 @@ def test_a_signal_reaches_it_also_while_it_is_paused(tmp_path, paused, signum):
     with at_hangup(signal.SIG_DFL):
         thread = threading.Thread(target=terminate)
         thread.start()
-        assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_SIGTERM]) == 7
+        assert background.run_in_background([sys.executable, "-IS", "-c", SAVES_ON_A_SIGNAL]) == 7
         thread.join()
     assert (tmp_path / "saved").exists()
 

@@ -50,8 +50,8 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0, 1 for a user error, 2 for a command that is unknown or cannot run in several processes, 75 after SIGTERM and a
-    checkpoint (`lorakit.training.interruption.EXIT_TO_RESUME`), 130 after Ctrl-C.
+    0, 1 for a user error, 2 for a command that is unknown or cannot run in several processes, 75 after SIGTERM or
+    SIGHUP and a checkpoint (`lorakit.training.interruption.EXIT_TO_RESUME`), 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:

@@ -25,8 +25,8 @@ def run_in_background(command: Sequence[str]) -> int:
     """Run a command in a process of its own; return its exit status.
 
     The process has the lowest priority. It is stopped as a whole, in training and in scoring, while another process
-    asks for quiet (`lorakit.storage.quiet`). SIGINT and SIGTERM are passed on to it, so it saves its work, and so is
-    SIGHUP, as SIGTERM: the terminal was closed.
+    asks for quiet (`lorakit.storage.quiet`). SIGINT, SIGTERM and SIGHUP (a closed terminal) are passed on to it, so
+    it saves its work.
 
     Raises:
         ConfigurationError: The system cannot stop a process (Windows).
@@ -47,12 +47,14 @@ def run_in_background(command: Sequence[str]) -> int:
         Path(f"/proc/{process.pid}/autogroup").write_text(str(LOWEST))
 
     def pass_on(signum: int, _: FrameType | None) -> None:
-        _send(process, signal.SIGTERM if signum == signal.SIGHUP else signum)
+        _send(process, signum)
         _send(process, signal.SIGCONT)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, pass_on)
+    before = {
+        number: signal.signal(number, pass_on)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+    }
     paused = False
     try:
         while True:

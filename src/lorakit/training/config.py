@@ -129,7 +129,8 @@ class CheckpointConfig:
     """Checkpoints, from which an interrupted run resumes and reaches the same weights."""
 
     every: int | None = None
-    """Steps between checkpoints; by default once per epoch. Each best score, Ctrl-C and SIGTERM write another one."""
+    """Steps between checkpoints; by default once per epoch. Each best score writes another one, and so do
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal)."""
     keep: int = 2
     """Number of checkpoints to keep; older ones are deleted. The best adapter is saved separately."""
 

@@ -49,7 +49,8 @@ def train(config: TrainConfig) -> RunResult:
 
     Raises:
         LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
-        KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C) or SIGTERM, and has written a checkpoint.
+        KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C), or SIGTERM or SIGHUP (a closed terminal), and
+            has written a checkpoint.
     """
     with (
         joined(config.base.device, timedelta(minutes=config.processes_timeout)) as processes,

@@ -13,6 +13,7 @@ from lorakit.formatting import duration, number, size, visible
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
 from lorakit.training.setup import Job
+from lorakit.training.terminal import error_output
 
 PLAIN_INTERVAL = 10.0
 """Seconds between plain lines, so that a log file stays small."""
@@ -28,7 +29,7 @@ class Reporter:
         self._lines = job.describe()
         self._total, self._device = job.step_plan.total, job.device
         self._start = dataclasses.replace(state)
-        self._console = Console(stderr=True, quiet=not job.processes.is_first)
+        self._console = Console(stderr=True, file=error_output(), quiet=not job.processes.is_first)
         self._shown = time.monotonic()
         self._live: Progress | None = None
         self._task = TaskID(0)
