@@ -38,6 +38,7 @@ from torch import nn
 
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
+from lorakit.evaluation import computed
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
 from lorakit.training import loop
@@ -354,23 +355,46 @@ def whole_runs(root: Path) -> Any:
 
 
 def interrupted(root: Path) -> Any:
-    """Send a signal to one process of 4, and resume on 2; compare with whole runs."""
-    config = run_config(
-        root,
-        "interrupted",
-        evaluation=HeldOutConfig(every=5, samples=2, max_new_tokens=3),
-        epochs=1,
-        checkpoints=CheckpointConfig(every=100),
-    )
+    """Send a signal to one process of several, and resume on 2; compare with whole runs."""
+    options = {
+        "evaluation": HeldOutConfig(every=5, samples=2, max_new_tokens=3, batch_size=1),
+        "epochs": 1,
+        "checkpoints": CheckpointConfig(every=100),
+    }
+    config = run_config(root, "interrupted", **options)
+    in_evaluation = run_config(root, "interrupted-evaluation", **options)
 
     def work(rank: int) -> None:
         if rank == 2:
             at_step(4, lambda: signal.raise_signal(signal.SIGTERM))
         train(config)
 
-    stopped = run(4, work)
-    names = sorted(path.name for path in (root / "interrupted" / "checkpoints").iterdir())
+    def work_until_scored(rank: int) -> None:
+        original = computed._part
+
+        def part(*args: Any) -> Any:
+            if rank == 1 and at == [5]:
+                signal.raise_signal(signal.SIGTERM)
+            return original(*args)
+
+        at: list[int] = []
+        at_step(5, lambda: at.append(5))
+        computed._part = part
+        train(in_evaluation)
+
+    def checkpoints(run: TrainConfig) -> list[str]:
+        return sorted(path.name for path in (Path(run.output) / "checkpoints").iterdir())
+
+    stopped, names = run(4, work), checkpoints(config)
     again = run(2, lambda _: train(dataclasses.replace(config, resume=True)))
+    evaluation = {
+        "stopped": run(2, work_until_scored),
+        "checkpoints": checkpoints(in_evaluation),
+        "validated": [
+            r["step"] for r in tiny_runs.metrics(Path(in_evaluation.output), "validation")
+        ],
+        "resumed": run(2, lambda _: train(dataclasses.replace(in_evaluation, resume=True))),
+    }
 
     def with_interrupt(rank: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -382,6 +406,7 @@ def interrupted(root: Path) -> Any:
         "stopped": stopped,
         "checkpoints": names,
         "resumed": again,
+        "evaluation": evaluation,
         "SIGINT": run(2, with_interrupt),
     }
 

@@ -41,7 +41,7 @@ def test_a_closed_terminal_acts_like_sigterm_however_often(capsys) -> None:
             assert interruption.requested
             assert interruption.received == (0, 1)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    assert capsys.readouterr().err.count("SIGHUP: finishing this step") == 1
+    assert capsys.readouterr().err.count("SIGHUP: ending this step or evaluation") == 1
     with pytest.raises(SystemExit) as ended:
         interruption.exit("")
     assert ended.value.code == EXIT_TO_RESUME

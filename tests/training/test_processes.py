@@ -135,6 +135,21 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_ends_an_evaluation_in_all(root: Path) -> None:
+    outcome = outcomes(root, "interrupted")["evaluation"]
+    assert [process["status"] for process in outcome["stopped"]] == [75] * 2
+    assert outcome["checkpoints"] == ["step-000005"]
+    assert outcome["validated"] == [0]
+    require_success(outcome["resumed"])
+    run, whole = root / "interrupted-evaluation", root / "whole-1"
+    for split in ("train", "validation"):
+        steps = [[r["step"] for r in tiny_runs.metrics(folder, split)] for folder in (run, whole)]
+        assert steps[0] == steps[1]
+    for which in ("adapter", "best"):
+        require_close_weights(run / which, whole / which)
+
+
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_processes(root: Path) -> None:
     require_success(outcomes(root, "interrupted")["resumed"])
     sessions = json.loads((root / "interrupted" / "environment.json").read_text())["sessions"]

@@ -22,6 +22,7 @@ from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted import AdapterFile, base_of
+from lorakit.compute.batch_size import BatchSize
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.methods.lora.method import LoRA
 from lorakit.models import dtype_choice
@@ -249,6 +250,43 @@ def test_an_interrupted_run_evaluates_when_it_resumes(
         with pytest.raises(Crash):
             train(config)
     train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["scoring", "generation"])
+@pytest.mark.parametrize("step", [0, 4, 12])  # at 12 a checkpoint is due too
+def test_a_signal_ends_an_evaluation_after_a_batch(
+    tmp_path, base, undisturbed, monkeypatch, step: int, work: str
+) -> None:
+    """Samples take minutes. The checkpoint is of the step before, and the resumed run evaluates."""
+    config = settings(tmp_path, base)
+    at = 1 + step // 4 * {"scoring": 3, "generation": 1}[work]  # batches of each evaluation
+    saved, batches = [], []
+    with monkeypatch.context() as patch:
+        save, fit = checkpoint.save, BatchSize.fit
+        patch.setattr(
+            checkpoint, "save", lambda *args, **kw: saved.append(args[1].step) or save(*args, **kw)
+        )
+
+        def counted(self, *args, during, **kwargs):
+            if work in during:
+                batches.append(during)
+            if len(batches) == at:
+                signal.raise_signal(signal.SIGTERM)
+            return fit(self, *args, during=during, **kwargs)
+
+        patch.setattr(BatchSize, "fit", counted)
+        with pytest.raises(SystemExit):
+            train(config)
+    assert len(batches) == at
+    assert saved.count(step) == 1
+    assert saved[-1] == step
+    evaluated = (
+        [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "validation")] if step else []
+    )
+    assert evaluated == list(range(0, step, 4))
+    train(dataclasses.replace(config, resume=True))
     assert_same_run(tmp_path / "run", undisturbed)
 
 

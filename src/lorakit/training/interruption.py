@@ -1,11 +1,12 @@
-"""End a run with a checkpoint after the current step when Ctrl-C, SIGTERM or SIGHUP arrives."""
+"""End a run with a checkpoint when Ctrl-C, SIGTERM or SIGHUP arrives: after the current step, or in an evaluation."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.training.distributed import Processes
 from lorakit.training.terminal import error_output
@@ -20,6 +21,19 @@ Signals = tuple[int, int]
 _HANGUP = getattr(signal, "SIGHUP", None)
 """The signal of a closed terminal; Windows has none."""
 
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """An evaluation has ended early, in all processes, because one of them has received a signal."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Sent instead of a process's part of an evaluation."""
+
+    received: Signals
+
 
 class Interruption:
     """Records the first SIGINT, SIGTERM or SIGHUP while entered; a second SIGINT or SIGTERM acts at once, as usual.
@@ -27,7 +41,9 @@ class Interruption:
     SIGHUP means that the terminal was closed. It acts like SIGTERM. A shell and the system both send it, and some
     systems send it after SIGTERM, so another signal may already be recorded.
 
-    Several processes stop after the same step: the step at whose end all of them learn of the signal (`agree`).
+    Several processes stop after the same step: the step at whose end all of them learn of the signal (`agree`). In an
+    evaluation, a process that has received a signal leaves its part out (`check`), and the others learn of it when they
+    gather the parts (`gather`).
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
@@ -64,6 +80,29 @@ class Interruption:
         if interrupts or terminations:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
+    def check(self, *_: object) -> None:
+        """End the evaluation in which all processes are, if this one has received a signal; called after each batch.
+
+        Raises:
+            Interrupted: It has.
+        """
+        if any(self.received):
+            self.gather(_Stop(self.received))
+
+    def gather(self, part: T) -> list[T]:
+        """Return the parts of all processes, by rank.
+
+        Raises:
+            Interrupted: A process has left its part out, in all processes.
+        """
+        parts = self._processes.gather(part)
+        stops = [other.received for other in parts if isinstance(other, _Stop)]
+        if stops:
+            interrupts, terminations = map(sum, zip(*stops, strict=True))
+            self.agree((interrupts, terminations))
+            raise Interrupted
+        return parts
+
     def exit(self, message: str) -> None:
         """Print `message` and end the run: with KeyboardInterrupt after SIGINT, else with `EXIT_TO_RESUME`."""
         self._print(message)
@@ -79,7 +118,7 @@ class Interruption:
             self._agreed = self._received
         self._restore(signal.SIGINT, signal.SIGTERM)
         self._print(
-            f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint "
+            f"\n{signal.Signals(number).name}: ending this step or evaluation, then writing a checkpoint "
             "(a second Ctrl-C or SIGTERM stops at once)."
         )
 

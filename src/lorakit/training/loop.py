@@ -96,8 +96,8 @@ def _train_to_end(
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     with Loggers(run, state, job.processes) as log:
-        if not state.evaluated:  # a new run, or an interruption before an evaluation
-            validate(run, job, state, log, show)
+        if not state.evaluated:  # a new run, or an interruption before or in an evaluation
+            validate(run, job, state, log, show, interruption)
             if state.is_best and not job.is_over(state):
                 _save_checkpoint(run, job, state, optimizer)
         if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
@@ -122,11 +122,12 @@ def _train_to_end(
                 record_batch_sizes(run, job, state)
             require_no_explosion(state, job.config.optimizer.explosion)
             state.evaluated = not job.evaluates_after(state.step)
-            if interruption.requested:  # little time may be left: the resumed run evaluates
-                break
-            if not state.evaluated:
-                validate(run, job, state, log, show)
+            # Little time may be left after a signal: the resumed run evaluates.
+            if not state.evaluated and not interruption.requested:
+                validate(run, job, state, log, show, interruption)
                 release_free_memory()
+            if interruption.requested:
+                break
             if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
                 _save_checkpoint(run, job, state, optimizer)
         job.processes.begin("the end of the run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from lorakit.errors import LorakitError
@@ -12,24 +13,45 @@ from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
-from lorakit.training.distributed import Processes
 from lorakit.training.events import record_batch_sizes
+from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder
 from lorakit.training.setup import Job, spread
 
 
-def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporter) -> None:
+def validate(
+    run: RunFolder,
+    job: Job,
+    state: State,
+    log: Loggers,
+    show: Reporter,
+    interruption: Interruption,
+) -> None:
     """Score the validation data, and note in `state` whether the adapter is the best so far.
 
     Without validation data this does nothing. `state` also keeps the scores before the first step for comparison; the
-    untrained adapter is never the best.
+    untrained adapter is never the best. If the run is interrupted, the evaluation ends between two batches and stays
+    due.
     """
+    if job.scored:
+        try:
+            _validate(run, job, state, log, show, interruption)
+        except Interrupted:
+            return
     state.evaluated = True
-    if not job.scored:
-        return
-    settings = job.config.evaluation
+
+
+def _validate(
+    run: RunFolder,
+    job: Job,
+    state: State,
+    log: Loggers,
+    show: Reporter,
+    interruption: Interruption,
+) -> None:
+    settings, share = job.config.evaluation, _share_of(job, interruption)
     with job.autocast():
         evaluation = held_out(
             job.model,
@@ -38,16 +60,16 @@ def validate(run: RunFolder, job: Job, state: State, log: Loggers, show: Reporte
             job.collate,
             batch_size=job.evaluation_batch_size,
             task=job.task,
-            **_share_of(job.processes),
+            **share,
         )
-        state.scores = evaluation.scores
+        scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
         if settings.samples:
-            sampled = _sample(run, job, state.step)
-            state.scores = {**state.scores, **sampled.scores}
+            sampled = _sample(run, job, state.step, {} if job.config.shard else share)
+            scores = {**scores, **sampled.scores}
             notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
     # A task of the user may score the same texts differently in another process.
-    state.scores = job.processes.from_first(state.scores)
+    state.scores = job.processes.from_first(scores)
     record_batch_sizes(run, job, state)
     _require_usable(state.scores, job.task.name, settings.metric)
     log.scores(state)
@@ -86,12 +108,12 @@ def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
             )
 
 
-def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
+def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Evaluation:
     """Generate text for some validation prompts, record it in samples.jsonl, and score it.
 
     The processes share the prompts. If the weights are split, all generate the same texts.
     """
-    settings, processes = job.config.evaluation, job.processes
+    settings = job.config.evaluation
     assert job.validation is not None
     groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
     evaluation = generated(
@@ -101,17 +123,20 @@ def _sample(run: RunFolder, job: Job, step: int) -> Evaluation:
         batch_size=job.evaluation_batch_size,
         task=job.task,
         quick=True,
-        **({} if job.config.shard else _share_of(processes)),
+        **share,
     )
 
     def record() -> None:
         for output in evaluation.outputs:
             run.samples.append(step=step, **output)
 
-    processes.on_first(record)
+    job.processes.on_first(record)
     return evaluation
 
 
-def _share_of(processes: Processes) -> dict[str, Any]:
-    """Return the arguments of an evaluation that all processes share."""
-    return {"rank": processes.rank, "count": processes.count, "gather": processes.gather}
+def _share_of(job: Job, interruption: Interruption) -> dict[str, Any]:
+    """Return the arguments of an evaluation that all processes share, and that a signal ends."""
+    processes = job.processes
+    share = {"rank": processes.rank, "count": processes.count, "gather": interruption.gather}
+    # Every pass of a model whose weights are split needs all processes, so none may leave one out.
+    return share if job.config.shard else {**share, "progress": interruption.check}
