@@ -177,7 +177,7 @@ def test_a_checkpoint_with_the_same_weights_is_not_good(tmp_path: Path, base: st
     """Before the first step, a lower rate changes nothing. Then the default stops, and a resumed run may go back."""
     with pytest.MonkeyPatch.context() as patch:
         diverge(patch, at=1)
-        with pytest.raises(DivergenceError, match="diverged at step 1"):
+        with pytest.raises(DivergenceError, match=r"diverged at step 1.* No checkpoint is old"):
             train(settings(tmp_path, base))
     assert not (tmp_path / "run" / "events.json").exists()
 
@@ -227,7 +227,17 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(
 
 
 @pytest.mark.slow
-def test_an_exploded_run_goes_back_to_before_its_first_high_loss(tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize(
+    ("every", "keep", "to"),
+    [
+        (5, 5, 20),
+        (5, 1, 20),  # all kept by number are of the last 10 steps
+        (1, 2, 17),
+    ],
+)
+def test_an_exploded_run_goes_back_to_before_its_first_high_loss(
+    tmp_path: Path, base: str, every: int, keep: int, to: int
+) -> None:
     original = loop.optimizer_step
 
     def step(*args: Any) -> Any:
@@ -240,13 +250,13 @@ def test_an_exploded_run_goes_back_to_before_its_first_high_loss(tmp_path: Path,
         base,
         max_steps=36,
         evaluation=HeldOutConfig(every=36),
-        checkpoints=CheckpointConfig(every=5, keep=5),
+        checkpoints=CheckpointConfig(every=every, keep=keep),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "optimizer_step", step)
         train(config)
     (event,) = events(tmp_path / "run")
-    assert (event["step"], event["from_step"]) == (20, 34)
+    assert (event["step"], event["from_step"]) == (to, 34)
     assert "in each of the last 10 steps it was more than 3 times the usual" in event["reason"]
     assert [r["step"] for r in records(tmp_path / "run")] == [*range(1, 37)]
     assert max(r["loss"] for r in records(tmp_path / "run")) < 100

@@ -131,6 +131,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     *,
     keep: int,
+    old: int | None = None,
 ) -> None:
     """Write a checkpoint into `folder`, then delete all but it and the `keep` - 1 before it.
 
@@ -143,6 +144,8 @@ def save(
         weights: The trained tensors, whole.
         optimizer: From `optimizer_tensors`, whole.
         keep: How many checkpoints remain.
+        old: If set, the newest checkpoint of this step or an earlier one remains too, and the one after it, which
+            replaces it later.
     """
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -153,14 +156,18 @@ def save(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
     checkpoints = _checkpoints(folder)
-    kept = [path for path in checkpoints if _step_of(path) <= state.step][-keep:]
+    usable = [path for path in checkpoints if _step_of(path) <= state.step]
+    kept = usable[-keep:]
+    if old is not None:
+        first = max(sum(_step_of(path) <= old for path in usable) - 1, 0)
+        kept += usable[first : first + 2]
     failures = []
-    for old in checkpoints:
-        if old not in kept:
+    for path in checkpoints:
+        if path not in kept:
             try:
-                shutil.rmtree(old)
+                shutil.rmtree(path)
             except OSError as error:  # of a file that another program has open, on NFS and Windows
-                failures.append(f"'{old}' ({error.strerror or error})")
+                failures.append(f"'{path}' ({error.strerror or error})")
     if failures:
         _LOG.warning(
             "Cannot delete old checkpoints: %s. Each later checkpoint of the run tries again.",

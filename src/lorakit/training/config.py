@@ -132,7 +132,8 @@ class CheckpointConfig:
     """Steps between checkpoints; by default once per epoch. Each best score writes another one, and so do
     Ctrl-C, SIGTERM and SIGHUP (a closed terminal)."""
     keep: int = 2
-    """Number of checkpoints to keep; older ones are deleted. The best adapter is saved separately."""
+    """Number of checkpoints to keep; older ones are deleted, except up to two for optimizer.on_divergence rewind. The
+    best adapter is saved separately."""
 
     def __post_init__(self) -> None:
         conform(self, "checkpoints")

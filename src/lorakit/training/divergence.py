@@ -87,6 +87,13 @@ def exploded(state: State, factor: float) -> bool:
     )
 
 
+def step_to_keep(step: int) -> int:
+    """Return a step to which a run can go back if it diverges after `step`, whenever that is."""
+    return max(
+        step - LASTING, 0
+    )  # a loss that explodes in the next step was high in the last LASTING - 1
+
+
 def last_good_step(state: State, factor: float) -> int:
     """Return the last step with good weights: one more update, at a lower rate, can lead to another loss.
 

@@ -22,6 +22,7 @@ from lorakit.training.divergence import (
     last_good_step,
     require_finite_weights,
     require_no_explosion,
+    step_to_keep,
 )
 from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
@@ -192,7 +193,7 @@ def _rewind(
         ) from error
     last_good = last_good_step(diverged, settings.explosion)
     if not job.processes.on_first(lambda: checkpoint.delete_after(run.checkpoints, last_good)):
-        raise error
+        raise DivergenceError(f"{error} No checkpoint is old enough to go back to.") from error
     optimizer.zero_grad()
     state = _restore(run, job, optimizer, diverged.inputs)
     slow_down(optimizer, SLOWDOWN)
@@ -226,13 +227,21 @@ def _save_checkpoint(
         DivergenceError: A weight is not finite, in all processes.
     """
     require_finite_weights(state.step, job.weights, job.processes)
-    keep = run.config.checkpoints.keep
+    rewinds = run.config.optimizer.on_divergence == "rewind"
+    old = step_to_keep(state.step) if rewinds else None
     weights, of_optimizer = (
         whole_in_first(tensors, job.processes)
         for tensors in (job.weights, checkpoint.optimizer_tensors(optimizer))
     )
     job.processes.on_first(
-        lambda: checkpoint.save(run.checkpoints, state, weights, of_optimizer, keep=keep)
+        lambda: checkpoint.save(
+            run.checkpoints,
+            state,
+            weights,
+            of_optimizer,
+            keep=run.config.checkpoints.keep,
+            old=old,
+        )
     )
     if state.is_best:
         job.save_adapter(run.best, state)
