@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
 from torch._dynamo import lookup_backend
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, LorakitError
@@ -32,7 +33,7 @@ from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import build_optimizer
-from lorakit.training.setup import prepare
+from lorakit.training.setup import enable_gradient_checkpointing, prepare
 
 CONSTANT = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0, clip=0)
 
@@ -440,6 +441,14 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, base: str
             )
         )
     assert adapter_bytes(tmp_path / "off") == adapter_bytes(tmp_path / "on")
+
+
+def test_gradient_checkpointing_of_a_model_without_it_is_refused() -> None:
+    config = OpenAIGPTConfig(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    with pytest.raises(
+        ConfigurationError, match=r"true, but OpenAIGPTLMHeadModel does not .*Set it"
+    ):
+        enable_gradient_checkpointing(OpenAIGPTLMHeadModel(config))
 
 
 @pytest.mark.slow

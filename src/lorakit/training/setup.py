@@ -487,7 +487,16 @@ def _check_task(config: TrainConfig, task: DataTask) -> None:
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute the model's blocks in the backward pass instead of keeping their activations."""
+    """Recompute the model's blocks in the backward pass instead of keeping their activations.
+
+    Raises:
+        ConfigurationError: transformers cannot recompute blocks of this architecture.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"gradient_checkpointing is true, but {type(model).__name__} does not support it. Set it to false; a "
+            "smaller batch_size with more accumulation also needs less memory."
+        )
     # Reentrant checkpoints give no gradient where a block's input requires none, as above a frozen embedding.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})
