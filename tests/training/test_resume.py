@@ -390,13 +390,14 @@ def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> N
 
 
 @pytest.mark.slow
-def test_a_resumed_run_may_have_another_device_and_other_checkpoints(
+def test_a_resumed_run_may_have_another_device_other_checkpoints_and_test_data(
     tmp_path, base, undisturbed, monkeypatch
 ) -> None:
     config = half_a_run(tmp_path, base, monkeypatch)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("device: cpu", "device: cuda:1"))
-    train(dataclasses.replace(config, checkpoints=CheckpointConfig(every=1, keep=1)))
+    data = dataclasses.replace(config.data, test=config.data.validation, test_split="test")
+    train(dataclasses.replace(config, checkpoints=CheckpointConfig(every=1, keep=1), data=data))
     assert_same_run(tmp_path / "run", undisturbed)
 
 

@@ -58,6 +58,7 @@ OF_A_RUN = {"base", "data", "method", "output"}
 NOT_COMPARED = (
     *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
+    *("data.test", "data.test_split"),  # for other commands, with the same file of settings
     # A run may need others to go on; only rounding differs.
     *("gradient_checkpointing", "base.device"),
 )
