@@ -135,6 +135,10 @@ def test_default_rates_follow_the_method() -> None:
         ({"from_adapter": "x", "method": "bitfit"}, "brings its own method"),
         ({"evaluation": HeldOutConfig(patience=2)}, r"patience needs validation data"),
         ({"evaluation": HeldOutConfig(samples=2)}, r"data\.validation_fraction"),
+        (
+            {"evaluation": HeldOutConfig(metric="perplexity", batch_size=3)},
+            r"evaluation\.batch_size, evaluation\.metric needs validation data",
+        ),
     ],
 )
 def test_settings_that_cannot_work_say_why(settings, message: str) -> None:

@@ -264,9 +264,9 @@ class TrainConfig:
         self._check_method()
         self._check_metric()
         used = [
-            f"evaluation.{name}"
-            for name in ("every", "limit", "patience", "samples")
-            if getattr(self.evaluation, name)
+            f"evaluation.{setting.name}"
+            for setting in dataclasses.fields(HeldOutConfig)
+            if getattr(self.evaluation, setting.name) != setting.default
         ]
         if used and not self.validates:
             raise ConfigurationError(
