@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import Crash, adapter_bytes
 
 from lorakit.errors import ConfigurationError, DivergenceError
@@ -138,6 +141,32 @@ def test_a_resumed_run_keeps_the_lower_rate(
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(rewound)
     assert records(tmp_path / "run") == records(rewound)
     assert events(tmp_path / "run") == events(rewound)
+
+
+@pytest.mark.slow
+def test_the_loggers_stay_open(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of Weights & Biases has the steps before and after; TensorBoard hides those before."""
+    opened: list[list[int]] = []
+
+    def init(**_: Any) -> SimpleNamespace:
+        opened.append([])
+        return SimpleNamespace(
+            define_metric=lambda *_, **__: None,
+            log=lambda values: opened[-1].append(values["step"]),
+            finish=lambda: opened[-1].append(-1),
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    diverge(monkeypatch, at=5)
+    config = settings(tmp_path, base, max_steps=6, evaluation=HeldOutConfig(every=6))
+    train(dataclasses.replace(config, loggers=("wandb", "tensorboard")))
+    assert opened == [[0, 1, 2, 3, 4, 4, 5, 6, 6, -1]]
+    accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    accumulator.Reload()
+    shown = accumulator.Scalars("train/loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert [event.value for event in shown] == pytest.approx(losses)
 
 
 @pytest.mark.slow

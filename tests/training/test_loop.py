@@ -497,8 +497,10 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path, base: str) -> None:
 
 def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypatch) -> None:
     logged: list[tuple[int, dict]] = []
+    axes: dict[str, str | None] = {}
     run = SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)),
+        define_metric=lambda name, step_metric=None: axes.update({name: step_metric}),
+        log=lambda values: logged.append((values.pop("step"), values)),
         finish=lambda: logged.append((-1, {})),
     )
     opened: dict = {}
@@ -507,6 +509,7 @@ def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypa
     train(tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=2))
     assert opened["name"] == "run"
     assert opened["config"]["lora"]["rank"] == 8
+    assert axes == {"step": None, "*": "step"}
     assert [step for step, _ in logged] == [0, 1, 2, 2, -1]
     assert {"train/loss", "train/learning_rate"} <= logged[1][1].keys()
     assert {"validation/loss", "validation/perplexity"} == logged[0][1].keys()

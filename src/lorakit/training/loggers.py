@@ -6,13 +6,16 @@ import importlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigurationError
 from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
 from lorakit.training.run_folder import RunFolder
 from lorakit.training.step import StepResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def require_loggers(names: Iterable[str]) -> None:
@@ -37,7 +40,7 @@ class Loggers:
         self._metrics = run.metrics
         self._logs = processes.is_first
         self._loggers = [
-            TensorBoard(run.path, state.step)
+            TensorBoard(run.path, after=state.step)
             if name == "tensorboard"
             else WeightsAndBiases(run.path, run.config.as_dict())
             for name in run.config.loggers
@@ -52,6 +55,11 @@ class Loggers:
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+    def restart(self, state: State) -> None:
+        """Continue from `state`, to which the run went back."""
+        for logger in self._loggers:
+            logger.restart(after=state.step)
 
     def step(self, state: State, done: StepResult) -> None:
         """Record a finished step: mean loss, learning rate, gradient norm and totals so far."""
@@ -83,11 +91,20 @@ class Loggers:
 class TensorBoard:
     """Logger that writes event files to tensorboard/ in the run folder."""
 
-    def __init__(self, folder: Path, from_step: int) -> None:
+    def __init__(self, folder: Path, *, after: int) -> None:
+        self._folder = str(folder / "tensorboard")
+        self._writer = self._opened(after)
+
+    def _opened(self, after: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides the steps that an interrupted session logged after its last checkpoint.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        # purge_step hides the later steps, which an interrupted or diverged session logged.
+        return SummaryWriter(self._folder, purge_step=after + 1)
+
+    def restart(self, *, after: int) -> None:
+        """Continue after this step."""
+        self.close()
+        self._writer = self._opened(after)
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Log each value as ``split/name``."""
@@ -100,16 +117,24 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logger to a Weights & Biases run named after the run folder; environment variables set its project."""
+    """Logger to a Weights & Biases run named after the run folder; environment variables set its project.
+
+    The step is a metric and the horizontal axis of all others. Weights & Biases drops repeated steps of its own count.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # type: ignore[import-not-found]
 
         self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def restart(self, *, after: int) -> None:
+        """Do nothing: the chart shows the steps that are repeated, and those before."""
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Log each value as ``split/name``."""
-        self._run.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+        self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
 
     def close(self) -> None:
         """Flush and close."""

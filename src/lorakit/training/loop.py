@@ -66,18 +66,23 @@ def train(config: TrainConfig) -> RunResult:
         job, optimizer, state = _start(run, processes)
         if state.is_best:
             job.save_adapter(run.best, state)
-        with Interruption(processes) as interruption, Reporter(job, state) as show:
+        with (
+            Interruption(processes) as interruption,
+            Reporter(job, state) as show,
+            Loggers(run, state, processes) as log,
+        ):
             if run.dtype_reason:
                 show.say(f"dtype     {run.config.base.dtype}: {run.dtype_reason}")
             if run.extends:
                 show.say(f"schedule  {_extension(job, optimizer, state, run.extends)}")
             while True:
                 try:
-                    _train_to_end(run, job, state, optimizer, interruption, show)
+                    _train_to_end(run, job, state, optimizer, interruption, show, log)
                     break
                 except DivergenceError as error:
                     state = _rewind(run, job, state, optimizer, error)
                     show.restart(state)
+                    log.restart(state)
         if interruption.requested and not job.is_over(state):
             # After the live line, which wraps what is printed beside it: the command stays on one line.
             interruption.exit(
@@ -94,45 +99,45 @@ def _train_to_end(
     optimizer: torch.optim.Optimizer,
     interruption: Interruption,
     show: Reporter,
+    log: Loggers,
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
-    with Loggers(run, state, job.processes) as log:
-        if not state.evaluated:  # a new run, or an interruption before or in an evaluation
-            validate(run, job, state, log, show, interruption)
-            if state.is_best and not job.is_over(state):
-                _save_checkpoint(run, job, state, optimizer)
-        if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
+    if not state.evaluated:  # a new run, or an interruption before or in an evaluation
+        validate(run, job, state, log, show, interruption)
+        if state.is_best and not job.is_over(state):
             _save_checkpoint(run, job, state, optimizer)
-        for examples in job.step_plan.steps(start=state.step):
-            if job.is_over(state) or interruption.requested:
-                break
-            job.processes.begin(f"step {state.step + 1}")
-            began, processor_began = time.perf_counter(), time.process_time()
-            done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
-            interruption.agree(done.signals)
-            state.advance(
-                done.loss,
-                tokens=done.tokens,
-                computed_tokens=done.computed_tokens,
-                seconds=time.perf_counter() - began,
-                processor_seconds=time.process_time() - processor_began,
-            )
-            log.step(state, done)
-            show.step(state, done.rate)
-            if done.halved:
-                record_batch_sizes(run, job, state)
-            require_no_explosion(state, job.config.optimizer.explosion)
-            state.evaluated = not job.evaluates_after(state.step)
-            # Little time may be left after a signal: the resumed run evaluates.
-            if not state.evaluated and not interruption.requested:
-                validate(run, job, state, log, show, interruption)
-                release_free_memory()
-            if interruption.requested:
-                break
-            if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
-                _save_checkpoint(run, job, state, optimizer)
-        job.processes.begin("the end of the run")
+    if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
         _save_checkpoint(run, job, state, optimizer)
+    for examples in job.step_plan.steps(start=state.step):
+        if job.is_over(state) or interruption.requested:
+            break
+        job.processes.begin(f"step {state.step + 1}")
+        began, processor_began = time.perf_counter(), time.process_time()
+        done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
+        interruption.agree(done.signals)
+        state.advance(
+            done.loss,
+            tokens=done.tokens,
+            computed_tokens=done.computed_tokens,
+            seconds=time.perf_counter() - began,
+            processor_seconds=time.process_time() - processor_began,
+        )
+        log.step(state, done)
+        show.step(state, done.rate)
+        if done.halved:
+            record_batch_sizes(run, job, state)
+        require_no_explosion(state, job.config.optimizer.explosion)
+        state.evaluated = not job.evaluates_after(state.step)
+        # Little time may be left after a signal: the resumed run evaluates.
+        if not state.evaluated and not interruption.requested:
+            validate(run, job, state, log, show, interruption)
+            release_free_memory()
+        if interruption.requested:
+            break
+        if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
+            _save_checkpoint(run, job, state, optimizer)
+    job.processes.begin("the end of the run")
+    _save_checkpoint(run, job, state, optimizer)
 
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
