@@ -56,9 +56,8 @@ def computing_fields(config: Any) -> dict[str, Any] | None:
 
     def fields(part: PretrainedConfig, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in part.to_dict().items():
-            nested = vars(part).get(
-                name
-            )  # getattr rejects fields that differ between layers (Gemma 4)
+            # getattr rejects fields that differ between layers (Gemma 4).
+            nested = vars(part).get(name)
             if name in ignored or name.startswith("_"):
                 continue
             if isinstance(nested, PretrainedConfig):

@@ -89,9 +89,8 @@ def exploded(state: State, factor: float) -> bool:
 
 def step_to_keep(step: int) -> int:
     """Return a step to which a run can go back if it diverges after `step`, whenever that is."""
-    return max(
-        step - LASTING, 0
-    )  # a loss that explodes in the next step was high in the last LASTING - 1
+    # A loss that explodes in the next step was high in the last LASTING - 1.
+    return max(step - LASTING, 0)
 
 
 def last_good_step(state: State, factor: float) -> int:
