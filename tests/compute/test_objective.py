@@ -242,7 +242,9 @@ def test_a_cap_in_the_text_part_of_the_configuration_is_seen() -> None:
         torch.testing.assert_close(ours, plain_loss(model, batch), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("setting", ["final_logit_softcapping", "logits_soft_cap"])
+@pytest.mark.parametrize(
+    "setting", ["final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"]
+)
 def test_every_name_of_a_cap_is_known(setting: str) -> None:
     model = tiny_models.build("llama").bfloat16()
     setattr(model.config, setting, 30.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lorakit
 from lorakit.compute.adapted import TEXT
-from lorakit.compute.batching import PACKED_STEP, attention_window
+from lorakit.compute.batching import PACKED_STEP, attention_windows
 from lorakit.compute.computation import choose_computation
 from lorakit.compute.objective import LanguageModellingLoss, confirm_loss_path
 from lorakit.compute.trials import shortened, why_not_packed
@@ -343,20 +343,20 @@ def test_a_window_shorter_than_an_example_is_read_from_the_configuration(
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "window"),
+    ("kind", "settings", "windows"),
     [
-        ("llama", {}, None),
-        ("mistral", {"sliding_window": 64}, 64),
-        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, None),
-        ("gemma2", {"sliding_window": 64, "layer_types": ["full_attention"] * 26}, None),
-        ("llama4_text", {"attention_chunk_size": 32}, 32),
-        ("gpt_oss", {}, 128),
-        ("gemma4_text", {"sliding_window": 64}, 64),  # has fields that differ between layers
+        ("llama", {}, set()),
+        ("mistral", {"sliding_window": 64}, {64}),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, set()),
+        ("gemma2", {"sliding_window": 64, "layer_types": ["full_attention"] * 26}, set()),
+        ("llama4_text", {"attention_chunk_size": 32}, {32}),
+        ("gpt_oss", {}, {128}),
+        ("gemma4_text", {"sliding_window": 64}, {64}),  # has fields that differ between layers
     ],
 )
-def test_the_window_of_a_configuration(kind, settings, window):
+def test_the_windows_of_a_configuration(kind, settings, windows):
     config = transformers.AutoConfig.for_model(kind, **settings)
-    assert attention_window(SimpleNamespace(config=config)) == window
+    assert attention_windows(SimpleNamespace(config=config)) == windows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

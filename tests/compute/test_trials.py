@@ -1,6 +1,7 @@
 """lorakit's attention and dropout in models of transformers: same results, and a clean removal."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -8,6 +9,7 @@ import tiny_runs
 import torch
 from torch import nn
 
+from lorakit.compute import trials
 from lorakit.compute.computation import choose_computation, confirm_computation
 from lorakit.compute.trials import SHORT_COMPLETION, SHORT_PROMPT, try_faster
 from lorakit.data import DataTask
@@ -44,7 +46,7 @@ def test_logits_and_gradients_are_those_of_the_stock_attention(arch):
         return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     before = compute()
-    assert try_faster(model, batch) == ""
+    assert try_faster(model, batch, batch) == ""
     assert model.config._attn_implementation == faster.ATTENTION
     logits, gradients = compute()
     torch.testing.assert_close(logits, before[0], rtol=1e-4, atol=1e-5)
@@ -62,8 +64,30 @@ def test_an_attention_that_computes_something_else_is_found_out(monkeypatch):
     monkeypatch.setattr(
         faster, "masked_attention", lambda q, k, v, *rest, **options: q.transpose(1, 2).contiguous()
     )
-    assert "would differ" in try_faster(model, padded_batch())
+    assert "would differ" in try_faster(model, padded_batch(), padded_batch())
     assert model.config._attn_implementation == faster.STOCK
+
+
+def test_a_change_of_the_head_alone_is_found_out(monkeypatch):
+    """Some heads have layers of their own before the vocabulary (ModernBERT's decoder)."""
+    model = build("llama")
+    monkeypatch.setattr(trials, "make_faster", lambda model: model.lm_head.weight.data.mul_(2))
+    assert "would differ" in try_faster(model, padded_batch(), padded_batch())
+
+
+def test_a_decoder_whose_backbone_cannot_be_called_alone_keeps_its_layers(monkeypatch):
+    model = build("llama")
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, **inputs: tuple(forward(**inputs)))
+    model.forward = lambda **inputs: SimpleNamespace(logits=model.lm_head(model.model(**inputs)[0]))
+    assert "it raised" in try_faster(model, padded_batch(), padded_batch())
+    assert model.config._attn_implementation == faster.STOCK
+
+
+def test_a_compiled_attention_is_tried_where_the_head_alone_is_trained():
+    model = build("llama").requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    assert try_faster(model, padded_batch(), padded_batch(), "attention") == ""
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
@@ -101,13 +125,16 @@ def test_an_attention_that_fails_is_not_taken(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(faster, "masked_attention", fails)
-    assert try_faster(model, padded_batch()) == "it raised RuntimeError: no such kernel"
+    assert (
+        try_faster(model, padded_batch(), padded_batch())
+        == "it raised RuntimeError: no such kernel"
+    )
     assert model.config._attn_implementation == faster.STOCK
 
 
 def test_a_model_with_an_attention_of_its_own_keeps_it():
     model = tiny_models.build("llama")  # eager
-    assert try_faster(model, padded_batch()) == ""
+    assert try_faster(model, padded_batch(), padded_batch()) == ""
     assert model.config._attn_implementation == "eager"
 
 
@@ -147,7 +174,7 @@ def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled():
     assert choose_computation(meta, task, training=True, compiled=True).faster == "attention"
     assert choose_computation(model, task, training=True).faster == "layers"
     assert choose_computation(model, task).faster == "none"
-    assert try_faster(model, padded_batch(), "attention") == ""
+    assert try_faster(model, padded_batch(), padded_batch(), "attention") == ""
     assert model.config._attn_implementation == faster.ATTENTION
     assert not any("forward" in vars(module) for module in model.modules())
     assert not any(p.grad is not None for p in model.parameters())
@@ -158,7 +185,7 @@ def test_a_compiled_attention_without_gradients_is_not_taken(monkeypatch):
     """FlexAttention on a CPU has a correct forward pass, but no backward pass."""
     monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
     model = build("llama")
-    reason = try_faster(model, padded_batch(), "attention")
+    reason = try_faster(model, padded_batch(), padded_batch(), "attention")
     assert reason.startswith(
         "it raised NotImplementedError: FlexAttention does not support backward"
     )

@@ -224,15 +224,44 @@ def test_runs_are_ranked_only_by_scores_whose_better_direction_is_known(run: Pat
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_seeds_of_one_setup_are_not_ranked(run: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "digest", "summary"),
+    [
+        (7, None, ["The runs differ in seed.", "So differences between their scores are chance."]),
+        (7, "0" * 64, ["The runs differ in seed."]),
+        # Other software, another processor: the scores of one seed do not differ by chance.
+        (0, None, ["The runs have the same settings."]),
+    ],
+)
+def test_seeds_of_one_setup_are_not_ranked(
+    run: Path, seed: int, digest: str | None, summary: list[str]
+) -> None:
     record = read_run(run)
     result = {**(record.result or {}), "scores": {"loss": 1.0}}
-    other = dataclasses.replace(record, config={**record.config, "seed": seed}, result=result)
-    assert comparison_page([record, other]).summary == [
-        "The runs differ in seed." if seed else "The runs have the same settings.",
-        "So differences between their scores are chance.",
-    ]
+    data = record.provenance["data"]
+    if digest is not None:
+        data = {**data, "train": {**data["train"], "sha256": digest}}
+    other = dataclasses.replace(
+        record,
+        config={**record.config, "seed": seed},
+        result=result,
+        provenance={**record.provenance, "data": data},
+    )
+    assert comparison_page([record, other]).summary == summary
+
+
+def test_a_score_that_only_some_runs_have_does_not_hide_the_others(run: Path) -> None:
+    record = read_run(run)
+    result = {**(record.result or {}), "scores": {"loss": 1.0}}
+    config = {**record.config, "batch_size": 3}
+    other = dataclasses.replace(
+        record, label="other", config=config, result=result, samples=record.samples[:0]
+    )
+    page = comparison_page([record, other])
+    assert page.summary[0].startswith("Loss of 12 examples is best in other (1.000), followed by")
+    assert len(page.summary) == 3
+    of = {row[0]: row[1] for row in page.sections[0].blocks[0].rows}
+    assert of["BLEU, after"] == record.scored_on("bleu") == "4 samples"
 
 
 def test_scores_of_other_numbers_of_examples_are_not_ranked(run: Path, unfinished: Path) -> None:

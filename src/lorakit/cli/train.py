@@ -62,6 +62,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"{config.output} was finished, so nothing was trained{longer}")
     print(f"\n{_summary(result)}")
     planned_line, predicted = _planned(config, result, processes.count)
+    report = write_run_report(result.folder, predicted=predicted)
     print(planned_line)
     record = read_run(result.folder)
     for name, value in result.scores.items():
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
     worse = "; worse than before training" if record.never_improved else ""
     if result.best is not None and (result.best_step != result.steps or worse):
         print(f"best     {result.best} (step {result.best_step}{worse})")
-    print(f"report   {write_run_report(result.folder, predicted=predicted)}")
+    print(f"report   {report}")
     print("next     " + "\n         ".join(_next(config, result, record.provenance)))
 
 

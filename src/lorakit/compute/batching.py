@@ -111,19 +111,19 @@ def room_after(length: int, context: int, *, is_encoder_decoder: bool) -> int:
     return context - length
 
 
-def attention_window(model: PreTrainedModel) -> int | None:
-    """Return the shortest window or chunk of the model's attention layers, in tokens; None if all see every token."""
+def attention_windows(model: PreTrainedModel) -> set[int]:
+    """Return the windows and chunks of the model's attention layers, in tokens; empty if all see every token."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     # Of fields that differ between layers, the configuration of each layer has its own; getattr rejects them.
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    windows = [
-        vars(layer).get(name)
+    return {
+        window
         for kind, name in _WINDOWS.items()
         if kinds is None or kind in kinds
         for layer in layers
-    ]
-    return min((window for window in windows if window), default=None)
+        if (window := vars(layer).get(name))
+    }
 
 
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

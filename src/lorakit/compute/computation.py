@@ -108,20 +108,17 @@ def confirm_computation(
     """
     notes, faster, packed = list(choice.notes), choice.faster, choice.packed
     if faster != "none":
-        few = examples[:2]
-        if base.model.config.is_encoder_decoder:
-            few = [shortened(example) for example in few]
-        why_stock = try_faster(base.model, collator(base)(few), faster)
+        few, batch = examples[:2], collator(base)
+        why_stock = try_faster(base.model, batch(few), batch([*map(shortened, few)]), faster)
         if why_stock:
             faster = "none"
             notes.append(f"stock attention: {why_stock}")
     if packed:
         longest = max(examples, key=len)
+        assert isinstance(longest, LanguageExample)
         # With virtual tokens, as in a batch.
         trials = model_examples(base, [longest, shortened(longest)])
-        why_padded = why_not_packed(
-            base.model, *(one for one in trials if isinstance(one, LanguageExample))
-        )
+        why_padded = why_not_packed(base.model, *trials)
         packed = not why_padded
         notes.insert(
             0,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.compute.batching import attention_window
+from lorakit.compute.batching import attention_windows
 from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import Batch, LabelLoss, LanguageModellingLoss, distance, tolerance
@@ -65,8 +65,9 @@ def why_not_packed(model: PreTrainedModel, *examples: LanguageExample) -> str:
         model: The model.
         examples: The longest one and a `shortened` one, with the virtual tokens that the model expects.
     """
-    longest, window = max(map(len, examples)), attention_window(model)
-    if window is not None and window < longest:
+    longest = max(map(len, examples))
+    window = min(attention_windows(model), default=longest)
+    if window < longest:
         return (
             f"its attention reaches back {window:,} tokens, and the longest example has {longest:,}"
         )
@@ -112,24 +113,28 @@ def _start_of_completion(example: LanguageExample) -> int:
     return max(1, min(example.prompt_length, len(example) - 1))
 
 
-def try_faster(model: PreTrainedModel, batch: Batch, faster: Faster = "layers") -> str:
+def try_faster(
+    model: PreTrainedModel, batch: Batch, short: Batch, faster: Faster = "layers"
+) -> str:
     """Install lorakit's own attention and layers, or return why the stock layers stay.
 
     Args:
         model: The model to change in place; it stays unchanged if a reason is returned.
-        batch: A padded batch, for which the results must not change.
+        batch: A padded batch, for which the hidden states of a decoder must not change.
+        short: The batch of its `shortened` examples, for which the logits must not change.
         faster: Which layers to install. "attention" is a compiled kernel, so its backward pass is tried too.
     """
-    batch = _to(model.device, batch)
-    with evaluating(model):
-        before = _outputs(model, batch)
+    batch, short = _to(model.device, batch), _to(model.device, short)
     try:
+        with evaluating(model):
+            before = _outputs(model, batch, short)
         make_faster(model) if faster == "layers" else use_own_attention(model)
         with evaluating(model):
-            apart = distance(_outputs(model, batch), before)
+            after = _outputs(model, batch, short)
+        apart = max(distance(x, expected) for x, expected in zip(after, before, strict=True))
         reason = "" if apart <= _limit(model) else f"the results would differ by {apart:.2g}"
         if faster == "attention":
-            _try_backward(model, batch)
+            _try_backward(model, batch, short)
     except Exception as error:  # models can raise any exception; the stock layers still work
         reason = f"it raised {type(error).__name__}: {error}"
     if reason:
@@ -188,27 +193,34 @@ def _to(device: torch.device, batch: Batch) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the last hidden states of a decoder, whose logits would take far more memory; of others the logits."""
+def _outputs(model: PreTrainedModel, batch: Batch, short: Batch) -> list[Tensor]:
+    """Return the logits of a short batch, and of a decoder the hidden states of a batch, which take less memory."""
+    outputs = [_forward(model, model, short).logits]
+    backbone = backbone_of(model)
+    has_vocabulary = output_embeddings(model) is not None
+    if has_vocabulary and backbone is not model and not model.config.is_encoder_decoder:
+        outputs.append(_forward(model, backbone, batch).last_hidden_state)
+    return outputs
+
+
+def _forward(model: PreTrainedModel, part: nn.Module, batch: Batch) -> Any:
+    """Compute the model, or its part without head."""
     inputs: dict[str, Any] = dict(batch)
-    computed: nn.Module = model
     # An encoder-decoder derives its decoder's inputs from the labels.
     if not model.config.is_encoder_decoder:
         inputs.pop("labels", None)
-        if output_embeddings(model) is not None:
-            computed = backbone_of(model)
-    if "use_cache" in inspect.signature(computed.forward).parameters:
+    if "use_cache" in inspect.signature(part.forward).parameters:
         # As in training: a compiled kernel depends on the strides of its inputs.
         inputs["use_cache"] = False
-    outputs = computed(**inputs)
-    return outputs.logits if computed is model else outputs.last_hidden_state
+    return part(**inputs)
 
 
-def _try_backward(model: PreTrainedModel, batch: Batch) -> None:
+def _try_backward(model: PreTrainedModel, batch: Batch, short: Batch) -> None:
     """Compute and discard gradients, since a compiled kernel may fail only in the backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if trained:
-        total = _outputs(model, batch).sum(dtype=torch.float32)
+        outputs = [one for one in _outputs(model, batch, short) if one.requires_grad]
+        total = torch.stack([one.sum(dtype=torch.float32) for one in outputs]).sum()
         torch.autograd.grad(total, trained, allow_unused=True)
 
 

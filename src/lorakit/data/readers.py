@@ -192,7 +192,7 @@ def _after_blanks(text: str, position: int) -> int:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """Read a header line, then one row per record. A quoted field may span lines."""
+    """Read a header line, then one row per record. A quoted field may span lines, but not whole rows of a .tsv file."""
     with _open(path) as file:
         # Bytes that are not UTF-8 become surrogates, so that only their row is rejected.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -223,13 +223,19 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                     f"{path}:{line}",
                     f"{len(record)} fields, but the header has {len(header)} columns",
                 )
-            elif delimiter == "\t" and any("\t" in field and "\n" in field for field in record):
+            elif delimiter == "\t" and _joins_rows(record):
                 raise DataError(
-                    f"{path}:{line}: a quote opens a field that spans tabs and lines, up to line {reader.line_num:,}. "
-                    f"{QUOTES}"
+                    f"{path}:{line}: a quote opens a field that joins the rows up to line {reader.line_num:,}. "
+                    f"{QUOTES}. If it is one text, save the file as .csv or .jsonl"
                 )
             else:
                 yield Row(dict(zip(header, record, strict=True)), f"{path}:{line}")
+
+
+def _joins_rows(record: list[str]) -> bool:
+    """Whether two stray quotes have joined rows of tab-separated fields: each line of the record is a whole row."""
+    lines = "\t".join(record).split("\n")
+    return len(lines) > 1 and all(line.count("\t") == len(record) - 1 > 0 for line in lines)
 
 
 def read_parquet(path: Path) -> Rows:

@@ -56,7 +56,7 @@ def tokenizer_of(
 
 
 def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
-    message = " ".join(str(error).split())[:500].rstrip(".")
+    message = " ".join(str(error).split())
     if "trust_remote_code" in message:
         return (
             f"The tokenizer of '{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
@@ -69,8 +69,8 @@ def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
     elif source.kind == "gguf":
         advice = f"delete '{path}' to convert the GGUF file again."
     return (
-        f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message}). If it needs a package, "
-        f"install it; otherwise {advice}"
+        f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message[:500].rstrip('.')}). If it "
+        f"needs a package, install it; otherwise {advice}"
     )
 
 

@@ -61,15 +61,12 @@ def _distinct(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 def _summary(runs: Sequence[RunRecord]) -> list[str]:
     """Return the best run of each score, as far as the runs are comparable, and what differs between them."""
-    names = _score_names(runs)
-    digests = {run.validation_data for run in runs} - {None}
-    counts = [{run.scored_on(name) for run in runs} - {""} for name in names]
-    same_data = len(digests) < 2 and all(len(known) < 2 for known in counts)
+    digests, (_, counts) = {run.validation_data for run in runs}, _scored("loss", runs)
+    same_data = len(digests - {None}) < 2 and len({*counts} - {""}) < 2
     differences = _differences(runs)
-    same_setup = differences.keys() <= {"seed"}
     sentences = []
-    if same_data and not same_setup:
-        sentences = [text for name in names if (text := _best(name, runs))]
+    if same_data and differences.keys() - {"seed"}:
+        sentences = [text for name in _score_names(runs) if (text := _best(name, runs))]
     if sentences:
         sentences.append(
             "This page cannot show whether a difference between two runs exceeds chance: that requires several seeds "
@@ -86,16 +83,18 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         )
     if unfinished := [run.name for run in runs if run.result is None]:
         sentences.append(f"Not finished, with the scores so far: {', '.join(unfinished)}.")
-    elif same_data and same_setup:
+    elif differences.keys() == {"seed"} and len({run.data for run in runs}) == 1:
         sentences.append("So differences between their scores are chance.")
     return sentences
 
 
 def _best(name: str, runs: Sequence[RunRecord]) -> str:
-    """Return the sentence that names the best run; "" if the number of examples or the better direction is unknown."""
-    scored = [run for run in runs if name in run.scores("after")]
-    counts = {run.scored_on(name) for run in scored}
-    if len(scored) < 2 or name == "perplexity" or "" in counts:
+    """Return the sentence that names the best run of a score; "" if the runs are not comparable.
+
+    They are if they are scored on the same number of examples, and if it is known which scores are better.
+    """
+    scored, counts = _scored(name, runs)
+    if len(scored) < 2 or name == "perplexity" or len(counts) > 1 or "" in counts:
         return ""
     ranked = sorted(scored, key=lambda run: run.scores("after")[name])
     low, high = (run.scores("after")[name] for run in (ranked[0], ranked[-1]))
@@ -106,16 +105,22 @@ def _best(name: str, runs: Sequence[RunRecord]) -> str:
     if higher_is_better is None or first == second:
         return ""
     return (
-        f"{measures.score_name(name)} of {counts.pop()} is best in {ranked[0].name} ({number(first)}), followed by "
+        f"{measures.score_name(name)} of {counts[0]} is best in {ranked[0].name} ({number(first)}), followed by "
         f"{ranked[1].name} ({number(second)})."
     )
+
+
+def _scored(name: str, runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
+    """Return the runs that have a score, and the different numbers of examples that it is of."""
+    scored = [run for run in runs if name in run.scores("after")]
+    return scored, list(dict.fromkeys(run.scored_on(name) for run in scored))
 
 
 def _scores(runs: Sequence[RunRecord]) -> Table:
     rows: list[list[Cell]] = []
     for name in _score_names(runs):
-        counts = [run.scored_on(name) for run in runs]
-        of = counts[0] if len(set(counts)) == 1 else " / ".join(count or "?" for count in counts)
+        _, counts = _scored(name, runs)
+        of = counts[0] if len(counts) == 1 else " / ".join(count or "?" for count in counts)
         for time in ("before", "after"):
             values = [run.scores(time).get(name) for run in runs]
             rows.append([f"{measures.score_name(name)}, {time}", of, *values])

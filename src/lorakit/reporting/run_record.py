@@ -113,6 +113,12 @@ class RunRecord:
         return before is not None and best is not None and better(metric, best, before) is False
 
     @property
+    def data(self) -> frozenset[tuple[str, Any]]:
+        """Digest of the source of each split; empty if not recorded."""
+        splits = _mapping(self.provenance.get("data"))
+        return frozenset((split, str(_mapping(one).get("sha256"))) for split, one in splits.items())
+
+    @property
     def validation_data(self) -> tuple[Any, Any] | None:
         """Digest of the validation data's source and number of its examples; None if not recorded.
 

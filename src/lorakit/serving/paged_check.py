@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lorakit.compute.batching import attention_window, context_length
+from lorakit.compute.batching import attention_windows, context_length
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.paged_attention import (
     NAME,
@@ -142,9 +142,9 @@ def _require_windows(model: PreTrainedModel, windows: set[int | None]) -> None:
     kinds = getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"]
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise UnsupportedModelError(f"it has layers with {', '.join(unknown)}")
-    window, context = attention_window(model), context_length(model)
-    is_used = window is not None and (context is None or window < context)
-    if is_used and window not in windows:
+    context = context_length(model)
+    hidden = attention_windows(model) - windows
+    if used := [window for window in hidden if context is None or window < context]:
         raise UnsupportedModelError(
-            f"its sliding window of {window:,} tokens is in its masks alone"
+            f"its sliding window of {min(used):,} tokens is in its masks alone"
         )

@@ -81,7 +81,7 @@ class Interruption:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
     def check(self, *_: object) -> None:
-        """End the evaluation in which all processes are, if this one has received a signal; called after each batch.
+        """End the current evaluation of all processes if this one has received a signal; called after each batch.
 
         Raises:
             Interrupted: It has.
@@ -93,7 +93,7 @@ class Interruption:
         """Return the parts of all processes, by rank.
 
         Raises:
-            Interrupted: A process has left its part out, in all processes.
+            Interrupted: A process has received a signal; raised in all processes.
         """
         parts = self._processes.gather(part)
         stops = [other.received for other in parts if isinstance(other, _Stop)]
