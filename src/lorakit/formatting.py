@@ -74,18 +74,19 @@ def listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def resume_command(
-    config: Path, settings: Mapping[str, Any], *, start: Sequence[str] = ("lorakit",)
+    run: Path, settings: Mapping[str, Any] | None = None, *, start: Sequence[str] = ("lorakit",)
 ) -> str:
-    """Return the shell command that resumes the run of a config.yaml.
+    """Return the shell command that resumes the run in a folder.
 
     Args:
-        config: The file.
-        settings: Settings by dotted name that override the file.
+        run: The folder.
+        settings: Settings by dotted name that override its config.yaml; by default the folder, which may have moved.
         start: The words before `train`.
     """
+    config = run / "config.yaml"
     options = [
         word
-        for name, value in settings.items()
+        for name, value in ({"output": str(run)} if settings is None else settings).items()
         for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     ]
     return shlex.join([*start, "train", "--config", str(config), "--resume", *options])

@@ -89,10 +89,8 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
                 f"Options of {section} require {missing[0]}. Add --{missing[0]}, or remove all --{section} options."
             )
         if (run := _run_to_resume(values)) is not None:
-            # The folder may have been moved.
-            resume = resume_command(run / "config.yaml", {"output": str(run)})
             raise ConfigurationError(
-                f"{run} is a run, whose config.yaml has its settings. Resume it: {resume}"
+                f"{run} is a run, whose config.yaml has its settings. Resume it: {resume_command(run)}"
             )
         raise ConfigurationError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. "

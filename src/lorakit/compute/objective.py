@@ -75,8 +75,7 @@ class LanguageModellingLoss:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
         targets = targets_of(batch)
         if self._is_fused(model):
-            head = model.get_output_embeddings()  # type: ignore[operator]
-            hidden = self._input_of_head(model, batch, targets)
+            hidden, head = self._input_and_head(model, batch, targets)
             with torch.autocast(hidden.device.type, enabled=False):
                 return linear_cross_entropy(
                     hidden,
@@ -86,18 +85,21 @@ class LanguageModellingLoss:
                     weights=targets.weights,
                     label_smoothing=self.label_smoothing,
                 )
-        logits = self.logits(model, batch, targets)
+        logits = self._model_logits(model, batch, targets)
         return _cross_entropy_sum(logits, targets.ids, self.label_smoothing, targets.weights)
 
-    def logits(self, model: nn.Module, batch: Batch, targets: Targets | None = None) -> Tensor:
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits (N, vocabulary) of all targets at once, which the path ``fused`` avoids in training."""
-        targets = targets or targets_of(batch)
-        if self._is_fused(model):
-            head = model.get_output_embeddings()  # type: ignore[operator]
-            hidden = self._input_of_head(model, batch, targets)
-            bias = None if head.bias is None else head.bias.to(hidden.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
-                return F.linear(hidden, head.weight.to(hidden.dtype), bias)
+        targets = targets_of(batch)
+        if not self._is_fused(model):
+            return self._model_logits(model, batch, targets)
+        hidden, head = self._input_and_head(model, batch, targets)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, head.weight.to(hidden.dtype), bias)
+
+    def _model_logits(self, model: nn.Module, batch: Batch, targets: Targets) -> Tensor:
+        """Return the logits (N, vocabulary) that the model's own forward computes."""
         inputs = inputs_of(model, batch)
         if self.path == "own head":
             rows, columns = targets.at // targets.width, targets.at % targets.width
@@ -124,14 +126,17 @@ class LanguageModellingLoss:
         """Whether the path is ``fused``, and still possible: the head may have been adapted after it was chosen."""
         return self.path == "fused" and not why_not_fused(model)
 
-    def _input_of_head(self, model: nn.Module, batch: Batch, targets: Targets) -> Tensor:
-        """Return what the head projects to logits (N, d), in the dtype of its products."""
+    def _input_and_head(
+        self, model: nn.Module, batch: Batch, targets: Targets
+    ) -> tuple[Tensor, nn.Linear]:
+        """Return what the head projects to logits (N, d), in the dtype of its products, and the head."""
         hidden = self.hidden_at_targets(model, batch, targets) * _logit_scale(model)
-        device = hidden.device.type
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        device, dtype = hidden.device.type, head.weight.dtype
         # A trained head is a float32 master; autocast computes its products in a lower precision.
         if torch.is_autocast_enabled(device):
-            return hidden.to(torch.get_autocast_dtype(device))
-        return hidden.to(model.get_output_embeddings().weight.dtype)  # type: ignore[operator, union-attr]
+            dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), head
 
 
 @dataclass(kw_only=True)

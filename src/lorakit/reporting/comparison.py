@@ -83,7 +83,7 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         )
     if unfinished := [run.name for run in runs if run.result is None]:
         sentences.append(f"Not finished, with the scores so far: {', '.join(unfinished)}.")
-    elif differences.keys() == {"seed"} and len({run.data for run in runs}) == 1:
+    elif differences.keys() == {"seed"} and len({run.data_digests for run in runs}) == 1:
         sentences.append("So differences between their scores are chance.")
     return sentences
 

@@ -113,10 +113,15 @@ class RunRecord:
         return before is not None and best is not None and better(metric, best, before) is False
 
     @property
-    def data(self) -> frozenset[tuple[str, Any]]:
-        """Digest of the source of each split; empty if not recorded."""
+    def data(self) -> dict[str, Mapping[str, Any]]:
+        """Record of the data of each split; empty if not recorded."""
         splits = _mapping(self.provenance.get("data"))
-        return frozenset((split, str(_mapping(one).get("sha256"))) for split, one in splits.items())
+        return {split: one for split, one in splits.items() if isinstance(one, Mapping)}
+
+    @property
+    def data_digests(self) -> frozenset[tuple[str, str]]:
+        """Digest of the source of each split."""
+        return frozenset((split, str(one.get("sha256"))) for split, one in self.data.items())
 
     @property
     def validation_data(self) -> tuple[Any, Any] | None:
@@ -124,13 +129,13 @@ class RunRecord:
 
         Both are needed: with `data.validation_fraction` the source is the training data.
         """
-        data = _mapping(_mapping(self.provenance.get("data")).get("validation"))
+        data = self.data.get("validation")
         return (data.get("sha256"), data.get("examples")) if data else None
 
     @property
     def memorisation(self) -> str:
         """How many validation rows are training rows too, as a sentence; "" if not recorded."""
-        data = _mapping(_mapping(self.provenance.get("data")).get("validation"))
+        data = self.data.get("validation", {})
         rows, repeated = data.get("rows"), data.get("training_rows")
         if not isinstance(rows, int) or not isinstance(repeated, int):
             return ""

@@ -248,12 +248,10 @@ def _configuration(run: RunRecord) -> list[Block]:
 
 def _origin(run: RunRecord) -> list[Block]:
     blocks: list[Block] = []
-    data = run.provenance.get("data")
-    if isinstance(data, Mapping) and data:
+    if run.data:
         rows = [
             (split, part.get("source"), part.get("examples"), part.get("sha256"))
-            for split, part in data.items()
-            if isinstance(part, Mapping)
+            for split, part in run.data.items()
         ]
         columns = ("Split", "Source", "Examples", "SHA-256")
         blocks.append(Table(caption="The data of the run.", columns=columns, rows=rows))

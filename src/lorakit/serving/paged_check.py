@@ -138,8 +138,7 @@ def _require_windows(model: PreTrainedModel, windows: set[int | None]) -> None:
         model: The model.
         windows: What its layers passed to the attention.
     """
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"]
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
         raise UnsupportedModelError(f"it has layers with {', '.join(unknown)}")
     context = context_length(model)

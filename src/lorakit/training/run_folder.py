@@ -203,7 +203,7 @@ class RunFolder:
             start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
         then, now = _recorded_and_present(self.path, self.config)
         changed = {name: value for name, _, value in differences(then, now)}
-        return resume_command(self.path / CONFIG, changed, start=start)
+        return resume_command(self.path, changed, start=start)
 
     def begin(
         self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
@@ -463,7 +463,7 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
     if refused:
         raise ConfigurationError(
             f"The run in {path} has other settings: {'; '.join(refused)}. Resume it with its own settings "
-            f"({resume_command(path / CONFIG, allowed)}; a higher --max_steps makes it longer), or start a new run "
+            f"({resume_command(path, allowed)}; a higher --max_steps makes it longer), or start a new run "
             "from its weights with from_adapter."
         )
 

@@ -35,39 +35,15 @@ def validate(
     untrained adapter is never the best. If the run is interrupted, the evaluation ends between two batches and stays
     due.
     """
-    if job.scored:
-        try:
-            _validate(run, job, state, log, show, interruption)
-        except Interrupted:
-            return
+    if not job.scored:
+        state.evaluated = True
+        return
+    try:
+        scores, notes = _scores(run, job, state.step, interruption)
+    except Interrupted:
+        return
     state.evaluated = True
-
-
-def _validate(
-    run: RunFolder,
-    job: Job,
-    state: State,
-    log: Loggers,
-    show: Reporter,
-    interruption: Interruption,
-) -> None:
-    settings, share = job.config.evaluation, _share_of(job, interruption)
-    with job.autocast():
-        evaluation = held_out(
-            job.model,
-            job.held_out_objective(),
-            job.scored,
-            job.collate,
-            batch_size=job.evaluation_batch_size,
-            task=job.task,
-            **share,
-        )
-        scores = evaluation.scores
-        notes = [counted(len(job.scored), "example")]
-        if settings.samples:
-            sampled = _sample(run, job, state.step, {} if job.config.shard else share)
-            scores = {**scores, **sampled.scores}
-            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
+    settings = job.config.evaluation
     # A task of the user may score the same texts differently in another process.
     state.scores = job.processes.from_first(scores)
     record_batch_sizes(run, job, state)
@@ -91,6 +67,34 @@ def _validate(
             settings.patience is not None and state.without_best >= settings.patience
         )
     show.scores(state, notes)
+
+
+def _scores(
+    run: RunFolder, job: Job, step: int, interruption: Interruption
+) -> tuple[dict[str, float], list[str]]:
+    """Return the scores of the validation data, and what they are of.
+
+    Raises:
+        Interrupted: A process has received a signal; raised in all processes.
+    """
+    settings, share = job.config.evaluation, _share_of(job, interruption)
+    with job.autocast():
+        evaluation = held_out(
+            job.model,
+            job.held_out_objective(),
+            job.scored,
+            job.collate,
+            batch_size=job.evaluation_batch_size,
+            task=job.task,
+            **share,
+        )
+        scores = evaluation.scores
+        notes = [counted(len(job.scored), "example")]
+        if settings.samples:
+            sampled = _sample(run, job, step, {} if job.config.shard else share)
+            scores = {**scores, **sampled.scores}
+            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
+    return scores, notes
 
 
 def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:

@@ -193,7 +193,7 @@ def _reject_run_without_adapter(folder: Path) -> None:
     is_run = config.is_file() and (is_finished or (folder / "checkpoints").is_dir())
     if not is_run or (folder / "adapter").exists():
         return
-    command = resume_command(config, {"output": str(folder)})  # the folder may have been moved
+    command = resume_command(folder)
     instead = f", or use its best adapter, '{best}'" if best.is_dir() else ""
     if is_finished:
         raise AdapterFileError(
