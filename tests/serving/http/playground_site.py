@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import httpx
-from browser import Opened
+from browser import Browser, Opened
 from whole import served
 
 from lorakit.serving.opening import Opened as Server
@@ -77,6 +77,14 @@ def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
 
         opened.worker._advance = held  # type: ignore[method-assign]
         yield site
+
+
+@contextlib.contextmanager
+def playground(browser: Browser, address: str, **options: Any) -> Iterator[Opened]:
+    """Open the page and wait until its panes are there, which is after it has read the models."""
+    with browser.open(address, **options) as opened:
+        opened.page.wait_for_selector(".pane")
+        yield opened
 
 
 def panes(opened: Opened) -> list[Any]:

@@ -16,7 +16,19 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import HOSTILE, Browser, Opened
-from playground_site import MOST, SEED, Site, answers, clean, finish, panes, send, site_of, until
+from playground_site import (
+    MOST,
+    SEED,
+    Site,
+    answers,
+    clean,
+    finish,
+    panes,
+    playground,
+    send,
+    site_of,
+    until,
+)
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -25,7 +37,7 @@ pytestmark = pytest.mark.slow  # each test opens pages
 
 def test_each_pane_shows_what_the_api_answers(browser: Browser, site: Site) -> None:
     blend = {"e2e": 0.5, "sql": 0.5}
-    with browser.open(site.link("base", "e2e", "sql", blend=blend)) as opened:
+    with playground(browser, site.link("base", "e2e", "sql", blend=blend)) as opened:
         send(opened)
         shown = answers(opened)
         expected = [site.chat(name, "The river") for name in ("base", "e2e", "sql")]
@@ -44,7 +56,7 @@ def test_each_pane_shows_what_the_api_answers(browser: Browser, site: Site) -> N
 
 def test_a_text_is_continued_as_the_api_does(browser: Browser, site: Site) -> None:
     link = site.link("base", "sql", mode="text", top_p=0.9, top_k=20, stop="e")
-    with browser.open(link) as opened:
+    with playground(browser, link) as opened:
         send(opened)
         body = {"prompt": "The river", "temperature": 1, "top_p": 0.9, "top_k": 20, "stop": ["e"]}
         expected = [
@@ -64,7 +76,7 @@ def test_the_base_in_an_adapters_place_is_caught(browser: Browser, site: Site) -
     def wrong(name: Any) -> Any:
         return acquire("sql" if name is None else None)
 
-    with browser.open(site.link("base", "sql")) as opened:
+    with playground(browser, site.link("base", "sql")) as opened:
         site.opened.store.acquire = wrong  # type: ignore[method-assign]
         send(opened)
         base, adapter = (pane.locator(".alert").text_content() for pane in panes(opened))
@@ -73,7 +85,7 @@ def test_the_base_in_an_adapters_place_is_caught(browser: Browser, site: Site) -
 
 
 def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql")) as opened:
+    with playground(browser, site.link("base", "sql")) as opened:
         send(opened)
         base, adapter = panes(opened)
         assert base.locator(".token").count() == 0
@@ -110,7 +122,7 @@ def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> N
 
 
 def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
+    with playground(browser, site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
         base = panes(opened)[0]
         with site.holding(after=20):
             opened.page.fill("#prompt", "The river")
@@ -139,7 +151,7 @@ def wait_until_idle(site: Site) -> None:
 
 def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None:
     link = site.link("base", blend={"e2e": 0.5, "sql": 0.5}, temperature=0)
-    with browser.open(link) as opened:
+    with playground(browser, link) as opened:
         send(opened)
         before = answers(opened)
         slider = opened.page.locator("input[type=range]").first
@@ -156,7 +168,7 @@ def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None
 
 def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, site: Site) -> None:
     """Safari throws after 100 changes of the address in 30 seconds."""
-    with browser.open(site.link(blend={"e2e": 0.5}, temperature=0)) as opened:
+    with playground(browser, site.link(blend={"e2e": 0.5}, temperature=0)) as opened:
         send(opened)
         opened.run(
             "void (history.replaceState = () => { window.calls = (window.calls ?? 0) + 1; throw Error() })"
@@ -175,7 +187,7 @@ def test_a_slider_computes_where_the_address_cannot_change(browser: Browser, sit
 
 
 def test_the_enter_that_ends_a_composition_does_not_send(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base")) as opened:
+    with playground(browser, site.link("base")) as opened:
         opened.page.fill("#prompt", "日本")
         opened.page.dispatch_event("#prompt", "keydown", {"key": "Enter", "keyCode": 229})
         assert opened.page.input_value("#prompt") == "日本"
@@ -185,7 +197,7 @@ def test_the_enter_that_ends_a_composition_does_not_send(browser: Browser, site:
 def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
     browser: Browser, site: Site
 ) -> None:
-    with browser.open(site.link("base", "sql")) as opened:
+    with playground(browser, site.link("base", "sql")) as opened:
         send(opened)
         answer = httpx.post(
             f"{site.address}/v1/unload_lora_adapter", json={"lora_name": "sql"}, timeout=10
@@ -204,7 +216,7 @@ def test_an_adapter_that_is_unloaded_meanwhile_is_an_error_of_its_pane(
 
 
 def test_each_kind_of_prompt_keeps_its_turns(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("sql")) as opened:
+    with playground(browser, site.link("sql")) as opened:
         send(opened)
         chat = answers(opened)
         opened.page.check("[name=mode][value=text]")
@@ -216,7 +228,7 @@ def test_each_kind_of_prompt_keeps_its_turns(browser: Browser, site: Site) -> No
 
 
 def test_nothing_is_lost_by_an_edit_or_a_second_send(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", temperature=0, max_tokens=60)) as opened:
+    with playground(browser, site.link("base", temperature=0, max_tokens=60)) as opened:
         send(opened)
         opened.page.fill("#prompt", "a draft")
         opened.page.locator(".user button").first.click()
@@ -233,8 +245,7 @@ def test_nothing_is_lost_by_an_edit_or_a_second_send(browser: Browser, site: Sit
 
 
 def test_an_invalid_setting_is_told_and_does_not_count(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", temperature=0)) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, site.link("base", temperature=0)) as opened:
         opened.page.click("#settings summary")
         opened.page.fill("#temperature", "9")
         opened.page.keyboard.press("Tab")
@@ -258,8 +269,7 @@ def test_a_report_opens_again_and_runs_no_script(
 ) -> None:
     hostile = f"<p>report</p><a href='#x'>part</a><p id='x'>end</p><script>parent.owned = 1</script>{HOSTILE}"
     folder = with_report(text, tmp_path, f"<!doctype html><title>r</title>{hostile}")
-    with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
-        opened.page.wait_for_selector(".pane")
+    with site_of(folder, live) as site, playground(browser, site.link("run")) as opened:
         for _ in range(2):
             opened.page.click(".card")
             opened.page.click("#show-report")
@@ -274,7 +284,7 @@ def test_a_report_opens_again_and_runs_no_script(
 
 
 def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql", seed="")) as opened:
+    with playground(browser, site.link("base", "sql", seed="")) as opened:
         send(opened)
         first = answers(opened)
         panes(opened)[1].locator(".again").click()
@@ -297,7 +307,7 @@ def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
 
 def test_a_blank_answer_is_not_sent_back(browser: Browser, site: Site) -> None:
     first = site.chat("base", "The river", temperature=0)
-    with browser.open(site.link("base", temperature=0, stop=first[0])) as opened:
+    with playground(browser, site.link("base", temperature=0, stop=first[0])) as opened:
         send(opened)
         assert answers(opened) == [""]
         send(opened, "And the park?")
@@ -308,7 +318,7 @@ def test_a_blank_answer_is_not_sent_back(browser: Browser, site: Site) -> None:
 
 
 def test_all_panes_can_be_stopped_while_one_computes_again(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
+    with playground(browser, site.link("base", "sql", temperature=0, max_tokens=60)) as opened:
         send(opened)
         with site.holding():
             panes(opened)[1].locator(".again").click()
@@ -323,7 +333,7 @@ def test_all_panes_can_be_stopped_while_one_computes_again(browser: Browser, sit
 def test_the_code_of_a_request_gives_its_answer(
     browser: Browser, site: Site, tmp_path: Path
 ) -> None:
-    with browser.open(site.link("sql", blend={"e2e": 0.5, "sql": 0.25})) as opened:
+    with playground(browser, site.link("sql", blend={"e2e": 0.5, "sql": 0.25})) as opened:
         send(opened, 'It\'s the river\nand "the pub"')
         for pane, shown in zip(panes(opened), answers(opened), strict=True):
             pane.locator(".code").click()
@@ -348,7 +358,7 @@ def test_lorakit_in_python_computes_the_answer(
         stop="e",
         system='Say it\'s "short".',
     )
-    with browser.open(link) as opened:
+    with playground(browser, link) as opened:
         send(opened)
         send(opened, "And the park?")
         assert len(set(answers(opened))) == 3
@@ -379,7 +389,7 @@ def run(command: list[str]) -> str:
 
 
 def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql")) as opened:
+    with playground(browser, site.link("base", "sql")) as opened:
         opened.page.check("#blind")
         send(opened)
         for pane in panes(opened):
@@ -399,26 +409,25 @@ def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: S
 
 
 def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("sql", blend={"e2e": 1.5}, top_k=5, prompt=HOSTILE)) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(
+        browser, site.link("sql", blend={"e2e": 1.5}, top_k=5, prompt=HOSTILE)
+    ) as opened:
         assert opened.page.input_value("#prompt") == HOSTILE
         assert opened.page.input_value("#top_k") == "5"
         send(opened, "The river")
         address, shown = opened.page.url, answers(opened)
-    with browser.open(address) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, address) as opened:
         send(opened, "The river")
         assert answers(opened) == shown
     wrong = f"{site.address}/#model=&blend=[1]&temperature=x&seed=1.5&mode=song&top_p=-3"
-    with browser.open(wrong) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, wrong) as opened:
         assert len(panes(opened)) == 3
         assert opened.page.input_value("#temperature") == "0.7"
         clean(opened, site)
 
 
 def test_a_card_shows_what_the_server_knows_now(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("sql")) as opened:
+    with playground(browser, site.link("sql")) as opened:
         send(opened)  # loads the adapter
         opened.page.click(".card")
         opened.page.wait_for_selector("#card-dialog[open]")
@@ -434,8 +443,7 @@ def test_a_pane_says_if_its_adapter_was_trained_on_other_prompts(
     browser: Browser, site: Site
 ) -> None:
     """The adapters of these tests were trained on texts, so that is also what the page begins with."""
-    with browser.open(site.address) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, site.address) as opened:
         assert opened.page.is_checked("[name=mode][value=text]")
         assert opened.page.locator(".hint:visible").count() == 0
         opened.page.check("[name=mode][value=chat]")
@@ -446,8 +454,7 @@ def test_a_pane_says_if_its_adapter_was_trained_on_other_prompts(
 
 
 def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> None:
-    with site_of(classes, live) as site, browser.open(site.address) as opened:
-        opened.page.wait_for_selector(".pane")
+    with site_of(classes, live) as site, playground(browser, site.address) as opened:
         send(opened, "A fine film")
         names = [pane.locator(".model").input_value() for pane in panes(opened)]
         assert "base" not in names
@@ -469,8 +476,7 @@ def test_accessible_and_nothing_overflows(
     browser: Browser, site: Site, scheme: str, width: int
 ) -> None:
     link = site.link("base", "sql", blend={"e2e": 0.5, "sql": 0.5})
-    with browser.open(link, width=width, color_scheme=scheme) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, link, width=width, color_scheme=scheme) as opened:
         opened.page.click("#settings summary")
         send(opened)
         found = [Axe().run(opened.page)]
@@ -494,8 +500,7 @@ def test_accessible_and_nothing_overflows(
 
 
 def test_by_keyboard_alone(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("base", "sql")) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, site.link("base", "sql")) as opened:
         press = opened.page.keyboard.press
         press("Tab")
         press("Enter")  # the link to the prompt
@@ -520,7 +525,7 @@ def test_a_comment_in_a_stream_is_skipped(browser: Browser, site: Site) -> None:
     ]
     first, second = (f"data: {json.dumps(piece)}\n\n" for piece in pieces)
     stream = f"{first}: continued by replica b\n\n{second}data: [DONE]\n\n"
-    with browser.open(site.link("base")) as opened:
+    with playground(browser, site.link("base")) as opened:
         opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
         send(opened)
         assert answers(opened) == ["The river pub."]
@@ -532,7 +537,7 @@ def test_texts_have_the_direction_of_their_language(browser: Browser, site: Site
 
     piece = {"choices": [{"delta": {"content": "עולם."}}], "system_fingerprint": "base=1"}
     stream = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n"
-    with browser.open(site.link("base")) as opened:
+    with playground(browser, site.link("base")) as opened:
         opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
         opened.page.fill("#prompt", "שלום!")
         assert direction("#prompt") == "rtl"
@@ -550,7 +555,7 @@ def test_texts_have_the_direction_of_their_language(browser: Browser, site: Site
 
 
 def test_a_changed_blend_keeps_the_focus(browser: Browser, site: Site) -> None:
-    with browser.open(site.link(blend={"e2e": 0.5})) as opened:
+    with playground(browser, site.link(blend={"e2e": 0.5})) as opened:
         opened.page.wait_for_selector(".blend")
         focused = "document.activeElement.ariaLabel ?? document.activeElement.textContent"
         opened.page.press(".blend > button", "Enter")  # Add adapter
@@ -570,8 +575,7 @@ def test_messages_are_announced_where_people_are(
     browser: Browser, text: Path, live: Any, tmp_path: Path
 ) -> None:
     folder = with_report(text, tmp_path, "<p>report</p>")
-    with site_of(folder, live) as site, browser.open(site.link("run")) as opened:
-        opened.page.wait_for_selector(".pane")
+    with site_of(folder, live) as site, playground(browser, site.link("run")) as opened:
         opened.page.click("#send")
         assert "Write something" in opened.page.get_by_role("status").first.inner_text()
         opened.run("sessionStorage.setItem('lorakit-key', 'k')")  # so the page reads the report

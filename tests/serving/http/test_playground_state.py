@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browser import HOSTILE, Browser, Opened
-from playground_site import Site, answers, finish, panes, send, site_of, until
+from playground_site import Site, answers, finish, panes, playground, send, site_of, until
 
 from lorakit.serving.http.keys import KeyRing, read_keys
 
@@ -39,7 +39,7 @@ def test_nothing_typed_is_lost_before_the_models_are_there(browser: Browser, sit
 
 
 def test_a_message_without_a_pane_stays(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("sql")) as opened:
+    with playground(browser, site.link("sql")) as opened:
         opened.page.click(".remove")
         opened.page.fill("#prompt", "The river")
         opened.page.press("#prompt", "Enter")
@@ -52,7 +52,7 @@ def test_a_message_without_a_pane_stays(browser: Browser, site: Site) -> None:
 
 @pytest.mark.parametrize("end", ["send", "text"])
 def test_a_draft_comes_back_after_an_edit(browser: Browser, site: Site, end: str) -> None:
-    with browser.open(site.link("base")) as opened:
+    with playground(browser, site.link("base")) as opened:
         send(opened)
         opened.page.fill("#prompt", "a draft")
         opened.page.locator(".user button").first.click()
@@ -66,7 +66,7 @@ def test_a_draft_comes_back_after_an_edit(browser: Browser, site: Site, end: str
 
 
 def test_a_key_asked_for_later_leaves_the_conversation(browser: Browser, site: Site) -> None:
-    with browser.open(site.link("sql", "base")) as opened:
+    with playground(browser, site.link("sql", "base")) as opened:
         page = opened.page
         send(opened)
         before = answers(opened)
@@ -95,9 +95,8 @@ def test_a_key_asked_for_later_leaves_the_conversation(browser: Browser, site: S
 
 def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site: Site) -> None:
     cut = 'data: {"choices": [{"delta": {"content": "half"}}], "system_fingerprint": "base=1;sql=2"}\n\n'
-    with browser.open(site.link("sql")) as opened:
+    with playground(browser, site.link("sql")) as opened:
         page = opened.page
-        page.wait_for_selector(".pane")
         page.route("**/v1/chat/completions", lambda route: route.fulfill(body=cut))
         send(opened)
         page.unroute("**/v1/chat/completions")
@@ -115,7 +114,7 @@ def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site:
 
 
 def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
-    with browser.open(site.link("base", blend={"sql": 0.75})) as opened:
+    with playground(browser, site.link("base", blend={"sql": 0.75})) as opened:
         send(opened, HOSTILE)
         before = answers(opened)
         opened.page.check("[name=mode][value=text]")
@@ -126,8 +125,7 @@ def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_pa
             opened.page.click("#export")
         file = tmp_path / "session.json"
         download.value.save_as(file)
-    with browser.open(site.address) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, site.address) as opened:
         bring(opened, file, "The session is open.")
         assert answers(opened) == continued
         opened.page.check("[name=mode][value=chat]")
@@ -159,8 +157,7 @@ def test_a_session_of_version_1_opens(browser: Browser, site: Site, tmp_path: Pa
     }
     file = tmp_path / "session.json"
     file.write_text(json.dumps(session))
-    with browser.open(site.link("base")) as opened:
-        opened.page.wait_for_selector(".pane")
+    with playground(browser, site.link("base")) as opened:
         bring(opened, file, "The session is open.")
         assert answers(opened) == [" a time"]
         assert opened.page.locator(".given").text_content() == "Once upon"
