@@ -229,6 +229,31 @@ def test_other_settings_in_the_same_folder_are_refused(table2):
         assert grid.total == 3 * (2 + 2)  # a grid without a budget may grow
 
 
+def test_a_setting_that_an_older_log_lacks_had_its_default(table2, tmp_path):
+    with open_grid(table2(), silent):
+        pass
+    path = tmp_path / "out" / "grid.json"
+    log = storage.read_record(path, RunFolderError)
+    assert log["settings"].pop("sampling") == "random"
+    storage.write_record(path, log)
+    with (
+        pytest.raises(ConfigurationError, match="sampling was 'random' and is 'grouped'"),
+        open_grid(table2(sampling="grouped"), silent),
+    ):
+        pass
+    with open_grid(table2(), silent):
+        assert storage.read_record(path, RunFolderError)["settings"]["sampling"] == "random"
+
+
+@pytest.mark.parametrize("sampling", ["random", "grouped"])
+def test_the_order_of_the_data_reaches_every_run_and_the_page(table2, sampling):
+    with open_grid(table2(sampling=sampling), silent) as grid:
+        runs = [run for cell in grid.cells() for run in grid.trials(*cell)]
+        assert {grid.runner.train_config(run).sampling for run in runs} == {sampling}
+        told = "in which examples with the same prompt are together" in markdown(compare(grid))
+        assert told == (sampling == "grouped")
+
+
 def test_a_folder_of_other_things_is_refused(table2, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("", encoding="utf-8")

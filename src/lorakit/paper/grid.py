@@ -43,6 +43,7 @@ _SHARED = (
     "limit",
     "eval_limit",
     "batch_size",
+    "sampling",
     "budget",
 )
 """Options that all runs in a folder share."""
@@ -366,8 +367,10 @@ def _read_setup(config: PaperConfig) -> GridSetup:
     if not (log / GRID).exists():
         return GridSetup()
     settings, setup = read_log(log)
+    # A log of an earlier version lacks the settings that came later: they had their defaults.
+    then = _settings(PaperConfig(table=config.table)) | settings
     changed = [
-        f"{name} was {a!r} and is {b!r}" for name, a, b in differences(settings, _settings(config))
+        f"{name} was {a!r} and is {b!r}" for name, a, b in differences(then, _settings(config))
     ]
     if changed:
         raise ConfigurationError(

@@ -15,6 +15,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS, Study
+from lorakit.training.config import Sampling
 
 TABLES = ("table1", *STUDIES)
 """The tables that can be run: latency (table1), and those that consist of training runs."""
@@ -90,6 +91,9 @@ class PaperConfig:
     """Settings of text generation. Unset ones have the values of the task; one beam is greedy."""
     batch_size: int = 16
     """Examples per step."""
+    sampling: Sampling = "random"
+    """Order of the training data: random; or grouped, where examples with the same prompt share a batch, which is fast
+    on E2E. Grouping changes the order of the examples, so scores differ."""
     output: str | None = None
     """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
     log: str | None = None

@@ -354,8 +354,11 @@ def _protocol(grid: Grid) -> str:
         rates += f" in shorter runs of {_epochs(config.trial_epochs)}"
     if config.widen:
         rates += ", and more while the best one is outermost"
+    batches = f"batches of {config.batch_size}"
+    if config.sampling == "grouped":
+        batches += " in which examples with the same prompt are together"
     return (
-        f"Every run takes {length}, in batches of {config.batch_size}. Every method tries {rates}. Learning rate and "
+        f"Every run takes {length}, in {batches}. Every method tries {rates}. Learning rate and "
         f"step are chosen on {' or '.join(held_out)}, never on the {scored} data that the table scores. Parameter "
         "counts exclude a new task head, which is also trained."
     )

@@ -171,6 +171,7 @@ class Runner:
             "output": str(self.folder / run.name),
             "seed": run.seed,
             "batch_size": config.batch_size,
+            "sampling": config.sampling,
             "optimizer.learning_rate": run.rate,
             "optimizer.warmup": WARMUP,
             "evaluation.metric": data_set.metric,
