@@ -149,6 +149,7 @@ _EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+_EXPERT_RELATIVES = ("Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "MiniMaxM2")
 _FALCON: dict[str, Any] = {
     **_IDS,
     "hidden_size": 32,
@@ -184,10 +185,20 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
         name: _config(f"{name}Config", **_GROUPED_HEADS)
         for name in (
             *("Ministral3", "StableLm", "SeedOss", "Cohere", "Cohere2", "Olmo", "Olmo3", "Exaone4"),
-            *("Helium", "Ernie4_5", "Glm", "Glm4", "Starcoder2"),
+            *("Helium", "Ernie4_5", "Glm", "Glm4", "Starcoder2", "Ministral", "VaultGemma"),
+            *("HunYuanDenseV1", "Cwm", "Arcee", "Nemotron", "Apertus", "Jais2"),
         )
     },
-    **{name: _config(f"{name}Config", **_EXPERTS) for name in ("Qwen2Moe", "Qwen3Moe", "Olmoe")},
+    "Gemma4Text": _config(
+        "Gemma4TextConfig",
+        **_GROUPED_HEADS,
+        global_head_dim=16,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    **{name: _config(f"{name}Config", **_EXPERTS) for name in _EXPERT_RELATIVES},
     "MT5": _config("MT5Config", **_T5),
     "UMT5": _config("UMT5Config", **_T5),
     "T5 without gates": _config("T5Config", **_T5, feed_forward_proj="relu"),
@@ -234,6 +245,7 @@ EVERY_MODEL = [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for 
 ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert", "mpnet")
 ENCODER_DECODERS = ("t5", "bart")
 IMAGE_MODELS = ("vit",)
+WITH_EXPERTS = ("mixtral", *_EXPERT_RELATIVES)
 DECODERS = tuple(a for a in ARCHITECTURES if a not in (*ENCODERS, *ENCODER_DECODERS, *IMAGE_MODELS))
 
 _MODEL_CLASSES = {

@@ -11,7 +11,6 @@ from lorakit.errors import TargetError
 from lorakit.models.blocks import block_outputs, residual_branches, stacks
 from lorakit.models.roles import find_places
 
-EXPERTS = ("mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
 ONE_MODULE_FOR_BOTH = ("phi", "vit")
 """Attention and MLP share one dropout, so an adapter on it would apply to both."""
 NOT_IN_THE_TABLE = ("StableLm", "Mpt")
@@ -56,7 +55,7 @@ def test_outputs_are_the_inputs_of_the_next_module(arch: str) -> None:
 
     blocks = {path for stack in stacks(model).values() for path in stack}
     projections = {p.path for role in ("attention.o",) for p in find_places(model, role)}
-    if arch not in EXPERTS:
+    if arch not in tiny_models.WITH_EXPERTS:
         projections |= {place.path for place in find_places(model, "mlp.down")}
     for path, module in model.named_modules():
         if path in blocks | projections or isinstance(module, (nn.Dropout, nn.LayerNorm)):
@@ -65,7 +64,7 @@ def test_outputs_are_the_inputs_of_the_next_module(arch: str) -> None:
 
     norms = {path: next(iter(after.get(path, {path}))) for path in blocks}
     assert {site.block: site.path for site in block_outputs(model)} == norms
-    if arch in EXPERTS:
+    if arch in tiny_models.WITH_EXPERTS:
         with pytest.raises(TargetError, match="lin or pfeiffer"):
             residual_branches(model)
         return

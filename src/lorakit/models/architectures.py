@@ -101,7 +101,8 @@ def _attention(
 
 
 _LLAMA_ATTENTION = _attention("self_attn")
-_LLAMA_MLP = {"mlp.gate_proj": GATE, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
+_UP_DOWN_MLP = {"mlp.up_proj": UP, "mlp.down_proj": DOWN}
+_LLAMA_MLP = {"mlp.gate_proj": GATE, **_UP_DOWN_MLP}
 _BERT_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
 _BERT_MLP = {"intermediate.dense": UP, "output.dense": DOWN}
 _BERT_LAYERS = {**_attention("attention", "crossattention", **_BERT_ATTENTION), **_BERT_MLP}
@@ -224,12 +225,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(model_types=("opt",), layers=_BART_LAYERS, output_norm="final_layer_norm"),
     Architecture(
         model_types=(
-            *("llama", "mistral", "ministral3", "smollm3", "stablelm", "seed_oss"),
-            *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2"),
-            *("granite", "olmo", "olmo2", "olmo3", "exaone4", "helium", "ernie4_5"),
-            *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
+            *("llama", "mistral", "ministral", "ministral3", "smollm3", "stablelm", "seed_oss"),
+            *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "vaultgemma"),
+            *("cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "exaone4", "helium"),
+            *("ernie4_5", "hunyuan_v1_dense", "cwm"),
+            *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2"),
         ),
         layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
+    ),
+    Architecture(
+        model_types=("arcee", "nemotron", "apertus", "jais2"),
+        layers={**_LLAMA_ATTENTION, **_UP_DOWN_MLP},
     ),
     Architecture(
         model_types=("phi",),
