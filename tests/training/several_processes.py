@@ -362,6 +362,7 @@ def interrupted(root: Path) -> Any:
         "checkpoints": CheckpointConfig(every=100),
     }
     config = run_config(root, "interrupted", **options)
+    in_step = run_config(root, "interrupted-step", **options)
     in_evaluation = run_config(root, "interrupted-evaluation", **options)
 
     def work(rank: int) -> None:
@@ -381,6 +382,17 @@ def interrupted(root: Path) -> Any:
         at_step(5, lambda: at.append(5))
         computed._part = part
         train(in_evaluation)
+
+    def work_signalled_while_computing(rank: int) -> None:
+        original = steps._accumulate_gradients
+
+        def accumulate(*args: Any) -> float:
+            if rank == 1 and args[3] == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return original(*args)
+
+        steps._accumulate_gradients = accumulate
+        train(in_step)
 
     def checkpoints(run: TrainConfig) -> list[str]:
         return sorted(path.name for path in (Path(run.output) / "checkpoints").iterdir())
@@ -406,6 +418,10 @@ def interrupted(root: Path) -> Any:
         "stopped": stopped,
         "checkpoints": names,
         "resumed": again,
+        "step": {
+            "stopped": run(2, work_signalled_while_computing),
+            "checkpoints": checkpoints(in_step),
+        },
         "evaluation": evaluation,
         "SIGINT": run(2, with_interrupt),
     }

@@ -39,7 +39,7 @@ def test_a_closed_terminal_acts_like_sigterm_however_often(capsys) -> None:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
             assert interruption.requested
-            assert interruption.received == (0, 1)
+            assert interruption.received() == (0, 1)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     assert capsys.readouterr().err.count("SIGHUP: ending this step or evaluation") == 1
     with pytest.raises(SystemExit) as ended:
@@ -55,7 +55,7 @@ def test_a_closed_terminal_after_ctrl_c_changes_nothing() -> None:
     ):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGHUP)
-        assert interruption.received == (1, 0)
+        assert interruption.received() == (1, 0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

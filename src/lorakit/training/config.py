@@ -215,7 +215,7 @@ class TrainConfig:
     """Checkpoints."""
     processes_timeout: float = 30.0
     """Minutes that a process of a run under torchrun waits for the others. If one hangs, all others then end with an
-    error. One process writes checkpoints and generates evaluation.samples, while the others wait."""
+    error. The others also wait while one writes a checkpoint or generates its share of evaluation.samples."""
     loggers: tuple[LoggerName, ...] = ()
     """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False

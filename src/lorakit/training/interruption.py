@@ -69,7 +69,6 @@ class Interruption:
         """Whether the run has to stop."""
         return self._agreed is not None
 
-    @property
     def received(self) -> Signals:
         """The signal that this process has received."""
         return int(self._received == signal.SIGINT), int(self._received == signal.SIGTERM)
@@ -86,8 +85,9 @@ class Interruption:
         Raises:
             Interrupted: It has.
         """
-        if any(self.received):
-            self.gather(_Stop(self.received))
+        received = self.received()
+        if any(received):
+            self.gather(_Stop(received))
 
     def gather(self, part: T) -> list[T]:
         """Return the parts of all processes, by rank.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,7 +40,11 @@ class StepResult:
 
 
 def optimizer_step(
-    job: Job, optimizer: Optimizer, examples: Step, step: int, signals: Signals = (0, 0)
+    job: Job,
+    optimizer: Optimizer,
+    examples: Step,
+    step: int,
+    received: Callable[[], Signals] = lambda: (0, 0),
 ) -> StepResult:
     """Update the weights once. Each process computes its share of the examples and gets the same result.
 
@@ -49,7 +53,7 @@ def optimizer_step(
         optimizer: From `build_optimizer`, over the parameters of `job`.
         examples: The examples of this step, over all processes.
         step: Number of finished steps, which determines the learning rate.
-        signals: Signals that this process has received.
+        received: Returns the signals that this process has received; called once its share is computed.
 
     Raises:
         DivergenceError: The loss or the gradient norm is not finite; the weights are not updated.
@@ -61,12 +65,12 @@ def optimizer_step(
         lengths=[len(job.train[i]) for indices in job.share(examples) for i in indices],
         during=f"step {step + 1}",
     )
-    own = (*part, *signals, job.batch_size.size < before)
+    own = (*part, *received(), job.batch_size.size < before)
     parameters = job.parameters.values()
     split = [p for p in parameters if is_split(p)]  # FSDP2 has summed their gradients
     whole = [p for p in parameters if not is_split(p)]
     sums = job.processes.sum_gradients(whole, [*own, *split_gradients(split)])
-    loss, (tokens, computed, *received, halved) = sums[0], map(int, sums[1 : len(own)])
+    loss, (tokens, computed, *signals, halved) = sums[0], map(int, sums[1 : len(own)])
     square = settle_split_gradients(split, sums[len(own) :])
     rate = set_rate(optimizer, job.rate_factor(step))
     norm = clip_gradients(optimizer, job.config.optimizer.clip, square)
@@ -79,7 +83,7 @@ def optimizer_step(
         norm=norm,
         tokens=tokens,
         computed_tokens=computed,
-        signals=(received[0], received[1]),
+        signals=(signals[0], signals[1]),
         halved=bool(halved),
     )
 
