@@ -81,7 +81,7 @@ def test_the_printed_commands_run(task: str, tmp_path, monkeypatch, capsys) -> N
             if "  lorakit " in line
         ]
 
-    server = "lorakit serve --adapters out --open"  # runs until a signal
+    server = "lorakit serve --follow out/rows --open"  # runs until a signal
     commands = printed(["init", "rows.jsonl", "--base.name", "base"])
     after = [new for line in commands if line != server for new in printed(shlex.split(line)[1:])]
     assert {line.split()[1] for line in commands} == {

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 USES = {
     "text": "lorakit generate {adapter} --prompt TEXT",
     "labels": "lorakit predict {adapter} --data.test NEW.csv --output {predictions}",
     "chat": "lorakit chat {adapter}",
-    "serve": "lorakit serve --adapters {parent} --open",
+    "serve": "lorakit serve --follow {run} --open",
     "merge": "lorakit merge {adapter} --output {merged}",
 }
-"""The commands. `{adapter}` stands for the options that name the adapter, `{parent}` for the folder around the run's,
-`{predictions}` and `{merged}` for outputs beside it."""
+"""The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder, `{predictions}`
+and `{merged}` for outputs beside it."""
 
 UNMERGEABLE = {"bottleneck", "prefix_embedding", "prefix_layer"}
 """Methods whose effect is not a change of weights, so that `lorakit merge` refuses their adapters."""
@@ -36,7 +35,7 @@ def commands_for(
     fitting += ["serve"] if set(methods) == {"lora"} else []
     fitting += ["merge"] if UNMERGEABLE.isdisjoint(methods) else []
     paths = {
-        "parent": str(Path(run).parent),
+        "run": run,
         "predictions": f"{run}-predictions.jsonl",
         "merged": f"{run}-merged",
     }
