@@ -48,7 +48,7 @@ ATTEMPTS = 3
 """Replicas that may die of one request. It may be the reason, so it does not get them all."""
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Sends requests with the same session_id to the same replica, and to the next one while that one is full."""
-_OF_ONE_PROCESS = ("port", "access_log", "allow_loading", "verify_stops")
+_OF_ONE_PROCESS = ("port", "open", "prompt", "access_log", "allow_loading", "verify_stops")
 _SCOPE = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string")
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _CREATED = re.compile(rb'"created":\d+')
