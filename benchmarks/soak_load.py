@@ -7,6 +7,7 @@ and the reply, so each change has an earliest and a latest time.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import random
@@ -362,9 +363,14 @@ async def ask_bad(
         outcome.unexpected[f"{name}: answered with {response.status_code}"] += 1
 
 
-def malformed(site: Site) -> Iterator[tuple[str, bytes, tuple[int, ...]]]:
-    """Yield the kind, the body and the acceptable statuses of requests that must be rejected."""
-    good = {"model": site.base, "prompt": [1, 2], "max_tokens": 2}
+@functools.cache
+def malformed(base: str) -> tuple[tuple[str, bytes, tuple[int, ...]], ...]:
+    """Return the kind, the body and the acceptable statuses of requests that must be rejected."""
+    return tuple(_malformed(base))
+
+
+def _malformed(base: str) -> Iterator[tuple[str, bytes, tuple[int, ...]]]:
+    good = {"model": base, "prompt": [1, 2], "max_tokens": 2}
     yield "not JSON", b'{"model": ', (400, 422)
     yield "not an object", b"[1, 2]", (400, 422)
     yield "not UTF-8", b'{"model": "\xff\xfe"}', (400, 422)
@@ -389,7 +395,7 @@ async def send_malformed(
     http: httpx.AsyncClient, site: Site, rng: random.Random, outcome: Outcome
 ) -> None:
     """Send a body that must be rejected with a 4xx."""
-    kind, body, statuses = rng.choice(list(malformed(site)))
+    kind, body, statuses = rng.choice(malformed(site.base))
     response = await http.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}
     )

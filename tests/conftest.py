@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 # No network access. huggingface_hub reads this once, so set it before any import of it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,7 +51,17 @@ def deterministic_seeds() -> None:
     """Seed every test, independent of the tests before it."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # `torch.manual_seed` also seeds devices that are not there, and formats three stack traces for that.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """Keep what was imported so far out of every later collection: `train` collects garbage itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +87,26 @@ def shared() -> Path:
     return folder
 
 
-def pytest_collection_finish() -> None:
-    """Keep the modules and tests out of every later collection: `train` collects garbage itself."""
-    gc.collect()
-    gc.freeze()
+class InstantTimer:
+    """torch's timer without its repetitions: every statement takes 0.1 ms."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def blocked_autorange(self, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(median=1e-4)
+
+
+@pytest.fixture(scope="session")
+def measured_once() -> Callable[..., Any]:
+    """Return the measurement of a machine, which is made once for each dtype."""
+    from lorakit.planning import machine
+
+    return functools.cache(machine.measure)
+
+
+@pytest.fixture
+def instant_products(measured_once: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a plan time neither the machine nor its products; the tests of planning time both."""
+    monkeypatch.setattr("torch.utils.benchmark.Timer", InstantTimer)
+    monkeypatch.setattr("lorakit.planning.products._time_product", lambda *_: 1e-4)
+    monkeypatch.setattr("lorakit.planning.machine.measure", measured_once)

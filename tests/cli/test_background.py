@@ -88,7 +88,7 @@ with quiet():
 @pytest.mark.slow
 def test_it_pauses_while_quiet_is_asked(tmp_path):
     ends = []
-    command = [sys.executable, "-IS", "-c", COUNTS, "250"]
+    command = [sys.executable, "-IS", "-c", COUNTS, "100"]
     thread = threading.Thread(target=lambda: ends.append(background.run_in_background(command)))
     # Only the main thread may set handlers of signals.
     with pytest.MonkeyPatch.context() as patch:
@@ -97,10 +97,10 @@ def test_it_pauses_while_quiet_is_asked(tmp_path):
         wait_for(lambda: steps(tmp_path) > 5)
         with quiet():
             wait_for(lambda: stands_still(tmp_path))
-            assert steps(tmp_path) < 250
+            assert steps(tmp_path) < 100
         thread.join(60)
     assert ends == [0]
-    assert steps(tmp_path) == 250
+    assert steps(tmp_path) == 100
 
 
 @contextmanager

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -12,21 +10,16 @@ import pytest
 
 from lorakit.models.packaged import PackagedModel
 
+PLANNED = {"seconds": 1.0, "tokens_per_second": 1e3, "peak_memory": 5e8, "adapter_bytes": 1e6}
+"""Stands for the prediction of every run."""
 DEEP = {"docs/guides/what-was-learned.md": 15}
 """Layers of the bases on pages that select a layer by its number; elsewhere two."""
 
 
-class InstantTimer:
-    """torch's timer without its repetitions: every product takes 0.1 ms."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def blocked_autorange(self, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(median=1e-4)
-
-
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant_products: None
+) -> Callable[[str], Path]:
     """Enter an empty folder as the reader of a page, with tiny models and data sets under the names of real ones."""
 
     def enter(page: str) -> Path:
@@ -40,9 +33,8 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(PackagedModel, "path", lambda model: packages[model.alias])
         monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
-        # A plan would time each of its products, and METEOR would start Java: tests of planning and metrics do.
-        monkeypatch.setattr("torch.utils.benchmark.Timer", InstantTimer)
-        monkeypatch.setattr("lorakit.planning.products._time_product", lambda *_: 1e-4)
+        # Every run would be planned, and METEOR would start Java: tests of the command and of metrics do.
+        monkeypatch.setattr("lorakit.cli.train._planned", lambda *_: ("planned  not here", PLANNED))
         monkeypatch.setattr("lorakit.metrics.data_to_text.find_java", lambda _: None)
         # On a CPU with bfloat16 the analyses of the float32 bases print one note more.
         monkeypatch.setattr("lorakit.models.dtypes._cpu_multiplies_bfloat16", lambda: False)

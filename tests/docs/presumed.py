@@ -43,6 +43,10 @@ data("data/e2e/train.jsonl")
 data("data/e2e/validation.jsonl", seed=1)
 """
 
+FEW_TOKENS = "--decoding.max_new_tokens 4"
+RECIPE = {"lorakit train --recipe": "--max_steps 2"}
+"""Options that make commands short."""
+
 _SCORED = (
     "--data.test E2E/test.jsonl --limit 24 "
     "--data.columns '{prompt: meaning_representation, completion: human_reference}'"
@@ -59,15 +63,22 @@ write("news.txt", [row["text"] for row in make_rows("texts", 50)])
 COMMANDS = {
     "README.md": Presumed(
         setup='data("train.jsonl"); data("test.jsonl", seed=1); run("out/second")',
-        more={"lorakit paper": f"{PREVIEW} --tasks rte"},
+        more={
+            "lorakit paper": f"{PREVIEW} --tasks rte",
+            "lorakit evaluate": FEW_TOKENS,
+            "lorakit chat": FEW_TOKENS,
+            **RECIPE,
+        },
         typed={"lorakit chat": "The river pub\n/quit\n"},
     ),
     "docs/quickstart.md": Presumed(
-        setup='for name in ("train.jsonl", "test.jsonl"): like("docs/quickstart.md", name)'
+        setup='for name in ("train.jsonl", "test.jsonl"): like("docs/quickstart.md", name)',
+        more={"lorakit evaluate": FEW_TOKENS, "lorakit generate": FEW_TOKENS},
     ),
     "docs/guides/training.md": Presumed(setup=E2E),
     "docs/guides/generating.md": Presumed(
         setup='run("out/first"); data("test.jsonl", seed=1)',
+        more={"lorakit generate": FEW_TOKENS, "lorakit chat": FEW_TOKENS},
         typed={"lorakit chat": "The river pub\n/quit\n"},
     ),
     "docs/guides/merging.md": Presumed(setup='run("out/e2e")'),
@@ -106,10 +117,11 @@ write("queries.txt", ["SELECT Name FROM table WHERE Town = river"])
 adapter("out/e2e/adapter")
 """,
         more={
-            "lorakit evaluate": "--data.train data/e2e/train.jsonl --data.test data/e2e/validation.jsonl"
+            "lorakit evaluate": "--data.train data/e2e/train.jsonl --data.test data/e2e/validation.jsonl "
+            + FEW_TOKENS
         },
     ),
-    "docs/guides/paper.md": Presumed(more={"lorakit paper": PREVIEW}),
+    "docs/guides/paper.md": Presumed(more={"lorakit paper": PREVIEW, **RECIPE}),
     "docs/guides/what-was-learned.md": Presumed(
         setup="""
 for folder in ("benchmarks/e2e.yaml", "benchmarks/mrpc.yaml"):

@@ -58,15 +58,22 @@ def test_the_jobs_for_clusters_are_valid(tmp_path: Path) -> None:
     for arguments in cluster_jobs():
         launched = get_args_parser().parse_args(arguments)
         assert (launched.nnodes, launched.nproc_per_node, launched.max_restarts) == ("2", "8", 0)
-        assert (launched.module, launched.training_script) == (True, "lorakit")
-        command, *options = launched.training_script_args
-        assert command == "train"
-        options = [text.replace("/shared/e2e.yaml", str(config)) for text in options]
-        assert parse(TrainConfig, "train", "", options).resume
+        assert require_valid(arguments, config).resume
+
+
+def require_valid(arguments: list[str], config: Path) -> TrainConfig:
+    """Require that `torchrun` with these arguments starts `lorakit train`; return the settings of the run."""
+    launched = get_args_parser().parse_args(arguments)
+    assert (launched.module, launched.training_script) == (True, "lorakit")
+    command, *options = launched.training_script_args
+    assert command == "train"
+    options = [re.sub(r"(/shared/)?e2e\.yaml$", str(config), text) for text in options]
+    return parse(TrainConfig, "train", "", options)
 
 
 @pytest.mark.slow
 def test_the_commands_run(reader: Callable[[str], Path]) -> None:
+    """Of the three, the one that splits the base starts; test_process_failures.py starts one that resumes."""
     folder = reader(PAGE)
     base = made.save_base(folder / "base", "llama", 2)
     made.data("train.jsonl")
@@ -77,14 +84,13 @@ def test_the_commands_run(reader: Callable[[str], Path]) -> None:
     }
     (folder / "e2e.yaml").write_text(yaml.safe_dump(settings))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    found = commands()
-    assert len(found) == 3
-    for number, command in enumerate(found):
-        done = subprocess.run(
-            [*words(command), "--output", f"out/{number}"],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-        assert (folder / f"out/{number}/adapter/adapter_model.safetensors").exists()
+    found = [[*words(command), "--output", "out"] for command in commands()]
+    configs = [require_valid(command[1:], folder / "e2e.yaml") for command in found]
+    assert [(config.shard, config.resume) for config in configs] == [
+        (False, False),
+        (True, False),
+        (False, True),
+    ]
+    done = subprocess.run(found[1], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out/adapter/adapter_model.safetensors").exists()

@@ -84,3 +84,8 @@ def shell(
     """A shell in an empty folder, which collects relative paths and stray files."""
     monkeypatch.chdir(tmp_path)
     return Shell(capsys, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _plans(instant_products: None) -> None:
+    """Nothing here looks at the times of a plan."""

@@ -198,7 +198,7 @@ def run(
         executions: The number of inputs.
         seed: Another seed gives other inputs.
         first: Number of the first input.
-        until: Stop behind a batch with failures other than these.
+        until: Stop behind an input with a failure other than these.
     """
     report = Report(target.name)
     before = _cpu_seconds()
@@ -211,7 +211,7 @@ def run(
         index = first
         while index < first + executions:
             stop = min(first + executions, index + BATCH)
-            index = _run_batch(target, seeds, seed, range(index, stop), shared, work, report)
+            index = _run_batch(target, seeds, seed, range(index, stop), shared, work, report, until)
             if until is not None and report.failed - until:
                 break
     report.executions = index - first
@@ -227,6 +227,7 @@ def _run_batch(
     shared: mmap.mmap,
     work: Path,
     report: Report,
+    until: set[tuple[int, str]] | None,
 ) -> int:
     """Run a batch in a forked process; return the number of the next input."""
     log = work / "findings.jsonl"
@@ -237,7 +238,7 @@ def _run_batch(
         child = os.fork()
     if child == 0:
         try:
-            _work(target, seeds, seed, indices, shared, work, log)
+            _work(target, seeds, seed, indices, shared, work, log, until)
             os._exit(0)
         except BaseException:  # a mistake in the harness
             (work / "harness.txt").write_text(traceback.format_exc(), errors="backslashreplace")
@@ -253,7 +254,7 @@ def _run_batch(
         index, kind, detail = json.loads(line)
         report.add(Finding(target.name, kind, detail, index, input_of(target, seeds, seed, index)))
     if status == 0:
-        return indices.stop
+        return position
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     kind = {
         signal.SIGPROF: "hang: too much CPU time",
@@ -288,6 +289,7 @@ def _work(
     shared: mmap.mmap,
     work: Path,
     log: Path,
+    until: set[tuple[int, str]] | None,
 ) -> None:
     """Run the inputs in this process."""
     limit_process(work)
@@ -303,7 +305,9 @@ def _work(
         if verdict == "finding":
             with log.open("a") as file:
                 file.write(json.dumps([index, kind, detail]) + "\n")
-    shared[:] = struct.pack("<3Q", indices.stop, accepted, refused)
+            if until is not None and (index, kind) not in until:
+                break
+    shared[:] = struct.pack("<3Q", index + 1, accepted, refused)
 
 
 def limit_process(work: Path) -> None:

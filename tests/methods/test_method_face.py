@@ -176,11 +176,11 @@ def test_save_pretrained_never_gives_the_bare_base(case: Case, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_model_follows(name: str) -> None:
+@pytest.mark.parametrize(("name", "blocks"), COMPILED.items(), ids=COMPILED)
+def test_a_compiled_model_follows(name: str, blocks: int) -> None:
     case = CASES[name]
     torch._dynamo.reset()
-    model = case.model().requires_grad_(False)
+    model = case.model(num_hidden_layers=blocks).requires_grad_(False)
     compiled = torch.compile(model, backend="aot_eager")
     base = seen(compiled, case.plain_batch(model))
     adapters = attach(model, case.method, seed=1)

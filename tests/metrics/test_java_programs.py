@@ -16,8 +16,8 @@ from lorakit.metrics.penn_treebank import ptb_tokens
 @pytest.mark.slow
 def test_a_program_that_hangs_is_stopped(fake_java, tmp_path) -> None:
     fake_java(f"echo $$ > {tmp_path / 'pid'}; exec sleep 60")
-    with pytest.raises(LorakitError, match=r"was stopped after 5 seconds.*java=False"):
-        run_java(_java_path(), timeout=5)
+    with pytest.raises(LorakitError, match=r"was stopped after 2 seconds.*java=False"):
+        run_java(_java_path(), timeout=2)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 

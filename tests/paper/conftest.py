@@ -45,3 +45,8 @@ def table2(encoder: str, data: Path, tmp_path: Path) -> Callable[..., PaperConfi
         return PaperConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _plans(instant_products: None) -> None:
+    """Nothing here looks at the times of a plan."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -41,13 +42,28 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in records}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tables that several tests read: only the first of them makes the runs."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def three_rates(table2: Callable[..., PaperConfig], kept: Path) -> PaperConfig:
+    """A finished table with three rates of one method, copied for each test."""
+    config = table2(methods=("lora",), seeds=1, trials=3)
+    finished = replace(config, output=str(kept / "three rates"))
+    run_table(finished, silent)
+    shutil.copytree(finished.folder, config.folder)
+    return config
+
+
 @pytest.mark.slow
-def test_a_table_from_runs_to_page(table2, tmp_path):
-    config = table2()
+def test_a_table_from_runs_to_page(table2, kept):
+    config = table2(output=str(kept / "two methods"))
     found = run_table(config, silent)
-    folder = tmp_path / "out"
     # Two methods, each with two rates for the first seed and one run for the second seed.
-    assert len(results(folder)) == 2 * 3
+    assert len(results(config.folder)) == 2 * 3
     page = found.page.read_text(encoding="utf-8")
     assert "| roberta-base | LoRA | 0.3M | 89.7 ± 0.7 |" in page
     assert "**LoRA**" in page
@@ -74,10 +90,8 @@ def test_a_table_from_runs_to_page(table2, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rate_is_that_of_the_best_held_out_score(table2):
-    config = table2(methods=("lora",), seeds=1, trials=3)
-    run_table(config, silent)
-    with open_grid(config, silent) as grid:
+def test_the_rate_is_that_of_the_best_held_out_score(three_rates):
+    with open_grid(three_rates, silent) as grid:
         ((data_set, variant),) = grid.cells()
         records = [grid.runner.record(run) for run in grid.trials(data_set, variant)]
         best = max(record.held_out["accuracy"] for record in records)
@@ -87,15 +101,13 @@ def test_the_rate_is_that_of_the_best_held_out_score(table2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("best", "marked"), [(0, True), (1, False), (2, True)])
-def test_a_choice_beyond_which_a_rate_may_do_better_is_marked(table2, best, marked):
-    config = table2(methods=("lora",), seeds=1, trials=3)
-    run_table(config, silent)
-    paths = sorted((config.folder / "runs").rglob("rate-*.json"), key=_rate)
+def test_a_choice_beyond_which_a_rate_may_do_better_is_marked(three_rates, best, marked):
+    paths = sorted((three_rates.folder / "runs").rglob("rate-*.json"), key=_rate)
     for place, path in enumerate(paths):
         record = storage.read_record(path, RunFolderError)
         record["held_out"]["accuracy"] = 0.9 if place == best else 0.4
         storage.write_record(path, record)
-    page = run_table(config, silent).page.read_text(encoding="utf-8")
+    page = run_table(three_rates, silent).page.read_text(encoding="utf-8")
     assert ": 0.9000**" in page
     assert ("; *outermost* |" in page) == marked
 
@@ -142,14 +154,15 @@ def test_held_out_rows_are_no_training_rows(table2):
 
 
 @pytest.mark.slow
-def test_a_repeated_call_makes_no_run_again(table2, tmp_path, monkeypatch):
-    config = table2()
+def test_a_repeated_call_makes_no_run_again(table2, kept, monkeypatch):
+    config = table2(output=str(kept / "two methods"))
     run_table(config, silent)
-    before = results(tmp_path / "out")
+    before = results(config.folder)
+    assert before
     monkeypatch.setattr(runs_module, "train", lambda config: pytest.fail("trained again"))
     monkeypatch.setattr(runs_module, "evaluate", lambda config: pytest.fail("scored again"))
     run_table(config, silent)
-    assert results(tmp_path / "out") == before
+    assert results(config.folder) == before
 
 
 @pytest.mark.slow

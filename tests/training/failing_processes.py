@@ -28,7 +28,7 @@ from several_processes import Started, run_config
 
 from lorakit.training import loop
 from lorakit.training import step as steps
-from lorakit.training.config import CheckpointConfig
+from lorakit.training.config import CheckpointConfig, HeldOutConfig
 from lorakit.training.loop import train
 
 COUNT = 3
@@ -133,14 +133,19 @@ def hung(root: Path) -> Any:
 def undisturbed(root: Path) -> Any:
     """Train on two processes; the test of restarts repeats this run with torchrun."""
     config = run_config(
-        root, "undisturbed", epochs=20, checkpoints=CheckpointConfig(every=20, keep=1)
+        root,
+        "undisturbed",
+        epochs=8,
+        evaluation=HeldOutConfig(every=40),
+        checkpoints=CheckpointConfig(every=20, keep=1),
     )
     return several_processes.run(2, lambda _: train(config))
 
 
 def kills(root: Path) -> Any:
     """Kill runs under torchrun's agent, and resume them."""
-    killed_processes.Trial(root / "kills").run(kills=4, victims=killed_processes.VICTIMS, seed=0)
+    trial = killed_processes.Trial(root / "kills", epochs=2)
+    trial.run(kills=4, victims=killed_processes.VICTIMS, seed=0)
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import dataclasses
+import gc
 import importlib
 import io
 import os
@@ -163,6 +164,9 @@ def import_modules_of(work: Callable[[], object], file: Path) -> None:
     for name in file.read_text().split("\n"):
         with suppress(ImportError):  # names that a library gives to modules of its own making
             importlib.import_module(name)
+    # Each child collects garbage in `train`, and would copy the pages of all that was imported.
+    gc.collect()
+    gc.freeze()
 
 
 def count_steps(work: Callable[[], object]) -> int:

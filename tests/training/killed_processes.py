@@ -67,8 +67,8 @@ def main() -> int:
 
 
 class Trial:
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, epochs: int = 4) -> None:
+        self.root, self.epochs = root, epochs
         root.mkdir(exist_ok=True)
         self.base = str(root / "base")
         assert kill_resume.fork(lambda: tiny_runs.save_base(root / "base")) == 0
@@ -107,8 +107,9 @@ class Trial:
         processes = launched.processes()
         steps = lines(self.root / name / "metrics.jsonl")
         doing = "training" if steps else "starting" if processes else "not started"
-        if launched.has_ended():
+        if launched.has_ended() or (steps and not processes):
             doing = "finished"
+            launched.wait()
         elif victim == "launcher":
             os.kill(launched.pid, signal.SIGKILL)
         elif processes:
@@ -143,8 +144,8 @@ class Trial:
             self.root,
             self.base,
             output=str(self.root / name),
-            epochs=4,
-            evaluation=HeldOutConfig(every=12, samples=1, max_new_tokens=2),
+            epochs=self.epochs,
+            evaluation=HeldOutConfig(every=6, samples=1, max_new_tokens=2),
             checkpoints=CheckpointConfig(every=2, keep=1),
         )
 
@@ -183,7 +184,7 @@ class Launched:
             _exit_after(lambda: _launch(config, pids, restarts))
 
     def processes(self) -> list[int]:
-        """Return the processes of the run that have started."""
+        """Return the processes of the run that have started and not finished."""
         return [int(path.name) for path in self._pids.iterdir()]
 
     def has_ended(self) -> bool:
@@ -236,6 +237,8 @@ def _train(config: TrainConfig, pids: Path, launcher: int) -> None:
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != launcher:
         os._exit(0)
+    # No victim any more: the agent hangs if a process is killed that waits for it.
+    (pids / str(os.getpid())).unlink(missing_ok=True)
 
 
 def _exit_after(work: Callable[[], object]) -> None:

@@ -50,7 +50,7 @@ from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
-LONG, SHORT = 20, 10
+LONG, SHORT = 10, 5
 """Steps of the main ways and of the others: two epochs and one. An epoch ends with a step of a single example."""
 COUNTS = (1, 2, 4)
 LIMIT = 60.0
@@ -103,8 +103,16 @@ def steps_of(way: str) -> int:
 
 def ways_on(count: int) -> list[str]:
     """Return the ways to compare on `count` processes: all of them on 2, some on 4."""
-    on_4 = ["packed", "padded", "full", "full padded", "classes", "dropout", "dropout classes"]
-    return list(WAYS) if count < 4 else on_4
+    return list(WAYS) if count < 4 else ["packed", "full padded", "dropout classes"]
+
+
+def with_data(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a way with its data, of which `SHORT` steps are an epoch."""
+    if settings.get("data") == "labels":
+        return {**settings, "data": DataConfig(train=str(root / "few-labels.jsonl"))}
+    validation = str(root / "validation.jsonl")
+    data = DataConfig(train=str(root / "few.jsonl"), validation=validation)
+    return {**settings, "data": data}
 
 
 def main() -> None:
@@ -138,20 +146,26 @@ def write_inputs(root: Path) -> None:
     tiny_runs.save_base(root / "noisy encoder-decoder", "t5")
     tiny_runs.save_base(root / "encoder", "bert", "base", **NO_DROPOUT)
     tiny_runs.save_base(root / "encoder-decoder", "t5", dropout_rate=0.0)
-    rows = tiny_runs.pairs(24)
-    # 3 completions for each of 24 prompts, of very different lengths; the last step of an epoch has a single example.
-    rows = [
-        {
-            **rows[i % 24],
-            "completion": rows[i % 24]["completion"] * (1 + i // 24 + 7 * (i % 5 == 0)),
-        }
-        for i in range(73)
-    ]
-    tiny_runs.write_rows(root / "train.jsonl", rows)
+    # The last step of an epoch has a single example.
+    tiny_runs.write_rows(root / "train.jsonl", completions(73, prompts=24))
+    tiny_runs.write_rows(root / "few.jsonl", completions(33, prompts=11))
     tiny_runs.write_rows(root / "validation.jsonl", tiny_runs.pairs(13, seed=1))
     tiny_runs.write_rows(root / "labels.jsonl", tiny_runs.labelled(73))
+    tiny_runs.write_rows(root / "few-labels.jsonl", tiny_runs.labelled(33))
     tiny_runs.write_rows(root / "other.jsonl", tiny_runs.pairs(72, seed=2))
     tiny_runs.write_rows(root / "bad.jsonl", [{"prompt": "river:", "completion": 3}])
+
+
+def completions(count: int, *, prompts: int) -> list[dict[str, str]]:
+    """Return rows with several completions for each prompt, of very different lengths."""
+    rows = tiny_runs.pairs(prompts)
+    return [
+        {
+            **rows[i % prompts],
+            "completion": rows[i % prompts]["completion"] * (1 + i // prompts + 7 * (i % 5 == 0)),
+        }
+        for i in range(count)
+    ]
 
 
 def run_config(root: Path, name: str, base: str = "decoder", **overrides: Any) -> TrainConfig:
@@ -261,9 +275,7 @@ def equality(root: Path) -> Any:
         with joined("cpu") as processes:
             assert (processes.rank, processes.count) == (rank, count)
             for name in ways_on(count):
-                settings = {"max_steps": steps_of(name), **WAYS[name]}
-                if settings.get("data") == "labels":
-                    settings["data"] = DataConfig(train=str(root / "labels.jsonl"))
+                settings = {"max_steps": steps_of(name), **with_data(root, WAYS[name])}
                 job = prepare(run_config(root, "equality", **settings), processes)
                 is_decoder = "decoder" in WAYS[name].get("base", "decoder").split()[-1:]
                 assert job.computation.packed == ("padded" not in name and is_decoder), name

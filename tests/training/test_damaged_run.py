@@ -22,7 +22,7 @@ from lorakit.training import checkpoint
 from lorakit.training.config import CheckpointConfig, TrainConfig
 from lorakit.training.loop import train
 
-NEWEST = Path("checkpoints", "step-000006")
+BEFORE, NEWEST = Path("checkpoints", "step-000004"), Path("checkpoints", "step-000006")
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, step: int) -> None:
@@ -53,7 +53,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, base: str) -> TrainConfig:
 
 @pytest.fixture
 def half(tmp_path: Path, stopped: TrainConfig) -> TrainConfig:
-    """A run to resume: it crashed in its eighth step and has checkpoints of steps 3 and 6."""
+    """A run to resume: it crashed in its eighth step and has checkpoints of steps 4 and 6."""
     run = shutil.copytree(stopped.output, tmp_path / "run")
     return dataclasses.replace(stopped, output=str(run), resume=True)
 
@@ -82,26 +82,42 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.slow
+IN_RUNS = ("a bit of weights.safetensors", "a folder for state.json", "an empty folder")
+"""Damages with which a whole run is resumed."""
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
-    damage, half: TrainConfig, undisturbed: Path, caplog: pytest.LogCaptureFixture
+    damage, half: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Path(half.output)
-    damage(run / NEWEST)
-    train(half)
+    before, newest = Path(half.output, BEFORE), Path(half.output, NEWEST)
+    damage(newest)
+    path, state = checkpoint.newest_whole([before, newest])
+    assert (path, state.step) == (before, 4)
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
     assert "step-000006" in message
     assert "resumes from step 4" in message
+    with pytest.raises(RunFolderError, match=r"No checkpoint.*overwrite.*step-000006"):
+        checkpoint.newest_whole([newest])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", IN_RUNS)
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
+    damage: str, half: TrainConfig, undisturbed: Path
+) -> None:
+    run = Path(half.output)
+    DAMAGE[damage](run / NEWEST)
+    train(half)
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_without_a_whole_checkpoint_the_run_is_refused(damage, half: TrainConfig) -> None:
+@pytest.mark.parametrize("damage", IN_RUNS)
+def test_without_a_whole_checkpoint_the_run_is_refused(damage: str, half: TrainConfig) -> None:
     run = Path(half.output)
-    shutil.rmtree(run / "checkpoints" / "step-000004")
-    damage(run / NEWEST)
+    shutil.rmtree(run / BEFORE)
+    DAMAGE[damage](run / NEWEST)
     with pytest.raises(RunFolderError, match=r"No checkpoint.*overwrite.*step-000006"):
         train(half)
 
@@ -341,7 +357,16 @@ def test_a_damaged_line_among_whole_ones(half: TrainConfig, line: str) -> None:
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl:3.*Delete that line"):
         train(half)
-    path.write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+def test_a_run_resumes_once_its_damaged_line_is_deleted(half: TrainConfig) -> None:
+    path = Path(half.output, "metrics.jsonl")
+    whole = path.read_text()
+    path.write_text("not JSON\n" + whole)
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:1.*Delete that line"):
+        train(half)
+    path.write_text(whole)
     train(half)
 
 

@@ -19,7 +19,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
-from torch._dynamo import lookup_backend
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from lorakit.data import DataConfig
@@ -354,7 +353,7 @@ def test_full_fine_tuning_of_the_top_layer(tmp_path: Path, base: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("arch", ["bert", "llama"])
 def test_classification_trains_the_head_too(tmp_path: Path, arch: str) -> None:
     base = tiny_runs.save_base(tmp_path / "base", arch, "base")
     tiny_runs.write_rows(tmp_path / "labels.jsonl", tiny_runs.labelled(80))
@@ -554,14 +553,14 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # dynamo inspects its inputs
 )
 def test_a_compiled_run_trains_the_same_weights(tmp_path: Path, monkeypatch) -> None:
-    """With a backend that traces as the default does, and needs no compiler."""
+    """With a backend that runs the traced graph, and needs no compiler."""
     # Without dropout: compiled blocks draw other random numbers.
     base = tiny_runs.save_base(tmp_path / "base", num_hidden_layers=1)
     traced = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         traced.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
+        return graph
 
     monkeypatch.setattr(setup, "compile_blocks", partial(compile_blocks, backend=backend))
     torch._dynamo.reset()

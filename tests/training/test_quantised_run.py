@@ -40,12 +40,11 @@ def settings(folder, base, kind, **overrides):
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path, base, monkeypatch, kind, checkpointing
 ) -> None:
-    train(settings(tmp_path, base, kind, gradient_checkpointing=checkpointing))
-    other = settings(
-        tmp_path, base, kind, gradient_checkpointing=checkpointing, output=str(tmp_path / "other")
-    )
+    config = settings(tmp_path, base, kind, gradient_checkpointing=checkpointing, max_steps=9)
+    train(config)
+    other = dataclasses.replace(config, output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_in_step(patch, 8)
+        crash_in_step(patch, 5)
         with pytest.raises(Crash):
             train(other)
     train(dataclasses.replace(other, resume=True))

@@ -470,10 +470,9 @@ def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> Non
 # --- everybody can use it ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "dark"), (390, "light")])
 def test_accessible_and_nothing_overflows(
-    browser: Browser, site: Site, scheme: str, width: int
+    browser: Browser, site: Site, width: int, scheme: str
 ) -> None:
     link = site.link("base", "sql", blend={"e2e": 0.5, "sql": 0.5})
     with playground(browser, link, width=width, color_scheme=scheme) as opened:
