@@ -178,6 +178,22 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
     assert from_data(tiny_runs.config(tmp_path, decoder, data=data)).steps is None
 
 
+@pytest.mark.slow
+def test_prompts_that_return_late_are_seen_in_grouped_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches_module, "ROWS", 8)
+    base = tiny_runs.save_base(tmp_path / "base")
+    rows = [{"prompt": f"river {i % 8}", "completion": f" pub {i}"} for i in range(32)]
+    data = DataConfig(train=tiny_runs.write_rows(tmp_path / "rows.jsonl", rows))
+    prompts = {}
+    for sampling in ("random", "grouped"):
+        config = tiny_runs.config(
+            tmp_path, base, data=data, evaluation=HeldOutConfig(), batch_size=4, sampling=sampling
+        )
+        batches = from_data(config).batches
+        prompts[sampling] = {len({example.prompt for example in batch}) for batch in batches}
+    assert prompts == {"random": {4}, "grouped": {1}}
+
+
 @pytest.mark.parametrize(
     ("name", "encoder"),
     [

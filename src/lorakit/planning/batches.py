@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ROWS = 2000
 """Number of rows to read: enough for the distribution of lengths, and quick to read."""
 
+GROUPED_ROWS = 50_000
+"""Number of rows to read for `sampling: grouped`: rows with the same prompt may be far apart."""
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -62,7 +65,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     Raises:
         LorakitError: The data or the tokenizer cannot be read.
     """
-    limit = min(config.data.limit or ROWS, ROWS)
+    most = GROUPED_ROWS if config.sampling == "grouped" else ROWS
+    limit = min(config.data.limit or most, most)
     reader = RowReader()
     first = dataclasses.replace(config.data, limit=limit)
     is_labelled = issubclass(task_class_of(first, reader=reader), Labelled)
