@@ -1,4 +1,4 @@
-"""The guide to several processes: its commands run as shown, and its jobs for clusters have valid commands."""
+"""The guide to several processes: its commands and its jobs for clusters are valid, and one command runs as shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods on two decoders and two encoders by commands: train, stop, resume, evaluate and generate."""
+"""Every method on two encoders and two decoders by commands: train, stop, resume, evaluate and generate."""
 
 from __future__ import annotations
 
@@ -61,13 +61,9 @@ METHODS = {
 """Name of a test -> the method, and the section that makes it fit a tiny model."""
 
 DECODERS = ("gpt2", "llama")
-CASES = [
-    *((DECODERS[i % 2], name) for i, name in enumerate(METHODS)),
-    *(("roberta", "lora"), ("roberta", "pfeiffer")),
-    *(("deberta-v2", "top layer"), ("deberta-v2", "lora and prefix embedding")),
-]
-"""Every method on a decoder; neighbours in METHODS, of one kind, get different ones. On encoders, whose head is trained
-too, one method of each kind: the runs of `test_methods_in_runs.py` save such a head with every method."""
+ENCODERS = ("roberta", "deberta-v2")
+CASES = [(pair[i % 2], name) for i, name in enumerate(METHODS) for pair in (DECODERS, ENCODERS)]
+"""Every method on a decoder and on an encoder. Neighbours in METHODS, of one kind, get different ones."""
 
 TOKENS = 3
 """Number of generated tokens."""

@@ -470,7 +470,8 @@ def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> Non
 # --- everybody can use it ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "dark"), (390, "light")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
 def test_accessible_and_nothing_overflows(
     browser: Browser, site: Site, width: int, scheme: str
 ) -> None:
