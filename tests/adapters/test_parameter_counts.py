@@ -75,11 +75,23 @@ def test_a_method_that_reads_numbers_is_counted_too():
         {"targets": ("attention.qv", "mlp"), "dora": True},
         {"targets": "attention.qv", "lora_bias": True},
         {"targets": ("attention.qv", "embedding"), "tie_head": True},
+        {"targets": "attention.qv", "dora": True},
+        {"targets": "attention.qv", "train_modules": ("wte", "lm_head")},
     ],
 )
 def test_the_file_has_the_size_of_the_summary(settings, tmp_path):
-    """Slices of GPT-2's fused projection have zeros in PEFT's form, and PiSSA has twice the rank."""
+    """PEFT's form has zeros beside the slices of a fused projection, twice PiSSA's rank, each tied module."""
     adapters = lorakit.attach(tiny_models.build("gpt2"), LoRA(rank=2, **settings))
+    assert adapters.summary().file_bytes == tensor_bytes(adapters.save(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    "of_output", [{}, {"alpha_pattern": {"0.out_proj": 32.0}}, {"rank_pattern": {"0.out_proj": 3}}]
+)
+def test_the_file_of_an_attention_module_has_the_size_of_the_summary(of_output, tmp_path):
+    """PEFT has one rank for both projections, and the input's factors twice if both scalings are equal."""
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))
+    adapters = lorakit.attach(model, LoRA(rank=2, targets="0", **of_output))
     assert adapters.summary().file_bytes == tensor_bytes(adapters.save(tmp_path / "adapter"))
 
 

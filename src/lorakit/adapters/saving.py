@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,21 +33,16 @@ def store(
     tokenizer: Any = None,
 ) -> StoredAdapter:
     """Return the stored form of a live adapter: settings, tensors on the CPU and the record of its base."""
-    layers = {
-        path: _store_layer(model.get_submodule(path), module)
-        for path, module in adapter.modules.items()
-        if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
-    }
-    modules = {path: _added_tensors(module) for path, module in adapter.modules.items()}
-    trained = {name: _cpu_copy(tensor) for name, tensor in adapter.trained_tensors().items()}
-    return StoredAdapter(
-        method=adapter.method,
-        layers=layers,
-        modules={path: tensors for path, tensors in modules.items() if tensors},
-        trained=trained,
-        base=base or formats.base_record(model, exclude=tuple(trained), tokenizer=tokenizer),
-        provenance=dict(adapter.provenance),
-    )
+    if base is None:
+        trained = tuple(adapter.trained_tensors())
+        base = formats.base_record(model, exclude=trained, tokenizer=tokenizer)
+    return _store(model, adapter, base, _cpu_copy)
+
+
+def file_bytes(model: nn.Module, adapter: InstalledAdapter) -> int:
+    """Return the size of the tensors that `save` writes, without computing or copying any."""
+    stored = _store(model, adapter, formats.base_record(model, hashed=False), _without_data)
+    return sum(tensor.nbytes for tensor in formats.tensors(stored).values())
 
 
 def save(
@@ -75,43 +71,74 @@ def save(
     return folder
 
 
-def _store_layer(layer: nn.Module, module: LoRALayer) -> StoredLayer:
+_Copy = Callable[[Tensor], Tensor]
+
+
+def _store(
+    model: nn.Module, adapter: InstalledAdapter, base: formats.BaseRecord, copy: _Copy
+) -> StoredAdapter:
+    """Return the stored form of a live adapter, with a `copy` of each tensor."""
+    layers = {
+        path: _store_layer(model.get_submodule(path), module, copy)
+        for path, module in adapter.modules.items()
+        if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
+    }
+    modules = {path: _added_tensors(module, copy) for path, module in adapter.modules.items()}
+    return StoredAdapter(
+        method=adapter.method,
+        layers=layers,
+        modules={path: tensors for path, tensors in modules.items() if tensors},
+        trained={name: copy(tensor) for name, tensor in adapter.trained_tensors().items()},
+        base=base,
+        provenance=dict(adapter.provenance),
+    )
+
+
+def _store_layer(layer: nn.Module, module: LoRALayer, copy: _Copy) -> StoredLayer:
     """Return the stored form of the adapter on one layer."""
     form = module.form
     return StoredLayer(
         kind=form.kind,
-        A=_cpu_copy(module.lora_A),
-        B=_cpu_copy(module.lora_B),
-        B_bias=None if module.lora_B_bias is None else _cpu_copy(module.lora_B_bias),
+        A=copy(module.lora_A),
+        B=copy(module.lora_B),
+        B_bias=None if module.lora_B_bias is None else copy(module.lora_B_bias),
         scaling=module.scaling,
         alpha=module.alpha,
-        magnitude=None if module.magnitude is None else _cpu_copy(module.magnitude),
+        magnitude=None if module.magnitude is None else copy(module.magnitude),
         slices=form.slices,
         grouped=form.grouped,
         transposed=form.transposed,
         weight_shape=form.weight_shape,
-        initial_A=None if module.initial_A is None else _cpu_copy(module.initial_A),
-        initial_B=None if module.initial_B is None else _cpu_copy(module.initial_B),
-        base_norms=_base_norms(layer, module),
+        initial_A=None if module.initial_A is None else copy(module.initial_A),
+        initial_B=None if module.initial_B is None else copy(module.initial_B),
+        base_norms=_base_norms(layer, module, copy),
     )
 
 
-def _base_norms(layer: nn.Module, module: LoRALayer) -> Tensor | None:
+def _base_norms(layer: nn.Module, module: LoRALayer, copy: _Copy) -> Tensor | None:
     """Return the norms of all rows for DoRA on slices: PEFT has a magnitude for each row, adapted or not."""
     if module.magnitude is None or not module.slices:
         return None
+    if copy is _without_data:
+        return module.magnitude.new_empty(module.form.out_features(module.lora_B), device="meta")
     adapters = layer.adapters
     assert isinstance(adapters, LayerAdapters)
     with hidden_parameters(layer, adapters.replaced):
-        return _cpu_copy(module.row_norms(layer))
+        return copy(module.row_norms(layer))
 
 
-def _added_tensors(module: AdapterModule) -> dict[str, Tensor]:
+def _added_tensors(module: AdapterModule, copy: _Copy) -> dict[str, Tensor]:
     """Return the tensors that a method adds to a layer, without trained copies; none for LoRA (`_store_layer`)."""
     if isinstance(module, LoRALayer):
         return {}
     state = module.state_dict()
-    return {name: _cpu_copy(t) for name, t in state.items() if not name.startswith("trained.")}
+    return {name: copy(t) for name, t in state.items() if not name.startswith("trained.")}
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and dtype on the meta device."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed empties what it splits
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from lorakit.adapters.formats.layout import peft_differs_on
 from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_quantised
+from lorakit.adapters.saving import file_bytes
 from lorakit.formatting import percentage, size
 from lorakit.methods.fake_modules import fake_modules
-from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.embedding import TiedHeadLoRA
-from lorakit.methods.lora.forms import NotExpressibleError
-from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.method import Method, describe
 
 
@@ -78,36 +72,7 @@ def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
         if unseen:
             by_layer[path] = sum(p.numel() for p in unseen)
     counts = _counts(model, by_layer)
-    return Summary(adapter.name, describe(adapter.method), counts, _file_bytes(model, adapter))
-
-
-def _file_bytes(model: nn.Module, adapter: InstalledAdapter) -> int:
-    layers = {p: m for p, m in adapter.modules.items() if isinstance(m, LoRALayer)}
-    factors = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
-    others = (p for p in adapter.parameters() if id(p) not in factors)
-    for_peft = isinstance(adapter.method, LoRA) and not any(
-        peft_differs_on(model.get_submodule(path)) for path, _, _ in adapter.layers(model)
-    )
-    return sum(p.numel() * p.element_size() for p in others) + sum(
-        _layer_bytes(layer, for_peft=for_peft) for layer in layers.values()
-    )
-
-
-def _layer_bytes(layer: LoRALayer, *, for_peft: bool) -> int:
-    """Return the bytes of a layer's tensors in the file.
-
-    PEFT's form has zeros beside the slices, twice the rank of PiSSA, and the factors of a tied embedding for the head.
-    """
-    if isinstance(layer, TiedHeadLoRA):
-        return _layer_bytes(layer.source[0], for_peft=True) if for_peft else 0
-    A, B = (torch.empty(factor.shape, device="meta") for factor in (layer.lora_A, layer.lora_B))
-    rows = layer.form.out_features(B) if for_peft else len(B)
-    if for_peft:
-        with suppress(NotExpressibleError):
-            A, B = layer.form.to_peft(A, B)
-    count = (A.numel() + B.numel()) * (1 if layer.initial_A is None else 2)
-    count += rows * sum(vector is not None for vector in (layer.magnitude, layer.lora_B_bias))
-    return count * layer.lora_A.element_size()
+    return Summary(adapter.name, describe(adapter.method), counts, file_bytes(model, adapter))
 
 
 def count_parameters(model: nn.Module, method: Method) -> Counts:

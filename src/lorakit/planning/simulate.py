@@ -103,13 +103,14 @@ def simulate(
             enable_gradient_checkpointing(model)
         buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
         count = total if is_full else sum(p.numel() for p in trained)
-        file = 4 * count if is_full else adapters.summary(ADAPTER).file_bytes
         copies = in_all_blocks if is_full else _copied_in(in_blocks)
         model.train()
         computation = choice_of(config, model, task)
         if computation.faster == "layers":
             make_faster(model)
         autocast = autocast_of(dtype, adapters, model.device)
+    # Outside `planning`, since the checks of a file's content read numbers that are not simulated.
+    file = 4 * count if is_full else adapters.summary(ADAPTER).file_bytes
     selected = batches.fullest_and_middle(packed=computation.packed)
     check_context(base, [*itertools.chain(*selected)])
     fullest, middle = map(collator(base, packed=computation.packed), selected)

@@ -18,15 +18,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
-from lorakit.adapters.formats.peft import NotExpressibleError, read_peft, write_peft
+from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
 from lorakit.formatting import resume_command
+from lorakit.storage.tensors import write_safetensors
 
 __all__ = [
     "BaseRecord",
@@ -40,6 +43,7 @@ __all__ = [
     "read",
     "read_loralib",
     "read_peft",
+    "tensors",
     "write",
     "write_loralib",
     "write_peft",
@@ -123,10 +127,18 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
         notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
-        lorakit_json.write_tensors(stored, folder)
+        write_safetensors(folder / lorakit_json.TENSORS_NAME, lorakit_json.tensors(stored))
     (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
+
+
+def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
+    """Return the tensors that `write` writes, by their keys in the file; their data is not read."""
+    try:
+        return peft_form(stored).tensors
+    except NotExpressibleError:
+        return lorakit_json.tensors(stored)
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

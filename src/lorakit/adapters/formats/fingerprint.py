@@ -134,6 +134,7 @@ def base_record(
     tokenizer: Any = None,
     *,
     for_comparison: bool = False,
+    hashed: bool = True,
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
@@ -145,6 +146,7 @@ def base_record(
         tokenizer: The tokenizer, if it is known.
         for_comparison: Return a record for `compare` only: without `layout`, and with the hashes that an earlier call
             computed of weights that have not changed since (`lorakit.models.digests.known_digests`).
+        hashed: False leaves out the hashes of the weights, which take long.
 
     Returns:
         The record. A tied weight counts once. Weights have no hash if they are on the meta device,
@@ -171,7 +173,7 @@ def base_record(
             shapes=shapes.hexdigest(),
         ),
         source=origin,
-        weights=hash_weights(weights, reuse=for_comparison),
+        weights=hash_weights(weights, reuse=for_comparison) if hashed else Weights("", None, None),
         excluded=tuple(sorted(excluded)),
         configuration=computing_fields(config),
         tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer),

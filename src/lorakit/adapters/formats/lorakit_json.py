@@ -27,7 +27,7 @@ from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.methods.registry import recorded_method
 from lorakit.models.roles import RowSlice
-from lorakit.storage.tensors import read_safetensors, write_safetensors
+from lorakit.storage.tensors import read_safetensors
 from lorakit.version import __version__
 
 NAME = "lorakit.json"
@@ -45,8 +45,8 @@ _RECORD_KEYS = {
 }
 
 
-def write_tensors(stored: StoredAdapter, folder: Path) -> None:
-    """Write an adapter's tensors unchanged, for a folder that PEFT cannot load."""
+def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
+    """Return an adapter's tensors unchanged, by their keys in the file of a folder that PEFT cannot load."""
     tensors = {
         f"layers.{path}.{name}": tensor
         for path, layer in stored.layers.items()
@@ -54,7 +54,7 @@ def write_tensors(stored: StoredAdapter, folder: Path) -> None:
     }
     tensors.update({f"modules.{name}": tensor for name, tensor in stored.module_tensors.items()})
     tensors.update({f"trained.{name}": tensor for name, tensor in stored.trained.items()})
-    write_safetensors(folder / TENSORS_NAME, tensors)
+    return tensors
 
 
 def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> None:

@@ -135,9 +135,8 @@ def both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str,
 
 def written_notices(entries: Mapping[str, StoredLayer], attention: set[str]) -> list[str]:
     """Return a notice if the folder depends on PEFT's arithmetic."""
-    paths = [
-        f"{path}.out_proj" for path in sorted(attention) if entries[f"{path}.out_proj"].B.any()
-    ]
+    factors = {path: entries[path].B for path in (f"{p}.out_proj" for p in sorted(attention))}
+    paths = [path for path, B in factors.items() if B.is_meta or B.any()]
     if not paths:
         return []
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""

@@ -132,7 +132,7 @@ def _bias_of_all_rows(layer: StoredLayer) -> Tensor | None:
     if layer.B_bias is None or not layer.slices:
         return layer.B_bias
     whole = layer.B_bias.new_zeros(layer.form.out_features(layer.B))
-    return whole.index_copy(0, layer.form.rows(), layer.B_bias)
+    return whole.index_copy(0, layer.form.rows().to(whole.device), layer.B_bias)
 
 
 def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
@@ -144,4 +144,5 @@ def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
             "PEFT's form of DoRA on slices of a fused projection needs the norms of the base's other rows. "
             "Save the adapter from a live model."
         )
-    return layer.base_norms.index_copy(0, layer.form.rows(), layer.magnitude)
+    rows = layer.form.rows().to(layer.base_norms.device)
+    return layer.base_norms.index_copy(0, rows, layer.magnitude)
