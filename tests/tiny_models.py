@@ -145,11 +145,16 @@ _GROUPED_HEADS: dict[str, Any] = {**_DECODER, "head_dim": 8}
 _EXPERTS: dict[str, Any] = {
     **_GROUPED_HEADS,
     "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-_EXPERT_RELATIVES = ("Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "MiniMaxM2")
+_EXPERT_RELATIVES = (
+    *("Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "MiniMaxM2", "Glm4Moe", "Ernie4_5_Moe"),
+    *("ExaoneMoe", "GraniteMoe", "HunYuanMoEV1", "SolarOpen"),
+)
 _FALCON: dict[str, Any] = {
     **_IDS,
     "hidden_size": 32,

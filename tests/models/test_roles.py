@@ -24,7 +24,7 @@ from lorakit.methods.lora.kinds import kind_of
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
 from lorakit.models.layers import AdapterSlot, RowSlice, walk, why_not_adaptable
-from lorakit.models.roles import find_places, is_role, resolve_targets
+from lorakit.models.roles import find_places, is_role, resolve_targets, targets
 
 EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 
@@ -62,6 +62,7 @@ def test_counts(arch: str) -> None:
         for entry in ("mlp", "mlp.up", "all-linear"):
             with pytest.raises(TargetError, match=r"stacked tensors.* Write 'attention'"):
                 find_places(model, entry)
+        assert not any(role.startswith("mlp") for role in targets(model))
         return
     assert len(find_places(model, "mlp.up")) == BLOCKS[arch]
     assert len(find_places(model, "mlp.down")) == BLOCKS[arch]

@@ -229,9 +229,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "vaultgemma"),
             *("cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "exaone4", "helium"),
             *("ernie4_5", "hunyuan_v1_dense", "cwm"),
-            *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2"),
+            *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "glm4_moe"),
+            *("ernie4_5_moe", "exaone_moe", "granitemoe", "hunyuan_v1_moe", "solar_open"),
         ),
-        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},  # blocks with experts lack the latter
+        # Blocks with experts lack the latter, and with them the whole model has no roles of the MLP (`places`).
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
     ),
     Architecture(
         model_types=("arcee", "nemotron", "apertus", "jais2"),

@@ -123,7 +123,18 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
 
 
 def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place]:
-    """Yield every place of the model that has a role."""
+    """Yield every place of the model that has a role.
+
+    A model with experts has no roles of the MLP, not even in its blocks without experts: `find_places` refuses them.
+    """
+    has_experts = any(is_stacked_experts(at.path, at.module) for at in modules)
+    places = _in_blocks(modules)
+    yield from (p for p in places if not (has_experts and p.role in MLP_ROLES))
+    yield from (Place(path, EMBEDDING) for path in embedding_paths(model, modules))
+    yield from (Place(path, HEAD) for path in head_paths(model, modules))
+
+
+def _in_blocks(modules: list[LocatedModule]) -> Iterator[Place]:
     for at in modules:
         path, module, config, _ = at
         architecture, name = architecture_of(config), name_in_block(path)
@@ -134,8 +145,6 @@ def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place
             yield Place(f"{path}.linear2", DOWN)
         elif architecture and name and why_not_adaptable(module) is None:
             yield from _projections(at, architecture, name)
-    yield from (Place(path, EMBEDDING) for path in embedding_paths(model, modules))
-    yield from (Place(path, HEAD) for path in head_paths(model, modules))
 
 
 def _expand(entry: str) -> tuple[str, ...]:
