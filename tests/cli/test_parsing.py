@@ -110,18 +110,34 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
         ("lora: {rank: '8'}", r"lora\.rank is '8'; it must be a whole number\."),
         ("resume: 1", r"resume is 1; it must be true or false\."),
         ("epochs: null", r"epochs is null; it must be a number\."),
-        ("base: {name: x}\nbase.name: y", r"run\.yaml: base\.name occurs twice\. .* remove one"),
-        ("base: x\nbase.name: y", r"run\.yaml: base\.name occurs twice\."),
-        ("decoding.beams: 2\ndecoding: {beams: 3}", r"run\.yaml: decoding\.beams occurs twice\."),
+        ("base: {name: x}\nbase.name: y", r"base\.name occurs twice\. .* remove one"),
+        ("base: x\nbase.name: y", r"base\.name occurs twice\."),
+        ("decoding.beams: 2\ndecoding: {beams: 3}", r"decoding\.beams occurs twice\."),
         ("- a", "is not a mapping of options"),
-        ("a: [", r"run\.yaml is not valid YAML: .*line 1"),
+        ("a: [", r"is not valid YAML: .*line 1"),
     ],
 )
 def test_a_wrong_line_of_a_file(line: str, message: str, tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(line)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=rf"run\.yaml.*{message}"):
         train(f"{RUN} --config {file}")
+
+
+def test_the_error_names_the_file_that_sets_the_option(tmp_path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("epochs: -1\nbatch_size: 0")
+    second.write_text("epochs: -2")
+    both = f"{RUN} --config {first} --config {second}"
+    with pytest.raises(ConfigurationError, match=r"second\.yaml: epochs is -2"):
+        train(both)
+    with pytest.raises(ConfigurationError, match="^epochs is -3"):
+        train(f"{both} --epochs -3")
+    with pytest.raises(ConfigurationError, match=r"first\.yaml: batch_size is 0"):
+        train(f"{both} --epochs 3")
+    first.write_text("lora: {rank: 0}")
+    with pytest.raises(ConfigurationError, match=r"first\.yaml: rank is 0"):
+        train(f"{both} --epochs 3")
 
 
 def test_a_file_may_name_a_base_alone(tmp_path) -> None:

@@ -65,6 +65,7 @@ def parse(
     files, typed, by_entry = _typed(argv, config_class, positional, command)
     values = dict(defaults or {})
     without_effect = tuple(unused(typed)) if unused else ()
+    file_of: dict[str, str] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for file in files:
         found, foreign = read_options(file, config_class, typed_only)
@@ -79,18 +80,34 @@ def parse(
         if parts:
             print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)
         values.update(found)
+        file_of.update(dict.fromkeys(found, file))
         runs.update({file: foreign["output"]} if "output" in foreign else {})
     for name in by_entry:
         if isinstance(values.get(name), dict):
             typed[name] = {**values[name], **typed[name]}
     values.update(typed)
+    for name in typed:
+        file_of.pop(name, None)
     if runs and "output" in missing_options(config_class, values):
         file, run = runs.popitem()
         raise ConfigurationError(
             f"output is not set. The output in {file}, {run}, is the folder of the run, which lorakit {command} does "
             f"not write to. Add --output, for example --output {run}{_ENDINGS.get(command, f'-{command}')}."
         )
-    return build(config_class, values)
+    try:
+        return build(config_class, values)
+    except ConfigurationError as error:
+        raise _with_file(error, file_of) from None
+
+
+def _with_file(error: ConfigurationError, file_of: Mapping[str, str]) -> ConfigurationError:
+    """Return the error about an option's value with the file that sets it, if one does."""
+    message, *more = error.args
+    option = str(message).split(" ")[0]
+    for name, file in file_of.items():
+        if name == option or name.endswith(f".{option}"):
+            return ConfigurationError(f"{file}: {message}", *more)
+    return error
 
 
 _ENDINGS = {"merge": "-merged", "predict": "-predictions.jsonl"}
