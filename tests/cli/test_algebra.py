@@ -127,6 +127,17 @@ def test_extract(capsys, folder, tmp_path):
     assert 0 < found["changed"] <= found["predictions"]
 
 
+def test_peft_loads_what_was_extracted_from_full_fine_tuning(capsys, folder, tmp_path):
+    model = lorakit.load_base(folder / "base", dtype="float32").model
+    handle = lorakit.attach(model, lorakit.FullFineTuning(), name="full")
+    randomise(handle, scale=0.1)
+    handle.save(tmp_path / "full")
+    assert not (tmp_path / "full" / "adapter_config.json").exists()
+    argv = ["extract", tmp_path / "full", tmp_path / "found", "--base.name", folder / "base"]
+    assert run(capsys, *argv, "--rank", "2")[0] == 0
+    assert (tmp_path / "found" / "adapter_config.json").exists()
+
+
 def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
     argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5", "--json", "true"]
     status, out, _ = run(

@@ -28,6 +28,15 @@ def test_the_norm_is_that_of_the_change(name: str) -> None:
     assert norm == pytest.approx(math.hypot(*(float(part.norm()) for part in parts)))
 
 
+def test_the_size_is_that_of_the_file(tmp_path: Path, capsys) -> None:
+    """PEFT's form has zeros beside the adapted rows of GPT-2's fused projection."""
+    adapters = lorakit.attach(tiny_models.build("gpt2"), lorakit.LoRA(rank=2), name="a")
+    folder = adapters.save(tmp_path / "a")
+    assert main(["inspect", str(folder), "--json", "true"]) == 0
+    file = folder / "adapter_model.safetensors"
+    assert json.loads(capsys.readouterr().out)["bytes"] == file.stat().st_size
+
+
 def test_names_from_a_file_are_no_markup(tmp_path: Path, capsys) -> None:
     model = tiny_models.build("llama")
     model.config._name_or_path = "[bold]base[/red]"

@@ -131,7 +131,7 @@ def test_the_error_names_the_file_that_sets_the_option(tmp_path) -> None:
     both = f"{RUN} --config {first} --config {second}"
     with pytest.raises(ConfigurationError, match=r"second\.yaml: epochs is -2"):
         train(both)
-    with pytest.raises(ConfigurationError, match="^epochs is -3"):
+    with pytest.raises(ConfigurationError, match=r"^epochs is -3"):
         train(f"{both} --epochs -3")
     with pytest.raises(ConfigurationError, match=r"first\.yaml: batch_size is 0"):
         train(f"{both} --epochs 3")

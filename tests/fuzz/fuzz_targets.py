@@ -153,9 +153,7 @@ def _lorakit_folders(folder: Path) -> list[Files]:
         formats.write(stored, folder / str(number))
         found.append(_content(folder / str(number)))
         own = folder / f"own-{number}"
-        own.mkdir()
-        formats.lorakit_json.write_tensors(stored, own)
-        formats.lorakit_json.write(stored, own, None)
+        formats.write(stored, own, for_peft=False)
         found.append(_content(own))
     return found
 
@@ -252,9 +250,7 @@ def _check_round_trip(stored: StoredAdapter, folder: Path) -> None:
     if stored.base_copies:
         return  # only a live model completes it
     copy = folder / "written again"
-    copy.mkdir()
-    formats.lorakit_json.write_tensors(stored, copy)
-    formats.lorakit_json.write(stored, copy, None)
+    formats.write(stored, copy, for_peft=False)
     again, stored = (
         dataclasses.replace(adapter, layers=dict(sorted(adapter.layers.items())))
         for adapter in (formats.read(copy), stored)

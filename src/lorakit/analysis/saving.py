@@ -12,8 +12,6 @@ from typing import Any
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
-from lorakit.adapters.formats.card import card
-from lorakit.adapters.formats.peft.reading import PICKLE_NAME
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import read
@@ -27,8 +25,6 @@ from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
-
-TENSORS = (peft.TENSORS_NAME, lorakit_json.TENSORS_NAME, PICKLE_NAME, WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +79,10 @@ def save(
         "error": made.error,
         "versions": versions(),
     }
-    for_peft = not any(_is_lorakit_only(folder) for folder in adapters.values())
+    base_of_result = made.adapter.base
+    # A record read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
+    is_live = base_of_result is not None and base_of_result.layout is not None
+    for_peft = is_live or not any(map(_is_lorakit_only, adapters.values()))
     scores: dict[str, dict[str, float]] = {}
     if scoring is not None and scoring.data != DataConfig():
         for path, folder in adapters.items():
@@ -149,15 +148,10 @@ def _score(
 def _write(
     stored: StoredAdapter, folder: Path, tokenizer_from: Path | None, *, for_peft: bool
 ) -> list[str]:
-    """Write an adapter folder, in PEFT's format if `for_peft`."""
+    """Write an adapter folder with a copy of a tokenizer; see `formats.write`."""
     if tokenizer_from is not None:
         formats.copy_tokenizer(tokenizer_from, folder)
-    if for_peft:
-        return formats.write(stored, folder)
-    lorakit_json.write_tensors(stored, folder)
-    (folder / lorakit_json.CARD_NAME).write_bytes(card(stored, None).encode())
-    lorakit_json.write(stored, folder, None)
-    return ["Only lorakit can load this folder, because PEFT cannot load the input adapter."]
+    return formats.write(stored, folder, for_peft=for_peft)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -177,9 +171,8 @@ def _is_lorakit_only(path: Path) -> bool:
 
 def _origin(path: Path) -> dict[str, Any]:
     """Return the name of an input, and the digest of its tensors if it is an adapter."""
-    files = [path] if path.is_file() else [path / name for name in TENSORS]
-    digests = [storage.sha256(file) for file in files if file.is_file()]
-    return {"name": _name(path), "sha256": digests[0] if digests else None}
+    file = formats.tensor_file(path) or path / WEIGHTS
+    return {"name": _name(path), "sha256": storage.sha256(file) if file.is_file() else None}
 
 
 def _name(path: Path) -> str:

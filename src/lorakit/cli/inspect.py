@@ -60,7 +60,8 @@ def run(argv: Sequence[str]) -> None:
         stored.notices.append(
             "The file does not record alpha; 1 is assumed here. Set the lora_alpha it was trained with: --alpha 16."
         )
-    facts = describe(stored)
+    file = formats.tensor_file(config.adapter)
+    facts = {**describe(stored), "bytes": file.stat().st_size if file else 0}
     if config.json:
         print_json(facts)
     else:
@@ -71,12 +72,9 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
     """Return the adapter's contents as JSON values; `norm` is the Frobenius norm of ``scaling * B A``."""
     from lorakit.analysis.spectrum import layer_norm
 
-    tensors = [t for layer in stored.layers.values() for t in layer.tensors.values()]
-    tensors += [*stored.module_tensors.values(), *stored.trained.values()]
     return {
         "method": repr(stored.method),
         "parameters": stored.parameters,
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
         "layers": {
             path: {
                 "kind": layer.kind,

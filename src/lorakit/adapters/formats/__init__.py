@@ -43,6 +43,7 @@ __all__ = [
     "read",
     "read_loralib",
     "read_peft",
+    "tensor_file",
     "tensors",
     "write",
     "write_loralib",
@@ -104,11 +105,16 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
     return stored
 
 
-def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
+def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -> list[str]:
     """Write an adapter into a folder: lorakit.json, the model card, and PEFT's files if PEFT can load it.
 
     Files that the folder already contains (a tokenizer) stay, and their checksums are recorded. The
     write is not atomic: pass a folder from `storage.atomic_folder`.
+
+    Args:
+        stored: The adapter.
+        folder: The folder; it may exist.
+        for_peft: False writes no files of PEFT, as for an adapter made from one that PEFT cannot load.
 
     Returns:
         Sentences for the user, such as the reason why PEFT cannot load the folder.
@@ -123,6 +129,8 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     notices: list[str] = []
     form: peft.PeftForm | None = None  # stays None if PEFT cannot load the adapter
     try:
+        if not for_peft:
+            raise NotExpressibleError("it cannot load the adapter from which this one was made.")
         form = write_peft(stored, folder)
         notices += form.notices
     except NotExpressibleError as error:
@@ -131,6 +139,13 @@ def write(stored: StoredAdapter, folder: str | Path) -> list[str]:
     (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
+
+
+def tensor_file(path: str | Path) -> Path | None:
+    """Return the file with the tensors of an adapter: `path`, or the file of the folder that `read` reads."""
+    path = Path(path)
+    files = [path] if path.is_file() else [path / name for name in _TENSOR_NAMES]
+    return next((file for file in files if file.is_file()), None)
 
 
 def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
