@@ -70,6 +70,28 @@ def test_gradients_of_the_base_from_before_attach_are_dropped() -> None:
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
+class WithAdapters(nn.Module):
+    """A base with a module of its own that has the name of lorakit's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.adapters = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapters[0](self.first(x))
+
+
+def test_a_module_of_the_base_may_be_called_adapters() -> None:
+    model = WithAdapters()
+    parameters = dict(model.named_parameters())
+    attach(model, LoRA(rank=2, targets="first", train_modules="adapters")).detach()
+    assert all(parameter.requires_grad for parameter in parameters.values())
+    assert set(FullFineTuning().trained_parameters(model)) == set(parameters)
+    adapters = attach(model, FullFineTuning())
+    assert sum(p.numel() for p in adapters.trainable_parameters()) == 40
+
+
 # --- full fine-tuning --------------------------------------------------------------------------------
 
 

@@ -30,11 +30,12 @@ def test_counting_builds_no_weights_and_changes_nothing():
         LoRA(rank=8, targets="mlp", dora=True),
         lorakit.BottleneckAdapter(size=8),
         lorakit.PrefixLayer(prefix_length=1000),
+        LoRA(rank=2, targets="embedding", tie_head=True),
     ],
-    ids=["pissa", "dora", "bottleneck", "vectors"],
+    ids=["pissa", "dora", "bottleneck", "vectors", "tied head"],
 )
 def test_counting_allocates_nothing_and_draws_no_random_numbers(method):
-    model = tiny_models.build("llama")
+    model = tiny_models.build("llama", tie_word_embeddings=True)
     state = torch.get_rng_state()
     with RealTensors() as real:
         counts = count_parameters(model, method)
@@ -42,6 +43,29 @@ def test_counting_allocates_nothing_and_draws_no_random_numbers(method):
     assert torch.equal(torch.get_rng_state(), state)
     adapters = lorakit.attach(model, method)
     assert counts == adapters.summary().counts
+
+
+@dataclass(frozen=True)
+class OneVectorForAllBlocks:
+    """Train one vector that all blocks share."""
+
+    def modules(self, model, dtype=None):
+        vector = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+        modules = {}
+        for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
+            modules[path] = AdapterModule()
+            modules[path].vector = vector
+        return modules
+
+    def trained_parameters(self, model):
+        return []
+
+
+def test_a_shared_parameter_counts_once():
+    model = tiny_models.build("llama")
+    counts = count_parameters(model, OneVectorForAllBlocks())
+    assert counts.by_layer == {"model.layers.0.mlp": 4}
+    assert lorakit.attach(model, OneVectorForAllBlocks()).summary().counts == counts
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,15 @@ def test_tie_head_where_it_cannot_be(arch: str, settings: dict, targets: str, me
     assert handle_of(model) is None
 
 
+def test_tie_head_of_a_model_without_token_embeddings() -> None:
+    class Vision(nn.Sequential):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError  # as transformers does
+
+    with pytest.raises(ConfigurationError, match="tie_head"):
+        attach(Vision(nn.Linear(4, 4)), LoRA(rank=2, targets="0", tie_head=True))
+
+
 def test_tie_head_on_a_head_that_is_only_read() -> None:
     """MobileBERT concatenates the head's weight with another one, and never calls the head."""
     config = MobileBertConfig(

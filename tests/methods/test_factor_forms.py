@@ -244,6 +244,10 @@ def test_only_matrices_limit_the_rank():
     for kind in ("linear", "attention", "embedding"):
         (notice,) = rank_notices({"a": StoredLayer(kind=kind, A=A, B=B, **settings)})
         assert "'a' (rank 4, width 2)" in notice
+    slices = tuple(RowSlice(groups=1, stride=5, offset=o, width=w) for o, w in ((0, 3), (3, 2)))
+    fused = StoredLayer(kind="linear", A=numbers(6, 8), B=numbers(5, 3), slices=slices, **settings)
+    (notice,) = rank_notices({"a": fused})
+    assert "'a' (rank 3, width 2)" in notice
     conv = StoredLayer(kind="conv", A=A[..., None], B=B[..., None], **settings)
     shape = (2, 3, 1, 1)
     loralib = StoredLayer(kind="conv-loralib", A=A, B=B, weight_shape=shape, **settings)

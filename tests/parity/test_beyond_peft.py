@@ -179,6 +179,34 @@ def test_tied_head_in_peft(arch: str, tmp_path: Path):
     assert torch.equal(again(**batch).logits, expected)
 
 
+class TwoEmbeddings(nn.Module):
+    """Two embeddings and the head share one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(8, 4), nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        table = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+        self.first.weight = self.second.weight = self.head.weight = nn.Parameter(table)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.first
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.first(ids) + self.second(ids))
+
+
+def test_a_head_tied_to_one_of_two_adapted_embeddings_in_peft(tmp_path: Path):
+    model, ids = TwoEmbeddings(), torch.arange(4)[None]
+    handle = attach(model, LoRA(rank=RANK, targets=("first", "second"), tie_head=True))
+    randomise(handle.trainable_parameters(), seed=2)
+    folder = handle.save(tmp_path / "adapter")
+    assert_same(peft_models.load(TwoEmbeddings(), folder)(ids), model(ids))
+
+
 # --- nn.MultiheadAttention -----------------------------------------------------------------------
 
 

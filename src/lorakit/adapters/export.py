@@ -24,7 +24,6 @@ from transformers.utils import CONFIG_NAME
 from lorakit import storage
 from lorakit.adapters.installed import (
     adapted_layers,
-    base_parameter,
     base_weights,
     unmergeable,
 )
@@ -33,7 +32,7 @@ from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
-from lorakit.models.parameter_swaps import MARK
+from lorakit.models.parameter_swaps import MARK, named_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
@@ -308,11 +307,8 @@ def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
 def tied_names(model: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that several layers of the base share."""
     names: dict[int, list[str]] = {}
-    for path, module in base_modules(model):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{path}.{attribute}" if path else attribute
-                names.setdefault(id(base_parameter(module, attribute)), []).append(name)
+    for name, _, parameter in named_base_parameters(model):
+        names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
 

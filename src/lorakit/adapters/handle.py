@@ -332,7 +332,7 @@ class Adapters:
             AdapterStateError: A layer of the adapter was replaced.
         """
         self._require_in_place([self._get(name).name])
-        return saving.store(self.model, self._get(name))
+        return saving.store(self.model, self._get(name), self.base_record(name))
 
     def base_record(self, name: str | None = None, *, tokenizer: Any = None) -> BaseRecord:
         """Return the fingerprint of the base, without the parameters that the adapter trains in full.
@@ -388,8 +388,8 @@ class Adapters:
             self.model,
             replace(adapter, provenance=recorded),
             Path(folder),
+            base or self.base_record(name, tokenizer=tokenizer),
             tokenizer=tokenizer,
-            base=base,
             overwrite=overwrite,
             is_main_process=is_main_process,
         )

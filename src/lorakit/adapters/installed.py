@@ -26,7 +26,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS, base_modules
-from lorakit.models.parameter_swaps import buffers_for
+from lorakit.models.parameter_swaps import base_parameter, buffers_for, named_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 
 _LOG = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class InstalledAdapter:
     method: Method
     modules: dict[str, AdapterModule]
     """The adapter's modules by the path of the adapted layer."""
-    trained: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Layer path and attribute of each base parameter trained in full, by its name; a tied one by its first name."""
+    trained: list[str] = field(default_factory=list)
+    """Names of the base parameters trained in full; of a tied one the first."""
     provenance: dict[str, Any] = field(default_factory=dict)
     is_first_somewhere: bool = False
     """Whether a layer had no adapter before."""
@@ -109,10 +109,8 @@ class InstalledAdapter:
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
         """Return the trained copies of base parameters, by the same names as in `trained`."""
-        return {
-            name: self.modules[path].trained[attribute]
-            for name, (path, attribute) in self.trained.items()
-        }
+        places = {name: name.rpartition(".") for name in self.trained}
+        return {n: self.modules[path].trained[a] for n, (path, _, a) in places.items()}
 
 
 def install(
@@ -153,8 +151,8 @@ def install(
         parameter = base_parameter(layer, attribute)
         names_of.setdefault(id(parameter), []).append(parameter_name)
     for names in names_of.values():
+        installed.trained.append(names[0])
         path, _, attribute = names[0].rpartition(".")
-        installed.trained[names[0]] = path, attribute
         base = base_parameter(model.get_submodule(path), attribute)
         copy = nn.Parameter(base.detach().clone())
         for parameter_name in names:
@@ -241,16 +239,6 @@ def uninstall(
     return is_last
 
 
-def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
-    """Return the base's own parameter, also while a trained or merged tensor replaces it."""
-    adapters = layer._modules.get(ADAPTERS)
-    if isinstance(adapters, LayerAdapters):
-        return adapters.base(layer, attribute)
-    parameter = layer._parameters[attribute]
-    assert parameter is not None
-    return parameter
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
     """Yield path, layer and `adapters` child of every layer that has an adapter."""
     for path, module in list(base_modules(model)):
@@ -306,26 +294,21 @@ def _merges_an_addition(module: AdapterModule) -> bool:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and tensor of every parameter of the base, as before the first adapter."""
-    for _, name, parameter in _base_parameters(model):
-        yield name, parameter
+    yield from ((name, parameter) for name, _, parameter in _each_once(model))
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Yield layer, name and tensor of `base_parameters`."""
+def _each_once(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Yield `named_base_parameters` without further names of tied tensors."""
     seen: set[int] = set()
-    for path, module in base_modules(model):
-        for attribute, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            parameter = base_parameter(module, attribute)
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield module, (f"{path}.{attribute}" if path else attribute), parameter
+    for name, layer, parameter in named_base_parameters(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, layer, parameter
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
     """Yield `base_parameters`, each quantised one as a `QuantisedWeight` with the unpacked shape."""
-    for layer, name, parameter in _base_parameters(model):
+    for name, layer, parameter in _each_once(model):
         yield name, quantised_weight(layer, parameter) or parameter
 
 

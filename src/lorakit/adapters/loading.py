@@ -17,7 +17,7 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.formats.stored_layer import LIVE, StoredLayer
 from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
@@ -273,17 +273,12 @@ def _build_layer(
         dora=stored_layer.magnitude is not None,
         dtype=stored_layer.A.dtype,
     )
-    A, B = module.lora_A, module.lora_B
-    for attribute, tensor, expected in (
-        ("lora_A", stored_layer.A, A),
-        ("lora_B", stored_layer.B, B),
-        ("lora_B_bias", stored_layer.B_bias, module.lora_B_bias),
-        ("magnitude", stored_layer.magnitude, module.magnitude),
-        ("initial_A", stored_layer.initial_A, A),
-        ("initial_B", stored_layer.initial_B, B),
-    ):
-        if tensor is None or expected is None:
+    for field, attribute in LIVE.items():
+        tensor = getattr(stored_layer, field)
+        if tensor is None:
             continue
+        # PiSSA's initial factors are None until they are set.
+        expected = getattr(module, attribute.replace("initial", "lora"))
         if tensor.shape != expected.shape:
             raise AdapterFileError(
                 f"{origin}: {attribute} of '{path}' has shape {tuple(tensor.shape)}, and this model's "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,9 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import choice_for_batch
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.installed import check_installable
+from lorakit.adapters.installed import InstalledAdapter, check_installable
 from lorakit.adapters.loading import build_modules, check_base, install, usable_name
 from lorakit.errors import AdapterStateError
-from lorakit.methods.method import Method
-from lorakit.methods.module import AdapterModule
-
-
-@dataclass
-class _Converted:
-    """An adapter of the PEFT model in lorakit's form, before it is on the base."""
-
-    stored: StoredAdapter
-    modules: dict[str, AdapterModule]
-    trainable: bool
-
-    @property
-    def method(self) -> Method:
-        return self.stored.method
-
-    @property
-    def scales(self) -> bool:
-        return not self.stored.trained and all(module.scales for module in self.modules.values())
 
 
 def from_peft(peft_model: Any) -> Adapters:
@@ -80,32 +60,26 @@ def from_peft(peft_model: Any) -> Adapters:
     active = [] if _are_disabled(wrappers.values()) else list(peft_model.active_adapters)
     base = _unwrapped(peft_model.get_base_model(), {})
     named = _usable_names(names)
-    converted: dict[str, _Converted] = {}
+    converted: dict[str, InstalledAdapter] = {}
     for name, adapter in stored.items():
         handle_for(base).check_can_add(named[name])
         adapter.notices += _notices(adapter, name, named[name])
         check_base(base, adapter, name, allow_other_base=False, tokenizer=None)
         modules = build_modules(base, adapter, f"'{name}'")
         check_installable(base, modules, list(adapter.trained))
-        trainable = _is_trainable(wrappers.values(), name)
-        converted[named[name]] = _Converted(adapter, modules, trainable)
+        trained = list(adapter.trained)
+        converted[name] = InstalledAdapter(named[name], adapter.method, modules, trained)
+    trainable = {name for name in names if _is_trainable(wrappers.values(), name)}
     choice = {named[name]: 1.0 for name in active}
-    choice_for_batch(choice, converted.__getitem__)
+    choice_for_batch(choice, {one.name: one for one in converted.values()}.__getitem__)
     # All checks have passed, so the PEFT model may be changed.
-    return _convert(peft_model, converted, choice)
-
-
-def _convert(
-    peft_model: Any, converted: dict[str, _Converted], choice: dict[str, float]
-) -> Adapters:
-    """Unwrap the base of a PEFT model, and put the converted adapters on it."""
     _restore_originals(peft_model)
     base = peft_model.unload()
     for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     handle = handle_for(base)
-    for name, adapter in converted.items():
-        install(handle, adapter.stored, adapter.modules, name, trainable=adapter.trainable)
+    for name, one in converted.items():
+        install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
     handle.activate(choice)
     return handle
 

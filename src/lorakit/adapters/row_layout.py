@@ -19,7 +19,7 @@ from lorakit.adapters.passes import Pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
-from lorakit.models.heads import output_embeddings
+from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import base_modules, parents, walk
 
 _MAIN_INPUTS = (
@@ -121,7 +121,7 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     if not paths:
         return {}
     configs = {at.path: at.config for at in walk(model)}
-    inputs = {id(table) for table in _input_tables(model)}
+    inputs = {id(input_embeddings(module)) for _, module in base_modules(model)}
     layouts = {}
     for path in paths:
         layer, config = model.get_submodule(path), configs.get(path)
@@ -165,17 +165,6 @@ def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
         if config is not text and model.get_submodule(path) is not output_embeddings(model):
             return "the images or sounds that it sees are not the rows of the batch"
     return None
-
-
-def _input_tables(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the tables of the model's input tokens, of every part."""
-    for _, module in base_modules(model):
-        try:
-            table = getattr(module, "get_input_embeddings", lambda: None)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if table is not None:
-            yield table
 
 
 def _declaring(around: list[nn.Module]) -> nn.Module | None:

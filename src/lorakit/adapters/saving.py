@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.formats.stored_layer import LIVE, StoredLayer
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.methods.lora.embedding import TiedHeadLoRA
@@ -25,23 +25,63 @@ from lorakit.models.parameter_swaps import hidden_parameters
 
 _LOG = logging.getLogger(__name__)
 
+_Copy = Callable[[Tensor], Tensor]
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
+    with _whole(tensor) as whole:
+        return whole.detach().to("cpu", copy=True).contiguous()
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor with the parts of all processes, if FSDP2 or DeepSpeed's ZeRO-3 has split it."""
+    if isinstance(tensor, DTensor):
+        yield tensor.full_tensor()
+    elif "ds_id" in tensor.__dict__:
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+        with GatheredParameters(tensor):
+            yield tensor
+    else:
+        yield tensor
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and dtype on the meta device."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed empties what it splits
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
 
 def store(
     model: nn.Module,
     adapter: InstalledAdapter,
-    base: formats.BaseRecord | None = None,
-    tokenizer: Any = None,
+    base: formats.BaseRecord,
+    copy: _Copy = _cpu_copy,
 ) -> StoredAdapter:
-    """Return the stored form of a live adapter: settings, tensors on the CPU and the record of its base."""
-    if base is None:
-        trained = tuple(adapter.trained_tensors())
-        base = formats.base_record(model, exclude=trained, tokenizer=tokenizer)
-    return _store(model, adapter, base, _cpu_copy)
+    """Return the stored form of a live adapter, with a `copy` of each tensor: on the CPU, by default."""
+    lora = {path: m for path, m in adapter.modules.items() if isinstance(m, LoRALayer)}
+    heads = {m.source[0]: path for path, m in lora.items() if isinstance(m, TiedHeadLoRA)}
+    layers = {
+        path: _store_layer(model.get_submodule(path), module, copy, heads.get(module))
+        for path, module in lora.items()
+        if not isinstance(module, TiedHeadLoRA)
+    }
+    modules = {path: _added_tensors(module, copy) for path, module in adapter.modules.items()}
+    return StoredAdapter(
+        method=adapter.method,
+        layers=layers,
+        modules={path: tensors for path, tensors in modules.items() if tensors},
+        trained={name: copy(tensor) for name, tensor in adapter.trained_tensors().items()},
+        base=base,
+        provenance=dict(adapter.provenance),
+    )
 
 
 def file_bytes(model: nn.Module, adapter: InstalledAdapter) -> int:
     """Return the size of the tensors that `save` writes, without computing or copying any."""
-    stored = _store(model, adapter, formats.base_record(model, hashed=False), _without_data)
+    stored = store(model, adapter, formats.base_record(model, hashed=False), _without_data)
     return sum(tensor.nbytes for tensor in formats.tensors(stored).values())
 
 
@@ -49,14 +89,14 @@ def save(
     model: nn.Module,
     adapter: InstalledAdapter,
     folder: Path,
+    base: formats.BaseRecord,
     *,
-    tokenizer: Any = None,
-    base: formats.BaseRecord | None = None,
-    overwrite: bool = False,
-    is_main_process: bool = True,
+    tokenizer: Any,
+    overwrite: bool,
+    is_main_process: bool,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
-    stored = store(model, adapter, base, tokenizer)
+    stored = store(model, adapter, base)
     if not is_main_process:
         return folder
     if overwrite:
@@ -71,47 +111,23 @@ def save(
     return folder
 
 
-_Copy = Callable[[Tensor], Tensor]
-
-
-def _store(
-    model: nn.Module, adapter: InstalledAdapter, base: formats.BaseRecord, copy: _Copy
-) -> StoredAdapter:
-    """Return the stored form of a live adapter, with a `copy` of each tensor."""
-    layers = {
-        path: _store_layer(model.get_submodule(path), module, copy)
-        for path, module in adapter.modules.items()
-        if isinstance(module, LoRALayer) and not isinstance(module, TiedHeadLoRA)
-    }
-    modules = {path: _added_tensors(module, copy) for path, module in adapter.modules.items()}
-    return StoredAdapter(
-        method=adapter.method,
-        layers=layers,
-        modules={path: tensors for path, tensors in modules.items() if tensors},
-        trained={name: copy(tensor) for name, tensor in adapter.trained_tensors().items()},
-        base=base,
-        provenance=dict(adapter.provenance),
-    )
-
-
-def _store_layer(layer: nn.Module, module: LoRALayer, copy: _Copy) -> StoredLayer:
-    """Return the stored form of the adapter on one layer."""
-    form = module.form
+def _store_layer(
+    layer: nn.Module, module: LoRALayer, copy: _Copy, tied_head: str | None
+) -> StoredLayer:
+    """Return the stored form of the adapter on one layer, which may act on a tied head too."""
+    form, live = module.form, {field: getattr(module, name) for field, name in LIVE.items()}
+    tensors: dict[str, Any] = {field: copy(t) for field, t in live.items() if t is not None}
     return StoredLayer(
+        **tensors,
         kind=form.kind,
-        A=copy(module.lora_A),
-        B=copy(module.lora_B),
-        B_bias=None if module.lora_B_bias is None else copy(module.lora_B_bias),
         scaling=module.scaling,
         alpha=module.alpha,
-        magnitude=None if module.magnitude is None else copy(module.magnitude),
         slices=form.slices,
         grouped=form.grouped,
         transposed=form.transposed,
         weight_shape=form.weight_shape,
-        initial_A=None if module.initial_A is None else copy(module.initial_A),
-        initial_B=None if module.initial_B is None else copy(module.initial_B),
         base_norms=_base_norms(layer, module, copy),
+        tied_head=tied_head,
     )
 
 
@@ -133,29 +149,3 @@ def _added_tensors(module: AdapterModule, copy: _Copy) -> dict[str, Tensor]:
         return {}
     state = module.state_dict()
     return {name: copy(t) for name, t in state.items() if not name.startswith("trained.")}
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype on the meta device."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed empties what it splits
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
-
-
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
-    with _whole(tensor) as whole:
-        return whole.detach().to("cpu", copy=True).contiguous()
-
-
-@contextmanager
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor with the parts of all processes, if FSDP2 or DeepSpeed's ZeRO-3 has split it."""
-    if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()
-    elif "ds_id" in tensor.__dict__:
-        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
-
-        with GatheredParameters(tensor):
-            yield tensor
-    else:
-        yield tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -64,14 +65,8 @@ class Summary:
 
 def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:
     """Return the parameter counts and the file size of one adapter of a model."""
-    by_layer: dict[str, int] = {}
-    seen: set[int] = set()
-    for path, module in adapter.modules.items():
-        unseen = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, unseen))
-        if unseen:
-            by_layer[path] = sum(p.numel() for p in unseen)
-    counts = _counts(model, by_layer)
+    modules = adapter.modules.items()
+    counts = _counts(model, ((path, p) for path, module in modules for p in module.parameters()))
     return Summary(adapter.name, describe(adapter.method), counts, file_bytes(model, adapter))
 
 
@@ -86,20 +81,25 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
         ConfigurationError: A setting does not fit the model.
     """
     modules = fake_modules(method, model)
-    by_layer = Counter(
-        {path: sum(p.numel() for p in m.parameters()) for path, m in modules.items()}
-    )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = method.trained_parameters(model)
     refuse_quantised(model, trained)
-    first_names: dict[int, str] = {}
-    for name in trained:
-        first_names.setdefault(id(parameters[name]), name)
-    for name in first_names.values():
-        by_layer[name.rpartition(".")[0]] += parameters[name].numel()
-    return _counts(model, dict(by_layer))
+    base = dict(model.named_parameters(remove_duplicate=False))
+    return _counts(
+        model,
+        [
+            *((path, p) for path, module in modules.items() for p in module.parameters()),
+            *((name.rpartition(".")[0], base[name]) for name in trained),
+        ],
+    )
 
 
-def _counts(model: nn.Module, by_layer: dict[str, int]) -> Counts:
+def _counts(model: nn.Module, trained: Iterable[tuple[str, nn.Parameter]]) -> Counts:
+    """Count trained parameters, each given with the path of its layer; a shared one counts at its first path."""
+    by_layer: Counter[str] = Counter()
+    seen: set[int] = set()
+    for path, parameter in trained:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            by_layer[path] += parameter.numel()
     total = sum(weight.numel() for _, weight in base_weights(model))
-    return Counts(sum(by_layer.values()), total, by_layer)
+    return Counts(by_layer.total(), total, dict(by_layer))

@@ -19,6 +19,7 @@ from lorakit.errors import AdapterStateError, TargetError
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.blocks import stacks
+from lorakit.models.heads import input_embeddings
 from lorakit.models.layers import ADAPTERS, by_token
 
 INIT_STD = 0.02
@@ -306,10 +307,7 @@ def embedding_vectors(
             f"{name} is an encoder-decoder, and {method} supports models with one sequence only. Use an encoder, a "
             "decoder, or another method."
         )
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        table = None
+    table = input_embeddings(model)
     if not isinstance(table, nn.Embedding):
         raise TargetError(
             f"{name} has no table of token embeddings, which {method} needs. Use a text model of transformers, or "

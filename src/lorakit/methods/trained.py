@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorakit.errors import TargetError, nearest
-from lorakit.models.layers import is_inside, is_of_adapter
+from lorakit.models.layers import base_modules, is_inside
+from lorakit.models.parameter_swaps import named_base_parameters
 from lorakit.models.quantised import quantised_weights
 
 
@@ -17,7 +18,7 @@ def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
     Raises:
         TargetError: An entry names no module.
     """
-    paths = [path for path, _ in model.named_modules() if not is_of_adapter(path)]
+    paths = [path for path, _ in base_modules(model)]
     matches: dict[str, None] = {}
     for entry in entries:
         hits = [path for path in paths if path == entry or path.endswith(f".{entry}")]
@@ -32,8 +33,7 @@ def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
 
 def parameter_names(model: nn.Module) -> list[str]:
     """Return the names of the base's parameters, with every name of a tied parameter."""
-    named = model.named_parameters(remove_duplicate=False)
-    return [name for name, _ in named if not is_of_adapter(name)]
+    return [name for name, *_ in named_base_parameters(model, remove_duplicate=False)]
 
 
 REQUIRED_GRADIENT = "_lorakit_required_gradient"
@@ -43,8 +43,8 @@ name of the parameter."""
 
 def gradient_flags(model: nn.Module) -> dict[str, bool]:
     """Return `requires_grad` of the base's parameters, as before the first adapter, by every name."""
-    named = model.named_parameters(remove_duplicate=False)
-    flags = {name: parameter.requires_grad for name, parameter in named if not is_of_adapter(name)}
+    named = named_base_parameters(model, remove_duplicate=False)
+    flags = {name: parameter.requires_grad for name, _, parameter in named}
     return flags | getattr(model, REQUIRED_GRADIENT, {})
 
 

@@ -113,5 +113,5 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_input_embeddings", None)
     try:
         return getter() if getter else None
-    except NotImplementedError:  # transformers raises it if the model has none
+    except (AttributeError, NotImplementedError):  # transformers raises them if the model has none
         return None

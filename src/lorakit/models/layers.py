@@ -281,6 +281,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
         return (layer.nf, layer.nx)
     if isinstance(layer, nn.Linear):  # a quantised weight has the shape of its storage
         return (layer.out_features, layer.in_features)
+    if isinstance(layer, nn.Embedding):  # DeepSpeed empties what it splits
+        return (layer.num_embeddings, layer.embedding_dim)
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
     assert isinstance(weight, torch.Tensor)
     return tuple(weight.shape)

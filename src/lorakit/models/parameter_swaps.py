@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorakit.errors import AdapterStateError
 from lorakit.models.faster_layers import FasterForward
 from lorakit.models.frames import has_ended
-from lorakit.models.layers import AdapterSlot
+from lorakit.models.layers import ADAPTERS, AdapterSlot, base_modules
 from lorakit.models.quantised import quantised_weight
 
 # --- for the length of a call ------------------------------------------------------------------------
@@ -257,6 +257,27 @@ class ReplacedParameters(AdapterSlot):
         """Return the data of a replaced parameter on the model's current device."""
         data = self._buffers.get(f"base_{attribute}")
         return self.replaced[attribute].detach() if data is None else data
+
+
+def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
+    """Return the base's own parameter, also while a trained or merged tensor replaces it."""
+    slot = layer._modules.get(ADAPTERS)
+    own = slot.base(layer, attribute) if isinstance(slot, ReplacedParameters) else None
+    return layer._parameters[attribute] if own is None else own  # type: ignore[return-value]
+
+
+def named_base_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Yield every name of each parameter of the base, its layer, and its tensor as before the first adapter.
+
+    `remove_duplicate` yields a module that is at several paths once. A tied tensor always has all its names.
+    """
+    for path, layer in base_modules(model, remove_duplicate=remove_duplicate):
+        for attribute, current in list(layer._parameters.items()):
+            if current is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                yield name, layer, base_parameter(layer, attribute)
 
 
 def _make_plain(layer: nn.Module) -> type[nn.Module]:

@@ -7,17 +7,13 @@ from pathlib import Path
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.stored_layer import LIVE
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, WEIGHTS
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
-
-_TENSORS = {"A": "lora_A", "B": "lora_B", "B_bias": "lora_B_bias"} | {
-    n: n for n in ("magnitude", "initial_A", "initial_B")
-}
-"""Name of a layer's tensor in the checkpoint, by its field in `StoredLayer`."""
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -57,7 +53,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
             prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
             fields = {
                 field: tensors.pop(f"{prefix}.{name}")
-                for field, name in _TENSORS.items()
+                for field, name in LIVE.items()
                 if getattr(layer, field) is not None
             }
             stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]

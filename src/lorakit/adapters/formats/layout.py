@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.installed import base_parameter
-from lorakit.methods.lora.forms import EmbeddingForm
 from lorakit.models.layers import base_modules, is_of_adapter
+from lorakit.models.parameter_swaps import named_base_parameters
 
 
 @dataclass(frozen=True)
@@ -27,21 +25,8 @@ class BaseLayout:
     """The base's parameters, by each of their names (not copied)."""
     beyond_peft: dict[str, str]
     """Layers on which PEFT computes something else than lorakit: path -> reason."""
-    output_head: str | None
-    """Path of the output embeddings, or None if the model does not name them."""
     num_labels: int | None
     """The number of labels in the model's configuration, which matters for classification only."""
-
-    def with_tied_head(self, layers: dict[str, StoredLayer]) -> dict[str, StoredLayer]:
-        """Return the layers, with `tied_head` set on the embedding that shares its weight with the head."""
-        head = self.output_head
-        return {
-            path: replace(layer, tied_head=head)
-            if isinstance(layer.form, EmbeddingForm)
-            and f"{head}.weight" in self.names_of(f"{path}.weight")
-            else layer
-            for path, layer in layers.items()
-        }
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Return all names of the parameter with this name."""
@@ -72,13 +57,9 @@ def parameter_names(model: nn.Module) -> ParameterNames:
     """Return the parameters of a live model by each of their names, without those of its adapters."""
     names: dict[int, list[str]] = {}
     parameters: dict[str, Tensor] = {}
-    for path, module in base_modules(model, remove_duplicate=False):
-        for attribute, current in list(module._parameters.items()):
-            if current is not None:
-                name = f"{path}.{attribute}" if path else attribute
-                parameter = base_parameter(module, attribute)
-                parameters[name] = parameter.detach()
-                names.setdefault(id(parameter), []).append(name)
+    for name, _, parameter in named_base_parameters(model, remove_duplicate=False):
+        parameters[name] = parameter.detach()
+        names.setdefault(id(parameter), []).append(name)
     aliases = {first: tuple(others) for first, *others in names.values() if others}
     return ParameterNames(parameters, aliases)
 
@@ -92,7 +73,6 @@ def base_layout(model: nn.Module) -> BaseLayout:
             modules[path] = module
         paths.setdefault(id(module), []).append(path)
     parameters, aliases = parameter_names(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     beyond = {path: reason for path, m in modules.items() if (reason := peft_differs_on(m))}
     for shared in paths.values():
         if len(shared) > 1:
@@ -108,7 +88,6 @@ def base_layout(model: nn.Module) -> BaseLayout:
         aliases=aliases,
         parameters=parameters,
         beyond_peft=beyond,
-        output_head=next((p for p, m in modules.items() if head is not None and m is head), None),
         num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )
 

@@ -53,9 +53,6 @@ class StoredAdapter:
         for tensors in (self.trained, self.base_copies, self.module_tensors):
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
-        layout = self.base.layout if self.base is not None else None
-        if layout is not None and lora is not None and lora.tie_head:  # saved from a live model
-            self.layers = layout.with_tied_head(self.layers)
 
     @property
     def base_name(self) -> str | None:

@@ -26,7 +26,13 @@ KINDS = tuple(
     form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)
 )
 
-TENSORS = ("A", "B", "B_bias", "magnitude", "initial_A", "initial_B", "base_norms")
+LIVE = {
+    **{"A": "lora_A", "B": "lora_B", "B_bias": "lora_B_bias"},
+    **{name: name for name in ("magnitude", "initial_A", "initial_B")},
+}
+"""Attribute of a `LoRALayer` with the same tensor, by field of a `StoredLayer`."""
+
+TENSORS = (*LIVE, "base_norms")
 """Fields of a `StoredLayer` that hold its tensors."""
 
 
@@ -218,7 +224,8 @@ def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
         f"'{path}' (rank {layer.rank}, width {width})"
         for path, layer in layers.items()
         if layer.form.limits_rank
-        and layer.rank > (width := min(layer.A.shape[1], layer.B.shape[0]))
+        and layer.rank
+        > (width := min(layer.A.shape[1], len(layer.B), *(s.total for s in layer.slices)))
     ]
     if not too_high:
         return []

@@ -17,16 +17,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class _ConvolutionLoRA(LoRALayer):
-    """A and B on a convolution, whose weight as a matrix is (out, in / groups * kernel elements)."""
-
-    @classmethod
-    def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
-        assert isinstance(layer, Convolution)
-        return layer.weight[0].numel(), layer.out_channels
-
-
-class ConvLoRA(_ConvolutionLoRA):
+class ConvLoRA(LoRALayer):
     """PEFT's factorisation: A is a convolution with the layer's kernel into `rank` channels, B is pointwise.
 
     A has shape (rank, in / groups, *kernel) and B (out, rank / groups, 1, ...), both with the layer's
@@ -101,7 +92,7 @@ class ConvLoRA(_ConvolutionLoRA):
         return (B_GOR @ A_GRK).flatten(0, 1)
 
 
-class LoralibConvLoRA(_ConvolutionLoRA):
+class LoralibConvLoRA(LoRALayer):
     """loralib's factorisation, read from its files: ``dW = (B A)`` viewed in the kernel's shape.
 
     A is (rank * K, in * K) and B (out / groups * K, rank * K) for a square kernel of width K. The view

@@ -27,7 +27,8 @@ class EmbeddingLoRA(LoRALayer):
 
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
-        return layer.num_embeddings, layer.embedding_dim  # type: ignore[return-value]
+        n_out, n_in = super().dimensions(layer)
+        return n_in, n_out
 
     def _initialise_factors(self, init: Init) -> None:
         nn.init.zeros_(self.lora_A)

@@ -13,6 +13,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
+from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import why_not_adaptable
 
 
@@ -44,10 +45,7 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
         ConfigurationError: The embedding is not adapted, or the head is not tied to it.
     """
     path_of = {id(module): path for path, module in model.named_modules()}
-    table, head = (
-        getattr(model, name, lambda: None)()
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    )
+    table, head = input_embeddings(model), output_embeddings(model)
     source = modules.get(path_of.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
         raise ConfigurationError(

@@ -20,6 +20,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule
+from lorakit.models.layers import weight_shape
 from lorakit.models.roles import RowSlice
 from lorakit.ops import dropout
 from lorakit.ops.autocast import wide_dtype
@@ -109,7 +110,8 @@ class LoRALayer(AdapterModule):
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
         """Return (in, out) of the layer's weight as one matrix."""
-        raise NotImplementedError
+        n_out, *others = weight_shape(layer)
+        return math.prod(others), n_out
 
     @classmethod
     def largest_rank(cls, layer: nn.Module, slices: tuple[RowSlice, ...]) -> int:

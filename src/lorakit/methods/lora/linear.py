@@ -25,12 +25,6 @@ class LinearLoRA(LoRALayer):
     form_class = LinearForm
     by_token = True
 
-    @classmethod
-    def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
-        if isinstance(layer, Conv1D):
-            return layer.nx, layer.nf
-        return layer.in_features, layer.out_features  # type: ignore[return-value]
-
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         quantised = quantised_weight(layer)
         return super().weight_matrix(layer) if quantised is None else quantised.matrix()
