@@ -223,7 +223,6 @@ def test_tokens_without_a_target_behind_them_stand_in_no_row():
     assert batch["input_ids"].tolist() == [[1, 2, 3]]
     assert batch["targets"].tolist() == [3, 4]
     assert batch["target_at"].tolist() == [1, 2]
-    assert batch["lengths"].tolist() == [6]
 
 
 def test_an_example_without_targets_is_its_first_token():

@@ -500,6 +500,19 @@ def test_validation_rows_that_are_training_rows_are_counted(write, tmp_path):
     assert (few.in_train, "training rows" in str(few)) == (1, False)
 
 
+def test_a_training_row_with_another_number_is_a_training_row(write, tmp_path):
+    """GLUE numbers its rows; the number is no part of the example."""
+    rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": n % 2, "idx": n} for n in range(10)]
+    train = write(rows)
+    validation = tmp_path / "validation.jsonl"
+    again = [{**row, "idx": 100 + row["idx"]} for row in rows]
+    validation.write_text("".join(json.dumps(row) + "\n" for row in again))
+    config = DataConfig(task="mrpc", train=str(train), validation=str(validation))
+    reader = RowReader()
+    load_examples(config, "train", TOKENIZER, reader=reader)
+    assert load_examples(config, "validation", TOKENIZER, reader=reader).report.in_train == 10
+
+
 def test_plain_texts_can_be_held_out(write):
     path = write([{"text": f"river {n}"} for n in range(20)])
     assert len(load(path, validation_fraction=0.25)) == 15

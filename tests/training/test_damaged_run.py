@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import errno
 import json
 import os
@@ -386,6 +387,29 @@ def test_every_line_of_a_text_with_line_separators_is_kept(tmp_path: Path) -> No
     lines.truncate(checkpoint.State(step=1, evaluated=True))
     records = [json.loads(line) for line in lines.path.read_text().split("\n") if line]
     assert [record["step"] for record in records] == [0, 1]
+
+
+def test_a_line_holds_values_that_json_lacks(tmp_path: Path) -> None:
+    """A row of a user's own task may have a date, or NaN at any depth."""
+    from lorakit.training.run_folder import JsonLines, read_lines
+
+    lines = JsonLines(tmp_path / "samples.jsonl")
+    lines.append(step=1, gold={"day": datetime.date(2024, 5, 1), "score": float("nan")})
+    ((_, record),) = read_lines(lines.path)
+    assert record == {"step": 1, "gold": {"day": "2024-05-01", "score": None}}
+
+
+def test_a_last_line_without_its_end_is_read_alike(tmp_path: Path) -> None:
+    """A killed process may leave a whole record without its line feed: resume and report both keep it."""
+    from lorakit.training.run_folder import JsonLines, read_lines
+
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        lines.append(step=step)
+    lines.path.write_bytes(lines.path.read_bytes()[:-1])
+    assert [record["step"] for _, record in read_lines(lines.path)] == [1, 2]
+    lines.truncate(checkpoint.State(step=2, evaluated=True))
+    assert lines.path.read_text().endswith('{"step": 2}\n')
 
 
 @pytest.mark.slow

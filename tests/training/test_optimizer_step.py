@@ -68,3 +68,18 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     assert clipped == len(FACTORS)
     for name, parameter in job.parameters.items():
         torch.testing.assert_close(parameter, plain.parameters[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("arch", "method"), [("t5", "lora"), ("llama", "prefix_embedding"), ("llama", "lora")]
+)
+def test_the_tokens_are_those_of_the_examples(arch: str, method: str, tmp_path: Path) -> None:
+    """As in the plan: an encoder-decoder's answer counts, and virtual tokens do not."""
+    base = tiny_runs.save_base(tmp_path / "base", arch)
+    job = prepare(tiny_runs.config(tmp_path, base, method=method, max_steps=1))
+    optimizer = build_optimizer(job.parameters, job.config.optimizer, RATE)
+    examples = next(iter(job.step_plan.steps()))
+    done = optimizer_step(job, optimizer, examples, 0)
+    assert done.tokens == sum(len(job.train[i]) for i in examples)
+    if arch == "t5":
+        assert done.computed_tokens >= done.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,11 +62,6 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
     else:
         raise TypeError("the batch mixes examples of several tasks; expected those of one task")
     return batch
-
-
-def token_count(batch: Mapping[str, Tensor]) -> int:
-    """Return the number of tokens in a batch without padding. Each example of a packed batch counts in full."""
-    return int(batch["lengths" if "lengths" in batch else "attention_mask"].sum())
 
 
 class BatchSampler:

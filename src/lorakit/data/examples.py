@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,7 +83,7 @@ class Report:
     held_out: int = 0
     """Examples on the other side of `validation_fraction`."""
     in_train: int | None = None
-    """Rows of validation that training reads as well; None if they were not compared."""
+    """Examples of validation that are training examples too; None if they were not compared."""
     bad: list[Problem] = field(default_factory=list)
     """Skipped invalid rows, with file and line."""
     too_long: list[Problem] = field(default_factory=list)
@@ -116,7 +115,7 @@ class Report:
             parts.append(f"{self.truncated:,} truncated")
         if self.held_out:
             parts.append(f"{self.held_out:,} on the other side of validation_fraction")
-        if self.in_train and self.in_train >= MANY * self.rows:
+        if self.in_train and self.in_train >= MANY * self.kept:
             parts.append(
                 f"{self.in_train:,} are training rows, so scores partly measure memorisation"
             )
@@ -157,7 +156,7 @@ class ExampleSet(Sequence[Example]):
         report = self.report
         record = {"source": report.source, "sha256": self.sha256, "examples": len(self)}
         if report.in_train is not None:
-            record |= {"rows": report.rows, "training_rows": report.in_train}
+            record |= {"rows": len(self), "training_rows": report.in_train}
         return record
 
 
@@ -166,8 +165,8 @@ class RowReader:
 
     def __init__(self) -> None:
         self._read: dict[tuple[Any, ...], DataRows] = {}
-        self.by_split: dict[Split, DataRows] = {}
-        """The rows of each split that was read."""
+        self.by_split: dict[Split, list[Example]] = {}
+        """The examples of each split that was loaded."""
 
     def read(self, config: DataConfig, split: Split) -> DataRows:
         """Return the rows of a split.
@@ -184,7 +183,6 @@ class RowReader:
         key = (sources, config.hub_split(split), config.limit)
         if key not in self._read:
             self._read[key] = read_source(source, config.hub_split(split), config.limit)
-        self.by_split[split] = self._read[key]
         return self._read[key]
 
 
@@ -210,13 +208,8 @@ def load_examples(
     columns = ColumnMap(config, data.columns, data.name)
     if labels is not None and config.task != "auto":
         resolved = DataTask(name=config.task, labels=tuple(labels))
-    elif not config.has("train") or (
-        config.source(split) == config.source("train")
-        and config.hub_split(split) == config.hub_split("train")
-    ):
-        resolved = _infer_task(config, data, columns)
     else:
-        resolved = task_of(config, reader=reader)
+        resolved = task_of(config, split, reader=reader)
     # Checks the columns of this split. It needs no rows, because the task is no longer "auto".
     task_class = columns.task(resolved.name, [])
     task = task_class(
@@ -231,10 +224,10 @@ def load_examples(
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
-        report.in_train = 0 if split == "validation" else None
-    elif split == "validation" and (train := reader.by_split.get("train")) is not None:
-        seen = set(_keys(train, ColumnMap(config, train.columns, train.name)))
-        report.in_train = sum(key in seen for key in _keys(data, columns))
+    if split == "validation" and (train := reader.by_split.get("train")) is not None:
+        seen = {(example.prompt, example.completion) for example in train}
+        report.in_train = sum((e.prompt, e.completion) in seen for e in examples)
+    reader.by_split[split] = examples
     report.kept = len(examples)
     report.truncated = sum(example.truncated for example in examples)
     return ExampleSet(
@@ -322,13 +315,6 @@ def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
                 yield columns.apply(row.values)
             except BadRow:
                 continue  # _encode reports the row
-
-
-def _keys(data: DataRows, columns: ColumnMap) -> Iterator[bytes]:
-    """Yield a digest of each row's fields."""
-    for fields in _fields(data, columns):
-        text = json.dumps(fields, sort_keys=True, default=str)
-        yield hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _encode(

@@ -52,8 +52,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
     Returns:
         input_ids, position_ids (R, T) int64; attention_mask (R, 1, T, T) bool, True where token i of the row attends
         to token j; target_at (N,) int64, the index into the flattened (R * T) positions that predicts each target;
-        targets (N,) int64; target_weights (N,) float32, the number of examples with this target at this position;
-        lengths (B,) int64, the tokens of each example.
+        targets (N,) int64; target_weights (N,) float32, the number of examples with this target at this position.
     """
     rows, width = _rows(_trees(examples), step)
     shape = (len(rows), width)
@@ -82,7 +81,6 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         "target_at": torch.tensor(target_at, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
         "target_weights": torch.tensor(weights, dtype=torch.float32),
-        "lengths": torch.tensor([len(example) for example in examples]),
     }
 
 

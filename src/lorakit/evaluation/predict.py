@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +108,7 @@ def _make_writable(data: DataRows, config: DataConfig) -> None:
             )
     for i, row in enumerate(data.rows):
         if isinstance(row, Row):
-            values = {name: _finite(value) for name, value in row.values.items()}
+            values = {name: storage.finite(value) for name, value in row.values.items()}
             try:
                 for name, value in values.items():
                     checked_text(storage.json_line(value), name)
@@ -119,15 +118,6 @@ def _make_writable(data: DataRows, config: DataConfig) -> None:
                 data.rows[i] = Row(values, row.origin)
     bad = [row for row in data.rows if isinstance(row, Problem)]
     stop_at_bad_rows(Report(source=data.name, read=len(data.rows), bad=bad), config)
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None in place of NaN and infinities, which JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(x) for name, x in value.items()}
-    return list(map(_finite, value)) if isinstance(value, list | tuple) else value
 
 
 def _logits(base: Base, task: DataTask, examples: Sequence[Example], batch_size: int) -> Tensor:

@@ -39,6 +39,7 @@ from lorakit.training.run_folder import (
     ENVIRONMENT,
     METRICS,
     flat_settings,
+    read_lines,
 )
 
 WARMUP = 0.06
@@ -387,11 +388,7 @@ def flat_of(config: TrainConfig) -> dict[str, Any]:
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; none if it failed before its first step."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    with storage.reading(path, RunFolderError):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in read_lines(folder / METRICS)]
 
 
 def _curve(metrics: Iterable[dict[str, Any]]) -> list[dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from lorakit.training.run_folder import (
     PREDICTION,
     RESULT,
     SAMPLES,
+    read_lines,
     read_settings,
 )
 
@@ -205,7 +205,7 @@ def read_run(folder: str | Path) -> RunRecord:
         raise RunFolderError(
             f"'{folder / CONFIG}' is not the configuration of a run. Use the output folder of `lorakit train`."
         )
-    metrics = _lines(folder / METRICS)
+    metrics = [record for _, record in read_lines(folder / METRICS)]
     sessions = _record(folder / ENVIRONMENT).get("sessions", [])
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))
     adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
@@ -216,7 +216,7 @@ def read_run(folder: str | Path) -> RunRecord:
         sessions=[s for s in sessions if isinstance(s, Mapping)],
         train=[record for record in metrics if record.get("split") == "train"],
         validation=[record for record in metrics if record.get("split") == "validation"],
-        samples=_lines(folder / SAMPLES),
+        samples=[record for _, record in read_lines(folder / SAMPLES)],
         events=[e for e in _record(folder / EVENTS).get("events", []) if isinstance(e, Mapping)],
         provenance=_mapping(adapter.get("provenance")),
         base=_mapping(adapter.get("base")),
@@ -234,26 +234,6 @@ def _record(path: Path, *, checked: bool = True) -> dict[str, Any]:
         return {}
     read = storage.read_record if checked else storage.read_json
     return read(path, RunFolderError)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a .jsonl file, without a last line that is still being written."""
-    if not path.exists():
-        return []
-    with storage.reading(path, RunFolderError):
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise RunFolderError(
-                f"{path}:{number} is damaged: expected a JSON object with a step. Delete the line to continue."
-            )
-        records.append(record)
-    return records
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

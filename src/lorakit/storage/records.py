@@ -58,6 +58,15 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
 
 
+def finite(value: Any) -> Any:
+    """Return a value with None in place of NaN and infinities, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    return list(map(finite, value)) if isinstance(value, list | tuple) else value
+
+
 def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) -> dict[str, Any]:
     """Read a file whose content is one JSON object.
 

@@ -262,7 +262,7 @@ class TrainConfig:
             )
         self._check_shard()
         self._check_method()
-        self._check_metric()
+        self._check_task()
         used = [
             f"evaluation.{setting.name}"
             for setting in dataclasses.fields(HeldOutConfig)
@@ -285,8 +285,8 @@ class TrainConfig:
                 "of the two settings."
             )
 
-    def _check_metric(self) -> None:
-        task, metric = self.data.task_type, self.evaluation.metric
+    def _check_task(self) -> None:
+        task, metric, samples = self.data.task_type, self.evaluation.metric, self.evaluation.samples
         if task is None:  # the data determines the task later
             require_choice("evaluation.metric", metric, DIRECTIONS)
             of_text = metric in TextTask.quick_scores
@@ -299,8 +299,16 @@ class TrainConfig:
                     f"{', '.join(choices)}."
                 )
             require_choice(f"for task {self.data.task}, evaluation.metric", metric, choices)
+            if samples and not (task.kind == "text" and task.scores):
+                raise ConfigurationError(
+                    f"evaluation.samples is {samples}, but task {self.data.task} has no prompts to answer; set it to 0."
+                )
+            if self.label_smoothing and task.kind == "regression":
+                raise ConfigurationError(
+                    "label_smoothing is for classes and tokens, and regression has neither; set it to 0."
+                )
             of_text = task.kind == "text" and metric in task.quick_scores
-        if of_text and not self.evaluation.samples:
+        if of_text and not samples:
             raise ConfigurationError(
                 f"evaluation.metric is {metric}, which scores generated samples, but evaluation.samples is 0. "
                 "Set evaluation.samples, for example to 100."

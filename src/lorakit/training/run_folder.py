@@ -118,12 +118,8 @@ class JsonLines:
 
     def append(self, **record: Any) -> None:
         """Append one line; a killed process leaves at most the last line incomplete."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
         with storage.writing(self.path):
-            self._write(json.dumps(finite, ensure_ascii=False) + "\n")
+            self._write(storage.json_line(storage.finite(record)) + "\n")
 
     def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -147,31 +143,40 @@ class JsonLines:
         Raises:
             RunFolderError: A line is damaged. An incomplete last line is skipped instead.
         """
-        if not self.path.exists():
-            return []
-        with storage.reading(self.path, RunFolderError):
-            lines = self.path.read_bytes().split(b"\n")
-        remaining = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if _is_until(state, line):
-                    remaining.append(line + b"\n")
-            except ValueError as error:
-                if number < len(lines):  # only an incomplete line has no newline
-                    raise RunFolderError(
-                        f"{self.path}:{number} is damaged: {error}. Delete that line to resume the run."
-                    ) from None
-        return remaining
+        return [
+            line
+            for line, record in read_lines(self.path)
+            if record["step"] < state.step
+            or (
+                record["step"] == state.step and (state.evaluated or record.get("split") == "train")
+            )
+        ]
 
 
-def _is_until(state: State, line: bytes) -> bool:
-    """Return whether a line of JsonLines was recorded until `state`, or raise a ValueError."""
-    record = json.loads(line)
-    step = record.get("step") if isinstance(record, dict) else None
-    if type(step) is not int:
-        raise ValueError("expected a JSON object with a step")
-    of_evaluation = record.get("split") != "train"
-    return step < state.step or (step == state.step and (state.evaluated or not of_evaluation))
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return each line of a file of JsonLines, with its record; none if the file is missing.
+
+    Raises:
+        RunFolderError: A line is damaged. An incomplete last line is skipped instead.
+    """
+    if not path.exists():
+        return []
+    with storage.reading(path, RunFolderError):
+        lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError("expected a JSON object with a step")
+        except ValueError as error:
+            if number < len(lines):  # only an incomplete line has no newline
+                raise RunFolderError(
+                    f"{path}:{number} is damaged: {error}. Delete that line to resume or report the run."
+                ) from None
+        else:
+            found.append((line + b"\n", record))
+    return found
 
 
 class RunFolder:

@@ -329,15 +329,15 @@ def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
     """Load data, base and adapter; return also the task of the data."""
     reader = RowReader()
     task = task_of(config.data, reader=reader)
-    _check_task(config, task)
+    # With the task set, load_examples does not infer it again for each split.
+    data = dataclasses.replace(config.data, task=task.name)
+    dataclasses.replace(config, data=data)  # checks the settings that fit some tasks only
     resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)  # as `train` did before
     config = dataclasses.replace(config, base=resolved)
     # The parts of a split base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
     base = open_base(place, task, seed=config.seed)
     assert base.tokenizer is not None  # open_base rejects a base without one
-    # With the task set, load_examples does not infer it again for each split.
-    data = dataclasses.replace(config.data, task=task.name)
     sets = {
         split: load_examples(data, split, base.tokenizer, labels=task.labels, reader=reader)
         for split in ("train", "validation")
@@ -464,26 +464,6 @@ def attach_method(
     # BitFit trains the bias of a LayerNorm in float32, next to a frozen weight in the base's dtype.
     cast_mixed_norms(model)
     return adapters
-
-
-def _check_task(config: TrainConfig, task: DataTask) -> None:
-    # TrainConfig cannot check these settings while data.task is auto.
-    losses = ("loss", "perplexity") if task.generates else ("loss",)
-    scores = (*losses, *task.type.quick_scores)
-    if config.evaluation.metric not in scores:
-        raise ConfigurationError(
-            f"evaluation.metric is {config.evaluation.metric}, which task {task.name} does not have; it has "
-            f"{', '.join(scores)}."
-        )
-    if config.evaluation.samples and not task.has_references:
-        raise ConfigurationError(
-            f"evaluation.samples is {config.evaluation.samples}, but task {task.name} has no prompts to answer; set "
-            "it to 0."
-        )
-    if config.label_smoothing and task.kind == "regression":
-        raise ConfigurationError(
-            "label_smoothing is for classes and tokens, and regression has neither; set it to 0."
-        )
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

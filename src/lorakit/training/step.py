@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorakit.data.batches import token_count
+from lorakit.compute.objective import SequenceToSequenceLoss
 from lorakit.models.sharding import is_split
 from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Signals
@@ -30,7 +30,7 @@ class StepResult:
     norm: float
     """Gradient norm before clipping."""
     tokens: int
-    """Tokens of the examples, without savings by packing."""
+    """Tokens of the examples, without virtual tokens and savings by packing."""
     computed_tokens: int
     """Tokens that the model computed for them."""
     signals: Signals
@@ -92,15 +92,18 @@ def _compute_share(job: Job, examples: Step, step: int) -> tuple[float, int, int
     """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
     for parameter in job.parameters.values():
         parameter.grad = None  # a failed attempt may have left some
-    batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(examples)]
+    share = [[job.train[i] for i in indices] for indices in job.share(examples)]
+    batches = list(map(job.collate, share))
     target_count = sum(job.count_targets(job.train[i]) for i in examples)
     loss = _accumulate_gradients(job, batches, target_count, step)
     if job.config.shard:
         _take_part(job, examples, step)
+    of_pair = isinstance(job.objective, SequenceToSequenceLoss)
+    inputs = ("input_ids", "labels") if of_pair else ("input_ids",)  # the labels are the decoder's
     return (
         loss,
-        sum(map(token_count, batches)),
-        sum(batch["input_ids"].numel() for batch in batches),
+        sum(len(example) for batch in share for example in batch),
+        sum(batch[name].numel() for batch in batches for name in inputs),
     )
 
 
