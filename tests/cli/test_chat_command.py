@@ -216,3 +216,10 @@ def test_an_answer_ends_at_the_context_and_an_error_keeps_the_messages(folder) -
     assert conversation.messages == messages
     conversation.reset()
     assert conversation.messages == []
+
+
+def test_the_answer_of_an_encoder_decoder_has_a_context_of_its_own(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "bart", max_position_embeddings=64)
+    base = lorakit.load_base(tmp_path / "base", task="seq2seq-lm", dtype="float32")
+    conversation = Conversation(base, decoding=Decoding(max_new_tokens=NEW))
+    assert [conversation._new_tokens(length) for length in (1, 60, 64)] == [NEW, NEW, NEW]

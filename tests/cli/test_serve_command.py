@@ -210,7 +210,7 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
         blend = Receipt("digest", (("sql", "a" * 64, 0.5), ("e2e", "b" * 64, 0.5)))
         for receipt in (one, blend, Receipt("digest")):
             seen["report"](receipt, None)
-        seen["report"](one, Verdict(one, (1,), (2, 3), (-1.0, -2.0), (-1.5, -2.0), bound=0.3))
+        seen["report"](one, Verdict(one, (-1.0, -2.0), (-1.5, -2.0), bound=0.3))
 
     monkeypatch.setattr("lorakit.serving.opening.open_all", open_all)
     monkeypatch.setattr(

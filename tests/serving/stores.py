@@ -19,7 +19,7 @@ import lorakit
 from lorakit.methods.method import Method
 from lorakit.models.loading import Base
 from lorakit.models.sources import ModelSource
-from lorakit.serving.store import AdapterLease, AdapterStore
+from lorakit.serving.store import AdapterStore, Lease
 
 TENSORS = "adapter_model.safetensors"
 LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
@@ -86,7 +86,7 @@ def size_of_one(root: Path) -> int:
 
 
 @torch.no_grad()
-def answer(store: AdapterStore, lease: AdapterLease) -> torch.Tensor:
+def answer(store: AdapterStore, lease: Lease) -> torch.Tensor:
     """Return the logits under a lease, in a packed batch."""
     ((name, weight),) = lease.blend or (("", 0),)
     with store.handle.per_token([({name: weight} if name else None, 4)]):
@@ -101,7 +101,7 @@ def alone(folder: Path) -> torch.Tensor:
     return model(IDS).logits
 
 
-def tensors_on_model(store: AdapterStore, lease: AdapterLease) -> dict[str, torch.Tensor]:
+def tensors_on_model(store: AdapterStore, lease: Lease) -> dict[str, torch.Tensor]:
     """Return the tensors of the lease's one adapter, by their names in PEFT's file."""
     ((name, _),) = lease.blend
     return {

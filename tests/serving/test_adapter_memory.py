@@ -45,7 +45,7 @@ from lorakit.models.loading import Base
 from lorakit.serving import folders
 from lorakit.serving.errors import StoreFullError, UnknownAdapterError
 from lorakit.serving.preparing import prepare
-from lorakit.serving.store import AdapterLease, AdapterStore
+from lorakit.serving.store import AdapterStore, Lease
 
 # --- the budget ---------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.files: dict[str, int] = {}
         """Content of each folder."""
         self.withdrawn: set[str] = set()
-        self.leases: list[tuple[AdapterLease, int]] = []
+        self.leases: list[tuple[Lease, int]] = []
 
     contents: Path
     base: Base
@@ -346,7 +346,7 @@ def test_threads_that_load_while_the_model_runs_get_their_own_answers(root: Path
                     except (StoreFullError, UnknownAdapterError):
                         continue
 
-                    def compute(lease: AdapterLease = lease) -> torch.Tensor:
+                    def compute(lease: Lease = lease) -> torch.Tensor:
                         logits = answer(store, lease)
                         if draw.random() < 0.5:
                             lease.release()

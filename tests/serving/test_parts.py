@@ -299,3 +299,18 @@ def test_items_are_removed_wherever_they_wait():
     assert len(queue) == 1
     with pytest.raises(ValueError, match="not the first"):
         queue.take("a3")
+
+
+@pytest.mark.parametrize("before", [(), (1, 2, 3)])
+def test_offsets_are_those_of_the_text_also_after_a_special_token(before):
+    tokenizer = sentencepiece_tokenizer()
+    stream, texts, length = TextStream(tokenizer, before=before), TokenTexts(tokenizer, before), 0
+    for token in (5, 1, 6, 1, 7, 8):
+        assert texts.add(token)[1] == length
+        length += len(stream.push(token))
+
+
+def test_a_part_of_a_character_has_one_text():
+    texts = TokenTexts(TOKENIZER)
+    for token in TOKENIZER("a 😀é")["input_ids"]:
+        assert texts.text(token) == texts.add(token)[0] != ""

@@ -639,6 +639,12 @@ def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
     assert newest.receipt.adapters != final.receipt.adapters
     assert store.describe("live")["path"].endswith("step-000002")
     assert same_tensors(tensors_on_model(store, newest), tensors_on_model(store, final))
+    (run / "checkpoints").rename(tmp_path / "larger disk")
+    (run / "checkpoints").symlink_to(tmp_path / "larger disk")
+    later = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE)
+    later.follow(run, "live")
+    with later.acquire("live") as linked:
+        assert same_tensors(tensors_on_model(later, linked), tensors_on_model(store, final))
     train(4)
     with store.acquire("live") as lease:
         assert store.describe("live")["step"] == 4

@@ -82,26 +82,20 @@ def app_of(
 
 def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -> int:
     from lorakit.models.processor import in_own_thread
-    from lorakit.serving.http.metrics import BLEND, Metrics
+    from lorakit.serving.http.metrics import Metrics, model_label
     from lorakit.serving.http.running import run as run_server
     from lorakit.serving.opening import open_all
 
     failed: list[Verdict] = []
 
     def report(receipt: Receipt, verdict: Verdict | None) -> None:
-        names = [name for name, _, _ in receipt.adapters]
-        model = names[0] if len(names) == 1 else BLEND if names else base_name
-        if verdict is None:
-            metrics.verification.skip(model)
-            return
-        metrics.verification.record(model, passed=verdict.agrees, difference=verdict.difference)
-        if not verdict.agrees and config.verify_stops and not failed:
+        metrics.verified(model_label(receipt, opened.name), verdict)
+        if verdict is not None and not verdict.agrees and config.verify_stops and not failed:
             failed.append(verdict)
             if not app.state.serving.is_draining:  # a second signal would cut the running answers
                 os.kill(os.getpid(), signal.SIGTERM)
 
     opened = in_own_thread(lambda: open_all(config, report))
-    base_name = opened.name
     metrics = Metrics(opened.engine.load, opened.store.stats)
     app = app_of(config, opened, keys, metrics)
     logging.getLogger("lorakit").setLevel(logging.INFO)

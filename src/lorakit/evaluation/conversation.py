@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from lorakit.adapters import handle_of
 from lorakit.adapters.loading import default_name
 from lorakit.compute.adapted import AdapterFile, add_adapter
-from lorakit.compute.batching import context_length, prompt_input
+from lorakit.compute.batching import context_length, prompt_input, room_after
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
@@ -136,13 +136,12 @@ class Conversation:
 
     def _new_tokens(self, length: int) -> int:
         """Return the maximum number of new tokens after a prompt of `length` tokens."""
-        wanted, context = (
-            self.decoding.max_new_tokens or NEW_TOKENS,
-            context_length(self.base.model),
-        )
+        wanted, model = self.decoding.max_new_tokens or NEW_TOKENS, self.base.model
+        context = context_length(model)
         if context is None:
             return wanted
-        room = context - length - virtual_tokens_of(self.base.model).total
+        used, encodes = length + virtual_tokens_of(model).total, model.config.is_encoder_decoder
+        room = room_after(used, context, is_encoder_decoder=encodes)
         if room < 1:
             raise DataError(
                 f"The conversation has {length:,} tokens and fills the model's context of {context:,}. Start a new "

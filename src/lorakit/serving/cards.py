@@ -12,6 +12,7 @@ from lorakit import storage
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.serving.folders import TOKENIZER_CONFIG, Location, State
 from lorakit.tasks import TASKS
+from lorakit.training.checkpoint import step_of
 from lorakit.training.run_folder import CONFIG, read_settings
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -67,7 +68,7 @@ def read_card(location: Location, state: State) -> Card:
     labels, scores = provenance.get("labels"), _mapping(provenance, "scores")
     step = provenance.get("step")
     if location.checkpoint is not None:
-        step, scores = int(location.checkpoint.rpartition("-")[2]), {}
+        step, scores = step_of(Path(location.checkpoint)), {}
     return Card(
         path=location.path,
         size=size,

@@ -6,10 +6,11 @@ own. All methods of `Engine` return at once and may be called from any thread, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -17,8 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.adapters.choice import Blend
 from lorakit.compute.batching import room_after
 from lorakit.tasks import LabelledExample
-
-T = TypeVar("T")
 
 Ending = Literal["stop", "length", "cancelled", "error"]
 
@@ -54,46 +53,69 @@ def factor(weight: float) -> str:
     return "" if weight == 1 else f"*{float(weight)!r}".removesuffix(".0")
 
 
-class Lease(Protocol):
-    """Adapters that stay loaded until `release` is called (`lorakit.serving.store`)."""
+class Holders:
+    """Runs an action once the last of some holders has left.
 
-    @property
-    def blend(self) -> Blend:
-        """Names of the adapters on the model, with weights. The names contain the digest of their content."""
-        ...
+    Args:
+        action: Runs in the thread in which the last one leaves.
+    """
 
-    @property
-    def receipt(self) -> Receipt:
-        """What computes the answer."""
-        ...
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action, self._lock, self._count = action, threading.Lock(), 0
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The adapter's own tokenizer, if its folder has one; else the base's."""
-        ...
+    def add(self) -> Callable[[], None]:
+        """Add a holder; return the function by which it leaves, whose later calls do nothing."""
+        held = [True]
+        with self._lock:
+            self._count += 1
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the logits of a classification head; empty for regression and for a language model."""
-        ...
+        def leave() -> None:
+            with self._lock:
+                if not held:
+                    return
+                held.clear()
+                self._count -= 1
+                is_last = self._count == 0
+            if is_last:
+                self._action()
 
-    @property
-    def outputs(self) -> int | None:
-        """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
-        ...
+        return leave
 
-    @property
-    def task(self) -> str | None:
-        """The task that the adapter was trained for, as its folder records it."""
-        ...
+
+@dataclass(eq=False)
+class Lease:
+    """Adapters that stay loaded until `release`; a context manager releases it too (`lorakit.serving.store`)."""
+
+    blend: Blend
+    """Names of the adapters on the model, with weights. The names contain the digest of their content."""
+    receipt: Receipt
+    """What computes the answer."""
+    tokenizer: PreTrainedTokenizerBase
+    """The adapter's own tokenizer, if its folder has one; else the base's."""
+    labels: tuple[str, ...]
+    """Names of the logits of a classification head; empty for regression and for a language model."""
+    outputs: int | None
+    """How many of the model's logits belong to the adapter's head, the first ones; None for a language model."""
+    task: str | None
+    """The task that the adapter was trained for, as its folder records it."""
+    _holders: Holders = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self._leave = self._holders.add()
 
     def share(self) -> Lease:
-        """Return another lease of the same adapters, to be released on its own."""
-        ...
+        """Return another lease of the same adapters, to be released on its own. Call it before `release`."""
+        return replace(self)
 
     def release(self) -> None:
         """Allow the adapters to be unloaded. Later calls do nothing."""
-        ...
+        self._leave()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,20 +275,12 @@ class Engine(Protocol):
         """
         ...
 
-    def between_steps(self, action: Callable[[], T]) -> Future[T]:
-        """Run a short action in the engine's thread while no forward pass runs (loading, unloading)."""
-        ...
-
     def load(self) -> Load:
         """Return what the engine does now."""
         ...
 
     def drain(self) -> None:
         """Accept no more requests; those that wait or run are finished."""
-        ...
-
-    def close(self, timeout: float | None = None) -> bool:
-        """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
         ...
 
 

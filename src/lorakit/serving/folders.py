@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +23,7 @@ from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.formatting import size
-from lorakit.training.checkpoint import NAME, STATE, WEIGHTS
+from lorakit.training.checkpoint import STATE, WEIGHTS, checkpoints_in
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
 
@@ -81,7 +82,9 @@ class Location:
         Raises:
             AdapterFileError: It is damaged, incomplete or unsafe.
         """
-        return read_checkpoint(self.checkpoint) if self.checkpoint else formats.read(self.folder)
+        if self.checkpoint is None:
+            return formats.read(self.folder)
+        return read_checkpoint(self.checkpoint, self.folder)
 
 
 class Source(Protocol):
@@ -117,14 +120,10 @@ class RunSource:
             return None
         if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
             return Location(saved[0])
-        try:
-            names = os.listdir(f"{self.path}/{CHECKPOINTS}")
-        except OSError:
-            names = []
-        steps = [int(match[1]) for match in map(NAME.fullmatch, names) if match]
-        if not steps:
-            return Location(saved[0])
-        return Location(saved[0], f"{self.path}/{CHECKPOINTS}/step-{max(steps):06d}")
+        found: list[Path] = []
+        with suppress(OSError):
+            found = checkpoints_in(Path(self.path, CHECKPOINTS))
+        return Location(saved[0], str(found[-1]) if found else None)
 
 
 def is_adapter(folder: str) -> bool:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.handle import Adapters
 from lorakit.adapters.loading import install
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.formatting import size
 from lorakit.serving.errors import StoreFullError
 from lorakit.serving.preparing import Prepared
@@ -94,8 +94,8 @@ class LoadedAdapters:
         """Adapters that no name and no lease refers to."""
         self._named: frozenset[str] = frozenset()
         self._pinned: frozenset[str] = frozenset()
-        self._loading: dict[str, tuple[threading.Lock, int]] = {}
-        """By digest, the lock of its loading and the number of threads that hold or want it."""
+        self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        """By digest, the lock of its loading, while a thread holds or wants it."""
         self._clock = itertools.count()
         self._collector: threading.Thread | None = None
 
@@ -148,20 +148,10 @@ class LoadedAdapters:
         if is_usable and not loaded.leases and loaded.digest not in self._named:
             self._garbage.append(self._usable.pop(loaded.digest))
 
-    @contextmanager
-    def loading(self, digest: str) -> Iterator[None]:
-        """Let one thread at a time load the adapter with this digest."""
+    def loading(self, digest: str) -> threading.Lock:
+        """Return the lock of a digest: one thread at a time loads its adapter."""
         with self._lock:
-            lock, users = self._loading.get(digest, (threading.Lock(), 0))
-            self._loading[digest] = lock, users + 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                lock, users = self._loading.pop(digest)
-                if users > 1:
-                    self._loading[digest] = lock, users - 1
+            return self._loading.setdefault(digest, threading.Lock())
 
     def install(
         self, loaded: Loaded, prepared: Prepared, path: str, beside: Collection[Loaded]
@@ -268,3 +258,39 @@ class LoadedAdapters:
             with self._lock:
                 self.bytes -= sum(other.bytes for other in gone)
                 self._garbage += [other for other in leaving if other not in gone]
+
+
+# --- blends ----------------------------------------------------------------------------------------------
+
+
+class _AnyAdapter:
+    """An adapter that can be blended, to validate a choice before its adapters are loaded."""
+
+    method, scales = None, True
+
+
+ANY_ADAPTER = _AnyAdapter()
+
+
+def common_tokenizer(held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the adapters of a blend."""
+    (first, one), *others = held.items()
+    for name, other in others:
+        if other.tokenizer.digest != one.tokenizer.digest:
+            raise AdapterStateError(
+                f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend of "
+                "them. Request them one by one."
+            )
+    return one.tokenizer.tokenizer
+
+
+def common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]]:
+    """Return number and names of the logits of the adapters of a blend."""
+    (first, one), *others = held.items()
+    for name, other in others:
+        if (other.outputs, other.labels) != (one.outputs, one.labels):
+            raise AdapterStateError(
+                f"'{first}' and '{name}' predict different labels, so a blend of them has no meaning. Request them one "
+                "by one."
+            )
+    return one.outputs, one.labels

@@ -28,11 +28,18 @@ from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
-from lorakit.serving.engine import Receipt
+from lorakit.serving.engine import Holders, Lease, Receipt
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
-from lorakit.serving.leases import ANY_ADAPTER, AdapterLease, Holders, common_head, common_tokenizer
-from lorakit.serving.loaded import Loaded, LoadedAdapters, StoreStats, Tokenizer
+from lorakit.serving.loaded import (
+    ANY_ADAPTER,
+    Loaded,
+    LoadedAdapters,
+    StoreStats,
+    Tokenizer,
+    common_head,
+    common_tokenizer,
+)
 from lorakit.serving.preparing import base_labels, prepare
 from lorakit.serving.reports import find_report
 
@@ -75,7 +82,7 @@ class _Entry:
 class AdapterStore:
     """The adapters that one base serves. All methods may be called from any thread but the engine's.
 
-    `AdapterLease.release` may also be called in the engine's thread.
+    `Lease.release` may also be called in the engine's thread.
 
     Args:
         base: The base. The store keeps a handle on its model, `handle`, until the process ends.
@@ -278,7 +285,7 @@ class AdapterStore:
 
     # --- leases ------------------------------------------------------------------------------------------
 
-    def acquire(self, choice: AdapterChoice) -> AdapterLease:
+    def acquire(self, choice: AdapterChoice) -> Lease:
         """Load adapters if they are not loaded, and keep them loaded until the lease is released.
 
         Args:
@@ -316,9 +323,9 @@ class AdapterStore:
         task = next(iter(held.values())).task
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        return AdapterLease(checked, receipt, tokenizer, labels, outputs, task, Holders(release))
+        return Lease(checked, receipt, tokenizer, labels, outputs, task, Holders(release))
 
-    def _lease_of_base(self) -> AdapterLease:
+    def _lease_of_base(self) -> Lease:
         if self.base.new_weights:
             raise AdapterStateError(
                 f"The base has no trained '{self.base.new_weights[0]}', so its own answers would be random. Choose an "
@@ -327,9 +334,7 @@ class AdapterStore:
         assert self.base.tokenizer is not None
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
-        return AdapterLease(
-            (), receipt, self.base.tokenizer, labels, outputs, None, Holders(lambda: None)
-        )
+        return Lease((), receipt, self.base.tokenizer, labels, outputs, None, Holders(lambda: None))
 
     def _acquire(self, name: str, entry: _Entry, beside: Collection[Loaded] = ()) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease. The request also holds those `beside` it."""

@@ -38,11 +38,18 @@ class TextStream:
         self.stopped = False
         """Whether a stop text was found."""
 
+    def text_of(self, token: int) -> str:
+        """Return the text that a token would have next, also a special one; `REPLACEMENT` for a part of a character."""
+        known = self._ids[self._start : self._read]
+        before, after = (self._decode(ids, special=True) for ids in (known, [*known, token]))
+        if after.startswith(before):
+            return after[len(before) :]
+        return self._decode([token], special=True)
+
     def push(self, token: int) -> str:
         """Add a token; return the new text that is certain. Text that may begin a stop text is kept back."""
         self._ids.append(token)
-        before = self._decode(self._start, self._read)
-        after = self._decode(self._start, len(self._ids))
+        before, after = self._window()
         is_certain = len(after) > len(before) and not after.endswith(REPLACEMENT)
         if not is_certain and len(self._ids) - self._read < WINDOW:
             return ""
@@ -53,17 +60,20 @@ class TextStream:
         """Return the text that was kept back, when the answer ends without a stop text."""
         if self.stopped:
             return ""
-        rest = self._decode(self._start, len(self._ids))[
-            len(self._decode(self._start, self._read)) :
-        ]
+        before, after = self._window()
         self._start = self._read = len(self._ids)
-        text = self._until_stop(rest)
+        text = self._until_stop(after[len(before) :])
         text, self._held = text + self._held, ""
         return text
 
-    def _decode(self, start: int, stop: int) -> str:
+    def _window(self) -> tuple[str, str]:
+        """Return the text of the window without and with the tokens whose text is not certain yet."""
+        ids = self._ids[self._start :]
+        return self._decode(ids[: self._read - self._start]), self._decode(ids)
+
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
         return self._tokenizer.decode(  # type: ignore[return-value]
-            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
 
     def _until_stop(self, text: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -31,8 +31,6 @@ from lorakit.serving.engine import (
     Ticket,
     Token,
 )
-
-T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,8 +51,6 @@ class Verdict:
     """The comparison of one answer."""
 
     receipt: Receipt
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
     served: tuple[float, ...]
     """Log-probabilities of the tokens as served."""
     alone: tuple[float, ...]
@@ -146,7 +142,7 @@ class VerifiedEngine:
                 _LOG.warning("An answer could not be replayed: %s", done.exception())
                 self._report(lease.receipt, None)
                 return
-            verdict = Verdict(lease.receipt, prompt, ids, served, tuple(done.result()), self._bound)
+            verdict = Verdict(lease.receipt, served, tuple(done.result()), self._bound)
             if not verdict.agrees:
                 _LOG.error(
                     "An answer does not agree with its receipt %s: its log-probabilities differ from those computed "
@@ -167,10 +163,6 @@ class VerifiedEngine:
         """Return log-probabilities of given tokens (`Engine.score`)."""
         return self._engine.score(tokens, lease, start=start)
 
-    def between_steps(self, action: Callable[[], T]) -> Future[T]:
-        """Run an action in the engine's thread (`Engine.between_steps`)."""
-        return self._engine.between_steps(action)
-
     def load(self) -> Load:
         """Return what the engine does now."""
         return self._engine.load()
@@ -178,7 +170,3 @@ class VerifiedEngine:
     def drain(self) -> None:
         """Accept no more requests."""
         self._engine.drain()
-
-    def close(self, timeout: float | None = None) -> bool:
-        """End the engine's thread."""
-        return self._engine.close(timeout)

@@ -110,7 +110,7 @@ class Worker(ABC):
         return self._queued(lambda: self._score(list(tokens), lease, start), is_change=False)
 
     def between_steps(self, action: Callable[[], T]) -> Future[T]:
-        """Run an action in the thread of the engine (`Engine.between_steps`)."""
+        """Run a short action in the engine's thread while no forward pass runs (loading, unloading)."""
         return self._queued(action, is_change=True)
 
     def _queued(self, action: Callable[[], T], *, is_change: bool) -> Future[T]:
@@ -142,7 +142,7 @@ class Worker(ABC):
             self._changed.notify()
 
     def close(self, timeout: float | None = None) -> bool:
-        """End the thread (`Engine.close`)."""
+        """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
         with self._changed:
             self._is_draining = self._is_closing = True
             self._changed.notify()

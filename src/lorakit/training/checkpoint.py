@@ -155,11 +155,11 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    checkpoints = _checkpoints(folder)
-    usable = [path for path in checkpoints if _step_of(path) <= state.step]
+    checkpoints = checkpoints_in(folder)
+    usable = [path for path in checkpoints if step_of(path) <= state.step]
     kept = usable[-keep:]
     if old is not None:
-        first = max(sum(_step_of(path) <= old for path in usable) - 1, 0)
+        first = max(sum(step_of(path) <= old for path in usable) - 1, 0)
         kept += usable[first : first + 2]
     failures = []
     for path in checkpoints:
@@ -190,7 +190,7 @@ def restore(
     Raises:
         RunFolderError: Every checkpoint is damaged, or the newest has other tensors or other `inputs`.
     """
-    checkpoints = _checkpoints(folder)
+    checkpoints = checkpoints_in(folder)
     if not checkpoints:
         return State(inputs=inputs)
     path, state = newest_whole(checkpoints)
@@ -292,15 +292,16 @@ def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
             )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints of `folder`, oldest first; none if it is missing."""
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(paths, key=_step_of)
+    return sorted(paths, key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -310,8 +311,8 @@ def delete_after(folder: Path, step: int) -> bool:
     Raises:
         RunFolderError: One cannot be deleted.
     """
-    checkpoints = _checkpoints(folder)
-    later = [path for path in checkpoints if _step_of(path) > step]
+    checkpoints = checkpoints_in(folder)
+    later = [path for path in checkpoints if step_of(path) > step]
     if len(later) == len(checkpoints):
         return False
     for path in reversed(later):
@@ -322,8 +323,8 @@ def delete_after(folder: Path, step: int) -> bool:
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint of `folder`; 0 if it has none."""
-    checkpoints = _checkpoints(folder)
-    return _step_of(checkpoints[-1]) if checkpoints else 0
+    checkpoints = checkpoints_in(folder)
+    return step_of(checkpoints[-1]) if checkpoints else 0
 
 
 def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:

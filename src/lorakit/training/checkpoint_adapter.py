@@ -11,7 +11,7 @@ from lorakit.adapters.formats.stored_layer import LIVE
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
-from lorakit.training.checkpoint import NAME, WEIGHTS
+from lorakit.training.checkpoint import NAME, WEIGHTS, step_of
 from lorakit.training.run_folder import ADAPTER, BEST
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
 
@@ -38,14 +38,14 @@ def saved_adapter(checkpoint: str | Path) -> Path:
     return saved[0]
 
 
-def read_checkpoint(path: str | Path) -> StoredAdapter:
-    """Read a checkpoint's tensors into the adapter that its run has saved.
+def read_checkpoint(path: str | Path, saved: str | Path | None = None) -> StoredAdapter:
+    """Read a checkpoint's tensors into the adapter that its run has saved, in the folder `saved` (`saved_adapter`).
 
     Raises:
         AdapterFileError: The run has saved no adapter yet, or the checkpoint has other tensors.
     """
     path = Path(path)
-    saved = saved_adapter(path)
+    saved = saved_adapter(path) if saved is None else Path(saved)
     stored = formats.read(saved)
     tensors = read_safetensors(path / WEIGHTS, mapped=True)
     try:
@@ -71,5 +71,5 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
             f"'{path}' has the tensor '{min(tensors)}', but the run's adapter '{saved}' does not. Use a checkpoint of "
             "that run."
         )
-    stored.provenance = {**stored.provenance, "step": int(path.name.removeprefix("step-"))}
+    stored.provenance = {**stored.provenance, "step": step_of(path)}
     return stored

@@ -17,6 +17,7 @@ from lorakit.serving.errors import EngineStoppedError, StoreFullError
 from lorakit.serving.http import metrics as metrics_module
 from lorakit.serving.http.keys import Budget, Key, KeyRing, digest_of
 from lorakit.serving.http.metrics import Metrics
+from lorakit.serving.verification import Verdict
 from lorakit.version import __version__
 
 
@@ -295,7 +296,7 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     served.client.get("/unknown/path")
     served.complete(model=BASE, lora={"sql": 0.5, "e2e": 0.5}, max_tokens=1)
     served.settle()
-    served.app.state.serving.metrics.verification.record("sql", passed=False, difference=0.5)
+    served.app.state.serving.metrics.verified("sql", Verdict(None, (-1.0,), (-1.5,), bound=0.3))
     answer = served.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)

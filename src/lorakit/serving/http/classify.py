@@ -18,7 +18,7 @@ from lorakit.data import DataTask
 from lorakit.serving.engine import Classifier, Lease, QueueFullError
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import ApiError, invalid_value
+from lorakit.serving.http.errors import ApiError, invalid_value, require_most
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
@@ -35,12 +35,8 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     classifier = serving.classifier
     if classifier is None:
         raise invalid_value("This server generates text; none of its models classifies.", "model")
-    rows, most = body.rows, serving.settings.limits.max_inputs
-    if len(rows) > most:
-        message = (
-            f"'input' has {len(rows):,} texts; this server allows at most {most:,} (max_inputs)."
-        )
-        raise ApiError(400, message, param="input", code="max_inputs")
+    rows = body.rows
+    require_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
     admitted(serving)
     examples: list[LabelledExample] = []
 

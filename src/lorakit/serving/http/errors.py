@@ -137,6 +137,18 @@ def invalid_value(message: str, param: str | None) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
+def require_most(field: str, value: int, most: int, limit: str, unit: str = "") -> None:
+    """Raise the 400 for a field that exceeds one of the server's limits; `unit` is what `value` counts."""
+    if value > most:
+        has = f"has {value:,} {unit}" if unit else f"is {value:,}"
+        raise ApiError(
+            400,
+            f"'{field}' {has}; this server allows at most {most:,} ({limit}).",
+            param=field,
+            code=limit,
+        )
+
+
 def unknown_model(name: str, known: Iterable[str], param: str = "model") -> ApiError:
     """Return the 404 for a model that does not exist, or that the key may not use."""
     names = list(known)

@@ -29,7 +29,7 @@ from lorakit.serving.engine import (
 )
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_most
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import Generating
 from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
@@ -69,14 +69,16 @@ def checked_settings(
         ApiError: A field exceeds a limit.
     """
     limits, answers = serving.settings.limits, body.n or 1
-    _require(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
-    _require("n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)")
-    _require("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
+    require_most(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
+    require_most(
+        "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
+    )
+    require_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
     for text in body.stops:
-        _require(
+        require_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
-    _require(top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
+    require_most(top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
@@ -84,17 +86,6 @@ def checked_settings(
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
     return Settings(sampling, answers, max_tokens, body.stops, top_logprobs)
-
-
-def _require(field: str, value: int, most: int, limit: str, unit: str = "") -> None:
-    if value > most:
-        has = f"has {value:,} {unit}" if unit else f"is {value:,}"
-        raise ApiError(
-            400,
-            f"'{field}' {has}; this server allows at most {most:,} ({limit}).",
-            param=field,
-            code=limit,
-        )
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -166,15 +157,9 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
         ApiError: The prompt is too long.
     """
     limits, engine = serving.settings.limits, serving.engine.limits
-    most, room = limits.max_prompt_tokens, engine.room_after(len(ids))
-    if most is not None and len(ids) > most:
-        raise ApiError(
-            400,
-            f"The prompt has {len(ids):,} tokens; this server allows at most {most:,} (max_prompt_tokens).",
-            param="prompt",
-            code="max_prompt_tokens",
-        )
-    wanted = settings.max_tokens
+    most, room, wanted = limits.max_prompt_tokens, engine.room_after(len(ids)), settings.max_tokens
+    if most is not None:
+        require_most("prompt", len(ids), most, "max_prompt_tokens", "tokens")
     if room < 1:
         raise ApiError(
             400,

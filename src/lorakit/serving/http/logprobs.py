@@ -14,7 +14,7 @@ from lorakit.serving.http.answers import (
     TokenLogprob,
     TopLogprob,
 )
-from lorakit.serving.text import BEFORE, REPLACEMENT, WINDOW
+from lorakit.serving.text import REPLACEMENT, TextStream
 
 LOWEST = -9999.0
 """What OpenAI reports for a token of probability 0; JSON has no infinity."""
@@ -29,38 +29,15 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._context = list(before[-BEFORE:])
-        self._new: list[int] = []
-        """Tokens after the context; together they end within a character."""
+        self._stream = TextStream(tokenizer, before=before)
         self._offset = 0
-
-    def text(self, token: int) -> str:
-        """Return the text that a token would have next."""
-        return self._after(self._context, token)
+        self.text = self._stream.text_of
 
     def add(self, token: int) -> tuple[str, int]:
         """Append a token. Return its text, and the position of that in the text of all tokens."""
-        shown, offset = self._after([*self._context, *self._new], token), self._offset
-        self._new.append(token)
-        text = self._decode([*self._context, *self._new])[len(self._decode(self._context)) :]
-        if not text.endswith(REPLACEMENT) or len(self._new) >= WINDOW:
-            self._offset += len(text)
-            self._context, self._new = self._new, []
-        return shown, offset
-
-    def _after(self, context: list[int], token: int) -> str:
-        before, after = (self._decode(ids, special=True) for ids in (context, [*context, token]))
-        if after.startswith(before):
-            return after[len(before) :]
-        return self._decode([token], special=True)
-
-    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
-        return str(
-            self._tokenizer.decode(
-                list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-            )
-        )
+        text, offset = self.text(token), self._offset
+        self._offset += len(self._stream.push(token))
+        return text, offset
 
 
 def chat_logprobs(tokens: Sequence[Token], texts: TokenTexts) -> ChatLogprobs:

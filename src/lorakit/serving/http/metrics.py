@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorakit.serving.engine import Load
+from lorakit.serving.engine import Load, Receipt
 from lorakit.serving.loaded import StoreStats
+from lorakit.serving.verification import Verdict
 
 NONE, BLEND, OTHER = "(none)", "(blend)", "(other)"
 """Labels of requests without a model that exists, of blends, and of models beyond `MOST_LABELS`."""
@@ -22,6 +23,14 @@ MOST_LABELS = 1000
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+def model_label(receipt: Receipt, base: str) -> str:
+    """Return the label of what computes an answer: the base, one adapter of weight 1, or `BLEND`."""
+    if not receipt.adapters:
+        return base
+    (name, _, weight), *others = receipt.adapters
+    return BLEND if others or weight != 1 else name
 
 
 class Metrics:
@@ -59,7 +68,15 @@ class Metrics:
             buckets=_SECONDS,
             **own,
         )
-        self.verification = Verification(self, own)
+        self._verified = Counter(
+            "verified_answers", "Answers that --verify has chosen", ["adapter", "result"], **own
+        )
+        self._difference = Histogram(
+            "verification_difference",
+            "Mean absolute difference of the log-probabilities of an answer's tokens",
+            buckets=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0),
+            **own,
+        )
         self._labels: set[str] = set()
         self._lock = threading.Lock()
         if load is not None or stats is not None:
@@ -101,40 +118,16 @@ class Metrics:
         for _ in range(count):
             self._between.observe(seconds / count)
 
+    def verified(self, adapter: str, verdict: Verdict | None) -> None:
+        """Count an answer that --verify has chosen; None if it could not be compared."""
+        result = "skipped" if verdict is None else "passed" if verdict.agrees else "failed"
+        self._verified.labels(self.label(adapter), result).inc()
+        if verdict is not None:
+            self._difference.observe(verdict.difference)
+
     def page(self) -> bytes:
         """Return all series in Prometheus' text format."""
         return generate_latest(self.registry)
-
-
-class Verification:
-    """Answers that were chosen to be computed again, alone, and compared (`lorakit serve --verify`)."""
-
-    def __init__(self, metrics: Metrics, own: dict) -> None:
-        self._metrics = metrics
-        self._answers = Counter(
-            "verified_answers", "Answers that --verify has chosen", ["adapter", "result"], **own
-        )
-        self._difference = Histogram(
-            "verification_difference",
-            "Mean absolute difference of the log-probabilities of an answer's tokens",
-            buckets=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0),
-            **own,
-        )
-
-    def record(self, adapter: str | None, *, passed: bool, difference: float) -> None:
-        """Count a compared answer.
-
-        Args:
-            adapter: The model of the request.
-            passed: Whether the difference is within the bound.
-            difference: The mean absolute difference of the log-probabilities of its tokens.
-        """
-        self._answers.labels(self._metrics.label(adapter), "passed" if passed else "failed").inc()
-        self._difference.observe(difference)
-
-    def skip(self, adapter: str | None) -> None:
-        """Count an answer that was to be compared, and could not be."""
-        self._answers.labels(self._metrics.label(adapter), "skipped").inc()
 
 
 class _State(Collector):

@@ -24,7 +24,7 @@ from lorakit.serving.http.errors import (
     unknown_model,
 )
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
-from lorakit.serving.http.metrics import BLEND, Metrics
+from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
@@ -153,7 +153,7 @@ class Serving:
             known = self.models(record.key)
             param = next((p for p, name in named.items() if name not in known), "model")
             raise unknown_model(named[param], known, param) from None
-        record.model = model if lora is None else BLEND
+        record.model = model_label(lease.receipt, self.settings.base_name)
         return lease
 
     async def in_worker(self, work: Callable[[], T]) -> T:
