@@ -25,8 +25,10 @@ from transformers import (
     StableLmConfig,
 )
 
+from lorakit.compute.base import _is_encoder_decoder
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.gguf import converted_folder, described_folder
 from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, read_header
@@ -106,6 +108,7 @@ def test_head_and_activation_of_t5(tmp_path: Path) -> None:
         logits = [each(input_ids=ids, decoder_input_ids=ids).logits for each in (source, model)]
     assert torch.equal(*logits)
     assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert _is_encoder_decoder(BaseConfig(name=str(path)))  # so a task of text opens it with its own head
 
 
 def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

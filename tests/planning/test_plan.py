@@ -18,7 +18,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.compute.batch_size import BatchSize
+from lorakit.compute.batching import PACKED_STEP, padded_step
 from lorakit.data import DataConfig
+from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
@@ -195,24 +197,35 @@ def test_prompts_that_return_late_are_seen_in_grouped_batches(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("name", "encoder"),
+    ("model_type", "encoder"),
     [
-        ("XLMRobertaModel", True),
-        ("XLMRobertaForMaskedLM", True),
-        ("LlamaForCausalLM", False),
-        ("GPT2LMHeadModel", False),
-        ("T5ForConditionalGeneration", False),
-        ("Gemma3ForConditionalGeneration", False),  # a decoder of images and text
-        ("T5Model", False),
+        *(("xlm-roberta", True), ("bert", True), ("mpnet", True)),
+        *(("llama", False), ("gpt2", False), ("t5", False)),
+        ("mistral", False),  # also where a checkpoint has no head, as encoders of sentences
+        ("gemma3", False),  # a decoder of images and text
     ],
 )
-def test_a_plan_without_data_is_for_what_the_model_does(tmp_path, name, encoder):
-    config = transformers.PretrainedConfig(
-        architectures=[name], is_encoder_decoder=name[:2] == "T5"
-    )
+def test_a_plan_without_data_is_for_what_the_model_does(tmp_path, model_type, encoder):
+    config = transformers.CONFIG_MAPPING[model_type](architectures=None)
     shape: Any = SimpleNamespace(name="base", config=config)
     planned = planner._batches(tiny_runs.config(tmp_path, "base"), shape, 8, None, 1)
     assert (planned.task.name == "classification") == encoder
+
+
+def test_sizes_are_those_of_the_collator(tmp_path):
+    """Padded batches differ in rows and rounded width, packed ones in rounded tokens."""
+    lengths = [8, 9, 12, 13, 100, 101, 104, 105]
+    batches = [language_examples(2, length, 2) for length in lengths]
+    batches.append(language_examples(1, 8, 2))
+    planned = dataclasses.replace(
+        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, encoder=False), batches=batches
+    )
+    shapes = {
+        tuple(collate(b, 0, step=padded_step(max(map(len, b))))["input_ids"].shape) for b in batches
+    }
+    assert planned.sizes(packed=False) == len(shapes) == 6
+    packed = {pack(batch, 0, step=PACKED_STEP)["input_ids"].numel() for batch in batches}
+    assert planned.sizes(packed=True) == len(packed)
 
 
 def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):

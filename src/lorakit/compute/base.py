@@ -13,7 +13,6 @@ from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.processor import limit_processor
-from lorakit.models.sources import resolve
 from lorakit.tasks import Example, LanguageExample
 
 
@@ -133,8 +132,6 @@ def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelH
 
 
 def _is_encoder_decoder(config: BaseConfig) -> bool:
-    if resolve(config.name, revision=config.revision).kind == "gguf":
-        return False
     try:
         return bool(getattr(shape_of(config).config, "is_encoder_decoder", False))
     except BaseModelError:  # loading the model raises a better message

@@ -41,14 +41,16 @@ def collator(base: Base, *, packed: bool = False) -> Collate:
         elif language and model.config.is_encoder_decoder:
             batch = _encoder_decoder_batch(base, language, pad)
         else:
-            longest = max(map(len, examples))
-            step = SHORT_STEP if longest <= SHORT else PADDED_STEP
-            # Rounding up must not exceed the context.
-            fits = context is None or round_up(longest, step) <= context
-            batch = collate(examples, pad, step=step if fits else 1)
+            batch = collate(examples, pad, step=padded_step(max(map(len, examples)), context))
         return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
     return make
+
+
+def padded_step(longest: int, context: int | None = None) -> int:
+    """Return the multiple to which a padded batch is rounded up; 1 where that would exceed the context."""
+    step = SHORT_STEP if longest <= SHORT else PADDED_STEP
+    return step if context is None or round_up(longest, step) <= context else 1
 
 
 def target_counter(base: Base) -> Callable[[Example], int]:

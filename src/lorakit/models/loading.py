@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
-from lorakit.models.declared_sizes import check_declared
+from lorakit.models.base_shape import locate, read_config
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
-from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
 from lorakit.models.heads import classification_head
-from lorakit.models.hub import locate_on_hub
 from lorakit.models.layers import is_inside
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise, share_of_experts
@@ -124,10 +121,10 @@ def load_base(
         check_available(quantisation)
     source = resolve(name, revision=revision)
     with _quiet():
-        source, path, options, notices = _locate(source, trust_remote_code)
+        source, path, options, notices = locate(source, trust_remote_code, weights=True)
         with _explained(source, path, task):
-            check_declared(source.name, _declared(path, options), path)
-            weights_dtype = compute_dtype(dtype, device, _config(path, options, dtype))
+            config = read_config(source.name, path, options)
+            weights_dtype = compute_dtype(dtype, device, config)
             model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
@@ -188,51 +185,11 @@ def load_tokenizer(
     """
     source = resolve(name, revision=revision)
     with _quiet():
-        if source.kind == "gguf":  # without converting the weights
-            path, options = str(described_folder(Path(source.path_or_id))), {}
-        else:
-            source, path, options, _ = _locate(source, trust_remote_code)
+        source, path, options, _ = locate(source, trust_remote_code, weights=False)
         tokenizer = tokenizer_of(source, path, options)
     if tokenizer is None:
         raise BaseModelError(f"'{source.name}' has no tokenizer. Name a base model that has one.")
     return tokenizer
-
-
-def _locate(
-    source: ModelSource, trust_remote_code: bool
-) -> tuple[ModelSource, str, dict[str, Any], list[str]]:
-    """Return the located source, its path or hub id, options for transformers, and notices."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.kind == "hub":
-        commit, reachable = locate_on_hub(source)
-        source = dataclasses.replace(source, revision=commit)
-        options |= {"revision": commit, "local_files_only": not reachable}
-        notices = (
-            [] if reachable else ["The hub cannot be reached; the copy in the local cache is used."]
-        )
-        return source, source.path_or_id, options, notices
-    if source.kind == "gguf":
-        folder = converted_folder(Path(source.path_or_id))
-        return source, str(folder), options, conversion_notices(folder)
-    return source, source.path_or_id, options, []
-
-
-def _declared(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of config.json."""
-    from transformers import PretrainedConfig
-
-    return PretrainedConfig.get_config_dict(path, **options)[0]
-
-
-def _config(
-    path: str, options: Mapping[str, Any], dtype: str | torch.dtype
-) -> PretrainedConfig | None:
-    """Return the configuration from which the dtype ``auto`` is chosen; None for other dtypes."""
-    if dtype != "auto":
-        return None
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path, **options)
 
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
@@ -353,7 +310,7 @@ def _check_weights(
         return in_pooler or any(is_inside(name, head) for head in heads)
 
     wrong = [name for name in new if not may_be_new(name)]
-    if wrong and task == "causal-lm" and _is_encoder(model.config):
+    if wrong and task == "causal-lm" and is_encoder(model.config):
         raise BaseModelError(
             f"'{source.name}' is an encoder without a language-model head, so it cannot generate text. Use a decoder "
             "such as smollm2-135m, or data with labels."
@@ -374,7 +331,7 @@ def _check_weights(
     return new, notices
 
 
-def _is_encoder(config: PretrainedConfig) -> bool:
+def is_encoder(config: PretrainedConfig) -> bool:
     """Whether the architecture is trained on masked tokens and has no decoder."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import PACKED_STEP
+from lorakit.compute.batching import PACKED_STEP, padded_step
 from lorakit.data import DataTask, RowReader, load_examples, task_class_of, task_of
 from lorakit.data.packing import shared_once
 from lorakit.errors import ConfigurationError
@@ -44,8 +44,6 @@ class Batches:
     """Batches that a process computes in an optimizer step; fewer if the data set is smaller than one step."""
     tokens: int
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
-    sizes: int = 1
-    """Number of different sizes of batches, in tokens rounded up as in packed batches."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example]]:
@@ -57,6 +55,17 @@ class Batches:
 
         ordered = sorted(self.batches, key=size)
         return ordered[-1], ordered[len(ordered) // 2]
+
+    def sizes(self, *, packed: bool) -> int:
+        """Return the number of different shapes of batches: rows and width, or packed the tokens, both rounded up."""
+
+        def shape(batch: list[Example]) -> tuple[int, int]:
+            if packed:
+                return 1, round_up(shared_once(batch), PACKED_STEP)
+            longest = max(map(len, batch))
+            return len(batch), round_up(longest, padded_step(longest))
+
+        return len(set(map(shape, self.batches)))
 
 
 def from_data(config: TrainConfig, processes: int = 1) -> Batches:
@@ -98,7 +107,6 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     tokens = read // plan.steps_per_epoch
     if not whole:
         tokens = read * config.batch_size * config.accumulation // len(train)
-    sizes = len({round_up(sum(map(len, batch)), PACKED_STEP) for batch in batches})
     return Batches(
         task=task,
         batches=batches,
@@ -106,7 +114,6 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         steps=steps,
         per_step=per_step,
         tokens=tokens,
-        sizes=sizes,
         tokenizer=tokenizer,
     )
 

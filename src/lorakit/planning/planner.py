@@ -15,7 +15,7 @@ from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.loading import head_of_class
+from lorakit.models.loading import is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
@@ -180,7 +180,9 @@ def plan(
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
     run = simulate(config, shape, batches, dtype=dtype)
-    sizes = min(batches.sizes, (batches.steps or batches.sizes) * batches.per_step)
+    sizes = batches.sizes(packed=run.packed)
+    if batches.steps is not None:
+        sizes = min(sizes, batches.steps * batches.per_step)
     full, why = None, ""
     if compare and run.method != "FullFineTuning":
         progress("simulating a step of full fine-tuning")
@@ -257,10 +259,7 @@ def _batches(
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
-    is_pair = getattr(shape.config, "is_encoder_decoder", False)
-    names = getattr(shape.config, "architectures", None) or []
-    heads = [head_of_class(name, is_encoder_decoder=is_pair) for name in names]
-    encoder = bool(heads) and "causal-lm" not in heads and not is_pair
+    encoder = is_encoder(shape.config)
     return from_lengths(config, length, targets, encoder=encoder, processes=processes)
 
 

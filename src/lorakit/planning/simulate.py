@@ -63,8 +63,6 @@ class SimulatedRun:
     """Step of the batch with the most tokens."""
     middle: Step
     """Step of the batch of median size."""
-    tokens: int
-    """Tokens of the examples in the median batch, without sharing prefixes."""
     batches: int
     """Batches of an optimizer step."""
     rows: int
@@ -139,7 +137,6 @@ def simulate(
         adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
-        tokens=sum(map(len, selected[1])),
         batches=batches.per_step,
         rows=rows,
         width=width,
