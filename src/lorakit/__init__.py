@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from lorakit.methods.lora.method import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.methods.registry import use_method
+    from lorakit.models.listing import targets
     from lorakit.models.loading import load_base
-    from lorakit.models.roles import targets
     from lorakit.training.config import TrainConfig
     from lorakit.training.loop import train
 
@@ -60,7 +60,7 @@ _HOME = {
     "PrefixLayer": "lorakit.methods.prefix",
     "use_method": "lorakit.methods.registry",
     "load_base": "lorakit.models.loading",
-    "targets": "lorakit.models.roles",
+    "targets": "lorakit.models.listing",
     "TrainConfig": "lorakit.training.config",
     "train": "lorakit.training.loop",
 }

@@ -15,7 +15,7 @@ from lorakit.compute.trials import SHORT_COMPLETION, SHORT_PROMPT, try_faster
 from lorakit.data import DataTask
 from lorakit.models import faster
 from lorakit.models.loading import load_base
-from lorakit.ops import flex_masked_attention
+from lorakit.ops.flex_attention import flex_masked_attention
 from lorakit.tasks import LanguageExample
 
 TAKING = ["llama", "qwen3", "phi3", "gpt2", "opt", "gpt-neox", "bert", "roberta"]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoRA, attach
-from lorakit.ops import dropout
+from lorakit.ops.dropout import dropout
 
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 12), (4, 5, 16)),

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.errors import TargetError
 from lorakit.models.blocks import block_outputs, residual_branches, stacks
-from lorakit.models.roles import find_places
+from lorakit.models.places import find_places
 
 ONE_MODULE_FOR_BOTH = ("phi", "vit")
 """Attention and MLP share one dropout, so an adapter on it would apply to both."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit.models.layers import walk, why_not_adaptable
 from lorakit.models.listing import TargetList, targets
-from lorakit.models.roles import find_places
+from lorakit.models.places import find_places
 
 LLAMA = """\
 role         modules                               layers  weight (out, in)

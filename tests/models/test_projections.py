@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.models.roles import Place, find_places
+from lorakit.models.places import Place, find_places
 
 PRODUCTS = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm}
 PRODUCTS |= {torch.Tensor.__matmul__, torch.baddbmm, torch.Tensor.baddbmm}

@@ -24,7 +24,9 @@ from lorakit.methods.lora.kinds import kind_of
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
 from lorakit.models.layers import AdapterSlot, RowSlice, walk, why_not_adaptable
-from lorakit.models.roles import find_places, is_role, resolve_targets, targets
+from lorakit.models.listing import targets
+from lorakit.models.places import find_places, is_role
+from lorakit.models.roles import resolve_targets
 
 EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import masked_attention_reference
 
-from lorakit.ops import attention, masked_attention
+from lorakit.ops import attention
+from lorakit.ops.attention import masked_attention
 
 
 def causal(length):

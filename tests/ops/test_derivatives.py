@@ -13,17 +13,14 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from lorakit import LoRA, attach
 from lorakit.errors import LorakitError
 from lorakit.models.faster import make_faster, make_stock
-from lorakit.ops import (
-    dropout,
-    linear_cross_entropy,
-    lora_linear,
-    masked_attention,
-    put_rows,
-    rms_norm,
-    silu_product,
-    take_rows,
-)
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.dropout import dropout
+from lorakit.ops.linear_cross_entropy import linear_cross_entropy
+from lorakit.ops.lora_linear import lora_linear
 from lorakit.ops.lora_segments import Segment, lora_segments
+from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.rows import put_rows, take_rows
+from lorakit.ops.silu_product import silu_product
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own, when forward mode is first used
     "ignore:`torch.jit.script` is:DeprecationWarning"

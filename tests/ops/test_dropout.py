@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorakit.ops import dropout, masked_attention
-from lorakit.ops.dropout import PERIOD, _thresholds
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.dropout import PERIOD, _thresholds, dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

@@ -7,7 +7,9 @@ import torch
 from references import masked_attention_reference
 from test_attention import MASKS, inputs, tree
 
-from lorakit.ops import flex_attention, flex_masked_attention, masked_attention
+from lorakit.ops import flex_attention
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.flex_attention import flex_masked_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 needs_gpu = pytest.mark.skipif(

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import LorakitError
-from lorakit.ops import Keys, dropout, keyed, masked_attention
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.dropout import Keys, dropout
+from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.streams import above, mixed
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakit.ops import put_rows, rounded_rows, take_rows
+from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 
 AT = torch.tensor([4, 0, 3])
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 CPU = torch.device("cpu")
 

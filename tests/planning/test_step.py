@@ -16,11 +16,11 @@ from lorakit.compute.objective import ClassificationLoss, LanguageModellingLoss
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
-from lorakit.ops import linear_cross_entropy
+from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.planning import step
 from lorakit.planning.ledger import Ledger
 from lorakit.planning.shape import new_mode, planning
-from lorakit.planning.step import _LOSS, run_step, shorten
+from lorakit.planning.step import run_step, shorten
 from lorakit.tasks import LabelledExample, LanguageExample
 from lorakit.training.setup import enable_gradient_checkpointing
 
@@ -253,7 +253,7 @@ def test_parameters_are_fake_tensors():
 
 def test_a_shortened_loss_counts_every_chunk(monkeypatch):
     """Only the first and the last chunk of logits run; the work and the peak are those of all five."""
-    monkeypatch.setattr(_LOSS, "CHUNK_BYTES", 32 * 4 * tiny_models.VOCABULARY)
+    monkeypatch.setattr(step.linear_cross_entropy, "CHUNK_BYTES", 32 * 4 * tiny_models.VOCABULARY)
     method, objective = lorakit.LoRA(), LanguageModellingLoss(path="fused")
     short = planned(lambda: decoder("llama"), method, objective, packed_batch())
     called = []

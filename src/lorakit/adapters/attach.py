@@ -15,7 +15,7 @@ from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
 

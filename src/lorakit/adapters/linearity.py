@@ -31,7 +31,7 @@ from lorakit.models.layers import (
     trial_input,
 )
 from lorakit.models.quantised import quantised_weight
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.layers import base_modules
 from lorakit.models.tokenizer import tokenizer_digest
-from lorakit.ops import seeded
 from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
 

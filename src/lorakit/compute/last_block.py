@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
-from lorakit.ops import put_rows, rounded_rows, take_rows
 from lorakit.ops.dropout import gathers
+from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 
 MAX_SHARE = 0.9
 """Largest share of used tokens. Above it, gathering no longer pays."""

@@ -23,8 +23,8 @@ from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of
-from lorakit.ops import linear_cross_entropy
 from lorakit.ops.dropout import gathers
+from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 
 Batch = Mapping[str, Tensor]
 HeadPath = Literal["fused", "own head", "whole logits"]
@@ -54,7 +54,7 @@ class LanguageModellingLoss:
     the most general, they are:
 
     - ``fused``: the backbone's hidden states at target positions times the head's weight, in chunks, so the full
-      logits never exist in memory (:func:`lorakit.ops.linear_cross_entropy`);
+      logits never exist in memory (`lorakit.ops.linear_cross_entropy`);
     - ``own head``: the model's forward with `logits_to_keep`, for the columns with a target in any row;
     - ``whole logits``: the model's forward with all logits.
     """

@@ -25,7 +25,7 @@ from lorakit.tasks.language_modelling import common_length
 
 ROW_LENGTH = 1024
 """Maximum length of a row in tokens, unless a single tree is longer. The mask grows with its square. Attention under
-the mask (`lorakit.ops.masked_attention`) costs the same for trees in one row as for trees in separate rows."""
+the mask (`ops.attention.masked_attention`) costs the same for trees in one row as for trees in separate rows."""
 
 PAIRS_OF_A_COPY = 2**18
 """A tree longer than `ROW_LENGTH` is cut into several if that adds at most one token for each so many entries of its

@@ -30,7 +30,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
 from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.models.sharding import is_split
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 from lorakit.tasks.language_modelling import prompt_ids
 
 Prompt = str | Sequence[int]

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from lorakit.errors import LorakitError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 
 def fake_modules(method: Method, model: nn.Module) -> dict[str, AdapterModule]:

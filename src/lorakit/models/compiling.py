@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.errors import ConfigurationError
 from lorakit.models.blocks import blocks_of
-from lorakit.ops import allow_graphs
+from lorakit.ops.compiling import allow_graphs
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:

@@ -17,7 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from lorakit.models.faster_layers import FasterForward, faster_forward
 from lorakit.models.sharding import gathered
-from lorakit.ops import flex_masked_attention, flex_serves, masked_attention
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.flex_attention import flex_masked_attention, flex_serves
 
 STOCK = "sdpa"
 """The attention implementation that ours replaces."""

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation, SiLUActivation
 
-from lorakit.ops import dropout, masked_attention, rms_norm, silu_product
+from lorakit.ops.attention import masked_attention
+from lorakit.ops.dropout import dropout
+from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.silu_product import silu_product
 
 ROUNDINGS = 4
 """Largest difference between the two outputs, in roundings of the dtype, relative to the norm of the output. One

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 ADAPTERS = "adapters"
 """Name of the child module that holds a layer's adapters (``<layer>.adapters.<name>``)."""

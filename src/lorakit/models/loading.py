@@ -21,7 +21,7 @@ from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise, share_of_experts
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
-from lorakit.ops import seeded
+from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

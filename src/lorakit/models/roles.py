@@ -1,7 +1,4 @@
-"""Resolve targets (roles, module-name suffixes, regular expressions) to layers.
-
-This module re-exports the public names of :mod:`lorakit.models.places` and related modules.
-"""
+"""Resolve targets (roles, module-name suffixes, regular expressions) to layers."""
 
 from __future__ import annotations
 
@@ -12,12 +9,10 @@ from torch import nn
 
 from lorakit.errors import TargetError, nearest
 from lorakit.models.architectures import O
-from lorakit.models.heads import classification_head, is_never_called
-from lorakit.models.layers import LocatedModule, RowSlice, is_inside, walk, why_not_adaptable
-from lorakit.models.listing import TargetList, targets
+from lorakit.models.heads import is_never_called
+from lorakit.models.layers import LocatedModule, is_inside, walk, why_not_adaptable
 from lorakit.models.patterns import Matcher
 from lorakit.models.places import (
-    ROLES,
     Place,
     all_places,
     find_places,
@@ -26,18 +21,6 @@ from lorakit.models.places import (
     names_of_adaptable,
     role_names,
 )
-
-__all__ = [
-    "ROLES",
-    "Place",
-    "RowSlice",
-    "TargetList",
-    "classification_head",
-    "find_places",
-    "is_role",
-    "resolve_targets",
-    "targets",
-]
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:

@@ -347,7 +347,7 @@ def _probabilities(Q: Tensor, K: Tensor, bias: Tensor | None, scale: float) -> T
 
 
 class _Draw:
-    """The attention weights that dropout keeps. Within `lorakit.ops.keyed`, they do not depend on the blocks."""
+    """The attention weights that dropout keeps. Within `keyed_dropout.keyed`, they do not depend on the blocks."""
 
     def __init__(self, p: float, blocks: _Blocks, query: Tensor, key: Tensor) -> None:
         self._p, self._rows, self._columns = p, None, None

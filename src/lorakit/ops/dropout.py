@@ -32,7 +32,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Return `x` with each element set to zero with probability `p`, the others divided by ``1 - p``.
 
     A draw from torch's default CPU generator seeds the random bits, so the result depends only on torch's seed or
-    restored state. Within `lorakit.ops.keyed` it depends on the keys of the tokens too. Under torch.compile and
+    restored state. Within `keyed_dropout.keyed` it depends on the keys of the tokens too. Under torch.compile and
     torch.func, and without keys on other devices than a CPU, this is `torch.nn.functional.dropout`.
 
     Drawing random bits dominates the cost, so each element uses eight bits and compares them with a threshold. If

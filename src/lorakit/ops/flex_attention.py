@@ -28,7 +28,7 @@ def flex_masked_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute `lorakit.ops.masked_attention` with FlexAttention.
+    """Compute `lorakit.ops.attention.masked_attention` with FlexAttention.
 
     The fused kernel computes the cases that FlexAttention does not support: dropout, no mask, no rows. It also
     computes a single query (decoding), because no block can be skipped. On a CPU, FlexAttention computes all pairs

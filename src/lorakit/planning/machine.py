@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
-from lorakit.ops import rms_norm, silu_product
 from lorakit.ops.dropout import kept
+from lorakit.ops.rms_norm import rms_norm
+from lorakit.ops.silu_product import silu_product
 from lorakit.planning.ledger import Ledger, Work
 from lorakit.planning.products import Product, timed
 from lorakit.planning.shape import new_mode

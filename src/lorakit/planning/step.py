@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import groupby
 from typing import Any
 from unittest import mock
@@ -18,13 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from lorakit.compute.objective import Batch, Objective
 from lorakit.models.blocks import stacks
 from lorakit.models.layers import by_token
-from lorakit.ops import Keys, keyed
+from lorakit.ops import linear_cross_entropy
+from lorakit.ops.dropout import Keys
+from lorakit.ops.keyed_dropout import keyed
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work
 
-_LOSS = import_module(
-    "lorakit.ops.linear_cross_entropy"
-)  # `lorakit.ops` has the function of this name
-row_chunks = _LOSS.row_chunks
+row_chunks = linear_cross_entropy.row_chunks
 
 Blocks = list[tuple[nn.Module, int]]
 """The remaining blocks of a shortened model in order, each with the number of blocks that it represents."""
@@ -136,7 +134,7 @@ def _short_loss(ledger: Ledger) -> Iterator[None]:
         ledger.repeated = outer
         yield from others[-1:]
 
-    with mock.patch.object(_LOSS, "row_chunks", chunks):
+    with mock.patch.object(linear_cross_entropy, "row_chunks", chunks):
         yield
 
 

@@ -20,8 +20,9 @@ from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
 from lorakit.models.sharding import own_part, reached
-from lorakit.ops import Keys, keyed, seeded
-from lorakit.ops.dropout import CPU, Draw, token_words
+from lorakit.ops.dropout import CPU, Draw, Keys, token_words
+from lorakit.ops.keyed_dropout import keyed
+from lorakit.ops.seeding import seeded
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
 from lorakit.training.setup import ADAPTER, Job

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.methods.lora import LoRA
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

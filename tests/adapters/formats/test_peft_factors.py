@@ -36,7 +36,7 @@ from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.peft.writing import _alpha
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 LAYERS = {
     "linear": linear(),

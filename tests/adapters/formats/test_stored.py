@@ -28,7 +28,7 @@ from lorakit.adapters.formats.stored_layer import StoredLayer, rank_notices
 from lorakit.errors import AdapterFileError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, i
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.methods.registry import recorded_method
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 from lorakit.storage.tensors import read_safetensors
 from lorakit.version import __version__
 

@@ -20,7 +20,7 @@ from lorakit.methods.lora.forms import (
     LoralibConvForm,
 )
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 KINDS = tuple(
     form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)

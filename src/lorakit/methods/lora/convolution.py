@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.lora.forms import ConvForm, LoralibConvForm
 from lorakit.methods.lora.layer import LoRALayer, unsupported
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterFileError
-from lorakit.models.roles import RowSlice
+from lorakit.models.layers import RowSlice
 
 Factors = tuple[Tensor, Tensor]
 """A and B."""

@@ -20,10 +20,9 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import weight_shape
-from lorakit.models.roles import RowSlice
-from lorakit.ops import dropout
+from lorakit.models.layers import RowSlice, weight_shape
 from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.dropout import dropout
 from lorakit.ops.lora_linear import require_data
 
 

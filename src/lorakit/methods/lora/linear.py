@@ -12,7 +12,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
 from lorakit.models.checkpoints import caches_outputs
 from lorakit.models.quantised import quantised_weight
-from lorakit.ops import lora_linear
+from lorakit.ops.lora_linear import lora_linear
 
 _NEW_TENSOR = (nn.Linear.forward, Conv1D.forward)
 """Forward methods that return a new tensor and keep no reference to it. Others, such as those of quantised layers, may

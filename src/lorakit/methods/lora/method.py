@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lorakit.methods.module import AdapterModule
     from lorakit.models.patterns import PatternTable
-    from lorakit.models.roles import Place
+    from lorakit.models.places import Place
 
 Bias = Literal["none", "all", "lora_only"]
 Scaling = Literal["standard", "rslora"]
