@@ -9,7 +9,7 @@ import functools
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -41,6 +41,28 @@ YAML: Names = {
     bool: ("true or false", "true or false"),
     type(None): ("null", "null"),
 }
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as dicts, lists and scalars, for YAML and JSON."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one mapping, by dotted name."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
 
 
 def conform(config: Any, section: str = "") -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorakit.configuration import differences
+from lorakit.configuration import as_dict, differences, flat_settings
 from lorakit.errors import ConfigurationError
 from lorakit.models.devices import pick_device
-from lorakit.paper.runs import Record, Runner, TableRun, changed_settings, device_name, flat_of
+from lorakit.paper.runs import Record, Runner, TableRun, changed_settings, device_name
 from lorakit.paper.study import StudyData
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
@@ -78,7 +78,9 @@ def _other_settings(recorded: Mapping[str, Any], config: TrainConfig) -> list[tu
     None stands for a default.
     """
     # A setting that has become the default, with the same value, is equal.
-    present = {name: value for name, value in flat_of(config).items() if name in recorded}
+    present = {
+        name: value for name, value in flat_settings(as_dict(config)).items() if name in recorded
+    }
     return [
         change
         for change in differences(recorded, {**changed_settings(config), **present})

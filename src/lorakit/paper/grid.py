@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import storage
 from lorakit.adapters.summary import count_parameters
 from lorakit.compute.base import open_base
-from lorakit.configuration import differences
+from lorakit.configuration import as_dict, differences, flat_settings
 from lorakit.data import DataConfig, DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
@@ -34,21 +34,8 @@ SUFFIXES = ("md", "json", "png", "html")
 MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
 """Bounds on the held-out examples that are drawn in addition to limited training data."""
 
-_SHARED = (
-    "table",
-    "trials",
-    "trial_epochs",
-    "widen",
-    "epochs",
-    "limit",
-    "eval_limit",
-    "batch_size",
-    "sampling",
-    "budget",
-)
-"""Options that all runs in a folder share."""
 _DIVIDED = ("tasks", "methods", "seeds")
-"""Options that determine each run's share of a budget."""
+"""Options that determine each run's share of a budget; without one, a folder may have runs of several."""
 
 
 class Grid:
@@ -352,13 +339,10 @@ def preview(config: PaperConfig, say: Say) -> Grid:
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:
-    names = (*_SHARED, *(_DIVIDED if config.budget else ()))
-    settings = {name: getattr(config, name) for name in names}
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    for section in ("base", "data", "decoding"):
-        values = asdict(getattr(config, section))
-        settings |= {f"{section}.{name}": value for name, value in values.items()}
-    return {name: value for name, value in settings.items() if name not in CHANGE_NO_NUMBER}
+    """Return the settings that all runs of a folder share, by dotted name."""
+    skipped = (*CHANGE_NO_NUMBER, *(() if config.budget else _DIVIDED))
+    settings = flat_settings(as_dict(config))
+    return {name: value for name, value in settings.items() if name not in skipped}
 
 
 def _read_setup(config: PaperConfig) -> GridSetup:

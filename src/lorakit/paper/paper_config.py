@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import as_dict, conform, flat_settings, strict
 from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.decoding import Decoding
 from lorakit.models.base_config import BaseConfig
@@ -20,11 +20,11 @@ from lorakit.training.config import Sampling
 TABLES = ("table1", *STUDIES)
 """The tables that can be run: latency (table1), and those that consist of training runs."""
 
-CHANGE_NO_NUMBER = ("base.device", "data.root", "decoding.batch_size")
-_NOT_IN_COMMAND = (
-    *("table", "data.root", "output", "log", "reproduce", "background", "keep_weights", "dry_run"),
-    *CHANGE_NO_NUMBER,
+CHANGE_NO_NUMBER = (
+    *("output", "log", "reproduce", "background", "keep_weights", "dry_run"),
+    *("base.device", "data.root", "decoding.batch_size"),
 )
+"""Settings that change no number; grid.json and the command on a page do not have them."""
 _OF_A_REPETITION = (
     *("table", "log", "reproduce", "output", "background"),
     *("data.root", "base.device", "base.trust_remote_code"),
@@ -159,10 +159,14 @@ class PaperConfig:
 
     def _refuse_others(self, used: Collection[str], usual_base: str, purpose: str) -> None:
         """Reject settings that would have no effect. `used` are the others: sections, and settings by dotted name."""
-        default = PaperConfig(table="table2", base=BaseConfig(name=usual_base))
-        changed = [name for name, _ in _changed(self, default)]
+        changed = self._changed_from(PaperConfig(table="table2", base=BaseConfig(name=usual_base)))
         if unused := [n for n in changed if not {n, n.split(".")[0]}.intersection(used)]:
             raise ConfigurationError(f"{purpose}. Leave {', '.join(unused)} out.")
+
+    def _changed_from(self, usual: PaperConfig) -> dict[str, Any]:
+        """Return the settings that differ from those of `usual`, by dotted name."""
+        then = flat_settings(as_dict(usual))
+        return {n: value for n, value in flat_settings(as_dict(self)).items() if value != then[n]}
 
     @property
     def study(self) -> Study:
@@ -204,8 +208,8 @@ class PaperConfig:
         The data folder is printed as DATA. Options that change no number are omitted.
         """
         words = ["lorakit", "paper", self.table]
-        for name, value in _changed(self, PaperConfig(table=self.table)):
-            if name not in _NOT_IN_COMMAND:
+        for name, value in self._changed_from(PaperConfig(table=self.table)).items():
+            if name not in CHANGE_NO_NUMBER:
                 words += [f"--{name}", _argument(value)]
         if self.data.root is not None:
             words += ["--data.root", "DATA"]
@@ -219,17 +223,6 @@ def _argument(value: Any) -> str:
             return str(value).lower()
         case float():
             return f"{value:.15g}"
-        case tuple():
+        case list():
             return ",".join(value)
     return str(value)
-
-
-def _changed(config: Any, default: Any, section: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings that differ from those of `default`, by dotted name."""
-    for setting in fields(config):
-        name, value = section + setting.name, getattr(config, setting.name)
-        usual = getattr(default, setting.name)
-        if is_dataclass(value):
-            yield from _changed(value, usual, f"{name}.")
-        elif value != usual:
-            yield name, value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import shutil
 import statistics
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from lorakit import storage
-from lorakit.configuration import conform
+from lorakit.configuration import as_dict, conform, flat_settings
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
 from lorakit.evaluation.evaluate import evaluate
@@ -38,7 +37,6 @@ from lorakit.training.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
     METRICS,
-    flat_settings,
     read_lines,
 )
 
@@ -345,10 +343,10 @@ def changed_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that differ from the defaults, without those of one machine."""
     base, data = BaseConfig(name=config.base.name), DataConfig(task=config.data.task)
     usual = TrainConfig(base=base, data=data, output=config.output)
-    usual_settings = flat_of(usual)
+    usual_settings = flat_settings(as_dict(usual))
     changed = {
         name: value
-        for name, value in flat_of(config).items()
+        for name, value in flat_settings(as_dict(config)).items()
         if value != usual_settings.get(name) and name not in _OF_ONE_MACHINE
     }
     return {"base.name": config.base.name, "data.task": config.data.task, **changed}
@@ -379,11 +377,6 @@ def _sessions(folder: Path) -> dict[str, Any]:
 def device_name(name: str) -> str:
     """Return the name of a device, of a CPU with its vector instructions: processors of one name can differ in them."""
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if name == "cpu" else name
-
-
-def flat_of(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings by dotted name, with the types that they have in a record."""
-    return json.loads(json.dumps(flat_settings(config.as_dict())))
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.configuration import flat_settings
 from lorakit.formatting import duration, number, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
@@ -15,7 +16,6 @@ from lorakit.reporting.run_report import SHOWN_SAMPLES, curves_figure, loss_char
 from lorakit.reporting.run_settings import setting_text, settings_text
 from lorakit.reporting.run_summary import subtitle
 from lorakit.reporting.texts import plain
-from lorakit.training.run_folder import flat_settings
 
 
 def comparison_page(runs: Sequence[RunRecord], *, analysis: Sequence[Section] = ()) -> Page:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lorakit.configuration import as_dict
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import counted, number
@@ -142,7 +141,7 @@ def _label(record: dict[str, Any], key: str) -> str:
 
 
 def _configuration(config: EvaluateConfig, command: str) -> list[Block]:
-    settings = yaml_text(json.loads(json.dumps(dataclasses.asdict(config))))
+    settings = yaml_text(as_dict(config))
     blocks: list[Block] = [Code(text=settings, label="All settings", folded=True)]
     if command:
         blocks.insert(0, Code(text=command, label="The command that ran the evaluation"))

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import as_dict, conform, strict
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.score import DIRECTIONS
@@ -380,10 +380,4 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as dicts, lists and scalars, for YAML and JSON."""
-        return _plain(dataclasses.asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return as_dict(self)

@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from lorakit import storage
-from lorakit.configuration import differences
+from lorakit.configuration import differences, flat_settings
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.formatting import resume_command
 from lorakit.methods.registry import default_rate
@@ -526,14 +526,3 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another folder."
         ) from None
     return settings if isinstance(settings, dict) and settings.keys() >= OF_A_RUN else {}
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one mapping, by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
