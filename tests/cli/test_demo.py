@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import tiny_runs
+
+from lorakit import storage
 from lorakit.cli import demo, main
 from lorakit.cli.console import console
-from lorakit.cli.demo import SIZES, DemoConfig, Size, _print_examples, _serving, _size, size_for
+from lorakit.cli.demo import (
+    SIZES,
+    DemoConfig,
+    Size,
+    _print_examples,
+    _require_demo_folder,
+    _serving,
+    _size,
+    size_for,
+)
 from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.models.base_config import BaseConfig
 from lorakit.serving.serve_config import ServeConfig
@@ -117,3 +130,11 @@ def test_only_a_demo_that_opens_the_page_serves(
     monkeypatch.setattr("os.execv", lambda path, words: called.extend(words[1:5]))
     assert main(["demo", "--open", str(opens).lower()]) == 0
     assert called == ["demo", *(["-m", "lorakit", "serve", "--base.name"] if opens else [])]
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    _require_demo_folder(tmp_path)
+    settings = tiny_runs.config(tmp_path, "base").as_dict()
+    (tmp_path / "config.yaml").write_text(storage.dump_yaml(settings))
+    with pytest.raises(RunFolderError, match="a run that is not a demo"):
+        _require_demo_folder(tmp_path)

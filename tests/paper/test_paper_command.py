@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorakit.cli import main
-from lorakit.cli.parsing import parse, take_option
+from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
 from lorakit.paper.paper_config import PaperConfig
 
@@ -56,13 +56,19 @@ def test_a_dry_run_shows_the_runs_and_writes_nothing(table2, capsys):
 
 
 def test_an_option_that_is_no_setting():
-    assert take_option(["--a", "1", "--recipe", "x"], "--recipe") == ("x", ["--a", "1"])
-    assert take_option(["--recipe=x=y"], "--recipe") == ("x=y", [])
-    assert take_option(["--recipes", "x"], "--recipe") == (None, ["--recipes", "x"])
-    with pytest.raises(ConfigurationError, match="needs a value"):
-        take_option(["--recipe", "--output", "x"], "--recipe")
-    with pytest.raises(ConfigurationError, match="given 2 times"):
-        take_option(["--recipe", "x", "--recipe=y"], "--recipe")
+    def trials(*argv: str) -> int:
+        preset = ("usual", lambda value: {"table": "table2", "trials": int(value)})
+        return parse(PaperConfig, "paper", "", argv, preset=preset).trials
+
+    assert (trials("--usual", "4"), trials("--usual=4", "--trials", "5")) == (4, 5)
+    with pytest.raises(ConfigurationError, match="--usual needs a value"):
+        trials("--usual", "--seeds", "1")
+    with pytest.raises(ConfigurationError, match="--usual is given 2 times"):
+        trials("--usual", "4", "--usual=5")
+    with pytest.raises(ConfigurationError, match="Did you mean '--usual'"):
+        trials("--usuall", "4")
+    with pytest.raises(ConfigurationError, match=r"^usual 0: trials is 0"):
+        trials("--usual", "0")
 
 
 def test_an_unknown_recipe_is_an_error_of_the_command(capsys):

@@ -2,9 +2,11 @@
 
 import pytest
 
+from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.parsing import parse
 from lorakit.cli.train import _recipe
 from lorakit.errors import ConfigurationError
+from lorakit.methods.lora.method import LoRA
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.recipes import matching, recipe, recipes
 from lorakit.paper.settings import train_config
@@ -24,6 +26,13 @@ def test_a_recipe_is_the_configuration_of_a_run(name):
     config = train_config(settings)
     assert config.peak_rate == settings["optimizer.learning_rate"]
     assert config.validates is not None
+
+
+def read(*argv: str) -> TrainConfig:
+    """Read arguments of `lorakit train`."""
+    preset = ("recipe", _recipe)
+    words = [*argv, "--output", "out"]
+    return parse(TrainConfig, "train", "", words, preset=preset, unused=options_of_other_methods)
 
 
 def test_paper_and_code_differ_where_the_register_says():
@@ -53,14 +62,21 @@ def test_a_name_without_origin_is_the_paper_s_and_else_prior_work_s():
     assert recipe("gpt2-medium/dart/full").origin == "prior"
 
 
-def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method():
+def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method(capsys):
     found = recipe("roberta-base/rte/lora")
     assert any("--from_adapter" in note for note in found.notes)
     assert not any("--from_adapter" in note for note in recipe("roberta-base/cola/lora").notes)
-    left = _recipe("roberta-base/rte/lora", ["--from_adapter", "out/mnli/best"])
-    assert left == _recipe("roberta-base/rte/lora", ["--from-adapter=out/mnli/best"])
-    assert not any(name.startswith(("lora", "method")) for name in left)
-    assert left["optimizer.learning_rate"] == 5e-4
+    config = read("--recipe", "roberta-base/rte/lora", "--from-adapter=out/mnli/best")
+    assert (config.method, config.lora) == (TrainConfig.method, LoRA())
+    assert config.optimizer.learning_rate == 5e-4
+    skips = "note: recipe roberta-base/rte/lora: lorakit train skips method, lora"
+    assert skips in capsys.readouterr().err
+
+
+def test_a_recipe_gives_way_to_another_method(capsys):
+    config = read("--recipe", "roberta-base/mrpc/lora", "--method", "bitfit")
+    assert (config.method, config.epochs) == ("bitfit", 30)
+    assert "skips lora (without effect beside the arguments)" in capsys.readouterr().err
 
 
 def test_gpt3_s_recipes_need_a_decoder_and_count_its_warm_up_in_steps():
@@ -85,13 +101,8 @@ def test_words_narrow_the_list():
 
 
 def test_flags_override_a_recipe():
-    config = parse(
-        TrainConfig,
-        "train",
-        "",
-        ["--lora.rank", "4", "--output", "out", "--optimizer.warmup=0.1"],
-        defaults=recipe("roberta-base/mrpc/lora").settings,
-    )
+    flags = ("--lora.rank", "4", "--optimizer.warmup=0.1")
+    config = read(*flags, "--recipe", "roberta-base/mrpc/lora")
     assert (config.lora.rank, config.lora.alpha, config.epochs) == (4, 8, 30)
     assert config.optimizer.warmup == 0.1
     assert config.base.name == "FacebookAI/roberta-base"

@@ -26,7 +26,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     Args:
         path: The file.
         config_class: Configuration of the command.
-        typed_only: An option that only the command line can set, such as --recipe.
+        typed_only: An option that only the command line can set, such as recipe.
 
     Raises:
         ConfigurationError: The file cannot be read, sets an option twice, or has keys that no command has; names each
@@ -46,7 +46,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     for name in values:
         if name in own or name in sections or name in of_run:
             continue
-        if f"--{name}" == typed_only:
+        if name == typed_only:
             raise ConfigurationError(
                 f"{path}: --{name} works only on the command line; a YAML file cannot set it."
             )

@@ -8,11 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError, require_at_least
 from lorakit.methods.lora import LoRA
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from lorakit.data import DataConfig, ExampleSet
     from lorakit.evaluation.evaluate import Evaluation
     from lorakit.models.loading import Base
+    from lorakit.reporting.run_record import RunRecord
     from lorakit.training.config import TrainConfig
 
 EXAMPLE = "# shutil\ndef copy_tree(source, target, overwrite=False):\n"
@@ -146,6 +144,7 @@ def _demonstrate(config: DemoConfig) -> None:
     from lorakit.compute.base import open_base
     from lorakit.data import DataConfig, load_examples
     from lorakit.formatting import duration
+    from lorakit.reporting.run_record import read_run
     from lorakit.training.loop import train
 
     _require_demo_folder(Path(config.output))
@@ -177,7 +176,7 @@ def _demonstrate(config: DemoConfig) -> None:
     after = _score(base, test, size)
     _print_scores(console, before, after)
     _print_examples(console, before, after)
-    _print_sizes(console, base.model, result.adapter)
+    _print_sizes(console, read_run(result.folder))
     adapters.detach()
 
     console.print("\n[bold]4. Merging[/bold]")
@@ -192,14 +191,10 @@ def _demonstrate(config: DemoConfig) -> None:
 
 def _require_demo_folder(output: Path) -> None:
     """Reject a folder that holds a run other than a demo."""
-    config = output / "config.yaml"
-    if not config.exists():
-        return
-    try:
-        trained_on = storage.read_yaml(config)["data"]["train"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
-        trained_on = None
-    if trained_on != "docstrings":
+    from lorakit.reporting.run_settings import setting
+    from lorakit.training.run_folder import CONFIG, read_settings
+
+    if (output / CONFIG).exists() and setting(read_settings(output), "data.train") != "docstrings":
         raise RunFolderError(
             f"'{output}' contains a run that is not a demo. Choose another --output."
         )
@@ -294,12 +289,11 @@ def _print_examples(console: Console, before: Evaluation, after: Evaluation) -> 
             console.print(line if len(line) < 160 else line[:157] + "...", markup=False)
 
 
-def _print_sizes(console: Console, model: Any, adapter: Path) -> None:
-    from lorakit.adapters.installed import base_parameters
+def _print_sizes(console: Console, run: RunRecord) -> None:
     from lorakit.formatting import size
 
-    small = (adapter / "adapter_model.safetensors").stat().st_size
-    large = sum(p.numel() * p.element_size() for _, p in base_parameters(model))
+    small, large = run.adapter_bytes, run.sizes["base_bytes"]
+    assert small is not None  # training has just written it
     console.print(
         f"\nThe adapter is {size(small)}; the base is {size(large)}, {large / small:.0f} times as large, and unchanged."
     )

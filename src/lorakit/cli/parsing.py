@@ -32,7 +32,7 @@ def parse(
     argv: Sequence[str],
     *positional: str,
     defaults: Mapping[str, Any] | None = None,
-    typed_only: str | None = None,
+    preset: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None,
     unused: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
 ) -> Config:
     """Return a configuration parsed from `argv` and from the YAML files of `--config`.
@@ -49,9 +49,10 @@ def parse(
         positional: Fields that arguments without an option name set, in this order. A last field that takes a list
             gets all remaining arguments.
         defaults: Values by dotted name that replace the defaults of the class.
-        typed_only: An option that the caller already removed from `argv`, so that no YAML file can set it.
-        unused: From the options in `argv`, the options or sections that a file may have but that have no effect
-            beside them. They are skipped and named.
+        preset: An option that is no field and that no YAML file can set, and a function from its value to the values
+            that it stands for, by dotted name. Files and arguments override them.
+        unused: From the options in `argv`, the options or sections that a file or the preset may have but that have no
+            effect beside them. They are skipped and named.
 
     Raises:
         ConfigurationError: Options are unknown or have an invalid value, and the message names the nearest ones; or an
@@ -62,13 +63,18 @@ def parse(
 
         show_help(config_class, command, text, positional, every="all" in argv)
         sys.exit(0)
-    files, typed, by_entry = _typed(argv, config_class, positional, command)
+    preset_name, values_of = preset or (None, dict)
+    files, typed, by_entry = _typed(argv, config_class, positional, command, preset_name)
+    sources: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+    if preset_name in typed:
+        chosen = typed.pop(preset_name)
+        sources.append((f"{preset_name} {chosen}", values_of(chosen), {}))
+    sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
     values = dict(defaults or {})
     without_effect = tuple(unused(typed)) if unused else ()
-    file_of: dict[str, str] = {}
+    source_of: dict[str, str] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
-    for file in files:
-        found, foreign = read_options(file, config_class, typed_only)
+    for source, found, foreign in sources:
         ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
         found = {name: value for name, value in found.items() if name not in ignored}
         reasons = {"of other commands": foreign, "without effect beside the arguments": ignored}
@@ -78,16 +84,18 @@ def parse(
             if n
         ]
         if parts:
-            print(f"note: {file}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr)
+            print(
+                f"note: {source}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr
+            )
         values.update(found)
-        file_of.update(dict.fromkeys(found, file))
-        runs.update({file: foreign["output"]} if "output" in foreign else {})
+        source_of.update(dict.fromkeys(found, source))
+        runs.update({source: foreign["output"]} if "output" in foreign else {})
     for name in by_entry:
         if isinstance(values.get(name), dict):
             typed[name] = {**values[name], **typed[name]}
     values.update(typed)
     for name in typed:
-        file_of.pop(name, None)
+        source_of.pop(name, None)
     if runs and "output" in missing_options(config_class, values):
         file, run = runs.popitem()
         raise ConfigurationError(
@@ -97,16 +105,16 @@ def parse(
     try:
         return build(config_class, values)
     except ConfigurationError as error:
-        raise _with_file(error, file_of) from None
+        raise _with_source(error, source_of) from None
 
 
-def _with_file(error: ConfigurationError, file_of: Mapping[str, str]) -> ConfigurationError:
-    """Return the error about an option's value with the file that sets it, if one does."""
+def _with_source(error: ConfigurationError, source_of: Mapping[str, str]) -> ConfigurationError:
+    """Return the error about an option's value with the file or preset that sets it, if one does."""
     message, *more = error.args
     option = str(message).split(" ")[0]
-    for name, file in file_of.items():
+    for name, source in source_of.items():
         if name == option or name.endswith(f".{option}"):
-            return ConfigurationError(f"{file}: {message}", *more)
+            return ConfigurationError(f"{source}: {message}", *more)
     return error
 
 
@@ -114,38 +122,19 @@ _ENDINGS = {"merge": "-merged", "predict": "-predictions.jsonl"}
 """Endings of a command's output in messages, after the run's folder; else the command's name."""
 
 
-def take_option(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """Remove an option that is not a configuration field from `argv`.
-
-    Returns:
-        Its value, or None if it is absent, and the other arguments.
-
-    Raises:
-        ConfigurationError: It has no value, or occurs twice.
-    """
-    rest, values = list(argv), []
-    for word in argv:
-        if word == option or word.startswith(f"{option}="):
-            at = rest.index(word)
-            _, equals, value = rest.pop(at).partition("=")
-            if not equals:
-                if at == len(rest) or rest[at].startswith("--"):
-                    raise ConfigurationError(f"{option} needs a value.")
-                value = rest.pop(at)
-            values.append(value)
-    if len(values) > 1:
-        raise ConfigurationError(f"{option} is given {len(values)} times; give it once.")
-    return (values[0] if values else None), rest
-
-
 def _typed(
-    argv: Sequence[str], config_class: type, positional: tuple[str, ...], command: str
+    argv: Sequence[str],
+    config_class: type,
+    positional: tuple[str, ...],
+    command: str,
+    preset: str | None,
 ) -> tuple[list[str], dict[str, Any], set[str]]:
-    """Return the files of `--config`, and the value of every option in `argv` by dotted name.
+    """Return the files of `--config`, and the value of every option in `argv` by dotted name, also of the `preset`.
 
     The third value has the names of the mappings of which `argv` sets single entries.
     """
-    options = {"config": _CONFIG, **options_of(config_class)}
+    added = {} if preset is None else {preset: Option(preset, str, None, "")}
+    options = {"config": _CONFIG, **added, **options_of(config_class)}
     values: dict[str, Any] = {}
     by_entry: set[str] = set()
     names: list[str] = []

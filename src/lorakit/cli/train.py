@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.next_commands import commands_for
-from lorakit.cli.parsing import parse, take_option
+from lorakit.cli.parsing import parse
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ FEW_STEPS = 50
 
 def run(argv: Sequence[str]) -> None:
     """Train, then print the scores and the path of the adapter."""
-    recipe, rest = take_option(argv, "--recipe")
     config = parse(
         TrainConfig,
         "train",
@@ -31,9 +30,8 @@ def run(argv: Sequence[str]) -> None:
         "Writes the resolved configuration, metrics, checkpoints and the adapter to the run folder. "
         "--recipe NAME starts from the paper's settings ('lorakit recipes' lists them); other options override "
         "them.",
-        rest,
-        defaults=None if recipe is None else _recipe(recipe, rest),
-        typed_only="--recipe",
+        argv,
+        preset=("recipe", _recipe),
         unused=options_of_other_methods,
     )
     from lorakit.cli.report import write_run_report
@@ -105,13 +103,11 @@ def _summary(result: RunResult) -> str:
     )
 
 
-def _recipe(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of a recipe, without its method if --from_adapter sets the method."""
+def _recipe(name: str) -> dict[str, Any]:
+    """Return the settings of a recipe."""
     from lorakit.paper.recipes import recipe
 
-    chosen = recipe(name)
-    from_adapter = any(word.split("=")[0].replace("-", "_") == "__from_adapter" for word in argv)
-    return chosen.starting_from_adapter() if from_adapter else chosen.settings
+    return recipe(name).settings
 
 
 def _planned(

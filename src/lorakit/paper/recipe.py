@@ -25,12 +25,6 @@ MODELS: dict[str, str | None] = {
 """The paper's models, with one in place of RoBERTa-base, and their names as a base. GPT-3's weights are not public:
 pass a decoder as base.name."""
 
-METHOD_SETTINGS = (
-    "method",
-    *("lora", "full", "bitfit", "bottleneck", "prefix_embedding", "prefix_layer"),
-)
-"""The settings and sections that configure the method."""
-
 _LIMITS: dict[str, int | None] = {"100": 100, "1k": 1_000, "10k": 10_000, "392k": None}
 """Training examples by the size in a task's name, such as mnli-1k; None for all."""
 
@@ -54,10 +48,6 @@ class Recipe:
     def origin(self) -> str:
         """paper, code, prior or derived."""
         return self.name.rpartition("@")[2]
-
-    def starting_from_adapter(self) -> dict[str, Any]:
-        """Return the settings for a run that starts from an adapter (``from_adapter``), which sets the method."""
-        return {k: v for k, v in self.settings.items() if k.split(".")[0] not in METHOD_SETTINGS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
