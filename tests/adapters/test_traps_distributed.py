@@ -163,6 +163,19 @@ def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> 
     torch.testing.assert_close(plain(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_size_of_a_sharded_adapter_is_that_of_its_file(
+    process_group: None, dora: bool, tmp_path: Path
+) -> None:
+    model = tiny_models.build("gpt2")
+    adapters = attach(model, LoRA(rank=2, targets="attention.qv", dora=dora))
+    before = adapters.summary()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    assert adapters.summary() == before
+
+
 @pytest.mark.parametrize("stage", ["sharded", "before backward"])
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["lora", "with trained copies"])
 def test_merge_into_a_sharded_model_is_refused(

@@ -140,6 +140,18 @@ def test_the_error_names_the_file_that_sets_the_option(tmp_path) -> None:
         train(f"{both} --epochs 3")
 
 
+def test_a_file_is_not_blamed_for_an_argument_with_the_same_last_name(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("prefix_layer: {prefix_length: 4}\nmethod: prefix_layer+prefix_embedding")
+    with pytest.raises(ConfigurationError, match=r"^prefix_length is -1"):
+        train(f"{RUN} --config {file} --prefix_embedding.prefix_length -1")
+    file.write_text("data: {limit: 8}")
+    with pytest.raises(ConfigurationError, match=r"^limit is 0"):
+        parse(
+            EvaluateConfig, "evaluate", "", ["a", "--config", str(file), "--limit", "0"], "adapter"
+        )
+
+
 def test_a_file_may_name_a_base_alone(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("base: tiny\nfrom_adapter: out/first\n")

@@ -495,9 +495,9 @@ def test_validation_rows_that_are_training_rows_are_counted(write, tmp_path):
 
     again = [{"completion": "3", "prompt": "a", "id": 99}] * 2  # the fields count, not the columns
     others = [{"prompt": "a", "completion": f"new {n}"} for n in range(18)]
-    assert "; 2 are training rows, so scores partly measure" in str(held_out(again + others))
+    assert "; 2 are training examples, so scores partly measure" in str(held_out(again + others))
     few = held_out(again[:1] + others)
-    assert (few.in_train, "training rows" in str(few)) == (1, False)
+    assert (few.in_train, "training examples" in str(few)) == (1, False)
 
 
 def test_a_training_row_with_another_number_is_a_training_row(write, tmp_path):

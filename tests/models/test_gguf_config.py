@@ -108,9 +108,8 @@ def test_head_and_activation_of_t5(tmp_path: Path) -> None:
         logits = [each(input_ids=ids, decoder_input_ids=ids).logits for each in (source, model)]
     assert torch.equal(*logits)
     assert model.encoder.embed_tokens.weight is model.shared.weight
-    assert _is_encoder_decoder(
-        BaseConfig(name=str(path))
-    )  # so a task of text opens it with its own head
+    # So a task of text opens it with its own head.
+    assert _is_encoder_decoder(BaseConfig(name=str(path)))
 
 
 def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

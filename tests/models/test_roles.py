@@ -23,10 +23,28 @@ from lorakit.errors import TargetError
 from lorakit.methods.lora.kinds import kind_of
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
-from lorakit.models.layers import AdapterSlot, RowSlice, walk, why_not_adaptable
+from lorakit.models.layers import AdapterSlot, RowSlice, walk, weight_shape, why_not_adaptable
 from lorakit.models.listing import targets
 from lorakit.models.places import find_places, is_role
 from lorakit.models.roles import resolve_targets
+
+LAYERS = (
+    nn.Linear(3, 4),
+    Conv1D(4, 3),
+    nn.Embedding(5, 4),
+    nn.Conv2d(4, 6, (3, 2), groups=2),
+    nn.MultiheadAttention(8, 2),
+)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_the_shape_of_a_weight_is_known_without_it(layer: nn.Module) -> None:
+    """DeepSpeed's ZeRO-3 empties the weights that it splits."""
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    shape = tuple(weight.T.shape if isinstance(layer, Conv1D) else weight.shape)
+    weight.data = torch.empty(0)
+    assert weight_shape(layer) == shape
+
 
 EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 

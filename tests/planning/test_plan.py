@@ -18,7 +18,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import PACKED_STEP, padded_step
+from lorakit.compute.batching import PACKED_STEP, collator, padded_step
 from lorakit.data import DataConfig
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
@@ -197,19 +197,29 @@ def test_prompts_that_return_late_are_seen_in_grouped_batches(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("model_type", "encoder"),
+    ("model_type", "architecture", "labelled"),
     [
-        *(("xlm-roberta", True), ("bert", True), ("mpnet", True)),
-        *(("llama", False), ("gpt2", False), ("t5", False)),
-        ("mistral", False),  # also where a checkpoint has no head, as encoders of sentences
-        ("gemma3", False),  # a decoder of images and text
+        ("xlm-roberta", "XLMRobertaModel", True),
+        ("xlm-roberta", "XLMRobertaForMaskedLM", True),
+        ("bert", None, True),
+        ("llama", "LlamaForCausalLM", False),
+        ("llama", "LlamaForSequenceClassification", True),
+        ("mistral", "MistralModel", False),  # an encoder of sentences; only its use shows it
+        ("gpt2", "GPT2LMHeadModel", False),
+        ("t5", "T5ForConditionalGeneration", False),
+        ("t5", "T5Model", False),
+        ("gemma3", "Gemma3ForConditionalGeneration", False),  # a decoder of images and text
     ],
 )
-def test_a_plan_without_data_is_for_what_the_model_does(tmp_path, model_type, encoder):
-    config = transformers.CONFIG_MAPPING[model_type](architectures=None)
+def test_a_plan_without_data_is_for_what_the_model_does(
+    tmp_path, model_type, architecture, labelled
+):
+    config = transformers.CONFIG_MAPPING[model_type](
+        architectures=None if architecture is None else [architecture]
+    )
     shape: Any = SimpleNamespace(name="base", config=config)
     planned = planner._batches(tiny_runs.config(tmp_path, "base"), shape, 8, None, 1)
-    assert (planned.task.name == "classification") == encoder
+    assert (planned.task.name == "classification") == labelled
 
 
 def test_sizes_are_those_of_the_collator(tmp_path):
@@ -218,14 +228,28 @@ def test_sizes_are_those_of_the_collator(tmp_path):
     batches = [language_examples(2, length, 2) for length in lengths]
     batches.append(language_examples(1, 8, 2))
     planned = dataclasses.replace(
-        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, encoder=False), batches=batches
+        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, labelled=False), batches=batches
     )
     shapes = {
         tuple(collate(b, 0, step=padded_step(max(map(len, b))))["input_ids"].shape) for b in batches
     }
-    assert planned.sizes(packed=False) == len(shapes) == 6
+    assert planned.sizes(packed=False, is_encoder_decoder=False) == len(shapes) == 6
     packed = {pack(batch, 0, step=PACKED_STEP)["input_ids"].numel() for batch in batches}
-    assert planned.sizes(packed=True) == len(packed)
+    assert planned.sizes(packed=True, is_encoder_decoder=False) == len(packed)
+
+
+def test_sizes_of_an_encoder_decoder_are_those_of_the_collator(tmp_path):
+    collate_pairs = collator(
+        lorakit.load_base(tiny_runs.save_base(tmp_path / "t5", "t5"), task="seq2seq-lm")
+    )
+    lengths = ((8, 2), (9, 2), (9, 3), (8, 2), (12, 5))
+    batches = [language_examples(2, length, targets) for length, targets in lengths]
+    planned = dataclasses.replace(
+        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, labelled=False), batches=batches
+    )
+    made = map(collate_pairs, batches)
+    shapes = {(batch["input_ids"].shape, batch["labels"].shape) for batch in made}
+    assert planned.sizes(packed=False, is_encoder_decoder=True) == len(shapes) == 4
 
 
 def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
@@ -237,7 +261,7 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
     separate, few = language_examples(4, 30, 2), language_examples(2, 40, 2)
     batches = [shared, separate, few]
     planned = dataclasses.replace(
-        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, encoder=False), batches=batches
+        from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, labelled=False), batches=batches
     )
     assert planned.fullest_and_middle(packed=False) == (shared, separate)
     assert planned.fullest_and_middle(packed=True) == (separate, few)

@@ -68,13 +68,13 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
 @pytest.mark.parametrize(
     ("validation", "expected"),
     [
-        ({"rows": 1200, "training_rows": 0}, "None of its rows is used for training."),
+        ({"examples": 1200, "training_examples": 0}, "None of its examples is used for training."),
         (
-            {"rows": 1200, "training_rows": 3},
-            "3 of its 1,200 rows are used for training too, so the scores partly measure memorisation.",
+            {"examples": 1200, "training_examples": 3},
+            "3 of its 1,200 examples are used for training too, so the scores partly measure memorisation.",
         ),
         ({}, ""),
-        ({"rows": "many", "training_rows": 3}, ""),
+        ({"examples": "many", "training_examples": 3}, ""),
     ],
 )
 def test_scores_on_training_rows_are_called_so(
@@ -85,7 +85,7 @@ def test_scores_on_training_rows_are_called_so(
     rows = [json.loads(line) for line in Path(written["source"]).read_text().splitlines()]
     training = Path(record.provenance["data"]["train"]["source"]).read_text().splitlines()
     repeated = sum(row in map(json.loads, training) for row in rows)
-    assert (written["rows"], written["training_rows"]) == (len(rows), repeated)
+    assert (written["examples"], written["training_examples"]) == (len(rows), repeated)
     data = {"validation": validation}
     record = dataclasses.replace(record, provenance={**record.provenance, "data": data})
     assert record.memorisation == expected

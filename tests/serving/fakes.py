@@ -192,18 +192,11 @@ class FakeEngine:
             threading.Timer(0.01, future.set_result, [score_of(tokens[start:])]).start()
         return future
 
-    def between_steps(self, action: Callable[[], Any]) -> Future[Any]:
-        raise NotImplementedError
-
     def load(self) -> Load:
         return Load(self.is_alive, self.is_draining, 1, 2, 0.5, 10, 20)
 
     def drain(self) -> None:
         self.is_draining = True
-
-    def close(self, timeout: float | None = None) -> bool:
-        self.is_alive = False
-        return True
 
 
 def score_of(tokens: Sequence[int]) -> list[float]:

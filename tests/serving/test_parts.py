@@ -24,7 +24,7 @@ from lorakit.serving.pages import PagePool, first_key, next_key
 from lorakit.serving.preparing import _names as label_names
 from lorakit.serving.queue import FairQueue
 from lorakit.serving.sampling import Chooser, choose
-from lorakit.serving.text import TextStream
+from lorakit.serving.text import REPLACEMENT, TextStream
 
 TOKENIZER = tiny_tokenizer()
 
@@ -301,16 +301,26 @@ def test_items_are_removed_wherever_they_wait():
         queue.take("a3")
 
 
+def decoded(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 @pytest.mark.parametrize("before", [(), (1, 2, 3)])
 def test_offsets_are_those_of_the_text_also_after_a_special_token(before):
+    """The decoder of Llama 2 strips the first blank of a text, also after a special token."""
     tokenizer = sentencepiece_tokenizer()
-    stream, texts, length = TextStream(tokenizer, before=before), TokenTexts(tokenizer, before), 0
-    for token in (5, 1, 6, 1, 7, 8):
-        assert texts.add(token)[1] == length
-        length += len(stream.push(token))
+    texts, ids = TokenTexts(tokenizer, before), [5, 1, 6, 1, 7, 8]
+    offsets = [texts.add(token)[1] for token in ids]
+    known = decoded(tokenizer, before)
+    ends = [len(decoded(tokenizer, [*before, *ids[:n]])) - len(known) for n in range(len(ids))]
+    assert offsets == ends
 
 
 def test_a_part_of_a_character_has_one_text():
     texts = TokenTexts(TOKENIZER)
-    for token in TOKENIZER("a 😀é")["input_ids"]:
-        assert texts.text(token) == texts.add(token)[0] != ""
+    ids = TOKENIZER("a 😀é")["input_ids"]
+    likely, added = zip(*[(texts.text(token), texts.add(token)[0]) for token in ids], strict=True)
+    assert likely == added
+    assert added[0] == "a"
+    assert set(added[1:]) <= {" ", REPLACEMENT, f" {REPLACEMENT}"}
+    assert added.count(REPLACEMENT) >= 3

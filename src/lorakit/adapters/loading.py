@@ -17,7 +17,7 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import LIVE, StoredLayer
+from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
@@ -273,11 +273,11 @@ def _build_layer(
         dora=stored_layer.magnitude is not None,
         dtype=stored_layer.A.dtype,
     )
-    for field, attribute in LIVE.items():
+    for field, attribute in LAYER_ATTRIBUTES.items():
         tensor = getattr(stored_layer, field)
         if tensor is None:
             continue
-        # PiSSA's initial factors are None until they are set.
+        # PiSSA's A0 and B0, which are not set yet, have the shapes of A and B.
         expected = getattr(module, attribute.replace("initial", "lora"))
         if tensor.shape != expected.shape:
             raise AdapterFileError(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import LIVE, StoredLayer
+from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.methods.lora.embedding import TiedHeadLoRA
@@ -82,7 +82,7 @@ def store(
 def file_bytes(model: nn.Module, adapter: InstalledAdapter) -> int:
     """Return the size of the tensors that `save` writes, without computing or copying any."""
     stored = store(model, adapter, formats.base_record(model, hashed=False), _without_data)
-    return sum(tensor.nbytes for tensor in formats.tensors(stored).values())
+    return sum(tensor.nbytes for tensor in formats.tensors_of(stored).values())
 
 
 def save(
@@ -115,7 +115,10 @@ def _store_layer(
     layer: nn.Module, module: LoRALayer, copy: _Copy, tied_head: str | None
 ) -> StoredLayer:
     """Return the stored form of the adapter on one layer, which may act on a tied head too."""
-    form, live = module.form, {field: getattr(module, name) for field, name in LIVE.items()}
+    form, live = (
+        module.form,
+        {field: getattr(module, name) for field, name in LAYER_ATTRIBUTES.items()},
+    )
     tensors: dict[str, Any] = {field: copy(t) for field, t in live.items() if t is not None}
     return StoredLayer(
         **tensors,
@@ -136,7 +139,8 @@ def _base_norms(layer: nn.Module, module: LoRALayer, copy: _Copy) -> Tensor | No
     if module.magnitude is None or not module.slices:
         return None
     if copy is _without_data:
-        return module.magnitude.new_empty(module.form.out_features(module.lora_B), device="meta")
+        rows = module.form.out_features(module.lora_B)
+        return torch.empty(rows, dtype=module.magnitude.dtype, device="meta")
     adapters = layer.adapters
     assert isinstance(adapters, LayerAdapters)
     with hidden_parameters(layer, adapters.replaced):

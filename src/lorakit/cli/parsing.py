@@ -105,16 +105,23 @@ def parse(
     try:
         return build(config_class, values)
     except ConfigurationError as error:
-        raise _with_source(error, source_of) from None
+        raise _with_source(error, {name: source_of.get(name) for name in values}) from None
 
 
-def _with_source(error: ConfigurationError, source_of: Mapping[str, str]) -> ConfigurationError:
-    """Return the error about an option's value with the file or preset that sets it, if one does."""
+def _with_source(
+    error: ConfigurationError, source_of: Mapping[str, str | None]
+) -> ConfigurationError:
+    """Return the error about an option's value with the file or preset that sets it, if one does.
+
+    The message may have the last part of the option's name; it stays as it is if that part has several sources.
+    """
     message, *more = error.args
     option = str(message).split(" ")[0]
-    for name, source in source_of.items():
-        if name == option or name.endswith(f".{option}"):
-            return ConfigurationError(f"{source}: {message}", *more)
+    whole = [name for name in source_of if name == option]
+    named = whole or [name for name in source_of if name.endswith(f".{option}")]
+    sources = {source_of[name] for name in named}
+    if len(sources) == 1 and (source := sources.pop()) is not None:
+        return ConfigurationError(f"{source}: {message}", *more)
     return error
 
 

@@ -33,7 +33,7 @@ SHOWN = 5
 """Maximum number of problems in a message. The report has all of them."""
 
 MANY = 0.1
-"""Share of validation rows that are training rows from which on the report says so. A few are usual."""
+"""Share of validation examples that are training examples from which on the report says so. A few are usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Report:
             parts.append(f"{self.held_out:,} on the other side of validation_fraction")
         if self.in_train and self.in_train >= MANY * self.kept:
             parts.append(
-                f"{self.in_train:,} are training rows, so scores partly measure memorisation"
+                f"{self.in_train:,} are training examples, so scores partly measure memorisation"
             )
         return "\n".join([f"{self.source}: {'; '.join(parts)}", *_listing(self.bad)])
 
@@ -156,7 +156,7 @@ class ExampleSet(Sequence[Example]):
         report = self.report
         record = {"source": report.source, "sha256": self.sha256, "examples": len(self)}
         if report.in_train is not None:
-            record |= {"rows": len(self), "training_rows": report.in_train}
+            record["training_examples"] = report.in_train
         return record
 
 

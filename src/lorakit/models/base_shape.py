@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.declared_sizes import check_declared
-from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
-from lorakit.models.hub import locate_on_hub
+from lorakit.models.locating import locate, read_config
 from lorakit.models.sources import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -54,35 +51,6 @@ def shape_of(base: BaseConfig) -> Shape:
     except Exception as error:
         raise BaseModelError(_refusal(source, error)) from error
     return Shape(source.name, source.note, config, base.trust_remote_code)
-
-
-def locate(
-    source: ModelSource, trust_remote_code: bool, *, weights: bool
-) -> tuple[ModelSource, str, dict[str, Any], list[str]]:
-    """Return the located source, its path or hub id, options for transformers, and notices.
-
-    Without `weights`, a GGUF file is not converted.
-    """
-    path, notices = source.path_or_id, []
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.kind == "hub":
-        commit, reachable = locate_on_hub(source)
-        source = replace(source, revision=commit)
-        options |= {"revision": commit, "local_files_only": not reachable}
-        if not reachable:
-            notices = ["The hub cannot be reached; the copy in the local cache is used."]
-    elif source.kind == "gguf":
-        folder = (converted_folder if weights else described_folder)(Path(path))
-        path, notices = str(folder), conversion_notices(folder)
-    return source, path, options, notices
-
-
-def read_config(name: str, path: str, options: dict[str, Any]) -> PretrainedConfig:
-    """Read the configuration of a located model, after a check of its sizes. It can raise almost any exception."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    check_declared(name, PretrainedConfig.get_config_dict(path, **options)[0], path)
-    return AutoConfig.from_pretrained(path, **options)
 
 
 def _refusal(source: ModelSource, error: Exception) -> str:

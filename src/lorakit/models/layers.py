@@ -281,11 +281,12 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
         return (layer.nf, layer.nx)
     if isinstance(layer, nn.Linear):  # a quantised weight has the shape of its storage
         return (layer.out_features, layer.in_features)
-    if isinstance(layer, nn.Embedding):  # DeepSpeed empties what it splits
+    if isinstance(layer, nn.Embedding):
         return (layer.num_embeddings, layer.embedding_dim)
-    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return tuple(weight.shape)
+    if isinstance(layer, nn.MultiheadAttention):
+        return (3 * layer.embed_dim, layer.embed_dim)
+    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
 def layer_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
-from lorakit.models.base_shape import locate, read_config
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
+from lorakit.models.locating import locate, read_config
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, quantise, share_of_experts
 from lorakit.models.sources import ModelSource, resolve

@@ -56,12 +56,20 @@ class Batches:
         ordered = sorted(self.batches, key=size)
         return ordered[-1], ordered[len(ordered) // 2]
 
-    def sizes(self, *, packed: bool) -> int:
-        """Return the number of different shapes of batches: rows and width, or packed the tokens, both rounded up."""
+    def sizes(self, *, packed: bool, is_encoder_decoder: bool) -> int:
+        """Return the number of different shapes of batches, as `lorakit.compute.batching.collator` makes them.
 
-        def shape(batch: list[Example]) -> tuple[int, int]:
+        A shape is the rounded number of tokens, packed; else the rows, and the rounded width, or both widths of an
+        encoder-decoder, which are not rounded.
+        """
+
+        def shape(batch: list[Example]) -> tuple[int, ...]:
             if packed:
-                return 1, round_up(shared_once(batch), PACKED_STEP)
+                return (round_up(shared_once(batch), PACKED_STEP),)
+            texts = [e for e in batch if isinstance(e, LanguageExample)]
+            if is_encoder_decoder and texts:
+                answers = (len(e) - e.prompt_length for e in texts)
+                return len(texts), max(e.prompt_length for e in texts), max(answers)
             longest = max(map(len, batch))
             return len(batch), round_up(longest, padded_step(longest))
 
@@ -123,7 +131,7 @@ def from_lengths(
     length: int | None,
     targets: int | None,
     *,
-    encoder: bool,
+    labelled: bool,
     processes: int = 1,
 ) -> Batches:
     """Make synthetic examples of one length that share no prefix.
@@ -132,7 +140,7 @@ def from_lengths(
         config: The run.
         length: Tokens per example; None means data.max_length, the upper bound.
         targets: Target tokens per example; None means half of the tokens.
-        encoder: Whether the base is an encoder; task "auto" is then a classification.
+        labelled: Whether task "auto" is a classification, as for an encoder.
         processes: Number of processes that share a step.
 
     Raises:
@@ -141,7 +149,7 @@ def from_lengths(
     size = length or config.data.max_length
     name = config.data.task
     if name == "auto":
-        name = "classification" if encoder else "completion"
+        name = "classification" if labelled else "completion"
     task = DataTask(name=name)
     if task.kind == "classification":
         task = dataclasses.replace(task, labels=("0", "1"))

@@ -15,7 +15,7 @@ from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.loading import is_encoder
+from lorakit.models.loading import head_of_class, is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
@@ -180,7 +180,8 @@ def plan(
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
     run = simulate(config, shape, batches, dtype=dtype)
-    sizes = batches.sizes(packed=run.packed)
+    is_pair = getattr(shape.config, "is_encoder_decoder", False)
+    sizes = batches.sizes(packed=run.packed, is_encoder_decoder=is_pair)
     if batches.steps is not None:
         sizes = min(sizes, batches.steps * batches.per_step)
     full, why = None, ""
@@ -259,8 +260,11 @@ def _batches(
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
-    encoder = is_encoder(shape.config)
-    return from_lengths(config, length, targets, encoder=encoder, processes=processes)
+    is_pair = getattr(shape.config, "is_encoder_decoder", False)
+    names = getattr(shape.config, "architectures", None) or []
+    heads = {head_of_class(name, is_encoder_decoder=is_pair) for name in names}
+    labelled = is_encoder(shape.config) or "sequence-classification" in heads
+    return from_lengths(config, length, targets, labelled=labelled, processes=processes)
 
 
 def _predict(

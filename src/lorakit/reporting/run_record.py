@@ -134,15 +134,15 @@ class RunRecord:
 
     @property
     def memorisation(self) -> str:
-        """How many validation rows are training rows too, as a sentence; "" if not recorded."""
+        """How many validation examples are training examples too, as a sentence; "" if not recorded."""
         data = self.data.get("validation", {})
-        rows, repeated = data.get("rows"), data.get("training_rows")
-        if not isinstance(rows, int) or not isinstance(repeated, int):
+        count, repeated = data.get("examples"), data.get("training_examples")
+        if not isinstance(count, int) or not isinstance(repeated, int):
             return ""
         if not repeated:
-            return "None of its rows is used for training."
+            return "None of its examples is used for training."
         return (
-            f"{repeated:,} of its {counted(rows, 'row')} are used for training too, so the scores partly measure "
+            f"{repeated:,} of its {counted(count, 'example')} are used for training too, so the scores partly measure "
             "memorisation."
         )
 

@@ -82,9 +82,7 @@ class Location:
         Raises:
             AdapterFileError: It is damaged, incomplete or unsafe.
         """
-        if self.checkpoint is None:
-            return formats.read(self.folder)
-        return read_checkpoint(self.checkpoint, self.folder)
+        return read_checkpoint(self.checkpoint) if self.checkpoint else formats.read(self.folder)
 
 
 class Source(Protocol):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import LIVE
+from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, WEIGHTS, step_of
-from lorakit.training.run_folder import ADAPTER, BEST
+from lorakit.training.run_folder import ADAPTER, BEST, CONFIG
 from lorakit.training.setup import ADAPTER as ADAPTER_NAME
 
 
@@ -28,7 +28,10 @@ def saved_adapter(checkpoint: str | Path) -> Path:
     Raises:
         AdapterFileError: The run has saved no adapter yet.
     """
-    run = Path(checkpoint).resolve().parent.parent
+    # Either the checkpoint may be a link, or the folder `checkpoints` of its run.
+    paths = (Path(checkpoint).absolute(), Path(checkpoint).resolve())
+    runs = [path.parent.parent for path in paths]
+    run = next((run for run in runs if (run / CONFIG).exists()), runs[-1])
     saved = [run / name for name in (ADAPTER, BEST) if (run / name).is_dir()]
     if not saved:
         raise AdapterFileError(
@@ -38,14 +41,14 @@ def saved_adapter(checkpoint: str | Path) -> Path:
     return saved[0]
 
 
-def read_checkpoint(path: str | Path, saved: str | Path | None = None) -> StoredAdapter:
-    """Read a checkpoint's tensors into the adapter that its run has saved, in the folder `saved` (`saved_adapter`).
+def read_checkpoint(path: str | Path) -> StoredAdapter:
+    """Read a checkpoint's tensors into the adapter that its run has saved.
 
     Raises:
         AdapterFileError: The run has saved no adapter yet, or the checkpoint has other tensors.
     """
     path = Path(path)
-    saved = saved_adapter(path) if saved is None else Path(saved)
+    saved = saved_adapter(path)
     stored = formats.read(saved)
     tensors = read_safetensors(path / WEIGHTS, mapped=True)
     try:
@@ -53,7 +56,7 @@ def read_checkpoint(path: str | Path, saved: str | Path | None = None) -> Stored
             prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
             fields = {
                 field: tensors.pop(f"{prefix}.{name}")
-                for field, name in LIVE.items()
+                for field, name in LAYER_ATTRIBUTES.items()
                 if getattr(layer, field) is not None
             }
             stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]

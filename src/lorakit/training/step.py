@@ -98,8 +98,10 @@ def _compute_share(job: Job, examples: Step, step: int) -> tuple[float, int, int
     loss = _accumulate_gradients(job, batches, target_count, step)
     if job.config.shard:
         _take_part(job, examples, step)
-    of_pair = isinstance(job.objective, SequenceToSequenceLoss)
-    inputs = ("input_ids", "labels") if of_pair else ("input_ids",)  # the labels are the decoder's
+    is_encoder_decoder = isinstance(job.objective, SequenceToSequenceLoss)
+    inputs = (
+        ("input_ids", "labels") if is_encoder_decoder else ("input_ids",)
+    )  # the labels are the decoder's
     return (
         loss,
         sum(len(example) for batch in share for example in batch),

@@ -44,7 +44,7 @@ __all__ = [
     "read_loralib",
     "read_peft",
     "tensor_file",
-    "tensors",
+    "tensors_of",
     "write",
     "write_loralib",
     "write_peft",
@@ -130,12 +130,12 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
     form: peft.PeftForm | None = None  # stays None if PEFT cannot load the adapter
     try:
         if not for_peft:
-            raise NotExpressibleError("it cannot load the adapter from which this one was made.")
+            raise NotExpressibleError("the input adapter has no files of PEFT.")
         form = write_peft(stored, folder)
         notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
-        write_safetensors(folder / lorakit_json.TENSORS_NAME, lorakit_json.tensors(stored))
+        write_safetensors(folder / lorakit_json.TENSORS_NAME, lorakit_json.tensors_of(stored))
     (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
@@ -148,12 +148,12 @@ def tensor_file(path: str | Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
+def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
     """Return the tensors that `write` writes, by their keys in the file; their data is not read."""
     try:
         return peft_form(stored).tensors
     except NotExpressibleError:
-        return lorakit_json.tensors(stored)
+        return lorakit_json.tensors_of(stored)
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ _RECORD_KEYS = {
 }
 
 
-def tensors(stored: StoredAdapter) -> dict[str, Tensor]:
+def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
     """Return an adapter's tensors unchanged, by their keys in the file of a folder that PEFT cannot load."""
     tensors = {
         f"layers.{path}.{name}": tensor
@@ -304,7 +304,7 @@ def _pop(tensors: dict[str, Tensor], key: str) -> Tensor:
 def _unchanged_layer(
     path: str, description: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> StoredLayer:
-    """Remove the tensors of a layer that `tensors` returned from `tensors`, and return the layer."""
+    """Remove the tensors of a layer that `tensors_of` returned from `tensors`, and return the layer."""
     parts: dict[str, Any] = {name: _pop(tensors, f"layers.{path}.{name}") for name in ("A", "B")}
     for name, factor in parts.items():
         if list(factor.shape) != description[name]:

@@ -26,13 +26,13 @@ KINDS = tuple(
     form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)
 )
 
-LIVE = {
+LAYER_ATTRIBUTES = {
     **{"A": "lora_A", "B": "lora_B", "B_bias": "lora_B_bias"},
     **{name: name for name in ("magnitude", "initial_A", "initial_B")},
 }
 """Attribute of a `LoRALayer` with the same tensor, by field of a `StoredLayer`."""
 
-TENSORS = (*LIVE, "base_norms")
+TENSORS = (*LAYER_ATTRIBUTES, "base_norms")
 """Fields of a `StoredLayer` that hold its tensors."""
 
 

@@ -20,7 +20,7 @@ from lorakit.serving.http.answers import (
     ChatPart,
 )
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import require_most
+from lorakit.serving.http.errors import require_at_most
 from lorakit.serving.http.form import Form
 from lorakit.serving.http.generation import Prompts, begin, checked_settings
 from lorakit.serving.http.logprobs import chat_logprobs
@@ -37,7 +37,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with the base, an adapter, or a blend of adapters."""
     serving, record = serving_of(request), record_of(request)
     most = serving.settings.limits.max_messages
-    require_most("messages", len(body.messages), most, "max_messages", "messages")
+    require_at_most("messages", len(body.messages), most, "max_messages", "messages")
     is_new_name = body.max_completion_tokens is not None
     settings = checked_settings(
         serving,

@@ -18,7 +18,7 @@ from lorakit.data import DataTask
 from lorakit.serving.engine import Classifier, Lease, QueueFullError
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
-from lorakit.serving.http.errors import ApiError, invalid_value, require_most
+from lorakit.serving.http.errors import ApiError, invalid_value, require_at_most
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
@@ -36,7 +36,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     if classifier is None:
         raise invalid_value("This server generates text; none of its models classifies.", "model")
     rows = body.rows
-    require_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
+    require_at_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
     admitted(serving)
     examples: list[LabelledExample] = []
 

@@ -137,7 +137,7 @@ def invalid_value(message: str, param: str | None) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-def require_most(field: str, value: int, most: int, limit: str, unit: str = "") -> None:
+def require_at_most(field: str, value: int, most: int, limit: str, unit: str = "") -> None:
     """Raise the 400 for a field that exceeds one of the server's limits; `unit` is what `value` counts."""
     if value > most:
         has = f"has {value:,} {unit}" if unit else f"is {value:,}"

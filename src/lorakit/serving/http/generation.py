@@ -29,9 +29,9 @@ from lorakit.serving.engine import (
 )
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_most
+from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_at_most
 from lorakit.serving.http.prompts import special_stops
-from lorakit.serving.http.schemas import Generating
+from lorakit.serving.http.schemas import ChatRequest, Generating
 from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
 
 T = TypeVar("T")
@@ -69,16 +69,18 @@ def checked_settings(
         ApiError: A field exceeds a limit.
     """
     limits, answers = serving.settings.limits, body.n or 1
-    require_most(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
-    require_most(
+    require_at_most(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
+    require_at_most(
         "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
     )
-    require_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
+    require_at_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
     for text in body.stops:
-        require_most(
+        require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
-    require_most(top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
+    require_at_most(
+        top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs"
+    )
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
@@ -119,13 +121,14 @@ async def begin(
         if body.base_logprobs:
             require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
         sampling = settings.sampling
         stop_ids |= special_stops(lease.tokenizer, settings.stop)
         requests = [
             GenerationRequest(
                 prompt=ids,
                 lease=lease,
-                max_tokens=_room(serving, ids, settings),
+                max_tokens=_room(serving, ids, settings, field),
                 sampling=replace(
                     sampling, seed=derived_seed(sampling.seed, p * settings.answers + k)
                 ),
@@ -150,8 +153,8 @@ async def begin(
     return await guarded(request, work())
 
 
-def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
-    """Return the most new tokens after a prompt.
+def _room(serving: Serving, ids: Sequence[int], settings: Settings, field: str) -> int:
+    """Return the most new tokens after a prompt, which the request has in `field`.
 
     Raises:
         ApiError: The prompt is too long.
@@ -159,12 +162,12 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
     limits, engine = serving.settings.limits, serving.engine.limits
     most, room, wanted = limits.max_prompt_tokens, engine.room_after(len(ids)), settings.max_tokens
     if most is not None:
-        require_most("prompt", len(ids), most, "max_prompt_tokens", "tokens")
+        require_at_most(field, len(ids), most, "max_prompt_tokens", "tokens")
     if room < 1:
         raise ApiError(
             400,
             f"The prompt of {len(ids):,} tokens fills the context of {engine.context:,}. Shorten the prompt.",
-            param="prompt",
+            param=field,
             code="context_length_exceeded",
         )
     if (wanted or 0) > room:
@@ -172,7 +175,7 @@ def _room(serving: Serving, ids: Sequence[int], settings: Settings) -> int:
             400,
             f"The prompt has {len(ids):,} tokens, and with {wanted:,} new ones that exceeds the context of "
             f"{engine.context:,}. Shorten the prompt, or set a lower max_tokens.",
-            param="prompt",
+            param=field,
             code="context_length_exceeded",
         )
     return wanted or min(room, limits.max_tokens)
