@@ -64,7 +64,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def size_of(config: DemoConfig) -> Size:
     class NoBase:
-        tokenizer = None
+        text_tokenizer = None
 
     data = DataConfig(train="docstrings", validation="docstrings")
     return _size(console(), config, data, NoBase())  # type: ignore[arg-type]

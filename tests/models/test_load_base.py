@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
 from lorakit.models.loading import load_base
 
@@ -103,6 +104,8 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
     text = load_base(tmp_path / "bert", task="sequence-classification")
     assert text.tokenizer is None
     assert text.notices == ["'bert' has no tokenizer."]
+    with pytest.raises(BaseModelError, match="'bert' has no tokenizer, which lorakit needs"):
+        collator(text)
 
 
 def test_a_missing_padding_token_is_replaced_by_the_end_token(tmp_path: Path) -> None:

@@ -200,15 +200,14 @@ def _pieces(base: Base, texts: Sequence[str], max_length: int) -> Iterator[list[
 
     Every piece starts as a text does (with bos), so that the model predicts it from an input of a known form.
     """
-    assert base.tokenizer is not None  # open_adapted rejects bases without a tokenizer
     context = context_length(base.model)
     length = max_length
     if context is not None:
         length = min(max_length, context - virtual_tokens_of(base.model).total)
-    start = start_ids(base.tokenizer)
+    start = start_ids(base.text_tokenizer)
     room = max(length - len(start), 1)
     for text in texts:
-        ids = encode_text(base.tokenizer, text)
+        ids = encode_text(base.text_tokenizer, text)
         pieces = (start + ids[at : at + room] for at in range(0, len(ids), room))
         yield [piece for piece in pieces if len(piece) > 1]
 
@@ -227,9 +226,8 @@ def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor
 
 def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[PieceDrift, list[float]]]:
     """Yield the drift of each piece, and the summed losses of the base and the adapted model."""
-    tokenizer, handle = base.tokenizer, handle_of(base.model)
+    tokenizer, handle = base.text_tokenizer, handle_of(base.model)
     assert handle is not None
-    assert tokenizer is not None
     # With an empty prompt, the adapter's virtual tokens precede the whole text.
     examples = [
         LanguageExample(

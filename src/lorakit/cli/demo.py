@@ -158,7 +158,7 @@ def _demonstrate(config: DemoConfig) -> None:
         max_length=160,
     )
     base = open_base(config.base, TEXT)
-    test = load_examples(data, "test", base.tokenizer)  # type: ignore[arg-type]
+    test = load_examples(data, "test", base.text_tokenizer)
     console.print("[bold]1. The base[/bold]", end="  ")
     console.print(f"{base.source.name}. {base.source.note}", markup=False)
     console.print(
@@ -212,7 +212,7 @@ def _size(console: Console, config: DemoConfig, data: DataConfig, base: Base) ->
     }
     if len(set_by_user) == len(fields(Size)):
         return Size(**set_by_user)
-    train = load_examples(data, "train", base.tokenizer)  # type: ignore[arg-type]
+    train = load_examples(data, "train", base.text_tokenizer)
     per_step = seconds_per_step(_training(config, data, SIZES[-1]), TEXT, base, train)
     size = replace(size_for(per_step), **set_by_user)
     console.print(
@@ -319,7 +319,7 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
     def run_model() -> tuple[list[str], torch.Tensor]:
         with torch.no_grad():
             logits = base.model(torch.tensor([prompts[0]], device=base.model.device)).logits
-        return generate(base.model, base.tokenizer, prompts, decoding), logits  # type: ignore[arg-type]
+        return generate(base.model, base.text_tokenizer, prompts, decoding), logits
 
     texts, logits = run_model()
     adapters.merge()

@@ -132,17 +132,17 @@ def run(argv: Sequence[str]) -> None:
     if prompting.note:
         _note(prompting.note)
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
-    assert base.tokenizer is not None  # open_adapted rejects a base without a tokenizer
+    tokenizer = base.text_tokenizer
     is_undecided = task is None and adapter is None and isinstance(prompts[0], str)
-    if is_undecided and base.tokenizer.chat_template:
+    if is_undecided and tokenizer.chat_template:
         _note("prompts are used unchanged; --chat formats them with the chat template.")
-    if config.system and not ChatTemplate(base.tokenizer).has_system_role:
+    if config.system and not ChatTemplate(tokenizer).has_system_role:
         _note(
             "the chat template has no system role; the system text starts the first user message."
         )
     encoded = encode_prompts(base, prompts, prompting, config.system)
     decoding = config.decoding.over(encoded.decoding)
-    texts = generate(base.model, base.tokenizer, encoded.ids, decoding, stop_ids=encoded.stop_ids)
+    texts = generate(base.model, tokenizer, encoded.ids, decoding, stop_ids=encoded.stop_ids)
     texts = [encoded.answer(text) for text in texts]
     if config.output:
         answered = zip(encoded.shown, texts, strict=True)

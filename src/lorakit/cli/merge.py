@@ -78,8 +78,7 @@ def run(argv: Sequence[str]) -> None:
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
         )
-    model, tokenizer = base.model, base.tokenizer
-    assert tokenizer is not None  # open_adapted rejects a base without a tokenizer
+    model, tokenizer = base.model, base.text_tokenizer
     handle = handle_of(model)
     assert handle is not None
     handle.require_mergeable()  # fail before the first forward pass

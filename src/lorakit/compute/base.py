@@ -45,11 +45,7 @@ def open_base(
         device=device,
         seed=seed,
     )
-    if base.tokenizer is None:
-        raise BaseModelError(
-            f"'{base.source.name}' has no tokenizer, which lorakit needs to read text. Use a base with a tokenizer, or "
-            "save the tokenizer into its folder."
-        )
+    _ = base.text_tokenizer  # raises an error if there is none
     base.model.to(device)  # type: ignore[arg-type]
     if task.labels:  # a merged model, or one that transformers saves, then names its predictions
         names = [*task.labels, *(f"LABEL_{i}" for i in range(len(task.labels), count))]

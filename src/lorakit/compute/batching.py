@@ -28,8 +28,7 @@ packed rows, which are the longest. Long rows have a larger step because roundin
 
 def collator(base: Base, *, packed: bool = False) -> Collate:
     """Return a function that makes batches for `base`: padded, packed, or for an encoder-decoder."""
-    model, tokenizer = base.model, base.tokenizer
-    assert tokenizer is not None  # open_base rejects a base without one
+    model, tokenizer = base.model, base.text_tokenizer
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     context = context_length(model)
 
@@ -82,9 +81,8 @@ def _encoder_decoder_batch(
     base: Base, examples: Sequence[LanguageExample], pad: int
 ) -> dict[str, torch.Tensor]:
     """Return padded encoder inputs, and the completions as labels."""
-    assert base.tokenizer is not None  # training rejects a base without one
     start = _forced_start(base)
-    inputs = [prompt_input(base.model, base.tokenizer, e.prompt_ids) for e in examples]
+    inputs = [prompt_input(base.model, base.text_tokenizer, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
     width, length = max(map(len, inputs)), max(map(len, targets))
     return {

@@ -66,8 +66,7 @@ def judge_merge(
     Raises:
         BaseModelError: The output of either model is NaN.
     """
-    model, tokenizer = adapted.model, adapted.tokenizer
-    assert tokenizer is not None  # open_adapted rejects a base without one
+    model, tokenizer = adapted.model, adapted.text_tokenizer
     dtype = model.dtype
     kept = _kept(adapted, stored)
     before = logits_of_prompts(model, tokenizer)

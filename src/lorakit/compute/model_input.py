@@ -32,8 +32,7 @@ def model_examples(base: Base, examples: Sequence[E]) -> Sequence[E]:
     tokens = virtual_tokens_of(base.model)
     if not tokens.total:
         return examples
-    assert base.tokenizer is not None  # open_base rejects a base without one
-    start = start_ids(base.tokenizer)
+    start = start_ids(base.text_tokenizer)
     return [place(example, tokens, start) for example in examples]
 
 

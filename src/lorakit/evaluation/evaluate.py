@@ -94,9 +94,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if adapter is not None and issubclass(task.type, Labelled):
         _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    assert base.tokenizer is not None  # open_adapted rejects a base without one
     examples = load_examples(
-        data, split, base.tokenizer, labels=task.labels, reader=reader
+        data, split, base.text_tokenizer, labels=task.labels, reader=reader
     ).examples
     check_context(base, examples)
     if task.has_references:
@@ -238,9 +237,9 @@ def generated(
     answers each `count`-th prompt, and `gather` returns the answers of all.
     """
     groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
-    assert base.tokenizer is not None  # open_base rejects a base without one
-    stop_ids = task.stop_ids(base.tokenizer)
-    settings = generation_config(base.model, base.tokenizer, decoding or Decoding(), stop_ids)
+    tokenizer = base.text_tokenizer
+    stop_ids = task.stop_ids(tokenizer)
+    settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
     prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups.values()]
 
     def answered(done: int) -> None:
@@ -249,7 +248,7 @@ def generated(
 
     own = generate(
         base.model,
-        base.tokenizer,
+        tokenizer,
         prompts[rank::count],
         decoding,
         batch_size=batch_size,
@@ -259,7 +258,7 @@ def generated(
     texts = [""] * len(prompts)
     for other, answers_of_one in enumerate(gather(own)):
         texts[other::count] = answers_of_one
-    added = base.tokenizer.added_tokens_decoder.values()
+    added = tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]
     outputs = [
         {
@@ -288,14 +287,13 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
 
     If `data.max_length` cut an example of the group, they are cut to the model's context instead.
     """
-    assert base.tokenizer is not None  # open_base rejects a base without one
     ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
     context = context_length(base.model)
     if context and any(example.truncated for example in group):
         room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
-        keep = start_length(ids, start_ids(base.tokenizer))
+        keep = start_length(ids, start_ids(base.text_tokenizer))
         ids = cut_prompt(ids, max(room, 1), keep)
-    return prompt_input(base.model, base.tokenizer, ids)
+    return prompt_input(base.model, base.text_tokenizer, ids)
 
 
 def by_prompt(

@@ -61,8 +61,7 @@ def predict(config: PredictConfig) -> Predictions:
     _make_writable(rows, data)  # before the base, which takes longer to load
     data = as_recorded(data, adapter, rows.columns)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    assert base.tokenizer is not None  # open_adapted rejects a base without one
-    values, examples, report = load_unlabelled(data, "test", base.tokenizer, task, reader)
+    values, examples, report = load_unlabelled(data, "test", base.text_tokenizer, task, reader)
     check_context(base, examples)
     logits = _logits(base, task, examples, config.batch_size)
     predictions = [

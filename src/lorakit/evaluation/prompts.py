@@ -134,8 +134,7 @@ def encode_prompts(
     Raises:
         DataError: A row does not fit the task or the chat template, or the tokenizer has no template.
     """
-    tokenizer, task = base.tokenizer, prompting.task
-    assert tokenizer is not None  # open_adapted rejects a base without one
+    tokenizer, task = base.text_tokenizer, prompting.task
     if task is not None and issubclass(task, NamedText):
         # No maximum length: `generate` compares each prompt with the model's context.
         named = task(tokenizer, max_length=sys.maxsize, encoding=prompting.encoding)

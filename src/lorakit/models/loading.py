@@ -80,6 +80,20 @@ class Base:
     notices: list[str] = dataclasses.field(default_factory=list)
     new_weights: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of a base that reads text.
+
+        Raises:
+            BaseModelError: The source has none.
+        """
+        if self.tokenizer is None:
+            raise BaseModelError(
+                f"'{self.source.name}' has no tokenizer, which lorakit needs to read text. Use a base with a "
+                "tokenizer, or save the tokenizer into its folder."
+            )
+        return self.tokenizer
+
 
 def load_base(
     name: str | os.PathLike[str],

@@ -145,6 +145,5 @@ def _count_scored(runner: Runner, data_set: StudyData) -> int:
         count = len(read_source(source, data.hub_split(data_set.split)).rows)
     else:
         base = open_base(config.base, DataTask(name=data_set.task))
-        assert base.tokenizer is not None  # open_base rejects a base without one
-        count = len({e.prompt for e in load_examples(data, data_set.split, base.tokenizer)})
+        count = len({e.prompt for e in load_examples(data, data_set.split, base.text_tokenizer)})
     return min(count, config.eval_limit or count)

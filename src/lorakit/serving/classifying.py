@@ -54,9 +54,8 @@ class ClassifyingEngine(Worker):
     def __init__(
         self, base: Base, *, running: int, queue: int, prompt_tokens: int | None = None
     ) -> None:
-        assert base.tokenizer is not None
-        context, bound = context_of(base.model, base.tokenizer, prompt_tokens)
-        super().__init__(base.model, base.tokenizer, Limits(context, queue, running), bound)
+        context, bound = context_of(base.model, base.text_tokenizer, prompt_tokens)
+        super().__init__(base.model, base.text_tokenizer, Limits(context, queue, running), bound)
         self._collate = collator(base)
         self._rows: FairQueue[tuple[_Job, int]] = FairQueue()
         self._batch: list[tuple[_Job, int]] = []

@@ -97,7 +97,6 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
 
 
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
-    assert base.tokenizer is not None
     limits: dict[str, Any] = {
         "running": config.max_running,
         "queue": config.max_queue,
@@ -106,7 +105,7 @@ def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
     if not task.generates:
         return ClassifyingEngine(base, **limits)
     cache_bytes = bytes_of("cache_memory", config.cache_memory)
-    return engine_for(base.model, base.tokenizer, cache_bytes=cache_bytes, **limits)
+    return engine_for(base.model, base.text_tokenizer, cache_bytes=cache_bytes, **limits)
 
 
 def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:

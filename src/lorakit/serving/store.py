@@ -108,17 +108,17 @@ class AdapterStore:
         between_steps: Callable[[Callable[[], T]], T] = lambda action: action(),
         allow_other_base: bool = False,
     ) -> None:
-        assert base.tokenizer is not None
+        tokenizer = base.text_tokenizer  # first: an error must leave the model as it is
         self.base, self.root, self.budget = base, root, budget
         self.handle = handle_for(base.model)
         """The handle on the model; the names of a lease's blend are names of its adapters."""
         self.handle.keep()
-        self._record = base_record(base.model, exclude=base.new_weights, tokenizer=base.tokenizer)
+        self._record = base_record(base.model, exclude=base.new_weights, tokenizer=tokenizer)
         self.base_digest = self._record.weights.exact or self._record.architecture.shapes
         """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
         self._loaded = LoadedAdapters(self.handle, budget)
         self._allow_other_base = allow_other_base
-        self._tokenizer = Tokenizer(base.tokenizer, tokenizer_digest(base.tokenizer))
+        self._tokenizer = Tokenizer(tokenizer, tokenizer_digest(tokenizer))
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
         """Tokenizers of adapter folders, by the digest of their files."""
         self._lock = threading.Lock()
@@ -331,10 +331,11 @@ class AdapterStore:
                 f"The base has no trained '{self.base.new_weights[0]}', so its own answers would be random. Choose an "
                 "adapter."
             )
-        assert self.base.tokenizer is not None
         outputs, labels = base_labels(self.base.model)
         receipt = Receipt(self.base_digest)
-        return Lease((), receipt, self.base.tokenizer, labels, outputs, None, Holders(lambda: None))
+        return Lease(
+            (), receipt, self.base.text_tokenizer, labels, outputs, None, Holders(lambda: None)
+        )
 
     def _acquire(self, name: str, entry: _Entry, beside: Collection[Loaded] = ()) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease. The request also holds those `beside` it."""

@@ -337,9 +337,8 @@ def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
     # The parts of a split base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
     base = open_base(place, task, seed=config.seed)
-    assert base.tokenizer is not None  # open_base rejects a base without one
     sets = {
-        split: load_examples(data, split, base.tokenizer, labels=task.labels, reader=reader)
+        split: load_examples(data, split, base.text_tokenizer, labels=task.labels, reader=reader)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
