@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import tiny_models
@@ -26,6 +24,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_shape import Shape
 from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
@@ -217,7 +216,7 @@ def test_a_plan_without_data_is_for_what_the_model_does(
     config = transformers.CONFIG_MAPPING[model_type](
         architectures=None if architecture is None else [architecture]
     )
-    shape: Any = SimpleNamespace(name="base", config=config)
+    shape = Shape("base", "", config)
     planned = planner._batches(tiny_runs.config(tmp_path, "base"), shape, 8, None, 1)
     assert (planned.task.name == "classification") == labelled
 

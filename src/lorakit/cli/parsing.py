@@ -72,7 +72,7 @@ def parse(
     sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
     values = dict(defaults or {})
     without_effect = tuple(unused(typed)) if unused else ()
-    source_of: dict[str, str] = {}
+    source_of: dict[str, str | None] = dict.fromkeys(values)
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
         ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
@@ -94,8 +94,7 @@ def parse(
         if isinstance(values.get(name), dict):
             typed[name] = {**values[name], **typed[name]}
     values.update(typed)
-    for name in typed:
-        source_of.pop(name, None)
+    source_of.update(dict.fromkeys(typed))
     if runs and "output" in missing_options(config_class, values):
         file, run = runs.popitem()
         raise ConfigurationError(
@@ -105,7 +104,7 @@ def parse(
     try:
         return build(config_class, values)
     except ConfigurationError as error:
-        raise _with_source(error, {name: source_of.get(name) for name in values}) from None
+        raise _with_source(error, source_of) from None
 
 
 def _with_source(

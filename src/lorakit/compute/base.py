@@ -129,6 +129,6 @@ def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelH
 
 def _is_encoder_decoder(config: BaseConfig) -> bool:
     try:
-        return bool(getattr(shape_of(config).config, "is_encoder_decoder", False))
+        return shape_of(config).is_encoder_decoder
     except BaseModelError:  # loading the model raises a better message
         return False

@@ -26,6 +26,11 @@ class Shape:
     config: PretrainedConfig
     trust_remote_code: bool = False
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
 
 def shape_of(base: BaseConfig) -> Shape:
     """Read the configuration of a base model, without its weights.

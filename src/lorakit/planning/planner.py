@@ -180,8 +180,7 @@ def plan(
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
     run = simulate(config, shape, batches, dtype=dtype)
-    is_pair = getattr(shape.config, "is_encoder_decoder", False)
-    sizes = batches.sizes(packed=run.packed, is_encoder_decoder=is_pair)
+    sizes = batches.sizes(packed=run.packed, is_encoder_decoder=shape.is_encoder_decoder)
     if batches.steps is not None:
         sizes = min(sizes, batches.steps * batches.per_step)
     full, why = None, ""
@@ -260,9 +259,8 @@ def _batches(
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
-    is_pair = getattr(shape.config, "is_encoder_decoder", False)
     names = getattr(shape.config, "architectures", None) or []
-    heads = {head_of_class(name, is_encoder_decoder=is_pair) for name in names}
+    heads = {head_of_class(name, is_encoder_decoder=shape.is_encoder_decoder) for name in names}
     labelled = is_encoder(shape.config) or "sequence-classification" in heads
     return from_lengths(config, length, targets, labelled=labelled, processes=processes)
 

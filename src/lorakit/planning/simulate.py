@@ -84,7 +84,7 @@ def simulate(
     start, fake = config.from_adapter, new_mode()
     method = method_of(config)
     with planning(fake), _explained(shape.name):
-        head = model_head(task, lambda: getattr(shape.config, "is_encoder_decoder", False))
+        head = model_head(task, lambda: shape.is_encoder_decoder)
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
         in_blocks = blocks_of(model)
