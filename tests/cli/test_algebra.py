@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -15,6 +16,7 @@ import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.cli import main
+from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -69,7 +71,7 @@ def test_compress(capsys, folder, tmp_path):
     assert "model.layers.*.self_attn.q_proj" in out
     stored = formats.read(tmp_path / "small")
     assert {layer.rank for layer in stored.layers.values()} == {2}
-    assert stored.provenance["config"] == {"command": "compress", "rank": 2, "energy": None}
+    assert stored.provenance["made_by"] == {"command": "compress", "rank": 2, "energy": None}
     (origin,) = stored.provenance["made_from"]
     assert origin["name"] == "one"
     assert origin["sha256"] is not None
@@ -77,6 +79,56 @@ def test_compress(capsys, folder, tmp_path):
     assert (tmp_path / "small" / "tokenizer.json").is_file()
     assert '"command": "compress"' in (tmp_path / "small" / "README.md").read_text()
     logits(folder, (tmp_path / "small", 1.0))  # loads on its base
+
+
+def with_record(folder: Path, target: Path, **record: Any) -> Path:
+    """Save the adapter `one` again, with this record of its training."""
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    lorakit.load(base.model, folder / "one").save(target, provenance={"labels": [], **record})
+    return target
+
+
+def require_file(path: Path) -> AdapterFile:
+    found = AdapterFile.read(path)
+    assert found is not None
+    return found
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"task": "e2e_nlg", "encoding": "prompt"},
+    {"task": "mine", "generic_task": "completion"},
+    {
+        "task": "completion",
+        "config": {
+            "base": {"dtype": "bfloat16"},
+            "data": {"columns": {"prompt": "question"}, "prompt_template": "Question: {question}"},
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("record", FORMATS, ids=lambda record: record["task"])
+def test_the_result_is_used_as_the_original(capsys, folder, tmp_path, record) -> None:
+    original = with_record(folder, tmp_path / "original", **record)
+    for words in (["compress", "--rank", "2"], ["combine"], ["combine", "--weights", "[2]"]):
+        output = tmp_path / f"{words[0]}-{len(words)}"
+        status, _, err = run(capsys, words[0], original, "--output", output, *words[1:])
+        assert (status, err) == (0, "")
+        before, after = (require_file(path) for path in (original, output))
+        assert recorded_task(after) == recorded_task(before)
+        assert recorded_data(after) == recorded_data(before)
+        assert after.stored.setting("base", "dtype") == before.stored.setting("base", "dtype")
+
+
+def test_adapters_of_different_formats_have_none_in_common(capsys, folder, tmp_path) -> None:
+    """Half a format, such as a task without the encoding of either, would be another one."""
+    inputs = [
+        with_record(folder, tmp_path / encoding, task="e2e_nlg", encoding=encoding)
+        for encoding in ("prompt", "paper")
+    ]
+    status, _, err = run(capsys, "combine", *inputs, "--output", tmp_path / "sum")
+    assert (status, err) == (0, "")
+    assert recorded_task(require_file(tmp_path / "sum")) is None
 
 
 def test_combine(capsys, folder, tmp_path):

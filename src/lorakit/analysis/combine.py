@@ -208,12 +208,7 @@ def _shared_settings(stored: Sequence[StoredAdapter]) -> StoredAdapter:
     """Return the first adapter with the first recorded base, and the provenance on which all adapters agree."""
     first = stored[0]
     base = next((adapter.base for adapter in stored if adapter.base is not None), None)
-    shared = {
-        key: value
-        for key, value in first.provenance.items()
-        if all(adapter.provenance.get(key) == value for adapter in stored)
-    }
-    return dataclasses.replace(first, base=base, provenance=shared)
+    return dataclasses.replace(first, base=base, provenance=inherited_provenance(*stored))
 
 
 # --- one layer -----------------------------------------------------------------------------------

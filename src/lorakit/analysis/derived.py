@@ -11,12 +11,13 @@ from typing import Any
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.compute.adapted import templates_of
 from lorakit.compute.agreement import Agreement
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 
-INHERITED = ("task", "labels", "peft", "data")
-"""Provenance keys of the original that also apply to the result."""
+TASK = ("task", "generic_task", "labels", "encoding")
+"""Keys of the provenance that say, with the run's templates, which texts the original was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Derived:
 def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> StoredAdapter:
     """Return `original` with these layers and matching settings.
 
-    Of the original's provenance only the `INHERITED` keys remain; `save` adds the provenance of the result.
+    Of the original's provenance that remains which applies to the result; `save` adds the result's own.
     """
     # Express each layer's scaling as alpha / rank, whichever rule the original used.
     layers = {
@@ -103,9 +104,31 @@ def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> Stored
     )
 
 
-def inherited_provenance(original: StoredAdapter) -> dict[str, Any]:
-    """Return the provenance of `original` that also applies to an adapter computed from it."""
-    return {key: value for key, value in original.provenance.items() if key in INHERITED}
+def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
+    """Return the provenance that also applies to an adapter computed from the originals: that on which all agree.
+
+    The task, its encoding and its templates are one format of the texts, so they remain together or not at all.
+    """
+    first = originals[0]
+    dtype = first.setting("base", "dtype")
+    kept = {
+        key: first.provenance[key]
+        for key in ("peft", "data")
+        if key in first.provenance
+        and all(other.provenance.get(key) == first.provenance[key] for other in originals)
+    }
+    config: dict[str, Any] = {}
+    if all(_format(other) == _format(first) for other in originals):
+        kept |= {key: first.provenance[key] for key in TASK if key in first.provenance}
+        config |= {"data": data} if (data := templates_of(first)) else {}
+    if dtype is not None and all(other.setting("base", "dtype") == dtype for other in originals):
+        config["base"] = {"dtype": dtype}
+    return kept | ({"config": config} if config else {})
+
+
+def _format(original: StoredAdapter) -> list[Any]:
+    """Return what decides how a later use of the adapter writes its texts."""
+    return [*(original.provenance.get(key) for key in TASK), templates_of(original)]
 
 
 def require_low_rank(stored: StoredAdapter) -> None:

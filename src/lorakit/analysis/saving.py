@@ -74,7 +74,7 @@ def save(
     first = next(iter(adapters.values()), None)
     provenance = {
         **made.adapter.provenance,
-        "config": settings,
+        "made_by": settings,
         "made_from": [_origin(Path(path)) for path in inputs],
         "error": made.error,
         "versions": versions(),

@@ -249,7 +249,7 @@ def _data(provenance: Mapping[str, Any]) -> str:
 def _settings(stored: StoredAdapter) -> str:
     shown = {
         k: stored.provenance[k]
-        for k in ("config", "made_from", "seed", "versions")
+        for k in ("config", "made_by", "made_from", "seed", "versions")
         if k in stored.provenance
     }
     if not shown:
