@@ -430,6 +430,15 @@ def test_alpacas_prompt_drops_no_column(write, column):
     assert load(path, prompt_template="{instruction}")[0].prompt == "Add."
 
 
+def test_columns_that_are_not_read_are_said(write) -> None:
+    """A `system` beside a prompt is read by the chat task alone."""
+    train = write([{"system": "Be brief.", "prompt": "a", "completion": "b", "id": 1}])
+    report = load(train).report
+    assert str(report).endswith("1 of 1 rows; columns that are not read: system, id")
+    assert load(train, task="chat").report.unread == ["id"]
+    assert load(train, prompt_template="{system} {prompt}").report.unread == ["id"]
+
+
 def test_a_template_is_rendered_once_for_each_row(write, monkeypatch):
     rendered = []
     render = Template.render

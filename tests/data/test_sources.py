@@ -94,7 +94,11 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
     source = read_source("owner/name:config@v1.0", "validation")
     assert calls == [(("owner/name", "config"), {"split": "validation", "revision": "v1.0"})]
     assert source.class_names == {"label": ("no", "yes")}
-    assert [row.values["label"] for row in source.rows if isinstance(row, Row)] == ["yes", "no", -1]
+    assert [row.values["label"] for row in source.rows if isinstance(row, Row)] == [
+        "yes",
+        "no",
+        None,
+    ]
     assert source.rows[1].origin == "owner/name:config@v1.0[validation]:row 2"
     assert source.sha256 == read_source("owner/name", "validation").sha256
     content["text"][0] = "changed"
@@ -153,3 +157,5 @@ def test_a_data_set_that_is_a_script_is_read_from_the_hubs_export(monkeypatch):
     assert [row.values for row in read_source("owner/name:config", "test").rows] == [{"text": "a"}]
     files = "hf://datasets/owner/name@refs%2Fconvert%2Fparquet/config/test/*.parquet"
     assert calls[-1] == ("parquet", {"data_files": {"test": files}, "split": "test"})
+    with pytest.raises(DataError, match="Dataset scripts are no longer supported"):
+        read_source("owner/name@v1.0", "test")  # the export has no revisions

@@ -48,6 +48,16 @@ def test_truncation_takes_from_the_end_of_the_longer_text(side):
         classify({"text": LONG, "label": "no"}, max_length=16)
 
 
+def test_names_beside_those_that_the_data_set_declares_are_an_error() -> None:
+    """Indices of an own file beside the names of a hub data set would be classes of their own."""
+    rows = [{"label": label} for label in ("neg", "pos", 0, 1)]
+    assert Classification.labels_of(rows[:2], ("pos", "neg")) == ("pos", "neg")
+    with pytest.raises(
+        DataError, match=r"labels 0, 1 beside those that its data set declares: pos, neg"
+    ):
+        Classification.labels_of(rows, ("pos", "neg"))
+
+
 def test_a_tokenizer_that_fails_keeps_its_truncation_side(monkeypatch):
     tokenizer = tiny_encoder_tokenizer()
     tokenizer.truncation_side = "left"

@@ -13,6 +13,7 @@ from lorakit.data.data_config import DataConfig, Split
 from lorakit.data.readers import Problem, Row
 from lorakit.data.sources import DataRows, read_source
 from lorakit.errors import DataError
+from lorakit.formatting import listed
 from lorakit.tasks import (
     BadRow,
     Example,
@@ -88,6 +89,8 @@ class Report:
     """Skipped invalid rows, with file and line."""
     too_long: list[Problem] = field(default_factory=list)
     """Skipped rows longer than `max_length`, with file and line."""
+    unread: list[str] = field(default_factory=list)
+    """Columns that neither the task nor a template reads."""
     longest: int = 0
     """Tokens of the longest skipped row; 0 without any."""
 
@@ -119,6 +122,8 @@ class Report:
             parts.append(
                 f"{self.in_train:,} are training examples, so scores partly measure memorisation"
             )
+        if self.unread:
+            parts.append(f"columns that are not read: {listed(self.unread)}")
         return "\n".join([f"{self.source}: {'; '.join(parts)}", *_listing(self.bad)])
 
 
@@ -220,6 +225,7 @@ def load_examples(
         encoding=config.encoding,
     )
     report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
+    report.unread = columns.unread(task_class)
     examples = [example for _, example in _encode(data, columns, task, task.encode, config, report)]
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")

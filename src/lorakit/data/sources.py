@@ -206,7 +206,9 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
         try:
             data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
-            if SCRIPT not in str(error):
+            if (
+                SCRIPT not in str(error) or hub["revision"] is not None
+            ):  # the export has no revisions
                 raise
             # Load the hub's Parquet export of the data set; its script is not run.
             folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"
@@ -231,11 +233,11 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
 
     def values() -> Iterator[dict[str, Any]]:
         for row in data:
-            # Many test sets use -1 for a hidden label. It has no class name and is kept.
+            # -1 is the hidden label of a test set, or that of a text on which the annotators disagree (SNLI).
             class_of = {
-                column: classes[column][row[column]]
-                for column in classes
-                if isinstance(row[column], int) and 0 <= row[column] < len(classes[column])
+                column: names[row[column]] if 0 <= row[column] < len(names) else None
+                for column, names in classes.items()
+                if isinstance(row[column], int)
             }
             cleaned = {
                 column: without_nulls(value) if column in structs else value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit import metrics
 from lorakit.errors import DataError, nearest
+from lorakit.formatting import listed
 from lorakit.tasks.task import (
     BadRow,
     Fields,
@@ -120,6 +121,12 @@ class Classification(Labelled):
                 names.add(class_name(row.get("label")))
         if known and names <= set(known):
             return tuple(known)
+        if known:
+            others = sorted(names.difference(known))
+            raise DataError(
+                f"the training set has the labels {listed(others, 5)} beside those that its data set declares: "
+                f"{listed(known)}. Write the declared names in all rows"
+            )
         if len(names) < 2:
             labels = f"only the label {next(iter(names))!r}" if names else "no label"
             raise DataError(f"the training set has {labels}; classification needs at least two")
