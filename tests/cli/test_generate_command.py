@@ -144,6 +144,14 @@ def test_the_messages_of_a_row_come_before_its_prompt(adapter, trained, prompts,
     assert read_prompts(file, Completion) == ["river"]
 
 
+def test_the_columns_beside_a_prompt_are_those_of_training(trained, prompts, tmp_path) -> None:
+    file = tiny_runs.write_rows(
+        tmp_path / "rows.jsonl", [{"system": "Be brief.", "prompt": "river", "completion": "pub"}]
+    )
+    generate(trained, "--file", file, "--adapter", str(trained / "run" / "adapter"))
+    assert prompts == trained_prompts(file, "chat")
+
+
 INSTRUCTIONS: list[dict[str, Any]] = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
     {"instruction": "Say hi.", "input": "", "output": "hi"},

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import BOS, tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Completion, PlainText, TooLong
@@ -46,6 +46,16 @@ def test_the_boundary_is_that_of_generation_not_of_the_joined_text():
         joined[: example.prompt_length] != example.prompt_ids
     )  # " p" is one token in the joined text
     assert example.prompt_ids == TOKENIZER(prompt)["input_ids"]
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, WITH_BOS], ids=["no bos", "bos"])
+def test_a_text_that_has_its_bos_gets_no_second_one(tokenizer) -> None:
+    """Texts that a chat template has written begin with it."""
+    written = f"{BOS}The river"
+    assert encode(written, " pub", tokenizer).input_ids.count(tokenizer.bos_token_id) == 1
+    text = PlainText(tokenizer, max_length=99).encode({"text": written})
+    assert text.input_ids.count(tokenizer.bos_token_id) == 1
+    assert prompt_ids(tokenizer, written) == encode(written, " pub", tokenizer).prompt_ids
 
 
 def test_special_tokens_after_a_text_do_not_separate_prompt_and_completion():

@@ -104,7 +104,10 @@ def _row_prompt(
         # ultrachat_200k has both columns. Its `prompt` is the first question.
         is_chat = is_conversation and task in (None, Chat)
         if isinstance(fields.get("prompt"), str) and not is_chat:
-            return checked_text(fields["prompt"], "prompt")
+            text = checked_text(fields["prompt"], "prompt")
+            if task is not Chat:
+                return text
+            fields = {**fields, "messages": [{"role": "user", "content": text}]}
         if task is not None and issubclass(task, NamedText):
             return PromptRow(fields, row.origin)
         if "instruction" in fields and not is_conversation:
