@@ -100,6 +100,15 @@ def test_tokenizer_and_chat_template(tmp_path: Path, llama: LlamaForCausalLM) ->
     assert tokens(base, chat) == ["<|im_start|>", "he", "<|im_end|>"]
 
 
+@pytest.mark.parametrize(("adds_bos", "starts"), [(None, True), (True, True), (False, False)])
+def test_texts_of_llama_3_start_with_bos_as_in_llama_cpp(
+    tmp_path: Path, llama: LlamaForCausalLM, adds_bos: bool | None, starts: bool
+) -> None:
+    """Its files often lack the flag, and llama.cpp goes by the name of the pre-tokenizer."""
+    file = write_gguf(tmp_path / "tiny.gguf", llama, pre="llama-bpe", adds_bos=adds_bos)
+    assert tokens(load_base(file), "he") == ["<|im_start|>"] * starts + ["he"]
+
+
 def test_smollm_isolates_digits_before_it_splits_spaces(
     tmp_path: Path, llama: LlamaForCausalLM
 ) -> None:

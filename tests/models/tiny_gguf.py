@@ -84,6 +84,7 @@ def write_gguf(
     *,
     kind: gguf.GGMLQuantizationType = F32,
     pre: str | None = "smollm",
+    adds_bos: bool | None = None,
     leave_out: str | None = None,
     blocks: int | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
@@ -129,6 +130,8 @@ def write_gguf(
     writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)

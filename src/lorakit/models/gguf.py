@@ -27,7 +27,7 @@ from lorakit.storage import atomic_folder, read_json, sha256, write_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONVERSION = 4
+_CONVERSION = 5
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = f"conversion-transformers-{version('transformers')}.json"
 """Names the version of transformers, on which the result depends: another version converts again."""
@@ -41,6 +41,20 @@ _PATCHED = threading.Lock()
 
 _GPT2_SPLIT = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
 """llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
+_STARTS_WITH_BOS = frozenset(
+    {
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "tekken",
+    }
+)
+"""Pre-tokenizers whose texts llama.cpp starts with bos, unless the file says otherwise."""
 _GPT2_SPLIT_AFTER_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
@@ -157,6 +171,8 @@ def _finish_tokenizer(
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(token, int) and 0 <= token < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    if metadata.get("tokenizer.ggml.pre") in _STARTS_WITH_BOS:
+        tokenizer.add_bos_token = metadata.get("tokenizer.ggml.add_bos_token", True)
     if metadata.get("tokenizer.ggml.add_space_prefix") is False:
         _remove_space_prefix(tokenizer)
     tokenizer.model_max_length = getattr(
