@@ -6,17 +6,22 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import lorakit
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data
-from lorakit.data import DataConfig, load_examples
+from lorakit.compute.base import open_base
+from lorakit.data import DataConfig, DataTask, load_examples
 from lorakit.errors import (
     AdapterFileError,
     ConfigurationError,
@@ -120,10 +125,16 @@ def test_settings_beside_recorded_ones_replace_those_of_the_same_name(trained, t
     assert found.columns == {"prompt": "question", "completion": "reply"}
 
 
+def with_record(record: dict[str, Any]) -> AdapterFile:
+    head = {"head.weight": torch.zeros(1)}
+    stored = StoredAdapter(method=lorakit.FullFineTuning(), trained=head, provenance=record)
+    return AdapterFile("x", stored)
+
+
 def test_a_named_text_takes_the_place_of_a_recorded_pair() -> None:
     columns = {"sentence1": "a", "sentence2": "b", "label": "gold"}
     record = {"task": "classification", "config": {"data": {"columns": columns}}}
-    adapter: Any = SimpleNamespace(provenance=record, path="x")
+    adapter = with_record(record)
     named = DataConfig(task="classification", test="x.jsonl", columns={"text": "review"})
     found = as_recorded(named, adapter, ["a", "b", "gold", "review"])
     assert found.columns == {"label": "gold", "text": "review"}
@@ -135,10 +146,38 @@ def test_settings_of_a_custom_task_are_those_recorded_if_it_is_named(tmp_path) -
     )
     columns = {"dialogue": "talk"}
     record = {"task": "chats", "encoding": "prompt", "config": {"data": {"columns": columns}}}
-    adapter: Any = SimpleNamespace(provenance=record, path="x")
+    adapter = with_record(record)
     assert recorded_data(adapter) == DataConfig()
     found = recorded_data(adapter, f"{tmp_path}/my.py:Chats")
     assert (found.encoding, found.columns) == ("prompt", columns)
+
+
+def test_a_checkpoint_with_its_classes_in_another_order_is_named(tmp_path) -> None:
+    """Its head says other classes than the indices of the data mean."""
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "sequence-classification", num_labels=2)
+    task = DataTask(name="classification", labels=("dry", "wet"))
+    assert open_base(BaseConfig(name=base), task).notices == []
+    for names in (["DRY", "Wet"], ["wet", "dry"]):
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: i for i, name in enumerate(names)}
+        model.save_pretrained(base)
+        notices = open_base(BaseConfig(name=base), task).notices
+        expected = "head has the classes wet, dry, and is read as dry, wet, the data's order"
+        assert [expected in notice for notice in notices] == [True] * (names[0] == "wet")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_has_embeddings_is_refused(tmp_path) -> None:
+    folder = tiny_runs.save_base(tmp_path / "base")
+    base = lorakit.load_base(folder, dtype="float32")
+    adapters = lorakit.attach(base.model, lorakit.LoRA(rank=2))
+    base.tokenizer.add_special_tokens({"pad_token": "[OWN]"})
+    adapters.save(
+        tmp_path / "a", tokenizer=base.tokenizer, provenance={"task": "completion", "labels": []}
+    )
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", tiny_runs.pairs(2))
+    with pytest.raises(AdapterFileError, match=r"has \d+ tokens, and the base has \d+ embeddings"):
+        evaluate(EvaluateConfig(adapter=str(tmp_path / "a"), data=DataConfig(test=test)))
 
 
 def test_invalid_recorded_settings_are_an_error(trained, tmp_path) -> None:

@@ -30,6 +30,7 @@ from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
+from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import base_modules
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
@@ -304,10 +305,17 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
                 f"{nearest(name, known)} Load it on the model class it was trained with."
             )
         if known[name].shape != tensor.shape:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            is_vocabulary = owner in (input_embeddings(model), output_embeddings(model))
+            fix = (
+                f"If the vocabulary grew, resize the model first: model.resize_token_embeddings({len(tensor)})."
+                if is_vocabulary
+                else "For a classification head, load the base with the adapter's number of labels: "
+                f"num_labels={len(tensor)}."
+            )
             raise AdapterFileError(
                 f"{origin}: the trained '{name}' has shape {tuple(tensor.shape)}, and the model's has "
-                f"{tuple(known[name].shape)}. For a classification head, load the base with the adapter's "
-                f"number of labels: num_labels={tensor.shape[0]}."
+                f"{tuple(known[name].shape)}. {fix}"
             )
 
 

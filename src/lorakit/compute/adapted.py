@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters import formats
@@ -20,6 +21,7 @@ from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
+from lorakit.models.heads import input_embeddings
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer
@@ -33,6 +35,8 @@ TEXT = DataTask(name="completion", labels=())
 
 ADAPTER = "adapter"
 """Name of the adapter on its model."""
+
+_TEMPLATES = ("columns", "prompt_template", "completion_template")
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,20 @@ def recorded_data(adapter: AdapterFile | None, configured: str | None = None) ->
         task = configured
     elif task not in TASKS:
         return DataConfig()
-    config = record.get("config")
-    data = config.get("data") if isinstance(config, dict) else None
-    names = ("columns", "prompt_template", "completion_template")
-    settings = {n: data[n] for n in names if n in data} if isinstance(data, dict) else {}
     try:
-        return DataConfig(task=task, encoding=record.get("encoding"), **settings)
+        return DataConfig(
+            task=task, encoding=record.get("encoding"), **templates_of(adapter.stored)
+        )
     except ConfigurationError as error:
         raise AdapterFileError(
             f"The adapter {adapter.path} records invalid settings of its data: {error} Save or download it again."
         ) from None
+
+
+def templates_of(stored: StoredAdapter) -> dict[str, Any]:
+    """Return the settings of the data that later uses of an adapter take from its file, beside task and encoding."""
+    settings = {name: stored.setting("data", name) for name in _TEMPLATES}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def as_recorded(
@@ -349,10 +357,8 @@ def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConf
 
 def _recorded_dtype(stored: StoredAdapter) -> DType:
     """Return the dtype in which an adapter was trained, or `auto` if the file records none or a quantisation."""
-    settings: Any = stored.provenance
-    for key in ("config", "base", "dtype"):
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    return settings if settings in ("float32", "bfloat16") else "auto"
+    dtype = stored.setting("base", "dtype")
+    return dtype if dtype in ("float32", "bfloat16") else "auto"
 
 
 def add_adapter(
@@ -372,6 +378,15 @@ def add_adapter(
         allow_other_base=allow_other_base,
         tokenizer=None if has_own else base.tokenizer,
     )
-    if has_own:
-        return read_tokenizer(str(adapter.path), AdapterFileError, local_files_only=True)
-    return base.tokenizer
+    if not has_own:
+        return base.tokenizer
+    tokenizer = read_tokenizer(str(adapter.path), AdapterFileError, local_files_only=True)
+    embeddings = input_embeddings(base.model)
+    ids = 1 + max(tokenizer.get_vocab().values())
+    if isinstance(embeddings, nn.Embedding) and ids > embeddings.num_embeddings:
+        raise AdapterFileError(
+            f"The tokenizer in {adapter.path} has {ids:,} tokens, and the base has {embeddings.num_embeddings:,} "
+            "embeddings: the adapter was trained on a base whose vocabulary had grown. Save that base as a folder, and "
+            "name it: --base.name FOLDER."
+        )
+    return tokenizer

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from lorakit.compute.batching import context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
 from lorakit.errors import BaseModelError, DataError
+from lorakit.formatting import listed
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
+from lorakit.models.heads import logits_layer
+from lorakit.models.layers import is_inside
 from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.processor import limit_processor
 from lorakit.tasks import Example, LanguageExample
@@ -49,9 +53,24 @@ def open_base(
     base.model.to(device)  # type: ignore[arg-type]
     if task.labels:  # a merged model, or one that transformers saves, then names its predictions
         names = [*task.labels, *(f"LABEL_{i}" for i in range(len(task.labels), count))]
+        _compare_classes(base, names)
         base.model.config.id2label = dict(enumerate(names))
         base.model.config.label2id = {label: i for i, label in enumerate(names)}
     return base
+
+
+def _compare_classes(base: Base, names: Sequence[str]) -> None:
+    """Add a notice if the checkpoint's head names other classes, or these in another order."""
+    head = logits_layer(base.model)
+    if head is None or any(is_inside(name, head) for name in base.new_weights):
+        return
+    own = [str(name) for _, name in sorted((base.model.config.id2label or {}).items())]
+    is_named = not all(re.fullmatch(r"LABEL_\d+", name) for name in own)
+    if is_named and [name.lower() for name in own] != [name.lower() for name in names]:
+        base.notices.append(
+            f"The checkpoint's head has the classes {listed(own)}, and is read as {listed(names)}, the data's order: "
+            "without training, scores say nothing of the checkpoint."
+        )
 
 
 def check_context(base: Base, examples: Sequence[Example]) -> None:

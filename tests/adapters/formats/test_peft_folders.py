@@ -660,3 +660,35 @@ def test_without_the_live_model_whole_paths_are_written():
     config = peft_form(adapter(layers)).config
     assert config["target_modules"] == ["h.2.q", "h.10.q"]
     assert (config["base_model_name_or_path"], config["task_type"]) == (None, None)
+
+
+def with_saved_modules(path: Path, *, more: int = 0) -> PreTrainedModel:
+    """Save an adapter of PEFT with both embeddings trained in full, of a vocabulary with `more` tokens."""
+    model = tiny_models.build("llama", tie_word_embeddings=False)
+    model.resize_token_embeddings(model.config.vocab_size + more)
+    saved = ["lm_head", "embed_tokens"]
+    with speaking_peft():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+        peft.get_peft_model(model, config).save_pretrained(path)
+    return tiny_models.build("llama", tie_word_embeddings=False)
+
+
+def test_a_file_without_one_of_its_saved_modules_is_refused(tmp_path: Path) -> None:
+    """PEFT refuses it too: the base's module in its place would be another model."""
+    model = with_saved_modules(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: t for name, t in load_file(file).items() if "embed_tokens" not in name}
+    save_file(tensors, file)
+    with pytest.raises(
+        AdapterFileError, match=r"no tensors for 'model\.embed_tokens', which modules_to_"
+    ):
+        lorakit.load(model, tmp_path)
+
+
+def test_a_vocabulary_that_grew_is_named(tmp_path: Path) -> None:
+    model = with_saved_modules(tmp_path, more=2)
+    size = model.config.vocab_size + 2
+    with pytest.raises(AdapterFileError, match=rf"model\.resize_token_embeddings\({size}\)"):
+        lorakit.load(model, tmp_path)
+    model.resize_token_embeddings(size)
+    lorakit.load(model, tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
+from lorakit.adapters.formats.peft.adapter_config import parse
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
@@ -18,7 +19,7 @@ from lorakit.errors import AdapterFileError, nearest
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules
+from lorakit.models.layers import base_modules, is_inside
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -66,6 +67,25 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
                 stored, path, names.parameters, _embedding_names(model, names.aliases)
             )
         _list_tied(stored, path, model, names.aliases)
+    if stored.peft_config is not None:
+        _require_saved_modules(stored, path, model)
+
+
+def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
+    """Reject a file without tensors for a module that modules_to_save selects on this model, by PEFT's rule."""
+    entries = parse(stored.peft_config or {}).modules_to_save
+    if not entries:
+        return
+    aliases = parameter_names(model).aliases
+    tied = [{first, *others} for first, others in aliases.items()]
+    trained = set(stored.trained).union(*(names for names in tied if names & set(stored.trained)))
+    for name, module in base_modules(model):
+        is_selected = name.endswith(entries) and any(True for _ in module.parameters())
+        if is_selected and not any(is_inside(parameter, name) for parameter in trained):
+            raise AdapterFileError(
+                f"'{path}' has no tensors for '{name}', which modules_to_save in {CONFIG_NAME} selects. Save or "
+                "download the adapter again."
+            )
 
 
 def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
