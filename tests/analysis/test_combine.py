@@ -180,6 +180,15 @@ def test_ties_by_its_definition():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("density", [0.0, 2.0])
+def test_a_density_is_a_share(density: float) -> None:
+    changes = [torch.ones(2, 2)]
+    with pytest.raises(ConfigurationError, match=r"density is .*; it is a share of entries"):
+        ties(changes, [1.0], density)
+    with pytest.raises(ConfigurationError, match=r"density is .*; it is a share of entries"):
+        dare(changes[0], density, torch.Generator())
+
+
 def test_ties_and_dare_beside_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     changes = [randn(12, 9, seed=i) for i in range(3)]

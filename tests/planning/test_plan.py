@@ -160,6 +160,20 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 0}, "length is 0; it must be a finite number of 2 or more"),
+        ({"processes": 0}, "processes is 0; it must be a finite number of 1 or more"),
+        ({"length": 8, "targets": 0}, "targets is 0; it must be a finite number of 1 or more"),
+        ({"targets": 4}, "targets counts the target tokens of length"),
+    ],
+)
+def test_the_library_checks_what_the_command_checks(tmp_path, settings, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        plan(tiny_runs.config(tmp_path, "base"), **settings)
+
+
 def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch):
     """The first rows of sorted data have one label; one of them may be empty, or hold several examples."""
     monkeypatch.setattr(batches_module, "ROWS", 10)

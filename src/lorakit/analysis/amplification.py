@@ -70,10 +70,7 @@ def amplification(
     Raises:
         ConfigurationError: The shapes of W and ``B A`` differ, or the change is zero.
     """
-    if W.shape != (B.shape[0], A.shape[1]):
-        raise ConfigurationError(
-            f"W has shape {tuple(W.shape)}, and B A has shape {(B.shape[0], A.shape[1])}; equal shapes were expected."
-        )
+    _require_one_shape(W, A, B)
     U, S, Vh = change_directions(A, B, scaling)
     r = len(S)
     W = W.detach().to(wide_dtype(W))
@@ -115,12 +112,20 @@ def similarity_to_base(
         (share * min(out, in), r), float64.
 
     Raises:
-        ConfigurationError: The shapes do not form a product, the change is zero, or `share` is out of range.
+        ConfigurationError: The shapes of W and ``B A`` differ, the change is zero, or `share` is out of range.
     """
     require_share("share", share, "a share of the base's directions", example=0.1)
+    _require_one_shape(W, A, B)
     Vh = change_directions(A, B, scaling)[2]
     leading = max(1, round(share * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
+
+
+def _require_one_shape(W: Tensor, A: Tensor, B: Tensor) -> None:
+    if W.shape != (B.shape[0], A.shape[1]):
+        raise ConfigurationError(
+            f"W has shape {tuple(W.shape)}, and B A has shape {(B.shape[0], A.shape[1])}; equal shapes were expected."
+        )
 
 
 def _projected(W: Tensor, U: Tensor, V: Tensor) -> float:

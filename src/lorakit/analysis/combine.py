@@ -50,6 +50,7 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) ->
     Returns:
         One matrix of that shape.
     """
+    require_share("density", density, "a share of entries", example=0.5)
     trimmed = torch.stack([w * _trim(d, density) for d, w in zip(changes, weights, strict=True)])
     agrees = trimmed.sign() == trimmed.sum(0).sign()
     agrees &= trimmed != 0
@@ -58,6 +59,7 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float) ->
 
 def dare(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Drop entries at random and divide the remaining share `density` by `density` (DARE, Yu et al. 2024)."""
+    require_share("density", density, "a share of entries", example=0.5)
     keep = torch.rand(change.shape, generator=generator) < density
     return change * keep / density
 

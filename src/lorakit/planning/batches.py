@@ -146,7 +146,7 @@ def from_lengths(
     Raises:
         ConfigurationError: `targets` is not between 1 and `length` - 1.
     """
-    size = length or config.data.max_length
+    size = config.data.max_length if length is None else length
     name = config.data.task
     if name == "auto":
         name = "classification" if labelled else "completion"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.errors import ConfigurationError, LorakitError, require_at_least
 from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
@@ -154,8 +154,8 @@ def plan(
 
     Args:
         config: The run.
-        length: Tokens per example; None reads the configured data.
-        targets: Target tokens per example; None means half of `length`.
+        length: Tokens per example, at least 2; None reads the configured data.
+        targets: Target tokens per example, with `length`; None means half of it.
         compare: Predict full fine-tuning as well.
         processes: Number of processes on one machine that share each step. The speed is that of torch's current
             threads; call `lorakit.models.processor.threads` first if the processes will share the cores.
@@ -165,6 +165,13 @@ def plan(
     Raises:
         LorakitError: The base's configuration or the data cannot be read, or a setting does not fit them.
     """
+    require_at_least("length", length, 2)
+    require_at_least("targets", targets, 1)
+    require_at_least("processes", processes, 1)
+    if targets is not None and length is None:
+        raise ConfigurationError(
+            "targets counts the target tokens of length; set length too, for example --length 512."
+        )
     device, here = _device(config)
     if device.type == "cpu":
         limit_processor()
