@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of, load
+from lorakit.adapters.choice import AdapterChoice
 from lorakit.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -23,8 +27,11 @@ from lorakit.errors import (
     TargetError,
     WrongBaseError,
 )
+from lorakit.methods import BitFit
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 IDS = torch.arange(3, 17).view(2, 7)
 
@@ -57,6 +64,105 @@ def adapters(model: PreTrainedModel) -> Adapters:
 def test_arguments_of_another_type(arguments: tuple, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         attach(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float32"}, r"dtype is 'float32'; it must be one of torch\.float32, "),
+        ({"dtype": torch.int32}, r"dtype is torch\.int32; it must be one of"),
+        ({"seed": 1.5}, r"seed is 1\.5; it must be a whole number of 64 bits"),
+        ({"seed": 2**70}, r"seed is \d+; it must be a whole number of 64 bits"),
+    ],
+)
+def test_settings_of_another_type(model: PreTrainedModel, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        attach(model, LoRA(), **settings)
+    assert handle_of(model) is None
+
+
+def test_combined_needs_methods_with_their_settings() -> None:
+    with pytest.raises(ConfigurationError, match="Combined has the class LoRA"):
+        Combined(methods=(LoRA, BitFit()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("action", ["detach", "remove", "merge without the base"])
+def test_adapters_do_not_leave_under_the_block_of_another_thread(
+    model: PreTrainedModel, action: str
+) -> None:
+    """Without its hooks the block's passes would answer as the base, or as the merged adapter."""
+    adapters = attach(model, LoRA(rank=2), name="sql")
+    randomise(adapters)
+    actions: dict[str, Callable[[], object]] = {
+        "detach": adapters.detach,
+        "remove": lambda: adapters.remove("sql"),
+        "merge without the base": lambda: adapters.merge(keep_base=False),
+    }
+    with ThreadPoolExecutor(1) as other, adapters.per_sample(["sql", "sql"]), torch.no_grad():
+        expected = model(IDS).logits
+        with pytest.raises(AdapterStateError, match="another thread or task is inside per_sample"):
+            other.submit(actions[action]).result()
+        assert model(IDS).logits.equal(expected)
+    actions[action]()
+    assert handle_of(model) is None
+
+
+def test_a_pass_that_waits_for_a_load_begins_after_it(
+    adapters: Adapters, model: PreTrainedModel, tmp_path: Path, monkeypatch
+) -> None:
+    """The new adapter is active as soon as another thread can run the model: its activation is not refused."""
+    adapters.save(tmp_path / "saved", "sql")
+    activate, passes = Adapters.activate, list[Future]()
+    with ThreadPoolExecutor(1) as other:
+
+        def waited_for(self: Adapters, choice: AdapterChoice) -> None:
+            passes.append(other.submit(model, IDS))
+            with suppress(TimeoutError):
+                passes[0].result(timeout=0.2)
+            activate(self, choice)
+
+        monkeypatch.setattr(Adapters, "activate", waited_for)
+        load(model, tmp_path / "saved", name="loaded")
+        passes[0].result()
+    assert adapters.active == {"loaded": 1.0}
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), FullFineTuning()], ids=["lora", "full"])
+def test_adapters_made_in_inference_mode_can_be_trained(
+    model: PreTrainedModel, method: Method, tmp_path: Path
+) -> None:
+    with torch.inference_mode():
+        adapters = attach(model, method, name="new")
+        adapters.save(tmp_path / "saved", "new")
+        load(model, tmp_path / "saved", name="loaded", trainable=True)
+    for name in ("new", "loaded"):
+        adapters.activate(name)
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_merged_weights_of_adapters_that_have_changed(adapters: Adapters) -> None:
+    weights = adapters.merged_weights()
+    next(weights)
+    adapters.activate("e2e")
+    with pytest.raises(AdapterStateError, match="have changed while merged_weights was read"):
+        next(weights)
+
+
+def test_an_adapter_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        adapters = attach(tiny_models.build("llama"), LoRA(rank=2))
+    adapters.model.to("meta")
+    with pytest.raises(AdapterStateError, match="on the meta device, without numbers to save"):
+        adapters.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("provenance", [{1: 2}, {"data": [{"rows": {2: 3}}]}])
+def test_keys_of_the_provenance_are_texts(adapters: Adapters, tmp_path: Path, provenance) -> None:
+    with pytest.raises(ConfigurationError, match=r"the key \d is no text"):
+        adapters.save(tmp_path / "saved", "sql", provenance=provenance)
+    assert not list(tmp_path.iterdir())
+    adapters.save(tmp_path / "saved", "sql", provenance={"a": 1})
 
 
 REPLACED = (

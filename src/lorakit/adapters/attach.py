@@ -20,6 +20,7 @@ from lorakit.ops.seeding import seeded
 _LOG = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # the adapter's tensors outlive a caller's inference mode
 def attach(
     model: nn.Module,
     method: Method,
@@ -52,6 +53,13 @@ def attach(
         raise ConfigurationError(
             f"method is {method!r:.100}; it must be a method with its settings, for example LoRA(rank=8)."
         )
+    if dtype not in FLOATS:
+        names = ", ".join(f"torch.{dtype_name(one)}" for one in FLOATS)
+        raise ConfigurationError(f"dtype is {dtype!r}; it must be one of {names}.")
+    if seed is not None and (type(seed) is not int or abs(seed) >= 2**63):
+        raise ConfigurationError(
+            f"seed is {seed!r}; it must be a whole number of 64 bits, or None."
+        )
     handle = handle_for(model)
     handle.check_can_add(name)
     with handle.deactivated():
@@ -62,7 +70,7 @@ def attach(
             raise TargetError(f"{method} trains nothing on this model.")
         _require_storable(modules)
         handle.add(name, method, modules, trained_names)
-    handle.activate(name)
+        handle.activate(name)  # before a forward pass of another thread can begin
     if (layer := next(layers_with_statistics(handle.model), None)) is not None:
         _LOG.warning(
             "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "

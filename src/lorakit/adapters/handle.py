@@ -228,6 +228,8 @@ class Adapters:
         self._require_attached()
         with self._activation.running.exclusive("merge"):
             self._refuse_merged("merge")
+            if not keep_base:
+                self._refuse_open_blocks("merge without the base")
             merged = self._activation.active
             if choice is not None:
                 merged = choice_for_batch(choice, self._get)
@@ -250,8 +252,17 @@ class Adapters:
         """Yield base, unrounded and rounded tensor of each weight that merging the active adapters would change.
 
         Parameters that an adapter trains in full are not included.
+
+        Raises:
+            AdapterStateError: The active adapters have changed since the last tensors.
         """
-        return merging.merged_weights(self.model, self._activation.active.blends[0])
+        active = self._activation.active
+        for weights in merging.merged_weights(self.model, active.blends[0]):
+            yield weights
+            if self._activation.active is not active:
+                raise AdapterStateError(
+                    "The active adapters have changed while merged_weights was read. Call it again."
+                )
 
     def require_mergeable(self) -> None:
         """Raise an AdapterStateError if the effect of an active adapter is not a weight change."""
@@ -316,7 +327,7 @@ class Adapters:
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
         with self._activation.running.exclusive("detach"):
-            self._refuse_inside_block("detach")
+            self._refuse_open_blocks("detach")
             self._activation.forbid_recomputation("detached", frozenset(self._installed))
             if self._activation.merged is not None:
                 self.unmerge()
@@ -573,6 +584,15 @@ class Adapters:
         if self._activation.users_block is not None:
             raise AdapterStateError(
                 f"You cannot {action} inside per_sample, per_token or disabled. Leave the block first."
+            )
+
+    def _refuse_open_blocks(self, action: str) -> None:
+        """Raise an AdapterStateError inside a block of any thread: its passes would ignore it without a hook."""
+        self._refuse_inside_block(action)
+        if self._activation.has_blocks:
+            raise AdapterStateError(
+                f"You cannot {action} while another thread or task is inside per_sample, per_token or disabled. Wait "
+                "for the end of its block."
             )
 
     def _refuse_merged(self, action: str) -> None:

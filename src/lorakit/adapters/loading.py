@@ -118,6 +118,7 @@ def usable_name(word: str) -> str:
     return f"{word}_adapter" if is_attribute(word) else word
 
 
+@torch.inference_mode(False)  # the adapter's tensors outlive a caller's inference mode
 def put_on(
     model: nn.Module,
     stored: StoredAdapter,
@@ -143,7 +144,7 @@ def put_on(
     model = handle.model
     with handle.deactivated():
         install(handle, stored, build_modules(model, stored, origin), name, trainable=trainable)
-    handle.activate(name)
+        handle.activate(name)  # before a forward pass of another thread can begin
     return handle
 
 

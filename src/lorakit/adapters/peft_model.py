@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.adapters import formats
@@ -20,6 +21,7 @@ from lorakit.adapters.loading import build_modules, check_base, install, usable_
 from lorakit.errors import AdapterStateError
 
 
+@torch.inference_mode(False)  # the adapters' tensors outlive a caller's inference mode
 def from_peft(peft_model: Any) -> Adapters:
     """Convert a live PEFT model: restore its base's own modules and attach its adapters with lorakit.
 
@@ -78,9 +80,10 @@ def from_peft(peft_model: Any) -> Adapters:
     for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     handle = handle_for(base)
-    for name, one in converted.items():
-        install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
-    handle.activate(choice)
+    with handle.deactivated():
+        for name, one in converted.items():
+            install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
+        handle.activate(choice)
     return handle
 
 

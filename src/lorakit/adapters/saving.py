@@ -18,6 +18,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
@@ -31,6 +32,11 @@ _Copy = Callable[[Tensor], Tensor]
 def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
     with _whole(tensor) as whole:
+        if whole.is_meta:
+            raise AdapterStateError(
+                "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on "
+                "a base that has its weights."
+            )
         return whole.detach().to("cpu", copy=True).contiguous()
 
 

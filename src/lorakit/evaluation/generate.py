@@ -54,7 +54,8 @@ def generate(
     """Continue each prompt and return only the new text, without special tokens.
 
     Sorts prompts by length, so that batches have little padding. A decoder is padded on the left, so that each
-    continuation starts right after its prompt.
+    continuation starts right after its prompt. One call at a time for each model: it sets the mode and the generation
+    settings of the model, and restores them at the end.
 
     Args:
         model: A causal or encoder-decoder language model, with its active adapters.

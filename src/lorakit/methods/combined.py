@@ -36,6 +36,12 @@ class Combined(TrainsModules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for method in self.methods:
+            if isinstance(method, type):
+                raise ConfigurationError(
+                    f"Combined has the class {method.__name__}; it needs a method with its settings, for example "
+                    "LoRA(rank=8)."
+                )
         kinds = [type(method).__name__ for method in self.methods]
         if len(kinds) < 2:
             raise ConfigurationError(

@@ -91,12 +91,24 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         },
     }
     try:
+        if (key := _other_key(stored.provenance)) is not None:  # JSON would make a text of it
+            raise TypeError(f"the key {key!r} is no text")
         storage.write_record(folder / NAME, record)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"The provenance cannot be written as JSON: {error}. Use texts, finite numbers, true, false, "
             "None, lists and dictionaries with texts as keys."
         ) from error
+
+
+def _other_key(value: Any) -> Any:
+    """Return a key of a dictionary inside `value` that is no text; None without one."""
+    if isinstance(value, dict):
+        other = next((key for key in value if not isinstance(key, str)), None)
+        return other if other is not None else _other_key(list(value.values()))
+    if isinstance(value, list | tuple):
+        return next((key for one in value if (key := _other_key(one)) is not None), None)
+    return None
 
 
 def read(folder: Path) -> StoredAdapter:

@@ -50,7 +50,8 @@ class LoRA:
     targets: tuple[str, ...] | str = ("attention.qv",)
     """Layers to adapt: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
     dropout: float = 0.0
-    """Probability of dropping an element of the adapter branch's input during training."""
+    """Probability of dropping an element of the adapter branch's input during training. An embedding's input is never
+    dropped."""
     bias: Bias = "none"
     """Biases trained in addition to A and B: none, all of the model, or those of the adapted layers (lora_only)."""
     init: Init = "kaiming"
