@@ -373,6 +373,28 @@ def test_a_signal_finishes_what_runs_and_refuses_the_rest(
     assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
+def test_the_end_does_not_wait_for_clients_that_come_after_the_signal(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
+    """Uploads, health checks and repeated requests could else keep the server alive for ever."""
+    served = serve()
+    served.engine.pause = threading.Event()
+    address = live(served)
+    running_one, late = connect(address), connect(address)
+    running_one.sendall(request(BODY))
+    wait_for(lambda: len(served.engine.tickets) == 2)
+    assert served.server is not None
+    served.server.handle_exit(signal.SIGTERM, None)
+    late.sendall(request(BODY)[:-5])
+    wait_for(lambda: len(served.server.server_state.tasks) == 2)
+    assert not served.server.should_exit
+    served.engine.pause.set()
+    assert read_one(running_one).startswith(b"HTTP/1.1 200 ")
+    wait_for(lambda: served.server.should_exit, seconds=10)
+    late.sendall(request(BODY)[-5:])
+    assert read_one(late).startswith(b"HTTP/1.1 503 ")
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(connect: Connect, start_server: Any) -> None:
     process, address = start_server()
