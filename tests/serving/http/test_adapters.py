@@ -300,12 +300,14 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     answer = served.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     route = "/v1/completions"
     assert found["lorakit_requests_total", ("sql", route, "200")] == 1
     assert found["lorakit_requests_total", ("(none)", route, "404")] == 1
     assert found["lorakit_requests_total", ("(none)", "(none)", "404")] == 1
     assert found["lorakit_requests_total", ("(blend)", route, "200")] == 1
     assert found["lorakit_prompt_tokens_total", ("sql",)] == usage["prompt_tokens"]
+    assert found["lorakit_cached_prompt_tokens_total", ("sql",)] == cached > 0
     assert found["lorakit_generated_tokens_total", ("sql",)] == 10
     assert found["lorakit_time_to_first_token_seconds_count", ()] == 3
     assert found["lorakit_time_between_tokens_seconds_count", ()] == 8
