@@ -335,6 +335,7 @@ def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     waiting.start()
     waiting.join(10)
     assert not waiting.is_alive()
+    settle(store)
     assert store.stats().bytes == 0
 
 
@@ -342,6 +343,7 @@ def test_the_handle_stays_when_the_last_adapter_is_removed(store: AdapterStore, 
     assert handle_of(store.base.model) is store.handle
     store.acquire("a").release()
     store.remove("a")
+    settle(store)
     assert handle_of(store.base.model) is store.handle
     assert not any(p.requires_grad for p in store.base.model.parameters())
     with store.acquire("b") as lease:
@@ -361,6 +363,7 @@ def test_a_truncated_file_is_refused_and_the_next_good_content_accepted(
     for _ in range(2):
         with pytest.raises(AdapterFileError, match=r"has changed|truncated"):
             store.acquire("a")
+    settle(store)
     assert store.stats().loaded == 0  # the old content is not served either
     assert store.describe("a")["digest"] is None
     file.write_bytes(content)

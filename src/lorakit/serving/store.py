@@ -245,7 +245,7 @@ class AdapterStore:
                 self._retain()
         finally:
             self._loaded.give_back(*filter(None, [loaded]))
-            self._collect()
+            self.freed()
 
     def _require_free(self, name: str) -> None:
         with suppress(UnknownAdapterError):
@@ -253,15 +253,10 @@ class AdapterStore:
             raise _taken(name)
 
     def _retain(self) -> None:
-        """Tell which digests have names. The caller holds the lock."""
+        """Unload what has lost its name. The caller holds the lock, and calls `freed` after it."""
         digests = {name: e.digest for name, e in self._entries.items() if e.digest is not None}
         pinned = [digest for name, digest in digests.items() if name in self._pinned]
         self._loaded.retain(digests.values(), pinned)
-
-    def _collect(self) -> None:
-        """Unload what has lost its name, which may also have lost its pin."""
-        self._loaded.collect()
-        self.freed()
 
     def are_pinned(self, names: Collection[str]) -> bool:
         """Return whether all these adapters stay loaded, so that requests for them take no memory from others."""
@@ -281,7 +276,7 @@ class AdapterStore:
             self._removed.add(name)
             self._pinned -= {name}
             self._retain()
-        self._collect()
+        self.freed()
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -373,7 +368,7 @@ class AdapterStore:
         with self._lock:
             entry.seen = seen
             self._retain()
-        self._collect()
+        self.freed()
 
     def _vanished(self, name: str, entry: _Entry) -> LorakitError:
         """Return the error for a name whose files are gone."""
@@ -386,7 +381,7 @@ class AdapterStore:
             if self._entries.get(name) is entry:
                 del self._entries[name]
             self._retain()
-        self._collect()
+        self.freed()
         return self._unknown(name)
 
     def _require_allowed(self, source: Source, location: Location) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -94,6 +95,19 @@ def test_an_adapter_is_loaded_and_unloaded(serve: Serve) -> None:
     error = error_of(served.post("/v1/unload_lora_adapter", lora_name="new"), 404)
     assert error["param"] == "lora_name"
     assert "secret" not in error["message"]
+
+
+def test_loads_take_no_thread_of_other_routes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight that wait for a batch would else stop /metrics."""
+    threads: list[str] = []
+    monkeypatch.setattr(
+        FakeStore, "add", lambda *_, **__: threads.append(threading.current_thread().name)
+    )
+    served = serve(allow_loading=True)
+    served.post("/v1/load_lora_adapter", lora_name="new", lora_path="new")
+    assert [name.rpartition("_")[0] for name in threads] == ["lorakit-load"]
 
 
 def test_the_base_cannot_be_unloaded(serve: Serve) -> None:
