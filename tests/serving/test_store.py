@@ -327,6 +327,24 @@ def test_a_removed_name_is_unknown_at_once_and_its_memory_is_freed(
         torch.testing.assert_close(answer(store, lease), expected)
 
 
+def test_a_folder_that_gets_the_name_of_an_unloaded_adapter_is_served(
+    store: AdapterStore, root: Path
+) -> None:
+    (root / "staging").mkdir()
+    shutil.copytree(root / "a", root / "staging/new")
+    store.add("new", "staging/new")
+    store.remove("new")
+    with pytest.raises(UnknownAdapterError):
+        store.acquire("new")
+    (root / "staging/new").rename(root / "new")
+    assert "new" in store.names()
+    with store.acquire("new") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+    store.add("b", "new", replace=True)
+    store.remove("b")  # of another folder, but its own would be served in its place
+    assert "b" not in store.names()
+
+
 def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     for _ in range(20):
         for name in "abcd":

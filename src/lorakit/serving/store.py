@@ -148,19 +148,24 @@ class AdapterStore:
     def _entry(self, name: str) -> _Entry:
         """Return the entry of a name; a folder in the root gets one at its first use."""
         with self._lock:
-            entry = self._entries.get(name)
-            is_folder = folders.is_folder_name(name) and name not in self._removed
-        if entry is None and self.root is not None and is_folder:
-            source = AdapterSource(f"{self.root}/{name}")
-            if _serves(source):
-                with self._lock:
-                    if name not in self._removed:  # another thread may have removed it meanwhile
-                        return self._entries.setdefault(name, _Entry(source))
+            entry, is_removed = self._entries.get(name), name in self._removed
+        source = None if entry or is_removed else self._folder(name)
+        if source is not None:
+            with self._lock:
+                if name not in self._removed:  # another thread may have removed it meanwhile
+                    return self._entries.setdefault(name, _Entry(source))
         if entry is None:
             raise self._unknown(name)
         if not _serves(entry.source):
             raise self._vanished(name, entry)
         return entry
+
+    def _folder(self, name: str) -> AdapterSource | None:
+        """Return the adapter in the root's subfolder of a name; None if there is none."""
+        if self.root is None or not folders.is_folder_name(name):
+            return None
+        source = AdapterSource(f"{self.root}/{name}")
+        return source if _serves(source) else None
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         names = self.names()
@@ -265,15 +270,17 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
 
-        The files stay, and `add` serves them again.
+        The files stay, and `add` serves them again. A subfolder of the root that gets the name later is served too.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
         """
         self._entry(name)
+        is_folder = self._folder(name) is not None
         with self._lock:
             self._entries.pop(name, None)
-            self._removed.add(name)
+            if is_folder:
+                self._removed.add(name)
             self._pinned -= {name}
             self._retain()
         self.freed()
