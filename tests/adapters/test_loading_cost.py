@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -14,11 +17,14 @@ from torch import nn
 
 import lorakit
 from lorakit import storage
-from lorakit.adapters import handle_of
+from lorakit.adapters import formats, handle_of
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats import fingerprint
+from lorakit.adapters.handle import Adapters
+from lorakit.adapters.loading import build_modules
 from lorakit.errors import AdapterFileError, WrongBaseError
-from lorakit.models.layers import base_modules, is_of_adapter
+from lorakit.methods.fake_modules import fake_modules
+from lorakit.models.layers import ADAPTERS, AdapterSlot, base_modules, is_of_adapter, walk
 
 LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
 
@@ -63,22 +69,83 @@ def test_a_saved_record_never_holds_a_remembered_hash(folder: Path) -> None:
     assert handle.base_record("a").weights.exact != before
 
 
-def test_loading_visits_no_other_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_models.build("llama")
-    handle = lorakit.load(model, folder, name="a")
-    visited: list[nn.Module] = []
-    others = {id(m) for module in handle.modules("a").values() for m in module.modules()}
+@pytest.fixture
+def visited(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that PyTorch's functions visit."""
+    modules: list[nn.Module] = []
     original = nn.Module.named_modules
 
     def counting(self: nn.Module, *args: object, **kwargs: object) -> object:
         for path, module in original(self, *args, **kwargs):  # type: ignore[arg-type]
-            visited.append(module)
+            modules.append(module)
             yield path, module
 
     monkeypatch.setattr(nn.Module, "named_modules", counting)
+    return modules
+
+
+def modules_of(handle: Adapters, name: str) -> set[int]:
+    return {id(m) for module in handle.modules(name).values() for m in module.modules()}
+
+
+def test_loading_visits_no_other_adapter(folder: Path, visited: list[nn.Module]) -> None:
+    model = tiny_models.build("llama")
+    handle = lorakit.load(model, folder, name="a")
+    others = modules_of(handle, "a")
+    visited.clear()
     lorakit.load(model, folder, name="b")
     handle.remove("b")
-    assert not others & {id(module) for module in visited}
+    assert not others & set(map(id, visited))
+
+
+@dataclass(frozen=True)
+class ReadsNumbers:
+    """A method that fake tensors are not enough for."""
+
+    def modules(self, model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        del dtype
+        assert model.get_input_embeddings().weight.sum().item()
+        return {}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lorakit.LoRA(rank=2, targets=("embedding", "attention.q"), tie_head=True),
+        lorakit.BottleneckAdapter(size=4),
+        lorakit.PrefixEmbedding(prefix_length=2),
+        ReadsNumbers(),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_building_modules_visits_no_adapter(
+    method: Any, tmp_path: Path, visited: list[nn.Module]
+) -> None:
+    """A server builds them while another thread adds and removes adapters."""
+    model = tiny_models.build("llama", tie_word_embeddings=True)
+    if isinstance(method, ReadsNumbers):
+        build = partial(fake_modules, method, model)
+    else:
+        handle = lorakit.attach(model, method, name="x")
+        handle.save(tmp_path / "x")
+        handle.detach()
+        build = partial(build_modules, model, formats.read(tmp_path / "x"), "x")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="all-linear"), name="a")
+    handle.activate(None)
+    others = modules_of(handle, "a")
+    visited.clear()
+    build()
+    assert not others & set(map(id, visited))
+
+
+def test_a_walk_goes_on_while_another_thread_adds_an_adapter() -> None:
+    model = tiny_models.build("llama")
+    expected = [at.path for at in walk(model)]
+    paths = []
+    for at in walk(model):
+        paths.append(at.path)
+        at.parent.register_module(ADAPTERS, AdapterSlot())
+    assert paths == expected
 
 
 def test_a_false_size_in_a_small_file_allocates_nothing(tmp_path: Path) -> None:

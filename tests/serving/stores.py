@@ -115,10 +115,15 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
+def join_collector(store: AdapterStore) -> None:
+    """Wait until the thread that removes adapters from the model has ended, if one runs."""
+    if (collector := store._loaded._collector) is not None:
+        collector.join()
+
+
 def settle(store: AdapterStore) -> None:
     """Wait until the adapters that no name and no lease refers to have left the model."""
-    if store._loaded._collector is not None:
-        store._loaded._collector.join()
+    join_collector(store)
     store._loaded.collect()
 
 

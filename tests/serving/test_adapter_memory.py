@@ -32,6 +32,7 @@ from stores import (
     alone,
     answer,
     engine_thread,
+    join_collector,
     open_base,
     same_tensors,
     settle,
@@ -190,6 +191,54 @@ def test_a_lease_is_released_in_the_engines_thread_without_waiting_for_it(root: 
         in_engine(lease.release)
         settle(store)
         assert store.stats().bytes == 0
+
+
+def test_unloading_does_not_wait_for_the_engine(root: Path) -> None:
+    may_change = threading.Event()
+
+    def between_steps(action: Callable[[], Any]) -> Any:
+        assert may_change.wait(60)
+        return action()
+
+    store = AdapterStore(
+        open_base(), root, budget=LARGE, pinned=["a", "b"], between_steps=between_steps
+    )
+    unloading = threading.Thread(target=lambda: [store.remove(name) for name in "ab"], daemon=True)
+    unloading.start()
+    unloading.join(30)
+    assert not unloading.is_alive()
+    assert store.stats().loaded == 2
+    may_change.set()
+    join_collector(store)
+    assert (store.stats().loaded, store.stats().bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("when", ["before the step", "after the step"])
+def test_an_adapter_whose_last_request_ends_while_another_leaves_the_model_leaves_too(
+    root: Path, when: str
+) -> None:
+    others: list[Lease] = []
+
+    def release_others() -> None:
+        for lease in others:
+            lease.release()
+
+    def between_steps(action: Callable[[], Any]) -> Any:
+        if when == "before the step":
+            release_others()
+        result = action()
+        if when == "after the step":
+            release_others()
+        return result
+
+    store = AdapterStore(open_base(), root, budget=LARGE, between_steps=between_steps)
+    first, second = store.acquire("a"), store.acquire("b")
+    store.remove("a")
+    store.remove("b")
+    others.append(second)
+    first.release()
+    join_collector(store)
+    assert (store.stats().loaded, store.stats().bytes, store.handle.names) == (0, 0, ())
 
 
 def test_an_engine_that_has_died_does_not_make_an_adapter_bad(root: Path) -> None:

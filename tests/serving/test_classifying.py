@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from engines import running
 from leases import PlainLease, attach_some
 from stores import open_base
 
 from lorakit.serving.classifying import ClassifyingEngine
+from lorakit.serving.engine import QueueFullError
 from lorakit.tasks import LabelledExample
+
+TEXT = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
 
 
 def test_no_adapter_starves_the_others() -> None:
     base = open_base("bert")
     attach_some(base.model, "ab")
-    text = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
     engine = ClassifyingEngine(base, running=2, queue=9)
     futures, order = [], []
     for name, count in (("a", 4), ("a", 4), ("b", 1)):
         lease = PlainLease(((name, 1.0),), base.tokenizer)
-        future = engine.classify([text] * count, lease)
+        future = engine.classify([TEXT] * count, lease)
         future.add_done_callback(lambda _, name=name: order.append(name))
         futures.append(future)
     with running(engine):
@@ -26,3 +31,33 @@ def test_no_adapter_starves_the_others() -> None:
             assert future.result(60).isfinite().all()
     assert order == ["b", "a", "a"]
     assert engine.steps == 5
+
+
+def test_a_cancelled_request_is_computed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = open_base("bert", "sequence-classification")
+    engine = ClassifyingEngine(base, running=2, queue=9)
+    lease = PlainLease((), base.text_tokenizer)
+    cancelled, other = (engine.classify([TEXT] * count, lease) for count in (8, 1))
+    compute = engine._compute
+
+    def cancel_and_compute(batch: Any) -> None:
+        cancelled.cancel()
+        compute(batch)
+
+    monkeypatch.setattr(engine, "_compute", cancel_and_compute)
+    with running(engine):
+        assert other.result(60).isfinite().all()
+    assert cancelled.cancelled()
+    assert engine.steps == 2
+
+
+def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place() -> None:
+    base = open_base("bert", "sequence-classification")
+    engine = ClassifyingEngine(base, running=2, queue=1)
+    lease = PlainLease((), base.text_tokenizer)
+    waiting = engine.classify([TEXT], lease)
+    with pytest.raises(QueueFullError):
+        engine.classify([TEXT], lease)
+    waiting.cancel()
+    assert engine.load().waiting == 0
+    engine.classify([TEXT], lease)

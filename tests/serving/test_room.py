@@ -19,7 +19,7 @@ from lorakit.serving.errors import StoreFullError
 from lorakit.serving.folders import Location
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.settings import HttpSettings
-from lorakit.serving.http.state import RequestRecord
+from lorakit.serving.http.state import THREADS, RequestRecord
 from lorakit.serving.preparing import prepare
 from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
@@ -165,7 +165,7 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
         go.set()
         await asyncio.wait_for(asyncio.gather(other, blend, return_exceptions=True), 5)
         assert other.exception() is None
-        await asyncio.to_thread(serving.workers.shutdown)
+        await asyncio.to_thread(serving.loaders.shutdown)
         assert (serving.computing, store.stats().leases) == (0, 0)
 
     run(play())
@@ -195,6 +195,52 @@ def test_the_base_and_pinned_adapters_overtake_those_that_wait(
         serving.release(in_use)
         for task in waiting:
             serving.release(await asyncio.wait_for(task, 5))
-        await asyncio.to_thread(serving.workers.shutdown)
+
+    run(play())
+
+
+def test_the_base_and_pinned_adapters_do_not_wait_while_another_is_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough requests for one adapter wait for it to fill all threads; and then enough long prompts to fill theirs."""
+    store = AdapterStore(open_base(), root, budget=10**9, pinned=["a"])
+    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+    go, begun, acquire = threading.Event(), list[str](), store.acquire
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert go.wait(60)
+        return prepare(*args, **options)
+
+    def counted(choice: Any) -> Any:
+        begun.append(choice)
+        return acquire(choice)
+
+    def render(lease: Any) -> None:
+        begun.append("rendering")
+        assert go.wait(60)
+
+    monkeypatch.setattr("lorakit.serving.store.prepare", slow)
+    monkeypatch.setattr(store, "acquire", counted)
+
+    async def ask(model: str, prepare: Any = lambda lease: None) -> None:
+        lease, _ = await serving.leased(RequestRecord("id", 0.0), prepare, model)
+        serving.release(lease)
+
+    async def fill(name: str, *args: Any) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(ask(*args)) for _ in range(THREADS)]
+        while begun.count(name) < THREADS:
+            await asyncio.sleep(0.01)
+        return tasks
+
+    async def play() -> None:
+        try:
+            waiting = await fill("b", "b")
+            for model in ("base", "a"):
+                await asyncio.wait_for(ask(model), 20)
+            waiting += await fill("rendering", "base", render)
+            await asyncio.wait_for(serving.in_worker(serving.metrics.page), 20)
+        finally:
+            go.set()
+        await asyncio.gather(*waiting)
 
     run(play())

@@ -327,6 +327,24 @@ def test_a_removed_name_is_unknown_at_once_and_its_memory_is_freed(
         torch.testing.assert_close(answer(store, lease), expected)
 
 
+def test_a_folder_that_gets_the_name_of_an_unloaded_adapter_is_served(
+    store: AdapterStore, root: Path
+) -> None:
+    (root / "staging").mkdir()
+    shutil.copytree(root / "a", root / "staging/new")
+    store.add("new", "staging/new")
+    store.remove("new")
+    with pytest.raises(UnknownAdapterError):
+        store.acquire("new")
+    (root / "staging/new").rename(root / "new")
+    assert "new" in store.names()
+    with store.acquire("new") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+    store.add("b", "new", replace=True)
+    store.remove("b")  # of another folder, but its own would be served in its place
+    assert "b" not in store.names()
+
+
 def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     for _ in range(20):
         for name in "abcd":
@@ -335,6 +353,7 @@ def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     waiting.start()
     waiting.join(10)
     assert not waiting.is_alive()
+    settle(store)
     assert store.stats().bytes == 0
 
 
@@ -342,6 +361,7 @@ def test_the_handle_stays_when_the_last_adapter_is_removed(store: AdapterStore, 
     assert handle_of(store.base.model) is store.handle
     store.acquire("a").release()
     store.remove("a")
+    settle(store)
     assert handle_of(store.base.model) is store.handle
     assert not any(p.requires_grad for p in store.base.model.parameters())
     with store.acquire("b") as lease:
@@ -361,6 +381,7 @@ def test_a_truncated_file_is_refused_and_the_next_good_content_accepted(
     for _ in range(2):
         with pytest.raises(AdapterFileError, match=r"has changed|truncated"):
             store.acquire("a")
+    settle(store)
     assert store.stats().loaded == 0  # the old content is not served either
     assert store.describe("a")["digest"] is None
     file.write_bytes(content)

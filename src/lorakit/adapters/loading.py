@@ -19,7 +19,7 @@ from lorakit.adapters.formats.layout import parameter_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
-from lorakit.adapters.installed import InstalledAdapter
+from lorakit.adapters.installed import InstalledAdapter, base_parameters
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.fake_modules import fake_modules
@@ -229,7 +229,7 @@ def _build_other_modules(
     modules: dict[str, AdapterModule] = {}
     if others:
         # The initial values are overwritten. The state of the global generator stays.
-        with seeded(0, (parameter.device for parameter in model.parameters())):
+        with seeded(0, (parameter.device for _, parameter in base_parameters(model))):
             for part in others:
                 modules.update(part.modules(model))
     for path, module in modules.items():

@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 from lorakit.errors import LorakitError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
+from lorakit.models.parameter_swaps import named_base_parameters
 from lorakit.ops.seeding import seeded
 
 
@@ -27,5 +28,5 @@ def fake_modules(method: Method, model: nn.Module) -> dict[str, AdapterModule]:
     except LorakitError:
         raise
     except Exception:  # fake tensors have no numbers to read
-        with seeded(0, (parameter.device for parameter in model.parameters())):
+        with seeded(0, (parameter.device for _, _, parameter in named_base_parameters(model))):
             return method.modules(model)

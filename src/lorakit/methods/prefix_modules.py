@@ -20,7 +20,7 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
-from lorakit.models.layers import ADAPTERS, by_token
+from lorakit.models.layers import ADAPTERS, base_modules, by_token
 
 INIT_STD = 0.02
 """Standard deviation of the initial vectors, as in the first release of the paper's code."""
@@ -318,7 +318,7 @@ def embedding_vectors(
             f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens start at "
             f"{PREFIX_START:,}. Use another method."
         )
-    path = next(path for path, module in model.named_modules() if module is table)
+    path = next(path for path, module in base_modules(model) if module is table)
     options = {"device": table.weight.device, "dtype": dtype or torch.float32}
     return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
 

@@ -125,8 +125,8 @@ def walk(model: nn.Module) -> Iterator[LocatedModule]:
     seen = {id(model)}
 
     def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
-        for name, child in parent.named_children():
-            if id(child) in seen or isinstance(child, AdapterSlot):
+        for name, child in list(parent._modules.items()):  # another thread may add one
+            if child is None or id(child) in seen or isinstance(child, AdapterSlot):
                 continue
             seen.add(id(child))
             governing = _configuration(child) or config

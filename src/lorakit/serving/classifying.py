@@ -35,8 +35,10 @@ class _Job:
     lease: Lease
     future: Future[Tensor] = field(default_factory=Future)
     logits: dict[int, Tensor] = field(default_factory=dict)
-    is_running: bool | None = None
-    """None before its turn; False if it was cancelled before."""
+
+    def can_end(self) -> bool:
+        """Return whether the request still waits for its result. If so, it can no longer be cancelled."""
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
 class ClassifyingEngine(Worker):
@@ -94,7 +96,13 @@ class ClassifyingEngine(Worker):
 
     def _waiting_count(self) -> int:
         """Return the number of requests with a waiting text. The caller holds the lock."""
+        self._end_cancelled()
         return len({job for job, _ in self._rows})
+
+    def _end_cancelled(self) -> None:
+        """Drop the waiting texts of requests that were cancelled or have failed."""
+        with self._changed:
+            self._rows.remove_where(lambda entry: entry[0].future.done())
 
     def _running(self) -> Sequence[Answer]:
         return []
@@ -109,13 +117,9 @@ class ClassifyingEngine(Worker):
         with self._changed:
             while len(self._rows) and len(self._batch) < self.limits.running:
                 self._rows.take(entry := next(self._rows.turns()))
-                job, _ = entry
-                if job.is_running is None:
-                    job.is_running = job.future.set_running_or_notify_cancel()
-                if job.is_running and not job.future.done():
-                    self._batch.append(entry)
+                self._batch.append(entry)
         if not self._batch:
-            return len(self._rows) > 0
+            return False
         try:
             self._compute(self._batch)
         except Exception as error:
@@ -132,7 +136,7 @@ class ClassifyingEngine(Worker):
         self.steps += 1
         for (job, row), values in zip(batch, logits, strict=True):
             job.logits[row] = values[: job.lease.outputs]
-            if len(job.logits) == len(job.examples):
+            if len(job.logits) == len(job.examples) and job.can_end():
                 job.future.set_result(torch.stack([job.logits[i] for i in range(len(job.logits))]))
 
     def _compute_apart(self, error: Exception) -> None:
@@ -145,14 +149,13 @@ class ClassifyingEngine(Worker):
                 self._compute([entry for entry in self._batch if entry[0] is job])
             except Exception as own:
                 _LOG.warning("A request for classes has failed.", exc_info=own)
-                job.future.set_exception(own)
+                if job.can_end():
+                    job.future.set_exception(own)
 
     def _end_all(self) -> None:
         super()._end_all()
         with self._changed:
             rows = [*self._batch, *self._rows.remove_where(lambda _: True)]
         for job in dict.fromkeys(job for job, _ in rows):
-            if job.is_running is None:
-                job.is_running = job.future.set_running_or_notify_cancel()
-            if job.is_running and not job.future.done():
+            if job.can_end():
                 job.future.set_exception(self._stopped())

@@ -98,6 +98,7 @@ class LoadedAdapters:
         """By digest, the lock of its loading, while a thread holds or wants it."""
         self._clock = itertools.count()
         self._collector: threading.Thread | None = None
+        """Removes garbage from the model; None once it has found no more."""
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._usable
@@ -124,29 +125,36 @@ class LoadedAdapters:
             return loaded
 
     def give_back(self, *several: Loaded) -> None:
-        """Return a lease of each adapter. Removing one that has lost its name waits in another thread."""
+        """Return a lease of each adapter. Another thread removes those that have lost their name."""
         with self._lock:
             for loaded in several:
                 loaded.leases -= 1
                 loaded.used = next(self._clock)
                 self._drop_if_unused(loaded)
-            must_collect = bool(self._garbage)
-            is_collecting = self._collector is not None and self._collector.is_alive()
-            if must_collect and not is_collecting:
-                self._collector = threading.Thread(target=self.collect, daemon=True)
-                self._collector.start()
+            self._start_collector()
 
     def retain(self, named: Collection[str], pinned: Collection[str]) -> None:
-        """Set the digests that names stand for, and those that stay loaded; all others leave with their last lease."""
+        """Set the digests that have names, and those that stay loaded. Another thread removes all others.
+
+        It removes an adapter after its last lease.
+        """
         with self._lock:
             self._named, self._pinned = frozenset(named), frozenset(pinned)
             for loaded in list(self._usable.values()):
                 self._drop_if_unused(loaded)
+            self._start_collector()
 
     def _drop_if_unused(self, loaded: Loaded) -> None:
         is_usable = self._usable.get(loaded.digest) is loaded
         if is_usable and not loaded.leases and loaded.digest not in self._named:
             self._garbage.append(self._usable.pop(loaded.digest))
+
+    def _start_collector(self) -> None:
+        """Remove garbage in a thread of its own, which waits for a step of the engine. The caller holds the lock."""
+        if self._garbage and self._collector is None:
+            collector = threading.Thread(target=self.collect, daemon=True)
+            collector.start()
+            self._collector = collector
 
     def loading(self, digest: str) -> threading.Lock:
         """Return the lock of a digest: one thread at a time loads its adapter."""
@@ -174,10 +182,9 @@ class LoadedAdapters:
                 for other in evicted:
                     del self._usable[other.digest]
                 self.evictions += len(evicted)
-                leaving, self._garbage = [*self._garbage, *evicted], []
                 self.bytes += loaded.bytes
             try:
-                self._change(leaving, lambda: self._add(loaded, prepared))
+                self._change(evicted, lambda: self._add(loaded, prepared))
             except BaseException:
                 with self._lock:
                     self.bytes -= loaded.bytes
@@ -230,23 +237,35 @@ class LoadedAdapters:
         return evicted
 
     def collect(self) -> None:
-        """Remove the adapters that nothing can use any more from the model."""
+        """Remove the adapters that nothing can use any more from the model, also those that come meanwhile."""
+        has_failed = False
         with self._changes:
-            with self._lock:
-                leaving, self._garbage = self._garbage, []
-            if not leaving:
-                return
-            try:
-                self._change(leaving)
-            except Exception as error:
-                # The engine has died, or a forward pass runs: the next change tries again.
-                _LOG.debug("unloading is put off: %s", error)
+            while True:
+                with self._lock:
+                    if has_failed or not self._garbage:
+                        self._collector = None
+                        return
+                try:
+                    self._change()
+                except Exception as error:
+                    # The engine has died, or a forward pass runs: the next change tries again.
+                    _LOG.debug("unloading is put off: %s", error)
+                    has_failed = True
 
-    def _change(self, leaving: list[Loaded], then: Callable[[], None] = lambda: None) -> None:
-        """Remove adapters from the model between two forward passes; those that stay after an error are garbage."""
-        gone: list[Loaded] = []
+    def _change(
+        self, evicted: Collection[Loaded] = (), then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Remove evicted adapters and garbage from the model between two forward passes.
+
+        Those that stay after an error are garbage.
+        """
+        leaving, gone = [*evicted], list[Loaded]()
 
         def change() -> None:
+            with self._lock:
+                # Also what came while this change waited for its step.
+                leaving.extend(self._garbage)
+                self._garbage = []
             for other in leaving:
                 self.handle.remove(other.name)
                 gone.append(other)

@@ -148,19 +148,24 @@ class AdapterStore:
     def _entry(self, name: str) -> _Entry:
         """Return the entry of a name; a folder in the root gets one at its first use."""
         with self._lock:
-            entry = self._entries.get(name)
-            is_folder = folders.is_folder_name(name) and name not in self._removed
-        if entry is None and self.root is not None and is_folder:
-            source = AdapterSource(f"{self.root}/{name}")
-            if _serves(source):
-                with self._lock:
-                    if name not in self._removed:  # another thread may have removed it meanwhile
-                        return self._entries.setdefault(name, _Entry(source))
+            entry, is_removed = self._entries.get(name), name in self._removed
+        source = None if entry or is_removed else self._folder(name)
+        if source is not None:
+            with self._lock:
+                if name not in self._removed:  # another thread may have removed it meanwhile
+                    return self._entries.setdefault(name, _Entry(source))
         if entry is None:
             raise self._unknown(name)
         if not _serves(entry.source):
             raise self._vanished(name, entry)
         return entry
+
+    def _folder(self, name: str) -> AdapterSource | None:
+        """Return the adapter in the root's subfolder of a name; None if there is none."""
+        if self.root is None or not folders.is_folder_name(name):
+            return None
+        source = AdapterSource(f"{self.root}/{name}")
+        return source if _serves(source) else None
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         names = self.names()
@@ -245,7 +250,7 @@ class AdapterStore:
                 self._retain()
         finally:
             self._loaded.give_back(*filter(None, [loaded]))
-            self._collect()
+            self.freed()
 
     def _require_free(self, name: str) -> None:
         with suppress(UnknownAdapterError):
@@ -253,15 +258,10 @@ class AdapterStore:
             raise _taken(name)
 
     def _retain(self) -> None:
-        """Tell which digests have names. The caller holds the lock."""
+        """Unload what has lost its name. The caller holds the lock, and calls `freed` after it."""
         digests = {name: e.digest for name, e in self._entries.items() if e.digest is not None}
         pinned = [digest for name, digest in digests.items() if name in self._pinned]
         self._loaded.retain(digests.values(), pinned)
-
-    def _collect(self) -> None:
-        """Unload what has lost its name, which may also have lost its pin."""
-        self._loaded.collect()
-        self.freed()
 
     def are_pinned(self, names: Collection[str]) -> bool:
         """Return whether all these adapters stay loaded, so that requests for them take no memory from others."""
@@ -270,18 +270,20 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
 
-        The files stay, and `add` serves them again.
+        The files stay, and `add` serves them again. A subfolder of the root that gets the name later is served too.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
         """
         self._entry(name)
+        is_folder = self._folder(name) is not None
         with self._lock:
             self._entries.pop(name, None)
-            self._removed.add(name)
+            if is_folder:
+                self._removed.add(name)
             self._pinned -= {name}
             self._retain()
-        self._collect()
+        self.freed()
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -373,7 +375,7 @@ class AdapterStore:
         with self._lock:
             entry.seen = seen
             self._retain()
-        self._collect()
+        self.freed()
 
     def _vanished(self, name: str, entry: _Entry) -> LorakitError:
         """Return the error for a name whose files are gone."""
@@ -386,7 +388,7 @@ class AdapterStore:
             if self._entries.get(name) is entry:
                 del self._entries[name]
             self._retain()
-        self._collect()
+        self.freed()
         return self._unknown(name)
 
     def _require_allowed(self, source: Source, location: Location) -> None:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from lorakit.serving.http.app import create_app
-from lorakit.serving.http.running import TimedProtocol
+from lorakit.serving.http.running import Server, TimedProtocol
 from lorakit.serving.http.settings import HttpLimits, HttpSettings
 
 BASE = "tiny/base"
@@ -29,6 +29,8 @@ class Served:
     engine: FakeEngine
     store: FakeStore
     client: TestClient
+    server: Server | None = None
+    """Of `live`."""
 
     def post(self, path: str, **body: Any) -> Any:
         return self.client.post(path, json=body)
@@ -99,7 +101,7 @@ def live() -> Iterator[Callable[[Served], str]]:
                 lifespan="off",
                 **options,
             )
-            server = uvicorn.Server(config)
+            served.server = server = Server(config, served.app.state.serving)
             thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
             thread.start()
             wait_for(lambda: server.started)

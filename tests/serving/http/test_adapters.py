@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -94,6 +95,19 @@ def test_an_adapter_is_loaded_and_unloaded(serve: Serve) -> None:
     error = error_of(served.post("/v1/unload_lora_adapter", lora_name="new"), 404)
     assert error["param"] == "lora_name"
     assert "secret" not in error["message"]
+
+
+def test_loads_take_no_thread_of_other_routes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight that wait for a batch would else stop /metrics."""
+    threads: list[str] = []
+    monkeypatch.setattr(
+        FakeStore, "add", lambda *_, **__: threads.append(threading.current_thread().name)
+    )
+    served = serve(allow_loading=True)
+    served.post("/v1/load_lora_adapter", lora_name="new", lora_path="new")
+    assert [name.rpartition("_")[0] for name in threads] == ["lorakit-load"]
 
 
 def test_the_base_cannot_be_unloaded(serve: Serve) -> None:
@@ -300,12 +314,14 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     answer = served.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     route = "/v1/completions"
     assert found["lorakit_requests_total", ("sql", route, "200")] == 1
     assert found["lorakit_requests_total", ("(none)", route, "404")] == 1
     assert found["lorakit_requests_total", ("(none)", "(none)", "404")] == 1
     assert found["lorakit_requests_total", ("(blend)", route, "200")] == 1
     assert found["lorakit_prompt_tokens_total", ("sql",)] == usage["prompt_tokens"]
+    assert found["lorakit_cached_prompt_tokens_total", ("sql",)] == cached > 0
     assert found["lorakit_generated_tokens_total", ("sql",)] == 10
     assert found["lorakit_time_to_first_token_seconds_count", ()] == 3
     assert found["lorakit_time_between_tokens_seconds_count", ()] == 8

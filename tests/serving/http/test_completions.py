@@ -253,6 +253,9 @@ def test_an_error_ends_a_stream(serve: Serve, after: int) -> None:
         error = last["error"]
     assert error["message"] == "The logits are not finite."
     assert error["type"] == "server_error"
+    page = served.client.get("/metrics").text
+    assert 'route="/v1/completions",status="500"' in page
+    assert 'route="/v1/completions",status="200"' not in page
 
 
 @pytest.mark.parametrize("stream", [False, True])

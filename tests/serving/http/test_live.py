@@ -316,12 +316,14 @@ from fakes import FakeEngine, FakeStore
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.running import run
 from lorakit.serving.http.settings import HttpSettings
+from starlette.responses import Response
 
 engine = FakeEngine()
 engine.pause = threading.Event()
 threading.Thread(target=lambda: sys.stdin.readline() and engine.pause.set(), daemon=True).start()
 listener = socket.create_server(("127.0.0.1", 0))
 app = create_app(engine, FakeStore(), HttpSettings(base_name="base"))
+app.add_route("/large", lambda _: Response(b"x" * 20_000_000))
 run(app, listener, started=lambda: print(listener.getsockname()[1], flush=True))
 print("ended", flush=True)
 import os; os._exit(0)
@@ -371,6 +373,43 @@ def test_a_signal_finishes_what_runs_and_refuses_the_rest(
     assert b"[DONE]" in read_all(running_one)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "ended\n", "")
+
+
+def test_the_end_does_not_wait_for_clients_that_come_after_the_signal(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
+    """Uploads, health checks and repeated requests could else keep the server alive for ever."""
+    served = serve()
+    served.engine.pause = threading.Event()
+    address = live(served)
+    running_one, late = connect(address), connect(address)
+    running_one.sendall(request(BODY))
+    wait_for(lambda: len(served.engine.tickets) == 2)
+    assert served.server is not None
+    served.server.handle_exit(signal.SIGTERM, None)
+    late.sendall(request(BODY)[:-5])
+    wait_for(lambda: len(served.server.server_state.tasks) == 2)
+    assert not served.server.should_exit
+    served.engine.pause.set()
+    assert read_one(running_one).startswith(b"HTTP/1.1 200 ")
+    wait_for(lambda: served.server.should_exit, seconds=10)
+    late.sendall(request(BODY)[-5:])
+    assert read_one(late).startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_still_read_at_the_end_is_whole(
+    connect: Connect, start_server: Any
+) -> None:
+    process, address = start_server()
+    connection = connect(address)
+    connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+    received = len(connection.recv(10))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(6)
+    received += len(read_all(connection))
+    assert received > 20_000_000
+    assert process.communicate(timeout=60) == ("ended\n", "")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from lorakit.methods.lora.linear import LinearLoRA
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import why_not_adaptable
+from lorakit.models.layers import base_modules, why_not_adaptable
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
@@ -44,7 +44,7 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
     Raises:
         ConfigurationError: The embedding is not adapted, or the head is not tied to it.
     """
-    path_of = {id(module): path for path, module in model.named_modules()}
+    path_of = {id(module): path for path, module in base_modules(model)}
     table, head = input_embeddings(model), output_embeddings(model)
     source = modules.get(path_of.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
             message = without_folders(str(error))
             raise ApiError(400, message, param="lora_path", code="cannot_be_served") from error
 
-    await serving.in_worker(add)
+    await asyncio.wrap_future(serving.loaders.submit(add))
     return Loaded(id=name, status="loaded")
 
 

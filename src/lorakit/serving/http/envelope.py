@@ -43,7 +43,8 @@ class Envelope:
                 MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
-        self.serving.in_flight += 1
+        counts = not self.serving.is_draining
+        self.serving.in_flight += counts
         try:
             self._check(scope, headers, record)
             await self.app(scope, receive, send_with_id)
@@ -53,7 +54,7 @@ class Envelope:
             else:
                 await error_answer(error)(scope, receive, send_with_id)
         finally:
-            self.serving.in_flight -= 1
+            self.serving.in_flight -= counts
             seconds = time.monotonic() - record.began
             self.serving.metrics.request(record.model, _route(scope), record.status, seconds)
 

@@ -299,8 +299,10 @@ class Generation:
                 self._events.put_nowait, (index, time.monotonic(), event)
             )
         if isinstance(event, End):
+            # The answers of a prompt share it, so it counts once, as in `usage`.
+            cached = 0 if index % self._answers else event.cached_tokens
             self._serving.metrics.tokens(
-                self._record.model, generated=event.completion_tokens, cached=event.cached_tokens
+                self._record.model, generated=event.completion_tokens, cached=cached
             )
             self._close(event.completion_tokens)
 

@@ -27,6 +27,9 @@ HEADER_BYTES = 32_768
 IDLE_SECONDS = 30
 """Seconds that an idle connection stays open, uvicorn's timeout_keep_alive."""
 
+END_SECONDS = 60
+"""Seconds in which clients read the rest of their answers after the last one is computed."""
+
 
 class TimedProtocol(H11Protocol):
     """Closes a connection on which nothing useful happens for a while. uvicorn itself would wait for ever.
@@ -114,7 +117,7 @@ def run(
         h11_max_incomplete_event_size=HEADER_BYTES,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=END_SECONDS,
         server_header=False,
     )
     server = Server(config, app.state.serving)

@@ -32,7 +32,7 @@ from lorakit.serving.store import AdapterStore
 T = TypeVar("T")
 
 THREADS = 8
-"""Threads that read adapters, render chat templates and tokenise."""
+"""Threads of each pool."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Serving:
     metrics: Metrics
     began: float = field(default_factory=time.time)
     in_flight: int = 0
-    """Requests that are not answered yet."""
+    """Requests that are not answered yet, and that arrived before the signal to end: the end waits for them alone."""
     computing: int = 0
     """Requests for tokens or classes that are not answered yet."""
     is_draining: bool = False
@@ -70,7 +70,12 @@ class Serving:
     loaders: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-load")
     )
-    """Acquire adapters. To install one, a thread waits for a step of the engine, on the batched engine for a batch."""
+    """Read adapters, and prepare the requests for them: render chat templates and tokenise. To install an adapter, a
+    thread waits for a step of the engine, on the batched engine for a batch."""
+    preparers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-prepare")
+    )
+    """Prepare the requests for the base and pinned adapters, which wait for no other adapter."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -167,7 +172,7 @@ class Serving:
         model: str,
         lora: Mapping[str, float] | None = None,
     ) -> tuple[Lease, T]:
-        """Acquire the adapters that a request names and prepare it, in a worker thread. Count it as computing.
+        """Acquire the adapters that a request names and prepare it, in another thread. Count it as computing.
 
         Waits until there is memory for the adapters; the base and pinned ones do not wait for others. If it fails, or
         nobody waits for it any more, the lease is released and the request no longer counts. Else both are the caller's
@@ -193,7 +198,7 @@ class Serving:
                 self.release(future.result()[0])
 
         async def attempt() -> tuple[Lease, T]:
-            future = self.loaders.submit(work)
+            future = pool.submit(work)
             try:
                 return await asyncio.wrap_future(future)
             except asyncio.CancelledError:
@@ -204,7 +209,9 @@ class Serving:
         self._count(1)
         try:
             names = {*(lora or [model])} - {self.settings.base_name}
-            return await self.room.acquire(attempt, overtakes=self.store.are_pinned(names))
+            are_pinned = self.store.are_pinned(names)
+            pool = self.preparers if are_pinned else self.loaders
+            return await self.room.acquire(attempt, overtakes=are_pinned)
         except BaseException:
             self._count(-1)
             raise

@@ -70,7 +70,9 @@ class EventStream(Response):
             record_of(Request(scope)).status = gone.status_code
         except Exception as error:
             self._generation.cancel()  # before the write, which waits for a client that reads slowly
-            await write(f"data: {json.dumps(api_error(error).content)}\n\n", more=False)
+            wrong = api_error(error)
+            record_of(Request(scope)).status = wrong.status_code
+            await write(f"data: {json.dumps(wrong.content)}\n\n", more=False)
         else:
             await write(DONE, more=False)
         finally:
