@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import tiny_models
 import torch
 from peft_models import expected_peft_warnings
+from peft_models import load as loaded_by_peft
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,9 +22,9 @@ IDS = torch.arange(90, 102).view(2, 6)
 ROUNDING = 1e-12
 
 
-def tied(arch: str = "llama", *, more: int = 0, seed: int = 0) -> PreTrainedModel:
+def tied(*, more: int = 0, seed: int = 0) -> PreTrainedModel:
     """Return a tied base in float64 with `more` rows in its vocabulary, drawn from `seed`."""
-    model = tiny_models.build(arch, tie_word_embeddings=True).double()
+    model = tiny_models.build("llama", tie_word_embeddings=True).double()
     if more:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -50,7 +54,9 @@ def saved_by_peft(model: nn.Module, folder: Path, *, equal: bool = False, **opti
         copies = [p for name, p in adapted.named_parameters() if "modules_to_save" in name]
         for copy in copies if equal else ():
             copy.copy_(copies[0])
-        adapted.save_pretrained(folder)
+        # PEFT does this by itself if it finds the base's smaller vocabulary on the hub.
+        grew = adapted.config.vocab_size > tiny_models.VOCABULARY
+        adapted.save_pretrained(folder, save_embedding_layers=grew or "auto")
     return logits(adapted)
 
 
@@ -63,9 +69,40 @@ def test_a_tied_weight_under_both_names_is_saved_for_its_own_base(tmp_path: Path
     expected = saved_by_peft(
         tied(), tmp_path / "theirs", equal=True, target_modules=["q_proj"], modules_to_save=saved
     )
-    model = tied()
-    lorakit.load(model, tmp_path / "theirs").save(tmp_path / "ours")
+    _both_ways(tied, expected, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=lambda options: "-".join(options["modules_to_save"]),
+)
+def test_a_tied_weight_that_peft_trains_as_one(options: dict[str, Any], tmp_path: Path) -> None:
+    expected = saved_by_peft(tied(), tmp_path / "theirs", target_modules=["q_proj"], **options)
+    _both_ways(tied, expected, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids="-".join)
+def test_the_rows_of_new_tokens_are_those_of_the_file(targets: list[str], tmp_path: Path) -> None:
+    """The new rows of a base are random, so the file's must replace them in the embedding and in the head."""
+    theirs = tied(more=6, seed=1)
+    expected = saved_by_peft(theirs, tmp_path / "theirs", target_modules=targets)
+    with_other_rows = partial(tied, more=6, seed=2)
+    same(loaded_by_peft(with_other_rows(), tmp_path / "theirs"), expected)
+    _both_ways(with_other_rows, expected, tmp_path)
+
+
+def _both_ways(build: Callable[[], nn.Module], expected: Tensor, folder: Path) -> None:
+    """Check the logits of PEFT's folder in lorakit, and of lorakit's copy of it in lorakit and in PEFT."""
+    model = build()
+    lorakit.load(model, folder / "theirs").save(folder / "ours")
     same(model, expected)
-    again = tied()
-    lorakit.load(again, tmp_path / "ours")
+    again = build()
+    lorakit.load(again, folder / "ours")
     same(again, expected)
+    if (folder / "ours" / "adapter_config.json").exists():
+        same(loaded_by_peft(build(), folder / "ours"), expected)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
+from lorakit.adapters.formats.layout import ParameterNames, parameter_names, peft_differs_on
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
@@ -63,9 +63,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     if stored.base_copies or stored.trained:
         names = parameter_names(model)
         if stored.base_copies:
-            _sort_base_copies(
-                stored, path, names.parameters, _embedding_names(model, names.aliases)
-            )
+            _sort_base_copies(stored, path, names, _embedding_names(model, names))
         _list_tied(stored, path, model, names.aliases)
     if stored.peft_config is not None:
         _require_saved_modules(stored, path, model)
@@ -76,9 +74,8 @@ def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Mo
     entries = parse(stored.peft_config or {}).modules_to_save
     if not entries:
         return
-    aliases = parameter_names(model).aliases
-    tied = [{first, *others} for first, others in aliases.items()]
-    trained = set(stored.trained).union(*(names for names in tied if names & set(stored.trained)))
+    names = parameter_names(model)
+    trained = {tied for name in stored.trained for tied in names.names_of(name)}
     for name, module in base_modules(model):
         is_selected = name.endswith(entries) and any(True for _ in module.parameters())
         if is_selected and not any(is_inside(parameter, name) for parameter in trained):
@@ -100,23 +97,23 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _embedding_names(model: nn.Module, aliases: Mapping[str, tuple[str, ...]]) -> set[str]:
+def _embedding_names(model: nn.Module, names: ParameterNames) -> set[str]:
     """Return all names of the parameters of the input and the output embedding."""
     embeddings = (input_embeddings(model), output_embeddings(model))
-    names = {
-        f"{path}.{attribute}"
+    return {
+        name
         for path, module in base_modules(model)
         if any(module is embedding for embedding in embeddings)
         for attribute in module._parameters
+        for name in names.names_of(f"{path}.{attribute}")
     }
-    tied = ({first, *others} for first, others in aliases.items())
-    return names.union(*(group for group in tied if group & names))
 
 
 def _sort_base_copies(
-    stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor], embeddings: set[str]
+    stored: StoredAdapter, path: str | Path, names: ParameterNames, embeddings: set[str]
 ) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
+    live = names.parameters
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
         if name not in live:
@@ -147,7 +144,7 @@ def _sort_base_copies(
             f"'{path}' has '{unknown[0]}', but the model does not.{nearest(unknown[0], live)} "
             "Load it on the model class it was trained with."
         )
-    stored.trained.update({name: stored.base_copies[name] for name in changed})
+    _train_copies(stored, changed, names)
     stored.base_copies.clear()
     if changed:
         stored.notices.append(
@@ -159,6 +156,23 @@ def _sort_base_copies(
             f"The file has {len(unknown)} entries that the model does not have, the first "
             f"'{unknown[0]}'; they are ignored.{nearest(unknown[0], live)}"
         )
+
+
+def _train_copies(stored: StoredAdapter, changed: Iterable[str], names: ParameterNames) -> None:
+    """Move base copies to `trained`, under each name of a tied weight: PEFT loads them into the base.
+
+    `save` stores a tied weight once, under the first name in `trained`. `load` restores the other names from the
+    modules that the method trains.
+    """
+    tied = {name: names.names_of(name) for name in changed}
+    copies = stored.base_copies
+    stored.trained = {
+        alias: copies.get(alias, copies[name]) for name, aliases in tied.items() for alias in aliases
+    } | stored.trained
+    if isinstance(stored.method, LoRA):
+        others = (alias.rpartition(".")[0] for aliases in tied.values() for alias in aliases[1:])
+        modules = dict.fromkeys((*stored.method.train_modules, *others))
+        stored.method = replace(stored.method, train_modules=tuple(modules))
 
 
 def _list_tied(

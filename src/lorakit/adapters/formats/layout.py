@@ -29,11 +29,8 @@ class BaseLayout:
     """The number of labels in the model's configuration, which matters for classification only."""
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """Return all names of the parameter with this name."""
-        for first, others in self.aliases.items():
-            if name == first or name in others:
-                return (first, *others)
-        return (name,)
+        """Return all names of the parameter with this name, in the order of the model."""
+        return ParameterNames(self.parameters, self.aliases).names_of(name)
 
     def below(self, path: str) -> list[str]:
         """Return the state-dict keys of the module at `path`."""
@@ -51,6 +48,13 @@ class ParameterNames(NamedTuple):
     """See `BaseLayout.parameters`."""
     aliases: dict[str, tuple[str, ...]]
     """See `BaseLayout.aliases`."""
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Return all names of the parameter with this name, in the order of the model."""
+        for first, others in self.aliases.items():
+            if name == first or name in others:
+                return (first, *others)
+        return (name,)
 
 
 def parameter_names(model: nn.Module) -> ParameterNames:
