@@ -343,7 +343,9 @@ class Adapters:
         """
         modules = self._get(name).modules.items()
         # A tied parameter that is trained at two layers has two names here, as when the file is loaded.
-        trained = [f"{path}.{attribute}" for path, module in modules for attribute in module.trained]
+        trained = [
+            f"{path}.{attribute}" for path, module in modules for attribute in module.trained
+        ]
         return base_record(self.model, exclude=trained, tokenizer=tokenizer)
 
     def save(

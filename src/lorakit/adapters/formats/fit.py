@@ -167,7 +167,9 @@ def _train_copies(stored: StoredAdapter, changed: Iterable[str], names: Paramete
     tied = {name: names.names_of(name) for name in changed}
     copies = stored.base_copies
     stored.trained = {
-        alias: copies.get(alias, copies[name]) for name, aliases in tied.items() for alias in aliases
+        alias: copies.get(alias, copies[name])
+        for name, aliases in tied.items()
+        for alias in aliases
     } | stored.trained
     if isinstance(stored.method, LoRA):
         others = (alias.rpartition(".")[0] for aliases in tied.values() for alias in aliases[1:])

@@ -24,7 +24,9 @@ def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
         AdapterFileError: The file cannot be read, or holds anything but named tensors.
     """
     if path.suffix == SAFETENSORS:
-        return dict(sorted(read_safetensors(path).items()))  # safetensors changes the order from read to read
+        return dict(
+            sorted(read_safetensors(path).items())
+        )  # safetensors changes the order from read to read
     content = read_pickle(path)
     # `dict.get` and `dict.items`: a pickle can put attributes in the place of an OrderedDict's methods.
     if isinstance(content, dict) and isinstance(inner := dict.get(content, section), dict):
