@@ -221,7 +221,7 @@ def test_keys_of_a_live_peft_model(tmp_path, dora):
     lorakit.load(model, tmp_path)
     torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-12)
     save_file({**named, **tensors}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterFileError, match="twice, .* the adapter's name"):
+    with pytest.raises(AdapterFileError, match=r"twice, .* the adapter's name"):
         read_peft(tmp_path)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorakit.adapters.formats.layout import ParameterNames, parameter_names, peft_differs_on
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
@@ -25,10 +28,10 @@ from lorakit.models.layers import base_modules, is_inside
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
     """Validate an adapter that was read from a file against the live model, and complete it.
 
-    PEFT: every layer that the options select must have tensors, and every layer with tensors must be
-    selected. loralib: factors get the kind of the model's layer. Both: copies of base weights that
-    equal the model's are dropped; others count as trained. Every format: a trained parameter that the
-    model ties is listed under each name that the method trains.
+    PEFT: layers with names of transformers 4 get today's. Every layer that the options select must have
+    tensors, and every layer with tensors must be selected. loralib: factors get the kind of the model's
+    layer. Both: copies of base weights that equal the model's are dropped; others count as trained. Every
+    format: a trained parameter that the model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -40,6 +43,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     """
     modules = dict(base_modules(model))
     if stored.peft_config is not None:
+        _rename_layers(stored, path, model, modules)
         for layer_path in stored.layers:
             reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
             if reason is not None:
@@ -67,6 +71,24 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         _list_tied(stored, path, model, names.aliases)
     if stored.peft_config is not None:
         _require_saved_modules(stored, path, model)
+
+
+def _rename_layers(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, modules: Collection[str]
+) -> None:
+    """Give layers that the model lacks their names of today, with the table of transformers, as PEFT does."""
+    missing = [name for name in stored.layers if name not in modules]
+    if not missing or not isinstance(model, PreTrainedModel):
+        return
+    table = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    layers: dict[str, StoredLayer] = {}
+    for name, layer in stored.layers.items():
+        if name in missing:
+            name = rename_source_key(f"{name}.weight", table, [])[0].removesuffix(".weight")
+        if name in layers:
+            raise AdapterFileError(f"'{path}': '{name}' has factors under two names.")
+        layers[name] = layer
+    stored.layers = layers
 
 
 def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:

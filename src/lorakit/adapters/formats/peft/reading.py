@@ -209,7 +209,10 @@ class _OtherTensors:
         if surplus:
             hint = ""
             if any("lora_" in key for key in surplus):
-                hint = " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name other than default."
+                hint = (
+                    " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name other than "
+                    "default."
+                )
             raise AdapterFileError(
                 f"it holds {len(surplus)} tensors that its options do not explain, the first "
                 f"'{surplus[0]}'.{hint} Download or save the adapter again."
