@@ -343,6 +343,39 @@ def test_layers_on_which_peft_computes_something_else(tmp_path):
             formats.check_targets(read_peft(tmp_path), tmp_path, build(**settings))
 
 
+def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
+    """PEFT adapts one of the two uses, lorakit both."""
+
+    def build() -> Net:
+        net = Net()
+        net.body[2] = net.body[0]
+        return net
+
+    by_peft(build(), tmp_path, target_modules=["body.0"])
+    with pytest.raises(
+        AdapterFileError, match=r"'body\.0', but the model uses it at several paths"
+    ):
+        lorakit.load(build(), tmp_path)
+
+
+def test_a_layer_inside_a_block_that_the_model_uses_at_two_paths(tmp_path):
+    """PEFT replaces it inside the block, so for both uses, and warns of keys for the second path."""
+
+    def build() -> Net:
+        net = Net().double()
+        net.body[0] = net.body[1] = nn.Sequential(net.body[0])
+        return net
+
+    adapted, _ = by_peft(build(), tmp_path / "theirs", target_modules=["body.0.0"])
+    model = build()
+    handle = lorakit.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(IDS), adapted(IDS), rtol=0, atol=1e-12)
+    handle.save(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        again = loaded_by_peft(build(), tmp_path / "ours")
+    torch.testing.assert_close(again(IDS), adapted(IDS), rtol=0, atol=1e-12)
+
+
 # --- damaged and hostile folders ------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from lorakit.adapters.formats.layout import ParameterNames, parameter_names, peft_differs_on
+from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameter_names
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
@@ -44,11 +44,11 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     modules = dict(base_modules(model))
     if stored.peft_config is not None:
         _rename_layers(stored, path, model, modules)
+        beyond = beyond_peft(model)
         for layer_path in stored.layers:
-            reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
-            if reason is not None:
+            if layer_path in beyond:
                 raise AdapterFileError(
-                    f"'{path}' adapts '{layer_path}', but {reason}: lorakit would compute something else "
+                    f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
                     "than the adapter was trained with. Load it with PEFT."
                 )
         expected = expected_layers(stored.peft_config, model)
