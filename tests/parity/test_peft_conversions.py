@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from logits import assert_differ, randomise
 from peft_models import adapt, save
 from peft_models import load as loaded_by_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 import lorakit
 from lorakit.errors import AdapterFileError
@@ -86,3 +93,51 @@ def test_a_folder_with_names_of_transformers_4(arch: str, tmp_path: Path) -> Non
     save_file({k: t.clone() for k, t in (tensors | renamed).items()}, file)
     with pytest.raises(AdapterFileError, match=r"q_proj' has factors under two names"):
         lorakit.load(image_text_model(arch), tmp_path)
+
+
+# --- names of experts -----------------------------------------------------------------------------
+
+
+def mixture_of_experts() -> PreTrainedModel:
+    experts = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("qwen3_moe", **TEXT, **experts, mlp_only_layers=[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_told"),
+    [
+        (["q_proj"], False),
+        (["q_proj", "gate_proj", "up_proj", "down_proj"], True),
+        (["q_proj", "gate_proj"], True),  # PEFT refuses this folder
+    ],
+    ids=["attention", "all", "gate"],
+)
+def test_layers_that_peft_takes_for_experts(
+    targets: list[str], is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT ignores the adapters of a dense block, whose layers have the experts' names of transformers 4."""
+    model = mixture_of_experts()
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets=targets), seed=0)
+    randomise(handle.trainable_parameters(), seed=1)
+    handle.save(tmp_path / "adapter")
+    expected = logits(model)
+    message = "takes 'model.layers.0.mlp." in caplog.text and "for experts" in caplog.text
+    assert message == is_told
+    assert ("for experts" in (tmp_path / "adapter" / "README.md").read_text()) == is_told
+    if len(targets) == 2:
+        with pytest.raises(ValueError, match="without also targeting up_proj"):
+            loaded_by_peft(mixture_of_experts(), tmp_path / "adapter")
+    elif is_told:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys, and of the pattern that PEFT adds
+            theirs = loaded_by_peft(mixture_of_experts(), tmp_path / "adapter")
+        assert_differ(logits(theirs), expected)
+    else:
+        same(loaded_by_peft(mixture_of_experts(), tmp_path / "adapter"), expected)
+    again = mixture_of_experts()
+    lorakit.load(again, tmp_path / "adapter")
+    same(again, expected)
