@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lorakit
+from lorakit.errors import AdapterFileError
 
 IDS = torch.arange(90, 102).view(2, 6)
 ROUNDING = 1e-12
@@ -94,6 +95,28 @@ def test_the_rows_of_new_tokens_are_those_of_the_file(targets: list[str], tmp_pa
     with_other_rows = partial(tied, more=6, seed=2)
     same(loaded_by_peft(with_other_rows(), tmp_path / "theirs"), expected)
     _both_ways(with_other_rows, expected, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_untied_copy_of_the_base_for_weights_trained_apart(tmp_path: Path) -> None:
+    """The fix that the error names."""
+    saved = ["embed_tokens", "lm_head"]
+    expected = saved_by_peft(
+        tied(), tmp_path / "theirs", target_modules=["q_proj"], modules_to_save=saved
+    )
+    with pytest.raises(AdapterFileError, match=r"--base\.name COPY"):
+        lorakit.load(tied(), tmp_path / "theirs")
+    model = tied().float()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+
+    def untied() -> nn.Module:
+        model = lorakit.load_base(tmp_path / "untied").model.double()
+        model.set_attn_implementation("eager")
+        return model
+
+    _both_ways(untied, expected, tmp_path)
 
 
 def _both_ways(build: Callable[[], nn.Module], expected: Tensor, folder: Path) -> None:

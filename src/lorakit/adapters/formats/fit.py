@@ -216,7 +216,8 @@ def _list_tied(
             if not stored.trained[name].equal(tensor):
                 raise AdapterFileError(
                     f"'{path}' trains '{in_file[0]}' and '{name}' apart, but they are one tensor in this "
-                    "model. Untie the model: set tie_word_embeddings=False in its configuration."
+                    "model. Save a copy of the base with tie_word_embeddings=False and a tensor for each name, "
+                    "and load the adapter on that copy: --base.name COPY."
                 )
         stored.trained.update({name: tensor for name in names if _trains(stored, name, model)})
 
