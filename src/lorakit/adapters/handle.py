@@ -352,7 +352,11 @@ class Adapters:
             name: The adapter; may be omitted if the model has only one.
             tokenizer: The base's tokenizer, to record it too.
         """
-        trained = tuple(self._get(name).trained)
+        modules = self._get(name).modules.items()
+        # A tied parameter that is trained at two layers has two names here, as when the file is loaded.
+        trained = [
+            f"{path}.{attribute}" for path, module in modules for attribute in module.trained
+        ]
         return base_record(self.model, exclude=trained, tokenizer=tokenizer)
 
     def save(

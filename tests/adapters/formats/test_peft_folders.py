@@ -204,6 +204,27 @@ def test_keys_without_pefts_prefix(tmp_path):
         read_peft(tmp_path)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_keys_of_a_live_peft_model(tmp_path, dora):
+    """PEFT reads its own state dict too, in which the keys have the adapter's name."""
+    targets = ["table", "conv", "body.0"] if dora else EVERYTHING["target_modules"]
+    options = {"target_modules": targets, "use_dora": dora}
+    adapted, tensors = by_peft(Net().double(), tmp_path, **options)
+    named = {key: t for key, t in adapted.state_dict().items() if "lora_" in key}
+    assert all(".default" in key for key in named)
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    expected = adapted(IDS)
+    torch.testing.assert_close(
+        loaded_by_peft(Net().double(), tmp_path)(IDS), expected, rtol=0, atol=1e-12
+    )
+    model = Net().double()
+    lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-12)
+    save_file({**named, **tensors}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=r"twice, .* the adapter's name"):
+        read_peft(tmp_path)
+
+
 def test_another_name_of_the_base_is_told(tmp_path, caplog):
     """PEFT records nothing else of its base. A local copy has the last part of the hub's name."""
     by_peft(tiny_models.build("llama"), tmp_path, target_modules=["q_proj"])
@@ -322,6 +343,39 @@ def test_layers_on_which_peft_computes_something_else(tmp_path):
             formats.check_targets(read_peft(tmp_path), tmp_path, build(**settings))
 
 
+def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
+    """PEFT adapts one of the two uses, lorakit both."""
+
+    def build() -> Net:
+        net = Net()
+        net.body[2] = net.body[0]
+        return net
+
+    by_peft(build(), tmp_path, target_modules=["body.0"])
+    with pytest.raises(
+        AdapterFileError, match=r"'body\.0', but the model uses it at several paths"
+    ):
+        lorakit.load(build(), tmp_path)
+
+
+def test_a_layer_inside_a_block_that_the_model_uses_at_two_paths(tmp_path):
+    """PEFT replaces it inside the block, so for both uses, and warns of keys for the second path."""
+
+    def build() -> Net:
+        net = Net().double()
+        net.body[0] = net.body[1] = nn.Sequential(net.body[0])
+        return net
+
+    adapted, _ = by_peft(build(), tmp_path / "theirs", target_modules=["body.0.0"])
+    model = build()
+    handle = lorakit.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(IDS), adapted(IDS), rtol=0, atol=1e-12)
+    handle.save(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        again = loaded_by_peft(build(), tmp_path / "ours")
+    torch.testing.assert_close(again(IDS), adapted(IDS), rtol=0, atol=1e-12)
+
+
 # --- damaged and hostile folders ------------------------------------------------------------------
 
 
@@ -345,8 +399,8 @@ PREFIX = "base_model.model."
         ({"body.0.lora_B.weight": numbers(8, 3)}, r"'body\.0': A has shape \(2, 8\) and B has"),
         ({"body.0.lora_A.weight": numbers(2, 8) * float("nan")}, r"'body\.0': A holds 16 values"),
         ({"body.0.lora_B.weight": torch.ones(8, 2).bool()}, r"'body\.0': B holds bool numbers"),
-        ({"body.0.lora_A.default.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
-         r"'body\.0\.lora_A\.default\.weight'.*without an adapter name"),
+        ({"body.0.lora_A.other.weight": numbers(2, 8)}, "1 tensors that its options do not explain.*"
+         r"'body\.0\.lora_A\.other\.weight'.*without an adapter name other than default"),
         ({"body.0.lora_B.bias": numbers(8)}, "has a lora_B.bias, but lora_bias is false"),
         ({"body.0.lora_magnitude_vector": numbers(8)}, "has a lora_magnitude_vector, but use_dora is false"),
         ({"body.0.base_layer.bias": numbers(8)}, r"the first 'body\.0\.base_layer\.bias'"),
@@ -520,7 +574,9 @@ def test_a_tied_weight_that_peft_trained_apart(tmp_path):
     modules = {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]}
     by_peft(tiny_models.build("gpt2"), tmp_path, **modules, fan_in_fan_out=True)
     stored = read_peft(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"apart, but they are one tensor .* Untie"):
+    with pytest.raises(
+        AdapterFileError, match=r"apart, but they are one tensor .* a copy of the base"
+    ):
         formats.check_targets(stored, tmp_path, tiny_models.build("gpt2"))
     untied = tiny_models.build("gpt2")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())

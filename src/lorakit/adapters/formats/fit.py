@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from lorakit.adapters.formats.layout import parameter_names, peft_differs_on
+from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameter_names
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
@@ -25,10 +28,10 @@ from lorakit.models.layers import base_modules, is_inside
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
     """Validate an adapter that was read from a file against the live model, and complete it.
 
-    PEFT: every layer that the options select must have tensors, and every layer with tensors must be
-    selected. loralib: factors get the kind of the model's layer. Both: copies of base weights that
-    equal the model's are dropped; others count as trained. Every format: a trained parameter that the
-    model ties is listed under each name that the method trains.
+    PEFT: layers with names of transformers 4 get today's. Every layer that the options select must have
+    tensors, and every layer with tensors must be selected. loralib: factors get the kind of the model's
+    layer. Both: copies of base weights that equal the model's are dropped; others count as trained. Every
+    format: a trained parameter that the model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -40,11 +43,12 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     """
     modules = dict(base_modules(model))
     if stored.peft_config is not None:
+        _rename_layers(stored, path, model, modules)
+        beyond = beyond_peft(model)
         for layer_path in stored.layers:
-            reason = peft_differs_on(modules[layer_path]) if layer_path in modules else None
-            if reason is not None:
+            if layer_path in beyond:
                 raise AdapterFileError(
-                    f"'{path}' adapts '{layer_path}', but {reason}: lorakit would compute something else "
+                    f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
                     "than the adapter was trained with. Load it with PEFT."
                 )
         expected = expected_layers(stored.peft_config, model)
@@ -63,12 +67,28 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     if stored.base_copies or stored.trained:
         names = parameter_names(model)
         if stored.base_copies:
-            _sort_base_copies(
-                stored, path, names.parameters, _embedding_names(model, names.aliases)
-            )
+            _sort_base_copies(stored, path, names, _embedding_names(model, names))
         _list_tied(stored, path, model, names.aliases)
     if stored.peft_config is not None:
         _require_saved_modules(stored, path, model)
+
+
+def _rename_layers(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, modules: Collection[str]
+) -> None:
+    """Give layers that the model lacks their names of today, with the table of transformers, as PEFT does."""
+    missing = [name for name in stored.layers if name not in modules]
+    if not missing or not isinstance(model, PreTrainedModel):
+        return
+    table = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    layers: dict[str, StoredLayer] = {}
+    for name, layer in stored.layers.items():
+        if name in missing:
+            name = rename_source_key(f"{name}.weight", table, [])[0].removesuffix(".weight")
+        if name in layers:
+            raise AdapterFileError(f"'{path}': '{name}' has factors under two names.")
+        layers[name] = layer
+    stored.layers = layers
 
 
 def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -76,9 +96,8 @@ def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Mo
     entries = parse(stored.peft_config or {}).modules_to_save
     if not entries:
         return
-    aliases = parameter_names(model).aliases
-    tied = [{first, *others} for first, others in aliases.items()]
-    trained = set(stored.trained).union(*(names for names in tied if names & set(stored.trained)))
+    names = parameter_names(model)
+    trained = {tied for name in stored.trained for tied in names.names_of(name)}
     for name, module in base_modules(model):
         is_selected = name.endswith(entries) and any(True for _ in module.parameters())
         if is_selected and not any(is_inside(parameter, name) for parameter in trained):
@@ -100,23 +119,23 @@ def _of_kind(layer: StoredLayer, live: nn.Module | None) -> StoredLayer:
     return layer
 
 
-def _embedding_names(model: nn.Module, aliases: Mapping[str, tuple[str, ...]]) -> set[str]:
+def _embedding_names(model: nn.Module, names: ParameterNames) -> set[str]:
     """Return all names of the parameters of the input and the output embedding."""
     embeddings = (input_embeddings(model), output_embeddings(model))
-    names = {
-        f"{path}.{attribute}"
+    return {
+        name
         for path, module in base_modules(model)
         if any(module is embedding for embedding in embeddings)
         for attribute in module._parameters
+        for name in names.names_of(f"{path}.{attribute}")
     }
-    tied = ({first, *others} for first, others in aliases.items())
-    return names.union(*(group for group in tied if group & names))
 
 
 def _sort_base_copies(
-    stored: StoredAdapter, path: str | Path, live: Mapping[str, Tensor], embeddings: set[str]
+    stored: StoredAdapter, path: str | Path, names: ParameterNames, embeddings: set[str]
 ) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
+    live = names.parameters
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
         if name not in live:
@@ -147,7 +166,7 @@ def _sort_base_copies(
             f"'{path}' has '{unknown[0]}', but the model does not.{nearest(unknown[0], live)} "
             "Load it on the model class it was trained with."
         )
-    stored.trained.update({name: stored.base_copies[name] for name in changed})
+    _train_copies(stored, changed, names)
     stored.base_copies.clear()
     if changed:
         stored.notices.append(
@@ -159,6 +178,25 @@ def _sort_base_copies(
             f"The file has {len(unknown)} entries that the model does not have, the first "
             f"'{unknown[0]}'; they are ignored.{nearest(unknown[0], live)}"
         )
+
+
+def _train_copies(stored: StoredAdapter, changed: Iterable[str], names: ParameterNames) -> None:
+    """Move base copies to `trained`, under each name of a tied weight: PEFT loads them into the base.
+
+    `save` stores a tied weight once, under the first name in `trained`. `load` restores the other names from the
+    modules that the method trains.
+    """
+    tied = {name: names.names_of(name) for name in changed}
+    copies = stored.base_copies
+    stored.trained = {
+        alias: copies.get(alias, copies[name])
+        for name, aliases in tied.items()
+        for alias in aliases
+    } | stored.trained
+    if isinstance(stored.method, LoRA):
+        others = (alias.rpartition(".")[0] for aliases in tied.values() for alias in aliases[1:])
+        modules = dict.fromkeys((*stored.method.train_modules, *others))
+        stored.method = replace(stored.method, train_modules=tuple(modules))
 
 
 def _list_tied(
@@ -178,7 +216,8 @@ def _list_tied(
             if not stored.trained[name].equal(tensor):
                 raise AdapterFileError(
                     f"'{path}' trains '{in_file[0]}' and '{name}' apart, but they are one tensor in this "
-                    "model. Untie the model: set tie_word_embeddings=False in its configuration."
+                    "model. Save a copy of the base with tie_word_embeddings=False and a tensor for each name, "
+                    "and load the adapter on that copy: --base.name COPY."
                 )
         stored.trained.update({name: tensor for name in names if _trains(stored, name, model)})
 

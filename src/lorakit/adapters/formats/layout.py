@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,16 +25,13 @@ class BaseLayout:
     parameters: dict[str, Tensor]
     """The base's parameters, by each of their names (not copied)."""
     beyond_peft: dict[str, str]
-    """Layers on which PEFT computes something else than lorakit: path -> reason."""
+    """See the function `beyond_peft`."""
     num_labels: int | None
     """The number of labels in the model's configuration, which matters for classification only."""
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """Return all names of the parameter with this name."""
-        for first, others in self.aliases.items():
-            if name == first or name in others:
-                return (first, *others)
-        return (name,)
+        """Return all names of the parameter with this name, in the order of the model."""
+        return ParameterNames(self.parameters, self.aliases).names_of(name)
 
     def below(self, path: str) -> list[str]:
         """Return the state-dict keys of the module at `path`."""
@@ -52,6 +50,13 @@ class ParameterNames(NamedTuple):
     aliases: dict[str, tuple[str, ...]]
     """See `BaseLayout.aliases`."""
 
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Return all names of the parameter with this name, in the order of the model."""
+        for first, others in self.aliases.items():
+            if name == first or name in others:
+                return (first, *others)
+        return (name,)
+
 
 def parameter_names(model: nn.Module) -> ParameterNames:
     """Return the parameters of a live model by each of their names, without those of its adapters."""
@@ -66,20 +71,9 @@ def parameter_names(model: nn.Module) -> ParameterNames:
 
 def base_layout(model: nn.Module) -> BaseLayout:
     """Return the layout of a live model, without its adapters."""
-    paths: dict[int, list[str]] = {}
-    modules: dict[str, nn.Module] = {}
-    for path, module in base_modules(model, remove_duplicate=False):
-        if id(module) not in paths:
-            modules[path] = module
-        paths.setdefault(id(module), []).append(path)
     parameters, aliases = parameter_names(model)
-    beyond = {path: reason for path, m in modules.items() if (reason := peft_differs_on(m))}
-    for shared in paths.values():
-        if len(shared) > 1:
-            reason = "the model uses it at several paths, and PEFT replaces it at one of them"
-            beyond.update(dict.fromkeys(shared, reason))
     return BaseLayout(
-        modules=tuple(path for path in modules if path),
+        modules=tuple(path for path, _ in base_modules(model) if path),
         shapes={
             key: tuple(value.shape)
             for key, value in model.state_dict().items()
@@ -87,12 +81,28 @@ def base_layout(model: nn.Module) -> BaseLayout:
         },
         aliases=aliases,
         parameters=parameters,
-        beyond_peft=beyond,
+        beyond_peft=beyond_peft(model),
         num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )
 
 
-def peft_differs_on(layer: nn.Module) -> str | None:
+def beyond_peft(model: nn.Module) -> dict[str, str]:
+    """Return the layers on which PEFT computes something else than lorakit: path -> reason."""
+    places = Counter(
+        id(child) for _, module in base_modules(model) for child in module._modules.values()
+    )
+    reasons: dict[str, str] = {}
+    for path, module in base_modules(model, remove_duplicate=False):
+        if places[id(module)] > 1:
+            reasons[path] = (
+                "the model uses it at several paths, and PEFT replaces it at one of them"
+            )
+        elif (reason := _why_peft_differs(module)) is not None:
+            reasons[path] = reason
+    return reasons
+
+
+def _why_peft_differs(layer: nn.Module) -> str | None:
     """Return why PEFT does not compute ``W + scaling * B A`` on this layer, or None if it does."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None

@@ -14,7 +14,7 @@ SAFETENSORS = ".safetensors"
 
 
 def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
-    """Read a file of named tensors by its suffix.
+    """Read a file of named tensors by its suffix; a pickle keeps its order, safetensors are sorted by name.
 
     Args:
         path: The file.
@@ -24,7 +24,9 @@ def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
         AdapterFileError: The file cannot be read, or holds anything but named tensors.
     """
     if path.suffix == SAFETENSORS:
-        return read_safetensors(path)
+        return dict(
+            sorted(read_safetensors(path).items())
+        )  # safetensors changes the order from read to read
     content = read_pickle(path)
     # `dict.get` and `dict.items`: a pickle can put attributes in the place of an OrderedDict's methods.
     if isinstance(content, dict) and isinstance(inner := dict.get(content, section), dict):

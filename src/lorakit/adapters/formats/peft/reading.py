@@ -26,6 +26,8 @@ PICKLE_NAME = "adapter_model.bin"
 _PART = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
 )
+_ADAPTER_NAME = re.compile(r"(?<=\.)(lora_\w+)\.default((\.weight|\.bias)?)$")
+"""The default name of an adapter in a key of a live PEFT model; PEFT's own files leave it out."""
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
 
@@ -48,7 +50,7 @@ def read_peft(folder: str | Path) -> StoredAdapter:
         config = parse(options)
     tensors_path = _tensors_path(folder)
     with located(f"'{tensors_path}'"):
-        return _adapter(options, config, _without_prefix(read_tensors(tensors_path)))
+        return _adapter(options, config, _plain_names(read_tensors(tensors_path)))
 
 
 def _tensors_path(folder: Path) -> Path:
@@ -61,13 +63,15 @@ def _tensors_path(folder: Path) -> Path:
     )
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by their name in the base; transformers may omit PEFT's prefix."""
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without PEFT's prefix, which transformers may omit, and without the adapter's name."""
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = _ADAPTER_NAME.sub(r"\1\2", key.removeprefix(PREFIX))
         if name in named:
-            raise AdapterFileError(f"it holds '{name}' with and without the prefix '{PREFIX}'.")
+            raise AdapterFileError(
+                f"it holds '{name}' twice, with and without the prefix '{PREFIX}' or the adapter's name."
+            )
         named[name] = tensor
     return named
 
@@ -205,7 +209,10 @@ class _OtherTensors:
         if surplus:
             hint = ""
             if any("lora_" in key for key in surplus):
-                hint = " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name."
+                hint = (
+                    " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name other than "
+                    "default."
+                )
             raise AdapterFileError(
                 f"it holds {len(surplus)} tensors that its options do not explain, the first "
                 f"'{surplus[0]}'.{hint} Download or save the adapter again."

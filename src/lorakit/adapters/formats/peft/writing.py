@@ -21,6 +21,7 @@ from lorakit.adapters.formats.peft.attention import (
     both_projections,
     written_notices,
 )
+from lorakit.adapters.formats.peft.experts import taken_for_experts
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -94,7 +95,9 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
     form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
-    form.notices = written_notices(entries, attention)
+    arithmetic = written_notices(entries, attention)
+    model_type = stored.base.architecture.model_type if stored.base is not None else None
+    form.notices = [*arithmetic, *taken_for_experts(entries, model_type)]
     for path, entry in entries.items():
         form.tensors.update(_layer_tensors(keys[path], entry))
     trained_form = trained.assign_keys(stored, layout, keys)
@@ -119,7 +122,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
         form.config["lora_bias"] = True  # PEFT has it since 0.14
-    if form.notices:
+    if arithmetic:
         form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
     return form
 
