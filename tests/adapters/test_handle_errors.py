@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -112,11 +113,16 @@ def test_a_pass_that_waits_for_a_load_begins_after_it(
 ) -> None:
     """The new adapter is active as soon as another thread can run the model: its activation is not refused."""
     adapters.save(tmp_path / "saved", "sql")
-    activate, passes = Adapters.activate, list[Future]()
+    activate, passes, begun = Adapters.activate, list[Future](), threading.Event()
     with ThreadPoolExecutor(1) as other:
 
+        def forward() -> None:
+            begun.set()
+            model(IDS)
+
         def waited_for(self: Adapters, choice: AdapterChoice) -> None:
-            passes.append(other.submit(model, IDS))
+            passes.append(other.submit(forward))
+            assert begun.wait(60)
             with suppress(TimeoutError):
                 passes[0].result(timeout=0.2)
             activate(self, choice)
@@ -141,11 +147,16 @@ def test_adapters_made_in_inference_mode_can_be_trained(
 
 
 def test_merged_weights_of_adapters_that_have_changed(adapters: Adapters) -> None:
-    weights = adapters.merged_weights()
-    next(weights)
-    adapters.activate("e2e")
-    with pytest.raises(AdapterStateError, match="have changed while merged_weights was read"):
+    for read in (0, 1):
+        adapters.activate("sql")
+        weights = adapters.merged_weights()
+        for _ in range(read):
+            next(weights)
+        adapters.activate({"sql": 1.0})  # the same
         next(weights)
+        adapters.activate("e2e")
+        with pytest.raises(AdapterStateError, match="have changed while merged_weights was read"):
+            next(weights)
 
 
 def test_an_adapter_without_numbers_is_not_saved(tmp_path: Path) -> None:
@@ -159,7 +170,7 @@ def test_an_adapter_without_numbers_is_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("provenance", [{1: 2}, {"data": [{"rows": {2: 3}}]}])
 def test_keys_of_the_provenance_are_texts(adapters: Adapters, tmp_path: Path, provenance) -> None:
-    with pytest.raises(ConfigurationError, match=r"the key \d is no text"):
+    with pytest.raises(ConfigurationError, match=r"the key \d is not a string"):
         adapters.save(tmp_path / "saved", "sql", provenance=provenance)
     assert not list(tmp_path.iterdir())
     adapters.save(tmp_path / "saved", "sql", provenance={"a": 1})

@@ -179,7 +179,6 @@ def test_ties_by_its_definition():
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.0, 2.0])
 def test_a_density_is_a_share(density: float) -> None:
     changes = [torch.ones(2, 2)]
@@ -189,6 +188,7 @@ def test_a_density_is_a_share(density: float) -> None:
         dare(changes[0], density, torch.Generator())
 
 
+@pytest.mark.slow
 def test_ties_and_dare_beside_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     changes = [randn(12, 9, seed=i) for i in range(3)]

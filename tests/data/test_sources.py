@@ -105,6 +105,19 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
     assert source.sha256 != read_source("owner/name", "validation").sha256
 
 
+def test_class_names_of_several_hub_data_sets_are_those_of_all(monkeypatch) -> None:
+    names = {"owner/a": ["joy", "fear"], "owner/b": ["fear", "anger"]}
+
+    def load_dataset(name, *_, **__):
+        label = datasets.ClassLabel(names=names[name])
+        features = datasets.Features(text=datasets.Value("string"), label=label)
+        return datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = read_source(["owner/a", "owner/b"], "train")
+    assert source.class_names == {"label": ("joy", "fear", "anger")}
+
+
 def test_hub_messages_have_no_members_that_arrow_added(monkeypatch):
     data = datasets.Dataset.from_list(CALLS)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)

@@ -157,27 +157,38 @@ def test_a_checkpoint_with_its_classes_in_another_order_is_named(tmp_path) -> No
     base = tiny_runs.save_base(tmp_path / "base", "bert", "sequence-classification", num_labels=2)
     task = DataTask(name="classification", labels=("dry", "wet"))
     assert open_base(BaseConfig(name=base), task).notices == []
-    for names in (["DRY", "Wet"], ["wet", "dry"]):
+    for names in (["DRY", "Wet"], ["_dry", "wet!"], ["wet", "dry"]):
         model = AutoModelForSequenceClassification.from_pretrained(base)
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
         model.save_pretrained(base)
         notices = open_base(BaseConfig(name=base), task).notices
-        expected = "head has the classes wet, dry, and is read as dry, wet, the data's order"
+        expected = "has the classes wet, dry. The data's are dry, wet, in this order"
         assert [expected in notice for notice in notices] == [True] * (names[0] == "wet")
+    indices = DataTask(name="classification", labels=("0", "1"))
+    assert open_base(BaseConfig(name=base), indices).notices == []
 
 
-def test_a_tokenizer_with_more_tokens_than_the_base_has_embeddings_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize("of_base", [False, True])
+def test_tokens_without_embeddings_are_refused_unless_the_base_has_them(tmp_path, of_base) -> None:
+    """The tokenizer of Gemma 3 1B has one more token than the model has embeddings."""
     folder = tiny_runs.save_base(tmp_path / "base")
     base = lorakit.load_base(folder, dtype="float32")
     adapters = lorakit.attach(base.model, lorakit.LoRA(rank=2))
-    base.tokenizer.add_special_tokens({"pad_token": "[OWN]"})
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["[OWN]"]})
     adapters.save(
         tmp_path / "a", tokenizer=base.tokenizer, provenance={"task": "completion", "labels": []}
     )
     test = tiny_runs.write_rows(tmp_path / "test.jsonl", tiny_runs.pairs(2))
+    config = EvaluateConfig(
+        adapter=str(tmp_path / "a"), data=DataConfig(test=test), scores=("loss",), compare=False
+    )
+    if of_base:
+        base.tokenizer.save_pretrained(folder)
+        evaluate(config)
+        return
     with pytest.raises(AdapterFileError, match=r"has \d+ tokens, and the base has \d+ embeddings"):
-        evaluate(EvaluateConfig(adapter=str(tmp_path / "a"), data=DataConfig(test=test)))
+        evaluate(config)
 
 
 def test_invalid_recorded_settings_are_an_error(trained, tmp_path) -> None:

@@ -159,7 +159,6 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     assert batches.steps == job.step_plan.total == 18
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -174,6 +173,7 @@ def test_the_library_checks_what_the_command_checks(tmp_path, settings, message)
         plan(tiny_runs.config(tmp_path, "base"), **settings)
 
 
+@pytest.mark.slow
 def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch):
     """The first rows of sorted data have one label; one of them may be empty, or hold several examples."""
     monkeypatch.setattr(batches_module, "ROWS", 10)

@@ -52,10 +52,13 @@ def test_names_beside_those_that_the_data_set_declares_are_an_error() -> None:
     """Indices of an own file beside the names of a hub data set would be classes of their own."""
     rows = [{"label": label} for label in ("neg", "pos", 0, 1)]
     assert Classification.labels_of(rows[:2], ("pos", "neg")) == ("pos", "neg")
-    with pytest.raises(
-        DataError, match=r"labels 0, 1 beside those that its data set declares: pos, neg"
-    ):
+    with pytest.raises(DataError, match=r"labels 0, 1, and its data set declares pos, neg"):
         Classification.labels_of(rows, ("pos", "neg"))
+    assert Classification.labels_of([{"label": "sad"}, *rows[:2]], ("pos", "neg")) == (
+        "neg",
+        "pos",
+        "sad",
+    )
 
 
 def test_a_tokenizer_that_fails_keeps_its_truncation_side(monkeypatch):

@@ -56,7 +56,7 @@ def attach(
     if dtype not in FLOATS:
         names = ", ".join(f"torch.{dtype_name(one)}" for one in FLOATS)
         raise ConfigurationError(f"dtype is {dtype!r}; it must be one of {names}.")
-    if seed is not None and (type(seed) is not int or abs(seed) >= 2**63):
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ConfigurationError(
             f"seed is {seed!r}; it must be a whole number of 64 bits, or None."
         )

@@ -254,15 +254,17 @@ class Adapters:
         Parameters that an adapter trains in full are not included.
 
         Raises:
-            AdapterStateError: The active adapters have changed since the last tensors.
+            AdapterStateError: The active adapters have changed since the call.
         """
-        active = self._activation.active
+        return self._merged_weights_of(self._activation.active)
+
+    def _merged_weights_of(self, active: Choice) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for weights in merging.merged_weights(self.model, active.blends[0]):
-            yield weights
-            if self._activation.active is not active:
+            if self._activation.active != active:
                 raise AdapterStateError(
                     "The active adapters have changed while merged_weights was read. Call it again."
                 )
+            yield weights
 
     def require_mergeable(self) -> None:
         """Raise an AdapterStateError if the effect of an active adapter is not a weight change."""
@@ -323,7 +325,11 @@ class Adapters:
         return choice_for_batch(choice, self._get).blends[0]
 
     def detach(self) -> None:
-        """Remove all adapters and restore the model bit for bit, without added hooks or keys."""
+        """Remove all adapters and restore the model bit for bit, without added hooks or keys.
+
+        Raises:
+            AdapterStateError: The caller or another thread is inside `per_sample`, `per_token` or `disabled`.
+        """
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
         with self._activation.running.exclusive("detach"):
@@ -596,7 +602,7 @@ class Adapters:
         if self._activation.has_blocks:
             raise AdapterStateError(
                 f"You cannot {action} while another thread or task is inside per_sample, per_token or disabled. Wait "
-                "for the end of its block."
+                "for the end of its block, or close the generator that holds it."
             )
 
     def _refuse_merged(self, action: str) -> None:

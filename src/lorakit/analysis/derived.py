@@ -72,7 +72,7 @@ class Derived:
 def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> StoredAdapter:
     """Return `original` with these layers and matching settings.
 
-    Of the original's provenance that remains which applies to the result; `save` adds the result's own.
+    The provenance that still applies is kept; `save` adds that of the result.
     """
     # Express each layer's scaling as alpha / rank, whichever rule the original used.
     layers = {
@@ -105,7 +105,7 @@ def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> Stored
 
 
 def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
-    """Return the provenance that also applies to an adapter computed from the originals: that on which all agree.
+    """Return the provenance that also applies to an adapter computed from the originals: what all of them share.
 
     The task, its encoding and its templates are one format of the texts, so they remain together or not at all.
     """

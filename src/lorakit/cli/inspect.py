@@ -146,7 +146,7 @@ def _recorded(key: str, value: Any) -> str:
         return ""
     if key == "config" and isinstance(value, dict):
         settings = [f"{name} {text}" for name, text in chosen_settings(value, OF_A_RUN)]
-        return f"{', '.join(settings)} (all settings: --json)".strip()
+        return f"{', '.join(settings)} (all settings: --json)" if settings else ""
     if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
         return ", ".join(f"{name} {number(one)}" for name, one in value.items())
     return number(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

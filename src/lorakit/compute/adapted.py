@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import load_stored
-from lorakit.compute.base import open_base
+from lorakit.compute.base import OTHER_CLASSES, open_base
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, DType
-from lorakit.models.heads import input_embeddings
+from lorakit.models.heads import input_embeddings, logits_layer
+from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer
@@ -284,7 +285,10 @@ def open_adapted(
     else:
         opened = open_base(base, task or recorded_task(adapter) or TEXT)
         require_new_weights(opened, adapter.stored, adapter.path)
-        opened.notices = [n for n in opened.notices if not n.startswith(NEW_WEIGHTS)]
+        head = logits_layer(opened.model)
+        has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
+        replaced = (NEW_WEIGHTS, OTHER_CLASSES) if has_head else NEW_WEIGHTS
+        opened.notices = [n for n in opened.notices if not n.startswith(replaced)]
     for notice in opened.notices:
         _LOG.warning("%s", visible(f"{opened.source.name}: {notice}"))
     if adapter is not None:
@@ -381,8 +385,10 @@ def add_adapter(
     if not has_own:
         return base.tokenizer
     tokenizer = read_tokenizer(str(adapter.path), AdapterFileError, local_files_only=True)
-    embeddings = input_embeddings(base.model)
-    ids = 1 + max(tokenizer.get_vocab().values())
+    embeddings, known = input_embeddings(base.model), base.text_tokenizer.get_vocab()
+    # The tokenizers of some bases have more tokens than the base has embeddings (Gemma 3 1B).
+    added = (i for token, i in tokenizer.get_vocab().items() if known.get(token) != i)
+    ids = 1 + max(added, default=-1)
     if isinstance(embeddings, nn.Embedding) and ids > embeddings.num_embeddings:
         raise AdapterFileError(
             f"The tokenizer in {adapter.path} has {ids:,} tokens, and the base has {embeddings.num_embeddings:,} "

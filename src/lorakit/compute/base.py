@@ -19,6 +19,9 @@ from lorakit.models.loading import Base, ModelHead, load_base
 from lorakit.models.processor import limit_processor
 from lorakit.tasks import Example, LanguageExample
 
+OTHER_CLASSES = "The head of the checkpoint has the classes"
+"""Beginning of the notice about a head that was trained for other classes."""
+
 
 def open_base(
     config: BaseConfig, task: DataTask, *, seed: int = 0, num_labels: int | None = None
@@ -62,15 +65,22 @@ def open_base(
 def _compare_classes(base: Base, names: Sequence[str]) -> None:
     """Add a notice if the checkpoint's head names other classes, or these in another order."""
     head = logits_layer(base.model)
-    if head is None or any(is_inside(name, head) for name in base.new_weights):
-        return
+    is_new = head is None or any(is_inside(name, head) for name in base.new_weights)
     own = [str(name) for _, name in sorted((base.model.config.id2label or {}).items())]
     is_named = not all(re.fullmatch(r"LABEL_\d+", name) for name in own)
-    if is_named and [name.lower() for name in own] != [name.lower() for name in names]:
+    are_indices = [*names] == [str(i) for i in range(len(names))]  # of the head's own classes
+    if is_new or not is_named or are_indices:
+        return
+    if [_plain(name) for name in own] != [_plain(name) for name in names]:
         base.notices.append(
-            f"The checkpoint's head has the classes {listed(own)}, and is read as {listed(names)}, the data's order: "
-            "without training, scores say nothing of the checkpoint."
+            f"{OTHER_CLASSES} {listed(own)}. The data's are {listed(names)}, in this order, so the head's scores are "
+            "wrong until it is trained."
         )
+
+
+def _plain(name: str) -> str:
+    """Return a class name without differences of case and punctuation."""
+    return re.sub(r"[\W_]+", " ", name).strip().lower() or name
 
 
 def check_context(base: Base, examples: Sequence[Example]) -> None:

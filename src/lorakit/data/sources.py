@@ -97,13 +97,17 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [part.sha256 for part in parts]
+    class_names: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for column, names in part.class_names.items():
+            class_names[column] = tuple(dict.fromkeys((*class_names.get(column, ()), *names)))
     data = DataRows(
         name=name,
         rows=rows,
         sha256=digests[0]
         if len(digests) == 1
         else hashlib.sha256("".join(digests).encode()).hexdigest(),
-        class_names={column: names for part in parts for column, names in part.class_names.items()},
+        class_names=class_names,
         splits=splits,
     )
     if len(data.columns) > MAX_COLUMNS:
@@ -206,11 +210,10 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
         try:
             data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
-            if (
-                SCRIPT not in str(error) or hub["revision"] is not None
-            ):  # the export has no revisions
+            # The hub's Parquet export is of the newest revision.
+            if SCRIPT not in str(error) or hub["revision"] is not None:
                 raise
-            # Load the hub's Parquet export of the data set; its script is not run.
+            # Load that export; the script is not run.
             folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"
             data = datasets.load_dataset(
                 "parquet", data_files={split: f"{folder}/*.parquet"}, split=split

@@ -121,11 +121,11 @@ class Classification(Labelled):
                 names.add(class_name(row.get("label")))
         if known and names <= set(known):
             return tuple(known)
-        if known:
-            others = sorted(names.difference(known))
+        indices = sorted(name for name in names.difference(known) if name.isdecimal())
+        if known and indices:  # of the declared names, which would be classes of their own
             raise DataError(
-                f"the training set has the labels {listed(others, 5)} beside those that its data set declares: "
-                f"{listed(known)}. Write the declared names in all rows"
+                f"the training set has the labels {listed(indices, 5)}, and its data set declares {listed(known)}. "
+                "Write the declared names in all rows"
             )
         if len(names) < 2:
             labels = f"only the label {next(iter(names))!r}" if names else "no label"

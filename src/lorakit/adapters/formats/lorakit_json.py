@@ -91,8 +91,8 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         },
     }
     try:
-        if (key := _other_key(stored.provenance)) is not None:  # JSON would make a text of it
-            raise TypeError(f"the key {key!r} is no text")
+        if (key := _other_key(stored.provenance)) is not None:  # JSON would convert it to a string
+            raise TypeError(f"the key {key!r} is not a string")
         storage.write_record(folder / NAME, record)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
@@ -102,7 +102,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
 
 
 def _other_key(value: Any) -> Any:
-    """Return a key of a dictionary inside `value` that is no text; None without one."""
+    """Return a key of a dictionary inside `value` that is not a string; None without one."""
     if isinstance(value, dict):
         other = next((key for key in value if not isinstance(key, str)), None)
         return other if other is not None else _other_key(list(value.values()))

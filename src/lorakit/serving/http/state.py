@@ -60,7 +60,7 @@ class Serving:
     metrics: Metrics
     began: float = field(default_factory=time.time)
     in_flight: int = 0
-    """Requests that are not answered yet, and that arrived before the signal to end: the end waits for them alone."""
+    """Requests that are not answered yet, and that arrived before the signal to end: shutdown waits for these only."""
     computing: int = 0
     """Requests for tokens or classes that are not answered yet."""
     is_draining: bool = False
