@@ -350,7 +350,7 @@ def test_the_scripts_give_the_same_model(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     tiny_models.build("llama").save_pretrained("base")
     results = []
-    for script in _blocks("python"):
+    for script in _blocks("python")[:2]:  # the page begins with the two scripts
         training = (
             "for p in model.parameters():\n"
             "    if p.requires_grad: torch.nn.init.normal_(p, std=0.3)\n"
