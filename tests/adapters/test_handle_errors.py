@@ -144,6 +144,8 @@ def test_adapters_made_in_inference_mode_can_be_trained(
     for name in ("new", "loaded"):
         adapters.activate(name)
         model(IDS, labels=IDS).loss.backward()
+        assert any(parameter.grad is not None for parameter in model.parameters())
+        model.zero_grad()
 
 
 def test_merged_weights_of_adapters_that_have_changed(adapters: Adapters) -> None:

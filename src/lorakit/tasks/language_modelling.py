@@ -60,7 +60,7 @@ class Completion(TextTask):
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids to generate from. Training uses the same ids before a completion."""
-        return prompt_ids(self.tokenizer, prompt) + self.before_completion
+        return with_start(self.start, encode_text(self.tokenizer, prompt)) + self.before_completion
 
     @classmethod
     def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
@@ -87,15 +87,15 @@ class Completion(TextTask):
         completion = text_field(fields, "completion")
         # Tokenise prompt and completion separately, because generation appends to the prompt's tokens. The joined
         # text may merge characters across the boundary into a token that generation never sees.
-        before = self.prompt_ids(prompt)
+        prompt_ids = self.prompt_ids(prompt)
         completion_ids = encode_text(self.tokenizer, completion)
-        for ids, column in ((before, "prompt"), (completion_ids, "completion")):
+        for ids, column in ((prompt_ids, "prompt"), (completion_ids, "completion")):
             if not ids:
                 raise BadRow("has no tokens in the vocabulary of this tokenizer", column)
         example = LanguageExample(
-            input_ids=[*before, *completion_ids, self.end],
-            loss_mask=[False] * len(before) + [True] * (len(completion_ids) + 1),
-            prompt_length=len(before),
+            input_ids=[*prompt_ids, *completion_ids, self.end],
+            loss_mask=[False] * len(prompt_ids) + [True] * (len(completion_ids) + 1),
+            prompt_length=len(prompt_ids),
             prompt=prompt,
             completion=completion,
         )
@@ -157,11 +157,12 @@ def references(task: type[Task], examples: Groups) -> list[list[str]]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids to generate from. Training used the same ids before a completion.
+    """Return the token ids to generate from. Training used the same ids before a completion."""
+    return with_start(start_ids(tokenizer), encode_text(tokenizer, prompt))
 
-    A prompt that has the special tokens of the start itself, from a chat template for example, gets no second ones.
-    """
-    start, ids = start_ids(tokenizer), encode_text(tokenizer, prompt)
+
+def with_start(start: list[int], ids: list[int]) -> list[int]:
+    """Put the special tokens of a text's start before it, unless it begins with them: a chat template writes them."""
     return ids if ids[: len(start)] == start else start + ids
 
 

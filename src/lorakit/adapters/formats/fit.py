@@ -69,8 +69,8 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         if stored.base_copies:
             _sort_base_copies(stored, path, names, _embedding_names(model, names))
         _list_tied(stored, path, model, names.aliases)
-    if stored.peft_config is not None:
-        _require_saved_modules(stored, path, model)
+        if stored.peft_config is not None:
+            _require_saved_modules(stored, path, model, names)
 
 
 def _rename_layers(
@@ -91,12 +91,13 @@ def _rename_layers(
     stored.layers = layers
 
 
-def _require_saved_modules(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
+def _require_saved_modules(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, names: ParameterNames
+) -> None:
     """Reject a file without tensors for a module that modules_to_save selects on this model, by PEFT's rule."""
     entries = parse(stored.peft_config or {}).modules_to_save
     if not entries:
         return
-    names = parameter_names(model)
     trained = {tied for name in stored.trained for tied in names.names_of(name)}
     for name, module in base_modules(model):
         is_selected = name.endswith(entries) and any(True for _ in module.parameters())
