@@ -49,6 +49,7 @@ from torch.utils.benchmark import Timer
 from benchmarks.examples import IGNORED
 from benchmarks.workloads import Task
 from lorakit.models.blocks import stacks
+from lorakit.models.float32_products import faster_float32
 from lorakit.models.layers import is_inside
 from lorakit.models.places import find_places
 
@@ -186,6 +187,7 @@ def moved_bytes(
     return (weights + (0 if checkpointing else 2 * outputs)) * dtype.itemsize
 
 
+@faster_float32()
 def sample_rate(shapes: Shapes, counts: Counts, dtype: torch.dtype) -> float:
     """Return the operations per second of `dtype` products in the model's shapes, weighted by their number.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.models.dtypes import dtype_name
+from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.ops.dropout import kept
 from lorakit.ops.rms_norm import rms_norm
@@ -46,7 +47,7 @@ bits."""
 
 KERNEL = 900_000
 """Bytes per shape of a product that the CPU library caches in 16 bits: 580,000, and after thousands of replaced kernels
-another 280,000 of holes. Products in float32 use another library, which caches nothing."""
+another 280,000 of holes. So do products in float32 by oneDNN. MKL caches nothing."""
 
 UPDATE_BYTES = 40
 """Bytes that the optimizer reads and writes per trained parameter: the gradient for its norm, for clipping and for
@@ -166,7 +167,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     }
     if gpu:
         return dataclasses.replace(A100, **measured)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and not onednn_is_faster():
         return Machine(**measured, slack=SLACK, packed=PACKED)
     return Machine(**measured, kernel=max(KERNEL, _kernel_bytes(W)))
 

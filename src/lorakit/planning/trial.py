@@ -24,6 +24,7 @@ from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster
+from lorakit.models.float32_products import faster_float32
 from lorakit.planning.batches import language_examples
 from lorakit.training.memory import peak_memory
 
@@ -46,6 +47,7 @@ def build_batch(trial: dict[str, Any]) -> dict[str, Tensor]:
     return pack(examples, 0, step=PACKED_STEP)
 
 
+@faster_float32()
 def main() -> None:
     """Train for a few steps and print the process's memory and the median time of a step."""
     trial = json.load(sys.stdin)

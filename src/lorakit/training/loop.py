@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 
 from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
 from lorakit.models.devices import pick_device
+from lorakit.models.float32_products import faster_float32
 from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -58,6 +60,8 @@ def train(config: TrainConfig) -> RunResult:
         gathering(processes),
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
         own_generators(config.seed, pick_device(config.base.device)),
+        # The compiler's search for kernels reads a setting that this changes, and torch then raises an error.
+        nullcontext() if config.compile else faster_float32(),
     ):
         if (finished := processes.on_first(run.result)) is not None:
             return finished
