@@ -8,6 +8,7 @@ module, and writes the tables. A module with its own command shows it in its fir
 training.py              training speed of lorakit, PEFT, TRL, loralib and full fine-tuning; tables: training_tables.py
 compiled.py              training speed with and without torch.compile
 dtypes.py                training speed in float32 and bfloat16, and the choice of `auto`
+float32.py               steps in float32 with MKL's products and with oneDNN's
 inference.py             latency of the base, merged, unmerged, and of PEFT unmerged
 mixed_batch.py           latency of 8 rows with 8 adapters, in lorakit and in PEFT
 table1.py                the paper's Table 1: latency of GPT-2 medium with adapters

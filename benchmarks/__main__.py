@@ -34,6 +34,7 @@ PARTS = {
     "merge": "benchmarks.merge_drift",
     "compiled": "benchmarks.compiled",
     "dtypes": "benchmarks.dtypes",
+    "float32": "benchmarks.float32",
     "planner": "benchmarks.planner",
     "accuracy": "benchmarks.accuracy",
     "serving": "benchmarks.serving",
@@ -44,7 +45,16 @@ PARTS = {
 COMMANDS = {"soak": "benchmarks.soak", "page": "benchmarks.page_use"}
 """Long trials with options of their own."""
 
-ASKED_FOR = ("compiled", "dtypes", "planner", "accuracy", "serving", "processes", "profile")
+ASKED_FOR = (
+    "compiled",
+    "dtypes",
+    "float32",
+    "planner",
+    "accuracy",
+    "serving",
+    "processes",
+    "profile",
+)
 """Parts that run only if named, so that the default fits into an hour."""
 
 

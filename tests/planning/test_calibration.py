@@ -110,9 +110,11 @@ def test_a_trial_reports_its_own_memory():
 
 
 @pytest.mark.slow
-def test_kernels_are_cached_in_16_bits_only(monkeypatch):
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_kernels_are_cached_in_16_bits_and_by_onednn(monkeypatch, by_onednn):
     monkeypatch.setattr(machine, "SECONDS", 0.01)
-    assert machine.measure(CPU, torch.float32).kernel == 0
+    monkeypatch.setattr(machine, "onednn_is_faster", lambda: by_onednn)
+    assert (machine.measure(CPU, torch.float32).kernel > 0) == by_onednn
     assert KERNEL <= machine.measure(CPU, torch.bfloat16).kernel < 20 * KERNEL
 
 

@@ -9,20 +9,16 @@ import torch
 from torch import nn
 
 from lorakit.models.compiling import compiled_blocks_idle
-from lorakit.models.float32_products import faster_float32
 from lorakit.models.sharding import reset_after_error
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Disable gradients, dropout and compiled blocks; restore each module's mode at the end, also after an error.
-
-    Products in float32 are computed as in training (`faster_float32`).
-    """
+    """Disable gradients, dropout and compiled blocks; restore each module's mode at the end, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), compiled_blocks_idle(model), faster_float32():
+        with torch.no_grad(), compiled_blocks_idle(model):
             yield
     except Exception:
         reset_after_error(model)

@@ -19,7 +19,6 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
-from lorakit.models.float32_products import faster_float32
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.models.processor import limit_processor, processor_name
 
@@ -196,7 +195,6 @@ def _trial(device: torch.device, widths: tuple[int, int], rows: int, threads: in
     return trial
 
 
-@faster_float32()
 def _measure(device: torch.device, widths: tuple[int, int], rows: int) -> Trial:
     """Time the products of a block in alternating rounds of float32 and bfloat16."""
     cap = OPERATIONS["cpu" if device.type == "cpu" else "cuda"]

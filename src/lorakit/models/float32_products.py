@@ -1,4 +1,4 @@
-"""Compute float32 products on a CPU with oneDNN where it is faster than MKL and as precise."""
+"""Train in float32 on a CPU with oneDNN's products where they are faster than MKL's and as precise."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def faster_float32() -> Iterator[None]:
     PyTorch multiplies float32 matrices with MKL, which uses its AVX-512 kernels on Intel's processors only. oneDNN uses
     its own on every processor that has these instructions. PyTorch calls it for float32 only if it may round the
     operands to bfloat16. It makes use of that on processors with matrix units alone, but a product is compared first.
+
+    This is for training. Decoding multiplies so little in each of torch's attention products that oneDNN is slower.
 
     The setting belongs to the process: the first of several open blocks changes it and the last one resets it. A
     choice of the user's stays.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.float32_products import onednn_is_faster
+from lorakit.models.float32_products import faster_float32, onednn_is_faster
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.ops.dropout import kept
 from lorakit.ops.rms_norm import rms_norm
@@ -147,6 +147,7 @@ def find_machine(device: torch.device, dtype: torch.dtype, *, here: bool) -> Mac
     return read_calibration(device, dtype) or measure(device, dtype)
 
 
+@faster_float32()  # as training does
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measure matrix products, memory traffic and random numbers for a fraction of a second."""
     rows, width, out = 512, 1024, 4096

@@ -15,7 +15,6 @@ from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.float32_products import faster_float32
 from lorakit.models.loading import head_of_class, is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
@@ -141,7 +140,6 @@ class Plan:
         return record
 
 
-@faster_float32()
 def plan(
     config: TrainConfig,
     *,
