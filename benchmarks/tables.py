@@ -9,11 +9,13 @@ what follows from the log and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import recorded_grid
 from lorakit.paper.log import recorded_config
+from lorakit.paper.paper_config import PaperDataConfig
 from lorakit.paper.report import markdown
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -22,7 +24,8 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of each page; a log without a finished run has none."""
     for log in sorted(path.parent for path in (RESULTS / "runs").glob("*/grid.json")):
-        comparison = compare(recorded_grid(recorded_config(log), lambda _: None))
+        config = replace(recorded_config(log), data=PaperDataConfig(root="DATA"))
+        comparison = compare(recorded_grid(config, lambda _: None))
         if comparison.grid.finished:
             yield RESULTS / f"{log.name}.md", markdown(comparison)
 

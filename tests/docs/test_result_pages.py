@@ -1,7 +1,8 @@
-"""The pages of the paper's tables hold exactly what follows from the logs of their runs."""
+"""The pages of the paper's tables hold exactly what follows from the logs of their runs, and others quote them."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lorakit import storage
 from lorakit.errors import RunFolderError
 
 PAGES = list(pages())
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("path", "text"), PAGES, ids=[path.stem for path, _ in PAGES])
@@ -26,3 +28,15 @@ def test_every_record_is_whole_and_of_one_dtype(path: Path) -> None:
     for record in records:
         assert record["failure"] or record["curve"][-1]["step"] == record["steps"]
         assert record["versions"]["torch"]
+
+
+@pytest.mark.parametrize("text", [text for _, text in PAGES], ids=[path.stem for path, _ in PAGES])
+def test_readme_and_index_quote_the_pages(text: str) -> None:
+    """Each decided or undecided difference, with its interval."""
+    intervals = re.findall(r"([+-]\d+\.\d) \[([+-]\d+\.\d), ([+-]\d+\.\d)\], \w+", text)
+    assert intervals
+    for path in (ROOT / "README.md", ROOT / "docs" / "results" / "index.md"):
+        quoted = " ".join(path.read_text(encoding="utf-8").split())
+        for difference, low, high in intervals:
+            assert difference.lstrip("+-") in quoted
+            assert f"{low} to {high}" in quoted

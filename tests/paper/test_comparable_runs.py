@@ -42,7 +42,7 @@ def one_run(table2, data, tmp_path, monkeypatch):
         return runner._write(run, record)
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
 
     def call(**changes):
         config = table2(methods=("lora",), trials=1, data={"root": str(root)}, **changes)

@@ -352,10 +352,9 @@ def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     cells = found.comparison.own[0].cells
     assert list(cells["MRPC"].seeds) == [0, 2]
     assert list(cells["RTE"].seeds) == [0, 1, 2]
-    assert cells["Avg"].seeds == {
-        seed: pytest.approx((cells["MRPC"].seeds[seed] + cells["RTE"].seeds[seed]) / 2)
-        for seed in (0, 2)
-    }
+    assert cells["Avg"].mean == pytest.approx((cells["MRPC"].mean + cells["RTE"].mean) / 2)
+    variances = [statistics.variance(cells[name].seeds.values()) for name in ("MRPC", "RTE")]
+    assert cells["Avg"].spread == pytest.approx(sum(variances) ** 0.5 / 2)
     note = "LoRA on mrpc: training diverged with 1 of 3 seeds (1)"
     assert note in found.page.read_text(encoding="utf-8")
     assert found.report is not None
@@ -414,7 +413,7 @@ def test_spread_and_verdict_follow_from_the_seeds(table2):
         (difference.value - half, difference.value + half), rel=1e-6
     )
     low, high = difference.interval
-    assert difference.verdict == ("ahead" if low > 0 else "behind" if high < 0 else "level")
+    assert difference.verdict == ("ahead" if low > 0 else "behind" if high < 0 else "undecided")
     assert lora.mean == pytest.approx(statistics.fmean(lora.seeds.values()))
     assert difference.published == ("roberta-base", pytest.approx(89.7 - 92.7))
 
@@ -484,7 +483,7 @@ def test_a_run_interrupted_after_its_first_evaluation_is_not_scored(table2, tmp_
             data_set="mrpc", variant="lora", rate=run.rate, seed=0, held_out={"accuracy": 0.8}
         )
         grid.runner._write(run, record)
-        monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5})
+        monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
 
         def interrupted(settings):
             (Path(settings.output) / "best").mkdir(parents=True, exist_ok=True)
@@ -513,7 +512,7 @@ def test_all_seeds_have_one_rate_if_training_a_trial_again_changes_the_choice(ta
         return runner._write(run, record(run, 0.799))
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.9})
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.9}})
     with open_grid(table2(methods=("lora",), trials=3), silent) as grid:
         (cell,) = grid.cells()
         for run, score in zip(grid.trials(*cell), (0.80, 0.81, 0.79), strict=True):
@@ -541,7 +540,7 @@ def test_more_rates_are_tried_while_the_best_is_outermost(table2, monkeypatch, b
         return runner._write(run, record)
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
     with open_grid(table2(methods=("lora",), seeds=1, trials=3, widen=True), silent) as grid:
         grid.run(after_each=lambda: None)
         ((data_set, variant),) = grid.cells()
@@ -564,7 +563,9 @@ def test_short_trials_choose_the_rate_of_full_runs(table2, monkeypatch):
         return runner._write(run, record)
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"accuracy": 0.5, "f1": 0.5})
+    monkeypatch.setattr(
+        runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5, "f1": 0.5}}
+    )
     config = table2(methods=("lora",), seeds=2, trials=3, epochs=2.0, trial_epochs=0.5)
     with open_grid(config, silent) as grid:
         grid.run(after_each=lambda: None)
@@ -602,7 +603,7 @@ def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverge
 
     def score(runner, run):
         scored.append((run.rate, run.seed))
-        return {"accuracy": 0.5, "f1": 0.5}
+        return {"scores": {"accuracy": 0.5, "f1": 0.5}}
 
     monkeypatch.setattr(runs_module.Runner, "_train", train)
     monkeypatch.setattr(runs_module.Runner, "_score", score)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_the_same_machine_gives_equal_scores(logged, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_record_says_what_was_scored_and_how_each_example_was_answered(logged, tmp_path):
+    data = Path(logged("mrpc/lora").data.root or "") / "mrpc" / "validation.jsonl"
+    gold = [json.loads(line)["label"] for line in data.read_text().splitlines()]
+    for path in (tmp_path / "log" / "runs" / "mrpc" / "lora").glob("*.json"):
+        record = storage.read_record(path, RunFolderError)
+        if not record["scores"]:
+            continue  # a rate that was not chosen
+        assert record["scored"] == storage.sha256(data)
+        hits = [int(a) == g for a, g in zip(record["answers"], gold, strict=True)]
+        assert record["scores"]["accuracy"] == sum(hits) / len(hits)
+        assert record["settings"]["lora.rank"] == 8
+        assert record["settings"]["optimizer.weight_decay"] == 0.0
+
+
+@pytest.mark.slow
 def test_a_repetition_counts_for_the_conditions_under_which_it_was_made(
     logged, tmp_path, monkeypatch
 ):
@@ -138,19 +154,24 @@ RECORD = Record(
         ({"threads": [3]}, "threads: 3, here 2"),
         ({"threads": []}, "threads: not recorded, here 2"),
         ({"device": "cpu (AVX2)"}, "device: cpu (AVX2), here cpu (AVX512)"),
-        ({"settings": {"optimizer.warmup": 0.1}}, "optimizer.warmup: 0.1, here None"),
+        ({"scored": "def"}, "scored data: other content than recorded"),
         ({"source": ""}, "source files of lorakit: not recorded, here abc"),
     ],
 )
 def test_what_differs_is_told(changes, told):
-    assert not list(_differences(RECORD, RECORD))
-    assert list(_differences(replace(RECORD, **changes), RECORD)) == [told]
+    assert not list(_differences(RECORD, RECORD, ()))
+    assert list(_differences(replace(RECORD, **changes), RECORD, ())) == [told]
+
+
+def test_settings_that_differ_are_told():
+    told = list(_differences(RECORD, RECORD, [("optimizer.warmup", 0.1, None)]))
+    assert told == ["optimizer.warmup: 0.1, here None"]
 
 
 def test_several_numbers_of_threads_are_told_though_equal():
     """A repeated run can change from one to the other at another step."""
     record = replace(RECORD, threads=[1, 2])
-    assert list(_differences(record, record)) == ["threads: 1, 2, here 1, 2"]
+    assert list(_differences(record, record, ())) == ["threads: 1, 2, here 1, 2"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +193,7 @@ def test_scores_with_and_without_java_are_not_compared(then, now, told):
         seed=0,
     )
     scores = tuple(_compared(run, recorded, repeated, [recorded]))
-    differences = tuple(_differences(recorded, repeated))
+    differences = tuple(_differences(recorded, repeated, ()))
     assert [score.score for score in scores] == ["BLEU"]
     assert differences == (told,)
     assert Reproduction(scores=scores, differences=differences).holds
@@ -188,7 +209,7 @@ def test_an_older_name_of_a_score_is_compared():
         seed=0,
     )
     assert [score.verdict for score in _compared(run, old, new, [old])] == ["equal"]
-    assert not list(_differences(old, new))
+    assert not list(_differences(old, new, ()))
 
 
 @pytest.mark.slow

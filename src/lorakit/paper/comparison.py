@@ -15,7 +15,7 @@ from lorakit.paper.study import Variant
 ROUNDING = 1e-9
 """Largest difference of equal scores, in the table's unit."""
 
-Verdict = Literal["ahead", "level", "behind", "open"]
+Verdict = Literal["ahead", "undecided", "behind", "open"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +26,9 @@ class Measured:
     """Median or mean over the seeds, as in the paper's table."""
     mean: float
     spread: float | None
-    """Standard deviation over the seeds; None with one seed."""
+    """Standard deviation (n - 1) over the seeds; None with one seed."""
     seeds: dict[int, float]
-    """The number by seed, without seeds whose training diverged."""
+    """The number by seed, without seeds whose training diverged; empty for an average over data sets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +52,13 @@ class Difference:
     other: str
     """Key of the other variant."""
     value: float
-    """Mean difference of the runs with the same seed, which see the data in the same order."""
+    """Mean difference of the runs with the same seed, which see the data in the same order; of an average over data
+    sets, the difference of the means."""
     interval: tuple[float, float] | None
-    """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed, or if the
-    differences of all seeds are equal and not zero."""
+    """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed, for an average, or
+    if the differences of all seeds are equal and not zero."""
     verdict: Verdict
-    """ahead or behind if the interval excludes zero, else level; open without an interval."""
+    """ahead or behind if the interval excludes zero, else undecided; open without an interval."""
     published: tuple[str, float] | None
     """The paper's model, and the same difference on it; None if the paper has no such pair."""
 
@@ -81,13 +82,13 @@ class Comparison:
 
     @property
     def chance_note(self) -> str:
-        """How many intervals exclude zero by chance; empty with at most one interval."""
+        """The chance that an interval excludes zero without a cause; empty with at most one interval."""
         count = sum(difference.interval is not None for difference in self.differences)
         if count < 2:
             return ""
         return (
-            f"If no method differed from LoRA, about {0.05 * count:.2g} of the {count} intervals would still exclude "
-            "zero by chance."
+            f"The {count} intervals are not corrected for their number: if no method differed from LoRA, at least one "
+            f"would exclude zero with a chance of up to {100 * (1 - 0.95**count):.0f} %."
         )
 
     @property
@@ -193,12 +194,15 @@ def _spread(seeds: dict[int, float]) -> float | None:
 
 
 def _average(cells: Sequence[Measured]) -> Measured:
-    """Return the mean of the displayed numbers over the columns, with the spread of the means by seed."""
+    """Return the mean of the displayed numbers over the columns.
+
+    Its spread is that of a sum of independent numbers: runs with one seed on several data sets have nothing in common.
+    """
     value = statistics.fmean(cell.value for cell in cells)
-    common = sorted(set.intersection(*(set(cell.seeds) for cell in cells)))
-    by_seed = {seed: statistics.fmean(cell.seeds[seed] for cell in cells) for seed in common}
     mean = statistics.fmean(cell.mean for cell in cells)
-    return Measured(value=value, mean=mean, spread=_spread(by_seed), seeds=by_seed)
+    spreads = [cell.spread for cell in cells if cell.spread is not None]
+    spread = math.hypot(*spreads) / len(cells) if len(spreads) == len(cells) else None
+    return Measured(value=value, mean=mean, spread=spread, seeds={})
 
 
 def _difference(
@@ -207,13 +211,15 @@ def _difference(
     sign = -1 if column in grid.study.table.lower_is_better else 1
     ours, theirs = lora.cells[column].seeds, other.cells[column].seeds
     pairs = [sign * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    if not pairs:
+    if pairs:
+        value, interval = statistics.fmean(pairs), _interval(pairs)
+    elif column == grid.study.average:
+        value, interval = sign * (lora.cells[column].mean - other.cells[column].mean), None
+    else:
         return None
-    value = statistics.fmean(pairs)
-    interval = _interval(pairs)
     verdict: Verdict = "open"
     if interval is not None:
-        verdict = "ahead" if interval[0] > 0 else "behind" if interval[1] < 0 else "level"
+        verdict = "ahead" if interval[0] > 0 else "behind" if interval[1] < 0 else "undecided"
     return Difference(
         column=column,
         other=other.variant.key,

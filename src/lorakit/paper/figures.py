@@ -85,8 +85,8 @@ def _differences(comparison: Comparison) -> list[Block]:
         return []
     caption = (
         "LoRA's score minus the other method's, the mean over runs with the same seed; positive if LoRA is better. The "
-        "verdict is ahead or behind if the 95 % confidence interval excludes zero, else level. It is open with one "
-        "seed, or if all differences are equal and not zero."
+        "verdict is ahead or behind if the 95 % confidence interval excludes zero, else undecided. It is open "
+        "with one seed, for an average, or if all differences are equal and not zero."
     )
     columns = ("Other", "Column", "Difference", "95 % interval", "Verdict", "In the paper")
     return [Table(caption=caption, columns=columns, rows=lines)]

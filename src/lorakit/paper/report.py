@@ -11,10 +11,11 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.metrics import WITHOUT_JAVA
+from lorakit.models.packaged import PACKAGED_MODELS
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.runs import FALLBACK_EPOCHS
+from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE
 from lorakit.version import __version__
 
 _EMPTY = "-"
@@ -150,8 +151,8 @@ def _statistic(grid: Grid) -> str:
     if seeds == 1:
         return "score of one seed"
     if grid.study.table.statistic == "median":
-        return f"median of {seeds} seeds, in brackets their mean ± their standard deviation"
-    return f"mean of {seeds} seeds ± their standard deviation"
+        return f"median of {seeds} seeds, in brackets their mean ± their standard deviation (n - 1)"
+    return f"mean of {seeds} seeds ± their standard deviation (n - 1)"
 
 
 def _table(comparison: Comparison) -> str:
@@ -189,10 +190,14 @@ def _differences(comparison: Comparison) -> list[str]:
     return [
         "## LoRA against the other methods",
         "The mean difference of the runs with the same seed; a positive one means that LoRA is better. In square "
-        "brackets is its 95 % confidence interval over the seeds. LoRA is *ahead* or *behind* if the interval excludes "
-        "zero, else *level*. With one seed there is no verdict. There is none either if all differences are equal and "
-        "not zero. In round brackets is the paper's difference, on its first model with both methods; of several sizes "
-        f"of a method, it is the one that is also run here. {comparison.chance_note}".rstrip(),
+        "brackets is its 95 % confidence interval: Student's t over the seeds, whose differences are assumed to be "
+        "normally distributed. It covers the initialisation, the order of the data and dropout. It does not cover the "
+        "choice of the scored examples or of the learning rate: on other examples, differences scatter more. LoRA is "
+        "*ahead* or *behind* if the interval excludes zero. Otherwise the difference is *undecided*: these runs are "
+        "compatible with every value in the interval. There is no verdict with one seed, for an average, or if all "
+        "differences are equal and not zero. In round brackets is the difference of the two published scores, on the "
+        "paper's first model with both methods (their notes are below); of several sizes of a method, it is the one "
+        f"that is also run here. {comparison.chance_note}".rstrip(),
         table(["LoRA minus", *comparison.columns], body),
     ]
 
@@ -228,16 +233,19 @@ def _trials(comparison: Comparison) -> list[str]:
         if trials:
             records = grid.records(data_set, variant)
             steps = ", ".join(f"{r.best_step} of {r.steps}" for r in records)
-            lines.append([data_set.key, variant.label, "; ".join(trials), steps or _EMPTY])
+            count = sum(len(grid.judged(run)) for run in runs)
+            lines.append(
+                [data_set.key, variant.label, str(count), "; ".join(trials), steps or _EMPTY]
+            )
     if not lines:
         return []
     return [
         "## Learning rates",
-        "The best held-out score of each learning rate; the chosen rate is in bold. "
+        "The number of runs that chose the rate, and the best held-out score of each rate; the chosen rate is in bold. "
         f"{_SEEDS_CHOOSE if grid.seeds_choose else ''}"
         "The last column is the step of each seed's best held-out score: the table scores the adapter of that step. "
         "*outermost* marks a choice that is the smallest or largest rate tried: a rate beyond it may be better.",
-        table(["data", "method", "rate: held-out score", "best step"], lines),
+        table(["data", "method", "runs", "rate: held-out score", "best step"], lines),
     ]
 
 
@@ -280,6 +288,8 @@ def own_notes(comparison: Comparison) -> list[str]:
     grid = comparison.grid
     notes = [
         _protocol(grid),
+        *_base(grid.config.base.name),
+        *_method_settings(grid),
         *(
             f"{row.variant.label} is left out: {row.left_out}"
             for row in comparison.own
@@ -288,6 +298,8 @@ def own_notes(comparison: Comparison) -> list[str]:
         *_selected_seed(comparison),
         *_diverged(grid),
         *grid.study.notes,
+        *(d.note for d in grid.study.data_sets if d.note),
+        *_sources(grid),
     ]
     if grid.config.eval_limit:
         notes.append(f"Only the first {grid.config.eval_limit:,} examples or prompts are scored.")
@@ -328,6 +340,42 @@ def _selected_seed(comparison: Comparison) -> Iterator[str]:
     yield f"{note} Means of the other seeds: {', '.join(means)}." if means else note
 
 
+def _base(name: str) -> Iterator[str]:
+    """Yield what a packaged base is, and what it has learnt before."""
+    for model in PACKAGED_MODELS:
+        if name in (model.alias, model.name):
+            yield f"`{name}` is {model.description}.{model.note and ' '}{model.note}"
+
+
+def _method_settings(grid: Grid) -> Iterator[str]:
+    """Yield the settings of each method in its scored runs, if the records have them."""
+    for variant in grid.study.variants:
+        section = f"{variant.settings.get('method', 'lora')}."
+        records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
+        values = {
+            f"{name.removeprefix(section)} {_setting(value)}": None
+            for record in records
+            for name, value in record.settings.items()
+            if name.startswith(section) and value not in (None, "none", False, [], {})
+        }
+        if len(values) > 1:
+            yield f"{variant.label}: {', '.join(values)}."
+
+
+def _setting(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sources(grid: Grid) -> Iterator[str]:
+    """Yield a note if the runs were not all made with the same source files of lorakit."""
+    sources = [record.source for record in grid.all_records()]
+    if len(set(sources)) > 1:
+        yield (
+            f"Recorded states of lorakit's source files: {len(set(sources) - {''})}; {sources.count('')} of "
+            f"{len(sources)} runs record none. Numbers can round differently in another state."
+        )
+
+
 def _diverged(grid: Grid) -> Iterator[str]:
     for data_set, variant in grid.cells():
         if seeds := grid.diverged_seeds(data_set, variant):
@@ -340,9 +388,15 @@ def _diverged(grid: Grid) -> Iterator[str]:
 def _protocol(grid: Grid) -> str:
     config = grid.config
     held_out = dict.fromkeys(
-        "a held-out part of the training data" if d.holds_out else "the validation set"
+        f"{100 * grid.setup.held_out.get(d.key, HELD_OUT_SHARE):g} % of the training data, which are held out"
+        if d.holds_out
+        else "the validation set"
         for d in grid.study.data_sets
     )
+    heads = dict.fromkeys(
+        count.head for by_variant in grid.setup.counts.values() for count in by_variant.values()
+    )
+    head = " or ".join(f"{count:,}" for count in heads if count)
     length = (
         ", ".join(f"{count:,} steps on {key}" for key, count in grid.setup.steps.items())
         if grid.setup.steps
@@ -359,8 +413,12 @@ def _protocol(grid: Grid) -> str:
         batches += " in which examples with the same prompt are together"
     return (
         f"Every run takes {length}, in {batches}. Every method tries {rates}. Learning rate and "
-        f"step are chosen on {' or '.join(held_out)}, never on the {scored} data that the table scores. Parameter "
-        "counts exclude a new task head, which is also trained."
+        f"step are chosen on {' or '.join(held_out)}, never on the {scored} data that the table scores."
+        + (
+            f" Parameter counts exclude the new task head, which every method trains too: {head} parameters."
+            if head
+            else ""
+        )
     )
 
 

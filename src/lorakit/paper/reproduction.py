@@ -6,14 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lorakit import storage
-from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.devices import pick_device
-from lorakit.paper.comparable import digests_of
+from lorakit.paper.comparable import digests_of, other_settings
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
@@ -23,7 +22,6 @@ from lorakit.paper.runs import (
     Runner,
     Say,
     TableRun,
-    changed_settings,
     column_of,
     device_name,
 )
@@ -115,7 +113,8 @@ def reproduce(
                 _require_made_here(runner, run)
                 repeated = runner.finish(run, scored=True)
                 record = records[run.seed]
-                differences |= dict.fromkeys(_differences(record, repeated))
+                settings = other_settings(record.settings, runner.train_config(run))
+                differences |= dict.fromkeys(_differences(record, repeated, settings))
                 scores += _compared(run, record, repeated, records.values())
     return Reproduction(scores=tuple(scores), differences=tuple(differences))
 
@@ -171,7 +170,6 @@ def _require_made_here(runner: Runner, run: TableRun) -> None:
     here = environment(pick_device(config.base.device))
     now = replace(
         held,
-        settings=changed_settings(config),
         inputs=inputs,
         processor=here["processor"],
         device=device_name(here["device"]),
@@ -179,7 +177,7 @@ def _require_made_here(runner: Runner, run: TableRun) -> None:
         versions=here["versions"],
         source=runner.source,
     )
-    if changed := list(_differences(held, now)):
+    if changed := list(_differences(held, now, other_settings(held.settings, config))):
         raise ConfigurationError(
             f"'{runner.config.folder}' holds a repetition of {run.name} that was made under other conditions: "
             f"{'; '.join(changed)}. Choose another folder with --output."
@@ -192,8 +190,10 @@ def _row(config: PaperConfig) -> tuple[str, str, int | None]:
     return task, method, int(seed[0]) if seed else None
 
 
-def _differences(record: Record, repeated: Record) -> Iterator[str]:
-    """Yield what differs between two runs other than their scores."""
+def _differences(
+    record: Record, repeated: Record, settings: Iterable[tuple[str, Any, Any]]
+) -> Iterator[str]:
+    """Yield what differs between two runs other than their scores; `settings` are the settings that do."""
     for name, then, now in (
         ("processor", record.processor, repeated.processor),
         ("device", record.device, repeated.device),
@@ -213,11 +213,13 @@ def _differences(record: Record, repeated: Record) -> Iterator[str]:
         if any(WITHOUT_JAVA in name for name in repeated.scores):
             words.reverse()
         yield f"Java: {words[0]}, here {words[1]}; not compared: {', '.join(sorted(java))}"
-    for name, then, now in differences(record.settings, repeated.settings):
+    for name, then, now in settings:
         yield f"{name}: {then}, here {now}"
     for name, digest in record.inputs.items():
         if repeated.inputs.get(name) != digest:
             yield f"{name}: other content than recorded"
+    if record.scored and record.scored != repeated.scored:
+        yield "scored data: other content than recorded"
 
 
 def _needing_java(record: Record, repeated: Record) -> set[str]:

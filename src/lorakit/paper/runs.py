@@ -18,7 +18,7 @@ from lorakit import storage
 from lorakit.configuration import as_dict, conform, flat_settings
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
-from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate import Evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
@@ -27,6 +27,7 @@ from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.settings import train_config
 from lorakit.paper.study import StudyData, Variant
+from lorakit.tasks import Task
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -53,7 +54,7 @@ _OF_ONE_MACHINE = ("output", "resume", "overwrite", "data.root", "data.train", "
 """Settings that a record leaves out: where files are, and how this call treats them."""
 HELD_OUT_SHARE = 0.1
 
-_ADDED = {"threads", "device", "source"}
+_ADDED = {"threads", "device", "source", "scored", "answers"}
 """Fields that the records of earlier versions lack."""
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
@@ -112,7 +113,8 @@ class Record:
     curve: list[dict[str, Any]] = field(default_factory=list)
     """For each evaluation: the step, the held-out scores, and the mean training loss since the one before."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the run that differ from the defaults, by dotted name."""
+    """Settings of the run, by dotted name: all of its method and optimizer, others if they differ from the
+    defaults."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Digests of the base and of the data, by name."""
     processor: str = ""
@@ -123,6 +125,11 @@ class Record:
     """Devices of these sessions, a CPU with its vector instructions; empty if not recorded."""
     source: str = ""
     """Digest of lorakit's source files; empty if not recorded."""
+    scored: str = ""
+    """Digest of the data that `scores` are of; empty if not recorded."""
+    answers: str = ""
+    """The predicted class of each scored example, one digit each, in the order of the data; empty for other tasks, and
+    if not recorded. With those of another run they allow tests that pair the examples."""
 
     @property
     def lacks_scores(self) -> bool:
@@ -240,9 +247,9 @@ class Runner:
             record = self._train(run)
         if needs_scores and not record.failure:
             began = time.process_time()
-            scores = self._score(run)
+            fields = self._score(run)
             spent = record.processor_seconds + time.process_time() - began
-            record = replace(record, scores=scores, processor_seconds=round(spent, 3))
+            record = replace(record, **fields, processor_seconds=round(spent, 3))
             if record.threads:
                 here = torch.get_num_threads()
                 record = replace(record, threads=list(dict.fromkeys([*record.threads, here])))
@@ -262,7 +269,7 @@ class Runner:
             variant=run.variant.key,
             rate=run.rate,
             seed=run.seed,
-            settings=changed_settings(config),
+            settings=recorded_settings(config),
             processor=processor_name(),
             versions=versions(),
             source=self.source,
@@ -298,15 +305,20 @@ class Runner:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         return self._write(run, replace(record, curve=_curve(metrics), **_sessions(folder)))
 
-    def _score(self, run: TableRun) -> dict[str, float]:
+    def _score(self, run: TableRun) -> dict[str, Any]:
+        """Score the best adapter of a run, and return the fields of its record."""
         folder = self.folder / run.name
         if self.config.study.measures == "amplification":
             assert self.amplification is not None
-            return self.amplification(folder / BEST, self.config.base)
+            return {"scores": self.amplification(folder / BEST, self.config.base)}
         evaluation = evaluate(self.evaluate_config(run.data_set, folder / BEST))
         if task_type(run.data_set.task).kind == "text":
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))
-        return evaluation.scores
+        return {
+            "scores": evaluation.scores,
+            "scored": evaluation.sha256,
+            "answers": _answers(evaluation, task_type(run.data_set.task)),
+        }
 
     def evaluate_config(self, data_set: StudyData, adapter: Path) -> EvaluateConfig:
         """Return the configuration that scores an adapter on the table's data."""
@@ -337,6 +349,24 @@ class Runner:
     def _path(self, run: TableRun) -> Path:
         folder = self.records / run.name
         return folder.with_name(f"{folder.name}.json")
+
+
+def _answers(evaluation: Evaluation, task: type[Task]) -> str:
+    """Return the predicted classes as digits; empty if the task has no classes, or more than ten."""
+    if task.kind != "classification" or len(task.classes) > 10:
+        return ""
+    return "".join(str(record["output"]) for record in evaluation.outputs)
+
+
+def recorded_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that describe a run: those of its method and optimizer, and others that are not defaults."""
+    described = (f"{config.method}.", "optimizer.")
+    own = {
+        name: value
+        for name, value in flat_settings(as_dict(config)).items()
+        if name.startswith(described)
+    }
+    return {**changed_settings(config), **own}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:

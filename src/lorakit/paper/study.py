@@ -82,6 +82,8 @@ class StudyData:
     """Training examples, where the table itself limits them (Table 16)."""
     scored: str | None = None
     """The validation set that the table scores; None for all."""
+    note: str = ""
+    """What a reader of its scores must know."""
 
     @property
     def split(self) -> Literal["validation", "test"]:
