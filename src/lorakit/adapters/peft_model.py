@@ -18,7 +18,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.handle import Adapters
 from lorakit.adapters.installed import InstalledAdapter, check_installable
 from lorakit.adapters.loading import build_modules, check_base, install, usable_name
-from lorakit.errors import AdapterStateError
+from lorakit.errors import AdapterStateError, LorakitError
 
 
 @torch.inference_mode(False)  # the adapters' tensors outlive a caller's inference mode
@@ -53,10 +53,7 @@ def from_peft(peft_model: Any) -> Adapters:
         )
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, selected_adapters=names)
-        stored = {
-            name: formats.read(Path(folder) if name == "default" else Path(folder, name))
-            for name in names
-        }
+        stored = {name: _read(Path(folder), name) for name in names}
     wrappers = {path: m for path, m in peft_model.named_modules() if _inner(m) is not None}
     _require_configured_scalings(peft_model, wrappers)
     active = [] if _are_disabled(wrappers.values()) else list(peft_model.active_adapters)
@@ -85,6 +82,15 @@ def from_peft(peft_model: Any) -> Adapters:
             install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
         handle.activate(choice)
     return handle
+
+
+def _read(folder: Path, name: str) -> StoredAdapter:
+    """Return an adapter that `save_pretrained` wrote. Errors name the adapter instead of its temporary folder."""
+    path = folder if name == "default" else folder / name
+    try:
+        return formats.read(path)
+    except LorakitError as error:
+        raise type(error)(str(error).replace(f"'{path}", f"'{name}")) from error
 
 
 # --- the state of a PEFT model --------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lorakit.adapters.formats.peft.adapter_config import (
     _IMPLEMENTED,
     _NO_EFFECT,
     _NOT_IMPLEMENTED,
+    _NOT_MERGEABLE,
     expected_layers,
     parse,
 )
@@ -49,6 +50,7 @@ def test_every_option_of_the_installed_peft_is_judged():
     assert options <= judged
     assert not _NO_EFFECT & _IMPLEMENTED
     assert not (_NO_EFFECT | _IMPLEMENTED) & _NOT_IMPLEMENTED.keys()
+    assert _NOT_IMPLEMENTED.keys() >= _NOT_MERGEABLE
 
 
 @pytest.mark.parametrize("option", sorted(_NOT_IMPLEMENTED))
@@ -72,7 +74,10 @@ def test_an_option_of_a_future_peft():
         ("olora", "path_initial_model_for_weight_conversion"),
         ("corda", "path_initial_model_for_weight_conversion"),
         ("lora_ga", "path_initial_model_for_weight_conversion"),
-        ("loftq", "quantised base that LoftQ made"),
+        (
+            "loftq",
+            "before training. To load it on the changed base, .* set init_lora_weights to true",
+        ),
         ("something new", "init_lora_weights is 'something new'"),
         (1, "init_lora_weights is 1"),
     ],
@@ -82,10 +87,19 @@ def test_an_initialisation_that_changes_the_base(init, message: str):
         parse({**LORA, "init_lora_weights": init})
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+@pytest.mark.parametrize(
+    "init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"]
+)
 def test_an_initialisation_that_leaves_the_base(init):
-    kept = True if init is None else init
+    kept = {None: True, "Gaussian": "gaussian"}.get(init, init)  # PEFT accepts both spellings
     assert parse({**LORA, "init_lora_weights": init}).init_lora_weights == kept
+
+
+@pytest.mark.parametrize("option", sorted(_NOT_IMPLEMENTED))
+def test_merging_is_advised_only_where_peft_can_merge(option: str):
+    with pytest.raises(AdapterFileError) as caught:
+        parse({**LORA, option: {"x": 1}})
+    assert ("merge it there" in str(caught.value)) == (option not in _NOT_MERGEABLE)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ _NO_EFFECT = {
     "ensure_weight_tying",  # the tied copies are in the file
     "eva_config",
     "inference_mode",
+    "loftq_config",  # kept after init_lora_weights was set to true for the quantised base
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
@@ -45,7 +46,6 @@ _NOT_IMPLEMENTED = {
     "enable_lora": "slices of a fused layer in the format of PEFT's first releases",
     "kasa_config": "the base weights are truncated (KaSA)",
     "layer_replication": "layers of the base are repeated",
-    "loftq_config": "the base weights are replaced by quantised ones (LoftQ)",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "target_parameters": "parameters outside layers are adapted (mixtures of experts)",
@@ -54,6 +54,9 @@ _NOT_IMPLEMENTED = {
     "use_qalora": "inputs are pooled in groups (QA-LoRA)",
     "velora_config": "gradients are compressed (VeLoRA)",
 }
+
+_NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
+"""Options with which PEFT cannot merge the adapter. Repeated layers share one weight, so it merges wrong numbers."""
 
 _INITS_ON_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Named initialisations that leave the base's W in ``W + scaling * B A`` unchanged."""
@@ -218,6 +221,8 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
         value = values.get(name)
         if isinstance(value, str | int):  # PEFT also accepts one value instead of a list
             values[name] = [] if value == "" else [value]
+    if isinstance(init := values.get("init_lora_weights"), str):
+        values["init_lora_weights"] = init.lower()
     return PeftConfig(**values)
 
 
@@ -288,22 +293,22 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")
     init = options.get("init_lora_weights", True)
-    if not isinstance(init, bool | None) and init not in _INITS_ON_THE_BASE:
-        fix = (
-            "Load it with PEFT on the quantised base that LoftQ made for it."
-            if init == "loftq"
-            else "Convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion="
-            "<the adapter as saved before training>), and load that folder."
+    if not isinstance(init, bool | None) and str(init).lower() not in _INITS_ON_THE_BASE:
+        conversion = (  # that of LoftQ would leave out the rounding
+            "To load it on the original base, convert it with PEFT: save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=<the adapter as saved before training>). "
         )
         raise AdapterFileError(
-            f"init_lora_weights is {init!r}: the adapter belongs to a base whose weights PEFT changed "
-            f"before training. {fix}"
+            f"init_lora_weights is {init!r}: the adapter belongs to a base whose weights PEFT changed before "
+            f"training. {'' if init == 'loftq' else conversion}To load it on the changed base, which "
+            f"peft_model.unload() returns, set init_lora_weights to true in {CONFIG_NAME}."
         )
     for option, value in options.items():
         if not value or option in _NO_EFFECT or option in _IMPLEMENTED:
             continue
         reason = _NOT_IMPLEMENTED.get(option, "an option that lorakit does not know")
+        merge = "" if option in _NOT_MERGEABLE else ", or merge it there and use the merged model"
         raise AdapterFileError(
             f"the option {option} is set ({value!r:.60}): {reason}. lorakit does not implement it; "
-            "load the adapter with PEFT, merge it there and use the merged model."
+            f"use the adapter with PEFT{merge}."
         )

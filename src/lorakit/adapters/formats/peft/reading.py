@@ -124,6 +124,16 @@ def _adapter(
             "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
             "further training with lorakit would untie them."
         )
+    if options.get("loftq_config"):
+        adapter.notices.append(
+            "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. "
+            "Make sure that this model has those weights, not the original ones."
+        )
+    if options.get("init_lora_weights") == "mica":
+        adapter.notices.append(
+            "PEFT trains only A of this adapter (init_lora_weights is 'mica'); further training with lorakit would "
+            "train B too."
+        )
     return adapter
 
 
