@@ -69,8 +69,8 @@ class PaperConfig:
     """Runs per number of the table, each with its own seed. They differ in the adapter's initialisation, the order of
     the data and dropout."""
     trials: int = 1
-    """Learning rates to try first, the same number for every method. The best mean score on held-out data over the seeds
-    selects the rate, never the data that the table scores."""
+    """Learning rates to try first, the same number for every method. The best mean score on held-out data over the
+    seeds selects the rate, never the data that the table scores."""
     widen: bool = False
     """While the best learning rate is the smallest or the largest, try the next one beyond it. Needs 3 trials or more,
     and no budget."""

@@ -22,6 +22,7 @@ from lorakit.evaluation.evaluate import Evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.processor import processor_name
 from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
@@ -405,8 +406,15 @@ def _sessions(folder: Path) -> dict[str, Any]:
 
 
 def device_name(name: str) -> str:
-    """Return the name of a device, of a CPU with its vector instructions: processors of one name can differ in them."""
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if name == "cpu" else name
+    """Return the name of a device, of a CPU with what its numbers depend on.
+
+    That is its vector instructions, in which processors of one name can differ, and the library of float32 products in
+    training unless it is MKL.
+    """
+    if name != "cpu":
+        return name
+    library = ", oneDNN" if onednn_is_faster() else ""
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()}{library})"
 
 
 def _read_metrics(folder: Path) -> list[dict[str, Any]]:
