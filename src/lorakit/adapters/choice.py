@@ -76,7 +76,23 @@ class Choice:
         """
         counts = self.counts(size)
         assert sum(counts) == size
-        return _parts(self.blends, counts, device)
+        runs: dict[Blend, list[tuple[int, int]]] = {}
+        start = 0
+        for blend, count in zip(self.blends, counts, strict=True):
+            own = runs.setdefault(blend, [])
+            if own and own[-1][1] == start:
+                own[-1] = own[-1][0], start + count
+            elif count:
+                own.append((start, start + count))
+            start += count
+        parts: list[tuple[Blend, Entries]] = []
+        for blend, own in runs.items():
+            if len(own) == 1:
+                parts.append((blend, slice(*own[0])))
+            elif own:
+                indices = [i for first, last in own for i in range(first, last)]
+                parts.append((blend, torch.tensor(indices, device=device)))
+        return parts
 
 
 BASE = Choice()
@@ -150,28 +166,6 @@ def _blend(choice: AdapterChoice, get: Get) -> Blend:
 
 
 # --- entries of an axis --------------------------------------------------------------------------------
-
-
-def _parts(
-    blends: tuple[Blend, ...], counts: tuple[int, ...], device: torch.device
-) -> list[tuple[Blend, Entries]]:
-    runs: dict[Blend, list[tuple[int, int]]] = {}
-    start = 0
-    for blend, count in zip(blends, counts, strict=True):
-        own = runs.setdefault(blend, [])
-        if own and own[-1][1] == start:
-            own[-1] = own[-1][0], start + count
-        elif count:
-            own.append((start, start + count))
-        start += count
-    parts: list[tuple[Blend, Entries]] = []
-    for blend, own in runs.items():
-        if len(own) == 1:
-            parts.append((blend, slice(*own[0])))
-        elif own:
-            indices = [i for first, last in own for i in range(first, last)]
-            parts.append((blend, torch.tensor(indices, device=device)))
-    return parts
 
 
 def take(x: Tensor, entries: Entries) -> Tensor:

@@ -208,7 +208,9 @@ def check_loading(
             continue
         for attribute in adapters.replaced:
             key = start + attribute
-            if key in state_dict and not _equal(state_dict[key], adapters.original_data(attribute)):
+            if key in state_dict and not equals_base(
+                state_dict[key], adapters.original_data(attribute)
+            ):
                 raise AdapterStateError(
                     f"'{key}' differs from the base's weight, and an active adapter has replaced that one by its "
                     "trained copy. Call activate(None) before load_state_dict(), and activate the adapter again after "
@@ -222,9 +224,9 @@ def check_loading(
         record_loaded(module, state_dict, prefix)
 
 
-def _equal(loaded: Tensor, original: Tensor) -> bool:
-    same_shape = loaded.shape == original.shape
-    return same_shape and not original.is_meta and loaded.to(original).equal(original)
+def equals_base(loaded: Tensor, base: Tensor) -> bool:
+    """Return whether the numbers are equal, or equal once rounded to the base's dtype."""
+    return not base.is_meta and loaded.to(base).equal(base)
 
 
 def keep_base_weights(

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
+from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.layer_adapters import (
     LayerAdapters,
     add_hooks,
     add_module,
     check_free,
     remove_adapter,
-    remove_hooks,
     remove_idle_hooks,
 )
 from lorakit.adapters.linearity import why_hooks_change_output, why_not_linear
@@ -140,7 +140,7 @@ def install(
     """
     check_installable(model, modules, trained_names)
     installed = InstalledAdapter(name, method, modules)
-    names_of: dict[int, list[str]] = {}  # a tied parameter has several, which share one copy
+    copies: dict[int, nn.Parameter] = {}  # the names of a tied parameter share one
     seen: set[tuple[int, str]] = set()
     for parameter_name in trained_names:
         path, _, attribute = parameter_name.rpartition(".")
@@ -148,16 +148,11 @@ def install(
         if (id(layer), attribute) in seen:  # one module at two paths
             continue
         seen.add((id(layer), attribute))
-        parameter = base_parameter(layer, attribute)
-        names_of.setdefault(id(parameter), []).append(parameter_name)
-    for names in names_of.values():
-        installed.trained.append(names[0])
-        path, _, attribute = names[0].rpartition(".")
-        base = base_parameter(model.get_submodule(path), attribute)
-        copy = nn.Parameter(base.detach().clone())
-        for parameter_name in names:
-            path, _, attribute = parameter_name.rpartition(".")
-            modules.setdefault(path, AdapterModule()).add_trained(attribute, copy)
+        base = base_parameter(layer, attribute)
+        if id(base) not in copies:
+            copies[id(base)] = nn.Parameter(base.detach().clone())
+            installed.trained.append(parameter_name)
+        modules.setdefault(path, AdapterModule()).add_trained(attribute, copies[id(base)])
     layers = {path: model.get_submodule(path) for path in modules}
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
@@ -227,9 +222,9 @@ def uninstall(
     for _, layer, adapters in adapter.layers(model):
         remove_adapter(layer, adapters, adapter.name)
         is_last = is_last or not adapters
-    if hooks := adapter.backbone_hooks:
-        needed = [hook for other in others for hook in other.backbone_hooks]
-        remove_hooks(backbone_of(model), hooks, needed)
+    if hooks := {*adapter.backbone_hooks}:
+        needed = {hook for other in others for hook in other.backbone_hooks}
+        remove_hooks(backbone_of(model), *(hook.run for hook in hooks - needed))
     if constant := adapter.constant_buffers():
         ignored = set(model.__dict__.pop(_DDP_IGNORES, ())) - constant
         ignored.update(*(other.constant_buffers() for other in others))

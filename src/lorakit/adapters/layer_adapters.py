@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.choice import Blend
-from lorakit.adapters.entry import foreign_hooks
-from lorakit.adapters.entry import remove_hooks as remove_functions
+from lorakit.adapters.entry import foreign_hooks, remove_hooks
 from lorakit.adapters.mixed_batch import Call, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
@@ -242,7 +241,7 @@ def add_module(
     """
     if ADAPTERS not in layer._modules:
         layer.register_module(ADAPTERS, LayerAdapters(activation, layout).train(layer.training))
-        add_adapter_hook(layer)
+        layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     add_hooks(layer, module.layer_hooks)
     module.train(layer.training)
@@ -280,17 +279,6 @@ def _is_of_fsdp(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
-def add_adapter_hook(layer: nn.Module) -> None:
-    """Register the forward hook that applies the layer's adapters."""
-    if after_forward not in layer._forward_hooks.values():
-        layer.register_forward_hook(after_forward, with_kwargs=True)
-
-
-def remove_adapter_hook(layer: nn.Module) -> None:
-    """Remove the forward hook of a layer with nothing to apply; this saves 1 to 2 microseconds a call."""
-    remove_functions(layer, after_forward)
-
-
 def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
     """Register the hooks that an adapter's module declares, each once."""
     for hook in hooks:
@@ -300,29 +288,20 @@ def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
             module.register_forward_hook(hook.run)
 
 
-def remove_hooks(
-    module: nn.Module, hooks: Iterable[ModuleHook], needed: Iterable[ModuleHook] = ()
-) -> None:
-    """Remove declared hooks from a module, except those in `needed`."""
-    needed_functions = {hook.run for hook in needed}
-    remove_functions(module, *(hook.run for hook in hooks if hook.run not in needed_functions))
-
-
 def remove_adapter(layer: nn.Module, adapters: LayerAdapters, name: str) -> None:
     """Remove one of a layer's adapters, with the hooks that no other adapter on it needs."""
     show_parameters(layer)  # after an interrupted call
     removed = adapters[name]
     del adapters[name]
-    if removed.layer_hooks:
-        needed = [hook for module in adapters.values() for hook in module.layer_hooks]
-        remove_hooks(layer, removed.layer_hooks, needed)
+    needed = {hook for module in adapters.values() for hook in module.layer_hooks}
+    remove_hooks(layer, *(hook.run for hook in {*removed.layer_hooks} - needed))
     if not adapters:
         del layer._modules[ADAPTERS]
-        remove_functions(layer, after_forward)
+        remove_hooks(layer, after_forward)
 
 
 def remove_idle_hooks(model: nn.Module) -> None:
     """Remove the hooks of modules that no longer read an adapted weight."""
     for _, module in base_modules(model):
         if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
-            remove_functions(module, shadow_weights, unshadow_weights)
+            remove_hooks(module, shadow_weights, unshadow_weights)

@@ -18,7 +18,7 @@ from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, has
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import weight_name
-from lorakit.compute.adapted import base_of_adapter
+from lorakit.compute.adapted import AdapterFile, base_of
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
@@ -93,7 +93,7 @@ def open_weights(
         WrongBaseError: The weights differ from those that the adapter was trained on.
     """
     recorded = stored.base
-    base = base_of_adapter(base, stored, path)
+    base = base_of(base, AdapterFile(str(path), stored))
     weights = _open_safetensors(base)
     if weights is not None and recorded is not None:
         live = _fingerprint(weights, recorded, base)

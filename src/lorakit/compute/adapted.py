@@ -20,7 +20,7 @@ from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
-from lorakit.models.base_config import BaseConfig, DType
+from lorakit.models.base_config import BaseConfig
 from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base
@@ -310,43 +310,28 @@ def require_new_weights(base: Base, stored: StoredAdapter, path: str | Path) -> 
 
 
 def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
-    """Return the configured base, or without a name the base that the adapter records.
-
-    Raises:
-        ConfigurationError: Neither names a base.
-    """
-    if adapter is not None:
-        return base_of_adapter(base, adapter.stored, adapter.path)
-    if base is None or not base.name:
-        raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
-    return base
-
-
-def base_of_adapter(
-    base: BaseConfig | None, stored: StoredAdapter, path: str | Path = "file"
-) -> BaseConfig:
     """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
 
     PEFT's files record a name and possibly a revision, but nothing to check the weights with.
 
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
-    Args:
-        base: The base model; None has neither a name nor other settings.
-        stored: The adapter.
-        path: Its file, for the message.
-
     Raises:
         ConfigurationError: Neither `base` nor the adapter names a model.
     """
     base = base or BaseConfig()
-    if base.dtype == "auto":
-        base = dataclasses.replace(base, dtype=_recorded_dtype(stored))
+    if adapter is None:
+        if not base.name:
+            raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
+        return base
+    stored, dtype = adapter.stored, adapter.stored.setting("base", "dtype")
+    if base.dtype == "auto" and dtype in ("float32", "bfloat16"):
+        base = dataclasses.replace(base, dtype=dtype)
     if base.name:
         return base
     if (name := stored.base_name) is None:
         raise ConfigurationError(
-            f"The adapter {path} does not say which base it was made for. Name it: --base.name MODEL."
+            f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
         )
     options = stored.provenance.get("peft") if stored.base is None else None
     return recorded_base(base, name, options.get("revision") if isinstance(options, dict) else None)
@@ -357,12 +342,6 @@ def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConf
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)
-
-
-def _recorded_dtype(stored: StoredAdapter) -> DType:
-    """Return the dtype in which an adapter was trained, or `auto` if the file records none or a quantisation."""
-    dtype = stored.setting("base", "dtype")
-    return dtype if dtype in ("float32", "bfloat16") else "auto"
 
 
 def add_adapter(

@@ -19,6 +19,7 @@ from lorakit.compute.objective import (
     ClassificationLoss,
     HeadPath,
     LanguageModellingLoss,
+    Objective,
     RegressionLoss,
     SequenceToSequenceLoss,
     confirm_loss_path,
@@ -36,8 +37,6 @@ from lorakit.models.heads import backbone_of
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LanguageExample
 
-ChosenLoss = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
-
 POSITIONS_BY_ROW = ("bloom", "falcon", "gpt_neo", "mpt")
 """Architectures whose attention counts positions from the start of a row, and not by position ids."""
 
@@ -46,7 +45,7 @@ POSITIONS_BY_ROW = ("bloom", "falcon", "gpt_neo", "mpt")
 class Computation:
     """How a model is computed."""
 
-    objective: ChosenLoss
+    objective: Objective
     """The loss, with its path to the logits and its last block."""
     packed: bool = False
     """Whether the examples of a batch are packed, shared prefixes computed once."""
@@ -135,14 +134,12 @@ def confirm_computation(
     )
 
 
-def objective_for(base: Base, task: DataTask, examples: Sequence[Example]) -> ChosenLoss:
+def objective_for(base: Base, task: DataTask, examples: Sequence[Example]) -> Objective:
     """Return the loss that evaluation reports for `task`, confirmed on a few of `examples`."""
     return _confirmed_objective(choose_computation(base.model, task), base, examples)
 
 
-def _confirmed_objective(
-    choice: Computation, base: Base, examples: Sequence[Example]
-) -> ChosenLoss:
+def _confirmed_objective(choice: Computation, base: Base, examples: Sequence[Example]) -> Objective:
     """Return the chosen loss with the cheapest path and last block that leave the results on `base` unchanged."""
     chosen, model = choice.objective, base.model
     if isinstance(chosen, SequenceToSequenceLoss):
@@ -160,7 +157,7 @@ def _confirmed_objective(
 
 def _structural_objective(
     model: PreTrainedModel, task: DataTask, *, compiled: bool, label_smoothing: float
-) -> ChosenLoss:
+) -> Objective:
     """Return the loss of `task` by the cheapest path that the structure allows."""
     block = None if compiled else last_block(model)
     if block is not None and not block.divides:

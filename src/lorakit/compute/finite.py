@@ -17,9 +17,8 @@ def refuse_nan(model: nn.Module, output: Tensor) -> None:
 
 def why_not_finite(model: nn.Module) -> str:
     """Return why a model's output is not finite, and what to do, as the end of a sentence."""
-    broken = [
-        name for name, p in model.named_parameters() if p.is_floating_point() and _is_broken(p)
-    ]
+    weights = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    broken = [name for name, p in weights if not p.detach().isfinite().all()]
     if broken:
         others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         return (
@@ -30,7 +29,3 @@ def why_not_finite(model: nn.Module) -> str:
     if dtype == torch.float32:
         return "all weights are finite, but an activation overflows. Use another base or adapter."
     return f"the activations overflow in {dtype_name(dtype)}. Set base.dtype float32."
-
-
-def _is_broken(parameter: nn.Parameter) -> bool:
-    return not bool(parameter.detach().isfinite().all())

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +28,6 @@ from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 
 Batch = Mapping[str, Tensor]
 HeadPath = Literal["fused", "own head", "whole logits"]
-
-
-class Objective(Protocol):
-    """Loss of a task, as the training loop uses it."""
-
-    note: str
-    """One line for the user on how the loss is computed."""
-
-    def count(self, batch: Batch) -> int:
-        """Return the number of targets in `batch`."""
-        ...
-
-    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the float32 scalar sum of the targets' losses."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -204,6 +189,9 @@ class RegressionLoss(LabelLoss):
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction="sum")
+
+
+Objective = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
 
 
 def reading(

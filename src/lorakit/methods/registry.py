@@ -17,11 +17,6 @@ from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
 
-_CLASSES = (BitFit, BottleneckAdapter, Combined, FullFineTuning, LoRA, PrefixEmbedding, PrefixLayer)
-
-METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _CLASSES}
-"""The methods of lorakit, by the name that files record."""
-
 SECTIONS: dict[str, type[Method]] = {
     "lora": LoRA,
     "full": FullFineTuning,
@@ -31,6 +26,9 @@ SECTIONS: dict[str, type[Method]] = {
     "prefix_layer": PrefixLayer,
 }
 """The methods of lorakit, by the name in a configuration, which has a section for each of them."""
+
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (*SECTIONS.values(), Combined)}
+"""The methods of lorakit, by the name that files record."""
 
 ENTRY_POINTS = "lorakit.methods"
 """The entry point group in which an installed package declares its methods."""

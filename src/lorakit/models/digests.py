@@ -7,12 +7,12 @@ because hashing a base takes seconds and an adapter is loaded in milliseconds.
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.optimizer_steps import optimizer_steps
@@ -66,24 +66,14 @@ _SAMPLES = 32
 """Numbers of a tensor that are compared in full."""
 
 
-class _Known(NamedTuple):
-    tensor: weakref.ref[Tensor]
-    """Another tensor may get the same id later."""
-    state: list[Any]
-    digests: Digests
-
-
-_KNOWN: dict[int, _Known] = {}
-"""By the id of the tensor."""
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the first tensor of a weight: the state of all of its tensors, and their digests."""
 
 
 def remember(tensors: Sequence[Tensor], of: Digests) -> None:
     """Keep the digests of a weight that these tensors determine, until the first of them is deleted."""
-    first, state = tensors[0], _state(tensors)
-    if state is None:
-        return
-    key = id(first)
-    _KNOWN[key] = _Known(weakref.ref(first, lambda ref: _forget(key, ref)), state, of)
+    if (state := _state(tensors)) is not None:
+        _KNOWN[tensors[0]] = state, of
 
 
 def known_digests(tensors: Sequence[Tensor]) -> Digests | None:
@@ -94,16 +84,8 @@ def known_digests(tensors: Sequence[Tensor]) -> Digests | None:
     `tensor.data` or a NumPy view that leaves the sampled numbers equal. Use the digests for checks, and hash again
     for what is written to a file.
     """
-    known = _KNOWN.get(id(tensors[0]))
-    if known is None or known.tensor() is not tensors[0]:
-        return None
-    return known.digests if known.state == _state(tensors) else None
-
-
-def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
-    known = _KNOWN.get(key)
-    if known is not None and known.tensor is ref:
-        del _KNOWN[key]
+    known = _KNOWN.get(tensors[0])
+    return known[1] if known is not None and known[0] == _state(tensors) else None
 
 
 def _state(tensors: Sequence[Tensor]) -> list[Any] | None:

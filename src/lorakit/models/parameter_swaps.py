@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +36,14 @@ _POLL = 0.1
 """Seconds between two checks for an interrupted call, which ends without notification."""
 
 
-class _Call:
-    """A running call.
+class _Call(NamedTuple):
+    """A running call."""
 
-    Args:
-        frame: The frame that runs its hooks, or its `with` block.
-        outer: Tensors that hide parameters for the call around this one, to be restored after it.
-    """
-
-    def __init__(self, frame: FrameType, outer: dict[str, Tensor]) -> None:
-        self.thread = threading.get_ident()
-        self.frame = frame
-        self.outer = outer
-
-    def has_ended(self) -> bool:
-        """Return whether the frame has ended, by an interrupt too."""
-        return has_ended(self.frame)
+    thread: int
+    frame: FrameType
+    """The frame that runs its hooks, or its `with` block."""
+    outer: dict[str, Tensor]
+    """Tensors that hide parameters for the call around this one, to be restored after it."""
 
 
 class _Calls(list[_Call]):
@@ -126,9 +118,10 @@ def with_parameters(
 def _begin(layer: nn.Module, frame: FrameType) -> None:
     """Wait for the calls of other threads, and show the layer's own parameters to this one."""
     with _CHANGED:
-        while (running := _running(layer)) and running[-1].thread != threading.get_ident():
+        own = threading.get_ident()
+        while (running := _running(layer)) and running[-1].thread != own:
             _CHANGED.wait(_POLL)
-        layer.__dict__.setdefault(_RUNNING, running).append(_Call(frame, _show(layer)))
+        layer.__dict__.setdefault(_RUNNING, running).append(_Call(own, frame, _show(layer)))
 
 
 def _end(layer: nn.Module, frame: FrameType) -> None:
@@ -145,7 +138,7 @@ def _end(layer: nn.Module, frame: FrameType) -> None:
 def _running(layer: nn.Module) -> _Calls:
     """Drop the interrupted calls of a layer with their tensors, and return the others."""
     running = layer.__dict__.get(_RUNNING, _Calls())
-    while running and running[-1].has_ended():
+    while running and has_ended(running[-1].frame):
         _drop_last(layer, running)
     if not running:
         _show(layer)  # tensors of an interrupted call that was compiled

@@ -50,7 +50,11 @@ def usable_cores() -> int:
 
     The second thread of a core shares its arithmetic units, so it does not speed up matrix products.
     """
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(_all_cpus()))
+    cpus = (
+        os.sched_getaffinity(0)
+        if hasattr(os, "sched_getaffinity")
+        else set(range(os.cpu_count() or 1))
+    )
     cores = len({_core_of(cpu) for cpu in cpus})
     return max(1, math.ceil(min(cores, _quota())))
 
@@ -122,10 +126,6 @@ def in_own_thread(action: Callable[[], T]) -> T:
     thread.start()
     thread.join()
     return future.result()
-
-
-def _all_cpus() -> int:
-    return os.cpu_count() or 1
 
 
 def _core_of(cpu: int) -> str:

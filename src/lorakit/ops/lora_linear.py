@@ -49,7 +49,8 @@ def lora_linear(
     with no_autocast(out):
         if torch.is_grad_enabled():
             return apply(_LoraLinear, x, out, A, B, scaling, in_place)
-        return _add_product(x, out, A, B, scaling, in_place)
+        h_NR = x.reshape(-1, x.shape[-1]) @ A.to(out.dtype).T
+        return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
 
 
 def require_data(A: Tensor, x: Tensor) -> None:
@@ -64,15 +65,6 @@ def require_data(A: Tensor, x: Tensor) -> None:
             "or the model was built there and its state dict had no tensors for them. Load the base without "
             "offloading, quantised if it is too large, and then attach or load the adapter."
         )
-
-
-def _add_product(
-    x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
-) -> Tensor:
-    """Compute `lora_linear` without gradients."""
-    x_ND = x.reshape(-1, x.shape[-1])
-    h_NR = x_ND @ A.to(out.dtype).T
-    return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
 
 
 def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:

@@ -83,7 +83,7 @@ def split_base(model: nn.Module, record: BaseRecord, device: torch.device) -> No
     assert record.layout is not None  # it has just been taken
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_split(parameter) or name in record.excluded:
-            record.layout.parameters.pop(name, None)
+            record.layout.names.parameters.pop(name, None)
 
 
 @contextmanager

@@ -694,7 +694,7 @@ def test_modules_that_peft_would_confuse():
     # PEFT also matches `forehead` for `head`: the file holds its frozen weights.
     assert stored.base is not None
     assert stored.base.layout is not None
-    base = stored.base.layout.parameters["forehead.weight"]
+    base = stored.base.layout.names.parameters["forehead.weight"]
     assert torch.equal(form.tensors[f"{PREFIX}forehead.weight"], base)
     with pytest.raises(NotExpressibleError, match="'forehead' is adapted"):
         peft_form(from_live(Heads(), **{**settings, "targets": "forehead"}))

@@ -85,7 +85,11 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
 
 def _read(path: Path, alpha: float | None) -> StoredAdapter:
     if path.is_file():
-        return _read_file(path, alpha)
+        if path.name in (*_TENSOR_NAMES, *_CONFIG_NAMES):
+            raise AdapterFileError(
+                f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
+            )
+        return read_loralib(path, alpha=alpha)
     if path.exists() and not path.is_dir():
         raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
@@ -193,14 +197,6 @@ def check_replaceable(folder: str | Path) -> None:
     listed = map(glob.escape, saved) if isinstance(saved, Mapping) else ()
     written = (*_CONFIG_NAMES, *_TENSOR_NAMES, lorakit_json.CARD_NAME, *TOKENIZER_FILES, *listed)
     storage.require_replaceable(folder, "an adapter's", written=written, marks=_CONFIG_NAMES)
-
-
-def _read_file(path: Path, alpha: float | None) -> StoredAdapter:
-    if path.name in (*_TENSOR_NAMES, *_CONFIG_NAMES):
-        raise AdapterFileError(
-            f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
-        )
-    return read_loralib(path, alpha=alpha)
 
 
 def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None:

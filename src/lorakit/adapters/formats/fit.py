@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from lorakit.adapters.export import equals_base
 from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameter_names
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
@@ -144,7 +145,7 @@ def _sort_base_copies(
             continue
         base = live[name]
         is_explained = name in embeddings or name.rpartition(".")[0] in stored.layers
-        if stored.peft_config is not None and not is_explained and not _same(tensor, base):
+        if stored.peft_config is not None and not is_explained and not equals_base(tensor, base):
             raise AdapterFileError(
                 f"'{path}' has a '{name}' that differs from the model's, and its options do not train it. Only "
                 "weights of embeddings and of adapted layers may differ. Load it on the base it was trained on."
@@ -155,7 +156,7 @@ def _sort_base_copies(
                 f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
                 f"model.resize_token_embeddings({tensor.shape[0]})."
             )
-        if not _same(tensor, base):
+        if not equals_base(tensor, base):
             if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
                 raise AdapterFileError(
                     f"'{path}' has a '{name}' that differs from the model's: the file was saved with its "
@@ -228,11 +229,6 @@ def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     if isinstance(stored.method, LoRA):
         return bool(trained_parents(name, stored)) or is_trained_bias(name, stored, stored.layers)
     return name in stored.method.trained_parameters(model)
-
-
-def _same(tensor: Tensor, base: Tensor) -> bool:
-    """Whether the numbers are equal, or equal once rounded to the model's dtype."""
-    return not base.is_meta and tensor.to(base.device, base.dtype).equal(base)
 
 
 def _some(paths: list[str]) -> str:

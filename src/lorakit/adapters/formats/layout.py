@@ -20,18 +20,11 @@ class BaseLayout:
     """Paths of all modules, each once, in the order of `named_modules`."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of each entry of the state dict, by key."""
-    aliases: dict[str, tuple[str, ...]]
-    """The other names of each tied parameter, by its first name."""
-    parameters: dict[str, Tensor]
-    """The base's parameters, by each of their names (not copied)."""
+    names: ParameterNames
     beyond_peft: dict[str, str]
     """See the function `beyond_peft`."""
     num_labels: int | None
     """The number of labels in the model's configuration, which matters for classification only."""
-
-    def names_of(self, name: str) -> tuple[str, ...]:
-        """Return all names of the parameter with this name, in the order of the model."""
-        return ParameterNames(self.parameters, self.aliases).names_of(name)
 
     def below(self, path: str) -> list[str]:
         """Return the state-dict keys of the module at `path`."""
@@ -46,9 +39,9 @@ class ParameterNames(NamedTuple):
     """The parameters of a base model, without its adapters."""
 
     parameters: dict[str, Tensor]
-    """See `BaseLayout.parameters`."""
+    """The parameters by each of their names (not copied)."""
     aliases: dict[str, tuple[str, ...]]
-    """See `BaseLayout.aliases`."""
+    """The other names of each tied parameter, by its first name."""
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Return all names of the parameter with this name, in the order of the model."""
@@ -71,7 +64,6 @@ def parameter_names(model: nn.Module) -> ParameterNames:
 
 def base_layout(model: nn.Module) -> BaseLayout:
     """Return the layout of a live model, without its adapters."""
-    parameters, aliases = parameter_names(model)
     return BaseLayout(
         modules=tuple(path for path, _ in base_modules(model) if path),
         shapes={
@@ -79,8 +71,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
             for key, value in model.state_dict().items()
             if isinstance(value, Tensor) and not is_of_adapter(key)
         },
-        aliases=aliases,
-        parameters=parameters,
+        names=parameter_names(model),
         beyond_peft=beyond_peft(model),
         num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )

@@ -128,6 +128,13 @@ class FactorForm:
         whole = B.new_zeros(self.out_features(B), A.shape[0])
         return A, whole.index_copy(0, self.rows().to(B.device), blocks)
 
+    def bias_of_all_rows(self, bias: Tensor, B: Tensor) -> Tensor:
+        """Return B's bias for all rows of the layer, zero outside the slices."""
+        if not self.slices:
+            return bias
+        rows = self.rows().to(bias.device)
+        return bias.new_zeros(self.out_features(B)).index_copy(0, rows, bias)
+
     # --- other libraries -------------------------------------------------------------------------
 
     def to_peft(self, A: Tensor, B: Tensor) -> Factors:

@@ -227,18 +227,11 @@ class LoRALayer(AdapterModule):
 
     def _add_bias(self, output: Tensor, weight: float) -> Tensor:
         """Return the layer's output with the scaled bias of B added, if it has one."""
-        bias = self._bias_of_all_rows()
-        if bias is None:
+        if self.lora_B_bias is None:
             return output
+        bias = self.form.bias_of_all_rows(self.lora_B_bias, self.lora_B)
         bias = bias.to(output.dtype).view(self.output_shape(output))
         return torch.add(output, bias, alpha=weight * self.scaling)
-
-    def _bias_of_all_rows(self) -> Tensor | None:
-        """Return B's bias, zero outside the slices; None without one."""
-        bias = self.lora_B_bias
-        if bias is None or not self.slices:
-            return bias
-        return bias.new_zeros(self.out_features).index_copy(0, self._rows(), bias)
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to the branch's input; the frozen layer gets `x` without dropout."""
@@ -280,8 +273,8 @@ class LoRALayer(AdapterModule):
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         deltas = self._as_weight(self.delta_matrix(), layer)
-        bias = self._bias_of_all_rows()
-        if bias is not None:
+        if self.lora_B_bias is not None:
+            bias = self.form.bias_of_all_rows(self.lora_B_bias, self.lora_B)
             deltas["bias"] = bias.to(wide_dtype(bias)) * self.scaling
         return deltas
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit import storage
+from lorakit.adapters.formats.peft.factors import interleave
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.adapters.formats.tensors import SAFETENSORS
@@ -77,8 +78,7 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
     # Subtract PiSSA's initial factors, slice by slice, at twice the rank.
     A0, B0 = layer.form.to_loralib(layer.initial_A, layer.initial_B)
     slices = max(1, len(layer.slices))
-    both = torch.cat([A.unflatten(0, (slices, -1)), A0.unflatten(0, (slices, -1))], dim=1)
-    return both.flatten(0, 1), torch.cat([B, -B0], dim=1), 2 * layer.rank
+    return interleave(A, A0, slices), torch.cat([B, -B0], dim=1), 2 * layer.rank
 
 
 def _check_slices(layer: StoredLayer) -> None:

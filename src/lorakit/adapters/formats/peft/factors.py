@@ -29,7 +29,7 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
     Raises:
         NotExpressibleError: PEFT's form cannot represent it exactly.
     """
-    A, B = _factors(layer)
+    A, B, B_bias = *_factors(layer), layer.B_bias
     magnitude = _all_magnitudes(layer)
     if magnitude is not None and layer.groups > 1:
         raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
@@ -40,7 +40,7 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
         B=B,
         alpha=layer.alpha * (A.shape[0] // layer.rank),
         magnitude=magnitude,
-        B_bias=_bias_of_all_rows(layer),
+        B_bias=B_bias if B_bias is None else layer.form.bias_of_all_rows(B_bias, layer.B),
         slices=(),
         initial_A=None,
         initial_B=None,
@@ -55,7 +55,7 @@ def _factors(layer: StoredLayer) -> tuple[Tensor, Tensor]:
     A, B = layer.form.to_peft(layer.A, layer.B)
     if layer.initial_A is not None and layer.initial_B is not None:
         A0, B0 = layer.form.to_peft(layer.initial_A, layer.initial_B)
-        A, B = _interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
+        A, B = interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
     return A, B
 
 
@@ -115,24 +115,16 @@ def from_peft(
     return restored
 
 
-def _interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
+def interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
     """``[A; A0]`` within each group: a grouped B reads only the channels of its own group."""
     parts = [t.unflatten(0, (groups, -1)) for t in (A, A0)]
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def _separate(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Undo `_interleave`."""
+    """Undo `interleave`."""
     A, A0 = both.unflatten(0, (groups, -1)).chunk(2, dim=1)
     return A.flatten(0, 1), A0.flatten(0, 1)
-
-
-def _bias_of_all_rows(layer: StoredLayer) -> Tensor | None:
-    """Return the bias of B for all rows of the layer, zero outside the slices."""
-    if layer.B_bias is None or not layer.slices:
-        return layer.B_bias
-    whole = layer.B_bias.new_zeros(layer.form.out_features(layer.B))
-    return whole.index_copy(0, layer.form.rows().to(whole.device), layer.B_bias)
 
 
 def _all_magnitudes(layer: StoredLayer) -> Tensor | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lorakit.models.layers import natural
+from lorakit.models.patterns import endings
 
 
 def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> list[str] | str:
@@ -22,18 +23,12 @@ def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> lis
     """
     targets = set(targets)
     others = set(modules or ()) - targets
-    ambiguous = {ending for path in others for ending in _endings(path)}
+    ambiguous = {ending for path in others for ending in endings(path)}
     chosen: set[str] = set()
     for path in targets:
-        endings = _endings(path) if modules is not None else [path]
-        ending = next((e for e in endings if e not in ambiguous), None)
+        shortest_first = [*endings(path)][::-1] if modules is not None else [path]
+        ending = next((e for e in shortest_first if e not in ambiguous), None)
         if ending is None:
             return "|".join(re.escape(path) for path in sorted(targets, key=natural))
         chosen.add(ending)
     return sorted(chosen, key=natural)
-
-
-def _endings(path: str) -> list[str]:
-    """Return the endings by which PEFT matches a path: its last part, its last two, and so on."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]

@@ -98,7 +98,7 @@ def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str,
     names = {name: name for name in stored.trained}
     if layout is not None:
         for name in stored.trained:
-            others = (n for n in layout.names_of(name) if trained_parents(n, stored))
+            others = (n for n in layout.names.names_of(name) if trained_parents(n, stored))
             names.update({other: name for other in others if other not in names})
     return names
 
@@ -154,11 +154,11 @@ def _also_matched(modules: list[str], layout: BaseLayout) -> dict[str, dict[str,
         if path in modules or not path.endswith(tuple(modules)):
             continue
         keys = layout.below(path)
-        if path in layout.beyond_peft or not all(key in layout.parameters for key in keys):
+        if path in layout.beyond_peft or not all(key in layout.names.parameters for key in keys):
             raise NotExpressibleError(
                 f"PEFT would also train '{path}', because it ends with the name of a trained module."
             )
-        frozen[path] = {key: layout.parameters[key] for key in keys}
+        frozen[path] = {key: layout.names.parameters[key] for key in keys}
     return frozen
 
 
