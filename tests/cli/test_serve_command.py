@@ -44,7 +44,7 @@ INVALID = {
     "no new tokens": (["--max_tokens", "0"], "max_tokens is 0"),
     "no time": (["--max_seconds", "0"], "max_seconds is 0.0"),
     "a port": (["--port", "70000"], "port is 70000; it must be at most 65535"),
-    "keys that are not there": (["--keys", "none.yaml"], "The keys 'none.yaml' cannot be read"),
+    "keys that are not there": (["--keys", "none.yaml"], "'none.yaml' does not exist. Check"),
     "nothing to stop for": (
         ["--verify_stops"],
         "and verify is 0: no answer is computed again. Add --",

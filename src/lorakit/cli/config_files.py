@@ -9,8 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorakit import storage
 from lorakit.cli.option_names import OTHER_NAMES, suggestion
 from lorakit.cli.options import options_of, sections_of
@@ -67,20 +65,10 @@ def shortest_names(skipped: Iterable[str], values: Mapping[str, Any]) -> list[st
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        content = storage.read_yaml(path)
-    except OSError as error:
-        file = Path(path, "config.yaml")
-        advice = f"Name its file: --config {file}" if file.is_file() else "Check the path"
-        raise ConfigurationError(
-            f"--config {path} cannot be read: {error.strerror or error}. {advice}."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"--config {path} is not UTF-8 text. Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}. Correct that line."
-        ) from None
+    file = Path(path, "config.yaml")
+    if file.is_file():
+        raise ConfigurationError(f"--config {path} is a folder. Name its file: --config {file}.")
+    content = storage.read_yaml(path, ConfigurationError)
     if content is None:  # an empty file
         return {}
     if not isinstance(content, dict):
