@@ -39,7 +39,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     every_section = _sections_of_every_command()
     values = _by_name(path, content, {**every_section, **sections})
     is_of_run = not _options_of_training_only().isdisjoint(values)
-    of_run = _top_level_of_training() if is_of_run and not _trains(config_class) else set()
+    of_run = _options_of_the_run(config_class) if is_of_run else set()
     unknown = []
     for name in values:
         if name in own or name in sections or name in of_run:
@@ -120,7 +120,7 @@ def _configurations(without: tuple[str, ...] = ()) -> tuple[type, ...]:
 
     commands = [command for command in COMMANDS if command not in without]
     modules = [import_module(f"lorakit.cli.{command}") for command in commands]
-    return tuple(config for module in modules for config in getattr(module, "CONFIGS", ()))
+    return tuple(config for module in modules for config in module.CONFIGS)
 
 
 @functools.cache
@@ -133,22 +133,18 @@ def _sections_of_every_command() -> dict[str, type]:
     return {name: kind for c in _configurations() for name, kind in sections_of(c).items()}
 
 
-def _top_level_of_training() -> set[str]:
+def _options_of_the_run(config_class: type) -> set[str]:
+    """Return the options outside sections that belong to the training run of a file; none if the command trains."""
     from lorakit.training.config import TrainConfig
 
-    return {field.name for field in dataclasses.fields(TrainConfig)} - sections_of(
-        TrainConfig
-    ).keys()
+    if issubclass(config_class, TrainConfig):
+        return set()
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return names - sections_of(TrainConfig).keys()
 
 
 _WITH_RUNS = ("train", "plan", "demo", "paper")
 """Commands whose options set up training runs."""
-
-
-def _trains(config_class: type) -> bool:
-    from lorakit.training.config import TrainConfig
-
-    return issubclass(config_class, TrainConfig)
 
 
 @functools.cache
