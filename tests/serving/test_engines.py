@@ -91,11 +91,12 @@ def test_every_request_gets_what_its_adapters_alone_give(kind):
     ]
 
 
-def test_requests_that_join_later_change_no_answer():
+def test_requests_that_join_later_change_no_answer(monkeypatch):
+    monkeypatch.setattr(continuous, "STEP_TOKENS", 16)
     model = model_with_adapters()
     given = prompts(12, seed=1)
     expected = [alone(model, p, CHOICES[i % 6], 4 + i) for i, p in enumerate(given)]
-    with running(ContinuousEngine(model, TOKENIZER, step_tokens=16, running=4)) as engine:
+    with running(ContinuousEngine(model, TOKENIZER, running=4)) as engine:
         sent = []
         for i, prompt in enumerate(given):
             sent.append(
