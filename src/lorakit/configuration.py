@@ -65,6 +65,26 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return values
 
 
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted name as the arguments of a configuration, each section a dictionary."""
+    arguments: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            arguments.setdefault(section, {})[key] = value
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def setting(settings: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a dotted name in nested settings, or None if it is not set."""
+    value: Any = settings
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def conform(config: Any, section: str = "") -> None:
     """Convert every field of a configuration to its annotated type. Call it in `__post_init__`.
 

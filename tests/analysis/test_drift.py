@@ -146,11 +146,16 @@ def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):
     assert read_texts(tmp_path / "text.txt") == ["a\u2028b", "c\x0cd\x85e"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path):
+    (tmp_path / "text.txt").write_text("\ufeffone\ntwo\n", encoding="utf-8")
+    assert read_texts(tmp_path / "text.txt") == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("empty.txt", b"\n  \n", "has no text"),
-        ("latin.txt", b"caf\xe9\n", "not UTF-8"),
+        ("latin.txt", b"caf\xe9\n", r"latin\.txt:1: not UTF-8 .* save the file as UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n', "data file with columns"),
         ("missing.txt", None, "does not exist"),
     ],

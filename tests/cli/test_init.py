@@ -15,6 +15,7 @@ from lorakit.cli.data import DataCommandConfig
 from lorakit.cli.generate import GenerateConfig
 from lorakit.cli.parsing import parse
 from lorakit.data.examples import task_of
+from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import TrainConfig
 
@@ -123,7 +124,7 @@ def test_names_in_comments_cannot_add_settings(end, tmp_path, monkeypatch, capsy
     file = f"run{end}method: full{end}#.yaml"
     assert main(["init", data, "--file", file]) == 0
     assert "evil/model" in Path(file).read_text()
-    assert list(storage.read_yaml(file)) == [
+    assert list(storage.read_yaml(file, ConfigurationError)) == [
         *("base", "data", "output", "adapter", "method", "lora"),
         *("epochs", "batch_size", "optimizer"),
     ]

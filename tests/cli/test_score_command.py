@@ -51,7 +51,7 @@ def test_names_scores_without_java(capsys, files) -> None:
         (["a.txt", "b.txt"], 1, "metrics"),
         (["a.txt", "b.txt", "--metric", "rouge"], 1, "Did you mean '--metrics'?"),
         (["a.txt", "b.txt", "--metrics", "blue"], 1, "one of e2e, webnlg"),
-        (["nothing.txt", "b.txt", "--metrics", "rouge"], 1, "nothing.txt: No such file"),
+        (["nothing.txt", "b.txt", "--metrics", "rouge"], 1, "'nothing.txt' does not exist. Check"),
     ],
 )
 def test_errors_say_what_to_write(capsys, argv, status: int, message: str) -> None:

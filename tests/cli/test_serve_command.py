@@ -25,7 +25,8 @@ import lorakit
 from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.engine import Receipt
+from lorakit.serving.engine import Load, Receipt
+from lorakit.serving.loaded import StoreStats
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
 from lorakit.serving.verification import Verdict, VerifiedEngine
@@ -44,7 +45,7 @@ INVALID = {
     "no new tokens": (["--max_tokens", "0"], "max_tokens is 0"),
     "no time": (["--max_seconds", "0"], "max_seconds is 0.0"),
     "a port": (["--port", "70000"], "port is 70000; it must be at most 65535"),
-    "keys that are not there": (["--keys", "none.yaml"], "The keys 'none.yaml' cannot be read"),
+    "keys that are not there": (["--keys", "none.yaml"], "'none.yaml' does not exist. Check"),
     "nothing to stop for": (
         ["--verify_stops"],
         "and verify is 0: no answer is computed again. Add --",
@@ -200,10 +201,9 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
     def open_all(config: ServeConfig, report: Any) -> Any:
         seen["report"] = report
         worker = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
-        nothing = SimpleNamespace(load=None, stats=None)
-        return SimpleNamespace(
-            name="b", engine=nothing, store=nothing, classifier=None, worker=worker
-        )
+        engine = SimpleNamespace(load=lambda: Load(True, False, 0, 0, 0.0, 0, 0))
+        store = SimpleNamespace(stats=lambda: StoreStats(0, 0, 0, 0, 0, 0))
+        return SimpleNamespace(name="b", engine=engine, store=store, classifier=None, worker=worker)
 
     def answer(app: Any, listener: Any, **_: Any) -> None:
         one = Receipt("digest", (("sql", "a" * 64, 1.0),))

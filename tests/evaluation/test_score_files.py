@@ -171,7 +171,7 @@ def test_what_is_no_number(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, outputs: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing.txt: No such file"):
+    with pytest.raises(DataError, match=r"nothing.txt' does not exist\. Check the path"):
         score_files(tmp_path / "nothing.txt", outputs, "rouge")
     with pytest.raises(DataError, match=r"Is a directory|denied"):
         score_files(tmp_path, outputs, "rouge")

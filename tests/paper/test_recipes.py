@@ -5,11 +5,11 @@ import pytest
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.parsing import parse
 from lorakit.cli.train import _recipe
+from lorakit.configuration import nested
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.recipes import matching, recipe, recipes
-from lorakit.paper.settings import train_config
 from lorakit.tasks import TASKS
 from lorakit.training.config import TrainConfig
 
@@ -23,7 +23,7 @@ def runs_now(name: str) -> bool:
 @pytest.mark.parametrize("name", list(filter(runs_now, recipes())))
 def test_a_recipe_is_the_configuration_of_a_run(name):
     settings = {"base.name": "any-decoder", **recipes()[name].settings, "output": "out"}
-    config = train_config(settings)
+    config = TrainConfig(**nested(settings))
     assert config.peak_rate == settings["optimizer.learning_rate"]
     assert config.validates is not None
 

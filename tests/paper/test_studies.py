@@ -2,13 +2,14 @@
 
 import pytest
 
+from lorakit.configuration import nested
 from lorakit.errors import ConfigurationError
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.published import PUBLISHED
 from lorakit.paper.runs import Record
-from lorakit.paper.settings import train_config
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS
+from lorakit.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -33,9 +34,8 @@ def test_every_row_of_table_15_is_a_variant():
     ids=lambda variant: variant.key,
 )
 def test_a_variant_s_settings_are_those_of_a_run(variant):
-    config = train_config(
-        {"base.name": "x", "data.train": "x.jsonl", "output": "out", **variant.settings}
-    )
+    settings = {"base.name": "x", "data.train": "x.jsonl", "output": "out", **variant.settings}
+    config = TrainConfig(**nested(settings))
     assert config.chosen_method is not None
 
 

@@ -322,7 +322,7 @@ def test_a_section_of_another_part_finds_its_place(run: Path) -> None:
     ("name", "content", "message"),
     [
         ("metrics.jsonl", '{"step": 1}\n[]\n', "metrics.jsonl:2 is damaged"),
-        ("config.yaml", "a: [", "is damaged"),
+        ("config.yaml", "a: [", "is not valid YAML"),
         ("config.yaml", "a: 1", "not the configuration of a run"),
         ("result.json", "{}", "checksum"),
     ],

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit import storage
 from lorakit.adapters import handle_of
 from lorakit.compute.adapted import ADAPTER, AdapterFile, open_adapted
 from lorakit.compute.batching import collator, context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data.batches import IGNORED
-from lorakit.data.readers import lines_of, reader_for
+from lorakit.data.readers import reader_for, text_lines
 from lorakit.errors import BaseModelError, ConfigurationError, DataError, require_at_least
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import Base
@@ -187,9 +186,7 @@ def read_texts(path: str | Path, limit: int | None = None) -> list[str]:
             f"{path} is a data file with columns; drift reads plain text with one text per line. lorakit evaluate "
             "reads data files."
         )
-    with storage.reading(path, DataError):
-        lines = lines_of(path.read_text(encoding="utf-8"))
-    texts = [line for line in lines if line.strip()][:limit]
+    texts = [line for line in text_lines(path) if line.strip()][:limit]
     if not texts:
         raise DataError(f"{path} has no text; at least one non-blank line was expected.")
     return texts

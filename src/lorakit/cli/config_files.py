@@ -9,8 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorakit import storage
 from lorakit.cli.option_names import OTHER_NAMES, suggestion
 from lorakit.cli.options import options_of, sections_of
@@ -41,7 +39,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     every_section = _sections_of_every_command()
     values = _by_name(path, content, {**every_section, **sections})
     is_of_run = not _options_of_training_only().isdisjoint(values)
-    of_run = _top_level_of_training() if is_of_run and not _trains(config_class) else set()
+    of_run = _options_of_the_run(config_class) if is_of_run else set()
     unknown = []
     for name in values:
         if name in own or name in sections or name in of_run:
@@ -67,20 +65,10 @@ def shortest_names(skipped: Iterable[str], values: Mapping[str, Any]) -> list[st
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        content = storage.read_yaml(path)
-    except OSError as error:
-        file = Path(path, "config.yaml")
-        advice = f"Name its file: --config {file}" if file.is_file() else "Check the path"
-        raise ConfigurationError(
-            f"--config {path} cannot be read: {error.strerror or error}. {advice}."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"--config {path} is not UTF-8 text. Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}. Correct that line."
-        ) from None
+    file = Path(path, "config.yaml")
+    if file.is_file():
+        raise ConfigurationError(f"--config {path} is a folder. Name its file: --config {file}.")
+    content = storage.read_yaml(path, ConfigurationError)
     if content is None:  # an empty file
         return {}
     if not isinstance(content, dict):
@@ -132,7 +120,7 @@ def _configurations(without: tuple[str, ...] = ()) -> tuple[type, ...]:
 
     commands = [command for command in COMMANDS if command not in without]
     modules = [import_module(f"lorakit.cli.{command}") for command in commands]
-    return tuple(config for module in modules for config in getattr(module, "CONFIGS", ()))
+    return tuple(config for module in modules for config in module.CONFIGS)
 
 
 @functools.cache
@@ -145,22 +133,18 @@ def _sections_of_every_command() -> dict[str, type]:
     return {name: kind for c in _configurations() for name, kind in sections_of(c).items()}
 
 
-def _top_level_of_training() -> set[str]:
+def _options_of_the_run(config_class: type) -> set[str]:
+    """Return the options outside sections that belong to the training run of a file; none if the command trains."""
     from lorakit.training.config import TrainConfig
 
-    return {field.name for field in dataclasses.fields(TrainConfig)} - sections_of(
-        TrainConfig
-    ).keys()
+    if issubclass(config_class, TrainConfig):
+        return set()
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    return names - sections_of(TrainConfig).keys()
 
 
 _WITH_RUNS = ("train", "plan", "demo", "paper")
 """Commands whose options set up training runs."""
-
-
-def _trains(config_class: type) -> bool:
-    from lorakit.training.config import TrainConfig
-
-    return issubclass(config_class, TrainConfig)
 
 
 @functools.cache

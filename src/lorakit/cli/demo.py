@@ -191,7 +191,7 @@ def _demonstrate(config: DemoConfig) -> None:
 
 def _require_demo_folder(output: Path) -> None:
     """Reject a folder that holds a run other than a demo."""
-    from lorakit.reporting.run_settings import setting
+    from lorakit.configuration import setting
     from lorakit.training.run_folder import CONFIG, read_settings
 
     if (output / CONFIG).exists() and setting(read_settings(output), "data.train") != "docstrings":

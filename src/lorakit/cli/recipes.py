@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ CONFIGS = (RecipesConfig,)
 
 def run(argv: Sequence[str]) -> None:
     """List the matching recipes, or show a single match in full."""
-    from lorakit.cli.console import console, table
+    from lorakit.cli.console import console, print_json, table
     from lorakit.errors import ConfigurationError
     from lorakit.paper.recipes import matching, recipe
 
@@ -51,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     if any(words in (r.name, r.name.partition("@")[0]) for r in matches):
         matches = [recipe(words)]
     if config.json:
-        print(json.dumps([asdict(r) for r in matches], indent=2))
+        print_json([asdict(r) for r in matches])
         return
     if len(matches) == 1:
         _show(matches[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +40,11 @@ def run(argv: Sequence[str]) -> None:
         "outputs",
         "references",
     )
-    from lorakit.cli.console import print_scores
+    from lorakit.cli.console import print_json, print_scores
     from lorakit.evaluation.score_files import score_files
 
     scores = score_files(config.outputs, config.references, config.metrics, java=config.java)
     if config.json:
-        print(json.dumps(scores, indent=2))
+        print_json(scores)
     else:
         print_scores({"value": scores})

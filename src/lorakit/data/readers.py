@@ -79,6 +79,28 @@ def lines_of(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
+def text_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file, without the byte order mark that editors on Windows write.
+
+    Raises:
+        DataError: The file cannot be read, or is not UTF-8 (with the line).
+    """
+    with storage.reading(path, DataError):
+        data = path.read_bytes()
+    lines = lines_of(_decoded(data.removeprefix(codecs.BOM_UTF8), path))
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _decoded(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        ) from None
+
+
 def read_jsonl(path: Path) -> Rows:
     """Read one JSON object per line. Blank lines are skipped."""
     with _open(path) as file:
@@ -115,12 +137,7 @@ def read_json(path: Path) -> Rows:
         _reject_single_object(data, path)
         yield from read_jsonl(path)
         return
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
-    yield from _json_list(text, path)
+    yield from _json_list(_decoded(data, path), path)
 
 
 def _reject_single_object(data: bytes, path: Path) -> None:

@@ -270,17 +270,14 @@ def padded(
     the first entry, so its padding is on the right.
     """
     width = max(map(len, prompts))
-    rows = [([pad] * (width - len(p)), [0] * (width - len(p)), p, [1] * len(p)) for p in prompts]
-    if model.config.is_encoder_decoder:
-        ids, mask = (
-            [[*p, *pads] for pads, _, p, _ in rows],
-            [[*ones, *zeros] for _, zeros, _, ones in rows],
-        )
-    else:
-        ids, mask = (
-            [[*pads, *p] for pads, _, p, _ in rows],
-            [[*zeros, *ones] for _, zeros, _, ones in rows],
-        )
+
+    def row(values: list[int], fill: int | None) -> list[int | None]:
+        padding = [fill] * (width - len(values))
+        is_right = model.config.is_encoder_decoder
+        return [*values, *padding] if is_right else [*padding, *values]
+
+    ids = [row(prompt, pad) for prompt in prompts]
+    mask = [row([1] * len(prompt), 0) for prompt in prompts]
     return {
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit import storage
 from lorakit.compute.adapted import PromptFormat
 from lorakit.compute.batching import prompt_input
-from lorakit.data.readers import Problem, Row, lines_of, reader_for
+from lorakit.data.readers import Problem, Row, lines_of, reader_for, text_lines
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
@@ -75,9 +75,11 @@ def read_prompts(
         if reader is not None:
             prompts = [_row_prompt(row, task, columns, template) for row in reader(Path(file))]
         else:
-            text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-            # Editors on Windows start a file with a byte order mark.
-            lines = lines_of(text.removeprefix("\ufeff"))
+            lines = (
+                lines_of(sys.stdin.read().removeprefix("\ufeff"))
+                if file == "-"
+                else text_lines(Path(file))
+            )
             prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"'{file}' contains no prompt. Write one prompt per line.")

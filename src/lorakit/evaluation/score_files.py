@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorakit import metrics
-from lorakit.data.readers import Problem, Row, lines_of, reader_for
+from lorakit.data.readers import Problem, Row, reader_for, text_lines
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
 from lorakit.metrics.checks import check_pairs
 
@@ -131,26 +131,13 @@ class _File:
 def _read(file: str | Path) -> _File:
     path = Path(file)
     reader = reader_for(path)
-    try:
-        if reader is None:
-            return _File(path, lines=_plain_lines(path))
-        rows = list(reader(path))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}.") from None
+    if reader is None:
+        return _File(path, lines=tuple(line.strip() for line in text_lines(path)))
+    rows = list(reader(path))
     for row in rows:
         if isinstance(row, Problem):
             raise DataError(str(row))
     return _File(path, rows=rows)  # type: ignore[arg-type]
-
-
-def _plain_lines(path: Path) -> tuple[str, ...]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}).") from None
-    return tuple(line.strip() for line in lines_of(text))
 
 
 def _value(row: Row, column: str) -> Any:

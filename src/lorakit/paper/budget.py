@@ -11,14 +11,15 @@ from typing import Any
 from lorakit import storage
 from lorakit.adapters.formats import lorakit_json
 from lorakit.compute.base import open_base
+from lorakit.configuration import nested
 from lorakit.data import DataTask, load_examples
 from lorakit.data.sources import read_source
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.paper.runs import EVALUATIONS, Runner, Say, TableRun
-from lorakit.paper.settings import train_config
 from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
+from lorakit.training.config import TrainConfig
 from lorakit.training.loop import train
 
 STEPS = 6
@@ -108,7 +109,7 @@ def _time(runner: Runner, data_set: StudyData, variants: Sequence[Variant]) -> d
                 "overwrite": True,
             }
             start = time.monotonic()
-            result = train(train_config(settings))
+            result = train(TrainConfig(**nested(settings)))
             overhead = time.monotonic() - start - result.seconds
             methods[variant.key] = {"step": result.seconds / STEPS, "overhead": max(overhead, 0.0)}
             adapter = result.best or result.adapter

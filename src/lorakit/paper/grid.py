@@ -26,7 +26,7 @@ from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
 from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
-from lorakit.paper.subset import draw_rows, write_subset
+from lorakit.paper.subset import draw_rows
 from lorakit.tasks.registry import task_type
 
 SUFFIXES = ("md", "json", "png", "html")
@@ -414,14 +414,15 @@ def draw_training_data(
     if key in setup.rows and (path.exists() or not write):
         return
     data = DataConfig(task=data_set.task, root=config.data.root)
-    drawn = write_subset(data, count, path) if write else len(draw_rows(data, count))
+    rows = draw_rows(data, count)
+    if write:  # so that every run trains on the same rows
+        storage.write_rows(path, rows)
+        setup.training[key] = path.name
     if data_set.holds_out:
         # A smaller set supplies `limit` rows as long as a tenth of it can be held out.
-        share = max(1 - limit / drawn, min(held_out / count, HELD_OUT_SHARE))
+        share = max(1 - limit / len(rows), min(held_out / count, HELD_OUT_SHARE))
         setup.held_out.setdefault(key, round(share, 6))
-    setup.rows[key] = drawn - round(drawn * setup.held_out.get(key, 0.0))
-    if write:
-        setup.training[key] = path.name
+    setup.rows[key] = len(rows) - round(len(rows) * setup.held_out.get(key, 0.0))
 
 
 def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:

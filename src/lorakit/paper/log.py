@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import storage
-from lorakit.configuration import conform
+from lorakit.configuration import conform, nested
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.settings import nested
 
 GRID = "grid.json"
 """Settings of a grid, and the values that it fixes before its first run."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lorakit import storage
-from lorakit.configuration import as_dict, conform, flat_settings
+from lorakit.configuration import as_dict, conform, flat_settings, nested
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
 from lorakit.evaluation.evaluate import Evaluation, evaluate
@@ -26,7 +26,6 @@ from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.processor import processor_name
 from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.settings import train_config
 from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks import Task
 from lorakit.tasks.registry import task_type
@@ -201,7 +200,7 @@ class Runner:
 
     def train_config(self, run: TableRun) -> TrainConfig:
         """Return the configuration of a run."""
-        return train_config(self.settings(run))
+        return TrainConfig(**nested(self.settings(run)))
 
     def record(self, run: TableRun) -> Record | None:
         """Return the record of a run; None if the run has not finished.

@@ -1,12 +1,10 @@
-"""Draw a random part of a training set once, and save it so that every run trains on the same rows."""
+"""Draw a random part of a training set."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
-from lorakit import storage
 from lorakit.data import DataConfig
 from lorakit.data.readers import Row
 from lorakit.data.sources import read_source
@@ -15,28 +13,10 @@ from lorakit.errors import DataError
 SEED = 0
 
 
-def write_subset(data: DataConfig, count: int, path: Path) -> int:
-    """Write `count` rows of a training set to a file, in random order; all rows of a smaller set.
-
-    The draw depends on the data only, so a smaller subset is the beginning of a larger one. An existing file is kept.
-
-    Returns:
-        The number of rows in the file.
-
-    Raises:
-        DataError: The data or one of its rows cannot be read.
-        RunFolderError: The file cannot be written.
-    """
-    if path.exists():
-        with storage.reading(path, DataError):
-            return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line)
-    rows = draw_rows(data, count)
-    storage.write_rows(path, rows)
-    return len(rows)
-
-
 def draw_rows(data: DataConfig, count: int) -> list[dict[str, Any]]:
     """Return `count` rows of a training set in random order; all rows of a smaller set.
+
+    The draw depends on the data only, so a smaller subset is the beginning of a larger one.
 
     Raises:
         DataError: The data or one of its rows cannot be read.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import storage
+from lorakit.configuration import setting
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.formatting import counted
@@ -70,8 +71,7 @@ class RunRecord:
     @property
     def base_name(self) -> str:
         """The `base.name` of the configuration."""
-        base = self.config.get("base")
-        return str(base.get("name", "")) if isinstance(base, Mapping) else ""
+        return str(setting(self.config, "base.name") or "")
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -107,8 +107,7 @@ class RunRecord:
     @property
     def never_improved(self) -> bool:
         """Whether even the best validation score is worse than the one before training."""
-        evaluation = self.config.get("evaluation")
-        metric = str(evaluation.get("metric")) if isinstance(evaluation, Mapping) else ""
+        metric = str(setting(self.config, "evaluation.metric"))
         before, best = self.scores("before").get(metric), self.scores("best").get(metric)
         return before is not None and best is not None and better(metric, best, before) is False
 
@@ -151,9 +150,8 @@ class RunRecord:
         if self.samples and name not in ("loss", "perplexity"):
             last = self.samples[-1]["step"]
             return counted(sum(record["step"] == last for record in self.samples), "sample")
-        evaluation = self.config.get("evaluation")
         _, count = self.validation_data or (None, None)
-        limit = evaluation.get("limit") if isinstance(evaluation, Mapping) else None
+        limit = setting(self.config, "evaluation.limit")
         return counted(min(count, limit or count), "example") if isinstance(count, int) else ""
 
     def points(self, split: str, name: str) -> list[tuple[float, float]]:

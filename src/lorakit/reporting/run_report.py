@@ -6,6 +6,7 @@ import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 
+from lorakit.configuration import setting
 from lorakit.formatting import duration, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
@@ -22,7 +23,7 @@ from lorakit.reporting.page import (
     sample,
 )
 from lorakit.reporting.run_record import RunRecord
-from lorakit.reporting.run_settings import main_settings, setting, settings_text
+from lorakit.reporting.run_settings import main_settings, settings_text
 from lorakit.reporting.run_summary import in_sentence, key_figures, subtitle, summary
 from lorakit.reporting.texts import compared, plain
 from lorakit.training.run_folder import CONFIG

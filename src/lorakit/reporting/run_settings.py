@@ -6,16 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorakit import storage
+from lorakit.configuration import setting
 from lorakit.methods.registry import unused_sections
 from lorakit.reporting.run_record import RunRecord
-
-
-def setting(config: Mapping[str, Any], path: str) -> Any:
-    """Return the value of a dotted name, or None if it is not set."""
-    value: Any = config
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def setting_text(value: Any) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit.configuration import setting
 from lorakit.formatting import duration, number, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
-from lorakit.reporting.run_settings import setting
 from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import BaseModelError
@@ -16,9 +18,7 @@ def engine_for(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_bytes: int = 2**30,
-    running: int = 32,
-    queue: int = 256,
-    prompt_tokens: int | None = None,
+    **limits: Any,
 ) -> Worker:
     """Return an engine for a model: continuous batching where the model can be computed so, else whole batches.
 
@@ -28,9 +28,7 @@ def engine_for(
         model: A model that generates text.
         tokenizer: Its tokenizer.
         cache_bytes: Memory for keys and values, in continuous batching.
-        running: Most requests in a batch.
-        queue: Most waiting requests.
-        prompt_tokens: Length of a prompt that a model without a stated context must accept.
+        limits: The settings of both engines: `running`, `queue` and `prompt_tokens`.
 
     Raises:
         BaseModelError: The model generates no text.
@@ -41,21 +39,7 @@ def engine_for(
             "adapters for classification."
         )
     try:
-        return ContinuousEngine(
-            model,
-            tokenizer,
-            cache_bytes=cache_bytes,
-            running=running,
-            queue=queue,
-            prompt_tokens=prompt_tokens,
-        )
+        return ContinuousEngine(model, tokenizer, cache_bytes=cache_bytes, **limits)
     except UnsupportedModelError as reason:
         notice = f"requests are computed in batches that end together, not by continuous batching: {reason}"
-        return BatchedEngine(
-            model,
-            tokenizer,
-            running=running,
-            queue=queue,
-            prompt_tokens=prompt_tokens,
-            notice=notice,
-        )
+        return BatchedEngine(model, tokenizer, notice=notice, **limits)

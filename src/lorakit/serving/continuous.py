@@ -79,7 +79,6 @@ class ContinuousEngine(Worker):
         running: Most requests in a step.
         queue: Most waiting requests.
         prompt_tokens: Length of a prompt that a model without a stated context must accept.
-        step_tokens: Most tokens of a step.
 
     Raises:
         UnsupportedModelError: The model cannot be computed this way. The message says why, as the end of a sentence.
@@ -96,7 +95,6 @@ class ContinuousEngine(Worker):
         running: int = 32,
         queue: int = 256,
         prompt_tokens: int | None = None,
-        step_tokens: int = STEP_TOKENS,
     ) -> None:
         self._storage = checked_storage(model, cache_bytes, PAGE)
         self._pool = PagePool(self._storage.pages)
@@ -104,7 +102,7 @@ class ContinuousEngine(Worker):
         context, bound = context_of(model, tokenizer, prompt_tokens)
         limits = Limits(min(context, capacity), queue, running)
         super().__init__(model, tokenizer, limits, bound)
-        self._step_tokens = max(step_tokens, running)
+        self._step_tokens = max(STEP_TOKENS, running)
         self._requests: list[_Running] = []
         self._stock = model.config._attn_implementation or "sdpa"
         model.set_attn_implementation(NAME)

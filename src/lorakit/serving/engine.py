@@ -222,7 +222,7 @@ class Load:
     """What an engine does now."""
 
     is_alive: bool
-    """False once its thread has died; `error` says why."""
+    """False once its thread has died; the log says why."""
     is_draining: bool
     running: int
     waiting: int
@@ -232,7 +232,6 @@ class Load:
     """Forward passes so far."""
     tokens: int
     """Generated tokens so far."""
-    error: str | None = None
 
 
 class QueueFullError(Exception):

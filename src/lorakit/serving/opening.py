@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
@@ -92,7 +92,8 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
     classifier = worker if isinstance(worker, ClassifyingEngine) else None
     if config.verify:
         bound = bound_for(base.model.dtype)
-        engine = VerifiedEngine(worker, config.verify, bound=bound, report=report)
+        verified = VerifiedEngine(worker, config.verify, bound=bound, report=report)
+        engine = cast(Engine, verified)
     return Opened(base, name, store, engine, worker, classifier)
 
 

@@ -24,9 +24,6 @@ from lorakit.serving.engine import (
     Engine,
     Event,
     GenerationRequest,
-    Lease,
-    Limits,
-    Load,
     Receipt,
     Ticket,
     Token,
@@ -69,7 +66,7 @@ class Verdict:
 
 
 class VerifiedEngine:
-    """An engine that replays a share of its answers. All else is the engine's own.
+    """An engine that replays a share of its answers. All attributes but `submit` are those of the engine.
 
     Args:
         engine: The engine.
@@ -94,20 +91,8 @@ class VerifiedEngine:
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
 
-    @property
-    def name(self) -> str:
-        """The engine's name."""
-        return self._engine.name
-
-    @property
-    def notice(self) -> str | None:
-        """The engine's notice."""
-        return self._engine.notice
-
-    @property
-    def limits(self) -> Limits:
-        """The engine's limits."""
-        return self._engine.limits
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
         """Queue a request (`Engine.submit`)."""
@@ -158,15 +143,3 @@ class VerifiedEngine:
             self._report(lease.receipt, verdict)
 
         self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
-
-    def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
-        """Return log-probabilities of given tokens (`Engine.score`)."""
-        return self._engine.score(tokens, lease, start=start)
-
-    def load(self) -> Load:
-        """Return what the engine does now."""
-        return self._engine.load()
-
-    def drain(self) -> None:
-        """Accept no more requests."""
-        self._engine.drain()

@@ -70,7 +70,7 @@ class Worker(ABC):
         self._actions: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._changed = threading.Condition()
         self._is_draining = self._is_closing = False
-        self._error: str | None = None
+        self._has_failed = False
         self._thread = threading.Thread(target=self._main, name=f"lorakit-{self.name}", daemon=True)
 
     def start(self) -> None:
@@ -116,7 +116,7 @@ class Worker(ABC):
     def _queued(self, action: Callable[[], T], *, is_change: bool) -> Future[T]:
         future: Future[T] = Future()
         with self._changed:
-            if self._error is not None or self._is_closing:
+            if self._has_failed or self._is_closing:
                 self._require_open()
             self._actions.append((action, future, is_change))
             self._changed.notify()
@@ -125,14 +125,13 @@ class Worker(ABC):
     def load(self) -> Load:
         """Return what the engine does now (`Engine.load`)."""
         return Load(
-            is_alive=self._thread.is_alive() and self._error is None,
+            is_alive=self._thread.is_alive() and not self._has_failed,
             is_draining=self._is_draining,
             running=self._running_count(),
             waiting=len(self._waiting),
             cache_used=self._cache_used(),
             steps=self.steps,
             tokens=self.tokens,
-            error=self._error,
         )
 
     def drain(self) -> None:
@@ -170,7 +169,7 @@ class Worker(ABC):
             self._changed.notify()
 
     def _require_open(self) -> None:
-        if self._error is not None:
+        if self._has_failed:
             raise EngineStoppedError(FAILED)
         if self._is_draining:
             raise EngineStoppedError("The server is shutting down and accepts no more requests.")
@@ -213,9 +212,9 @@ class Worker(ABC):
                         with self._changed:
                             if not (self._actions or self._has_waiting() or self._is_closing):
                                 self._changed.wait(1.0)
-        except BaseException as error:  # nobody else would see it
+        except BaseException:  # nobody else would see it
             _LOG.exception("The engine has failed.")
-            self._error = f"{type(error).__name__}: {error}."
+            self._has_failed = True
         finally:
             self._end_all()
 
@@ -234,7 +233,7 @@ class Worker(ABC):
 
     def _stopped(self) -> EngineStoppedError:
         """Return the error of a request that is not finished when the thread ends."""
-        return EngineStoppedError(FAILED if self._error else "The server was shut down.")
+        return EngineStoppedError(FAILED if self._has_failed else "The server was shut down.")
 
     def _run_actions(self) -> bool:
         """Run the actions that wait; return whether one of them may have changed the adapters."""

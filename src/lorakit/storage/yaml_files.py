@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from lorakit.errors import LorakitError
+from lorakit.storage.refusals import reading
+
 MAX_BYTES = 1 << 20
 """Largest YAML file. A configuration has a few kB."""
 MAX_NODES = 20_000
@@ -127,19 +130,34 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
     return loader.get_single_data()
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, error: type[LorakitError], *, secret: bool = False) -> Any:
     """Return the value in a YAML file.
 
+    Args:
+        path: The file.
+        error: The error to raise.
+        secret: Name only the line of invalid YAML; its own message quotes the text.
+
     Raises:
-        OSError: The file cannot be read.
-        UnicodeDecodeError: It is not UTF-8.
-        yaml.YAMLError: It is not valid YAML, or exceeds a limit.
+        error: The file cannot be read, is not valid UTF-8 or YAML, or exceeds a limit.
     """
-    with Path(path).open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB, the limit for a YAML file")
-    return parse_yaml(data.decode("utf-8"), str(path))
+    with reading(path, error):
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise error(
+                f"'{path}' is larger than {MAX_BYTES >> 20} MiB, the limit for a YAML file. Check the path."
+            )
+        text = data.decode("utf-8")
+    try:
+        return parse_yaml(text, str(path))
+    except yaml.YAMLError as wrong:
+        mark = getattr(wrong, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "it has a control character"
+        reason = where if secret else " ".join(str(wrong).split())
+        raise error(
+            f"'{path}' is not valid YAML: {reason}. Correct that line, or restore the file from a copy."
+        ) from None
 
 
 def dump_yaml(value: Any, **options: Any) -> str:

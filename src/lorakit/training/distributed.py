@@ -26,9 +26,6 @@ from lorakit.training.process_failures import START_TIMEOUT, Peers, first_senten
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=30)
-"""Default of the longest wait for the other processes."""
-
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
 
@@ -221,7 +218,7 @@ def started_processes() -> Processes:
 
 
 @contextmanager
-def joined(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[Processes]:
+def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator[Processes]:
     """Connect the processes that `torchrun` started, and choose the GPU of this process.
 
     An error inside the block is the error of all processes, each of which names the one that raised it.

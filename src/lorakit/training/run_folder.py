@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 
 from lorakit import storage
 from lorakit.configuration import differences, flat_settings
@@ -518,11 +517,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: The file cannot be read, or is damaged.
     """
-    try:
-        with storage.reading(path / CONFIG, RunFolderError):
-            settings = storage.read_yaml(path / CONFIG)
-    except yaml.YAMLError as error:
-        raise RunFolderError(
-            f"'{path / CONFIG}' is damaged: {' '.join(str(error).split())}. Restore it, or choose another folder."
-        ) from None
+    settings = storage.read_yaml(path / CONFIG, RunFolderError)
     return settings if isinstance(settings, dict) and settings.keys() >= OF_A_RUN else {}

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from fakes import BASE_DIGEST, FakeClassifier, FakeStore, classifying_store
+from fakes import BASE_DIGEST, FakeClassifier, FakeEngine, FakeStore, classifying_store
 from prometheus_client.parser import text_string_to_metric_families
 from served import BASE, Serve
 from test_errors import error_of
@@ -340,7 +340,7 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
 
 def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_module, "MOST_LABELS", 3)
-    metrics = Metrics()
+    metrics = Metrics(FakeEngine().load, FakeStore().stats)
     labels = [metrics.label(f"adapter{number}") for number in range(5)]
     assert labels == ["adapter0", "adapter1", "adapter2", "(other)", "(other)"]
     assert metrics.label("adapter0") == "adapter0"

@@ -228,7 +228,11 @@ def test_a_file_that_is_no_yaml_shows_no_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="line 3") as raised:
         read_keys(file)
     assert ALL not in str(raised.value)
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    file.write_text(f"- name: a\n  key: {ALL}\0\n")
+    with pytest.raises(ConfigurationError, match="control character") as raised:
+        read_keys(file)
+    assert ALL not in str(raised.value)
+    with pytest.raises(ConfigurationError, match="does not exist"):
         read_keys(tmp_path / "none.yaml")
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigurationError, match="not UTF-8"):

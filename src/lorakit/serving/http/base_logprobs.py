@@ -43,10 +43,7 @@ async def base_logprobs(
     # A record of its own: the metrics count the request under its adapters.
     own = RequestRecord(record.id, record.began, record.key)
     lease, _ = await serving.leased(own, lambda lease: None, serving.settings.base_name)
-    try:
-        future = serving.engine.score([*prompt, *tokens], lease, start=len(prompt))
-    except BaseException:
-        serving.release(lease)
-        raise
-    future.add_done_callback(lambda _: serving.release(lease))
+    future = serving.lent(
+        lease, lambda: serving.engine.score([*prompt, *tokens], lease, start=len(prompt))
+    )
     return [finite(value) for value in await asyncio.wrap_future(future)]

@@ -6,7 +6,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data import DataTask
-from lorakit.serving.engine import Classifier, Lease, QueueFullError
+from lorakit.serving.engine import Lease
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import ApiError, invalid_value, require_at_most
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
-from lorakit.serving.http.state import Serving, admitted, busy, guarded, record_of, serving_of
+from lorakit.serving.http.state import admitted, guarded, record_of, serving_of
 from lorakit.tasks import TASKS, BadRow, Classification, Labelled, LabelledExample, Regression
 
 router = APIRouter(route_class=StrictRoute)
@@ -48,7 +47,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     async def work() -> tuple[Lease, Tensor]:
         lease, _ = await serving.leased(record, prepare, body.model)
         try:
-            future = _submit(serving, classifier, examples, lease)
+            future = serving.lent(lease, lambda: classifier.classify(examples, lease))
         except BaseException:
             record.key.give_back_tokens(sum(map(len, examples)))
             raise
@@ -128,25 +127,6 @@ def _encode(
             )
         examples.append(example)
     return examples
-
-
-def _submit(
-    serving: Serving, classifier: Classifier, examples: list[LabelledExample], lease: Lease
-) -> Future[Tensor]:
-    """Return the future result. The lease is released with it, also if nobody waits for it any more."""
-
-    def end(_: object = None) -> None:
-        serving.release(lease)
-
-    try:
-        future = classifier.classify(examples, lease)
-    except BaseException as error:
-        end()
-        if isinstance(error, QueueFullError):
-            raise busy(serving) from None
-        raise
-    future.add_done_callback(end)
-    return future
 
 
 def _predictions(logits: Tensor, labels: Sequence[str]) -> list[ClassifyRow]:

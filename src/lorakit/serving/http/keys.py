@@ -12,8 +12,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorakit import storage
 from lorakit.configuration import YAML, converted
 from lorakit.errors import ConfigurationError, nearest
@@ -173,22 +171,7 @@ def read_keys(path: str | Path) -> KeyRing:
     Raises:
         ConfigurationError: The file cannot be read, or an entry is invalid. No message has a key.
     """
-    try:
-        content = storage.read_yaml(path)
-    except OSError as error:
-        raise ConfigurationError(
-            f"The keys '{path}' cannot be read: {error.strerror or error}. Check the path."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(
-            f"The keys '{path}' are not UTF-8 text. Save the file as UTF-8."
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # the message itself may quote a key
-        where = f": line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(
-            f"The keys '{path}' are not valid YAML{where}. Correct that line."
-        ) from None
+    content = storage.read_yaml(path, ConfigurationError, secret=True)
     if isinstance(content, dict) and list(content) == ["keys"]:
         content = content["keys"]
     if not isinstance(content, list) or not content:

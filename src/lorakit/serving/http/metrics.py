@@ -36,9 +36,7 @@ def model_label(receipt: Receipt, base: str) -> str:
 class Metrics:
     """All series of one server, with a registry of their own."""
 
-    def __init__(
-        self, load: Callable[[], Load] | None = None, stats: Callable[[], StoreStats] | None = None
-    ) -> None:
+    def __init__(self, load: Callable[[], Load], stats: Callable[[], StoreStats]) -> None:
         self.registry = CollectorRegistry()
         own = {"namespace": "lorakit", "registry": self.registry}
         self._requests = Counter(
@@ -79,8 +77,7 @@ class Metrics:
         )
         self._labels: set[str] = set()
         self._lock = threading.Lock()
-        if load is not None or stats is not None:
-            self.registry.register(_State(load, stats))
+        self.registry.register(_State(load, stats))
 
     def label(self, adapter: str | None) -> str:
         """Return the label of a model that exists; None is none."""
@@ -133,37 +130,25 @@ class Metrics:
 class _State(Collector):
     """What the engine and the store do at the time of a scrape."""
 
-    def __init__(
-        self, load: Callable[[], Load] | None, stats: Callable[[], StoreStats] | None
-    ) -> None:
+    def __init__(self, load: Callable[[], Load], stats: Callable[[], StoreStats]) -> None:
         self._load, self._stats = load, stats
 
     def collect(self) -> Iterable[Metric]:
         """Yield the series."""
-        if self._load is not None:
-            load = self._load()
-            yield GaugeMetricFamily(
-                "lorakit_engine_alive", "1 while the engine runs", float(load.is_alive)
-            )
-            yield GaugeMetricFamily(
-                "lorakit_running_requests", "Requests in the batch", load.running
-            )
-            yield GaugeMetricFamily(
-                "lorakit_waiting_requests", "Requests in the queue", load.waiting
-            )
-            yield GaugeMetricFamily(
-                "lorakit_cache_used_ratio", "Share of the cache in use", load.cache_used
-            )
-            yield CounterMetricFamily("lorakit_engine_steps", "Forward passes", load.steps)
-            yield CounterMetricFamily("lorakit_engine_tokens", "Generated tokens", load.tokens)
-        if self._stats is not None:
-            stats = self._stats()
-            yield GaugeMetricFamily("lorakit_adapters_loaded", "Adapters in memory", stats.loaded)
-            yield GaugeMetricFamily("lorakit_adapter_bytes", "Memory of adapters", stats.bytes)
-            yield GaugeMetricFamily(
-                "lorakit_adapter_bytes_limit", "Memory for adapters", stats.budget
-            )
-            yield CounterMetricFamily("lorakit_adapter_loads", "Adapters read", stats.loads)
-            yield CounterMetricFamily(
-                "lorakit_adapter_evictions", "Adapters evicted", stats.evictions
-            )
+        load = self._load()
+        yield GaugeMetricFamily(
+            "lorakit_engine_alive", "1 while the engine runs", float(load.is_alive)
+        )
+        yield GaugeMetricFamily("lorakit_running_requests", "Requests in the batch", load.running)
+        yield GaugeMetricFamily("lorakit_waiting_requests", "Requests in the queue", load.waiting)
+        yield GaugeMetricFamily(
+            "lorakit_cache_used_ratio", "Share of the cache in use", load.cache_used
+        )
+        yield CounterMetricFamily("lorakit_engine_steps", "Forward passes", load.steps)
+        yield CounterMetricFamily("lorakit_engine_tokens", "Generated tokens", load.tokens)
+        stats = self._stats()
+        yield GaugeMetricFamily("lorakit_adapters_loaded", "Adapters in memory", stats.loaded)
+        yield GaugeMetricFamily("lorakit_adapter_bytes", "Memory of adapters", stats.bytes)
+        yield GaugeMetricFamily("lorakit_adapter_bytes_limit", "Memory for adapters", stats.budget)
+        yield CounterMetricFamily("lorakit_adapter_loads", "Adapters read", stats.loads)
+        yield CounterMetricFamily("lorakit_adapter_evictions", "Adapters evicted", stats.evictions)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
-from lorakit.serving.engine import Classifier, Engine, Lease
+from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
@@ -215,6 +215,24 @@ class Serving:
         except BaseException:
             self._count(-1)
             raise
+
+    def lent(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
+        """Return the future of a leased request that `submit` queues.
+
+        The request ends (`release`) with the future, also if nobody waits for it any more; at once if `submit` fails.
+
+        Raises:
+            ApiError: 429 for a full queue.
+        """
+        try:
+            future = submit()
+        except BaseException as error:
+            self.release(lease)
+            if isinstance(error, QueueFullError):
+                raise busy(self) from None
+            raise
+        future.add_done_callback(lambda _: self.release(lease))
+        return future
 
     def release(self, lease: Lease) -> None:
         """End a leased request, from any thread."""
