@@ -22,11 +22,11 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yield the path and the text of each page; a log without a finished run has none."""
+    """Yield the path and the text of each page; a log without a scored run has none."""
     for log in sorted(path.parent for path in (RESULTS / "runs").glob("*/grid.json")):
         config = replace(recorded_config(log), data=PaperDataConfig(root="DATA"))
         comparison = compare(recorded_grid(config, lambda _: None))
-        if comparison.grid.finished:
+        if any(row.cells for row in comparison.own):
             yield RESULTS / f"{log.name}.md", markdown(comparison)
 
 

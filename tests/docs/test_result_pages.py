@@ -30,10 +30,10 @@ def test_every_record_is_whole_and_of_one_dtype(path: Path) -> None:
         assert record["versions"]["torch"]
 
 
-@pytest.mark.parametrize("text", [text for _, text in PAGES], ids=[path.stem for path, _ in PAGES])
-def test_readme_and_index_quote_the_pages(text: str) -> None:
-    """Each decided or undecided difference, with its interval."""
-    intervals = re.findall(r"([+-]\d+\.\d) \[([+-]\d+\.\d), ([+-]\d+\.\d)\], \w+", text)
+def test_readme_and_index_quote_the_pages() -> None:
+    """Each difference that has an interval, with it."""
+    pattern = r"([+-]\d+\.\d) \[([+-]\d+\.\d), ([+-]\d+\.\d)\], \w+"
+    intervals = [found for _, text in PAGES for found in re.findall(pattern, text)]
     assert intervals
     for path in (ROOT / "README.md", ROOT / "docs" / "results" / "index.md"):
         quoted = " ".join(path.read_text(encoding="utf-8").split())
