@@ -69,7 +69,7 @@ def test_an_invalid_file_is_an_error_of_the_command_line_and_of_a_run(tmp_path, 
     began = time.monotonic()
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    message = rf"config\.yaml' is not valid YAML: .*{problem}.* Correct that line, or restore"
+    message = rf"config\.yaml' is not valid YAML: .*{problem}.* Correct it, or restore"
     with pytest.raises(ConfigurationError, match=message):
         read_options(str(file), TrainConfig, None)
     with pytest.raises(RunFolderError, match=message):

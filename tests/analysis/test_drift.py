@@ -142,8 +142,8 @@ def test_every_piece_starts_as_a_text_does(folder, monkeypatch):
 
 
 def test_texts_may_hold_what_only_python_takes_for_ends_of_lines(tmp_path):
-    (tmp_path / "text.txt").write_bytes("a\u2028b\r\n \nc\x0cd\x85e\n".encode())
-    assert read_texts(tmp_path / "text.txt") == ["a\u2028b", "c\x0cd\x85e"]
+    (tmp_path / "text.txt").write_bytes("a\u2028b\r\n \nc\x0cd\x85e\rf\n".encode())
+    assert read_texts(tmp_path / "text.txt") == ["a\u2028b", "c\x0cd\x85e", "f"]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lorakit.models import float32_products
+from lorakit.models import float32_products, processor
 from lorakit.models.float32_products import faster_float32, onednn_is_faster
 
 pytestmark = pytest.mark.skipif(
@@ -73,8 +74,17 @@ def test_a_choice_of_the_user_stays(faster: None, choice: str) -> None:
         torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
 
 
+def test_a_choice_inside_a_block_stays(faster: None) -> None:
+    with faster_float32():
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        with faster_float32():
+            assert setting() == "ieee"
+    assert setting() == "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
-    ("capability", "processor"),
+    ("capability", "name"),
     [
         ("AVX2", "AMD Ryzen 7 5800X"),
         ("AVX512", "Intel(R) Xeon(R) Platinum 8488C"),
@@ -82,17 +92,20 @@ def test_a_choice_of_the_user_stays(faster: None, choice: str) -> None:
     ],
 )
 def test_other_processors_keep_mkl(
-    monkeypatch: pytest.MonkeyPatch, capability: str, processor: str
+    monkeypatch: pytest.MonkeyPatch, capability: str, name: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(float32_products, "processor_name", lambda: processor)
+    monkeypatch.setattr(float32_products, "processor_name", lambda: name)
     assert not onednn_is_faster.__wrapped__()
 
 
 def test_a_library_that_rounds_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor with matrix units."""
+    """As on a processor with matrix units. The library's cache is limited before this first product."""
+    for name in processor._KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
 
     def rounded(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        assert os.environ.keys() >= set(processor._KERNEL_CACHES)
         return F.linear(x.bfloat16().float(), W.bfloat16().float())
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")

@@ -87,8 +87,8 @@ def text_lines(path: Path) -> list[str]:
     """
     with storage.reading(path, DataError):
         data = path.read_bytes()
-    lines = lines_of(_decoded(data.removeprefix(codecs.BOM_UTF8), path))
-    return [line.removesuffix("\r") for line in lines]
+    text = _decoded(data.removeprefix(codecs.BOM_UTF8), path)
+    return lines_of(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _decoded(data: bytes, path: Path) -> str:
@@ -97,7 +97,7 @@ def _decoded(data: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8."
         ) from None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit.models.processor import processor_name
+from lorakit.models.processor import limit_kernels, processor_name
 
 PRECISION = 1e-5
 """Largest relative error of a float32 product. With operands rounded to bfloat16 it is 2e-3."""
@@ -21,8 +21,8 @@ _STOCK, _ONEDNN = "none", "bf16"
 _lock = threading.Lock()
 _open = 0
 """Number of open blocks in this process."""
-_before = _STOCK
-"""The setting before the first of them."""
+_is_ours = False
+"""Whether the first of them changed the setting."""
 
 
 @contextmanager
@@ -33,10 +33,10 @@ def faster_float32() -> Iterator[None]:
     its own on every processor that has these instructions. PyTorch calls it for float32 only if it may round the
     operands to bfloat16. It makes use of that on processors with matrix units alone, but a product is compared first.
 
-    This is for training. Decoding multiplies so little in each of torch's attention products that oneDNN is slower.
+    This is for training. Decoding of many sequences is slower: torch's attention multiplies many small matrices.
 
     The setting belongs to the process: the first of several open blocks changes it and the last one resets it. A
-    choice of the user's stays.
+    choice of the user's stays, and so does one that is made inside a block.
     """
     if not onednn_is_faster():
         yield
@@ -50,27 +50,33 @@ def faster_float32() -> Iterator[None]:
 
 def _count(blocks: int) -> None:
     """Open a block, or close one."""
-    global _open, _before
+    global _open, _is_ours
     with _lock:
         if not _open:
-            _before = _setting()
+            _is_ours = _setting() == _STOCK
+            if _is_ours:
+                _set(_ONEDNN)
         _open += blocks
-        if _before == _STOCK:
-            _set(_ONEDNN if _open else _STOCK)
+        if not _open and _is_ours and _setting() == _ONEDNN:
+            _set(_STOCK)
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether `faster_float32` uses oneDNN: it is faster than MKL on this processor, and as precise."""
+    """Return whether `faster_float32` uses oneDNN: AVX-512, no processor of Intel's, and a product as precise."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or "Intel" in processor_name():
         return False
     if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9
         return False
+    limit_kernels()  # the library reads its limits at its first product
     x, W = (torch.arange(rows * 512.0).sin().view(rows, 512) for rows in (96, 80))
-    before = _setting()
-    _set(_ONEDNN)
-    product = _product(x, W)
-    _set(before)
+    with _lock:
+        before = _setting()
+        _set(_ONEDNN)
+        try:
+            product = _product(x, W)
+        finally:
+            _set(before)
     exact = x.double() @ W.double().T
     return bool((product - exact).norm() <= PRECISION * exact.norm())
 

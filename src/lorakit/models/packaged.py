@@ -71,8 +71,9 @@ class PackagedModel:
 
 
 _SENTENCE_PAIRS = (
-    "Its sentence pairs include natural language inference (SNLI, MultiNLI) and paraphrases (Quora), so its results on "
-    "MRPC, RTE, MNLI, QQP and QNLI are not those of a model that has only been pre-trained."
+    "Its sentence pairs include natural language inference (SNLI, MultiNLI), paraphrases (Quora) and questions with "
+    "answers (SQuAD), so its results on MRPC, RTE, MNLI, QQP and QNLI are not those of a model that has only been "
+    "pre-trained."
 )
 
 PACKAGED_MODELS = (

@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 KERNELS = 512
 """Matrix products whose kernels stay in memory. PyTorch's default is 1,024, and no batch size is ever forgotten: each
-shape of a bfloat16 product takes 0.6 MB, on a processor with matrix units up to 3 MB. A step has 30 to 50 shapes, so
+shape of a product by oneDNN takes 0.6 MB, on a processor with matrix units up to 3 MB. A step has 30 to 50 shapes, so
 512 hold the latest 10 to 17 batch sizes; to build the kernels of another one takes under 1 % of its step."""
 
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -98,8 +98,8 @@ def threads(count: int) -> Iterator[None]:
 def limit_kernels() -> None:
     """Lower the number of kernels that PyTorch's CPU library caches, unless the environment sets it.
 
-    The library reads the environment at its first product, so this has no effect in a process that has multiplied
-    bfloat16 matrices before.
+    oneDNN reads the environment at its first product, so this has no effect in a process that has multiplied bfloat16
+    matrices before.
     """
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))

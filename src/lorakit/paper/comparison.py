@@ -88,7 +88,7 @@ class Comparison:
             return ""
         return (
             f"The {count} intervals are not corrected for their number: if no method differed from LoRA, at least one "
-            f"would exclude zero with a chance of up to {100 * (1 - 0.95**count):.0f} %."
+            f"would exclude zero with a chance of up to {min(5 * count, 100)} %."
         )
 
     @property
@@ -196,7 +196,7 @@ def _spread(seeds: dict[int, float]) -> float | None:
 def _average(cells: Sequence[Measured]) -> Measured:
     """Return the mean of the displayed numbers over the columns.
 
-    Its spread is that of a sum of independent numbers: runs with one seed on several data sets have nothing in common.
+    Its spread is that of a mean of independent numbers: runs with one seed on two data sets differ like others.
     """
     value = statistics.fmean(cell.value for cell in cells)
     mean = statistics.fmean(cell.mean for cell in cells)

@@ -289,6 +289,7 @@ def own_notes(comparison: Comparison) -> list[str]:
     notes = [
         _protocol(grid),
         *_base(grid.config.base.name),
+        *_average(comparison),
         *_method_settings(grid),
         *(
             f"{row.variant.label} is left out: {row.left_out}"
@@ -347,19 +348,34 @@ def _base(name: str) -> Iterator[str]:
             yield f"`{name}` is {model.description}.{model.note and ' '}{model.note}"
 
 
+def _average(comparison: Comparison) -> Iterator[str]:
+    name = comparison.grid.study.average
+    if name in comparison.columns:
+        yield (
+            f"{name} is the mean of the columns. Its ± follows from theirs, taken as independent. Its difference is "
+            "that of the means."
+        )
+
+
 def _method_settings(grid: Grid) -> Iterator[str]:
     """Yield the settings of each method in its scored runs, if the records have them."""
     for variant in grid.study.variants:
         section = f"{variant.settings.get('method', 'lora')}."
-        records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
+        records = [
+            record
+            for data_set in grid.study.data_sets
+            for record in grid.records(data_set, variant)
+            if "optimizer.clip"
+            in record.settings  # older records have only what differs from the defaults
+        ]
         values = {
             f"{name.removeprefix(section)} {_setting(value)}": None
             for record in records
             for name, value in record.settings.items()
             if name.startswith(section) and value not in (None, "none", False, [], {})
         }
-        if len(values) > 1:
-            yield f"{variant.label}: {', '.join(values)}."
+        if values:
+            yield f"Settings of {variant.label}: {', '.join(values)}."
 
 
 def _setting(value: Any) -> str:
@@ -388,7 +404,7 @@ def _diverged(grid: Grid) -> Iterator[str]:
 def _protocol(grid: Grid) -> str:
     config = grid.config
     held_out = dict.fromkeys(
-        f"{100 * grid.setup.held_out.get(d.key, HELD_OUT_SHARE):g} % of the training data, which are held out"
+        f"{100 * grid.setup.held_out.get(d.key, HELD_OUT_SHARE):.3g} % of the training data, which are held out"
         if d.holds_out
         else "the validation set"
         for d in grid.study.data_sets

@@ -156,7 +156,7 @@ def read_yaml(path: str | Path, error: type[LorakitError], *, secret: bool = Fal
         where = f"line {mark.line + 1}" if mark else "it has a control character"
         reason = where if secret else " ".join(str(wrong).split())
         raise error(
-            f"'{path}' is not valid YAML: {reason}. Correct that line, or restore the file from a copy."
+            f"'{path}' is not valid YAML: {reason}. Correct it, or restore the file from a copy."
         ) from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -60,8 +60,7 @@ def train(config: TrainConfig) -> RunResult:
         gathering(processes),
         open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
         own_generators(config.seed, pick_device(config.base.device)),
-        # The compiler's search for kernels reads a setting that this changes, and torch then raises an error.
-        nullcontext() if config.compile else faster_float32(),
+        _faster_products(config),
     ):
         if (finished := processes.on_first(run.result)) is not None:
             return finished
@@ -94,6 +93,16 @@ def train(config: TrainConfig) -> RunResult:
             )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
+
+
+def _faster_products(config: TrainConfig) -> AbstractContextManager[None]:
+    """Return `faster_float32` for a run on a CPU.
+
+    Not with `compile`: the compiler's search for kernels reads a setting that it changes, and torch raises an error.
+    """
+    if config.compile or pick_device(config.base.device).type != "cpu":
+        return nullcontext()
+    return faster_float32()
 
 
 def _train_to_end(
