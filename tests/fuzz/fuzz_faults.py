@@ -81,7 +81,7 @@ FAULTS = (
     # a key that occurs twice, the depth, an exception of the library
     Fault("yaml", "lorakit.storage.yaml_files:Loader.compose_mapping_node", "key.value in seen"),
     Fault("yaml", "lorakit.storage.yaml_files:Loader.compose_node", "self._depth > MAX_DEPTH"),
-    Fault("yaml", "lorakit.cli.config_files:_read", "except yaml.YAMLError"),
+    Fault("yaml", "lorakit.storage.yaml_files:read_yaml", "except yaml.YAMLError"),
     # a byte order mark, a blank line, an exception of the library
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "number == 1"),
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "not line.strip()"),
