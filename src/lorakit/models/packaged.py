@@ -113,6 +113,8 @@ PACKAGED_MODELS = (
 )
 """The models with a short name."""
 
+BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
+
 
 def _installed(file: str) -> Path | None:
     """Return the path of a file of an installed module."""

@@ -10,7 +10,7 @@ from typing import Literal
 from lorakit import storage
 from lorakit.errors import BaseModelError, nearest, nearest_path
 from lorakit.models.base_config import NO_NAME
-from lorakit.models.packaged import PACKAGED_MODELS, PackagedModel
+from lorakit.models.packaged import BY_NAME, PackagedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,6 @@ class ModelSource:
     packaged: bool = False
 
 
-_BY_NAME = {name: model for model in PACKAGED_MODELS for name in (model.name, model.alias)}
-
-
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
     """Return the source of a base model, without loading it or using the network.
 
@@ -50,7 +47,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
     text = os.fspath(name).strip()
     if not text:
         raise BaseModelError(NO_NAME)
-    packaged = _BY_NAME.get(text.lower())
+    packaged = BY_NAME.get(text.lower())
     path = Path(os.path.expanduser(text))
     with storage.reading(path, BaseModelError):
         if packaged is not None:
@@ -69,7 +66,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
 
 def did_you_mean(name: str) -> str:
     """Return a sentence that suggests the closest short name, else the closest path, or an empty string."""
-    return nearest(name.lower(), _BY_NAME) or nearest_path(name)
+    return nearest(name.lower(), BY_NAME) or nearest_path(name)
 
 
 def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
@@ -135,6 +132,6 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
     except HFValidationError:
         raise BaseModelError(
             f"'{text}' is not a base model: expected a hub id ('organisation/name'), a model folder, "
-            f"a .gguf file, or one of {', '.join(_BY_NAME)}.{did_you_mean(text)}"
+            f"a .gguf file, or one of {', '.join(BY_NAME)}.{did_you_mean(text)}"
         ) from None
     return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)

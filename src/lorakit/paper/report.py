@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.metrics import WITHOUT_JAVA
-from lorakit.models.packaged import PACKAGED_MODELS
+from lorakit.models.packaged import BY_NAME
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
@@ -343,9 +343,8 @@ def _selected_seed(comparison: Comparison) -> Iterator[str]:
 
 def _base(name: str) -> Iterator[str]:
     """Yield what a packaged base is, and what it has learnt before."""
-    for model in PACKAGED_MODELS:
-        if name in (model.alias, model.name):
-            yield f"`{name}` is {model.description}.{model.note and ' '}{model.note}"
+    if (model := BY_NAME.get(name.lower())) is not None:
+        yield f"`{name}` is {model.description}. {model.note}".rstrip()
 
 
 def _average(comparison: Comparison) -> Iterator[str]:
@@ -361,16 +360,12 @@ def _method_settings(grid: Grid) -> Iterator[str]:
     """Yield the settings of each method in its scored runs, if the records have them."""
     for variant in grid.study.variants:
         section = f"{variant.settings.get('method', 'lora')}."
-        records = [
-            record
-            for data_set in grid.study.data_sets
-            for record in grid.records(data_set, variant)
-            if "optimizer.clip"
-            in record.settings  # older records have only what differs from the defaults
-        ]
+        records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
         values = {
             f"{name.removeprefix(section)} {_setting(value)}": None
             for record in records
+            # Older records have only what differs from the defaults.
+            if "optimizer.clip" in record.settings
             for name, value in record.settings.items()
             if name.startswith(section) and value not in (None, "none", False, [], {})
         }

@@ -16,7 +16,6 @@ import torch
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.float32_products import faster_float32
 from lorakit.planning.machine import Machine, measure
 from lorakit.planning.products import Product, time_products
 from lorakit.planning.shape import new_mode, planning
@@ -47,7 +46,6 @@ MARGIN = 1.1
 """Factor on the measured memory beyond tensors: a prediction that is too low costs more than one that is too high."""
 
 
-@faster_float32()
 def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
     """Run two short trainings and fit this machine's constants to them.
 
