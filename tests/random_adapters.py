@@ -13,4 +13,5 @@ def randomise(adapters: Adapters, *names: str, scale: float = 0.3, seed: int = 0
     with torch.no_grad():
         for name in names or adapters.names:
             for parameter in adapters.trainable_parameters(name):
-                parameter += scale * torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += scale * noise.to(parameter.device)

@@ -85,11 +85,12 @@ class LastBlock:
 
 def _padded(at: Tensor, count: int) -> Tensor:
     """Return `at` padded with other indices below `count` to a rounded number of rows, to limit cached kernels."""
-    more = rounded_rows(len(at)) - len(at)
+    more = min(rounded_rows(len(at)), count) - len(at)
     if not more:
         return at
-    others = at.new_ones(count, dtype=torch.bool).index_fill_(0, at, False)
-    return torch.cat([at, others.nonzero()[:more, 0]])
+    # Others first. Not `nonzero`, whose length a GPU would have to tell the CPU.
+    order = at.new_zeros(count, dtype=torch.int32).index_fill_(0, at, 1).argsort(stable=True)
+    return torch.cat([at, order[:more]])
 
 
 def last_block(model: nn.Module) -> LastBlock | None:

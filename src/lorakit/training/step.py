@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -117,14 +118,15 @@ def _accumulate_gradients(
     The mean is over the targets of the whole step, not over batches, so a batch with more targets counts more. 4
     batches of 4 examples give the gradient of one batch of 16, in one process or in several.
     """
-    loss = 0.0
+    shares = []
     for number, batch in enumerate(batches):
         with keyed_noise(job, batch, step, number):
             with job.autocast():
                 batch_share = job.objective.loss_sum(job.model, batch) / target_count
             batch_share.backward()
-        loss += batch_share.item()
-    return loss
+        shares.append(batch_share.detach())
+    # Read once, after the last batch: reading a loss waits for a GPU, which could compute the next batch meanwhile.
+    return sum(torch.stack(shares).tolist()) if shares else 0.0
 
 
 def _take_part(job: Job, examples: Step, step: int) -> None:
