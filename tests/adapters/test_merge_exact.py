@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import tiny_models
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from lorakit import Adapters, FullFineTuning, LoRA, attach
 from lorakit.adapters.entry import leave
 from lorakit.adapters.export import adapted_state_dict
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.method import Method, describe
@@ -270,3 +274,43 @@ def test_a_method_of_ones_own_is_merged():
     torch.testing.assert_close(model(x), expected)
     handle.detach()
     assert not torch.allclose(model(x), expected)
+
+
+def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.MonkeyPatch):
+    """Each layer's own weight is gone when the next layer is merged, so that a large model fits into memory."""
+    model = tiny_models.build("llama")
+    handle = with_eight_adapters(model)
+    paths = list(handle.modules("adapter4"))
+    own = [weakref.ref(model.get_submodule(path).weight) for path in paths]
+    alive = []
+    compute = LayerAdapters.effective_weight
+
+    def counted(*args: Any) -> Tensor:
+        alive.append(sum(ref() is not None for ref in own))
+        return compute(*args)
+
+    monkeypatch.setattr(LayerAdapters, "effective_weight", counted)
+    handle.merge("adapter4", keep_base=False)
+    assert alive == list(range(len(paths), 0, -1))
+
+
+def test_an_error_within_a_permanent_merge_leaves_no_adapter(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The model is merged in part, and adapters on it would act twice in some layers."""
+    model = tiny_models.build("llama")
+    handle = with_eight_adapters(model)
+    compute, calls = LayerAdapters.effective_weight, itertools.count()
+
+    def failing(*args: Any) -> Tensor:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError
+        return compute(*args)
+
+    monkeypatch.setattr(LayerAdapters, "effective_weight", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        handle.merge("adapter4", keep_base=False)
+    assert "Load the model again: it is merged in part" in caplog.text
+    assert not any(".adapters." in key for key in model.state_dict())
+    with pytest.raises(AdapterStateError, match="detach"):
+        handle.activate("adapter4")

@@ -51,6 +51,7 @@ from lorakit.training.step import optimizer_step
 SECOND = f"{second_device.NAME}:0"
 BATCHES = (1, 4)
 """Numbers of batches in a step whose waits for the device are counted."""
+NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
 Scenario = Callable[[str, Path], Any]
 
 
@@ -62,7 +63,10 @@ def main() -> None:
         name: {device: _outcome(scenario, device, root / name) for device in ("cpu", SECOND)}
         for name, scenario in SCENARIOS.items()
     }
-    outcomes["waits"] = {str(count): _waits(root / f"waits-{count}", count) for count in BATCHES}
+    outcomes["step"] = {
+        arch: [_waits(root / f"{arch}-{count}", arch, count) for count in BATCHES]
+        for arch in ("llama", "gpt2")
+    }
     (root / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -180,17 +184,22 @@ def _merged(device: str, folder: Path) -> Any:
     return logits
 
 
-def _waits(folder: Path, batches: int) -> int:
-    """Return how often the CPU waits for the device in one step of packed examples, after a first step."""
+def _waits(folder: Path, arch: str, batches: int) -> tuple[int, int]:
+    """Return how often the CPU waits for the device in one step of packed examples, and what it copies to it.
+
+    After a first step. The second number is that of the copies for one batch.
+    """
     folder.mkdir(exist_ok=True)
+    tiny_runs.save_base(folder / "base", arch, **NO_DROPOUT.get(arch, {}))
     settings = OptimizerConfig(learning_rate=1e-2)
-    config = _config(SECOND, folder, accumulation=batches, optimizer=settings, max_steps=2)
+    config = _config(SECOND, folder, arch, accumulation=batches, optimizer=settings, max_steps=2)
     job = prepare(config)
     optimizer = build_optimizer(job.parameters, config.optimizer, 1e-2)
     for number, examples in enumerate(job.step_plan.steps()):
         second_device.waits.clear()
+        second_device.uploads.clear()
         optimizer_step(job, optimizer, examples, number)
-    return len(second_device.waits)
+    return len(second_device.waits), len(second_device.uploads) // batches
 
 
 def _refusal(device: str, folder: Path) -> Any:

@@ -8,6 +8,7 @@ the device. A tensor of the device wraps one of the CPU, which computes. PyTorch
 from __future__ import annotations
 
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ GENERATOR = torch.Generator()
 waits: list[str] = []
 """The line of lorakit, or of a library that it calls, for each time that the CPU needed a value from the device."""
 
+uploads: list[str] = []
+"""The line for each copy of a tensor of the CPU to the device. It waits too, unless its memory is pinned."""
+
 aten = torch.ops.aten
 _MOVES = {aten._to_copy.default, aten.copy_.default}
 _INDEX = {  # a CPU tensor may be the index of a GPU's
@@ -31,12 +35,22 @@ _INDEX = {  # a CPU tensor may be the index of a GPU's
     aten._index_put_impl_.default,
     aten._unsafe_index.Tensor,
 }
-_READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
-"""Operations whose result or its shape the CPU needs."""
+_READS = {  # the CPU needs their result, or its shape
+    aten._local_scalar_dense.default,
+    aten._unique2.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
+}
 
 
 class Module:
     """The functions of ``torch.cuda`` that PyTorch and lorakit call."""
+
+    device = staticmethod(nullcontext)
 
     def is_available(self) -> bool:
         return True
@@ -104,8 +118,10 @@ class OnDevice(Tensor):
         kwargs = dict(kwargs or {})
         target = kwargs.get("device")
         leaves = target is not None and torch.device(target).type == "cpu"
-        if func in _READS or leaves:
+        if func in _READS or leaves or _selects(func, args):
             waits.append(_caller())
+        if func is aten.copy_.default and not isinstance(args[1], OnDevice):
+            uploads.append(_caller())
         if func not in _MOVES:
             _require_device(func, args[:1] if func in _INDEX else args)
             _require_device(func, tuple(kwargs.values()))
@@ -134,6 +150,11 @@ class OnDevice(Tensor):
             return OnDevice(x) if same is None else same
 
         return tree_map(wrapped, result)
+
+
+def _selects(func: Any, args: Any) -> bool:
+    """Whether an index is Boolean, so that the number of selected elements depends on its values."""
+    return func in _INDEX and any(x is not None and x.dtype == torch.bool for x in args[1])
 
 
 def _require_device(func: Any, arguments: Any) -> None:
@@ -167,6 +188,8 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Tenso
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     assert isinstance(target, OnDevice)
+    if not isinstance(source, OnDevice):
+        uploads.append(_caller())
     target.held.copy_(source.held if isinstance(source, OnDevice) else source)
     return target
 

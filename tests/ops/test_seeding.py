@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorakit.ops.seeding import seeded
+from lorakit.ops.seeding import seed_device, seeded
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,16 @@ def test_the_device_in_use_alone_is_seeded(
     assert module.states == [7, 7]
     with seeded(3):
         assert module.states == [7, 7]
+
+
+@pytest.mark.parametrize(("name", "after"), [("cuda:0", [3, 7]), ("cuda:1", [7, 3])])
+def test_a_device_is_seeded_that_is_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, after: list[int]
+) -> None:
+    module = SeveralDevices()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    seed_device(3, torch.device(name))
+    assert module.states == after
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to draw on")

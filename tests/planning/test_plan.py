@@ -24,13 +24,14 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.base_shape import Shape
+from lorakit.models.base_shape import Shape, shape_of
 from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
+from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
 from lorakit.training.setup import prepare
@@ -567,6 +568,13 @@ def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     assert (planned.device, planned.dtype) == ("cuda", "bfloat16")
     assert planned.chosen.memory.software == 0
     assert planned.chosen.seconds > 0
+    # A GPU computes the model's own layers, which keep more for the backward pass.
+    shape, batches = shape_of(config.base), from_lengths(config, 64, None, labelled=False)
+    on_cpu, on_gpu = (
+        simulate(config, shape, batches, dtype=torch.bfloat16, device=torch.device(name))
+        for name in ("cpu", "cuda")
+    )
+    assert on_gpu.fullest.peak["activations"] > on_cpu.fullest.peak["activations"]
 
 
 @pytest.mark.slow

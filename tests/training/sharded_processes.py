@@ -41,6 +41,7 @@ from several_processes import (
 from lorakit.data import DataConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.blocks import blocks_of
 from lorakit.models.sharding import is_split, own_part, split_like
 from lorakit.training import checkpoint, loop, setup
 from lorakit.training.config import HeldOutConfig, TrainConfig
@@ -48,6 +49,7 @@ from lorakit.training.distributed import joined
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import Job, prepare
+from lorakit.training.step import optimizer_step
 
 COUNTS = (1, 2, 4)
 
@@ -157,10 +159,26 @@ def memory(root: Path) -> Outcomes:
                     "share": job.share(next(job.step_plan.steps())),
                     "line": next(line for line in job.describe() if "split over" in line),
                 }
+                if method == "full":
+                    found[method]["whole gradients"] = whole_gradients(job)
                 del job, parameters, storages
             print(json.dumps(found))
 
     return run(2, work)
+
+
+def whole_gradients(job: Job) -> int:
+    """Return how many blocks' whole gradients FSDP2 keeps at the end of a backward pass."""
+    blocks = blocks_of(job.model)
+    contexts = {id(c): c for c in (block._get_fsdp_state()._comm_ctx for block in blocks)}
+    kept = []
+    embedding = job.model.get_input_embeddings().weight
+    embedding.register_hook(
+        lambda _: kept.append(sum(len(c.reduce_scatter_states) for c in contexts.values()))
+    )
+    step = next(job.step_plan.steps())
+    optimizer_step(job, build_optimizer(job.parameters, job.config.optimizer, 0.1), step, 0)
+    return max(kept)
 
 
 def parts(root: Path) -> Outcomes:

@@ -448,7 +448,7 @@ def test_a_command_reports_memory_without_a_traceback(
     monkeypatch.setattr(recipes, "run", fail)
     assert cli.main(["recipes"]) == 1
     assert capsys.readouterr().err.startswith(
-        "lorakit recipes: Out of memory (tried to allocate 2.00 GiB). Close other programs, load the base in 4 bits"
+        "lorakit recipes: Out of memory (tried to allocate 2.00 GiB). Close other programs, or lower batch_size"
     )
 
 

@@ -145,6 +145,13 @@ def test_each_process_holds_its_part_of_the_blocks(root: Path, method: str) -> N
 
 
 @pytest.mark.slow
+def test_the_whole_gradient_of_one_block_is_kept_at_a_time(root: Path) -> None:
+    processes = outcomes(root, "memory")
+    require_success(processes)
+    assert [json.loads(p["output"])["full"]["whole gradients"] for p in processes] == [1, 1]
+
+
+@pytest.mark.slow
 def test_processes_have_the_same_seed_and_different_data(root: Path) -> None:
     first, second = (json.loads(p["output"])["lora"] for p in outcomes(root, "memory"))
     assert first["seeded"] == second["seeded"]

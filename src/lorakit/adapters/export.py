@@ -115,7 +115,8 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         prefix = f"{path}." if path else ""
         names = [name for name, _ in blend]
         for attribute in adapters.weights_changed_by(path, layer, names):
-            result[prefix + attribute] = adapters.effective_weight(layer, attribute, blend)
+            # On a GPU, all merged weights together may not fit beside the base.
+            result[prefix + attribute] = adapters.effective_weight(layer, attribute, blend).cpu()
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
             replaced.add(prefix + attribute)
         replaced.update(prefix + attribute for attribute in adapters.replaced)
@@ -140,7 +141,7 @@ def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[
         scales = (f"{path}.SCB", f"{path}.weight_format")
         for other in [k for k in state if k.startswith(f"{key}.") or k in scales]:
             del state[other]
-        state[key] = weight.in_layout(state[key]) if key in replaced else weight.whole()
+        state[key] = weight.in_layout(state[key]) if key in replaced else weight.whole().cpu()
 
 
 def guard_loading(model: nn.Module) -> None:

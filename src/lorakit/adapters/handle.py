@@ -218,8 +218,9 @@ class Adapters:
 
         Args:
             choice: The adapters to merge, as for `activate`; None merges the active ones.
-            keep_base: False drops the base weights and all adapters. The model is then a plain merged model for
-                export, and the handle cannot be used afterwards. All other quantised layers are dequantised too.
+            keep_base: False drops the base weights and all adapters, layer by layer, so that two copies of the weights
+                never exist. The model is then a plain merged model for export, and the handle cannot be used
+                afterwards. All other quantised layers are dequantised too.
 
         Raises:
             AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
@@ -240,12 +241,15 @@ class Adapters:
             self._require_in_place(merged.names)
             with self.deactivated():
                 self._swap_trained(merged)  # the merged model keeps the trained biases and heads
-                merging.merge(self.model, merged.blends[0])
-            self._activation.merged = merged
+                if keep_base:
+                    merging.merge(self.model, merged.blends[0])
+                    self._activation.merged = merged
+                else:
+                    merging.merge_permanently(
+                        self.model, merged.blends[0], abandon=self._remove_all
+                    )
             self._activation.forbid_recomputation("merged")
             if not keep_base:
-                merging.forget_base(self.model)
-                self._activation.merged = None
                 self._remove_all()
 
     def merged_weights(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -452,7 +456,8 @@ class Adapters:
             try:
                 yield
             except BaseException:
-                self._set_active(before)
+                if self._installed:  # a merge that stops between two layers has removed them
+                    self._set_active(before)
                 raise
 
     def add(

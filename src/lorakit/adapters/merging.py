@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.export import tied_names, unties
 from lorakit.adapters.installed import adapted_layers, unmergeable
-from lorakit.adapters.layer_adapters import after_forward
+from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
 
@@ -35,21 +36,9 @@ def merge(model: nn.Module, blend: Blend) -> None:
         AdapterStateError: A weight has an unsupported quantisation or is not a parameter, or an adapter cannot
             be merged.
     """
-    names = [name for name, _ in blend]
-    require_mergeable(model, names)
-    merged = []
-    for path, layer, adapters in adapted_layers(model):
-        for attribute in adapters.weights_changed_by(path, layer, names):
-            W = getattr(layer, attribute)
-            if not W.is_floating_point() and quantised_weight(layer, W) is None:
-                raise AdapterStateError(
-                    f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
-                    "can be added to it. Merge into a base loaded in bfloat16 or float32."
-                )
-            weight = adapters.effective_weight(layer, attribute, blend)
-            merged.append((layer, adapters, attribute, weight))
-    for layer, adapters, attribute, weight in merged:
-        adapters.replace(layer, attribute, nn.Parameter(weight, requires_grad=False))
+    changes = _changes(model, blend)
+    for change, tensors in [(change, change.tensors(blend)) for change in changes]:
+        change.replace(tensors)
     if model.training:
         return  # the hooks record the passes of checkpointed blocks
     for _, layer, adapters in adapted_layers(model):
@@ -58,6 +47,102 @@ def merge(model: nn.Module, blend: Blend) -> None:
         if len(layer._forward_hooks) == 1:
             remove_hooks(layer, after_forward)
             adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], None]) -> None:
+    """As `merge`, but drop the base weight of each layer before the next one is merged.
+
+    This needs the memory of one more layer, and not of all. Every layer of a quantised base becomes an ordinary layer.
+    `tie_word_embeddings` is cleared if the merge unties all that it ties.
+
+    Args:
+        model: The adapted model.
+        blend: The adapters to merge, with their weights.
+        abandon: Called if an error stops the merge between two layers.
+
+    Raises:
+        AdapterStateError: As for `merge`; nothing has changed.
+    """
+    changes = _changes(model, blend)
+    kept = {name for names in tied_names(model) for name in names}  # to compare what was tied
+    unquantised = 0
+    try:
+        for change in changes:
+            change.replace(change.tensors(blend))
+            for attribute in list(change.adapters.replaced):
+                if change.name(attribute) not in kept:
+                    unquantised += _forget(change.layer, change.adapters, attribute)
+    except BaseException:
+        _LOG.error(
+            "The merge has stopped between two layers. Load the model again: it is merged in part."
+        )
+        abandon()
+        raise
+    _record_untying(model)
+    for _, layer, adapters in adapted_layers(model):
+        for attribute in list(adapters.replaced):
+            unquantised += _forget(layer, adapters, attribute)
+    others = make_whole(model)
+    if unquantised or others:
+        _LOG.warning(
+            "The base was quantised: the merged model holds the dequantised weights (%d merged, %d others), not the "
+            "original ones. To keep the original weights, merge into the base loaded unquantised.",
+            unquantised,
+            others,
+        )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The weights of a layer that a merge replaces."""
+
+    path: str
+    layer: nn.Module
+    adapters: LayerAdapters
+    attributes: list[str]
+
+    def name(self, attribute: str) -> str:
+        """Return the name of an attribute in the model."""
+        return f"{self.path}.{attribute}" if self.path else attribute
+
+    def tensors(self, blend: Blend) -> dict[str, Tensor]:
+        """Return the merged tensors."""
+        return {a: self.adapters.effective_weight(self.layer, a, blend) for a in self.attributes}
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        for attribute, weight in tensors.items():
+            self.adapters.replace(self.layer, attribute, nn.Parameter(weight, requires_grad=False))
+
+
+def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
+    """Return what merging these adapters changes, after all checks."""
+    names = [name for name, _ in blend]
+    require_mergeable(model, names)
+    changes = []
+    for path, layer, adapters in adapted_layers(model):
+        attributes = adapters.weights_changed_by(path, layer, names)
+        for attribute in attributes:
+            W = getattr(layer, attribute)
+            if not W.is_floating_point() and quantised_weight(layer, W) is None:
+                raise AdapterStateError(
+                    f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
+                    "can be added to it. Merge into a base loaded in bfloat16 or float32."
+                )
+        changes.append(_Change(path, layer, adapters, attributes))
+    return changes
+
+
+def _forget(layer: nn.Module, adapters: LayerAdapters, attribute: str) -> bool:
+    """Make a replaced tensor permanent; return whether the layer was quantised and has become an ordinary one."""
+    merged = layer._parameters[attribute]
+    quantised = quantised_weight(layer, adapters.forget(attribute))
+    if quantised is None:
+        return False
+    assert merged is not None
+    become_whole(quantised, merged.data)
+    return True
 
 
 @torch.no_grad()
@@ -119,11 +204,8 @@ def _separated(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, str] | 
     return None
 
 
-def forget_base(model: nn.Module) -> None:
-    """Make the merged tensors permanent, and clear `tie_word_embeddings` if the merge untied all that it ties.
-
-    Every layer of a quantised base becomes an ordinary layer.
-    """
+def _record_untying(model: nn.Module) -> None:
+    """Clear `tie_word_embeddings` if the merge has untied all that it ties."""
     config, state = getattr(model, "config", None), model.state_dict()
     is_tied = getattr(config, "tie_word_embeddings", False)
     if is_tied and unties(model, state):
@@ -135,21 +217,4 @@ def forget_base(model: nn.Module) -> None:
             "base before you attach or load the adapter.",
             *separated,
             type(model).__name__,
-        )
-    merged = 0  # quantised weights only
-    for _, layer, adapters in adapted_layers(model):
-        for attribute in list(adapters.replaced):
-            merged_weight = layer._parameters[attribute]
-            quantised = quantised_weight(layer, adapters.forget(attribute))
-            if quantised is not None:
-                assert merged_weight is not None
-                become_whole(quantised, merged_weight.data)
-                merged += 1
-    others = make_whole(model)
-    if merged or others:
-        _LOG.warning(
-            "The base was quantised: the merged model holds the dequantised weights (%d merged, %d others), not the "
-            "original ones. To keep the original weights, merge into the base loaded unquantised.",
-            merged,
-            others,
         )

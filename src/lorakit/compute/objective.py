@@ -100,12 +100,12 @@ class LanguageModellingLoss:
         self, model: nn.Module, batch: Batch, targets: Targets | None = None
     ) -> Tensor:
         """Return the last hidden states (N, d) that predict the targets."""
-        at = (targets or targets_of(batch)).at
-        with reading(self.last_block, batch, at.unique):
+        targets = targets or targets_of(batch)
+        with reading(self.last_block, batch, lambda: targets.read_at):
             hidden = backbone_of(model)(
                 **inputs_of(model, batch), use_cache=False
             ).last_hidden_state
-        return hidden.flatten(0, 1)[at]
+        return hidden.flatten(0, 1)[targets.at]
 
     def _is_fused(self, model: nn.Module) -> bool:
         """Whether the path is ``fused``, and still possible: the head may have been adapted after it was chosen."""
@@ -326,12 +326,14 @@ def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
     """The targets of a padded or packed batch."""
 
     at: Tensor
     """Index of the position that predicts each target, in the flattened (rows * width) positions."""
+    read_at: Tensor
+    """These indices, each once."""
     ids: Tensor
     """Token id of each target."""
     weights: Tensor | None
@@ -344,10 +346,17 @@ def targets_of(batch: Batch) -> Targets:
     """Return the targets of a padded or packed batch, and the positions that predict them."""
     width = batch["input_ids"].shape[1]
     if "target_at" in batch:
-        return Targets(batch["target_at"], batch["targets"], batch["target_weights"], width)
+        return Targets(
+            at=batch["target_at"],
+            read_at=batch["read_at"],
+            ids=batch["targets"],
+            weights=batch["target_weights"],
+            width=width,
+        )
     labels = batch["labels"][:, 1:]  # the previous position predicts a token
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
-    return Targets(rows * width + columns, labels[rows, columns], None, width)
+    at = rows * width + columns
+    return Targets(at=at, read_at=at, ids=labels[rows, columns], weights=None, width=width)
 
 
 def _cross_entropy_sum(

@@ -52,7 +52,8 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
     Returns:
         input_ids, position_ids (R, T) int64; attention_mask (R, 1, T, T) bool, True where token i of the row attends
         to token j; target_at (N,) int64, the index into the flattened (R * T) positions that predicts each target;
-        targets (N,) int64; target_weights (N,) float32, the number of examples with this target at this position.
+        read_at (M,) int64, the same indices, each once; targets (N,) int64; target_weights (N,) float32, the number of
+        examples with this target at this position.
     """
     rows, width = _rows(_trees(examples), step)
     shape = (len(rows), width)
@@ -80,6 +81,7 @@ def pack(examples: Sequence[LanguageExample], pad_id: int, *, step: int = 1) -> 
         "attention_mask": torch.from_numpy(mask)[:, None],
         "target_at": torch.tensor(target_at, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
+        "read_at": torch.from_numpy(np.unique(np.array(target_at, dtype=np.int64))),
         "target_weights": torch.tensor(weights, dtype=torch.float32),
     }
 

@@ -74,10 +74,10 @@ class RowSlice:
         """Number of rows."""
         return self.groups * self.width
 
-    def rows(self) -> torch.Tensor:
-        """Return the row indices, ascending: int64, shape ``(total,)``, on the CPU."""
-        starts = torch.arange(self.groups, device="cpu") * self.stride + self.offset
-        return (starts[:, None] + torch.arange(self.width, device="cpu")).flatten()
+    def rows(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the row indices, ascending: int64, shape ``(total,)``. Made on `device`: a copy would wait for it."""
+        starts = torch.arange(self.groups, device=device) * self.stride + self.offset
+        return (starts[:, None] + torch.arange(self.width, device=device)).flatten()
 
     def __str__(self) -> str:
         last = self.offset + self.width

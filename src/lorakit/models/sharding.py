@@ -38,6 +38,8 @@ def split_blocks(model: nn.Module, device: torch.device) -> None:
         model: A model with blocks, changed in place. While it is on the CPU, one block at a time moves to the device.
         device: The device of this process.
     """
+    from torch.distributed.fsdp import share_comm_ctx  # older PyTorch cannot split, and lacks it
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = blocks_of(model)
     whole = _kept_whole(model, blocks)
@@ -50,6 +52,8 @@ def split_blocks(model: nn.Module, device: torch.device) -> None:
         # A parameter may have a gradient in some processes only, and all of them must send the same tensors.
         block.set_reduce_scatter_unused_params(True)
         _mark_gradients(block)
+    # Else each block, a root of FSDP2 of its own, keeps its whole gradient until the backward pass has ended.
+    share_comm_ctx(blocks)  # type: ignore[arg-type]
     for tensor in (*model.parameters(), *model.buffers()):
         if not is_split(tensor):  # `model.to` could replace the split parameters
             tensor.data = tensor.data.to(device)

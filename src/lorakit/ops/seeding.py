@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,17 +34,30 @@ def seeded(seed: int | None, devices: Iterable[torch.device] = ()) -> Iterator[N
 
 @contextmanager
 def _seeded_device(seed: int, device: torch.device) -> Iterator[None]:
-    module: Any = torch.get_device_module(device)
-
-    def current() -> AbstractContextManager[Any]:
-        # A device module's functions act on its current device. mps has a single device.
-        return getattr(module, "device", nullcontext)(device)
-
-    with current():
+    with _generator(device) as module:
         state = module.get_rng_state()
         module.manual_seed(seed)
     try:
         yield
     finally:
-        with current():
+        with _generator(device) as module:
             module.set_rng_state(state)
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the global generator of `device`, and no other."""
+    if device.type == "cpu":
+        # torch.manual_seed formats a traceback for each device without use.
+        torch.default_generator.manual_seed(seed)
+        return
+    with _generator(device) as module:
+        module.manual_seed(seed)
+
+
+@contextmanager
+def _generator(device: torch.device) -> Iterator[Any]:
+    """Return the module whose functions act on the generator of `device` inside the block."""
+    module: Any = torch.get_device_module(device)
+    # They act on the module's current device. mps has a single device.
+    with getattr(module, "device", nullcontext)(device):
+        yield module

@@ -186,7 +186,8 @@ def plan(
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
-    run = simulate(config, shape, batches, dtype=dtype)
+    simulated = partial(simulate, shape=shape, batches=batches, dtype=dtype, device=device)
+    run = simulated(config)
     sizes = batches.sizes(packed=run.packed, is_encoder_decoder=shape.is_encoder_decoder)
     if batches.steps is not None:
         sizes = min(sizes, batches.steps * batches.per_step)
@@ -194,7 +195,7 @@ def plan(
     if compare and run.method != "FullFineTuning":
         progress("simulating a step of full fine-tuning")
         try:
-            full = simulate(as_full(config), shape, batches, dtype=dtype)
+            full = simulated(as_full(config))
         except LorakitError as error:
             why = str(error)
     timings = Timings({})

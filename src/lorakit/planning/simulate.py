@@ -73,9 +73,14 @@ class SimulatedRun:
 
 
 def simulate(
-    config: TrainConfig, shape: Shape, batches: Batches, *, dtype: torch.dtype
+    config: TrainConfig,
+    shape: Shape,
+    batches: Batches,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> SimulatedRun:
-    """Set up a run as training does, on a model without weights, and run a step of each batch.
+    """Set up a run as training does on `device`, on a model without weights, and run a step of each batch.
 
     Raises:
         LorakitError: A setting does not fit the model or the data, with the message of training.
@@ -104,7 +109,8 @@ def simulate(
         copies = in_all_blocks if is_full else _copied_in(in_blocks)
         model.train()
         computation = choice_of(config, model, task)
-        if computation.faster == "layers":
+        # The model without weights is on the CPU, the only device whose runs install these layers.
+        if computation.faster == "layers" and device.type == "cpu":
             make_faster(model)
         autocast = autocast_of(dtype, adapters, model.device)
     # Outside `planning`, since the checks of a file's content read numbers that are not simulated.

@@ -22,7 +22,7 @@ from lorakit.models.compiling import compiled_blocks_idle
 from lorakit.models.sharding import own_part, reached
 from lorakit.ops.dropout import CPU, Draw, Keys, token_words
 from lorakit.ops.keyed_dropout import keyed
-from lorakit.ops.seeding import seeded
+from lorakit.ops.seeding import seed_device, seeded
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
 from lorakit.training.setup import ADAPTER, Job
@@ -129,10 +129,8 @@ def _words(ids: Tensor, first: int = 0) -> Tensor:
 def _seed(text: str, device: torch.device) -> None:
     """Seed the generators of the CPU and of `device`; models may use those of Python and NumPy too."""
     seed = random.Random(text).getrandbits(32)
-    # torch.manual_seed formats a traceback for each device without use.
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    for each in {torch.device("cpu"), device}:
+        seed_device(seed, each)
     random.seed(seed)
     np.random.seed(seed)
 

@@ -94,9 +94,9 @@ class FactorForm:
         """Return the number of rows of the weight as a matrix."""
         return self.slices[0].groups * self.slices[0].stride if self.slices else B.shape[0]
 
-    def rows(self) -> Tensor:
+    def rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the indices of the adapted rows of a fused projection, slice by slice."""
-        return torch.cat([s.rows() for s in self.slices])
+        return torch.cat([s.rows(device) for s in self.slices])
 
     # --- the weight and its change as matrices ---------------------------------------------------
 
@@ -117,7 +117,7 @@ class FactorForm:
     def weight_parts(self, matrix: Tensor) -> list[Tensor]:
         """Return the rows of the weight's matrix to which each of the `parts` is added."""
         if self.slices:
-            return [matrix[s.rows().to(matrix.device)] for s in self.slices]
+            return [matrix[s.rows(matrix.device)] for s in self.slices]
         return list(matrix.chunk(self.groups))
 
     def all_rows(self, A: Tensor, B: Tensor) -> Factors:
@@ -126,13 +126,13 @@ class FactorForm:
             return A, B
         blocks = torch.block_diag(*B.split([s.total for s in self.slices]))
         whole = B.new_zeros(self.out_features(B), A.shape[0])
-        return A, whole.index_copy(0, self.rows().to(B.device), blocks)
+        return A, whole.index_copy(0, self.rows(B.device), blocks)
 
     def bias_of_all_rows(self, bias: Tensor, B: Tensor) -> Tensor:
         """Return B's bias for all rows of the layer, zero outside the slices."""
         if not self.slices:
             return bias
-        rows = self.rows().to(bias.device)
+        rows = self.rows(bias.device)
         return bias.new_zeros(self.out_features(B)).index_copy(0, rows, bias)
 
     # --- other libraries -------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class LoRALayer(AdapterModule):
         """Return the indices of the adapted output rows, slice after slice."""
         if not self.slices:
             return torch.arange(self.out_features, device=self.lora_B.device)
-        return self.form.rows().to(self.lora_B.device)
+        return self.form.rows(self.lora_B.device)
 
     # --- effect ----------------------------------------------------------------------------------
 

@@ -136,5 +136,5 @@ def _all_magnitudes(layer: StoredLayer) -> Tensor | None:
             "PEFT's form of DoRA on slices of a fused projection needs the norms of the base's other rows. "
             "Save the adapter from a live model."
         )
-    rows = layer.form.rows().to(layer.base_norms.device)
+    rows = layer.form.rows(layer.base_norms.device)
     return layer.base_norms.index_copy(0, rows, layer.magnitude)
