@@ -398,7 +398,7 @@ def interrupted(root: Path) -> Any:
     def work_signalled_while_computing(rank: int) -> None:
         original = steps._accumulate_gradients
 
-        def accumulate(*args: Any) -> float:
+        def accumulate(*args: Any) -> tuple[float, int]:
             if rank == 1 and args[3] == 3:
                 signal.raise_signal(signal.SIGTERM)
             return original(*args)
@@ -515,7 +515,7 @@ def nan_at_step(number: int) -> None:
     def stepping(*args: Any) -> Any:
         bad = args[3] + 1 == number and next(times, False)
         steps._accumulate_gradients = (
-            (lambda *a: accumulate(*a) * float("nan")) if bad else accumulate
+            (lambda *a: (float("nan"), accumulate(*a)[1])) if bad else accumulate
         )
         return step(*args)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,39 +94,37 @@ def _compute_share(job: Job, examples: Step, step: int) -> tuple[float, int, int
     for parameter in job.parameters.values():
         parameter.grad = None  # a failed attempt may have left some
     share = [[job.train[i] for i in indices] for indices in job.share(examples)]
-    batches = list(map(job.collate, share))
     target_count = sum(job.count_targets(job.train[i]) for i in examples)
-    loss = _accumulate_gradients(job, batches, target_count, step)
+    # Each batch is made when it is needed: meanwhile a GPU computes the one before.
+    loss, computed = _accumulate_gradients(job, map(job.collate, share), target_count, step)
     if job.config.shard:
         _take_part(job, examples, step)
-    is_encoder_decoder = isinstance(job.objective, SequenceToSequenceLoss)
-    inputs = (
-        ("input_ids", "labels") if is_encoder_decoder else ("input_ids",)
-    )  # the labels are the decoder's
-    return (
-        loss,
-        sum(len(example) for batch in share for example in batch),
-        sum(batch[name].numel() for batch in batches for name in inputs),
-    )
+    return loss, sum(len(example) for batch in share for example in batch), computed
 
 
 def _accumulate_gradients(
-    job: Job, batches: Sequence[Mapping[str, Tensor]], target_count: int, step: int
-) -> float:
-    """Run forward and backward on this process's batches of a step; return their part of the step's mean loss.
+    job: Job, batches: Iterable[Mapping[str, Tensor]], target_count: int, step: int
+) -> tuple[float, int]:
+    """Run forward and backward on this process's batches of a step.
 
     The mean is over the targets of the whole step, not over batches, so a batch with more targets counts more. 4
     batches of 4 examples give the gradient of one batch of 16, in one process or in several.
+
+    Returns:
+        The batches' part of the step's mean loss, and the number of tokens in them.
     """
-    shares = []
+    is_encoder_decoder = isinstance(job.objective, SequenceToSequenceLoss)
+    inputs = ("input_ids", "labels") if is_encoder_decoder else ("input_ids",)  # of the decoder
+    shares, computed = [], 0
     for number, batch in enumerate(batches):
+        computed += sum(batch[name].numel() for name in inputs)
         with keyed_noise(job, batch, step, number):
             with job.autocast():
                 batch_share = job.objective.loss_sum(job.model, batch) / target_count
             batch_share.backward()
         shares.append(batch_share.detach())
     # Read once, after the last batch: reading a loss waits for a GPU, which could compute the next batch meanwhile.
-    return sum(torch.stack(shares).tolist()) if shares else 0.0
+    return sum(torch.stack(shares).tolist()) if shares else 0.0, computed
 
 
 def _take_part(job: Job, examples: Step, step: int) -> None:
