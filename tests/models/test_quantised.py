@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
-from lorakit.models import loading
+from lorakit.models import digests, loading
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import (
@@ -28,7 +29,7 @@ from lorakit.models.quantised import (
     require_exact_layers,
 )
 from lorakit.models.quantised_layers import Int8Linear, NF4Linear
-from lorakit.models.quantising import quantise
+from lorakit.models.quantising import projections_as_stored, quantise
 
 KINDS = ("nf4", "int8")
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -281,6 +282,57 @@ def test_load_base(folder: str, kind) -> None:
     assert not base.model.training
     (notice,) = base.notices
     assert f"14 projections are quantised to {kind}" in notice
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_projections_are_cast_one_at_a_time(tmp_path, monkeypatch, kind, stored, computed) -> None:
+    """With the same bits as those of a base that is cast whole."""
+    model = tiny_models.build("llama", **WIDE).to(getattr(torch, stored))
+    model.model.norm.float()  # as in some checkpoints
+    model.save_pretrained(tmp_path)
+    whole = load_base(tmp_path, dtype=computed).model
+    quantise(whole, kind)
+    monkeypatch.setattr(loading, "compute_dtype", lambda *_: getattr(torch, computed))
+    before: list[dict[str, torch.dtype]] = []
+
+    def spy(model: nn.Module, *arguments) -> int:
+        before.append({name: p.dtype for name, p in model.named_parameters()})
+        return quantise(model, *arguments)
+
+    monkeypatch.setattr(loading, "quantise", spy)
+    model = load_base(tmp_path, dtype=kind).model
+    weights = dict(quantised_weights(model))
+    assert before[0] == {
+        name: getattr(torch, stored if name.removesuffix(".weight") in weights else computed)
+        for name in before[0]
+    }
+    assert len(weights) == 14
+    for path, weight in quantised_weights(whole):
+        assert weights[path].digests() == weight.digests()
+        assert weights[path].dtype == weight.dtype == getattr(torch, computed)
+    for name, parameter in whole.named_parameters():
+        assert model.get_parameter(name).equal(parameter)
+
+
+def test_models_that_other_threads_load_are_cast_whole(tmp_path) -> None:
+    half = tmp_path / "half"
+    tiny_models.build("llama").bfloat16().save_pretrained(half)
+    loaded = []
+    thread = threading.Thread(target=lambda: loaded.append(load_base(half, dtype="float32").model))
+    with projections_as_stored() as dtypes:
+        thread.start()
+        thread.join()
+        assert not dtypes
+    assert {p.dtype for p in loaded[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_rounded_form_is_hashed(monkeypatch, kind) -> None:
+    layer, hashed = linear(), []
+    monkeypatch.setattr(digests, "_bytes", lambda chunk: hashed.append(chunk.dtype) or b"")
+    LAYERS[kind](layer)
+    assert hashed == [torch.bfloat16]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

@@ -511,11 +511,13 @@ def test_a_quantised_base_takes_the_bytes_of_the_loaded_one(tmp_path, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("computed", ["bfloat16", "float32"])
-def test_loading_reads_the_unquantised_weights(tmp_path, monkeypatch, computed):
+def test_loading_maps_the_unquantised_weights(tmp_path, monkeypatch, computed):
+    """Whatever the dtype of the computation, they stay in that of the file until they are quantised."""
     config = tiny_models.ARCHITECTURES["llama"]()
     config.update({"architectures": ["LlamaForCausalLM"], "dtype": torch.bfloat16})
     config.save_pretrained(tmp_path)
-    monkeypatch.setattr(planner, "compute_dtype", lambda *_: getattr(torch, computed))
+    names = {"nf4": computed, "bfloat16": "bfloat16"}
+    monkeypatch.setattr(planner, "compute_dtype", lambda name, _: getattr(torch, names[name]))
     plans = {
         name: plan(
             dataclasses.replace(
@@ -526,11 +528,10 @@ def test_loading_reads_the_unquantised_weights(tmp_path, monkeypatch, computed):
             compare=False,
             machine=MACHINE,
         )
-        for name in ("nf4", computed)
+        for name in names
     }
-    # In the dtype of the file the unquantised weights stay mapped; else their copy goes as the quantised ones come.
-    beside = plans["nf4"].chosen.memory.base if computed == "bfloat16" else 0
-    assert plans["nf4"].loading == pytest.approx(plans[computed].loading + beside, abs=1000)
+    quantised = plans["nf4"].chosen.memory.base
+    assert plans["nf4"].loading == pytest.approx(plans["bfloat16"].loading + quantised, abs=1000)
 
 
 def test_an_encoder_is_planned_as_a_classifier(tmp_path):

@@ -32,17 +32,23 @@ class Digests(NamedTuple):
 
 def digests(tensor: Tensor) -> Digests:
     """Hash a tensor's numbers in row-major order, with their dtype and shape."""
-    name = dtype_name(tensor.dtype)
+    found = _digests_in({tensor.dtype, torch.bfloat16}, tensor)
+    return Digests(found[tensor.dtype], found[torch.bfloat16])
+
+
+def digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """Return the digest of a tensor's numbers in `dtype` alone, which takes half the time of `digests` or less."""
+    return _digests_in({dtype}, tensor)[dtype]
+
+
+def _digests_in(dtypes: set[torch.dtype], tensor: Tensor) -> dict[torch.dtype, bytes]:
+    """Return the digest of a tensor's numbers in each dtype, from one pass over them."""
     shape = f"{tuple(tensor.shape)}\0"
-    exact = hashlib.sha256(f"{name}{shape}".encode())
-    rounded = (
-        exact if tensor.dtype == torch.bfloat16 else hashlib.sha256(f"bfloat16{shape}".encode())
-    )
+    hashes = {dtype: hashlib.sha256(f"{dtype_name(dtype)}{shape}".encode()) for dtype in dtypes}
     for chunk in _chunks(tensor.detach()):
-        exact.update(_bytes(chunk))
-        if rounded is not exact:
-            rounded.update(_bytes(chunk.to(torch.bfloat16)))
-    return Digests(exact.digest(), rounded.digest())
+        for dtype, computed in hashes.items():
+            computed.update(_bytes(chunk.to(dtype)))
+    return {dtype: computed.digest() for dtype, computed in hashes.items()}
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +18,12 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import locate, read_config
 from lorakit.models.quantised import require_exact_layers
-from lorakit.models.quantising import check_available, quantise, share_of_experts
+from lorakit.models.quantising import (
+    check_available,
+    projections_as_stored,
+    quantise,
+    share_of_experts,
+)
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
 from lorakit.ops.seeding import seeded
@@ -139,13 +144,14 @@ def load_base(
         with _explained(source, path, task):
             config = read_config(source.name, path, options)
             weights_dtype = compute_dtype(dtype, device, config)
-            model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
+            with projections_as_stored() if quantisation else nullcontext() as dtypes:
+                model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
         tokenizer = tokenizer_of(source, path, options)
     if quantisation:
         experts = share_of_experts(model)
-        count = quantise(model, quantisation)
+        count = quantise(model, quantisation, dtypes)
         # The other weights may map the checkpoint's file: all that was read of it would stay in memory.
         for tensor in (*model.parameters(), *model.buffers()):
             if type(tensor) in (torch.Tensor, torch.nn.Parameter):

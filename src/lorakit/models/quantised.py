@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError
-from lorakit.models.digests import Digests, digests
+from lorakit.models.digests import Digests, digest
 from lorakit.models.layers import base_modules
 
 KINDS = frozenset({"nf4", "fp4", "int8"})
@@ -95,7 +95,7 @@ class QuantisedWeight:
         """Return the digests of the packed numbers with their scales, and of the original in bfloat16."""
         exact = hashlib.sha256(f"{self.kind}{tuple(self.shape)}\0".encode())
         for name, part in sorted({"packed": self.packed.data, **self.scales}.items()):
-            exact.update(name.encode() + digests(part).exact)
+            exact.update(name.encode() + digest(part, part.dtype))
         made_from = getattr(self.layer, "made_from", None)
         return Digests(exact.digest(), made_from and made_from.bfloat16)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.models.digests import digests
+from lorakit.models.digests import digest
 from lorakit.models.quantised import expanded_4bit
 from lorakit.ops.derivatives import Function, apply
 
@@ -43,9 +43,7 @@ class WholeWeight:
         """Record a layer's weight before it is quantised."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        rounded = digests(weight).bfloat16
-        assert rounded is not None
-        return cls(type(layer), weight.dtype, rounded)
+        return cls(type(layer), weight.dtype, digest(weight, torch.bfloat16))
 
 
 class NF4Linear(bnb.nn.Linear4bit):

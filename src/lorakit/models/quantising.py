@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
+import threading
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -19,10 +24,45 @@ from lorakit.models.quantised import FLAGS, quantised_weights
 
 _OLDEST = "0.50"
 """The oldest tested version of bitsandbytes."""
+_PATCHED = threading.Lock()
+"""Held while a method of transformers is replaced, so that two threads do not restore each other's replacement."""
+
+
+@contextmanager
+def projections_as_stored() -> Iterator[dict[str, torch.dtype]]:
+    """Let `from_pretrained` keep the weights that `quantise` replaces in the dtype of their file.
+
+    They then map the file. Cast while they are loaded, all of them would be in memory at once: a base of 16 bits that
+    computes in float32 would need twice the size of its file.
+
+    Yields:
+        Paths of the layers with these weights, and the dtypes to cast them to, once the model is loaded. Empty if the
+        architecture keeps some of its weights in float32.
+    """
+    from transformers import PreTrainedModel
+
+    plan_of, thread = PreTrainedModel._get_dtype_plan, threading.get_ident()
+    dtypes: dict[str, torch.dtype] = {}
+
+    def plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+        """Return regular expressions of names, and the dtype of the weights that they match; None does not cast."""
+        planned = plan_of(model, dtype)
+        if planned or threading.get_ident() != thread:
+            return planned
+        dtypes.clear()  # of a model inside this one
+        for path in (path for paths in places_of_projections(model) for path in paths):
+            dtypes[path] = model.get_submodule(path).weight.dtype  # type: ignore[assignment]
+        names = "|".join(re.escape(f"{path}.weight") for path in dtypes)
+        return {f"^(?:{names})$": None} if dtypes else {}
+
+    with _PATCHED, mock.patch.object(PreTrainedModel, "_get_dtype_plan", plan):
+        yield dtypes
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, kind: Quantisation) -> int:
+def quantise(
+    model: nn.Module, kind: Quantisation, dtypes: Mapping[str, torch.dtype] | None = None
+) -> int:
     """Quantise the weights of a model's projections in place to 4 or 8 bits, one layer at a time.
 
     The projections are the linear layers (GPT-2's `Conv1D` included) in the model's numbered blocks.
@@ -31,6 +71,8 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
     Args:
         model: A model with unquantised weights and no adapters. Its compute dtype does not change.
         kind: The kind of quantisation.
+        dtypes: Dtypes to cast the weights of some layers to before they are quantised, by the layer's path. A quantised
+            layer computes in the dtype of its original weight.
 
     Returns:
         Number of quantised layers.
@@ -52,7 +94,10 @@ def quantise(model: nn.Module, kind: Quantisation) -> int:
             "Set the dtype to auto, bfloat16 or float32."
         )
     for first, *others in places:
-        layer = layer_class(model.get_submodule(first))
+        whole: Any = model.get_submodule(first)
+        if dtypes and first in dtypes:
+            whole.weight.data = whole.weight.data.to(dtypes[first])
+        layer = layer_class(whole)
         for path in (first, *others):
             model.set_submodule(path, layer)
     _mark(model, kind)

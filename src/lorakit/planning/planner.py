@@ -114,8 +114,8 @@ class Plan:
     """Whether they split the weights of the blocks."""
     machine: Machine
     loading: int
-    """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, both copies exist briefly. nf4 and
-    int8 read all weights unquantised first."""
+    """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, or the base is quantised, both take
+    memory for a moment."""
     chosen: Prediction
     """The run as configured."""
     full: Prediction | None
@@ -242,16 +242,12 @@ def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtyp
     """Return the peak bytes while loading a base: `base_dtype` is that of its weights, `dtype` that of its products.
 
     The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
-    from these weights.
+    from the mapped weights, one layer after the other.
     """
     stored = getattr(shape.config, "dtype", None)
-    is_quantised = base_dtype in QUANTISATIONS
-    weights = run.total * dtype.itemsize if is_quantised else run.base
-    if isinstance(stored, torch.dtype) and stored != dtype:
-        weights += run.total * stored.itemsize
-    elif is_quantised:
-        weights += run.base
-    return INTERPRETER + IMPORTS + weights
+    stored = stored if isinstance(stored, torch.dtype) else dtype
+    copied = base_dtype in QUANTISATIONS or stored != dtype
+    return INTERPRETER + IMPORTS + run.base + (run.total * stored.itemsize if copied else 0)
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
