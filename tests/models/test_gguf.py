@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +216,45 @@ def test_concurrent_calls_convert_once(
     assert len(folders) == 2
 
 
+def test_an_unchanged_file_is_hashed_once(
+    tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    digest_of = module.sha256
+    monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path) or digest_of(path))
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    os.utime(path, (1e9, 1e9))
+    described = described_folder(path)
+    folder = converted_folder(path)
+    assert converted_folder(path) == folder
+    assert hashed == [path]
+    assert described == folder.with_name(f"{folder.name}-description")
+
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)  # as many bytes
+    changed = [described_folder(path) for _ in range(2)]
+    assert hashed == [path] * 3  # its time could be that of a further change
+    assert changed[0] == changed[1] != described
+
+
+def test_a_model_that_does_not_fit(
+    tmp_path: Path, llama: LlamaForCausalLM, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama, kind=Q4_1)
+    needed = 4 * sum(p.numel() for p in llama.parameters())
+    monkeypatch.setattr(module, "_read_model", lambda *_: pytest.fail("read"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "free_memory", lambda device: needed - 1)
+        with pytest.raises(BaseModelError, match=r"needs 108 kB of memory, but 108 kB are free\."):
+            converted_folder(path)
+        assert described_folder(path).is_dir()  # without its weights
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(BaseModelError, match=rf"needs 108 kB in .*'{cache}', but 1 kB are free"):
+        converted_folder(path)
+
+
 def test_cache_that_is_a_file(tmp_path: Path, llama: LlamaForCausalLM, cache: Path) -> None:
     cache.write_text("not a folder")
     with pytest.raises(BaseModelError, match="Set LORAKIT_CACHE"):
@@ -231,7 +272,7 @@ def test_a_file_that_was_cut_off(
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BaseModelError, match=r"tiny\.gguf' is damaged.*copied or downloaded"):
         load_base(path)
-    assert [entry.name for entry in cache.iterdir() if entry.name != ".lock"] == []
+    assert [entry.name for entry in cache.iterdir() if not entry.name.startswith(".lock")] == []
 
 
 def entry_of(data: bytes, name: str) -> int:
@@ -334,18 +375,6 @@ def test_rotary_frequencies_in_the_file(
     notices = load_base(write_gguf(tmp_path / "tiny.gguf", llama, extra=extra)).notices
     assert [n for n in notices if "rope_freqs.weight" in n] == notices
     assert len(notices) == (factor != 1)
-
-
-def test_failed_conversions_leave_one_lock(
-    tmp_path: Path, llama: LlamaForCausalLM, cache: Path
-) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", llama)
-    whole = path.read_bytes()
-    for kept in (100, 200, 300):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(BaseModelError):
-            converted_folder(path)
-    assert [entry.name for entry in cache.iterdir()] == [".lock"]
 
 
 def test_conversions_in_threads_leave_the_reader_as_it_was(

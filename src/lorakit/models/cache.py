@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
 
 from lorakit.errors import BaseModelError
+
+_LOCKS = 64
+"""Lock files in the cache folder, at most."""
 
 
 def cache_folder() -> Path:
@@ -21,8 +25,9 @@ def cache_folder() -> Path:
 def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:
     """Return `folder`, after `make` has created it if one of its files is missing. Other processes wait for it.
 
-    One lock serves the whole cache, so that failed conversions leave no lock files. Removing a lock file instead would
-    be a race: a process that waits for the removed file does not exclude one that creates it again.
+    A fixed number of locks serves all folders, so that failed conversions do not leave ever more lock files. Folders
+    with the same lock, which are rare, wait for each other. Removing a lock file would be a race: a process that waits
+    for the removed file does not exclude one that creates it again.
 
     Raises:
         BaseModelError: The cache is not writable.
@@ -31,7 +36,8 @@ def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder.parent / ".lock", is_singleton=False).acquire()
+        number = zlib.crc32(folder.name.encode()) % _LOCKS
+        lock = filelock.FileLock(folder.parent / f".lock-{number}", is_singleton=False).acquire()
     except OSError as error:
         raise BaseModelError(
             f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from lorakit.errors import ConfigurationError
@@ -26,3 +27,16 @@ def pick_device(name: str) -> torch.device:
             f"base.device is {name!r}, but this torch sees no such device. Write auto or cpu."
         )
     return device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that are free on a CPU or a CUDA GPU; None for other devices.
+
+    Memory that PyTorch has reserved on a GPU and does not use counts as free.
+    """
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -6,7 +6,9 @@ import functools
 import importlib.util
 import io
 import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 
 from lorakit.errors import BaseModelError, LorakitError
-from lorakit.formatting import counted
+from lorakit.formatting import counted, size
 from lorakit.models.cache import cache_folder, cached, is_complete
+from lorakit.models.devices import free_memory
 from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, TensorEntry, read_header
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
@@ -33,6 +36,11 @@ _RECORD = f"conversion-transformers-{version('transformers')}.json"
 """Names the version of transformers, on which the result depends: another version converts again."""
 _DESCRIPTION = ("config.json", "tokenizer.json", _RECORD)
 _CONVERTED = (*_DESCRIPTION, "model.safetensors")
+
+_DIGESTS: dict[tuple[Path, int, int, int], str] = {}
+"""SHA-256 of files, by path, size, time of the last change and inode."""
+_CLOCK_TICK = 2.0
+"""Seconds of the coarsest file times (FAT). A second change within them may leave the time of the first."""
 
 _UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_short")
 """Tensors that transformers computes itself: frequencies of rotary embeddings. Any other unused tensor is an error."""
@@ -99,13 +107,27 @@ def conversion_notices(folder: Path) -> list[str]:
 
 
 def _folder_of(gguf: Path) -> Path:
-    return cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}-{_CONVERSION}"
+    return cache_folder() / f"{gguf.stem}-{_digest_of(gguf)[:16]}-{_CONVERSION}"
+
+
+def _digest_of(gguf: Path) -> str:
+    """Return the SHA-256 of a file, which is read once while it does not change: a command needs its folder often."""
+    status = gguf.stat()
+    state = (gguf, status.st_size, status.st_mtime_ns, status.st_ino)
+    if (known := _DIGESTS.get(state)) is not None:
+        return known
+    digest = sha256(gguf)
+    if time.time() - status.st_mtime > _CLOCK_TICK:
+        _DIGESTS[state] = digest
+    return digest
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
         header = read_header(gguf)
-        model = _read_model(gguf, _smallest_dtype(gguf, header), header)
+        dtype = _smallest_dtype(gguf, header)
+        _require_room(gguf, header, dtype, folder.parent)
+        model = _read_model(gguf, dtype, header)
         _require_finite(gguf, model)
         tokenizer = _read_tokenizer(gguf)
     notices = _finish_tokenizer(tokenizer, header.settings, model.config)
@@ -208,6 +230,26 @@ def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
         if not all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in full):
             dtype = None
     return dtype or torch.float32
+
+
+def _require_room(gguf: Path, header: Header, dtype: torch.dtype, cache: Path) -> None:
+    """Compare the size of the converted model with the free memory, and with the free space of the cache folder.
+
+    Raises:
+        BaseModelError: The model does not fit.
+    """
+    needed = sum(tensor.elements for tensor in header.tensors) * dtype.itemsize
+    memory, disk = free_memory(torch.device("cpu")), shutil.disk_usage(cache).free
+    if memory is not None and needed > memory:
+        raise BaseModelError(
+            f"The conversion of '{gguf.name}' needs {size(needed)} of memory, but {size(memory)} are free. Close other "
+            "programs, or name the original model, which is not converted."
+        )
+    if needed > disk:
+        raise BaseModelError(
+            f"The conversion of '{gguf.name}' needs {size(needed)} in the cache folder '{cache}', but {size(disk)} are "
+            "free. Set LORAKIT_CACHE to a folder on a larger disk, or name the original model, which is not converted."
+        )
 
 
 def _float32(gguf: Path, tensor: TensorEntry) -> torch.Tensor:

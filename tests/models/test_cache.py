@@ -1,0 +1,42 @@
+"""Folders in the cache are made once, and folders with other names do not wait for them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from lorakit.models import cache
+from lorakit.models.cache import cached
+
+
+def test_another_folder_can_be_made_meanwhile(tmp_path: Path) -> None:
+    first_began, second_ended = threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        first_began.set()
+        assert second_ended.wait(5)
+        (tmp_path / "first").mkdir()
+
+    thread = threading.Thread(target=cached, args=(tmp_path / "first", ["file"], slowly))
+    thread.start()
+    assert first_began.wait(5)
+    second = threading.Thread(
+        target=cached, args=(tmp_path / "second", ["file"], second_ended.set), daemon=True
+    )
+    second.start()
+    second.join(4)
+    assert second_ended.is_set()
+    thread.join()
+    assert (tmp_path / "first").is_dir()
+
+
+def test_failures_leave_a_fixed_number_of_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_LOCKS", 3)
+    for number in range(20):
+        with pytest.raises(ZeroDivisionError):
+            cached(tmp_path / f"folder-{number}", ["file"], lambda: 1 / 0)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock-0", ".lock-1", ".lock-2"]
