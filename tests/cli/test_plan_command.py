@@ -152,6 +152,13 @@ def test_a_run_ends_with_its_prediction(tmp_path, capsys, monkeypatch):
     (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("peak memory")]
     assert " ".join(row.split()[:4]) in line  # of plan and of train: peak memory 398 MB
     # A failed prediction does not fail a finished run.
-    monkeypatch.setattr("lorakit.planning.planner.simulate", lambda *_, **__: 1 / 0)
+    planned = []
+
+    def fail(config, **_):
+        planned.append(config.base.dtype)
+        return 1 / 0
+
+    monkeypatch.setattr("lorakit.planning.plan", fail)
     assert main([*arguments, "--output", str(tmp_path / "second")]) == 0
     assert "planned  no prediction: division by zero" in capsys.readouterr().out
+    assert planned == ["float32"]  # not auto, which depends on the free memory

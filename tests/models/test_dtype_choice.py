@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from transformers import (
     Gemma3nTextConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MusicgenConfig,
     PretrainedConfig,
 )
 
 from lorakit.models import dtype_choice, dtypes
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.devices import free_memory
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype, resolve_dtype
+from lorakit.models.loading import load_base
 
 CPU = torch.device("cpu")
 
@@ -235,3 +239,91 @@ def test_bfloat16_arithmetic_of_a_processor(
     uncached = dtypes._cpu_multiplies_bfloat16.__wrapped__
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", uncached)
     assert dtypes.multiplies_bfloat16(CPU) is expected
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 99}
+TINY |= {"num_attention_heads": 4, "architectures": ["LlamaForCausalLM"]}
+NEEDED = 4 * (99 * 32 * 2 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32)
+"""Bytes of its embedding, head, attention, MLP and norms in float32."""
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Replace the bytes of memory that are free."""
+    return lambda count: monkeypatch.setattr(dtype_choice, "free_memory", lambda _: count)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_base_of_16_bits_that_does_not_fit_in_float32_is_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+    free: Callable[[int | None], None],
+    machine: Callable[..., list[torch.dtype]],
+    stored: str,
+    multiplies: bool,
+) -> None:
+    machine(0.5)
+    monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(dtype_choice, "NEGLIGIBLE", 0)
+    config = LlamaConfig(**TINY, dtype=stored)
+    free(NEEDED - 1)
+    choice = choose_dtype(CPU, config)
+    assert choice.dtype == torch.bfloat16
+    assert choice.reason == "float32 would need 66.7 kB, and 66.7 kB are free"
+    assert choice.saves_memory
+    for fits in (NEEDED, None):  # None: a device whose memory is not known
+        free(fits)
+        choice = choose_dtype(CPU, config)
+        assert choice.dtype == torch.float32
+        assert not choice.saves_memory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "float32"},
+        {"dtype": None},
+        {"dtype": "bfloat16", "quantization_config": {"load_in_4bit": True}},
+        {"dtype": "bfloat16", "hidden_act": "none"},  # cannot be built
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_other_bases_are_float32_whatever_the_memory(
+    free: Callable[[int | None], None], settings: dict[str, object]
+) -> None:
+    free(0)
+    assert choose_dtype(CPU, LlamaConfig(**TINY | settings)).dtype == torch.float32
+
+
+def test_a_base_whose_class_is_not_named(free: Callable[[int | None], None]) -> None:
+    free(NEEDED - 4 * 99 * 32 - 1)  # without a head
+    config = LlamaConfig(**TINY | {"dtype": "bfloat16", "architectures": None})
+    assert choose_dtype(CPU, config).dtype == torch.bfloat16
+
+
+def test_loading_and_training_say_that_float32_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, free: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
+    LlamaForCausalLM(LlamaConfig(**TINY)).bfloat16().save_pretrained(tmp_path)
+    free(1000)
+    reason = "float32 would need 66.7 kB, and 1 kB are free"
+    base, why = resolve_dtype(BaseConfig(name=str(tmp_path), device="cpu"))
+    assert (base.dtype, why) == ("bfloat16", reason)
+    loaded = load_base(tmp_path)
+    assert loaded.model.dtype == torch.bfloat16
+    assert f"The dtype is bfloat16: {reason}." in loaded.notices
+    chosen = load_base(tmp_path, dtype="float32")
+    assert chosen.model.dtype == torch.float32
+    assert not any(reason in notice for notice in chosen.notices)
+
+
+def test_free_memory_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_memory(torch.device("cuda:1")) == 130
+    assert free_memory(torch.device("mps")) is None
+    assert 0 < (free_memory(CPU) or 0) < psutil.virtual_memory().total

@@ -469,7 +469,8 @@ def test_a_description_equals_that_of_the_conversion(
     converted = converted_folder(path)
     assert described_folder(path) == converted
     whole = AutoConfig.from_pretrained(converted)
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+    names = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
+    for name in names:
         assert getattr(config, name) == getattr(whole, name), name
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (converted / name).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,13 @@ def _planned(
     """
     from lorakit.formatting import size
     from lorakit.planning import plan
+    from lorakit.training.run_folder import read_settings
 
     try:
-        prediction = plan(config, compare=False, processes=processes)
+        # The memory that is free now could lead `auto` to another dtype than that of the run.
+        dtype = read_settings(result.folder)["base"]["dtype"]
+        ran = replace(config, base=replace(config.base, dtype=dtype))
+        prediction = plan(ran, compare=False, processes=processes)
     except Exception as error:  # a failed prediction must not fail a finished run
         return f"planned  no prediction: {' '.join(str(error).split())}", None
     tokens = prediction.tokens / prediction.chosen.seconds

@@ -29,8 +29,8 @@ class BaseConfig:
     """Branch, tag or commit of a hub repository."""
     dtype: DType = "auto"
     """Compute precision. auto times products of the base's shapes and takes bfloat16 if they are at least 10% faster
-    than in float32. nf4 and int8 store the weights of the projections in 4 or 8 bits, and compute in bfloat16 where
-    the processor multiplies it."""
+    than in float32, or if float32 does not fit into memory. nf4 and int8 store the weights of the projections in 4 or 8
+    bits, and compute in bfloat16 where the processor multiplies it."""
     device: str = "auto"
     """Compute device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps or xpu."""
     trust_remote_code: bool = False

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit.errors import BaseModelError, LorakitError
+from lorakit.formatting import size
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
-from lorakit.models.devices import pick_device
+from lorakit.models.devices import free_memory, pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.models.processor import limit_processor, processor_name
@@ -59,6 +61,8 @@ class DtypeChoice:
 
     dtype: torch.dtype
     reason: str
+    saves_memory: bool = False
+    """Whether float32 would be taken if it fitted into the free memory."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def resolve_dtype(base: BaseConfig, *, batch_size: int = BATCH_SIZE) -> tuple[Ba
     except LorakitError:  # a planned run on another machine
         device = torch.device(base.device)
     config = None
-    if multiplies_bfloat16(device) and _exists(device):
+    if _exists(device):
         with suppress(BaseModelError):  # loading it raises a better message
             config = shape_of(base).config
     choice = choose_dtype(device, config, batch_size=batch_size)
@@ -146,11 +150,21 @@ def choose_dtype(
     alternating rounds. The rates are cached per processor, number of threads, release of torch and shapes in the user's
     cache folder, unless they scatter.
 
+    Where float32 does not fit into the free memory, a base with 16 bits per weight is bfloat16 whatever its speed.
+
     Args:
         device: Device to compute on.
         config: Configuration of the base; None tries products of usual shapes.
         batch_size: Examples of a batch, which determines the rows of the products.
     """
+    choice = _fastest(device, config, batch_size)
+    if choice.dtype != torch.float32 or config is None:
+        return choice
+    return _that_fits(device, config) or choice
+
+
+def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: int) -> DtypeChoice:
+    """Return the dtype to compute in, whatever the memory."""
     if not multiplies_bfloat16(device):
         return DtypeChoice(torch.float32, f"this {_kind(device)} has no bfloat16 arithmetic")
     if not _exists(device):
@@ -165,6 +179,37 @@ def choose_dtype(
     if device.type == "cpu":
         limit_processor()
     return _trial(device, widths, rows, torch.get_num_threads()).choice
+
+
+def _that_fits(device: torch.device, config: PretrainedConfig) -> DtypeChoice | None:
+    """Return bfloat16 for a base with 16 bits per weight that does not fit into the free memory in float32, else None.
+
+    In float32 it is a copy of twice the size. In bfloat16 a CPU maps the file, or copies one of float16.
+    """
+    stored, quantised = (getattr(config, name, None) for name in ("dtype", "quantization_config"))
+    if stored not in (torch.bfloat16, torch.float16) or quantised:
+        return None
+    needed, free = 4 * (_parameters(config) or 0), free_memory(device)
+    if free is None or needed <= free:
+        return None
+    reason = f"float32 would need {size(needed)}, and {size(free)} are free"
+    return DtypeChoice(torch.bfloat16, reason, saves_memory=True)
+
+
+def _parameters(config: PretrainedConfig) -> int | None:
+    """Return the number of parameters of a model; None if transformers cannot build it without code from the hub."""
+    import transformers
+
+    try:
+        build: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+            build = functools.partial(transformers.AutoModel.from_config, trust_remote_code=False)
+        with torch.device("meta"):
+            model = build(copy.deepcopy(config))
+    # A configuration is untrusted input, and loading the model raises a better message.
+    except Exception:
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _exists(device: torch.device) -> bool:

@@ -142,6 +142,7 @@ def _describe(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
         header = read_header(gguf)
         config = read_config(gguf, header)
+        config.dtype = _smallest_dtype(gguf, header)
         tokenizer = _read_tokenizer(gguf)
     notices = _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:

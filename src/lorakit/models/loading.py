@@ -12,7 +12,7 @@ import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
 from lorakit.models.devices import pick_device
-from lorakit.models.dtype_choice import compute_dtype
+from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
@@ -133,8 +133,7 @@ def load_base(
         ConfigurationError: the arguments contradict each other.
     """
     _check_arguments(task, num_labels)
-    if device is not None:
-        device = pick_device(str(device))
+    device = pick_device("auto" if device is None else str(device))
     quantisation: Any = dtype if dtype in QUANTISATIONS else None
     if quantisation:
         check_available(quantisation)
@@ -143,7 +142,10 @@ def load_base(
         source, path, options, notices = locate(source, trust_remote_code, weights=True)
         with _explained(source, path, task):
             config = read_config(source.name, path, options)
-            weights_dtype = compute_dtype(dtype, device, config)
+            choice = choose_dtype(device, config) if dtype == "auto" else None
+            weights_dtype = choice.dtype if choice else compute_dtype(dtype, device)
+            if choice and choice.saves_memory:
+                notices.append(f"The dtype is {dtype_name(choice.dtype)}: {choice.reason}.")
             with projections_as_stored() if quantisation else nullcontext() as dtypes:
                 model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
