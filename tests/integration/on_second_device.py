@@ -42,6 +42,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import ContinuousEngine
 from lorakit.serving.engine import Sampling
+from lorakit.serving.sampling import Chooser, choose
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
@@ -52,6 +53,8 @@ SECOND = f"{second_device.NAME}:0"
 BATCHES = (1, 4)
 """Numbers of batches in a step whose waits for the device are counted."""
 NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
+REQUESTS = (4, 32)
+"""Numbers of requests in a decoding step."""
 Scenario = Callable[[str, Path], Any]
 
 
@@ -67,6 +70,7 @@ def main() -> None:
         arch: [_waits(root / f"{arch}-{count}", arch, count) for count in BATCHES]
         for arch in ("llama", "gpt2")
     }
+    outcomes["waits to sample"] = {str(count): _waits_to_sample(count) for count in REQUESTS}
     (root / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -136,7 +140,11 @@ def _served(kind: type[Any]) -> Scenario:
     """Return a scenario that answers requests with different adapters in the same batches."""
 
     def scenario(device: str, folder: Path) -> Any:
-        samplings = (Sampling(temperature=0), Sampling(temperature=0.8, top_p=0.9, seed=3))
+        samplings = (
+            Sampling(temperature=0),
+            Sampling(temperature=0.8, top_p=0.9, seed=3),
+            Sampling(seed=3),
+        )
         with running(kind(_adapted(device), TOKENIZER)) as engine:
             sent = [
                 send(engine, prompt, PlainLease(blend, TOKENIZER), 10, sampling=sampling)
@@ -200,6 +208,16 @@ def _waits(folder: Path, arch: str, batches: int) -> tuple[int, int]:
         second_device.uploads.clear()
         optimizer_step(job, optimizer, examples, number)
     return len(second_device.waits), len(second_device.uploads) // batches
+
+
+def _waits_to_sample(requests: int) -> int:
+    """Return how often the CPU waits for the device to draw a token for each request."""
+    scores = torch.randn(requests, 2000, generator=torch.Generator().manual_seed(0)).to(SECOND)
+    samplings = (Sampling(), Sampling(top_p=0.9), Sampling(top_k=5), Sampling(temperature=0))
+    choosers = [Chooser(samplings[i % 4], 2) for i in range(requests)]
+    second_device.waits.clear()
+    choose(scores, choosers)
+    return len(second_device.waits)
 
 
 def _refusal(device: str, folder: Path) -> Any:

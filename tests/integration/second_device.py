@@ -1,4 +1,4 @@
-"""A device in the CPU's memory that refuses tensors of the CPU, as a GPU does.
+"""A device in the CPU's memory that refuses tensors of the CPU, as a GPU does, and float64, as Apple's do.
 
 Tests can then find tensors on the wrong device on a machine without a GPU, and count how often a computation waits for
 the device. A tensor of the device wraps one of the CPU, which computes. PyTorch has one place for such a backend
@@ -100,6 +100,8 @@ class OnDevice(Tensor):
         )
 
     def __init__(self, held: Tensor) -> None:
+        if held.dtype == torch.float64:
+            raise TypeError(f"the device {NAME} has no float64")
         self.held = held
 
     def __repr__(self) -> str:  # type: ignore[override]

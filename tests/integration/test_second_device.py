@@ -74,6 +74,13 @@ def test_a_step_waits_as_often_with_more_batches(arch: str, outcomes: dict[str, 
     assert outcomes["step"][arch] == [[2, 7], [2, 7]]
 
 
+def test_sampling_waits_for_the_device_as_often_with_more_requests(
+    outcomes: dict[str, Any],
+) -> None:
+    few, many = outcomes["waits to sample"].values()
+    assert few == many
+
+
 def _flat(values: Any) -> list[Any]:
     if not isinstance(values, list):
         return [values]

@@ -23,7 +23,7 @@ from lorakit.serving.http.logprobs import TokenTexts
 from lorakit.serving.pages import PagePool, first_key, next_key
 from lorakit.serving.preparing import _names as label_names
 from lorakit.serving.queue import FairQueue
-from lorakit.serving.sampling import Chooser, choose
+from lorakit.serving.sampling import BLOCK, FEW, Chooser, choose
 from lorakit.serving.text import REPLACEMENT, TextStream
 
 TOKENIZER = tiny_tokenizer()
@@ -145,6 +145,56 @@ def test_tokens_are_drawn_as_transformers_defines_the_settings(sampling):
     assert set(drawn.nonzero().flatten().tolist()) <= set(expected.nonzero().flatten().tolist())
     error = (drawn / count - expected).abs().max()
     assert error < 4 * (0.25 / count) ** 0.5  # four standard deviations of the least certain share
+
+
+def drawn_alone(scores, chooser):
+    """The token of one request (V), by the formula that defines it."""
+    sampling = chooser.sampling
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.top_k:
+        values, ids = scores.topk(min(sampling.top_k, len(scores)))
+        kept = values.softmax(-1)
+    elif sampling.top_p < 1:
+        for count in (min(FEW, len(scores)), len(scores)):  # equal scores are in another order
+            values, ids = scores.topk(count)
+            kept = (values - scores.logsumexp(-1)).exp()
+            if kept[:-1].sum() >= sampling.top_p:
+                break
+    else:
+        kept, ids = scores.softmax(-1), torch.arange(len(scores))
+    if sampling.top_k or sampling.top_p < 1:
+        allowed = kept.cumsum(-1) - kept < sampling.top_p
+        allowed[0] = True
+        kept, ids = kept[allowed], ids[allowed]
+    cumulative = kept.double().cumsum(-1)
+    return int(ids[torch.searchsorted(cumulative, chooser.draw() * cumulative[-1], right=True)])
+
+
+@pytest.mark.parametrize("size", [40, 2 * BLOCK, 3000])
+def test_requests_with_any_settings_draw_together_what_each_draws_alone(size):
+    samplings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=i)
+        for i, temperature in enumerate((0.2, 1.0, 2.5))
+        for top_k in (0, 1, 7, FEW + 5, 2**31 - 1)
+        for top_p in (1.0, 0.9, 0.2)
+    ]
+    together, alone = ([Chooser(sampling) for sampling in samplings] for _ in range(2))
+    generator = torch.Generator().manual_seed(size)
+    for spread in (0.5, 1, 2, 4, 8):
+        scores = torch.randn(len(samplings), size, generator=generator) * spread
+        scores = scores.bfloat16().float()  # with equal scores
+        scores[:, ::5] = -torch.inf
+        found = [token.id for token in choose(scores, together)]
+        assert found == [drawn_alone(*pair) for pair in zip(scores, alone, strict=True)]
+
+
+def test_a_draw_at_the_end_finds_a_possible_token(monkeypatch):
+    """Sums of blocks and sums within a block are rounded differently."""
+    monkeypatch.setattr(Chooser, "draw", lambda self: 1 - 2**-53)
+    scores = torch.randn(200, 2 * BLOCK, generator=torch.Generator().manual_seed(0)) * 4
+    scores[:, -9:] = -torch.inf
+    chosen = choose(scores, [Chooser(Sampling())] * len(scores))
+    assert max(token.id for token in chosen) == 2 * BLOCK - 10
 
 
 def test_top_p_of_a_flat_distribution_needs_more_than_the_few_that_are_sorted_first():

@@ -165,14 +165,14 @@ class _NextTokens(LogitsProcessor):
         choosers = [self._batch[i].chooser for i in live]
         is_first = input_ids.shape[1] == 1  # as in transformers' ForcedBOSTokenLogitsProcessor
         tokens = choose(scores[live], choosers, self._forced if is_first else None) if live else []
-        chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
+        ids = [0] * len(self._batch)
         for i, token in zip(live, tokens, strict=True):
             self._batch[i].accept(token)
             if token is not None:
                 engine.tokens += 1
-                chosen[i] = token.id
-        only = torch.full_like(scores, -torch.inf)
-        return only.scatter_(1, chosen[:, None], 0.0)
+                ids[i] = token.id
+        chosen = torch.tensor(ids, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 class _Ended(StoppingCriteria):

@@ -7,10 +7,12 @@ else is in the batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.serving.engine import Sampling, Token
@@ -18,6 +20,11 @@ from lorakit.serving.engine import Sampling, Token
 FEW = 1024
 """Number of most likely tokens that are sorted first. They nearly always hold the share top_p; a full sort of the
 vocabulary takes milliseconds."""
+BLOCK = 256
+"""Number of tokens whose probabilities are added first, so that the CPU reads few numbers for a draw from all."""
+CPU_BYTES = 2**20
+"""Scores that a CPU samples from at a time. For more, the C library may ask the system for memory in each step, which
+takes longer than sampling. Other devices take all scores at once."""
 COLDEST = 1e-6
 """A lower temperature is taken as this one, which is greedy but for equal scores. Scores divided by a number that is 0
 in float32 would be NaN."""
@@ -54,17 +61,16 @@ def choose(
     tokens: list[int | None] = [
         int(t) if ok else None for t, ok in zip(greedy.tolist(), usable, strict=True)
     ]
-    for i, chooser in enumerate(choosers):
-        if usable[i] and chooser.sampling.temperature > 0:
-            tokens[i] = _sample(scores[i], chooser)
-        if usable[i] and forced is not None:
-            tokens[i] = forced
+    for i, token in _sampled(scores, best, choosers, usable):
+        tokens[i] = token
+    if forced is not None:
+        tokens = [None if token is None else forced for token in tokens]
     chosen: list[Token | None] = [None if t is None else Token(t) for t in tokens]
     reported = [
         i for i, c in enumerate(choosers) if c.top_logprobs is not None and tokens[i] is not None
     ]
     if reported:
-        rows = scores if len(reported) == len(scores) else scores[reported]
+        rows = _rows(scores, reported)
         logprobs = rows - rows.logsumexp(-1, keepdim=True)
         own = (
             logprobs.gather(-1, torch.tensor([[tokens[i]] for i in reported], device=rows.device))
@@ -85,33 +91,113 @@ def choose(
     return chosen
 
 
-def _sample(scores: Tensor, chooser: Chooser) -> int:
-    """Draw a token from the scores of one request (V): temperature, then top_k, then top_p, as transformers does."""
-    sampling = chooser.sampling
-    scores = (scores - scores.max()) / max(sampling.temperature, COLDEST)
-    point = chooser.draw()
-    if sampling.top_k or sampling.top_p < 1:
-        kept, ids = _most_likely(scores, sampling)
-    else:
-        kept, ids = scores.softmax(-1), None
-    cumulative = kept.double().cumsum(-1)
-    position = int(torch.searchsorted(cumulative, point * cumulative[-1], right=True))
-    position = min(position, len(kept) - 1)
-    return position if ids is None else int(ids[position])
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows of a tensor, without a copy if these are all."""
+    return x if len(rows) == len(x) else x[rows]
 
 
-def _most_likely(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the probabilities and ids of the tokens that top_k and top_p allow, the most likely first."""
-    size = min(sampling.top_k or len(scores), len(scores))
-    total = scores.logsumexp(-1) if not sampling.top_k else None
-    for count in dict.fromkeys((min(FEW, size), size)):
-        values, ids = scores.topk(count)
-        probabilities = (values - total).exp() if total is not None else values.softmax(-1)
-        if sampling.top_k and count < size:
-            continue  # top_p is a share of the top_k tokens
-        before = probabilities.cumsum(-1) - probabilities
-        allowed = before < sampling.top_p
-        allowed[0] = True  # also for a top_p that is 0 in float32
-        if not bool(allowed[-1]) or count == size:
-            return probabilities[allowed], ids[allowed]
-    raise AssertionError("the last count is the size")
+def _sampled(
+    scores: Tensor, best: Tensor, choosers: Sequence[Chooser], usable: Sequence[bool]
+) -> Iterator[tuple[int, int]]:
+    """Yield the row and the token of each request that samples.
+
+    Requests with the same top_k are computed together, so a step waits for a GPU a few times, not for each request.
+    """
+    groups: dict[int | None, list[int]] = {}
+    for i, chooser in enumerate(choosers):
+        sampling = chooser.sampling
+        if usable[i] and sampling.temperature > 0:
+            allows_all = not sampling.top_k and sampling.top_p >= 1
+            groups.setdefault(None if allows_all else sampling.top_k, []).append(i)
+    size = max(CPU_BYTES // scores[0].nbytes, 1) if scores.is_cpu else len(scores)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            rows = group[start : start + size]
+            own = _rows(scores, rows) - _rows(best, rows)[:, None]
+            yield from zip(rows, _sample(own, [choosers[i] for i in rows]), strict=True)
+
+
+def _sample(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """Draw a token for each request of a group: temperature, then top_k, then top_p, as transformers does.
+
+    The device computes the probabilities of all rows at once. The CPU reads only those that a draw needs, and adds them
+    in float64, which not every device has.
+
+    Args:
+        scores: Shape (N, V), 0 for the most likely token of each row. Overwritten.
+        choosers: N requests.
+    """
+    samplings = [chooser.sampling for chooser in choosers]
+    temperatures = [max(sampling.temperature, COLDEST) for sampling in samplings]
+    scores.div_(torch.tensor(temperatures, dtype=scores.dtype, device=scores.device)[:, None])
+    points = [chooser.draw() for chooser in choosers]
+    top_p, top_k, size = [s.top_p for s in samplings], samplings[0].top_k, scores.shape[-1]
+    if top_k:
+        return _from_most_likely(scores, points, top_p, min(top_k, size))
+    if top_p[0] < 1:
+        totals = scores.logsumexp(-1, keepdim=True)
+        return _from_most_likely(scores, points, top_p, min(FEW, size), totals)
+    return _from_all(scores.softmax(-1), points)
+
+
+def _from_most_likely(
+    scores: Tensor,
+    points: Sequence[float],
+    top_p: Sequence[float],
+    count: int,
+    totals: Tensor | None = None,
+) -> list[int]:
+    """Draw a token of each row from the most likely ones that hold the share top_p.
+
+    Args:
+        scores: Shape (N, V).
+        points: Where to draw, N numbers in [0, 1).
+        top_p: N shares.
+        count: Number of tokens to sort. Rows in which these do not hold the share are sorted whole.
+        totals: The log of the sum of all tokens, shape (N, 1); None if top_p is a share of the sorted ones.
+    """
+    values, ids = scores.topk(count)
+    probabilities = values.softmax(-1) if totals is None else (values - totals).exp()
+    probabilities, ids = probabilities.cpu(), ids.cpu()
+    before = probabilities.cumsum(-1).sub_(probabilities)
+    allowed = before < torch.tensor(top_p, dtype=before.dtype)[:, None]
+    allowed[:, 0] = True  # also for a top_p that is 0 in float32
+    sums = probabilities.masked_fill_(~allowed, 0).cumsum(-1, dtype=torch.float64)
+    tokens = [
+        int(row[_first_beyond(own, point * own[-1])])
+        for row, own, point in zip(ids.numpy(), sums.numpy(), points, strict=True)
+    ]
+    size = scores.shape[-1]
+    if totals is not None and count < size:
+        rows = allowed[:, -1].nonzero()[:, 0].tolist()
+        if rows:
+            again = [points[i] for i in rows], [top_p[i] for i in rows], size, _rows(totals, rows)
+            drawn = _from_most_likely(_rows(scores, rows), *again)
+            for i, token in zip(rows, drawn, strict=True):
+                tokens[i] = token
+    return tokens
+
+
+def _from_all(probabilities: Tensor, points: Sequence[float]) -> list[int]:
+    """Draw a token of each row (N, V) at N points in [0, 1). The CPU reads the sums of all blocks, and one block."""
+    missing = -probabilities.shape[-1] % BLOCK
+    padded = F.pad(probabilities, (0, missing)) if missing else probabilities  # `pad` copies
+    blocks = padded.unflatten(-1, (-1, BLOCK))
+    wide = torch.float64 if blocks.is_cpu else torch.float32
+    ends = blocks.sum(-1, dtype=wide).cpu().numpy().cumsum(-1, dtype=np.float64)
+    targets = [point * own[-1] for own, point in zip(ends, points, strict=True)]
+    chosen = [_first_beyond(own, target) for own, target in zip(ends, targets, strict=True)]
+    tokens = []
+    for shares, own, target, block in zip(
+        blocks[range(len(blocks)), chosen].cpu().numpy(), ends, targets, chosen, strict=True
+    ):
+        start = own[block - 1] if block else 0.0
+        tokens.append(
+            block * BLOCK + _first_beyond(shares.cumsum(dtype=np.float64), target - start)
+        )
+    return tokens
+
+
+def _first_beyond(sums: np.ndarray, target: float) -> int:
+    """Return the first of these growing sums that is larger than the target, else the first of the largest."""
+    return int(sums.searchsorted(min(target, np.nextafter(sums[-1], 0)), side="right"))
