@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -41,8 +40,11 @@ def projections_as_stored() -> Iterator[dict[str, torch.dtype]]:
     """
     from transformers import PreTrainedModel
 
-    plan_of, thread = PreTrainedModel._get_dtype_plan, threading.get_ident()
     dtypes: dict[str, torch.dtype] = {}
+    plan_of, thread = getattr(PreTrainedModel, "_get_dtype_plan", None), threading.get_ident()
+    if plan_of is None:  # a part of transformers that may change: all weights are then cast at once
+        yield dtypes
+        return
 
     def plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
         """Return regular expressions of names, and the dtype of the weights that they match; None does not cast."""
@@ -55,8 +57,12 @@ def projections_as_stored() -> Iterator[dict[str, torch.dtype]]:
         names = "|".join(re.escape(f"{path}.weight") for path in dtypes)
         return {f"^(?:{names})$": None} if dtypes else {}
 
-    with _PATCHED, mock.patch.object(PreTrainedModel, "_get_dtype_plan", plan):
-        yield dtypes
+    with _PATCHED:
+        setattr(PreTrainedModel, "_get_dtype_plan", plan)  # noqa: B010 - another signature
+        try:
+            yield dtypes
+        finally:
+            PreTrainedModel._get_dtype_plan = plan_of
 
 
 @torch.no_grad()
