@@ -21,9 +21,16 @@ from lorakit.methods.lora.forms import FactorForm
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init
 from lorakit.methods.module import AdapterModule
 from lorakit.models.layers import RowSlice, weight_shape
-from lorakit.ops.autocast import wide_dtype
+from lorakit.ops.autocast import no_autocast, wide_dtype
+from lorakit.ops.derivatives import is_transformed
 from lorakit.ops.dropout import dropout
 from lorakit.ops.lora_linear import require_data
+
+_CHUNK = 1 << 20
+"""Numbers of a weight whose sum with the adapter's product DoRA holds at a time, so that it stays in the caches of a
+CPU. The whole sum of a 4096 x 4096 matrix took ten times as long."""
+_LARGE_CHUNK = 1 << 24
+"""The same on a GPU, where a chunk must be worth the launches of its kernels."""
 
 
 class LoRALayer(AdapterModule):
@@ -206,24 +213,37 @@ class LoRALayer(AdapterModule):
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         """Return ``output + weight * scaling * (B A x + b)``, or the output with DoRA's magnitudes."""
+        if self.magnitude is not None:
+            require_data(self.lora_A, x)
+            return self.adapt_rows(layer, x, output, self.row_factors(layer))
         A, B = self.factors()
         require_data(A, x)
-        x = self.drop(x)
-        if self.magnitude is None:
-            output = output + (weight * self.scaling) * self.branch(layer, x, A, B)
-            return self._add_bias(output, weight)
-        # ``m / ||W + dW|| * (W + dW) x + b``, with the norm as a constant (Liu et al. 2024, section 4.3).
+        output = output + (weight * self.scaling) * self.branch(layer, self.drop(x), A, B)
+        return self._add_bias(output, weight)
+
+    def row_factors(self, layer: nn.Module) -> Tensor:
+        """Return DoRA's factor on each row of the output, ``m / ||W + dW||``, shape (out,), in float32 or wider.
+
+        The norm is a constant for the gradient (Liu et al. 2024, section 4.3).
+        """
+        assert self.magnitude is not None
+        A, B = self.factors()
         norms = self.row_norms(layer, A.detach(), B.detach())
         rows = self._rows()
         magnitude = self.magnitude.to(norms.dtype)
         # Rows outside the slices keep the factor 1.
-        factor = torch.ones_like(norms).index_copy(0, rows, dora_factor(magnitude, norms[rows]))
+        return torch.ones_like(norms).index_copy(0, rows, dora_factor(magnitude, norms[rows]))
+
+    def adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, factors: Tensor) -> Tensor:
+        """Return DoRA's output ``factors * (W + dW) x + b``, with the `row_factors` of the layer."""
+        A, B = self.factors()
         shape = self.output_shape(output)
-        factor = factor.to(output.dtype).view(shape)
+        factors = factors.to(output.dtype).view(shape)
         bias = getattr(layer, "bias", None)
         # Under autocast the bias is wider than the output.
         bias = (output.new_zeros(1) if bias is None else bias.to(output.dtype)).view(shape)
-        return factor * (output - bias + self.scaling * self.branch(layer, x, A, B)) + bias
+        change = self.scaling * self.branch(layer, self.drop(x), A, B)
+        return factors * (output - bias + change) + bias
 
     def _add_bias(self, output: Tensor, weight: float) -> Tensor:
         """Return the layer's output with the scaled bias of B added, if it has one."""
@@ -246,10 +266,25 @@ class LoRALayer(AdapterModule):
     ) -> Tensor:
         """Return the Euclidean norm of each row of W, or of ``W + scaling * B A``."""
         W = self.weight_matrix(layer)
-        W = W.to(wide_dtype(W))
-        if A is not None and B is not None:
-            W = W + self.scaling * self._product(A.to(W.dtype), B.to(W.dtype))
-        return torch.linalg.vector_norm(W, dim=1)
+        dtype = wide_dtype(W)
+        if A is None or B is None:
+            return torch.linalg.vector_norm(W.to(dtype), dim=1)
+        with no_autocast(W):
+            return self._merged_norms(W, A.to(dtype), B.to(dtype))
+
+    def _merged_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Return the norm of each row of ``W + scaling * B A`` in the dtype of A and B."""
+        if is_transformed(W, A, B):  # vmap has no in-place product
+            merged = W.to(A.dtype) + self.scaling * (B @ A)
+            return torch.linalg.vector_norm(merged, dim=1)
+        numbers = _CHUNK if W.device.type == "cpu" else _LARGE_CHUNK
+        rows = max(1, numbers // max(1, W.shape[1]))
+        norms = []
+        for W_part, B_part in zip(W.split(rows), B.split(rows), strict=True):
+            # A copy keeps the layout of W, and so the order of a row's sum.
+            merged = W_part.to(A.dtype, copy=True).addmm_(B_part, A, alpha=self.scaling)
+            norms.append(torch.linalg.vector_norm(merged, dim=1))
+        return torch.cat(norms)
 
     # --- merging ---------------------------------------------------------------------------------
 
