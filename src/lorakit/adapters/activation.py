@@ -29,6 +29,7 @@ import torch
 from lorakit.adapters.choice import BASE, Choice
 from lorakit.adapters.decoding import Decoding, Step
 from lorakit.adapters.passes import Pass, RunningPasses
+from lorakit.adapters.row_factors import RowFactors
 from lorakit.errors import AdapterStateError
 from lorakit.models.checkpoints import forbid_recomputation, running_checkpoints
 
@@ -198,6 +199,15 @@ class Activation:
         innermost = self.running.innermost
         of_pass = None if innermost is None else innermost.of_pass
         return None if of_pass is None else of_pass.step
+
+    @property
+    def row_factors(self) -> RowFactors | None:
+        """The factors of DoRA that this thread's forward pass may read and add to; None outside a pass."""
+        if torch.compiler.is_compiling():
+            return None
+        innermost = self.running.innermost
+        is_pass = innermost is not None and innermost.of_pass is not None
+        return self.decoding.row_factors if is_pass else None
 
     def moment(self) -> Moment:
         """Return the choice of the running forward pass; in a recomputation, that of the first run.

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from lorakit.adapters.choice import Choice
+from lorakit.adapters.row_factors import RowFactors
 from lorakit.adapters.sources import Layer
 from lorakit.adapters.stacks import Arrangement, Reading, Stacks
 
@@ -33,14 +34,17 @@ class Decoding:
 
     def __init__(self) -> None:
         self._stacks: Stacks | None = None
+        self.row_factors = RowFactors()
+        """What the layers know of DoRA's factors since the last prompt."""
 
     def begin(
         self, choice: Choice, args: tuple, kwargs: dict[str, Any], *, is_active: bool
     ) -> Step | None:
         """Return the decoding step that a forward pass with these arguments is, or None.
 
-        A prompt discards the stacks. So an edit through `tensor.data`, which PyTorch does not count, acts from the
-        next prompt on. A prompt with a choice by token does not: a server computes such passes between the steps.
+        A prompt discards the stacks and the row factors. So an edit through `tensor.data`, which PyTorch does not
+        count, acts from the next prompt on. A prompt with a choice by token does not: a server computes such passes
+        between the steps.
 
         Args:
             choice: The adapters of the pass.
@@ -48,7 +52,11 @@ class Decoding:
             kwargs: Its keyword arguments.
             is_active: Whether `activate` made the choice.
         """
-        shape = None if torch.is_grad_enabled() else _shape_of_step(choice, args, kwargs)
+        x = None if torch.is_grad_enabled() else _input(args, kwargs)
+        is_short = x is not None and x.shape[1:2].numel() <= FEW_TOKENS
+        if choice.unit != "token" and not (is_short and _continues(kwargs)):
+            self.row_factors = RowFactors()
+        shape = None if x is None else _shape_of_step(choice, x, kwargs)
         if shape is None:
             if choice.unit != "token":
                 self._stacks = None
@@ -104,19 +112,27 @@ class Step:
         return adapted if part.tokens is None else torch.where(part.tokens, adapted, output)
 
 
-def _shape_of_step(choice: Choice, args: tuple, kwargs: dict[str, Any]) -> torch.Size | None:
+def _shape_of_step(choice: Choice, x: Tensor, kwargs: dict[str, Any]) -> torch.Size | None:
     """Return (batch, length) of a forward pass that continues earlier ones by a few tokens; else None.
 
     With a choice by token, any few tokens without autocast are such a pass: its cache may be of any kind.
     """
-    x = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), None)
-    x = args[0] if x is None and args else x
-    if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         return None
     shape = x.shape[:2]
     if shape.numel() > (FEW_MIXED_TOKENS if choice.whole is None else FEW_TOKENS):
         return None
-    if choice.unit == "token":
-        return shape
+    return shape if choice.unit == "token" or _continues(kwargs) else None
+
+
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Return whether a forward pass has a cache with tokens of earlier ones."""
     cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-    return shape if cache is not None and cache.get_seq_length() > 0 else None
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tokens or vectors that enter the model, (batch, length, ...)."""
+    x = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), None)
+    x = args[0] if x is None and args else x
+    return x if isinstance(x, Tensor) else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import foreign_hooks, remove_hooks
-from lorakit.adapters.mixed_batch import Call, adapt_by_part
+from lorakit.adapters.mixed_batch import Call, adapt_by, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook
@@ -83,7 +83,7 @@ class LayerAdapters(ReplacedParameters):
         for name, weight in choice.blends[0]:
             module = modules.get(name)
             if module is not None and not module.shadows:
-                output = module.adapt(layer, x, output, weight)  # type: ignore[operator]
+                output = adapt_by(module, self.activation, layer, x, output, weight)  # type: ignore[arg-type]
         return output
 
     def _after_block(self, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:

@@ -21,6 +21,7 @@ from lorakit.adapters.choice import Blend, Choice, put, take
 from lorakit.adapters.passes import Pass
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
+from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import output_is_unshared
 from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import with_parameters
@@ -202,8 +203,24 @@ def _add(adapters: Adapting, layer: nn.Module, x: Tensor, output: Tensor, blend:
     """Return `output` with the effects of a blend on a layer that has the blend's parameters."""
     for name, weight in blend:
         if name in adapters and not adapters[name].shadows:
-            output = adapters[name].adapt(layer, x, output, weight)
+            output = adapt_by(adapters[name], adapters.activation, layer, x, output, weight)
     return output
+
+
+def adapt_by(
+    module: AdapterModule,
+    activation: Activation,
+    layer: nn.Module,
+    x: Any,
+    output: Any,
+    weight: float,
+) -> Any:
+    """Return `AdapterModule.adapt`, with the factors of DoRA's rows that the model keeps."""
+    if not module.scales and isinstance(module, LoRALayer) and module.magnitude is not None:
+        known = activation.row_factors
+        if known is not None:
+            return known.adapt(module, layer, x, output, weight)
+    return module.adapt(layer, x, output, weight)
 
 
 def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:

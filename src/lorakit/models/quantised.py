@@ -106,6 +106,17 @@ class QuantisedWeight:
         return {"scales": self._row_scales} if state is None else state.as_dict(packed=True)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that hold the packed numbers and the scales: the same objects in each call."""
+        state = getattr(self.packed, "quant_state", None)
+        if state is None:
+            return [self.packed, self._row_scales]
+        tensors = [self.packed, state.absmax, state.code]
+        if state.nested:  # the scales are quantised too
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
+        return tensors
+
+    @property
     def _row_scales(self) -> Tensor:
         # The layers of bitsandbytes move them from the weight to their state in the first forward pass.
         scales = getattr(self.packed, "SCB", None)
