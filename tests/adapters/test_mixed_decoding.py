@@ -169,10 +169,21 @@ def test_many_tokens_of_one_adapter_beside_single_ones() -> None:
 def test_stacks_of_limited_size(monkeypatch, limit: int) -> None:
     """The other layers compute one adapter after the other."""
     monkeypatch.setattr(stacks, "LARGEST_STACKS", limit)
+    monkeypatch.setattr(stacks, "SHARE", 0)
     adapters = adapted()
     batches = compositions(4)
     found = in_one_batch(adapters, batches)
     assert (0 < stacked_layers(adapters) < 14) == (limit > 0)
+    torch.testing.assert_close(found, alone(adapters, batches))
+
+
+def test_stacks_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of a large model exceed every fixed size, and have their slots nevertheless."""
+    monkeypatch.setattr(stacks, "LARGEST_STACKS", 0)
+    adapters = adapted()
+    batches: Sequence[Rows] = [["a", "b", None, None], ["a", "b", "d", None], ["a", "b", "c", "d"]]
+    found = in_one_batch(adapters, batches)
+    assert stacked_layers(adapters) == 14
     torch.testing.assert_close(found, alone(adapters, batches))
 
 

@@ -29,7 +29,11 @@ MOST_SOURCES = 256
 """Blends whose tensors are kept at hand."""
 
 LARGEST_STACKS = 2**30
-"""The most bytes of all stacks. Further layers compute one adapter after the other."""
+"""The most bytes of all stacks, or `SHARE` if that is more. Further layers compute one adapter after the other."""
+
+SHARE = 2
+"""The most bytes of all stacks, in sizes of the adapters on the model: a slot for each of them, and as many spare
+ones."""
 
 
 class Part(NamedTuple):
@@ -154,7 +158,8 @@ class Stacks:
         if len(tokens) > len(self._slots) or not all(self._fits(layer) for layer in layers):
             # More slots than are needed, because the next composition may need them.
             spare = len(tokens) if self._slots else 0
-            self._build(layers, max(len(tokens) + spare, len(self._slots)))
+            most = max(len(tokens) + spare, len(self._slots))
+            self._build(layers, most, least=len(tokens))
         slots = self._slots_of(tokens)
         layers &= self._of_layer.keys()
         first, *others = tokens
@@ -186,9 +191,14 @@ class Stacks:
         stack = self._of_layer.get(layer)
         return layer in self._left_out if stack is None else all(map(stack.fits, self._in_use))
 
-    def _build(self, layers: Iterable[Layer], count: int) -> None:
-        """Build empty stacks for these layers and those that have one, with room for the blends in use."""
-        self._slots: list[Blend | None] = [None] * count
+    def _build(self, layers: Iterable[Layer], count: int, *, least: int = 0) -> None:
+        """Build empty stacks for these layers and those that have one, with room for the blends in use.
+
+        Args:
+            layers: The layers.
+            count: Number of slots.
+            least: Number of slots if memory is short.
+        """
         stacks = {**self._of_layer}
         for layer in layers:
             dtype = self._known[layer]
@@ -197,15 +207,29 @@ class Stacks:
                 stacks[layer] = Stack(layer, dtype, self._in_use)
         self._of_layer: dict[Layer, Stack] = {}
         self._left_out: set[Layer] = set()
-        left = LARGEST_STACKS
-        for layer, stack in stacks.items():
+        for stack in stacks.values():
             stack.make_room(self._in_use)
+        wanted = sum(stack.bytes_of(count) for stack in stacks.values())
+        left = self._most_bytes(wanted)
+        count = least if wanted > left else count
+        self._slots: list[Blend | None] = [None] * count
+        for layer, stack in stacks.items():
             left -= stack.bytes_of(count)
             if left < 0:
                 self._left_out.add(layer)
             else:
                 stack.allocate(count)
                 self._of_layer[layer] = stack
+
+    def _most_bytes(self, wanted: int) -> int:
+        """Return how many bytes all stacks may occupy, if they want so many."""
+        if (
+            wanted <= LARGEST_STACKS
+        ):  # reading the sizes of thousands of small adapters takes longer than a step
+            return LARGEST_STACKS
+        adapters = [module for layer in self._known for module in layer._modules.values()]
+        tensors = (t for module in adapters for t in (*module.parameters(), *module.buffers()))
+        return max(LARGEST_STACKS, SHARE * sum(tensor.nbytes for tensor in tensors))
 
     def _slots_of(self, blends: Iterable[Blend]) -> dict[Blend, int]:
         """Return a slot with the matrices of each blend, all among the first ones: a step computes those between."""
