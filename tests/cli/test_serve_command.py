@@ -155,7 +155,7 @@ class Opener:
         return self.finds_one
 
 
-def greet(config: ServeConfig) -> str:
+def greet(config: ServeConfig, memory_notice: str | None = None) -> str:
     """Greet as a server does; return its address."""
     opened: Any = SimpleNamespace(
         name="b",
@@ -163,6 +163,7 @@ def greet(config: ServeConfig) -> str:
         base=SimpleNamespace(model=SimpleNamespace(dtype="torch.float32", device="cpu")),
         engine=SimpleNamespace(name="continuous", notice=None),
         classifier=None,
+        memory_notice=memory_notice,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serve._greet(config, listener, opened)
@@ -191,6 +192,11 @@ def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: An
     _, page, curl = capsys.readouterr().out.splitlines()
     assert page == f"playground: {address}"
     assert curl.startswith(f"curl {address}/v1/completions ")
+
+
+def test_what_fits_into_memory_is_a_note(capsys: Any) -> None:
+    greet(ServeConfig(), "--cache_memory 2GB holds 100 tokens")
+    assert capsys.readouterr().err == "note: --cache_memory 2GB holds 100 tokens\n"
 
 
 def test_every_answer_that_is_chosen_for_verification_is_counted(

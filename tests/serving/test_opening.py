@@ -9,9 +9,11 @@ from stores import LARGE, TENSORS, open_base
 
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.cards import Card
+from lorakit.serving.cards import Card, read_card
+from lorakit.serving.engine import Limits
+from lorakit.serving.folders import Location
 from lorakit.serving.http.errors import without_folders
-from lorakit.serving.opening import _base, _cards, _task, sources
+from lorakit.serving.opening import _base, _cards, _memory_notice, _task, sources
 from lorakit.serving.serve_config import ServeConfig
 from lorakit.serving.store import AdapterStore
 
@@ -70,6 +72,31 @@ def test_a_run_that_has_not_begun_has_no_base(tmp_path, caplog) -> None:
     (tmp_path / "config.yaml").write_text("base: [")
     assert _cards(None, {"run": str(tmp_path)}) == []
     assert "is not valid YAML" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cache_tokens", "expected"),
+    [
+        ([10, 20, None], 8192, None),
+        ([], None, None),
+        ([30] * 10, 5000, "--adapter_memory 100B holds about 3 of 10 adapters at a time"),
+        ([10], 4096, "--cache_memory 2GB holds 4,096 tokens of running requests"),
+        ([300], 4096, "--adapter_memory 100B holds about 0 of 1 adapter at a time; --cache_memory"),
+    ],
+)
+def test_the_start_says_what_fits_into_memory(sizes, cache_tokens, expected) -> None:
+    config = ServeConfig(adapter_memory="100B")
+    limits = Limits(4096, queue=1, running=1, cache_tokens=cache_tokens)
+    notice = _memory_notice(config, [Card(size=size) for size in sizes], limits)
+    assert notice == expected if expected is None else str(notice).startswith(expected)
+
+
+def test_the_size_of_a_followed_run_is_that_of_its_checkpoint(made, tmp_path) -> None:
+    location = Location(str(made / "a"), str(tmp_path / "step-3"))
+    files = Location(location.folder).state()
+    assert sum(name.endswith(".safetensors") for name, *_ in files) == 1
+    checkpoint = (f"{location.checkpoint}/weights.safetensors", 0, 700, 0, 0)
+    assert read_card(location, (*files, checkpoint)).size == 700
 
 
 @pytest.mark.parametrize("named", ["", "run="])

@@ -145,8 +145,8 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
             f"engine, {counted(len(names), 'adapter')}"
         )
     )
-    if opened.engine.notice:
-        print(visible(f"note: {opened.engine.notice}"), file=sys.stderr)
+    for notice in filter(None, (opened.engine.notice, opened.memory_notice)):
+        print(visible(f"note: {notice}"), file=sys.stderr)
     print(f"playground: {address}")
     name = names[0] if names else opened.name
     is_text = opened.classifier is None

@@ -24,7 +24,7 @@ class Card:
 
     path: str | None = None
     size: int | None = None
-    """Bytes of its files."""
+    """Bytes of its file of tensors."""
     base: str | None = None
     revision: str | None = None
     """Revision of the base, "" for the default one; None if the file records a hash of the base's weights."""
@@ -49,7 +49,9 @@ def read_card(location: Location, state: State) -> Card:
     """
     folder = Path(location.folder)
     chat = _has_template(location, state)
-    size = sum(length for path, _, length, *_ in state if path.endswith((".safetensors", ".bin")))
+    tensors = [entry for entry in state if entry[0].endswith((".safetensors", ".bin"))]
+    # A checkpoint replaces the tensors of the folder that describes them.
+    size = sum(length for path, _, length, *_ in tensors if path.startswith(f"{location.path}/"))
     if not os.path.lexists(folder / lorakit_json.NAME):
         options = storage.read_json(folder / peft.CONFIG_NAME)
         return Card(

@@ -100,7 +100,7 @@ class ContinuousEngine(Worker):
         self._pool = PagePool(self._storage.pages)
         capacity = self._storage.pages * PAGE
         context, bound = context_of(model, tokenizer, prompt_tokens)
-        limits = Limits(min(context, capacity), queue, running)
+        limits = Limits(min(context, capacity), queue, running, cache_tokens=capacity)
         super().__init__(model, tokenizer, limits, bound)
         self._step_tokens = max(STEP_TOKENS, running)
         self._requests: list[_Running] = []

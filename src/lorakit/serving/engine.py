@@ -210,6 +210,8 @@ class Limits:
     running: int
     """Most requests in one batch."""
     is_encoder_decoder: bool = False
+    cache_tokens: int | None = None
+    """Most tokens of all running requests together, whose keys and values are reserved; None if none are."""
 
     def room_after(self, prompt: int) -> int:
         """Return the most new tokens after a prompt of so many tokens; less than 1 if there is no room for any."""

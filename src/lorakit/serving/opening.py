@@ -13,14 +13,14 @@ from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
-from lorakit.formatting import visible
+from lorakit.formatting import counted, visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, card_of_run, read_card
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Engine, Receipt
+from lorakit.serving.engine import Engine, Limits, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
@@ -45,6 +45,8 @@ class Opened:
     engine: Engine
     worker: Worker
     classifier: ClassifyingEngine | None
+    memory_notice: str | None = None
+    """How many adapters and tokens fit into the memory for them; None if all adapters and a whole context fit."""
 
 
 def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], Any]) -> Opened:
@@ -94,7 +96,25 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         bound = bound_for(base.model.dtype)
         verified = VerifiedEngine(worker, config.verify, bound=bound, report=report)
         engine = cast(Engine, verified)
-    return Opened(base, name, store, engine, worker, classifier)
+    notice = _memory_notice(config, cards, worker.limits)
+    return Opened(base, name, store, engine, worker, classifier, notice)
+
+
+def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> str | None:
+    """Return `Opened.memory_notice`; adapters that vary in size are counted by their mean."""
+    parts = []
+    budget = bytes_of("adapter_memory", config.adapter_memory)
+    needed = sum(card.size or 0 for card in cards)
+    if needed > budget:
+        parts.append(
+            f"--adapter_memory {config.adapter_memory} holds about {budget * len(cards) // needed} of "
+            f"{counted(len(cards), 'adapter')} at a time"
+        )
+    if limits.cache_tokens == limits.context:  # the context is the model's own if that is smaller
+        parts.append(
+            f"--cache_memory {config.cache_memory} holds {limits.cache_tokens:,} tokens of running requests"
+        )
+    return "; ".join(parts) or None
 
 
 def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
