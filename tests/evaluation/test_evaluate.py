@@ -63,6 +63,14 @@ def settings(folder: Path, **overrides) -> EvaluateConfig:
     return EvaluateConfig(**values)
 
 
+def test_long_rows_are_refused_before_the_base_is_loaded(trained, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate_module, "open_adapted", lambda *_, **__: pytest.fail("opened"))
+    config = settings(trained, adapter=str(trained / "run" / "adapter"))
+    data = dataclasses.replace(config.data, max_length=2)
+    with pytest.raises(DataError, match="are longer than max_length 2"):
+        evaluate(dataclasses.replace(config, data=data))
+
+
 def test_the_loss_is_that_which_training_reported(trained: Path) -> None:
     result = json.loads((trained / "run" / "result.json").read_text())
     base = evaluate(settings(trained, scores=("loss",)))

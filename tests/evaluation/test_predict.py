@@ -186,9 +186,10 @@ def test_rows_that_cannot_be_predicted_are_named(trained, tmp_path, rows, messag
         ),
         ("new.jsonl", b'{"text": "x"}\n{"text"}\n', r"new\.jsonl:2: not valid JSON"),
         ("new.jsonl", b'{"text": "x", "probabilities": 1}\n', "has a column 'probabilities'"),
+        ("new.jsonl", b'{"text": "' + b"x " * 1000 + b'"}\n', "are longer than max_length"),
     ],
 )
-def test_rows_that_cannot_be_written_show_before_the_base_is_loaded(
+def test_rows_that_cannot_be_used_show_before_the_base_is_loaded(
     trained, tmp_path, monkeypatch, name, content, problem
 ) -> None:
     monkeypatch.setattr(predict, "open_adapted", lambda *_, **__: pytest.fail("opened the base"))

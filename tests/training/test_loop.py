@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+from lorakit.compute import base as opening
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, LorakitError
+from lorakit.errors import ConfigurationError, DataError, LorakitError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
@@ -536,6 +537,14 @@ def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path:
     config = tiny_runs.config(tmp_path, "no/such-base", evaluation=HeldOutConfig(metric="f1"))
     with pytest.raises(ConfigurationError, match=r"task completion, evaluation\.metric is 'f1'"):
         train(config)
+
+
+def test_long_rows_are_refused_before_the_base_is_loaded(tmp_path, base, monkeypatch) -> None:
+    monkeypatch.setattr(opening, "load_base", lambda *_, **__: pytest.fail("loaded the base"))
+    config = tiny_runs.config(tmp_path, base)
+    data = dataclasses.replace(config.data, max_length=2)
+    with pytest.raises(DataError, match="are longer than max_length 2"):
+        train(dataclasses.replace(config, data=data))
 
 
 @pytest.mark.slow

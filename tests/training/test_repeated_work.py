@@ -15,6 +15,7 @@ from lorakit.compute import objective
 from lorakit.data import DataConfig, examples
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
+from lorakit.models import loading
 from lorakit.planning.batches import language_examples
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -43,6 +44,7 @@ def test_a_run_and_its_use_repeat_no_work(tmp_path: Path, calls, capsys) -> None
     data = tiny_runs.write_rows(tmp_path / "pairs.jsonl", tiny_runs.pairs(60))
     reads = calls(examples, "read_source")
     hashes = calls(fingerprint, "hash_weights")
+    tokenizers = calls(loading, "tokenizer_of")
     config = tiny_runs.config(
         tmp_path,
         base,
@@ -53,7 +55,7 @@ def test_a_run_and_its_use_repeat_no_work(tmp_path: Path, calls, capsys) -> None
     result = train(config)
     assert result.best_step  # best adapters were saved
     assert reads == [data]
-    assert len(hashes) == 1
+    assert len(hashes) == len(tokenizers) == 1
 
     adapters = calls(formats, "read")
     main(["generate", "--adapter", str(result.adapter), "--prompt", "river:"])

@@ -55,15 +55,10 @@ def run(argv: Sequence[str]) -> None:
         argv,
     )
     from lorakit.cli.console import console, print_json
+    from lorakit.compute.base import read_text_tokenizer
     from lorakit.data import preview
-    from lorakit.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(
-        config.base.name,
-        revision=config.base.revision,
-        trust_remote_code=config.base.trust_remote_code,
-    )
-    summary = preview(config.data, tokenizer, config.examples)
+    summary = preview(config.data, read_text_tokenizer(config.base), config.examples)
     if config.json:
         print_json(summary.to_dict())
     else:

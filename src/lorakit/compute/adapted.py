@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import load_stored
-from lorakit.compute.base import OTHER_CLASSES, open_base
+from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
@@ -60,6 +61,17 @@ class AdapterFile:
     def provenance(self) -> dict[str, Any]:
         """What the file records about its training. A PEFT folder has only `peft`, some of its options."""
         return self.stored.provenance
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of the adapter's folder, or None: training may have added tokens or a chat template.
+
+        Raises:
+            AdapterFileError: It cannot be read.
+        """
+        if not (Path(self.path) / "tokenizer_config.json").exists():
+            return None
+        return read_tokenizer(str(self.path), AdapterFileError, local_files_only=True)
 
 
 def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:
@@ -256,12 +268,25 @@ def prompt_format(
     )
 
 
+def tokenizer_of_adapted(
+    base: BaseConfig | None, adapter: AdapterFile | None
+) -> PreTrainedTokenizerBase:
+    """Read the tokenizer that `open_adapted` returns, without the model.
+
+    Raises:
+        LorakitError: No model is named, or the tokenizer cannot be read.
+    """
+    own = None if adapter is None else adapter.tokenizer
+    return read_text_tokenizer(base_of(base, adapter)) if own is None else own
+
+
 def open_adapted(
     base: BaseConfig | None,
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
     allow_other_base: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load a base, log its notices, and activate an adapter on it.
 
@@ -271,19 +296,20 @@ def open_adapted(
         task: The task, which determines the model's head; None is the one that the adapter records, else text
             generation.
         allow_other_base: Accept a base other than the one the adapter records.
+        tokenizer: What `tokenizer_of_adapted` returned, if it has read the tokenizer before.
 
     Returns:
-        The base, with the tokenizer of the adapter's folder if it has one: training may have added tokens or a chat
-        template.
+        The base, with the tokenizer of the adapter's folder if it has one.
 
     Raises:
         LorakitError: The base or the adapter cannot be read, or do not fit each other.
     """
     base = base_of(base, adapter)
     if adapter is None:
-        opened = open_base(base, task or TEXT)
+        opened = open_base(base, task or TEXT, tokenizer=tokenizer)
     else:
-        opened = open_base(base, task or recorded_task(adapter) or TEXT)
+        of_base = tokenizer if adapter.tokenizer is None else None
+        opened = open_base(base, task or recorded_task(adapter) or TEXT, tokenizer=of_base)
         require_new_weights(opened, adapter.stored, adapter.path)
         head = logits_layer(opened.model)
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
@@ -352,18 +378,17 @@ def add_adapter(
     Raises:
         LorakitError: The base and the adapter do not fit each other.
     """
-    has_own = (Path(adapter.path) / "tokenizer_config.json").exists()
+    tokenizer = adapter.tokenizer
     load_stored(
         base.model,
         adapter.stored,
         adapter.path,
         name=name,
         allow_other_base=allow_other_base,
-        tokenizer=None if has_own else base.tokenizer,
+        tokenizer=base.tokenizer if tokenizer is None else None,
     )
-    if not has_own:
+    if tokenizer is None:
         return base.tokenizer
-    tokenizer = read_tokenizer(str(adapter.path), AdapterFileError, local_files_only=True)
     embeddings, known = input_embeddings(base.model), base.text_tokenizer.get_vocab()
     # The tokenizers of some bases have more tokens than the base has embeddings (Gemma 3 1B).
     added = (i for token, i in tokenizer.get_vocab().items() if known.get(token) != i)

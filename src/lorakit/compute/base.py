@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from lorakit.compute.batching import context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
@@ -15,7 +17,7 @@ from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.heads import logits_layer
 from lorakit.models.layers import is_inside
-from lorakit.models.loading import Base, ModelHead, load_base
+from lorakit.models.loading import Base, ModelHead, load_base, load_tokenizer
 from lorakit.models.processor import limit_processor
 from lorakit.tasks import Example, LanguageExample
 
@@ -23,8 +25,24 @@ OTHER_CLASSES = "The head of the checkpoint has the classes"
 """Beginning of the notice about a head that was trained for other classes."""
 
 
+def read_text_tokenizer(config: BaseConfig) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a base without its model, so that errors of the data come before the load.
+
+    Raises:
+        BaseModelError: The base does not exist, it has no tokenizer, or its tokenizer cannot be read.
+    """
+    return load_tokenizer(
+        config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+
+
 def open_base(
-    config: BaseConfig, task: DataTask, *, seed: int = 0, num_labels: int | None = None
+    config: BaseConfig,
+    task: DataTask,
+    *,
+    seed: int = 0,
+    num_labels: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load the base with a head for `task`, and move it to the configured device.
 
@@ -33,6 +51,7 @@ def open_base(
         task: Its labels name the outputs of the head.
         seed: Seed of a head that the checkpoint lacks.
         num_labels: Fewest outputs of a head for classes. Those beyond the labels of `task` have transformers' names.
+        tokenizer: The base's tokenizer, if `read_text_tokenizer` has read it before.
 
     Raises:
         BaseModelError: The base cannot be read, does not support such a head, or has no tokenizer.
@@ -51,6 +70,7 @@ def open_base(
         revision=config.revision,
         device=device,
         seed=seed,
+        tokenizer=tokenizer,
     )
     _ = base.text_tokenizer  # raises an error if there is none
     base.model.to(device)  # type: ignore[arg-type]

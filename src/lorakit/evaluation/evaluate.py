@@ -14,7 +14,13 @@ from torch import nn
 
 from lorakit import storage
 from lorakit.adapters import handle_of
-from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
+from lorakit.compute.adapted import (
+    AdapterFile,
+    as_recorded,
+    open_adapted,
+    recorded_task,
+    tokenizer_of_adapted,
+)
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, context_length, prompt_input
@@ -91,14 +97,13 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     decoding = (config.decoding or Decoding()).over(task.type.decoding)
     data = dataclasses.replace(config.data, task=task.name)
     split = config.scored_split(data)
-    rows = reader.read(data, split)  # before the base, which takes longer to load
+    rows = reader.read(data, split)
     data = as_recorded(data, adapter, rows.columns)
     if adapter is not None and issubclass(task.type, Labelled):
         _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
-    base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    loaded = load_examples(data, split, base.text_tokenizer, labels=task.labels, reader=reader)
+    tokenizer = tokenizer_of_adapted(config.base, adapter)
+    loaded = load_examples(data, split, tokenizer, labels=task.labels, reader=reader)
     examples = loaded.examples
-    check_context(base, examples)
     if task.has_references:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
         examples = [example for group in groups.values() for example in group]
@@ -108,6 +113,14 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         scored = [[example] for example in examples]
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(scored)
+    base = open_adapted(
+        config.base,
+        adapter,
+        task=task,
+        allow_other_base=config.allow_other_base,
+        tokenizer=tokenizer,
+    )
+    check_context(base, loaded.examples)
     score = functools.partial(_score, config, base, task, examples, decoding)
     result = score(progress=progress)
     if config.compare and config.adapter is not None and task.generates:

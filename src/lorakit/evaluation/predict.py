@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.compute.adapted import AdapterFile, as_recorded, open_adapted, recorded_task
+from lorakit.compute.adapted import (
+    AdapterFile,
+    as_recorded,
+    open_adapted,
+    recorded_task,
+    tokenizer_of_adapted,
+)
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator
@@ -58,10 +64,17 @@ def predict(config: PredictConfig) -> Predictions:
     task = _task(config, adapter)
     data, reader = dataclasses.replace(config.data, task=task.name), RowReader()
     rows = reader.read(data, "test")
-    _make_writable(rows, data)  # before the base, which takes longer to load
+    _make_writable(rows, data)
     data = as_recorded(data, adapter, rows.columns)
-    base = open_adapted(config.base, adapter, task=task, allow_other_base=config.allow_other_base)
-    values, examples, report = load_unlabelled(data, "test", base.text_tokenizer, task, reader)
+    tokenizer = tokenizer_of_adapted(config.base, adapter)
+    values, examples, report = load_unlabelled(data, "test", tokenizer, task, reader)
+    base = open_adapted(
+        config.base,
+        adapter,
+        task=task,
+        allow_other_base=config.allow_other_base,
+        tokenizer=tokenizer,
+    )
     check_context(base, examples)
     logits = _logits(base, task, examples, config.batch_size)
     predictions = [

@@ -110,6 +110,7 @@ def load_base(
     revision: str | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load a base model and its tokenizer.
 
@@ -126,6 +127,7 @@ def load_base(
         device: the device that will run the model, which determines ``auto``; None is a CUDA GPU if
             the machine has one, else the CPU. The model itself stays on the CPU: move it with ``to``.
         seed: seed for a head that the checkpoint lacks. The global random state does not change.
+        tokenizer: the model's tokenizer, if :func:`load_tokenizer` has read it before.
 
     Raises:
         BaseModelError: the model does not exist, the hub is unreachable, a file is damaged or
@@ -150,7 +152,8 @@ def load_base(
                 model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
-        tokenizer = tokenizer_of(source, path, options)
+        if tokenizer is None:
+            tokenizer = tokenizer_of(source, path, options)
     if quantisation:
         experts = share_of_experts(model)
         count = quantise(model, quantisation, dtypes)

@@ -7,12 +7,12 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorakit.compute.base import read_text_tokenizer
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP, padded_step
 from lorakit.data import DataTask, RowReader, load_examples, task_class_of, task_of
 from lorakit.data.packing import shared_once
 from lorakit.errors import ConfigurationError
-from lorakit.models.loading import load_tokenizer
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, Labelled, LabelledExample, LanguageExample
 from lorakit.training.config import TrainConfig
@@ -89,11 +89,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     is_labelled = issubclass(task_class_of(first, reader=reader), Labelled)
     # A label may occur in the last row only.
     task = task_of(config.data if is_labelled else first, reader=reader)
-    tokenizer = load_tokenizer(
-        config.base.name,
-        revision=config.base.revision,
-        trust_remote_code=config.base.trust_remote_code,
-    )
+    tokenizer = read_text_tokenizer(config.base)
     data = dataclasses.replace(first, task=task.name)
     train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
     plan = step_plan_of(config, train)

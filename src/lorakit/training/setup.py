@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import BaseRecord, base_record
-from lorakit.compute.base import check_context, open_base
+from lorakit.compute.base import check_context, open_base, read_text_tokenizer
 from lorakit.compute.batch_size import ADVICE, BatchSize
 from lorakit.compute.batching import Collate, collator, target_counter
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
@@ -336,12 +336,13 @@ def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
     config = dataclasses.replace(config, base=resolved)
     # The parts of a split base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
-    base = open_base(place, task, seed=config.seed)
+    tokenizer = read_text_tokenizer(config.base)
     sets = {
-        split: load_examples(data, split, base.text_tokenizer, labels=task.labels, reader=reader)
+        split: load_examples(data, split, tokenizer, labels=task.labels, reader=reader)
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
+    base = open_base(place, task, seed=config.seed, tokenizer=tokenizer)
     job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
     if config.shard:
         require_splittable(base.model, config.base)
