@@ -21,11 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import TargetError
 from lorakit.methods.lora.kinds import kind_of
+from lorakit.models import roles
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
 from lorakit.models.layers import AdapterSlot, RowSlice, walk, weight_shape, why_not_adaptable
 from lorakit.models.listing import targets
-from lorakit.models.places import find_places, is_role
+from lorakit.models.places import all_places, find_places, is_role
 from lorakit.models.roles import resolve_targets
 
 LAYERS = (
@@ -269,6 +270,15 @@ def test_targets_are_unique_and_in_model_order() -> None:
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
     ]
+
+
+def test_a_list_of_paths_looks_for_the_roles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build("llama")
+    expected = find_places(model, "attention")
+    looks = []
+    monkeypatch.setattr(roles, "all_places", lambda *args: looks.append(args) or all_places(*args))
+    assert resolve_targets(model, [place.path for place in expected]) == expected
+    assert len(looks) == 1
 
 
 def test_slices_merge_and_a_whole_layer_absorbs_them() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import regex
 from torch import nn
@@ -38,31 +39,44 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Plac
     if not entries:
         raise TargetError("No targets given. Write at least one, such as 'attention.qv'.")
     modules = list(walk(model))
+    # Once for all entries: a list of paths can have hundreds.
+    roles = functools.cache(lambda: _roles_by_path(model, modules))
     places: list[Place] = []
     for entry in entries:
         if not isinstance(entry, str) or not entry:
             raise TargetError(f"A target is {entry!r}; a non-empty string was expected.")
-        places += find_places(model, entry) if is_role(entry) else _named(model, modules, entry)
+        places += (
+            find_places(model, entry) if is_role(entry) else _named(model, modules, roles, entry)
+        )
     return in_model_order(places, modules)
 
 
-def _named(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[Place]:
-    """Return the places of a module-name suffix or regular expression."""
+def _named(
+    model: nn.Module,
+    modules: list[LocatedModule],
+    roles: Callable[[], dict[str, set[str]]],
+    entry: str,
+) -> list[Place]:
+    """Return the places of a module-name suffix or regular expression; `roles` are those of each path."""
     hits = [m for m in modules if m.path == entry or m.path.endswith(f".{entry}")]
     if not hits:
         hits = _matching(model, modules, entry)
     _check_adaptable(modules, hits, entry)
     _check_called(hits, entry)
-    roles: dict[str, set[str]] = {}
-    for place in all_places(model, modules):
-        roles.setdefault(place.path, set()).add(place.role)
     places = []
     for path, module, *_ in hits:
-        layer_roles = roles.get(path, set())
+        layer_roles = roles().get(path, set())
         places.append(Place(path, next(iter(layer_roles)) if len(layer_roles) == 1 else ""))
         if isinstance(module, nn.MultiheadAttention):
             places.append(Place(f"{path}.out_proj", O))
     return places
+
+
+def _roles_by_path(model: nn.Module, modules: list[LocatedModule]) -> dict[str, set[str]]:
+    roles: dict[str, set[str]] = {}
+    for place in all_places(model, modules):
+        roles.setdefault(place.path, set()).add(place.role)
+    return roles
 
 
 def _matching(model: nn.Module, modules: list[LocatedModule], entry: str) -> list[LocatedModule]:
