@@ -10,6 +10,7 @@ import tiny_runs
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats import fingerprint
+from lorakit.adapters.installed import base_parameters
 from lorakit.cli import main
 from lorakit.compute import objective
 from lorakit.data import DataConfig, examples
@@ -19,6 +20,7 @@ from lorakit.models import loading
 from lorakit.planning.batches import language_examples
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
+from lorakit.training.setup import prepare
 
 
 @pytest.fixture
@@ -68,6 +70,17 @@ def test_a_run_and_its_use_repeat_no_work(tmp_path: Path, calls, capsys) -> None
     )
     assert len(adapters) == 2
     assert "loss" in capsys.readouterr().out
+
+
+def test_a_run_that_trains_a_head_hashes_each_weight_once(tmp_path: Path, calls) -> None:
+    """A resumed run compares also the head, which the adapter's record leaves out."""
+    base = tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    data = DataConfig(train=tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.labelled(8)))
+    hashed = calls(fingerprint, "digests")
+    job = prepare(tiny_runs.config(tmp_path, base, data=data, evaluation=HeldOutConfig()))
+    assert job.inputs
+    assert job.base_record.excluded
+    assert len(hashed) == len(set(map(id, hashed))) == len(list(base_parameters(job.model)))
 
 
 def test_the_targets_of_a_batch_are_looked_up_once(calls) -> None:

@@ -196,7 +196,10 @@ class Job:
         """
         sets = {"train data": self.train, "validation data": self.validation}
         # The adapter's record excludes the parameters that are trained in full; a resumed run compares all.
-        record = base_record(self.model) if self.base_record.excluded else self.base_record
+        # Those that it includes have just been hashed.
+        record = self.base_record
+        if record.excluded:
+            record = base_record(self.model, for_comparison=True)
         weights = record.weights
         files = {"task": file_of(self.train.task)}
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
