@@ -274,6 +274,8 @@ def equality(root: Path) -> Any:
     def work(count: int, rank: int) -> None:
         with joined("cpu") as processes:
             assert (processes.rank, processes.count) == (rank, count)
+            if rank:
+                torch.linalg.svd = None  # PiSSA's vectors come from the first process
             for name in ways_on(count):
                 settings = {"max_steps": steps_of(name), **with_data(root, WAYS[name])}
                 job = prepare(run_config(root, "equality", **settings), processes)

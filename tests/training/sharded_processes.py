@@ -112,6 +112,8 @@ def equality(root: Path) -> dict[int, Outcomes]:
 
     def work(count: int, rank: int) -> None:
         with joined("cpu") as processes:
+            if rank:
+                torch.linalg.svd = None  # PiSSA's vectors come from the first process
             for way in ways_on(count):
                 job = opened(root, processes, **with_data(root, WAYS[way]))
                 assert any(map(is_split, job.model.parameters())) == (count > 1)

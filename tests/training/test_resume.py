@@ -338,16 +338,11 @@ def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None
         crash_in_step(patch, 8)
         with pytest.raises(Crash):
             train(config)
-    # Another start, as another machine's singular vectors would be: the checkpoint's has to win.
+    # The checkpoint has the singular vectors, and they are not computed again.
     with monkeypatch.context() as patch:
-        patch.setattr(torch.linalg, "svd", lambda W, full_matrices: other_svd(W))
+        patch.setattr(torch.linalg, "svd", None)
         train(dataclasses.replace(config, resume=True))
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
-
-
-def other_svd(W):
-    U, S, Vh = torch.svd(W)
-    return -U, S, -Vh.T
 
 
 @pytest.mark.slow

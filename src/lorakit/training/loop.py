@@ -13,7 +13,6 @@ import torch
 from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
-from lorakit.models.sharding import is_split
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import TrainConfig
@@ -155,19 +154,18 @@ def _train_to_end(
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
+    is_new = run.config.overwrite or not checkpoint.checkpoints_in(run.checkpoints)
+    resumes = processes.from_first(not is_new)
     with memory_errors():  # `joined` tells the other processes
-        job = prepare(run.config, processes)
+        job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
         require_keyed_noise(job)
         optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
-    overwrites = run.config.overwrite  # the checkpoints of the old run
-    state = State(inputs=inputs) if overwrites else _restore(run, job, optimizer, inputs)
+    state = _restore(run, job, optimizer, inputs) if resumes else State(inputs=inputs)
     slow_down(optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
-    # Processors can differ in the last bits of initial weights (PiSSA).
-    processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
     model_sizes = sizes(job.model, job.parameters)
     # The run folder changes only from here on: a run that fails above leaves an old run intact.
     processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))

@@ -31,6 +31,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.extensions import file_of
 from lorakit.formatting import counted
 from lorakit.methods import Method
+from lorakit.methods.lora.init import placeholders
 from lorakit.methods.method import describe, with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.devices import pick_device
@@ -38,6 +39,7 @@ from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
+from lorakit.models.sharding import is_split
 from lorakit.tasks import Example, Task, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
@@ -309,8 +311,15 @@ class Job:
         return dataclasses.replace(self.objective, label_smoothing=0.0)  # type: ignore[type-var]
 
 
-def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
+def prepare(
+    config: TrainConfig, processes: Processes | None = None, *, resumes: bool = False
+) -> Job:
     """Load data, base and adapter, and choose how batches and the loss are computed.
+
+    Args:
+        config: The run.
+        processes: The processes of the run; None is this one.
+        resumes: A checkpoint will replace the initial weights, which are then placeholders.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
@@ -319,16 +328,18 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Job:
     if config.shard:
         require_support(processes)
     with processes.together():
-        job, task = _opened(config, processes)
+        job, task = _opened(config, processes, resumes)
         # A single process may not need the digests, which take seconds.
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
     if config.shard:  # from here on, all processes have to run the same passes
         split_base(job.model, job.base_record, pick_device(config.base.device))
+    # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
+    processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
     return _confirmed(job, task)
 
 
-def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
+def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[Job, DataTask]:
     """Load data, base and adapter; return also the task of the data."""
     reader = RowReader()
     task = task_of(config.data, reader=reader)
@@ -346,7 +357,9 @@ def _opened(config: TrainConfig, processes: Processes) -> tuple[Job, DataTask]:
         if split == "train" or config.validates
     }
     base = open_base(place, task, seed=config.seed, tokenizer=tokenizer)
-    job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
+    is_replaced = resumes or not processes.is_first  # by a checkpoint, or by `prepare`
+    with placeholders() if is_replaced else contextlib.nullcontext():
+        job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
     if config.shard:
         require_splittable(base.model, config.base)
     return job, task

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm
-from lorakit.methods.lora.init import GAUSSIAN_STD, Init
+from lorakit.methods.lora.init import GAUSSIAN_STD, Init, decomposes
 from lorakit.methods.module import AdapterModule
 from lorakit.models.layers import RowSlice, weight_shape
 from lorakit.ops.autocast import no_autocast, wide_dtype
@@ -178,9 +178,17 @@ class LoRALayer(AdapterModule):
 
     def _initialise_pissa(self, layer: nn.Module) -> None:
         """Set ``scaling * B0 A0`` to the best rank-r approximation of W (PiSSA, Meng et al. 2024)."""
-        W = self.weight_matrix(layer)
-        if W.is_meta:
+        if getattr(layer, self.form.weight_name).is_meta:
             return
+        if decomposes():
+            self._decompose(self.weight_matrix(layer))
+        else:
+            self._initialise_factors("kaiming")
+        self.initial_A = self.lora_A.detach().clone()
+        self.initial_B = self.lora_B.detach().clone()
+
+    def _decompose(self, W: Tensor) -> None:
+        """Set A and B to the leading singular vectors of W (out, in), each times the root of its singular value."""
         W = W.to(wide_dtype(W))
         A_parts, B_parts = [], []
         for part in self.form.weight_parts(W):
@@ -190,8 +198,6 @@ class LoRALayer(AdapterModule):
             B_parts.append(U[:, : self.rank] * root * math.copysign(1.0, self.scaling))
         self.lora_A.copy_(torch.cat(A_parts).view(self.lora_A.shape))
         self.lora_B.copy_(torch.cat(B_parts).view(self.lora_B.shape))
-        self.initial_A = self.lora_A.detach().clone()
-        self.initial_B = self.lora_B.detach().clone()
 
     # --- the factors as matrices -----------------------------------------------------------------
 
