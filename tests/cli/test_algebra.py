@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_combine_one_is_the_same_files(capsys, folder, tmp_path):
     assert (tmp_path / "same" / name).read_bytes() == (folder / "one" / name).read_bytes()
 
 
-def test_extract(capsys, folder, tmp_path):
+def test_extract(capsys, folder, tmp_path, monkeypatch):
     argv = [
         "extract",
         folder / "tuned",
@@ -164,8 +166,14 @@ def test_extract(capsys, folder, tmp_path):
         "--rank",
         "4",
     ]
-    status, out, err = run(capsys, *argv)
-    assert (status, err) == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        status, out, err = run(capsys, *argv)
+    assert status == 0
+    stages = [line.removesuffix("\033[K") for line in err.split("\r")]
+    assert stages[1] == "reading the base ..."
+    assert re.fullmatch(r"layer (\d+) of \1 \.\.\.", stages[-3])
+    assert stages[-2:] == ["comparing the predictions ...", ""]
     assert "note:" not in out
     expected = logits(folder, (folder / "one", 1.0))
     torch.testing.assert_close(
@@ -173,7 +181,8 @@ def test_extract(capsys, folder, tmp_path):
     )
     assert formats.read(tmp_path / "found").base is not None
     assert "token differs from the fine-tuned model's in none of " in " ".join(out.split())
-    _, out, _ = run(capsys, *argv[:-1], "1", "--overwrite", "--json")
+    _, out, err = run(capsys, *argv[:-1], "1", "--overwrite", "--json")
+    assert err == ""
     found = json.loads(out)["agreement"]
     assert found["predicts"] == "token"
     assert 0 < found["changed"] <= found["predictions"]

@@ -110,6 +110,15 @@ def user_turn(text: str) -> list[int]:
     return tiny_tokenizer().encode(turn)
 
 
+def test_answered_prompts_of_a_file_are_counted(trained, tmp_path, capsys) -> None:
+    (tmp_path / "lines.txt").write_text("river\npub\npark\n")
+    short = ("--raw", "--decoding.max_new_tokens", "1")
+    generate(trained, "--file", str(tmp_path / "lines.txt"), *short)
+    assert capsys.readouterr().err.endswith("3 of 3 prompts answered\n")
+    generate(trained, "--prompt", "river", *short)
+    assert "answered" not in capsys.readouterr().err
+
+
 def test_the_prompts_of_a_file_end_before_the_last_answer(trained, prompts, tmp_path) -> None:
     output = tmp_path / "out.jsonl"
     generate(trained, "--file", str(trained / "train.jsonl"), "--output", str(output))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ def extract_adapter(
     train_modules: tuple[str, ...] | str = (),
     rank: int | None = None,
     energy: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Derived:
     """Return an adapter that approximates the difference between a base model and a fine-tuned model.
 
@@ -71,6 +72,7 @@ def extract_adapter(
         train_modules: Name suffixes of modules to copy in full from the fine-tuned model, such as a new head.
         rank: Maximum rank of the factors. Give rank or energy.
         energy: Minimum share of each layer's squared difference to keep.
+        progress: Called with what is done next, such as "reading the base" or "layer 3 of 210".
 
     Returns:
         The adapter. Its notices name the other parameters that differ between the models.
@@ -82,6 +84,8 @@ def extract_adapter(
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
     check_target(rank, energy)
+    show = progress or (lambda _: None)
+    show("reading the base")
     loaded = load_float32(base, (config_of(base).architectures or [""])[0])
     model = loaded.model
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
@@ -91,7 +95,8 @@ def extract_adapter(
     weights, notices = _tuned_weights(model, base, tuned, targeted)
     layers, results, unchanged = {}, {}, []
     rounding: dict[str, float] = {}
-    for path, layer in template.layers.items():
+    for number, (path, layer) in enumerate(template.layers.items(), start=1):
+        show(f"layer {number} of {len(template.layers)}")
         name = weight_name(path, layer)
         weight = _tuned_weight(weights, name, tuned)
         difference = _difference(model.get_parameter(name), weight)
@@ -119,6 +124,7 @@ def extract_adapter(
         f"'{name}' is tied to '{first}' in the base but not after tuning, so the predictions were not compared."
         for name, first in untied.items()
     ]
+    show("comparing the predictions")
     found = None if untied else _agreement(loaded, adapter, weights)
     return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
 

@@ -43,18 +43,21 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit.analysis import extract_adapter
     from lorakit.analysis.saving import check_output, check_scoring
+    from lorakit.cli.console import StatusLine
 
     check_output(config.output, overwrite=config.overwrite)
     check_scoring(config)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
-    extracted = extract_adapter(
-        config.base,
-        config.tuned,
-        targets=tuple(targets),
-        train_modules=tuple(config.train_modules),
-        rank=config.rank,
-        energy=config.energy,
-    )
+    with StatusLine() as show:
+        extracted = extract_adapter(
+            config.base,
+            config.tuned,
+            targets=tuple(targets),
+            train_modules=tuple(config.train_modules),
+            rank=config.rank,
+            energy=config.energy,
+            progress=show,
+        )
     settings = {
         "command": "extract",
         "base": config.base.name,

@@ -91,6 +91,7 @@ def run(argv: Sequence[str]) -> None:
     )
     if config.output:  # before the imports of PyTorch, which take seconds
         storage.require_free_file(config.output, overwrite=config.overwrite)
+    from lorakit.cli.console import ProgressLine
     from lorakit.compute.adapted import (
         AdapterFile,
         open_adapted,
@@ -142,7 +143,15 @@ def run(argv: Sequence[str]) -> None:
         )
     encoded = encode_prompts(base, prompts, prompting, config.system)
     decoding = config.decoding.over(encoded.decoding)
-    texts = generate(base.model, tokenizer, encoded.ids, decoding, stop_ids=encoded.stop_ids)
+    line = ProgressLine() if config.file else None
+    texts = generate(
+        base.model,
+        tokenizer,
+        encoded.ids,
+        decoding,
+        progress=line and (lambda done: line("prompts answered", done, len(encoded.ids))),
+        stop_ids=encoded.stop_ids,
+    )
     texts = [encoded.answer(text) for text in texts]
     if config.output:
         answered = zip(encoded.shown, texts, strict=True)
