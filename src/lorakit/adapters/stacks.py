@@ -223,9 +223,8 @@ class Stacks:
 
     def _most_bytes(self, wanted: int) -> int:
         """Return how many bytes all stacks may occupy, if they want so many."""
-        if (
-            wanted <= LARGEST_STACKS
-        ):  # reading the sizes of thousands of small adapters takes longer than a step
+        # Reading the sizes of thousands of small adapters takes longer than a step.
+        if wanted <= LARGEST_STACKS:
             return LARGEST_STACKS
         adapters = [module for layer in self._known for module in layer._modules.values()]
         tensors = (t for module in adapters for t in (*module.parameters(), *module.buffers()))
