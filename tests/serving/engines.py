@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from leases import PlainLease
+from torch import nn
 
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import End, Event, GenerationRequest, Token
@@ -64,3 +67,18 @@ def running(engine: Worker) -> Iterator[Worker]:
         yield engine
     finally:
         assert engine.close(TIMEOUT)
+
+
+def fail_with_activations(module: nn.Module) -> list[int]:
+    """Let each pass through a module fail. Return a list to which each adds how many tensors of earlier ones live."""
+    activations: list[weakref.ref[torch.Tensor]] = []
+    living: list[int] = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        living.append(sum(ref() is not None for ref in activations))
+        activation = torch.ones(3)
+        activations.append(weakref.ref(activation))
+        raise RuntimeError("broken layer")
+
+    module.register_forward_pre_hook(fail)
+    return living

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import running
+from engines import fail_with_activations, running
 from leases import PlainLease, attach_some
 from stores import open_base
 
@@ -61,3 +61,15 @@ def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place() -> None:
     waiting.cancel()
     assert engine.load().waiting == 0
     engine.classify([TEXT], lease)
+
+
+def test_a_request_is_repeated_without_the_tensors_of_failed_passes() -> None:
+    base = open_base("bert", "sequence-classification")
+    engine = ClassifyingEngine(base, running=9, queue=9)
+    living = fail_with_activations(base.model.classifier)
+    lease = PlainLease((), base.text_tokenizer)
+    futures = [engine.classify([TEXT], lease) for _ in range(3)]
+    with running(engine):
+        errors = [str(future.exception(60)) for future in futures]
+    assert errors == ["broken layer"] * 3
+    assert living == [0] * 4

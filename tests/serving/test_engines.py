@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from engines import running, send
+from engines import fail_with_activations, running, send
 from leases import PlainLease, attach_some
 from tiny_models import build
 from tiny_tokenizer import tiny_tokenizer
@@ -212,6 +212,17 @@ def test_an_error_in_a_layer_fails_its_request_alone(kind, caplog):
     assert found[2].end.reason == "error"
     assert (kind == "continuous") == any("one by one" in text for text in caplog.messages)
     assert "broken adapter" in str(found[2].end.error)
+
+
+def test_a_request_is_repeated_without_the_tensors_of_failed_passes(kind):
+    """A GPU has no memory for both. The receivers still hold the errors of the requests before."""
+    engine = make(kind, model_with_adapters())
+    living = fail_with_activations(engine.model.lm_head)
+    sent = [send(engine, prompt, PlainLease((), TOKENIZER), 3) for prompt in prompts(3)]
+    with running(engine):
+        ends = [answer.wait().end for answer in sent]
+    assert [str(end.error) for end in ends] == ["broken layer"] * 3
+    assert living == [0] * 4
 
 
 class BrokenTokenizer:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
+from lorakit.compute.memory import free_memory
 from lorakit.errors import LorakitError, is_out_of_memory, requested_memory
 
 _LOG = logging.getLogger(__name__)
@@ -61,8 +59,7 @@ class BatchSize:
                 if not is_out_of_memory(error):
                     raise
                 requested = requested_memory(error)
-            # Outside the except block, nothing refers to the failed call's frames, which hold its tensors.
-            _free_memory()
+            free_memory()
             self._halve(lengths, during, requested)
 
     def _halve(self, lengths: Sequence[int], during: str, requested: str) -> None:
@@ -88,10 +85,3 @@ class BatchSize:
             self.size,
             computed,
         )
-
-
-def _free_memory() -> None:
-    """Free tensors in reference cycles, and return the cached memory of GPUs."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

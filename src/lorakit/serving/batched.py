@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lorakit.compute.batching import prompt_input
+from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
@@ -98,14 +99,17 @@ class BatchedEngine(Worker):
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
         try:
             self._generate(batch)
+            return
         except Exception as error:
+            forget_tensors(error)
             rest = [answer for answer in batch if not answer.has_ended]
             again = [answer for answer in rest if len(batch) > 1 and not answer.tokens]
             for answer in rest:
                 if answer not in again:
                     answer.fail(error)
-            for answer in again:
-                self._compute([answer])
+        free_memory()
+        for answer in again:
+            self._compute([answer])
 
     def _generate(self, batch: list[Answer]) -> None:
         model = self.model

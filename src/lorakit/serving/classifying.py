@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.compute.batching import collator
+from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
@@ -122,13 +123,28 @@ class ClassifyingEngine(Worker):
             return False
         try:
             self._compute(self._batch)
-        except Exception as error:
-            self._compute_apart(error)
         finally:
             self._batch = []
         return True
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> None:
+        """Compute a batch. After an error each request is computed alone, so that only the one at fault fails."""
+        try:
+            self._classify(batch)
+            return
+        except Exception as error:
+            forget_tensors(error)
+            jobs = [*dict.fromkeys(job for job, _ in batch if not job.future.done())]
+            if len(jobs) == 1:
+                _LOG.warning("A request for classes has failed.", exc_info=error)
+                if jobs[0].can_end():
+                    jobs[0].future.set_exception(error)
+                jobs = []
+        free_memory()
+        for job in jobs:
+            self._compute([entry for entry in batch if entry[0] is job])
+
+    def _classify(self, batch: list[tuple[_Job, int]]) -> None:
         inputs = self._collate([job.examples[row] for job, row in batch])
         inputs.pop("labels", None)
         with self._by_row([job.lease for job, _ in batch]):
@@ -138,19 +154,6 @@ class ClassifyingEngine(Worker):
             job.logits[row] = values[: job.lease.outputs]
             if len(job.logits) == len(job.examples) and job.can_end():
                 job.future.set_result(torch.stack([job.logits[i] for i in range(len(job.logits))]))
-
-    def _compute_apart(self, error: Exception) -> None:
-        """After an error compute each request's rows alone, so that it fails the request at fault and no other."""
-        jobs = dict.fromkeys(job for job, _ in self._batch if not job.future.done())
-        for job in jobs:
-            try:
-                if len(jobs) == 1:
-                    raise error
-                self._compute([entry for entry in self._batch if entry[0] is job])
-            except Exception as own:
-                _LOG.warning("A request for classes has failed.", exc_info=own)
-                if job.can_end():
-                    job.future.set_exception(own)
 
     def _end_all(self) -> None:
         super()._end_all()

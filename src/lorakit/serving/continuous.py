@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import ADAPTERS
@@ -253,12 +254,17 @@ class ContinuousEngine(Worker):
         try:
             return batch, self._forward(batch)
         except Exception as error:
+            forget_tensors(error)
             if len(batch) == 1:
                 _LOG.warning("A request failed: %s", error, exc_info=True)
                 batch[0].answer.fail(error)
                 self._finish(batch[0], has_failed=True)
-                return [], torch.empty(0)
-            _LOG.warning("Requests are computed one by one, because their batch failed: %s", error)
+                batch = []
+            else:
+                _LOG.warning(
+                    "Requests are computed one by one, because their batch failed: %s", error
+                )
+        free_memory()
         parts = [self._compute([request]) for request in batch]
         computed = [request for requests, _ in parts for request in requests]
         return computed, torch.cat(

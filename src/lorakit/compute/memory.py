@@ -1,0 +1,30 @@
+"""Free the memory of a computation that has failed, so that it can be repeated with less."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+
+import torch
+
+
+def free_memory() -> None:
+    """Free tensors in reference cycles, and return the cached memory of GPUs.
+
+    Call it outside the `except` block: inside, the error still refers to the failed call's frames, which hold its
+    tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def forget_tensors(error: BaseException) -> None:
+    """Delete the local variables of the frames that an error has left, for an error that something keeps.
+
+    The variables hold the tensors of the failed call. The traceback can still be printed.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
