@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from engines import fail_with_activations, running
 from leases import PlainLease, attach_some
 from stores import open_base
 
 from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import QueueFullError
+from lorakit.serving.errors import EngineStoppedError
 from lorakit.tasks import LabelledExample
 
 TEXT = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
@@ -73,3 +75,22 @@ def test_a_request_is_repeated_without_the_tensors_of_failed_passes() -> None:
         errors = [str(future.exception(60)) for future in futures]
     assert errors == ["broken layer"] * 3
     assert living == [0] * 4
+
+
+def test_an_engine_whose_device_computes_nothing_any_more_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = open_base("bert", "sequence-classification")
+    engine = ClassifyingEngine(base, running=9, queue=9)
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(type(base.model), "device", torch.device("meta"))
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    base.model.classifier.register_forward_pre_hook(fail)
+    futures = [engine.classify([TEXT], PlainLease((), base.text_tokenizer)) for _ in range(3)]
+    with running(engine):
+        errors = {type(future.exception(60)) for future in futures}
+        engine._thread.join(5)
+        assert not engine.load().is_alive
+    assert errors == {EngineStoppedError}

@@ -225,6 +225,27 @@ def test_a_request_is_repeated_without_the_tensors_of_failed_passes(kind):
     assert living == [0] * 4
 
 
+@pytest.mark.parametrize("during", ["a step", "an action"])
+def test_an_engine_whose_device_computes_nothing_any_more_ends(kind, during, monkeypatch):
+    model = model_with_adapters()
+    engine = make(kind, model)
+
+    def fail(*_):
+        monkeypatch.setattr(type(model), "device", torch.device("meta"))
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    lease = PlainLease((), TOKENIZER)
+    model.lm_head.register_forward_pre_hook(fail)
+    if during == "an action":
+        engine.score([5, 6], lease)
+    sent = [send(engine, prompt, lease, 3) for prompt in prompts(3)]
+    with running(engine):
+        ends = [answer.wait().end for answer in sent]
+        engine._thread.join(5)
+        assert not engine.load().is_alive
+    assert {type(end.error) for end in ends} == {EngineStoppedError}
+
+
 class BrokenTokenizer:
     eos_token_id = None
 

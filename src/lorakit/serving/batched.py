@@ -84,10 +84,8 @@ class BatchedEngine(Worker):
                 self._batch.append(answer)
         if not self._batch:
             return False
-        try:
-            self._compute(self._batch)
-        finally:
-            self._batch = []
+        self._compute(self._batch)
+        self._batch = []
         return True
 
     def _fits(self, batch: Sequence[Answer]) -> bool:
@@ -102,6 +100,7 @@ class BatchedEngine(Worker):
             return
         except Exception as error:
             forget_tensors(error)
+            self._require_device()
             rest = [answer for answer in batch if not answer.has_ended]
             again = [answer for answer in rest if len(batch) > 1 and not answer.tokens]
             for answer in rest:

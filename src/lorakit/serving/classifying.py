@@ -121,10 +121,8 @@ class ClassifyingEngine(Worker):
                 self._batch.append(entry)
         if not self._batch:
             return False
-        try:
-            self._compute(self._batch)
-        finally:
-            self._batch = []
+        self._compute(self._batch)
+        self._batch = []
         return True
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> None:
@@ -134,6 +132,7 @@ class ClassifyingEngine(Worker):
             return
         except Exception as error:
             forget_tensors(error)
+            self._require_device()
             jobs = [*dict.fromkeys(job for job, _ in batch if not job.future.done())]
             if len(jobs) == 1:
                 _LOG.warning("A request for classes has failed.", exc_info=error)

@@ -255,6 +255,7 @@ class ContinuousEngine(Worker):
             return batch, self._forward(batch)
         except Exception as error:
             forget_tensors(error)
+            self._require_device()
             if len(batch) == 1:
                 _LOG.warning("A request failed: %s", error, exc_info=True)
                 batch[0].answer.fail(error)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.adapters import handle_of
 from lorakit.adapters.choice import AdapterChoice, Blend
 from lorakit.compute.mode import evaluating
-from lorakit.errors import DataError
+from lorakit.errors import DataError, is_out_of_memory
 from lorakit.evaluation.generate import ending_tokens_of_model
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
@@ -247,7 +247,19 @@ class Worker(ABC):
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)
+                self._require_device()
         return has_changed
+
+    def _require_device(self) -> None:
+        """Raise the device's error if it computes nothing any more, which ends the engine.
+
+        After some errors of CUDA, such as an illegal memory access, every later call fails until the process ends.
+        """
+        try:
+            torch.ones(1, device=self.model.device).tolist()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
         """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""
