@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import traceback
 
-import torch
+from lorakit.models.devices import accelerator_module
 
 
 def free_memory() -> None:
-    """Free tensors in reference cycles, and return the cached memory of GPUs.
+    """Free tensors in reference cycles, and return the cached memory of accelerators.
 
     Call it outside the `except` block: inside, the error still refers to the failed call's frames, which hold its
     tensors.
     """
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if empty_cache := getattr(accelerator_module(), "empty_cache", None):
+        empty_cache()
 
 
 def forget_tensors(error: BaseException) -> None:

@@ -1,6 +1,8 @@
-"""The device that a setting names."""
+"""The device that a setting names, and PyTorch's module for it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import psutil
 import torch
@@ -40,3 +42,11 @@ def free_memory(device: torch.device) -> int | None:
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def accelerator_module() -> Any:
+    """Return PyTorch's module for this machine's accelerator, such as `torch.cuda`; `torch.cpu` if there is none.
+
+    The modules differ in the functions that they have.
+    """
+    return torch.get_device_module(torch.accelerator.current_accelerator() or torch.device("cpu"))

@@ -9,20 +9,24 @@ from contextlib import suppress
 
 import torch
 
+from lorakit.models.devices import accelerator_module
+
 
 def reset_peak_memory() -> None:
     """Reset :func:`peak_memory` to the current memory, after freeing the memory of earlier runs.
 
-    Linux and CUDA can reset their high-water mark. On other systems, and in containers that forbid the reset,
+    Linux and most GPUs can reset their high-water mark. On other systems, and in containers that forbid the reset,
     :func:`peak_memory` returns the mark of the whole process, an upper bound.
     """
     gc.collect()  # modules refer to each other, so the last run's model may still be alive
     release_free_memory()
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # man 5 proc_pid_clear_refs
-    if torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+    module = accelerator_module()
+    reset = getattr(module, "reset_peak_memory_stats", None)
+    if reset and module.is_initialized():
+        for index in range(module.device_count()):
+            reset(index)
 
 
 def release_free_memory() -> None:
@@ -36,9 +40,13 @@ def release_free_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory since `reset_peak_memory`, in bytes: GPU allocations, or on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Return the peak memory since `reset_peak_memory`, in bytes.
+
+    The peak of a GPU's allocations; of the process's resident set on a CPU, and on a GPU whose allocations have no
+    recorded peak (mps).
+    """
+    if measure := getattr(torch.get_device_module(device), "max_memory_allocated", None):
+        return measure(device)
     with (
         suppress(OSError, StopIteration),
         open("/proc/self/status", encoding="ascii", errors="replace") as file,
