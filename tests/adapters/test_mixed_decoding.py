@@ -165,6 +165,17 @@ def test_many_tokens_of_one_adapter_beside_single_ones() -> None:
         torch.testing.assert_close(found, packed(adapters, tokens))
 
 
+def test_a_composition_makes_its_indices_once_for_all_layers(monkeypatch) -> None:
+    """The CPU waits for each copy of an index to a GPU."""
+    adapters = adapted()
+    packed(adapters, [*["a"] * 20, "b", *["c"] * 20])
+    made, index = [], stacks._index
+    monkeypatch.setattr(stacks, "_index", lambda *args: made.append(args) or index(*args))
+    packed(adapters, [*["a"] * 20, "b", *["d"] * 20])
+    assert stacked_layers(adapters) == 14
+    assert len(made) == 4  # for each of two products, the rows that it reads and its slots
+
+
 @pytest.mark.parametrize("limit", [0, 60_000])
 def test_stacks_of_limited_size(monkeypatch, limit: int) -> None:
     """The other layers compute one adapter after the other."""

@@ -163,11 +163,14 @@ class Stacks:
         slots = self._slots_of(tokens)
         layers &= self._of_layer.keys()
         first, *others = tokens
-        products, rows = None, None
+        products, rows = [], None
+        chosen: dict[torch.device, list[Entries]] = {}
         if others or len(tokens[first]) < size:
             products = _products(tokens, slots)
             devices = {self._of_layer[layer].device for layer in layers}
             rows = {device: _rows(products, size, device) for device in devices}
+            # One copy to a GPU for all layers: the CPU waits for it.
+            chosen = {device: [_index(p.slots, device) for p in products] for device in devices}
         masks: dict[Any, Tensor | None] = {}
         parts = {}
         for layer in layers:
@@ -178,9 +181,12 @@ class Stacks:
                 own = [token for blend in acting for token in tokens[blend]]
                 masks[key] = _mask(own, shape, stack.device)
             parts[layer] = Part(
-                [stack.matrices(slots[first])]
-                if products is None
-                else [stack.matrices(p.slots, narrow=p.is_narrow) for p in products],
+                [
+                    stack.matrices(entries, narrow=product.is_narrow)
+                    for entries, product in zip(chosen[stack.device], products, strict=True)
+                ]
+                if products
+                else [stack.matrices(slots[first])],
                 stack.input_dtype,
                 masks[key],
             )
@@ -303,15 +309,12 @@ class Stack:
             B[rows].copy_(product.B.T)
             row = rows.stop
 
-    def matrices(
-        self, slots: int | Sequence[int], *, narrow: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def matrices(self, slots: int | Entries, *, narrow: bool = False) -> tuple[Tensor, Tensor]:
         """Return A (..., in, rank) and B (..., rank, out) of one slot or several; in the input's dtype if `narrow`."""
         if isinstance(slots, int):
             A, B = self._A[slots], self._B[slots]
         else:
-            chosen = _index(slots, self.device)
-            A, B = take(self._A, chosen), take(self._B, chosen)
+            A, B = take(self._A, slots), take(self._B, slots)
         if narrow:
             A, B = A.to(self.input_dtype), B.to(self.input_dtype)
         return A.mT, B
