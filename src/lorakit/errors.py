@@ -126,7 +126,7 @@ def memory_errors() -> Iterator[None]:
         requested = requested_memory(error)
     raise LorakitError(
         f"Out of memory{requested}. Close other programs, or lower batch_size and data.max_length. base.device cpu "
-        "uses the main memory. base.dtype nf4 loads the base in 4 bits, but do not merge it so. `lorakit plan` "
+        "uses the main memory. base.dtype nf4 loads the base in 4 bits, for all but a merge. `lorakit plan` "
         "predicts the memory of a training run."
     )
 

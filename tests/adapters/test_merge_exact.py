@@ -14,6 +14,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit import Adapters, FullFineTuning, LoRA, attach
+from lorakit.adapters import merging
 from lorakit.adapters.entry import leave
 from lorakit.adapters.export import adapted_state_dict
 from lorakit.adapters.layer_adapters import LayerAdapters
@@ -294,23 +295,52 @@ def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.Monkey
     assert alive == list(range(len(paths), 0, -1))
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Let the call of this number, from 0, run out of memory."""
+    original, calls = getattr(owner, name), itertools.count()
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(LayerAdapters, "effective_weight", 3), (merging, "make_whole", 0)],
+    ids=["between", "end"],
+)
 def test_an_error_within_a_permanent_merge_leaves_no_adapter(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    owner: Any,
+    name: str,
+    call: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     """The model is merged in part, and adapters on it would act twice in some layers."""
     model = tiny_models.build("llama")
     handle = with_eight_adapters(model)
-    compute, calls = LayerAdapters.effective_weight, itertools.count()
-
-    def failing(*args: Any) -> Tensor:
-        if next(calls) == 3:
-            raise torch.OutOfMemoryError
-        return compute(*args)
-
-    monkeypatch.setattr(LayerAdapters, "effective_weight", failing)
+    fail_at(monkeypatch, owner, name, call)
     with pytest.raises(torch.OutOfMemoryError):
         handle.merge("adapter4", keep_base=False)
     assert "Load the model again: it is merged in part" in caplog.text
     assert not any(".adapters." in key for key in model.state_dict())
     with pytest.raises(AdapterStateError, match="detach"):
         handle.activate("adapter4")
+
+
+def test_an_error_before_the_first_change_of_a_permanent_merge_leaves_the_adapter(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    model = tiny_models.build("llama")
+    handle = with_eight_adapters(model)
+    handle.activate("adapter4")
+    ids = torch.arange(3, 9)[None]
+    before = model(ids).logits
+    fail_at(monkeypatch, LayerAdapters, "effective_weight", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        handle.merge(keep_base=False)
+    assert "merged in part" not in caplog.text
+    assert torch.equal(model(ids).logits, before)

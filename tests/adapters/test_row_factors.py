@@ -309,6 +309,22 @@ def test_an_edit_of_data_acts_from_the_next_prompt_on() -> None:
         assert torch.equal(found, steps(adapters))
 
 
+def test_an_edit_of_data_acts_in_the_next_prompt_by_token() -> None:
+    """Without the promise that the adapters do not change."""
+    adapters = adapted()
+
+    def by_token() -> Tensor:
+        with torch.no_grad(), adapters.per_token([("default", PROMPT.numel())]):
+            return adapters.model(PROMPT).logits
+
+    by_token()
+    for parameter in adapters.trainable_parameters():
+        parameter.data.mul_(-1.5)
+    found = by_token()
+    with not_kept():
+        assert torch.equal(found, by_token())
+
+
 @pytest.mark.parametrize("in_inference_mode", [False, True])
 def test_tensors_of_inference_mode(in_inference_mode: bool) -> None:
     """They have no count of versions."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
+from lorakit.evaluation import evaluate
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -197,6 +200,29 @@ def test_peft_loads_what_was_extracted_from_full_fine_tuning(capsys, folder, tmp
     argv = ["extract", tmp_path / "full", tmp_path / "found", "--base.name", folder / "base"]
     assert run(capsys, *argv, "--rank", "2")[0] == 0
     assert (tmp_path / "found" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_scoring_holds_one_base_at_a_time(capsys, folder, tmp_path, monkeypatch):
+    """The adapted base of the first score is gone when the second one is loaded."""
+    opened, alive = [], []
+    opening = evaluate.open_adapted
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in opened))
+        base = opening(*args, **settings)
+        opened.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(evaluate, "open_adapted", counted)
+    gc.disable()  # a collection by chance would hide it
+    try:
+        argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5"]
+        data = ["--data.test", folder / "test.jsonl", "--base.name", folder / "base"]
+        assert run(capsys, *argv, *data)[0] == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):

@@ -22,7 +22,7 @@ from transformers import (
 
 from lorakit.models import dtype_choice, dtypes
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.devices import free_memory
+from lorakit.models.devices import available_memory
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype, resolve_dtype
 from lorakit.models.loading import load_base
 
@@ -252,7 +252,7 @@ NEEDED = 4 * (99 * 32 * 2 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32)
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Replace the bytes of memory that are free."""
-    return lambda count: monkeypatch.setattr(dtype_choice, "free_memory", lambda _: count)
+    return lambda count: monkeypatch.setattr(dtype_choice, "available_memory", lambda _: count)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
@@ -324,6 +324,6 @@ def test_free_memory_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-    assert free_memory(torch.device("cuda:1")) == 130
-    assert free_memory(torch.device("mps")) is None
-    assert 0 < (free_memory(CPU) or 0) < psutil.virtual_memory().total
+    assert available_memory(torch.device("cuda:1")) == 130
+    assert available_memory(torch.device("mps")) is None
+    assert 0 < (available_memory(CPU) or 0) < psutil.virtual_memory().total

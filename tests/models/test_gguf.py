@@ -245,7 +245,7 @@ def test_a_model_that_does_not_fit(
     needed = 4 * sum(p.numel() for p in llama.parameters())
     monkeypatch.setattr(module, "_read_model", lambda *_: pytest.fail("read"))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "free_memory", lambda device: needed - 1)
+        patch.setattr(module, "available_memory", lambda device: needed - 1)
         with pytest.raises(BaseModelError, match=r"needs 108 kB of memory, but 108 kB are free\."):
             converted_folder(path)
         assert described_folder(path).is_dir()  # without its weights

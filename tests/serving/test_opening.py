@@ -81,7 +81,11 @@ def test_a_run_that_has_not_begun_has_no_base(tmp_path, caplog) -> None:
         ([], None, None),
         ([30] * 10, 5000, "--adapter_memory 100B holds about 3 of 10 adapters at a time"),
         ([10], 4096, "--cache_memory 2GB holds 4,096 tokens of running requests"),
-        ([300], 4096, "--adapter_memory 100B holds about 0 of 1 adapter at a time; --cache_memory"),
+        (
+            [300],
+            4096,
+            "--adapter_memory 100B is too small for one of 1 adapter at a time; --cache_memory",
+        ),
     ],
 )
 def test_the_start_says_what_fits_into_memory(sizes, cache_tokens, expected) -> None:

@@ -218,8 +218,8 @@ class Adapters:
 
         Args:
             choice: The adapters to merge, as for `activate`; None merges the active ones.
-            keep_base: False drops the base weights and all adapters, layer by layer, so that two copies of the weights
-                never exist. The model is then a plain merged model for export, and the handle cannot be used
+            keep_base: False drops the base weights and all adapters, layer by layer, so that the model never needs
+                the memory of two. The model is then a plain merged model for export, and the handle cannot be used
                 afterwards. All other quantised layers are dequantised too.
 
         Raises:

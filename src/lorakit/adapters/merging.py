@@ -60,31 +60,34 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
     Args:
         model: The adapted model.
         blend: The adapters to merge, with their weights.
-        abandon: Called if an error stops the merge between two layers.
+        abandon: Called if an error stops the merge between two layers, for example for lack of memory.
 
     Raises:
-        AdapterStateError: As for `merge`; nothing has changed.
+        AdapterStateError: As for `merge`, before anything has changed.
     """
     changes = _changes(model, blend)
     kept = {name for names in tied_names(model) for name in names}  # to compare what was tied
-    unquantised = 0
+    unquantised, has_begun = 0, False
     try:
         for change in changes:
-            change.replace(change.tensors(blend))
+            tensors = change.tensors(blend)
+            has_begun = True
+            change.replace(tensors)
             for attribute in list(change.adapters.replaced):
                 if change.name(attribute) not in kept:
                     unquantised += _forget(change.layer, change.adapters, attribute)
+        _record_untying(model)
+        for change in changes:
+            for attribute in list(change.adapters.replaced):
+                unquantised += _forget(change.layer, change.adapters, attribute)
+        others = make_whole(model)
     except BaseException:
-        _LOG.error(
-            "The merge has stopped between two layers. Load the model again: it is merged in part."
-        )
-        abandon()
+        if has_begun:
+            _LOG.error(
+                "The merge has stopped between two layers. Load the model again: it is merged in part."
+            )
+            abandon()
         raise
-    _record_untying(model)
-    for _, layer, adapters in adapted_layers(model):
-        for attribute in list(adapters.replaced):
-            unquantised += _forget(layer, adapters, attribute)
-    others = make_whole(model)
     if unquantised or others:
         _LOG.warning(
             "The base was quantised: the merged model holds the dequantised weights (%d merged, %d others), not the "
@@ -125,7 +128,10 @@ def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
         attributes = adapters.weights_changed_by(path, layer, names)
         for attribute in attributes:
             W = getattr(layer, attribute)
-            if not W.is_floating_point() and quantised_weight(layer, W) is None:
+            quantised = quantised_weight(layer, W)
+            if quantised is not None:
+                _ = quantised.dtype  # raises an error if it is not known
+            elif not W.is_floating_point():
                 raise AdapterStateError(
                     f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
                     "can be added to it. Merge into a base loaded in bfloat16 or float32."

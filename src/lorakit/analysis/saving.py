@@ -16,6 +16,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import read
 from lorakit.analysis.derived import Derived
+from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -142,7 +143,10 @@ def _score(
         config = EvaluateConfig(
             **settings, base=base, adapter=folder, compare=False, allow_other_base=allow_other_base
         )
-        return evaluate(config).scores
+        try:
+            return evaluate(config).scores
+        finally:
+            free_memory()  # an adapted base has reference cycles, and the next call loads another
 
 
 def _write(

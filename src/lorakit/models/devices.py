@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def free_memory(device: torch.device) -> int | None:
+def available_memory(device: torch.device) -> int | None:
     """Return the bytes of memory that are free on a CPU or a CUDA GPU; None for other devices.
 
     Memory that PyTorch has reserved on a GPU and does not use counts as free.

@@ -19,7 +19,7 @@ from lorakit.errors import BaseModelError, LorakitError
 from lorakit.formatting import size
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
-from lorakit.models.devices import free_memory, pick_device
+from lorakit.models.devices import available_memory, pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.models.processor import limit_processor, processor_name
@@ -189,7 +189,7 @@ def _that_fits(device: torch.device, config: PretrainedConfig) -> DtypeChoice | 
     stored, quantised = (getattr(config, name, None) for name in ("dtype", "quantization_config"))
     if stored not in (torch.bfloat16, torch.float16) or quantised:
         return None
-    needed, free = 4 * (_parameters(config) or 0), free_memory(device)
+    needed, free = 4 * (_parameters(config) or 0), available_memory(device)
     if free is None or needed <= free:
         return None
     reason = f"float32 would need {size(needed)}, and {size(free)} are free"

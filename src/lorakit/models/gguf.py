@@ -22,7 +22,7 @@ import torch
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.formatting import counted, size
 from lorakit.models.cache import cache_folder, cached, is_complete
-from lorakit.models.devices import free_memory
+from lorakit.models.devices import available_memory
 from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, TensorEntry, read_header
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
@@ -240,7 +240,7 @@ def _require_room(gguf: Path, header: Header, dtype: torch.dtype, cache: Path) -
         BaseModelError: The model does not fit.
     """
     needed = sum(tensor.elements for tensor in header.tensors) * dtype.itemsize
-    memory, disk = free_memory(torch.device("cpu")), shutil.disk_usage(cache).free
+    memory, disk = available_memory(torch.device("cpu")), shutil.disk_usage(cache).free
     if memory is not None and needed > memory:
         raise BaseModelError(
             f"The conversion of '{gguf.name}' needs {size(needed)} of memory, but {size(memory)} are free. Close other "

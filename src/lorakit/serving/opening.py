@@ -106,9 +106,10 @@ def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> st
     budget = bytes_of("adapter_memory", config.adapter_memory)
     needed = sum(card.size or 0 for card in cards)
     if needed > budget:
+        fitting = budget * len(cards) // needed
+        holds = f"holds about {fitting}" if fitting else "is too small for one"
         parts.append(
-            f"--adapter_memory {config.adapter_memory} holds about {budget * len(cards) // needed} of "
-            f"{counted(len(cards), 'adapter')} at a time"
+            f"--adapter_memory {config.adapter_memory} {holds} of {counted(len(cards), 'adapter')} at a time"
         )
     if limits.cache_tokens == limits.context:  # the context is the model's own if that is smaller
         parts.append(

@@ -86,13 +86,21 @@ class ConvLoRA(LoRALayer):
         merged = W.to(A.dtype) + self.scaling * self._product(A, B)
         return torch.linalg.vector_norm(merged, dim=1)
 
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+    def changed_weights(self, layer: nn.Module) -> list[str]:
+        self._require_kernel()
+        return super().changed_weights(layer)
+
+    def _require_kernel(self) -> None:
+        """Raise an AdapterStateError if the product of the factors is no kernel of the layer."""
         if self.form.groups > 1 and not self.form.grouped:
             raise AdapterStateError(
                 "This adapter's file mixes all input channels of a grouped convolution, which a grouped kernel cannot "
                 "express, so the adapter cannot be merged. Use it unmerged, or train an adapter with lorakit, whose "
                 "factors are grouped."
             )
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        self._require_kernel()
         # G groups, R = rank / G, O outputs of a group, K inputs of a group times kernel elements.
         A_GRK = A.flatten(1).unflatten(0, (self.form.groups, -1))
         B_GOR = B.flatten(1).unflatten(0, (self.form.groups, -1))
