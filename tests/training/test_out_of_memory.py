@@ -233,8 +233,8 @@ def test_half_of_the_examples_that_did_not_fit() -> None:
 def limit_runs(patch: pytest.MonkeyPatch, tokens: int) -> list[Limit]:
     limits: list[Limit] = []
 
-    def limited(*args: Any) -> Job:
-        job = prepare(*args)
+    def limited(*args: Any, **settings: Any) -> Job:
+        job = prepare(*args, **settings)
         limits.append(Limit(job.model, tokens))
         return job
 
@@ -349,8 +349,8 @@ def limit_labels(patch: pytest.MonkeyPatch, tokens: int) -> list[int]:
             failed.append(args[0].numel())
             raise MemoryError
 
-    def limited(*args: Any) -> Job:
-        job = prepare(*args)
+    def limited(*args: Any, **settings: Any) -> Job:
+        job = prepare(*args, **settings)
         job.model.get_input_embeddings().register_forward_hook(watch)
         return job
 

@@ -71,7 +71,7 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
     try:
         for change in changes:
             tensors = change.tensors(blend)
-            has_begun = True
+            has_begun |= bool(tensors or change.adapters.replaced)
             change.replace(tensors)
             for attribute in list(change.adapters.replaced):
                 if change.name(attribute) not in kept:
