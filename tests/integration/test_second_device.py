@@ -44,7 +44,7 @@ pytestmark = [
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("device")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "outcomes.json").read_text())
