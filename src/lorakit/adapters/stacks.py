@@ -255,8 +255,11 @@ class Stacks:
 
     def _write(self, slot: int, blend: Blend) -> None:
         self._slots[slot] = None  # also after an error
+        source = self._sources[blend]
         for stack in self._of_layer.values():
-            stack.write(slot, self._sources[blend])
+            # A stack that is too small is not used by this composition: one that uses it builds a larger one.
+            if stack.fits(source):
+                stack.write(slot, source)
         self._slots[slot] = blend
 
 
