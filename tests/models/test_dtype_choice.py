@@ -134,15 +134,15 @@ def test_an_impossible_rate_is_measured_again(
 def test_a_small_model_needs_no_trial(machine: Callable[..., list[torch.dtype]]) -> None:
     calls = machine(3.0)
     config = LlamaConfig(hidden_size=32, intermediate_size=64)
-    assert compute_dtype("auto", CPU, config) == torch.float32
+    assert choose_dtype(CPU, config).dtype == torch.float32
     assert calls == []
-    assert compute_dtype("auto", CPU, LlamaConfig()) == torch.bfloat16
+    assert choose_dtype(CPU, LlamaConfig()).dtype == torch.bfloat16
 
 
 def test_a_merged_model_keeps_its_dtype(machine: Callable[..., list[torch.dtype]]) -> None:
     calls = machine(3.0)
     config = LlamaConfig(dtype="float32", **{dtype_choice.MERGED: True})
-    assert compute_dtype("auto", CPU, config) == torch.float32
+    assert choose_dtype(CPU, config).dtype == torch.float32
     assert calls == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -73,13 +73,9 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
             tensors = change.tensors(blend)
             has_begun |= bool(tensors or change.adapters.replaced)
             change.replace(tensors)
-            for attribute in list(change.adapters.replaced):
-                if change.name(attribute) not in kept:
-                    unquantised += _forget(change.layer, change.adapters, attribute)
+            unquantised += change.forget(kept)
         _record_untying(model)
-        for change in changes:
-            for attribute in list(change.adapters.replaced):
-                unquantised += _forget(change.layer, change.adapters, attribute)
+        unquantised += sum(change.forget() for change in changes)
         others = make_whole(model)
     except BaseException:
         if has_begun:
@@ -106,10 +102,6 @@ class _Change:
     adapters: LayerAdapters
     attributes: list[str]
 
-    def name(self, attribute: str) -> str:
-        """Return the name of an attribute in the model."""
-        return f"{self.path}.{attribute}" if self.path else attribute
-
     def tensors(self, blend: Blend) -> dict[str, Tensor]:
         """Return the merged tensors."""
         return {a: self.adapters.effective_weight(self.layer, a, blend) for a in self.attributes}
@@ -117,6 +109,24 @@ class _Change:
     def replace(self, tensors: dict[str, Tensor]) -> None:
         for attribute, weight in tensors.items():
             self.adapters.replace(self.layer, attribute, nn.Parameter(weight, requires_grad=False))
+
+    def forget(self, kept: Collection[str] = ()) -> int:
+        """Make the replaced tensors permanent, except those of these names in the model.
+
+        Returns:
+            Number of quantised layers that have become ordinary ones: 1 or 0.
+        """
+        unquantised = 0
+        for attribute in list(self.adapters.replaced):
+            if (f"{self.path}.{attribute}" if self.path else attribute) in kept:
+                continue
+            merged = self.layer._parameters[attribute]
+            quantised = quantised_weight(self.layer, self.adapters.forget(attribute))
+            if quantised is not None:
+                assert merged is not None
+                become_whole(quantised, merged.data)
+                unquantised += 1
+        return unquantised
 
 
 def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
@@ -138,17 +148,6 @@ def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
                 )
         changes.append(_Change(path, layer, adapters, attributes))
     return changes
-
-
-def _forget(layer: nn.Module, adapters: LayerAdapters, attribute: str) -> bool:
-    """Make a replaced tensor permanent; return whether the layer was quantised and has become an ordinary one."""
-    merged = layer._parameters[attribute]
-    quantised = quantised_weight(layer, adapters.forget(attribute))
-    if quantised is None:
-        return False
-    assert merged is not None
-    become_whole(quantised, merged.data)
-    return True
 
 
 @torch.no_grad()

@@ -94,15 +94,14 @@ class Trial:
 def compute_dtype(
     dtype: str | torch.dtype = "auto",
     device: torch.device | None = None,
-    config: PretrainedConfig | None = None,
 ) -> torch.dtype:
     """Return the dtype to compute in.
 
     Args:
-        dtype: A name, or a dtype, which is returned unchanged. ``auto`` is the faster of float32 and bfloat16; see
-            `choose_dtype`. A quantised base computes in bfloat16 where the device multiplies it, to save memory.
+        dtype: A name, or a dtype, which is returned unchanged. ``auto`` is the faster of float32 and bfloat16 for
+            products of usual shapes; see `choose_dtype`. A quantised base computes in bfloat16 where the device
+            multiplies it, to save memory.
         device: The device to compute on; None is the GPU if this machine has one, else the CPU.
-        config: Configuration of the base, for ``auto``; None tries products of usual shapes.
 
     Raises:
         ConfigurationError: The name is not known.
@@ -111,7 +110,7 @@ def compute_dtype(
         return dtype
     device = device or pick_device("auto")
     if dtype == "auto":
-        return choose_dtype(device, config).dtype
+        return choose_dtype(device).dtype
     if dtype in QUANTISATIONS:
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     return dtype_of_name(dtype)

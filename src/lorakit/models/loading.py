@@ -144,10 +144,12 @@ def load_base(
         source, path, options, notices = locate(source, trust_remote_code, weights=True)
         with _explained(source, path, task):
             config = read_config(source.name, path, options)
-            choice = choose_dtype(device, config) if dtype == "auto" else None
-            weights_dtype = choice.dtype if choice else compute_dtype(dtype, device)
-            if choice and choice.saves_memory:
-                notices.append(f"The dtype is {dtype_name(choice.dtype)}: {choice.reason}.")
+            if dtype == "auto":
+                choice = choose_dtype(device, config)
+                dtype = choice.dtype
+                if choice.saves_memory:
+                    notices.append(f"The dtype is {dtype_name(choice.dtype)}: {choice.reason}.")
+            weights_dtype = compute_dtype(dtype, device)
             with projections_as_stored() if quantisation else nullcontext() as dtypes:
                 model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
         new_weights, checked = _check_weights(source, model, info, task, seed)

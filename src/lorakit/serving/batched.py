@@ -7,6 +7,7 @@ request waits until the batch before it has ended. It is also the reference that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from transformers import (
 )
 
 from lorakit.compute.batching import prompt_input
-from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
@@ -95,18 +95,14 @@ class BatchedEngine(Worker):
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
-        try:
-            self._generate(batch)
+        error = self._attempt(partial(self._generate, batch))
+        if error is None:
             return
-        except Exception as error:
-            forget_tensors(error)
-            self._require_device()
-            rest = [answer for answer in batch if not answer.has_ended]
-            again = [answer for answer in rest if len(batch) > 1 and not answer.tokens]
-            for answer in rest:
-                if answer not in again:
-                    answer.fail(error)
-        free_memory()
+        rest = [answer for answer in batch if not answer.has_ended]
+        again = [answer for answer in rest if len(batch) > 1 and not answer.tokens]
+        for answer in rest:
+            if answer not in again:
+                answer.fail(error)
         for answer in again:
             self._compute([answer])
 

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.compute.batching import collator
-from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
@@ -127,19 +127,15 @@ class ClassifyingEngine(Worker):
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> None:
         """Compute a batch. After an error each request is computed alone, so that only the one at fault fails."""
-        try:
-            self._classify(batch)
+        error = self._attempt(partial(self._classify, batch))
+        if error is None:
             return
-        except Exception as error:
-            forget_tensors(error)
-            self._require_device()
-            jobs = [*dict.fromkeys(job for job, _ in batch if not job.future.done())]
-            if len(jobs) == 1:
-                _LOG.warning("A request for classes has failed.", exc_info=error)
-                if jobs[0].can_end():
-                    jobs[0].future.set_exception(error)
-                jobs = []
-        free_memory()
+        jobs = [*dict.fromkeys(job for job, _ in batch if not job.future.done())]
+        if len(jobs) == 1:
+            _LOG.warning("A request for classes has failed.", exc_info=error)
+            if jobs[0].can_end():
+                jobs[0].future.set_exception(error)
+            return
         for job in jobs:
             self._compute([entry for entry in batch if entry[0] is job])
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import ADAPTERS
@@ -251,21 +251,15 @@ class ContinuousEngine(Worker):
 
         After an error each request is computed alone, and only those that fail again end with it.
         """
-        try:
-            return batch, self._forward(batch)
-        except Exception as error:
-            forget_tensors(error)
-            self._require_device()
-            if len(batch) == 1:
-                _LOG.warning("A request failed: %s", error, exc_info=True)
-                batch[0].answer.fail(error)
-                self._finish(batch[0], has_failed=True)
-                batch = []
-            else:
-                _LOG.warning(
-                    "Requests are computed one by one, because their batch failed: %s", error
-                )
-        free_memory()
+        found = self._attempt(partial(self._forward, batch))
+        if isinstance(found, Tensor):
+            return batch, found
+        if len(batch) == 1:
+            _LOG.warning("A request failed: %s", found, exc_info=found)
+            batch[0].answer.fail(found)
+            self._finish(batch[0], has_failed=True)
+            return [], torch.empty(0)
+        _LOG.warning("Requests are computed one by one, because their batch failed: %s", found)
         parts = [self._compute([request]) for request in batch]
         computed = [request for requests, _ in parts for request in requests]
         return computed, torch.cat(

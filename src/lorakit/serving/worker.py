@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.choice import AdapterChoice, Blend
+from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError, is_out_of_memory
 from lorakit.evaluation.generate import ending_tokens_of_model
@@ -249,6 +250,21 @@ class Worker(ABC):
                 future.set_exception(error)
                 self._require_device()
         return has_changed
+
+    def _attempt(self, compute: Callable[[], T]) -> T | Exception:
+        """Return the result of a pass, or its error, after the memory of the failed pass is free.
+
+        Raises:
+            Exception: The device computes nothing any more.
+        """
+        try:
+            return compute()
+        except Exception as error:
+            forget_tensors(error)
+            self._require_device()
+            failure = error
+        free_memory()
+        return failure
 
     def _require_device(self) -> None:
         """Raise the device's error if it computes nothing any more, which ends the engine.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,12 +78,6 @@ class ConvLoRA(LoRALayer):
 
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.lora_A.ndim - 2)
-
-    def _merged_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if self.form.groups == 1:
-            return super()._merged_norms(W, A.flatten(1), B.flatten(1))
-        merged = W.to(A.dtype) + self.scaling * self._product(A, B)
-        return torch.linalg.vector_norm(merged, dim=1)
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
         self._require_kernel()

@@ -280,9 +280,10 @@ class LoRALayer(AdapterModule):
 
     def _merged_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return the norm of each row of ``W + scaling * B A`` in the dtype of A and B."""
-        if is_transformed(W, A, B):  # vmap has no in-place product
-            merged = W.to(A.dtype) + self.scaling * (B @ A)
+        if self.form.groups > 1 or is_transformed(W, A, B):  # vmap has no in-place product
+            merged = W.to(A.dtype) + self.scaling * self._product(A, B)
             return torch.linalg.vector_norm(merged, dim=1)
+        A, B = A.flatten(1), B.flatten(1)  # of a convolution
         numbers = _CHUNK if W.device.type == "cpu" else _LARGE_CHUNK
         rows = max(1, numbers // max(1, W.shape[1]))
         norms = []
