@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,55 @@ def test_every_published_size_is_in_its_table(table):
     study = STUDIES[table]
     printed = {(row.method, row.parameters) for row in study.table.rows}
     assert {(v.method, v.published) for v in study.variants if v.published} <= printed
+
+
+def _lines(right: int, count: int = 100) -> dict[str, list[str]]:
+    return {"accuracy": [" ".join(["1"] * right + ["0"] * (count - right)), " ".join("1" * count)]}
+
+
+@pytest.fixture
+def with_sums(compared, tmp_path: Path) -> Callable[..., Comparison]:
+    """Return a function that compares one seed of full fine-tuning and LoRA, with sums in the records."""
+
+    def make(**lora: Any) -> Comparison:
+        grid = compared({"full": [0.6], "lora": [0.75]}).grid
+        for data_set, variant in grid.cells():
+            for run in grid.scored_runs(data_set, variant):
+                record = grid.runner.record(run)
+                changes: dict[str, Any] = {"scored": "a", "sums": _lines(60)}
+                if variant.key == "lora":
+                    changes = {"scored": "a", "sums": _lines(75), **lora}
+                grid.runner._write(run, replace(record, **changes))
+        return compare(grid)
+
+    return make
+
+
+def test_one_seed_has_an_interval_over_the_examples(with_sums):
+    comparison = with_sums()
+    (difference,) = comparison.differences
+    low, high = difference.over_examples
+    # LoRA is right where full fine-tuning is, and on 15 examples of 100 more.
+    assert low == pytest.approx(15 - 1.96 * 100 * (0.15 * 0.85 / 100) ** 0.5, abs=1)
+    assert high == pytest.approx(15 + 1.96 * 100 * (0.15 * 0.85 / 100) ** 0.5, abs=1)
+    assert (difference.interval, difference.verdict) == (None, "open")
+    page = markdown(comparison)
+    assert f"| FT | +15.0 {{{low:+.1f}, {high:+.1f}}} (paper" in page
+    assert "In braces is its 95 % interval" in page
+    assert "In square brackets" not in page
+    (table,) = table_page(comparison).sections[1].blocks
+    assert f"{low:+.1f} to {high:+.1f}" in table.rows[0]
+
+
+@pytest.mark.parametrize("lora", [{"scored": "b"}, {"sums": {}}])
+def test_runs_that_scored_other_examples_have_no_such_interval(with_sums, lora):
+    (difference,) = with_sums(**lora).differences
+    assert difference.over_examples is None
+
+
+@pytest.mark.parametrize("lines", [["1 0"], ["1 0", "1"], ["1 x", "1 1"], []])
+def test_damaged_sums_are_refused(with_sums, lines):
+    with pytest.raises(
+        RunFolderError, match=r"mrpc/lora with rate .* is damaged: sums.accuracy: .* Restore"
+    ):
+        with_sums(sums={"accuracy": lines})

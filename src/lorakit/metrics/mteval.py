@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from lorakit.metrics.checks import check_texts, requires_extra
 
 Tokens = list[str]
@@ -44,28 +46,54 @@ def bleu_and_nist(
         DataError: The list of outputs is empty, or an output has no reference.
         ConfigurationError: sacrebleu is not installed.
     """
+    pairs = _tokenized(outputs, references)
+    matches = [[_matches(n, output, group) for output, group in pairs] for n in range(1, 6)]
+    totals = [sum(len(output) - n + 1 for output, _ in pairs) for n in range(1, 6)]
+    sums = _bleu_counts(pairs, matches[:4]).sum(0)
+    return float(bleu_of_sums(sums)), _nist(pairs, matches, totals)
+
+
+def bleu_counts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return what each output adds to the sums that BLEU is a function of, shape (outputs, 9).
+
+    The columns are its matches of 1- to 4-grams, its 1- to 4-grams, and the tokens of its closest reference.
+
+    Raises:
+        DataError, ConfigurationError: As for `bleu_and_nist`.
+    """
+    pairs = _tokenized(outputs, references)
+    return _bleu_counts(
+        pairs, [[_matches(n, output, group) for output, group in pairs] for n in range(1, 5)]
+    )
+
+
+def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Return BLEU-4, from 0 to 1, of sums of `bleu_counts`; shape (..., 9) to (...)."""
+    matches, totals, closest = sums[..., :4], sums[..., 4:8], sums[..., 8]
+    logs = np.log(np.maximum(matches, TINY_COUNT) / np.maximum(totals, TINY_TOTAL))
+    return np.exp(np.minimum(0.0, 1 - closest / totals[..., 0]) + logs.mean(-1))
+
+
+def _tokenized(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Pairs:
     check_texts(outputs, references)
     tokenize = _tokenizer()
-    pairs = [
+    return [
         (tokenize(output), [tokenize(reference) for reference in group])
         for output, group in zip(outputs, references, strict=True)
     ]
-    matches = [[_matches(n, output, group) for output, group in pairs] for n in range(1, 6)]
-    totals = [sum(len(output) - n + 1 for output, _ in pairs) for n in range(1, 6)]
-    return _bleu(pairs, matches[:4], totals[:4]), _nist(pairs, matches, totals)
 
 
-def _bleu(pairs: Pairs, matches: list[list[NGrams]], totals: list[int]) -> float:
-    counts = [sum(ngrams.total() for ngrams in ngrams_by_output) for ngrams_by_output in matches]
-    logs = [
-        math.log(max(count, TINY_COUNT) / max(total, TINY_TOTAL))
-        for count, total in zip(counts, totals, strict=True)
-    ]
-    closest = sum(
-        min((abs(len(reference) - len(output)), len(reference)) for reference in group)[1]
-        for output, group in pairs
+def _bleu_counts(pairs: Pairs, matches: list[list[NGrams]]) -> np.ndarray:
+    return np.array(
+        [
+            [
+                *(ngrams[i].total() for ngrams in matches),
+                *(len(output) - n + 1 for n in range(1, 5)),
+                min((abs(len(reference) - len(output)), len(reference)) for reference in group)[1],
+            ]
+            for i, (output, group) in enumerate(pairs)
+        ]
     )
-    return math.exp(min(0.0, 1 - closest / totals[0]) + sum(logs) / len(logs))
 
 
 def _nist(pairs: Pairs, matches: list[list[NGrams]], totals: list[int]) -> float:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
+from lorakit.paper.resampling import interval_over_examples
 from lorakit.paper.study import Variant
 
 ROUNDING = 1e-9
@@ -57,8 +58,11 @@ class Difference:
     interval: tuple[float, float] | None
     """95 % confidence interval of that mean (Student's t over the seeds); None with one common seed, for an average, or
     if the differences of all seeds are equal and not zero."""
+    over_examples: tuple[float, float] | None
+    """95 % interval of that mean over the choice of the scored examples, for the seeds at hand; None if the records
+    lack what it needs."""
     verdict: Verdict
-    """ahead or behind if the interval excludes zero, else undecided; open without an interval."""
+    """ahead or behind if the interval over the seeds excludes zero, else undecided; open without one."""
     published: tuple[str, float] | None
     """The paper's model, and the same difference on it; None if the paper has no such pair."""
 
@@ -225,9 +229,36 @@ def _difference(
         other=other.variant.key,
         value=value,
         interval=interval,
+        over_examples=_over_examples(grid, lora.variant, other.variant, column, sign),
         verdict=verdict,
         published=_published_difference(published, other.variant, column, sign),
     )
+
+
+def _over_examples(
+    grid: Grid, lora: Variant, other: Variant, name: str, sign: int
+) -> tuple[float, float] | None:
+    cells = [(d, column) for d in grid.study.data_sets for column in d.columns]
+    found = [(d, column) for d, column in cells if column.name == name and column.sums is not None]
+    if not found:
+        return None
+    ((data_set, column),) = found
+    assert column.sums is not None
+    score, sums = column.score, column.sums
+    ours, theirs = (
+        {r.seed: r for r in grid.records(data_set, variant)} for variant in (lora, other)
+    )
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    records = [record for pair in pairs for record in pair]
+    same_examples = len({record.scored for record in records}) == 1
+    if not same_examples or not all(score in record.sums for record in records):
+        return None
+    ends = interval_over_examples(
+        [(a.summands(score, sums.size), b.summands(score, sums.size)) for a, b in pairs],
+        sums.score,
+    )
+    low, high = sorted(sign * column.scale * end for end in ends)
+    return low, high
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:

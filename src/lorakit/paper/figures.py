@@ -78,17 +78,25 @@ def _differences(comparison: Comparison) -> list[Block]:
     for d in comparison.differences:
         digits = comparison.digits[d.column]
         paper = None if d.published is None else f"{d.published[1]:+.{digits}f}"
-        interval = d.interval and " to ".join(f"{end:+.{digits}f}" for end in d.interval)
+        seeds, examples = (
+            ends and " to ".join(f"{end:+.{digits}f}" for end in ends)
+            for ends in (d.interval, d.over_examples)
+        )
         value = f"{d.value:+.{digits}f}"
-        lines.append([comparison.labels[d.other], d.column, value, interval, d.verdict, paper])
+        name = comparison.labels[d.other]
+        lines.append([name, d.column, value, seeds, d.verdict, examples, paper])
     if not lines:
         return []
     caption = (
         "LoRA's score minus the other method's, the mean over runs with the same seed; positive if LoRA is better. The "
-        "verdict is ahead or behind if the 95 % confidence interval excludes zero, else undecided. It is open "
-        "with one seed, for an average, or if all differences are equal and not zero."
+        "verdict is ahead or behind if the 95 % confidence interval over the seeds excludes zero, else undecided. It "
+        "is open with one seed, for an average, or if all differences are equal and not zero. The interval over the "
+        "examples is of the same runs on resampled examples."
     )
-    columns = ("Other", "Column", "Difference", "95 % interval", "Verdict", "In the paper")
+    columns = (
+        *("Other", "Column", "Difference", "95 % interval over seeds", "Verdict"),
+        *("95 % interval over examples", "In the paper"),
+    )
     return [Table(caption=caption, columns=columns, rows=lines)]
 
 

@@ -15,6 +15,7 @@ from lorakit.models.packaged import BY_NAME
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.resampling import RESAMPLES
 from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE
 from lorakit.version import __version__
 
@@ -180,6 +181,9 @@ def _differences(comparison: Comparison) -> list[str]:
         if difference.interval is not None:
             low, high = difference.interval
             text += f" [{low:+.{digits}f}, {high:+.{digits}f}], {difference.verdict}"
+        if difference.over_examples is not None:
+            low, high = difference.over_examples
+            text += f" {{{low:+.{digits}f}, {high:+.{digits}f}}}"
         if difference.published is not None:
             text += f" (paper {difference.published[1]:+.{digits}f})"
         by_other.setdefault(difference.other, {})[difference.column] = text
@@ -189,17 +193,32 @@ def _differences(comparison: Comparison) -> list[str]:
     ]
     return [
         "## LoRA against the other methods",
-        "The mean difference of the runs with the same seed; a positive one means that LoRA is better. In square "
-        "brackets is its 95 % confidence interval: Student's t over the seeds, whose differences are assumed to be "
-        "normally distributed. It covers the initialisation, the order of the data and dropout. It does not cover the "
-        "choice of the scored examples or of the learning rate: on other examples, differences scatter more. LoRA is "
-        "*ahead* or *behind* if the interval excludes zero. Otherwise the difference is *undecided*: these runs are "
-        "compatible with every value in the interval. There is no verdict with one seed, for an average, or if all "
-        "differences are equal and not zero. In round brackets is the difference of the two published scores, on the "
-        "paper's first model with both methods (their notes are below); of several sizes of a method, it is the one "
-        f"that is also run here. {comparison.chance_note}".rstrip(),
+        "The mean difference of the runs with the same seed; a positive one means that LoRA is better. "
+        f"{_intervals(comparison)}In round brackets is the difference of the two published scores, on the paper's "
+        "first model with both methods (their notes are below); of several sizes of a method, it is the one that is "
+        f"also run here. {comparison.chance_note}".rstrip(),
         table(["LoRA minus", *comparison.columns], body),
     ]
+
+
+def _intervals(comparison: Comparison) -> str:
+    """Return what the intervals of the differences mean."""
+    text = "With one seed there is no verdict on the methods: other seeds give other differences. "
+    if any(difference.interval is not None for difference in comparison.differences):
+        text = (
+            "In square brackets is its 95 % confidence interval: Student's t over the seeds, whose differences are "
+            "assumed to be normally distributed. It covers the initialisation, the order of the data and dropout. It "
+            "does not cover the choice of the scored examples or of the learning rate: on other examples, differences "
+            "scatter more. LoRA is *ahead* or *behind* if the interval excludes zero. Otherwise the difference is "
+            "*undecided*: these runs are compatible with every value in the interval. There is no verdict with one "
+            "seed, for an average, or if all differences are equal and not zero. "
+        )
+    if any(difference.over_examples is not None for difference in comparison.differences):
+        text += (
+            f"In braces is its 95 % interval over the choice of the scored examples, with the same runs: {RESAMPLES:,} "
+            "draws of as many examples, with replacement (paired bootstrap, Koehn 2004). "
+        )
+    return text
 
 
 _SEEDS_CHOOSE = (
@@ -298,6 +317,7 @@ def own_notes(comparison: Comparison) -> list[str]:
         ),
         *_selected_seed(comparison),
         *_diverged(grid),
+        *_commonest(grid),
         *grid.study.notes,
         *(d.note for d in grid.study.data_sets if d.note),
         *_sources(grid),
@@ -384,6 +404,20 @@ def _sources(grid: Grid) -> Iterator[str]:
         yield (
             f"Recorded states of lorakit's source files: {len(set(sources) - {''})}; {sources.count('')} of "
             f"{len(sources)} runs record none. Numbers can round differently in another state."
+        )
+
+
+def _commonest(grid: Grid) -> Iterator[str]:
+    """Yield what a model scores that has learnt nothing but the commonest class."""
+    scores = [
+        f"{data_set.commonest} on {data_set.columns[0].name}"
+        for data_set in grid.study.data_sets
+        if data_set.commonest is not None
+    ]
+    if scores:
+        yield (
+            f"Answering always with the commonest class scores {', '.join(scores)}. A learning rate whose held-out "
+            "score is close to that has taught nothing."
         )
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorakit import storage
 from lorakit.configuration import as_dict, conform, flat_settings, nested
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
-from lorakit.evaluation.evaluate import Evaluation, evaluate
+from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
@@ -26,8 +27,8 @@ from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.processor import processor_name
 from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.resampling import as_lines, of_lines
 from lorakit.paper.study import StudyData, Variant
-from lorakit.tasks import Task
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import versions
@@ -54,7 +55,7 @@ _OF_ONE_MACHINE = ("output", "resume", "overwrite", "data.root", "data.train", "
 """Settings that a record leaves out: where files are, and how this call treats them."""
 HELD_OUT_SHARE = 0.1
 
-_ADDED = {"threads", "device", "source", "scored", "answers"}
+_ADDED = {"threads", "device", "source", "scored", "sums"}
 """Fields that the records of earlier versions lack."""
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
@@ -127,9 +128,10 @@ class Record:
     """Digest of lorakit's source files; empty if not recorded."""
     scored: str = ""
     """Digest of the data that `scores` are of; empty if not recorded."""
-    answers: str = ""
-    """The predicted class of each scored example, one digit each, in the order of the data; empty for other tasks, and
-    if not recorded. With those of another run they allow tests that pair the examples."""
+    sums: dict[str, list[str]] = field(default_factory=dict)
+    """By the name of a score that is a function of sums over the examples (`Column.sums`): for each sum a line with the
+    number that each scored example adds, in the order of the data. With those of another run they show how far the
+    difference depends on the choice of the examples. Empty if not recorded."""
 
     @property
     def lacks_scores(self) -> bool:
@@ -139,6 +141,23 @@ class Record:
     def score(self, name: str) -> float | None:
         """Return a score, computed with Java or without; None if there is none."""
         return {column_of(key): value for key, value in self.scores.items()}.get(name)
+
+    def summands(self, score: str, size: int) -> np.ndarray:
+        """Return `sums` of a score, shape (examples, size).
+
+        Raises:
+            RunFolderError: They are damaged.
+        """
+        try:
+            summands = of_lines(self.sums[score])
+            if summands.ndim != 2 or summands.shape[1] != size:
+                raise ValueError(f"it does not have {size} lines")
+            return summands
+        except ValueError as error:
+            raise RunFolderError(
+                f"The record of {self.data_set}/{self.variant} with rate {self.rate:g} and seed {self.seed} is "
+                f"damaged: sums.{score}: {error}. Restore the file, or delete it to train this run again."
+            ) from None
 
 
 def column_of(score: str) -> str:
@@ -317,7 +336,11 @@ class Runner:
         return {
             "scores": evaluation.scores,
             "scored": evaluation.sha256,
-            "answers": _answers(evaluation, task_type(run.data_set.task)),
+            "sums": {
+                column.score: as_lines(column.sums.of(evaluation.outputs))
+                for column in run.data_set.columns
+                if column.sums is not None
+            },
         }
 
     def evaluate_config(self, data_set: StudyData, adapter: Path) -> EvaluateConfig:
@@ -349,13 +372,6 @@ class Runner:
     def _path(self, run: TableRun) -> Path:
         folder = self.records / run.name
         return folder.with_name(f"{folder.name}.json")
-
-
-def _answers(evaluation: Evaluation, task: type[Task]) -> str:
-    """Return the predicted classes as digits; empty if the task has no classes, or more than ten."""
-    if task.kind != "classification" or len(task.classes) > 10:
-        return ""
-    return "".join(str(record["output"]) for record in evaluation.outputs)
 
 
 def recorded_settings(config: TrainConfig) -> dict[str, Any]:

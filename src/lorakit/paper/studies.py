@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.errors import require_choice
 from lorakit.paper.method_settings import bottleneck, lora, prefix
 from lorakit.paper.published import PublishedTable, published
+from lorakit.paper.resampling import ACCURACY, E2E_BLEU, MATTHEWS
 from lorakit.paper.study import Column, Study, StudyData, Variant
 
 
@@ -24,7 +25,8 @@ def study(table: str) -> Study:
 
 def _data(task: str, column: str, score: str = "accuracy", **options: Any) -> StudyData:
     """Return a data set with one column, in percent. `options` are further fields of `StudyData`."""
-    columns = (Column(name=column, score=score, scale=100),)
+    sums = {"accuracy": ACCURACY, "matthews": MATTHEWS}.get(score)
+    columns = (Column(name=column, score=score, scale=100, sums=sums),)
     return StudyData(**{"key": task, "task": task, "columns": columns, **options})
 
 
@@ -75,12 +77,12 @@ _GLUE = (
         note="MNLI is scored on both development sets together, as published; on the matched set if the other is "
         "missing.",
     ),
-    _data("sst2", "SST-2"),
-    _data("mrpc", "MRPC"),
+    _data("sst2", "SST-2", commonest=50.9),
+    _data("mrpc", "MRPC", commonest=68.4),
     _data("cola", "CoLA", "matthews"),
-    _data("qnli", "QNLI"),
+    _data("qnli", "QNLI", commonest=50.5),
     _data("qqp", "QQP"),
-    _data("rte", "RTE", max_length=256),
+    _data("rte", "RTE", max_length=256, commonest=52.7),
     _data("stsb", "STS-B", "pearson"),
 )
 
@@ -111,7 +113,7 @@ _TABLE2 = Study(
 )
 
 _E2E_COLUMNS = (
-    Column(name="BLEU", score="BLEU", scale=100),
+    Column(name="BLEU", score="BLEU", scale=100, sums=E2E_BLEU),
     Column(name="NIST", score="NIST", digits=2),
     Column(name="METEOR", score="METEOR", scale=100),
     Column(name="ROUGE-L", score="ROUGE_L", scale=100),

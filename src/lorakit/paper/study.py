@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.methods.registry import SECTIONS, default_rate
 from lorakit.paper.published import PublishedTable
+from lorakit.paper.resampling import ExampleSums
 from lorakit.tasks.registry import task_type
 
 _LADDER = (1.0, 3.0, 1 / 3, 9.0, 1 / 9, 27.0, 1 / 27)
@@ -65,6 +66,8 @@ class Column:
     """Factor from the evaluation's unit to the table's."""
     digits: int = 1
     """Decimal places."""
+    sums: ExampleSums | None = None
+    """How the score follows from sums over the examples; None if it does not, or these are not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,8 @@ class StudyData:
     """Training examples, where the table itself limits them (Table 16)."""
     scored: str | None = None
     """The validation set that the table scores; None for all."""
+    commonest: float | None = None
+    """Score, in the table's unit, of the answer that is most often right; None if it is zero or not known."""
     note: str = ""
     """What a reader of its scores must know."""
 
