@@ -22,9 +22,11 @@ from tiny_gguf import (
     F32,
     Q4_1,
     rounded,
+    tiny_llama,
     write_gguf,
 )
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
@@ -367,14 +369,54 @@ def test_an_unknown_name_that_the_model_does_not_use(
         converted_folder(path)
 
 
-@pytest.mark.parametrize("factor", [1.0, 8.0])
-def test_rotary_frequencies_in_the_file(
-    tmp_path: Path, llama: LlamaForCausalLM, factor: float
+def test_llama3s_rotary_frequencies_in_the_file(tmp_path: Path) -> None:
+    """llama.cpp writes them as divisors of the unscaled ones."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    source = tiny_llama(rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](source.config)
+    unscaled = 5e5 ** -(torch.arange(0, 8, 2) / 8)
+    divisors = (unscaled / scaled).numpy()
+    assert divisors[0] == 1
+    assert 1 < divisors[2] < 32 == divisors[3]
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        source,
+        extra={"rope_freqs.weight": divisors},
+        settings={"rope.freq_base": 5e5},
+    )
+    base = load_base(path, dtype="float32")
+    assert base.notices == []
+    assert base.model.config.rope_parameters == rope
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, source(ids).logits)
+
+
+def test_unscaled_rotary_frequencies_in_the_file(tmp_path: Path, llama: LlamaForCausalLM) -> None:
+    extra = {"rope_freqs.weight": np.ones(4, np.float32)}
+    base = load_base(write_gguf(tmp_path / "tiny.gguf", llama, extra=extra))
+    assert base.notices == []
+    assert base.model.config.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"rope_freqs.weight": np.full(4, 8, np.float32)},
+        {"rope_freqs.weight": np.array([1, 1, 1, np.inf], np.float32)},
+        {"rope_freqs.weight": np.array([1, 1, 1, np.nan], np.float32)},
+        {"rope_freqs.weight": np.full(2, 2, np.float32)},
+        {"rope_factors_long.weight": np.full(4, 8, np.float32)},
+    ],
+)
+@pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
+def test_other_rotary_frequencies_are_refused(
+    tmp_path: Path, llama: LlamaForCausalLM, extra: dict[str, np.ndarray], folder_of: Any
 ) -> None:
-    extra = {"rope_freqs.weight": np.full(4, factor, np.float32)}
-    notices = load_base(write_gguf(tmp_path / "tiny.gguf", llama, extra=extra)).notices
-    assert [n for n in notices if "rope_freqs.weight" in n] == notices
-    assert len(notices) == (factor != 1)
+    path = write_gguf(tmp_path / "tiny.gguf", llama, extra=extra)
+    with pytest.raises(BaseModelError, match=rf"has the setting {next(iter(extra))}, .*original"):
+        folder_of(path)
 
 
 def test_conversions_in_threads_leave_the_reader_as_it_was(

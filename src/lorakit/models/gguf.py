@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
-import numpy as np
 import torch
 
 from lorakit.errors import BaseModelError, LorakitError
@@ -24,13 +23,13 @@ from lorakit.formatting import counted, size
 from lorakit.models.cache import cache_folder, cached, is_complete
 from lorakit.models.devices import available_memory
 from lorakit.models.gguf_config import read_config
-from lorakit.models.gguf_header import Header, TensorEntry, read_header
+from lorakit.models.gguf_header import Header, read_float32, read_header
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_CONVERSION = 5
+_CONVERSION = 6
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = f"conversion-transformers-{version('transformers')}.json"
 """Names the version of transformers, on which the result depends: another version converts again."""
@@ -43,7 +42,7 @@ _CLOCK_TICK = 2.0
 """Seconds of the coarsest file times (FAT). A second change within them may leave the time of the first."""
 
 _UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_short")
-"""Tensors that transformers computes itself: frequencies of rotary embeddings. Any other unused tensor is an error."""
+"""Tensors of rotary embeddings, which the configuration replaces. Any other unused tensor is an error."""
 _PATCHED = threading.Lock()
 """Held while `GGUFReader` is replaced, so that two threads do not restore each other's replacement."""
 
@@ -131,7 +130,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         _require_finite(gguf, model)
         tokenizer = _read_tokenizer(gguf)
     notices = _finish_tokenizer(tokenizer, header.settings, model.config)
-    notices += _rope_notices(gguf, header)
     with atomic_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, max_shard_size="1TB")
         tokenizer.save_pretrained(temporary)
@@ -227,7 +225,8 @@ def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
     dtype = halves.get(Kind(next(iter(stored)))) if len(stored) == 1 else None
     # The norms are float32 even in a 16-bit file. Most fit in 16 bits; if one does not, use float32.
     if dtype is not None:
-        full = (_float32(gguf, tensor) for tensor in header.tensors if tensor.kind == Kind.F32)
+        entries = (tensor for tensor in header.tensors if tensor.kind == Kind.F32)
+        full = (torch.from_numpy(read_float32(gguf, tensor)) for tensor in entries)
         if not all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in full):
             dtype = None
     return dtype or torch.float32
@@ -251,10 +250,6 @@ def _require_room(gguf: Path, header: Header, dtype: torch.dtype, cache: Path) -
             f"The conversion of '{gguf.name}' needs {size(needed)} in the cache folder '{cache}', but {size(disk)} are "
             "free. Set LORAKIT_CACHE to a folder on a larger disk, or name the original model, which is not converted."
         )
-
-
-def _float32(gguf: Path, tensor: TensorEntry) -> torch.Tensor:
-    return torch.from_numpy(np.fromfile(gguf, "<f4", tensor.elements, offset=tensor.start))
 
 
 def _require_used(gguf: Path, header: Header, model: PreTrainedModel) -> None:
@@ -306,24 +301,6 @@ def _names_in_gguf(header: Header, model: PreTrainedModel) -> set[str]:
     names = library.get_tensor_name_map(kind, model.config.num_hidden_layers)
     known = (names.get_name(key, try_suffixes=(".weight", ".bias")) for key in model.state_dict())
     return {name for name in known if name is not None}
-
-
-def _rope_notices(gguf: Path, header: Header) -> list[str]:
-    """Return a notice if the file scales the frequencies of rotary embeddings, which transformers does not read."""
-    from gguf import GGMLQuantizationType as Kind
-
-    scaled = [
-        tensor.name
-        for tensor in header.tensors
-        if tensor.name.startswith(("rope_freqs", "rope_factors"))
-        and (tensor.kind != Kind.F32 or not bool((_float32(gguf, tensor) == 1).all()))
-    ]
-    if not scaled:
-        return []
-    return [
-        f"This GGUF file scales the frequencies of rotary embeddings ({', '.join(scaled)}), which transformers does "
-        "not read: positions may be computed differently than in training. Load the original model if that matters."
-    ]
 
 
 def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:

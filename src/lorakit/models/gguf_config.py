@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorakit.errors import BaseModelError
-from lorakit.models.gguf_header import Header
+from lorakit.models.gguf_header import Header, read_float32
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,6 +63,12 @@ _ATTRIBUTES = {
     "expert_weights_norm": ("norm_topk_prob",),
 }
 """Settings that transformers reads for some architectures only, and their names in its configurations."""
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Of every published model with this scaling: Llama 3.1, 3.2 and 3.3, EXAONE 3.5. Files do not have them."""
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
@@ -80,7 +88,7 @@ def read_config(gguf: Path, header: Header) -> PretrainedConfig:
         if name.startswith(prefix)
     }
     unread = [*_read_rope(config, settings), *_read_window(config, settings)]
-    unread += _read_others(config, settings)
+    unread += [*_read_frequencies(gguf, header, config), *_read_others(config, settings)]
     if config.model_type in _LAYERS_OF_27B:
         # No setting of the file. As in llama.cpp, the size of the model decides.
         share = config.hidden_size // config.num_attention_heads
@@ -121,11 +129,50 @@ def _read_rope(config: PretrainedConfig, settings: dict[str, Any]) -> list[str]:
             unread.append(f"rope.scaling.type {kind}")
     if settings.get("rope.scaling.attn_factor", 1.0) != 1:
         unread.append(f"rope.scaling.attn_factor {settings['rope.scaling.attn_factor']:.4g}")
-    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
-    rotated = int(head_dim * rope.get("partial_rotary_factor", 1))
+    rotated = _rotated(config, rope)
     if settings.get("rope.dimension_count", rotated) != rotated:
         unread.append(f"rope.dimension_count {settings['rope.dimension_count']}")
     return unread
+
+
+def _rotated(config: PretrainedConfig, rope: dict[str, Any]) -> int:
+    """Return how many numbers of a head rotate."""
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return int(head_dim * rope.get("partial_rotary_factor", 1))
+
+
+def _read_frequencies(gguf: Path, header: Header, config: PretrainedConfig) -> list[str]:
+    """Set Llama 3's scaling of rotary frequencies; return the tensors of divisors that say something else.
+
+    llama.cpp divides each frequency by a number in a tensor of the file. transformers computes these numbers.
+    """
+    from gguf import GGMLQuantizationType as Kind
+
+    unread: list[str] = []
+    for tensor in header.tensors:
+        if tensor.name.startswith(("rope_freqs", "rope_factors")):
+            divisors = read_float32(gguf, tensor) if tensor.kind == Kind.F32 else None
+            if divisors is None or not ((divisors == 1).all() or _set_llama3(config, divisors)):
+                unread.append(tensor.name)
+    return unread
+
+
+def _set_llama3(config: PretrainedConfig, divisors: np.ndarray) -> bool:
+    """Set Llama 3's scaling if it has these divisors; return whether it has."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default" or 2 * len(divisors) != _rotated(config, rope):
+        return False
+    factor = float(divisors.max())
+    # Wavelengths in tokens: the short ones stay, the long ones are divided, and those between are interpolated.
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
+    low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
+    length = _LLAMA3_ROPE["original_max_position_embeddings"]
+    share = np.clip((length / waves - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - share) / factor + share)
+    if not np.isfinite(divisors).all() or not np.allclose(divisors, expected, rtol=1e-4):
+        return False
+    rope |= {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
+    return True
 
 
 def _read_window(config: PretrainedConfig, settings: dict[str, Any]) -> list[str]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorakit.errors import BaseModelError
 from lorakit.formatting import size
 
@@ -56,6 +58,11 @@ class Header:
     settings: dict[str, Any]
     """Numbers and texts by name; an array is None."""
     tensors: tuple[TensorEntry, ...]
+
+
+def read_float32(path: Path, tensor: TensorEntry) -> np.ndarray:
+    """Read a tensor of kind F32, as one dimension."""
+    return np.fromfile(path, "<f4", tensor.elements, offset=tensor.start)
 
 
 def read_header(path: Path) -> Header:
