@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lorakit.compute.memory import free_memory
 from lorakit.training.loop import train
-from lorakit.training.memory import peak_memory, reset_peak_memory
+from lorakit.training.memory import peak_memory, release_free_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 BALLAST = 400 * 2**20
@@ -51,6 +52,17 @@ def test_a_second_run_does_not_report_the_peak_of_the_first(tmp_path: Path, base
     assert second.peak_memory > held.numel() * held.element_size()
     again = train(dataclasses.replace(config, resume=True))
     assert again.peak_memory == result.peak_memory  # a finished run keeps its record
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError])  # Windows, macOS
+def test_systems_without_glibc_release_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def without_glibc(name: None) -> None:
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", without_glibc)
+    release_free_memory()
 
 
 def test_an_accelerator_other_than_cuda_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

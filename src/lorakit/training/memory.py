@@ -35,7 +35,8 @@ def release_free_memory() -> None:
     The C library keeps freed memory for later tensors. Cached kernels for other batch sizes fragment the heap, so
     larger tensors do not fit into the holes. After some hundred batches, the holes are half of the process's memory.
     """
-    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
+    # Only glibc has malloc_trim. On Windows, CDLL(None) is a TypeError.
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
