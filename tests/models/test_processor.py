@@ -7,13 +7,21 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit.models import processor
-from lorakit.models.processor import KERNELS, limit_kernels, limit_threads, usable_cores
+from lorakit.models.processor import (
+    KERNELS,
+    in_own_thread,
+    limit_kernels,
+    limit_threads,
+    usable_cores,
+)
 
 
 @pytest.fixture
@@ -164,3 +172,20 @@ def test_a_thread_of_its_own_ends_with_its_computing_threads() -> None:
     assert after == before
     assert chosen == 3
     assert failed == "list index out of range"
+
+
+def test_a_wait_for_the_thread_can_be_interrupted_on_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There, Ctrl-C acts between two waits and never within one."""
+    waits = []
+    join = threading.Thread.join
+
+    def noted(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(timeout)
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", noted)
+    assert in_own_thread(lambda: time.sleep(0.01) or 7) == 7
+    assert waits
+    assert all(timeout is not None and timeout < 1 for timeout in waits)

@@ -124,7 +124,8 @@ def in_own_thread(action: Callable[[], T]) -> T:
     # A daemon, so that Ctrl-C does not wait for it.
     thread = threading.Thread(target=run, name="lorakit-passing", daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(0.2)  # on Windows, Ctrl-C does not interrupt a join without a timeout
     return future.result()
 
 
