@@ -1,5 +1,6 @@
 """A background run pauses while others need the machine, and ends as it would alone."""
 
+import getpass
 import os
 import signal
 import subprocess
@@ -165,3 +166,29 @@ def test_a_table_in_the_background_runs_in_one_process(monkeypatch, capfd):
     monkeypatch.setenv(background.IN_BACKGROUND, "1")
     paper.run(arguments)
     assert (len(started), "passes per method" in capfd.readouterr().out) == (1, True)
+
+
+def test_a_process_that_has_ended_cannot_be_paused(monkeypatch):
+    """Until its exit status is read, macOS refuses to signal it."""
+    refused = []
+
+    def killpg(*arguments):
+        refused.append(arguments)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", killpg)
+    monkeypatch.setattr(background, "is_quiet_asked", lambda: True)
+    command = [sys.executable, "-ISc", "import time; time.sleep(0.1)"]
+    assert background.run_in_background(command) == 0
+    assert refused
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])  # up to Python 3.12, and later
+def test_a_user_may_have_no_name(monkeypatch, error):
+    """As in a container that runs under any user id."""
+
+    def nameless():
+        raise error("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    assert not is_quiet_asked()

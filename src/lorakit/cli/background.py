@@ -69,5 +69,6 @@ def run_in_background(command: Sequence[str]) -> int:
 
 
 def _send(process: subprocess.Popen[bytes], signum: int) -> None:
-    with suppress(ProcessLookupError):
+    # It may have ended. Until its exit status is read, macOS raises PermissionError then.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ if sys.platform != "win32":
 
 
 def _lock_file() -> Path:
-    return Path(tempfile.gettempdir()) / f"lorakit-quiet-{getpass.getuser()}.lock"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = str(os.getuid())
+    return Path(tempfile.gettempdir()) / f"lorakit-quiet-{user}.lock"
 
 
 @contextlib.contextmanager
