@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 
 from lorakit import storage
-from lorakit.errors import RunFolderError
+from lorakit.errors import DataError, RunFolderError
 from lorakit.storage import lock_folder
 from lorakit.training.loop import train
 
@@ -32,6 +32,27 @@ def test_overwriting_deletes_nothing_that_is_not_a_run(tmp_path: Path, base: str
     with pytest.raises(RunFolderError, match=r"not a run folder.*thesis\.tex"):
         train(config)
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_lock_file_that_is_open_does_not_hide_the_error_of_a_new_run(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to delete an open file."""
+    unlink = Path.unlink
+
+    def unlink_closed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == storage.LOCK_NAME:
+            raise PermissionError(13, "used by another process", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
+    config = tiny_runs.config(tmp_path, base)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train="missing.csv"))
+    with pytest.raises(DataError, match=r"missing\.csv"):
+        train(config)
+    (tmp_path / "run" / storage.LOCK_NAME).write_text("")  # the folder can be used
+    with pytest.raises(DataError, match=r"missing\.csv"):
+        train(config)
 
 
 @pytest.mark.slow

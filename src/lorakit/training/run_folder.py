@@ -348,7 +348,9 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
                 if not (path / CONFIG).exists():
                     # Before the lock is released: afterwards another run may hold this file.
                     for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
-                        (path / name).unlink(missing_ok=True)
+                        # Windows refuses to delete the open lock file; filelock deletes it after the release.
+                        with suppress(OSError):
+                            (path / name).unlink()
     finally:
         if not (path / CONFIG).exists():
             for folder in new_folders:
