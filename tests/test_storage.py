@@ -74,7 +74,6 @@ def failure_at(monkeypatch: pytest.MonkeyPatch, call: int, fail: Callable[[], No
     with monkeypatch.context() as patch:
         for owner, name in (
             (os, "fsync"),
-            (os, "rename"),
             (os, "replace"),
             (atomic, "_exchange"),
             (Path, "write_bytes"),
@@ -195,7 +194,7 @@ CHILD = textwrap.dedent(
     if exchange == "without":
         atomic._exchange = lambda one, other: False
     for owner, name in (
-        (os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink"),
+        (os, "fsync"), (os, "replace"), (os, "rmdir"), (os, "unlink"),
         (atomic, "_exchange"), (Path, "write_bytes"), (Path, "mkdir"), (Path, "touch"),
         (atomic.shutil, "rmtree"),
     ):
@@ -255,6 +254,64 @@ def test_a_kill_at_any_step_leaves_old_or_new_and_the_next_save_cleans_up(
         assert os.listdir(parent) == ["target"]
     assert content(target, kind) == new
     assert call > (6 if kind == "folder" else 4)
+
+
+def refuse_renames(monkeypatch: pytest.MonkeyPatch, times: int) -> list[float]:
+    """Refuse the first renames like Windows, where another program has a file open; return the pauses."""
+    original, pauses = os.replace, []
+    refusals = iter(range(times))
+
+    def replace(*paths: Path) -> None:
+        if next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        original(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("situation", ["new", "replace"])
+def test_windows_repeats_a_rename_while_another_program_has_a_file_open(
+    tmp_path, monkeypatch, kind, situation
+):
+    target = prepare(situation, tmp_path, kind, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        pauses = refuse_renames(patch, 3)
+        save_folder(target) if kind == "folder" else save_file(target)
+    assert pauses == [0.01, 0.02, 0.04]
+    assert content(target, kind) == (NEW if kind == "folder" else NEW["a.txt"])
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("platform", "seconds"), [("win32", 5.11), ("darwin", 0)])
+def test_a_rename_that_stays_refused_is_an_error(tmp_path, monkeypatch, platform, seconds):
+    target = tmp_path / "target"
+    write_tree_at(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", platform)
+        pauses = refuse_renames(patch, 100)
+        with pytest.raises(RunFolderError, match=r"Cannot write .*target': Access is denied"):
+            save_folder(target)
+    assert sum(pauses) == pytest.approx(seconds)
+    assert read_tree(target) == OLD
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_folder_that_a_killed_process_renamed_is_renamed_back_without_locks(
+    tmp_path, monkeypatch
+):
+    """Windows cannot lock a folder, so the temporary of a process that may be alive stays."""
+    monkeypatch.setattr(atomic, "fcntl", None)
+    target = tmp_path / "target"
+    write_tree_at(tmp_path / ".target.tmp-0-old")
+    write_tree_at(tmp_path / ".target.tmp-1")
+    with pytest.raises(InjectedError), storage.atomic_folder(target, overwrite=True):
+        raise_unexpected()
+    assert read_tree(target) == OLD
+    assert sorted(os.listdir(tmp_path)) == [".target.tmp-1", "target"]
 
 
 def test_temporaries_of_a_living_process_are_left_alone(tmp_path):

@@ -43,7 +43,7 @@ WRITES = {
     "bytes": (Path, "write_bytes"),
     "text": (Path, "write_text"),
     "fsync": (os, "fsync"),
-    "rename": (os, "rename"),
+    "rename": (os, "replace"),
 }
 
 

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -31,6 +32,8 @@ except ImportError:  # Windows
 _OLD_SUFFIX = "-old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_PAUSES = tuple(0.01 * 2**n for n in range(9))
+"""Seconds between the tries of a rename on Windows, 5 in total."""
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     On any exception `path` keeps its old content and the temporary folder is removed. An existing
     folder is swapped with the new one in a single step if the system supports it (Linux). Otherwise
     the old folder is renamed first; if the process is killed between the two steps, the next call
-    renames it back. Every call also removes the temporary folders of killed processes.
+    renames it back. Every call also removes the temporary folders of killed processes, but not on
+    Windows, which cannot lock a folder.
 
     Raises:
         RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be
@@ -249,6 +253,10 @@ def _remove_leftovers(target: Path) -> None:
         if not name.startswith(_temporary_prefix(target)):
             continue
         leftover = target.with_name(name)
+        if fcntl is None and name.endswith(_OLD_SUFFIX) and not target.exists():
+            # If its process still runs, the save there fails, but no content is lost.
+            _rename(leftover, target)
+            continue
         lock = _lock_of_abandoned(leftover)
         if lock is None:
             continue
@@ -266,7 +274,7 @@ def _restore_or_remove(old: Path, target: Path) -> None:
     if target.exists():
         _remove(old)
     else:
-        os.rename(old, target)
+        _rename(old, target)
 
 
 def _remove(path: Path) -> None:
@@ -307,23 +315,36 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         raise
 
 
+def _rename(path: Path, new: Path) -> None:
+    """Rename a file or folder. On Windows, repeat it for some seconds while the system refuses it.
+
+    Windows refuses to rename a folder with an open file, and virus scanners and indexers open each new file.
+    """
+    for pause in _PAUSES if sys.platform == "win32" else ():
+        with suppress(PermissionError):
+            os.replace(path, new)
+            return
+        time.sleep(pause)
+    os.replace(path, new)
+
+
 def _swap(temporary: Path, target: Path) -> Callable[[], object]:
     """Replace the target by the temporary; return a function that reverts it."""
     if not target.exists():
-        os.rename(temporary, target)
-        return lambda: os.rename(target, temporary)
+        _rename(temporary, target)
+        return lambda: _rename(target, temporary)
     if _exchange(temporary, target):
         return lambda: _exchange(temporary, target)
     if not target.is_dir():
-        os.replace(temporary, target)
+        _rename(temporary, target)
         return lambda: None
     old = temporary.with_name(temporary.name + _OLD_SUFFIX)
-    os.rename(target, old)
-    os.rename(temporary, target)
+    _rename(target, old)
+    _rename(temporary, target)
 
     def undo() -> None:
-        os.rename(target, temporary)
-        os.rename(old, target)
+        _rename(target, temporary)
+        _rename(old, target)
 
     return undo
 

@@ -351,7 +351,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_old_adapter(tmp_path, monkeypa
     save(old)
     steps = (
         (os, "fsync"),
-        (os, "rename"),
+        (os, "replace"),
         (atomic, "_exchange"),
         (Path, "write_bytes"),
         (Path, "touch"),
