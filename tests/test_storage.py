@@ -463,6 +463,14 @@ def test_a_full_disk_is_recognised_in_an_error_of_safetensors(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [39, 112])
+def test_windows_has_other_numbers_of_a_full_disk(monkeypatch, number):
+    error = RuntimeError(f"I/O error: There is not enough space on the disk. (os error {number})")
+    assert not storage.is_disk_full(error)  # "directory not empty" and "host is down" on Linux
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert storage.is_disk_full(error)
+
+
 def test_other_errors_of_the_caller_are_not_converted(tmp_path):
     with pytest.raises(PermissionError, match="mine"), storage.atomic_folder(tmp_path / "target"):
         raise PermissionError("mine")

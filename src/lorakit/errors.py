@@ -91,7 +91,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
+        # Windows reports a full page file with a number of its own.
+        return error.errno == errno.ENOMEM or "error 1455" in str(error).lower()
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error).lower()))
 
 

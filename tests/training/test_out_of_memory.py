@@ -415,6 +415,8 @@ def test_a_real_allocation_that_fails(tmp_path: Path, dropout_base: str) -> None
         (RuntimeError("std::bad_alloc"), ""),
         (MemoryError("Unable to allocate 7.45 GiB for an array"), " (tried to allocate 7.45 GiB)"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
+        (OSError("[WinError 1455] The paging file is too small for this operation"), ""),
+        (OSError("The paging file is too small for this operation (os error 1455)"), ""),
     ],
 )
 def test_errors_of_memory(error: Exception, requested: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from lorakit.errors import AdapterFileError, LorakitError, RunFolderError, is_out_of_memory
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_ON_WINDOWS = (112, 39)
+"""ERROR_DISK_FULL, which Python converts to ENOSPC but Rust does not, and ERROR_HANDLE_DISK_FULL."""
 
 
 @contextmanager
@@ -97,11 +100,12 @@ def full_disk_explained(path: Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Return whether an error, or one that caused it, is of a full disk."""
+    in_rust = _DISK_FULL_ON_WINDOWS if sys.platform == "win32" else _DISK_FULL
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             return True
         # safetensors is written in Rust: its own exception quotes the system's message.
-        if any(f"(os error {number})" in str(error) for number in _DISK_FULL):
+        if any(f"(os error {number})" in str(error) for number in in_rust):
             return True
         error = error.__cause__ or error.__context__
     return False
