@@ -729,6 +729,32 @@ def test_an_existing_file_or_folder_needs_overwrite(tmp_path):
     assert storage.require_free_folder(tmp_path / "sub", overwrite=True)
 
 
+OF_FILE_MANAGERS = [".DS_Store", "._model.bin", "Thumbs.db", "desktop.ini", "sub/.DS_Store"]
+
+
+@pytest.mark.parametrize("name", OF_FILE_MANAGERS)
+def test_files_of_file_managers_are_overwritten(tmp_path, name):
+    """Finder and Explorer add them to a folder that the user looks at, also during a training."""
+    target = tmp_path / "target"
+    write_tree_at(target)
+    (target / name).touch()
+    storage.require_replaceable(target, "mine", written=OLD, marks=["a.txt"])
+    (target / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match=r"not mine, .*: thesis\.tex\. Choose"):
+        storage.require_replaceable(target, "mine", written=OLD, marks=["a.txt"])
+
+
+@pytest.mark.parametrize("name", OF_FILE_MANAGERS[:4])
+def test_a_folder_with_files_of_a_file_manager_alone_is_free(tmp_path, name):
+    (tmp_path / name).touch()
+    assert storage.require_free_folder(tmp_path) == tmp_path
+    storage.require_replaceable(tmp_path, "mine", written=[], marks=["a.txt"])
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()  # of the user
+    with pytest.raises(RunFolderError, match="already exists"):
+        storage.require_free_folder(tmp_path)
+
+
 def test_only_a_regular_file_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunFolderError, match="is a folder"):

@@ -34,6 +34,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PAUSES = tuple(0.01 * 2**n for n in range(9))
 """Seconds between the tries of a rename on Windows, 5 in total."""
+_OF_FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+"""Patterns of the files that macOS and Windows add to the folders that a user looks at."""
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     with writing(target):
         if target.exists() and not target.is_dir():
             raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
-        if target.is_dir() and not overwrite and any(target.iterdir()):
+        if target.is_dir() and not overwrite and not all(map(_is_disposable, target.iterdir())):
             raise RunFolderError(
                 f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
                 "line) to replace it."
@@ -151,7 +153,7 @@ def require_replaceable(
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        names = (file.relative_to(folder).as_posix() for file in files)
+        names = (file.relative_to(folder).as_posix() for file in files if not _is_disposable(file))
         others = (
             name
             for name in names
@@ -163,6 +165,11 @@ def require_replaceable(
             f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
             f"{', '.join(first)}. Choose another folder."
         )
+
+
+def _is_disposable(path: Path) -> bool:
+    """Return whether a file manager created the file, so that overwriting loses nothing."""
+    return any(fnmatch(path.name, p) for p in _OF_FILE_MANAGERS) and not path.is_dir()
 
 
 def _writable(path: str | Path) -> Path:
