@@ -755,6 +755,42 @@ def test_a_folder_with_files_of_a_file_manager_alone_is_free(tmp_path, name):
         storage.require_free_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("real/sub/b.txt", True),
+        ("real/sub", True),
+        ("real", False),
+        ("real/a.txt", False),
+        ("real/subordinate", False),
+        ("real/sub/missing", False),
+        ("a\0b", False),
+        ("link/sub/b.txt", True),
+        ("REAL/sub/b.txt", True),
+    ],
+)
+def test_what_is_within_a_folder(tmp_path, monkeypatch, path, expected):
+    """Two spellings of one folder are equal, although `realpath` keeps both."""
+    write_tree_at(tmp_path / "real")
+    (tmp_path / "real" / "subordinate").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "REAL").symlink_to("real")
+    real = os.path.realpath
+    monkeypatch.setattr(
+        os.path, "realpath", lambda path: path if "REAL" in str(path) else real(path)
+    )
+    for name in ("real", "link", "REAL"):
+        assert storage.is_within(tmp_path / path, tmp_path / name / "sub") is expected
+        assert not storage.is_within(tmp_path / path, tmp_path / name / "missing")
+
+
+def test_a_link_in_place_of_a_folder_contains_nothing(tmp_path):
+    """Deleting it spares the target."""
+    write_tree_at(tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    assert not storage.is_within(tmp_path / "link" / "a.txt", tmp_path / "link")
+
+
 def test_only_a_regular_file_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunFolderError, match="is a folder"):

@@ -97,6 +97,18 @@ def test_merge_does_not_replace_what_it_reads(
     shell.refuses(f"merge adapter {output} --base.name model --overwrite true", output)
 
 
+def test_merge_does_not_replace_its_base_under_another_spelling(
+    shell: Shell, adapter: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS' disks ignore the case of letters, and its `realpath` keeps it."""
+    shutil.copytree(base, "models/base")
+    Path("Models").symlink_to("models")
+    monkeypatch.setattr(os.path, "realpath", lambda path, **_: os.path.abspath(path))
+    shell.refuses(
+        "merge adapter Models/base --base.name models/base --overwrite true", "is the base"
+    )
+
+
 @pytest.mark.slow
 def test_resume_on_a_base_that_has_changed(
     shell: Shell, bases: Path, data: str, monkeypatch: pytest.MonkeyPatch

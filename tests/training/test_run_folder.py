@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ def test_overwriting_a_run_keeps_the_users_own_files(tmp_path: Path, base: str) 
         ("from_adapter", "run/adapter"),
         ("from_adapter", "{folder}/run/adapter"),
         ("from_adapter", "link/adapter"),
+        ("from_adapter", "RUN/adapter"),
         ("data.train", "run/samples.jsonl"),
     ],
 )
@@ -83,6 +85,14 @@ def test_overwriting_spares_the_inputs_of_the_new_run(
     (tmp_path / "run" / "config.yaml").write_text(storage.dump_yaml(config.as_dict()))
     tiny_runs.write_rows(tmp_path / "run" / "samples.jsonl", tiny_runs.pairs(8))
     (tmp_path / "link").symlink_to(tmp_path / "run")
+    # One folder under two names, as on the disks of macOS: `realpath` keeps both.
+    (tmp_path / "RUN").symlink_to(tmp_path / "run")
+    real = os.path.realpath
+    monkeypatch.setattr(
+        os.path,
+        "realpath",
+        lambda path, **strict: path if "RUN" in str(path) else real(path, **strict),
+    )
     if setting == "from_adapter":
         config = dataclasses.replace(config, from_adapter=source)
     else:

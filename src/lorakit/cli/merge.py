@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
@@ -74,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
-    if Path(base.source.path_or_id).resolve() == output:
+    if storage.is_within(base.source.path_or_id, output):
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
         )

@@ -3,6 +3,7 @@
 from lorakit.storage.atomic import (
     atomic_file,
     atomic_folder,
+    is_within,
     require_free_file,
     require_free_folder,
     require_replaceable,
@@ -39,6 +40,7 @@ __all__ = [
     "finite",
     "is_disk_full",
     "is_quiet_asked",
+    "is_within",
     "json_line",
     "lock_folder",
     "parse_json",

@@ -172,6 +172,18 @@ def _is_disposable(path: Path) -> bool:
     return any(fnmatch(path.name, p) for p in _OF_FILE_MANAGERS) and not path.is_dir()
 
 
+def is_within(path: str | Path, folder: Path) -> bool:
+    """Return whether `path` exists and is `folder` or a file or folder in it.
+
+    Compares what the file system finds, not names: macOS and Windows ignore the case of letters. A link in place of
+    `folder` contains nothing, as deleting it spares its target.
+    """
+    if not (os.path.exists(path) and os.path.lexists(folder)):
+        return False
+    place, found = Path(os.path.realpath(path)), folder.lstat()
+    return any(os.path.samestat(above.stat(), found) for above in (place, *place.parents))
+
+
 def _writable(path: str | Path) -> Path:
     """Return the real path if this process has permission to write there."""
     try:

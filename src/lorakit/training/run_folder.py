@@ -404,7 +404,7 @@ def _require_run_or_empty(path: Path) -> None:
 
 def _require_inputs_elsewhere(path: Path, config: TrainConfig) -> None:
     """Reject overwriting a run that contains the adapter or the data of the new one."""
-    deleted = [path.resolve() / name for name in (*FILES, *FOLDERS)]
+    deleted = [path / name for name in (*FILES, *FOLDERS)]
     settings = {
         "from_adapter": config.from_adapter,
         "data.train": config.data.train,
@@ -412,8 +412,7 @@ def _require_inputs_elsewhere(path: Path, config: TrainConfig) -> None:
     }
     for setting, value in settings.items():
         for source in [value] if isinstance(value, str) else value or []:
-            place = Path(source)
-            if place.exists() and any(map(place.resolve().is_relative_to, deleted)):
+            if any(storage.is_within(source, entry) for entry in deleted):
                 raise RunFolderError(
                     f"{path} contains an input of the run ({setting} {source}), and overwriting would delete it. "
                     "Choose another output."
