@@ -46,7 +46,12 @@ def _gpt3(method: str, settings: dict[str, Any], rate: float, *notes: str) -> Fa
 
 def _lora(rank: int, *targets: str) -> dict[str, Any]:
     """Return the settings of LoRA with the default alpha."""
-    return {"method": "lora", "lora.rank": rank, "lora.targets": targets}
+    return {
+        "method": "lora",
+        "lora.rank": rank,
+        "lora.targets": targets,
+        "lora.init": "gaussian",
+    }
 
 
 _GPT3 = (
