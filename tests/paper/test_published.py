@@ -1,12 +1,22 @@
 """The published numbers: checked against arithmetic, the formulas and the paper's text."""
 
+import json
 import statistics
 
 import pytest
+from published_facts import own_row, rows_of_paper
 
 from lorakit.errors import ConfigurationError
 from lorakit.paper.published import PUBLISHED, published
 from lorakit.paper.published.table import rows_of
+
+
+def test_every_table_is_as_printed(shared):
+    text = (shared / "paper" / "results.json").read_text(encoding="utf-8")
+    printed = {key.partition("_")[0]: table for key, table in json.loads(text)["tables"].items()}
+    assert PUBLISHED.keys() == printed.keys()
+    for name, table in PUBLISHED.items():
+        assert [own_row(row) for row in table.rows] == rows_of_paper(name, printed[name]), name
 
 
 def test_averages_are_the_means_of_their_rows():
