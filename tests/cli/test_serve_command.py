@@ -67,6 +67,13 @@ def test_a_port_that_is_taken_is_an_error(capsys: Any) -> None:
     assert f"Cannot listen on 127.0.0.1, port {port}" in message
 
 
+def test_the_port_is_not_shared_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with serve._listener(ServeConfig(port=0)) as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = error_of(capsys)
@@ -336,6 +343,7 @@ def test_a_failed_verification_stops_the_server_if_asked(
     serving: Serve, monkeypatch: pytest.MonkeyPatch, capsys: Any, stops: bool, is_draining: bool
 ) -> None:
     monkeypatch.setattr("lorakit.serving.opening.bound_for", lambda dtype: -1.0)  # all answers fail
+    monkeypatch.setattr("os.kill", lambda *_: pytest.fail("on Windows it ends the process"))
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
 

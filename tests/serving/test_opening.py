@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import ntpath
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from stores import LARGE, TENSORS, open_base
 
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.models.base_config import BaseConfig
+from lorakit.serving import cards, folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.engine import Limits
-from lorakit.serving.folders import Location
+from lorakit.serving.folders import Location, digests_of
 from lorakit.serving.http.errors import without_folders
 from lorakit.serving.opening import _base, _cards, _memory_notice, _task, sources
 from lorakit.serving.serve_config import ServeConfig
@@ -101,6 +105,29 @@ def test_the_size_of_a_followed_run_is_that_of_its_checkpoint(made, tmp_path) ->
     assert sum(name.endswith(".safetensors") for name, *_ in files) == 1
     checkpoint = (f"{location.checkpoint}/weights.safetensors", 0, 700, 0, 0)
     assert read_card(location, (*files, checkpoint)).size == 700
+
+
+def test_paths_of_windows_are_read_alike(made, tmp_path, monkeypatch) -> None:
+    """Its scandir joins a name to the folder by a backslash."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(made / "a", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool.jinja").write_text("{{ tools }}")
+    location = Location(str(folder))
+    state = location.state()
+    card, digests = read_card(location, state), digests_of(location, state)
+    assert (card.chat, card.size) == (True, (folder / TENSORS).stat().st_size)
+
+    names = {path: path.removeprefix(f"{folder}/").replace("/", "\\") for path, *_ in state}
+    for path, name in names.items():
+        shutil.copy(path, f"{folder}\\{name}")  # on other systems the name of a file
+    windows = tuple((f"{folder}\\{names[path]}", *rest) for path, *rest in state)
+    for module in (cards, folders):
+        monkeypatch.setattr(module, "os", SimpleNamespace(path=ntpath, sep="\\"))
+    assert read_card(location, windows) == card
+    assert digests_of(location, windows) == digests
 
 
 @pytest.mark.parametrize("named", ["", "run="])

@@ -40,6 +40,7 @@ from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError
 from lorakit.methods.method import Method
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.serving import folders
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.store import AdapterStore
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, TrainConfig
@@ -174,6 +175,24 @@ def test_an_unknown_name_lists_the_known_ones_with_the_nearest(
 def test_a_name_is_not_a_path(store: AdapterStore, name: str) -> None:
     with pytest.raises(UnknownAdapterError):
         store.acquire(name)
+
+
+def test_another_spelling_of_a_folder_is_another_name(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and macOS open "a" by "A" too; unloading "a" would leave that one."""
+    is_adapter, upper, lower = folders.is_adapter, str(root / "A"), str(root / "a")
+    monkeypatch.setattr(
+        folders, "is_adapter", lambda folder: is_adapter(folder.replace(upper, lower))
+    )
+    with pytest.raises(UnknownAdapterError):
+        store.acquire("A")
+    store.acquire("a").release()
+    store.remove("a")
+    for name in ("a", "A"):
+        with pytest.raises(UnknownAdapterError):
+            store.acquire(name)
+    assert store.names() == ["b", "c", "d"]
 
 
 ODD_NAMES = [b"a\nb", b" a", b"a ", b"\xff", "\u202ea".encode(), b"a" * 201]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import signal
 import socket
 import sys
@@ -93,7 +92,8 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
         if verdict is not None and not verdict.agrees and config.verify_stops and not failed:
             failed.append(verdict)
             if not app.state.serving.is_draining:  # a second signal would cut the running answers
-                os.kill(os.getpid(), signal.SIGTERM)
+                # On Windows, os.kill would end the process without its handler.
+                signal.raise_signal(signal.SIGTERM)
 
     opened = in_own_thread(lambda: open_all(config, report))
     metrics = Metrics(opened.engine.load, opened.store.stats)
@@ -122,7 +122,9 @@ def _listener(config: ServeConfig) -> socket.socket:
     """
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows, SO_REUSEADDR would share the port with a server that already listens on it.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        listener.setsockopt(socket.SOL_SOCKET, option, 1)
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()

@@ -51,7 +51,8 @@ def read_card(location: Location, state: State) -> Card:
     chat = _has_template(location, state)
     tensors = [entry for entry in state if entry[0].endswith((".safetensors", ".bin"))]
     # A checkpoint replaces the tensors of the folder that describes them.
-    size = sum(length for path, _, length, *_ in tensors if path.startswith(f"{location.path}/"))
+    start = os.path.join(location.path, "")
+    size = sum(length for path, _, length, *_ in tensors if path.startswith(start))
     if not os.path.lexists(folder / lorakit_json.NAME):
         options = storage.read_json(folder / peft.CONFIG_NAME)
         return Card(
@@ -120,7 +121,7 @@ def _has_template(location: Location, state: State) -> bool | None:
     """Return `Card.chat`, by the files from which transformers takes the template."""
     if not location.has_tokenizer:
         return None
-    own_file = f"{location.folder}/{CHAT_TEMPLATE_FILE}"
+    own_file = os.path.join(location.folder, CHAT_TEMPLATE_FILE)
     if any(path == own_file and length for path, _, length, *_ in state):
         return True
     return bool(storage.read_json(Path(location.folder, TOKENIZER_CONFIG)).get("chat_template"))

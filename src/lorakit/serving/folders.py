@@ -207,9 +207,10 @@ def digests_of(location: Location, state: State) -> Digests:
         AdapterFileError: A file cannot be read.
     """
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
+    start = os.path.join(location.folder, "")
     for path, *_ in state:
-        name = path.removeprefix(f"{location.folder}/")  # a checkpoint's path stays whole
-        name = name if name != path else os.path.basename(path)
+        name = path.removeprefix(start)  # a checkpoint's path stays whole
+        name = name.replace(os.sep, "/") if name != path else os.path.basename(path)
         with storage.reading(path, AdapterFileError):
             part = f"{name}\0{storage.sha256(storage.regular_file(Path(path)))}\0".encode()
         whole.update(part)

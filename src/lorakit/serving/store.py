@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from lorakit import storage
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
@@ -165,7 +166,11 @@ class AdapterStore:
         if self.root is None or not folders.is_folder_name(name):
             return None
         source = AdapterSource(f"{self.root}/{name}")
-        return source if _serves(source) else None
+        if not _serves(source):
+            return None
+        # Windows and macOS also open the folder by other spellings, such as "SQL" for "sql".
+        with storage.reading(self.root, AdapterFileError):
+            return source if name in os.listdir(self.root) else None
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         names = self.names()

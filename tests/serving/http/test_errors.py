@@ -419,6 +419,21 @@ def test_a_client_does_not_see_the_paths_of_the_server(
     assert "/srv/secret/adapters/sql/adapter_config.json" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (r"C:\srv\secret\sql\a.json", r"sql\a.json"),
+        (r"C:\\srv\\secret\\sql\\a.json", r"sql\\a.json"),  # as in repr
+        (r"C:\srv/secret/sql\a.json", r"sql\a.json"),
+        (r"\\secret\srv\sql\a.json", r"sql\a.json"),
+        ("/v1/models", "/v1/models"),
+        ("a:b/c/d", "a:b/c/d"),
+    ],
+)
+def test_the_folders_of_windows_are_removed_too(path: str, shown: str) -> None:
+    assert errors.without_folders(f"'{path}' is bad, '{path}'.") == f"'{shown}' is bad, '{shown}'."
+
+
 @pytest.mark.parametrize("route", ["completions", "chat", "classify"])
 def test_a_text_that_cannot_fit_is_not_tokenised(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, route: str

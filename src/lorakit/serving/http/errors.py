@@ -22,8 +22,11 @@ LOG = logging.getLogger("lorakit.serving")
 
 RETRY_SECONDS = 1
 """Value of Retry-After where nothing better is known."""
-_FOLDERS = re.compile(r"(?<=')/[^'\n]*/(?=[^'/]+/[^'/]+')")
-"""The folders before the last two parts of a path between quotation marks. They are not the client's business."""
+_FOLDERS = re.compile(
+    r"""(?<=')(?:[A-Za-z]:(?=[\\/])|[\\/])[^'\n]*[\\/](?=[^'\\/]+[\\/]+[^'\\/]+')"""
+)
+"""The folders before the last two parts of a path between quotation marks, of POSIX or Windows. They are not the
+client's business."""
 PLAIN = "The server failed. Its log has the details, under the x-request-id of this answer."
 """Message of an unexpected exception: shows nothing of the server's inside."""
 
