@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +173,11 @@ def test_what_the_system_refuses_is_never_a_traceback(
 # --- standard output ------------------------------------------------------------------------------
 
 
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_terminal_that_cannot_show_it(
     monkeypatch: pytest.MonkeyPatch, base: str, tmp_path: Path
 ) -> None:
@@ -177,19 +185,61 @@ def test_a_terminal_that_cannot_show_it(
         '{"prompt": "café", "completion": "日本"}\n', encoding="utf-8"
     )
     raw = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr("sys.stdout", Terminal(raw, encoding="ascii"))
     assert main((command_on_data("data", base) + str(tmp_path / "rows.jsonl")).split()) == 0
     assert b"completion" in raw.getvalue()
 
 
-@pytest.mark.parametrize("options", [[], ["--json", "true"]], ids=["table", "json"])
-def test_a_reader_that_has_seen_enough(options: list[str], adapter: Path) -> None:
-    """Like `lorakit inspect adapter | head -1` in a shell."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    with pytest.MonkeyPatch.context() as patch, os.fdopen(writing, "w") as pipe:
-        patch.setattr("sys.stdout", pipe)
-        assert main(["inspect", str(adapter), *options]) == 0
+def test_files_and_pipes_are_utf_8_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `lorakit generate --file - < prompts.txt > texts.txt`, where Windows' default is a code page."""
+    command = SimpleNamespace(run=lambda _: print(f"{sys.stdin.read()} 😀", end=""))
+    monkeypatch.setattr("lorakit.cli.import_module", lambda _: command)
+    for kind, given, shown in (
+        (io.TextIOWrapper, "café".encode(), "café 😀".encode()),
+        (Terminal, "café".encode("cp1252"), b"caf\xe9 \\U0001f600"),
+    ):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdin", kind(io.BytesIO(given), encoding="cp1252"))
+        monkeypatch.setattr("sys.stdout", kind(raw, encoding="cp1252"))
+        assert main(["inspect"]) == 0
+        assert raw.getvalue() == shown
+
+
+class WindowsPipe(io.RawIOBase):
+    """A pipe whose error, once its reader has closed it, is that of an invalid argument."""
+
+    def __init__(self, descriptor: int, *, is_closed: bool) -> None:
+        self.descriptor, self.has_no_reader = descriptor, is_closed
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def write(self, data: Any) -> int:
+        if self.has_no_reader:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return len(data)
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_windows_error_of_a_closed_pipe(
+    is_closed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def run(_: object) -> None:
+        print("text")
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("lorakit.cli.import_module", lambda _: SimpleNamespace(run=run))
+    monkeypatch.setattr("sys.platform", "win32")
+    with (tmp_path / "pipe").open("w") as file:
+        pipe = WindowsPipe(file.fileno(), is_closed=is_closed)
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))
+        assert main(["inspect"]) == (0 if is_closed else 1)
+        pipe.has_no_reader = False
+        sys.stdout.close()
+    assert capsys.readouterr().err == ("" if is_closed else "lorakit inspect: Invalid argument.\n")
 
 
 def test_a_closed_standard_output(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ its options. The module imports torch only after it has parsed its arguments.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -79,10 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(message, file=sys.stderr)
         report_error(message)
         return 2
-    for stream in (sys.stdout, sys.stderr):
-        # Escape characters that the terminal cannot encode, so that a print never ends a long run.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _set_encodings()
     try:
         # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
         module = import_module(f"lorakit.cli.{command}")
@@ -98,15 +96,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of the pipe, such as head, has closed it
-        # Discard the buffered output; otherwise Python reports an error when it flushes at exit.
-        assert sys.stdout is not None
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # not handled by the command: a library's own file, a failing disk
+    except OSError as error:
+        if _is_closed_pipe(error):
+            # Discard the buffered output; otherwise Python reports an error when it flushes at exit.
+            assert sys.stdout is not None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        # Not handled by the command: a library's own file, a failing disk.
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {visible(f'{name}{error.strerror or error}')}.", file=sys.stderr)
         return 1
+
+
+def _set_encodings() -> None:
+    """Use UTF-8 in files and pipes, where Windows' default is a code page; leave a terminal its encoding."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                encoding=stream.encoding if stream.isatty() else "utf-8",
+                # Escape characters that cannot be encoded, so that a print never ends a long run.
+                errors=stream.errors if stream is sys.stdin else "backslashreplace",
+            )
+
+
+def _is_closed_pipe(error: OSError) -> bool:
+    """Return whether the reader of standard output, such as head, has closed it."""
+    if sys.platform == "win32" and error.errno == errno.EINVAL and sys.stdout is not None:
+        try:  # Windows' error of a closed pipe is that of an invalid argument; a pipe fails again
+            sys.stdout.flush()
+        except OSError:
+            return True
+    return isinstance(error, BrokenPipeError)
 
 
 def _overview() -> str:
