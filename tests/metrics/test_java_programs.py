@@ -33,6 +33,11 @@ def test_a_wrong_number_of_lines_is_rejected(fake_java) -> None:
         ptb_tokens(["a", "b", "c"], _java_path())
 
 
+def test_the_line_ends_of_windows_are_no_tokens(fake_java) -> None:
+    fake_java("cat > /dev/null; printf 'a .\\r\\nb\\r\\n'")
+    assert ptb_tokens(["A.", "B"], _java_path()) == ["a", "b"]
+
+
 def test_meteor_without_a_score_is_rejected(fake_java) -> None:
     fake_java("echo 'nothing of the kind'")
     with pytest.raises(LorakitError, match=r"printed 'nothing of the kind.*expected a final score"):
@@ -52,7 +57,7 @@ def test_java_is_not_searched_when_disabled(fake_java) -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[metrics\]'"):
+    with pytest.raises(ConfigurationError, match=r'pip install "lorakit\[metrics\]"'):
         jar("meteor", "meteor-1.5.jar")
 
 

@@ -47,7 +47,7 @@ def jar(*parts: str) -> Path:
 
 
 def run_java(java: str, *arguments: str, text: str = "", timeout: float) -> str:
-    """Run a Java program with `text` on stdin and return its stdout.
+    """Run a Java program with `text` on stdin and return its stdout, with the same line ends on every system.
 
     Raises:
         LorakitError: The program failed, could not be started, or was stopped after `timeout` seconds.
@@ -76,4 +76,4 @@ def run_java(java: str, *arguments: str, text: str = "", timeout: float) -> str:
             f"'{' '.join(command)}' failed with status {done.returncode}: {message[-500:]}. Score without Java: "
             "java=False."
         )
-    return done.stdout.decode("utf-8", errors="replace")
+    return done.stdout.decode("utf-8", errors="replace").replace("\r\n", "\n")
