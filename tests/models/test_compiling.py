@@ -14,7 +14,7 @@ from lorakit import LoRA, attach
 from lorakit.compute.mode import evaluating
 from lorakit.errors import ConfigurationError
 from lorakit.models import faster
-from lorakit.models.compiling import compile_blocks
+from lorakit.models.compiling import _require_compiler, compile_blocks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
@@ -91,3 +91,19 @@ def test_a_missing_compiler_is_named_before_the_first_step(monkeypatch: pytest.M
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigurationError, match="no-such-compiler, clang"):
         compile_blocks(tiny_models.build("llama"))
+
+
+def test_windows_compiler_is_cl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("shutil.which", {"g++": "g++", "clang++": "clang++"}.get)
+    with pytest.raises(ConfigurationError, match=r"\(cl\).*Build Tools for Visual Studio"):
+        _require_compiler(torch.device("cpu"))
+    monkeypatch.setattr("shutil.which", {"cl": "cl"}.get)
+    _require_compiler(torch.device("cpu"))
+
+
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.models.compiling.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="triton is not installed"):
+        _require_compiler(torch.device("cuda"))

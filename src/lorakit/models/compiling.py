@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
         backend: A backend of `torch.compile`.
 
     Raises:
-        ConfigurationError: The model has no list of blocks, or no compiler is installed.
+        ConfigurationError: The model has no list of blocks, or no compiler is installed, or on a GPU no Triton.
     """
     if backend == "inductor":
         _require_compiler(next(model.parameters()).device)
@@ -62,10 +64,19 @@ def compiled_blocks_idle(model: nn.Module) -> Iterator[None]:
 
 def _require_compiler(device: torch.device) -> None:
     if device.type == "cuda":
-        return  # Triton comes with torch
-    names = (os.environ.get("CXX") or "g++", "clang++")
+        if find_spec("triton") is None:  # torch for Windows comes without it
+            raise ConfigurationError(
+                "compile is true, but the package triton is not installed; torch.compile needs it on a GPU. Install it "
+                "(on Windows: pip install triton-windows), or set compile to false."
+            )
+        return
+    chosen = os.environ.get("CXX")
+    names, package = (chosen or "g++", "clang++"), "apt-get install g++"
+    if sys.platform == "win32":
+        names = (chosen or "cl",)
+        package = "Build Tools for Visual Studio, whose command prompt finds cl"
     if not any(shutil.which(name) for name in names):
         raise ConfigurationError(
             f"compile is true, but no C++ compiler was found ({', '.join(names)}); torch.compile needs one on a CPU. "
-            "Install one (apt-get install g++), name it in the environment variable CXX, or set compile to false."
+            f"Install one ({package}), name it in the environment variable CXX, or set compile to false."
         )
