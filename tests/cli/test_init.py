@@ -13,7 +13,9 @@ from lorakit import storage
 from lorakit.cli import main
 from lorakit.cli.data import DataCommandConfig
 from lorakit.cli.generate import GenerateConfig
+from lorakit.cli.init import _output
 from lorakit.cli.parsing import parse
+from lorakit.data import DataConfig
 from lorakit.data.examples import task_of
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
@@ -113,6 +115,10 @@ def test_what_is_not_read_is_said_and_given_options_stay(tmp_path, monkeypatch, 
     assert main(["init", "rows.csv", "--overwrite", *template, "answer"]) == 0
     assert "no field reads" not in capsys.readouterr().out + Path("run.yaml").read_text()
     assert parse(TrainConfig, "train", "", ["--config", "run.yaml"]).data.too_long == "truncate"
+
+
+def test_the_output_of_a_hub_data_set_is_a_folder_on_every_system() -> None:
+    assert _output(DataConfig(train="nyu-mll/glue:mrpc")) == "out/glue-mrpc"
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])

@@ -281,6 +281,11 @@ def test_lists_by_spaces_commas_or_in_brackets(text: str) -> None:
     assert train(f"{RUN} --lora.targets {text}").lora.targets == ("q_proj", "v_proj")
 
 
+def test_a_list_of_windows_paths_by_commas() -> None:
+    line = r"--base.name b --output out --data.train 'C:\d\a.jsonl,C:\d\b.jsonl'"
+    assert train(line).data.train == [r"C:\d\a.jsonl", r"C:\d\b.jsonl"]
+
+
 def test_values_that_are_no_lists() -> None:
     assert train(f"{RUN} --lora.targets 'h.{{1,2}}'").lora.targets == ("h.{1,2}",)
     assert train(f"{RUN} --lora.targets '[qv]_proj'").lora.targets == ("[qv]_proj",)

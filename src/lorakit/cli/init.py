@@ -124,7 +124,10 @@ def _output(data: DataConfig) -> str:
     """Return the run's folder, which has the name of the training data."""
     train = data.source("train")
     first = train if isinstance(train, str) else (train or ["run"])[0]
-    name = re.sub(r"[*?\[\]]", "", Path(first).name.split(".")[0]).strip("-_")  # a glob
+    name = re.sub(r"[*?\[\]]", "", Path(first).name.split(".")[0])  # a glob
+    name = name.replace(":", "-").strip(
+        "-_"
+    )  # owner/name:config; Windows allows no colon in a name
     return f"out/{name or 'run'}"
 
 

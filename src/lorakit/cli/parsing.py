@@ -21,8 +21,8 @@ from lorakit.formatting import listed
 Config = TypeVar("Config")
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*(=|$)")
-_PATTERN_SIGNS = frozenset("()[]{}\\|")
-"""Characters of regular expressions: a comma between them does not separate names."""
+_PATTERN_SIGNS = frozenset("()[]{}|")
+"""Characters of regular expressions, where a comma may not separate names. A backslash may be in a path."""
 
 
 def parse(
