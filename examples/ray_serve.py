@@ -1,6 +1,6 @@
 """Several processes of `lorakit serve` behind one address, as replicas under Ray Serve.
 
-    pip install 'lorakit[serve]' 'ray[serve]'
+    pip install "lorakit[serve]" "ray[serve]"
     PYTHONPATH=$PWD/examples serve run ray_serve:build replicas=2 base.name=MODEL adapters=$PWD/out/adapters
     curl http://127.0.0.1:8000/v1/models
 

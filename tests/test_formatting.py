@@ -10,6 +10,7 @@ from lorakit.formatting import (
     number_range,
     percentage,
     rounded_count,
+    shell_command,
     short_duration,
     size,
 )
@@ -24,6 +25,21 @@ from lorakit.formatting import (
 )
 def test_bytes_in_the_unit_that_fits(count: float, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("system", "line"),
+    [
+        ("linux", """lorakit train --config 'out\\a b.yaml' --lora.rank_pattern '{"q": 2}'"""),
+        ("win32", r'''lorakit train --config "out\a b.yaml" --lora.rank_pattern "{\"q\": 2}"'''),
+    ],
+)
+def test_a_command_is_quoted_for_the_shell(
+    system: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    words = ["lorakit", "train", "--config", r"out\a b.yaml", "--lora.rank_pattern", '{"q": 2}']
+    assert shell_command(words) == line
 
 
 def test_durations() -> None:

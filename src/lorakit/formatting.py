@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,15 @@ def listed(names: Sequence[str], most: int = 20) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
+def shell_command(words: Sequence[str]) -> str:
+    """Return the command line of these words, quoted for the system's shell."""
+    if sys.platform == "win32":
+        from subprocess import list2cmdline  # cmd.exe does not remove single quotes
+
+        return list2cmdline(words)
+    return shlex.join(words)
+
+
 def resume_command(
     run: Path, settings: Mapping[str, Any] | None = None, *, start: Sequence[str] = ("lorakit",)
 ) -> str:
@@ -89,7 +99,7 @@ def resume_command(
         for name, value in ({"output": str(run)} if settings is None else settings).items()
         for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return shlex.join([*start, "train", "--config", str(config), "--resume", *options])
+    return shell_command([*start, "train", "--config", str(config), "--resume", *options])
 
 
 def percentage(part: float, whole: float = 1.0, *, sign: bool = False) -> str:

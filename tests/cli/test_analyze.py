@@ -173,7 +173,7 @@ def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
         target = tmp_path / f"x.{'png' if option == 'plot' else 'html'}"
         status, out, err = run(capsys, "spectrum", folder / "one", f"--{option}", target)
         assert (status, out) == (1, "")  # rejected before the computation
-        assert "pip install 'lorakit[report]'" in err
+        assert 'pip install "lorakit[report]"' in err
 
 
 @pytest.mark.parametrize("measure", MEASURES)

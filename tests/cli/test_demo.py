@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -11,9 +12,11 @@ from lorakit import storage
 from lorakit.cli import demo, main
 from lorakit.cli.console import console
 from lorakit.cli.demo import (
+    EXAMPLE,
     SIZES,
     DemoConfig,
     Size,
+    _next_commands,
     _print_examples,
     _require_demo_folder,
     _serving,
@@ -118,18 +121,45 @@ def test_a_missing_package_is_found_before_the_training(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(demo, "_demonstrate", lambda config: pytest.fail("it has trained"))
     assert main(["demo", "--open"]) == 1
-    assert "pip install 'lorakit[serve]'" in capsys.readouterr().err
+    assert 'pip install "lorakit[serve]"' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("system", ["linux", "win32"])
 @pytest.mark.parametrize("opens", [False, True])
 def test_only_a_demo_that_opens_the_page_serves(
-    monkeypatch: pytest.MonkeyPatch, opens: bool
+    monkeypatch: pytest.MonkeyPatch, opens: bool, system: str
 ) -> None:
     called: list[str] = []
     monkeypatch.setattr(demo, "_demonstrate", lambda config: called.append("demo"))
-    monkeypatch.setattr("os.execv", lambda path, words: called.extend(words[1:5]))
-    assert main(["demo", "--open", str(opens).lower()]) == 0
+
+    def call(words: list[str]) -> SimpleNamespace:
+        called.extend(words[1:5])
+        return SimpleNamespace(returncode=7)
+
+    def refuse(*_: object) -> None:
+        pytest.fail("Windows' exec does not quote arguments")
+
+    on_windows = system == "win32"
+    monkeypatch.setattr("os.execv", refuse if on_windows else lambda path, words: call(words))
+    monkeypatch.setattr("subprocess.run", call)
+    monkeypatch.setattr("sys.platform", system)
+    status = main(["demo", "--open", str(opens).lower()])
+    assert status == (7 if opens and on_windows else 0)
     assert called == ["demo", *(["-m", "lorakit", "serve", "--base.name"] if opens else [])]
+
+
+@pytest.mark.parametrize("system", ["linux", "win32"])
+def test_the_next_commands_are_quoted_for_the_shell(
+    monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    commands = [line for line, _ in _next_commands(DemoConfig(output="my out"), Path("my out/a"))]
+    quote = '"' if system == "win32" else "'"
+    assert f"lorakit inspect {quote}my out/a{quote}" in commands
+    assert f"lorakit merge {quote}my out/a{quote} {quote}my out/merged{quote}" in commands
+    prompt = EXAMPLE.splitlines()[-1] if system == "win32" else EXAMPLE.replace("\n", r"\n")
+    start = '"' if system == "win32" else "$'"
+    assert commands[0].endswith(f" --prompt {start}{prompt}{quote}")
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:

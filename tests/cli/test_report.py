@@ -187,12 +187,12 @@ def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
     status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
     assert status == 0
     assert "report   none." in out
-    assert "pip install 'lorakit[report]'" in out
+    assert 'pip install "lorakit[report]"' in out
     assert (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
     status, _, err = call(capsys, "report", tmp_path / "run")
     assert status == 1
-    assert "pip install 'lorakit[report]'" in err
+    assert 'pip install "lorakit[report]"' in err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shlex
 import signal
 import socket
 import subprocess
@@ -78,7 +79,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = error_of(capsys)
     assert "fastapi, uvicorn, prometheus_client" in message
-    assert "pip install 'lorakit[serve]'" in message
+    assert 'pip install "lorakit[serve]"' in message
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -198,7 +199,9 @@ def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: An
     address = greet(ServeConfig())
     _, page, curl = capsys.readouterr().out.splitlines()
     assert page == f"playground: {address}"
+    *_, body = shlex.split(curl)
     assert curl.startswith(f"curl {address}/v1/completions ")
+    assert json.loads(body)["prompt"] == "Hello"
 
 
 def test_what_fits_into_memory_is_a_note(capsys: Any) -> None:

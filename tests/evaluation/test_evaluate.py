@@ -371,7 +371,7 @@ def test_a_missing_package_shows_before_the_model_runs(tmp_path, monkeypatch, ki
     config = settings(tmp_path, data=DataConfig(task=kind, test=test))
     if not labels:
         config = dataclasses.replace(config, scores=("text",))
-    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[train\]'"):
+    with pytest.raises(ConfigurationError, match=r'pip install "lorakit\[train\]"'):
         evaluate(config)
 
 

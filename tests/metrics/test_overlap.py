@@ -68,7 +68,7 @@ def test_no_reference_is_an_error(metric) -> None:
 )
 def test_a_missing_package_names_the_extra(monkeypatch, metric, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[train\]'"):
+    with pytest.raises(ConfigurationError, match=r'pip install "lorakit\[train\]"'):
         metric(["a"], [["a"]])
 
 

@@ -393,7 +393,7 @@ def test_an_unknown_kind(folder: str) -> None:
 def test_without_the_library(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "transformers.utils.import_utils.is_bitsandbytes_available"
     monkeypatch.setattr(name, lambda version: False)
-    with pytest.raises(ConfigurationError, match=r"pip install 'lorakit\[quantised\]'"):
+    with pytest.raises(ConfigurationError, match=r'pip install "lorakit\[quantised\]"'):
         load_base(folder, dtype="nf4")
 
 

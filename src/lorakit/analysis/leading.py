@@ -44,7 +44,7 @@ def leading_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         from scipy.sparse.linalg import svds
     except ImportError:
         raise ConfigurationError(
-            "Singular vectors of a large weight need scipy: pip install 'lorakit[analysis]'"
+            'Singular vectors of a large weight need scipy: pip install "lorakit[analysis]"'
         ) from None
     # The fixed start vector makes the result deterministic.
     start = np.random.default_rng(0).standard_normal(width).astype(W.numpy().dtype)

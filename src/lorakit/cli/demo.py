@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
 from lorakit.errors import RunFolderError, require_at_least
+from lorakit.formatting import shell_command
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 
@@ -119,9 +121,12 @@ def run(argv: Sequence[str]) -> int:
 
     serve.require_packages()  # before minutes of training
     _demonstrate(config)
-    # Serving replaces this process: no memory of the demo stays, and the engine has the only computing threads.
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "lorakit", "serve", *_serving(config)])
+    command = [sys.executable, "-m", "lorakit", "serve", *_serving(config)]
+    if sys.platform == "win32":  # its exec quotes no argument and returns to the shell at once
+        return subprocess.run(command).returncode
+    # Serving replaces this process: no memory of the demo stays, and the engine has the only computing threads.
+    os.execv(sys.executable, command)
 
 
 def _serving(config: DemoConfig) -> list[str]:
@@ -339,23 +344,31 @@ def _verify_merge(console: Console, config: DemoConfig, adapter: Path, test: Exa
 
 
 def _next_commands(config: DemoConfig, adapter: Path) -> list[tuple[str, str]]:
+    """Return commands with their purposes."""
     prompt = "$'" + EXAMPLE.replace("\n", r"\n") + "'"
+    if sys.platform == "win32":  # cmd.exe cannot write a line break
+        prompt = shell_command([EXAMPLE.splitlines()[-1]])
+    path, base = str(adapter), ["--base.name", config.base.name]
     return [
         (
-            f"lorakit generate --adapter {adapter} --prompt {prompt}",
+            f"{_command('generate', '--adapter', path)} --prompt {prompt}",
             "summarise one of your own functions",
         ),
-        (f"lorakit inspect {adapter}", "show the contents of the adapter"),
+        (_command("inspect", path), "show the contents of the adapter"),
         (
-            f"lorakit merge {adapter} {config.output}/merged",
+            _command("merge", path, f"{config.output}/merged"),
             "save an ordinary model folder that any tool loads",
         ),
         (
-            f"lorakit data --base.name {config.base.name} --data.train docstrings",
+            _command("data", *base, "--data.train", "docstrings"),
             "show the training examples, token by token",
         ),
         (
-            f"lorakit train --base.name {config.base.name} --data.train yours.jsonl --output out/mine",
+            _command("train", *base, "--data.train", "yours.jsonl", "--output", "out/mine"),
             "train on your own data: rows with prompt and completion, or chat messages",
         ),
     ]
+
+
+def _command(*words: str) -> str:
+    return shell_command(["lorakit", *words])

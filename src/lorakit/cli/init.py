@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
 from lorakit.errors import ConfigurationError, DataError
-from lorakit.formatting import visible
+from lorakit.formatting import shell_command, visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import Completion, generic_task
 
@@ -115,7 +114,7 @@ def _column(field: str, columns: list[str]) -> str | None:
 
 
 def _commands(config: InitConfig, task: DataTask) -> list[str]:
-    file = shlex.join(["--config", config.file])
+    file = shell_command(["--config", config.file])
     first = [f"lorakit {command} {file}" for command in ("data", "plan", "train", "evaluate")]
     return first + commands_for(generic_task(task.type).name, file, _output(config.data))
 
@@ -125,9 +124,8 @@ def _output(data: DataConfig) -> str:
     train = data.source("train")
     first = train if isinstance(train, str) else (train or ["run"])[0]
     name = re.sub(r"[*?\[\]]", "", Path(first).name.split(".")[0])  # a glob
-    name = name.replace(":", "-").strip(
-        "-_"
-    )  # owner/name:config; Windows allows no colon in a name
+    # Of owner/name:config; Windows allows no colon in a name.
+    name = name.replace(":", "-").strip("-_")
     return f"out/{name or 'run'}"
 
 

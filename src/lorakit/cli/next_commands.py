@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
+
+from lorakit.formatting import shell_command
 
 USES = {
     "text": "lorakit generate {adapter} --prompt TEXT",
@@ -39,5 +40,5 @@ def commands_for(
         "predictions": f"{run}-predictions.jsonl",
         "merged": f"{run}-merged",
     }
-    parts = {name: shlex.quote(path) for name, path in paths.items()}
+    parts = {name: shell_command([path]) for name, path in paths.items()}
     return [USES[name].format(adapter=adapter, **parts) for name in fitting]

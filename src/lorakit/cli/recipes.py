@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.cli.parsing import parse
+from lorakit.formatting import shell_command
 
 SCORED = ("data.task", "data.max_length", "data.too_long")
 """Settings of a recipe that also apply when its adapter is scored."""
@@ -82,7 +82,7 @@ def _show(recipe: Any) -> None:
     for note in recipe.notes:
         print(f"- {note}")
     base = "" if "base.name" in recipe.settings else " --base.name YOUR-DECODER"
-    print(f"\nlorakit train --recipe {shlex.quote(recipe.name)}{base} --output out/run")
+    print(f"\nlorakit train --recipe {shell_command([recipe.name])}{base} --output out/run")
 
 
 def _text(value: Any) -> str:

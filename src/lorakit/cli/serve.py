@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError
-from lorakit.formatting import counted, visible
+from lorakit.formatting import counted, shell_command, visible
 from lorakit.serving.serve_config import ServeConfig
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def require_packages() -> None:
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(
             f"lorakit serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            "Install them: pip install 'lorakit[serve]'."
+            'Install them: pip install "lorakit[serve]".'
         )
 
 
@@ -154,12 +154,10 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
     is_text = opened.classifier is None
     route = "completions" if is_text else "classify"
     body = {"model": name, "prompt" if is_text else "input": "Hello"}
+    curl = shell_command(["curl", f"{address}/v1/{route}"])
     key = ' -H "Authorization: Bearer $KEY"' if config.keys else ""
-    text = json.dumps(body).replace("'", "\\u0027")
-    print(
-        visible(f"curl {address}/v1/{route}{key} -H 'Content-Type: application/json' -d '{text}'"),
-        flush=True,
-    )
+    content = shell_command(["-H", "Content-Type: application/json", "-d", json.dumps(body)])
+    print(visible(f"{curl}{key} {content}"), flush=True)
     if config.open:
         # A browser in the terminal runs until it is closed, and the server must answer it.
         state = f"/#{urlencode({'mode': 'text', 'prompt': config.prompt})}" if config.prompt else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -153,13 +152,14 @@ def _few_steps(config: TrainConfig, steps: int) -> str:
 
 def _next(config: TrainConfig, result: RunResult, provenance: Mapping[str, Any]) -> list[str]:
     """Return the commands that use and show the adapter, with the file of a custom method."""
+    from lorakit.formatting import shell_command
     from lorakit.methods.registry import is_user_method
 
     custom = [name for name in config.method_names if is_user_method(name)]
     method = ["--method", custom[0]] if custom else []
     adapter = str(result.adapter)
-    options = shlex.join(["--adapter", adapter, *method])
+    options = shell_command(["--adapter", adapter, *method])
     uses = commands_for(
         str(provenance.get("generic_task")), options, str(result.folder), config.method_names
     )
-    return [*uses, shlex.join(["lorakit", "inspect", adapter, *method])]
+    return [*uses, shell_command(["lorakit", "inspect", adapter, *method])]

@@ -67,5 +67,5 @@ def requires_extra(extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigurationError(
-            f"Scoring needs the '{extra}' extra ({error}). Install it: pip install 'lorakit[{extra}]'."
+            f"Scoring needs the '{extra}' extra ({error}). Install it: pip install \"lorakit[{extra}]\"."
         ) from None

@@ -155,7 +155,7 @@ def _reading(gguf: Path) -> Iterator[None]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise BaseModelError(
-                f"Reading '{gguf.name}' needs the package {package}: pip install 'lorakit[train]'"
+                f"Reading '{gguf.name}' needs the package {package}: pip install \"lorakit[train]\""
             )
     import gguf as library
 

@@ -137,7 +137,7 @@ def check_available(kind: str) -> None:
     if not is_bitsandbytes_available(_OLDEST):
         raise ConfigurationError(
             f"To quantise a base to {kind}, lorakit needs bitsandbytes {_OLDEST} or newer, which is not installed. "
-            "Install it with: pip install 'lorakit[quantised]'"
+            'Install it with: pip install "lorakit[quantised]"'
         )
 
 

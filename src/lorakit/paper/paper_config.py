@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from lorakit.configuration import as_dict, conform, flat_settings, strict
 from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.decoding import Decoding
+from lorakit.formatting import shell_command
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.studies import STUDIES, study
 from lorakit.paper.study import MAX_TRIALS, Study
@@ -213,7 +213,7 @@ class PaperConfig:
                 words += [f"--{name}", _argument(value)]
         if self.data.root is not None:
             words += ["--data.root", "DATA"]
-        return shlex.join(words)
+        return shell_command(words)
 
 
 def _argument(value: Any) -> str:

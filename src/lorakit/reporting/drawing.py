@@ -86,7 +86,7 @@ def require_drawing() -> ModuleType:
     except ImportError:
         raise ConfigurationError(
             "Reports and figures need vl-convert-python, which is not installed. "
-            "Run: pip install 'lorakit[report]'"
+            'Run: pip install "lorakit[report]"'
         ) from None
     return vl_convert
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Mapping, Sequence
 
 from lorakit.configuration import setting
-from lorakit.formatting import duration, percentage, rounded_count, size
+from lorakit.formatting import duration, percentage, rounded_count, shell_command, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
 from lorakit.reporting.charts import Chart, Figure, Series, bar_chart, line_chart, running_mean
@@ -286,5 +285,5 @@ def _origin(run: RunRecord) -> list[Block]:
         blocks.append(Code(text=run.command, label="The command that started the run"))
     again = ["--config", str(run.folder / CONFIG), "--output", f"{run.folder}-again"]
     label = "The command that repeats the run with all settings"
-    blocks.append(Code(text=shlex.join(["lorakit", "train", *again]), label=label))
+    blocks.append(Code(text=shell_command(["lorakit", "train", *again]), label=label))
     return blocks

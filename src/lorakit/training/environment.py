@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import platform
-import shlex
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.installed import base_parameters, base_weights
+from lorakit.formatting import shell_command
 from lorakit.models.processor import processor_name
 from lorakit.models.sharding import held_bytes, is_split
 
@@ -50,7 +50,7 @@ def command() -> str:
         words = ["python", "-m", path.parent.name]
     if "lorakit" in (path.name, words[-1]):
         words = ["lorakit"]
-    return shlex.join([*words, *arguments])
+    return shell_command([*words, *arguments])
 
 
 def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
