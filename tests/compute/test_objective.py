@@ -7,8 +7,11 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
+from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.adapters import attach
+from lorakit.compute.batching import collator
+from lorakit.compute.computation import choose_computation, confirm_computation
 from lorakit.compute.objective import (
     ClassificationLoss,
     LanguageModellingLoss,
@@ -18,8 +21,12 @@ from lorakit.compute.objective import (
     loss_paths,
     why_not_fused,
 )
+from lorakit.data import DataTask
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
+from lorakit.models.loading import Base
+from lorakit.models.sources import ModelSource
+from lorakit.tasks import Example, LabelledExample, LanguageExample
 
 # Capped logits (Gemma 2), scaled ones (Granite, Cohere), a head bias (Phi), a projection before the head (OPT).
 PATHS = {
@@ -330,3 +337,45 @@ def test_classification_and_regression_losses_are_the_models_own() -> None:
     batch["labels"] = torch.tensor([2.5, -1.0])
     loss = RegressionLoss().loss_sum(model, batch)
     torch.testing.assert_close(loss / 2, model(**batch).loss)
+
+
+WRITING = [
+    LanguageExample(
+        input_ids=ids, loss_mask=mask, prompt_length=mask.count(False), prompt="", completion=""
+    )
+    for ids, mask in (([5, 7, 3, 9], [False, False, True, True]), ([6, 4, 8], [False, True, True]))
+]
+LABELLING = [
+    LabelledExample(input_ids=ids, label=label, token_type_ids=None, prompt="", completion="")
+    for ids, label in (([5, 7, 3, 9], 2), ([6, 4, 8], 0))
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "task", "examples"),
+    [
+        ("llama", "completion", WRITING),
+        ("t5", "completion", WRITING),
+        ("bert", "classification", LABELLING),
+    ],
+)
+def test_the_objective_of_a_run_smooths_the_labels(
+    arch: str, task: str, examples: list[Example]
+) -> None:
+    """The smoothed loss is 0.9 times that of the label, and 0.1 times the mean of those of all labels."""
+    base = Base(
+        model=tiny_models.build(arch),
+        tokenizer=tiny_tokenizer(),
+        source=ModelSource(name=arch, kind="folder", path_or_id="."),
+    )
+    choice = choose_computation(base.model, DataTask(name=task), label_smoothing=0.1)
+    objective = confirm_computation(choice, base, examples).objective
+    batch = collator(base)(examples)
+    logits, labels = base.model(**batch).logits.double(), batch["labels"]
+    if arch == "llama":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = -logits.log_softmax(-1)[labels != -100]
+    own = losses.gather(1, labels[labels != -100][:, None])
+    expected = (0.9 * own.squeeze(1) + 0.1 * losses.mean(1)).sum()
+    ours = objective.loss_sum(base.model, batch)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=0)
