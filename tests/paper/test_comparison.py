@@ -17,43 +17,50 @@ from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
-from lorakit.paper.runs import Record
+from lorakit.paper.runs import Record, TableRun
 from lorakit.paper.studies import STUDIES
 
 
 @pytest.fixture
 def compared(tmp_path: Path) -> Callable[..., Comparison]:
-    """Return a function that compares full fine-tuning and LoRA on MRPC, with given accuracies by seed."""
+    """Return a function that compares methods on MRPC, with given accuracies by seed, or on another data set."""
 
-    def make(accuracies: Mapping[str, Sequence[float]], **changes: Any) -> Comparison:
+    def make(
+        values: Mapping[str, Sequence[float]],
+        *,
+        table: str = "table2",
+        task: str = "mrpc",
+        score: str = "accuracy",
+        **changes: Any,
+    ) -> Comparison:
         config = PaperConfig(
-            table="table2",
-            tasks=("mrpc",),
-            methods=tuple(accuracies),
-            seeds=len(accuracies["lora"]),
+            table=table,
+            tasks=(task,),
+            methods=tuple(values),
+            seeds=len(values["lora"]),
             output=str(tmp_path),
             **changes,
         )
-        counts = {method: ParameterCount(trained=1) for method in accuracies}
-        grid = Grid(config, GridSetup(counts={"mrpc": counts}), lambda _: None)
+        counts = {method: ParameterCount(trained=1) for method in values}
+        grid = Grid(config, GridSetup(counts={task: counts}), lambda _: None)
         for data_set, variant in grid.cells():
             for run in grid.trials(data_set, variant):
-                grid.runner._write(run, _record(run.rate, 0, variant.key, {}))
+                grid.runner._write(run, _record(run, {}))
             for run in grid.scored_runs(data_set, variant):
-                scores = {"accuracy": accuracies[variant.key][run.seed]}
-                grid.runner._write(run, _record(run.rate, run.seed, variant.key, scores))
+                scores = {score: values[variant.key][run.seed]}
+                grid.runner._write(run, _record(run, scores))
         return compare(grid)
 
     return make
 
 
-def _record(rate: float, seed: int, variant: str, scores: dict[str, float]) -> Record:
+def _record(run: TableRun, scores: dict[str, float]) -> Record:
     return Record(
-        data_set="mrpc",
-        variant=variant,
-        rate=rate,
-        seed=seed,
-        held_out={"accuracy": 0.5},
+        data_set=run.data_set.key,
+        variant=run.variant.key,
+        rate=run.rate,
+        seed=run.seed,
+        held_out={run.data_set.metric: 0.5},
         scores=scores,
     )
 
@@ -95,6 +102,23 @@ def test_equal_differences_give_no_verdict(compared, lora, interval, verdict):
     (difference,) = compared({"full": [0.78, 0.76], "lora": lora}).differences
     assert difference.verdict == verdict
     assert difference.interval == (interval and pytest.approx(interval, abs=0.2))
+
+
+@pytest.mark.parametrize(
+    ("table", "task", "score", "column", "published"),
+    [
+        ("table13", "dart", "TER", "TER", 0.10),
+        ("table14", "webnlg", "TER unseen", "TER U", 0.53),
+        ("table14", "webnlg", "TER seen", "TER S", 0.16),
+        ("table14", "webnlg", "TER", "TER A", 0.33),
+    ],
+)
+def test_a_lower_edit_rate_is_ahead(compared, table, task, score, column, published):
+    rates = {"full-top2": [0.50, 0.53], "lora": [0.40, 0.42]}
+    (difference,) = compared(rates, table=table, task=task, score=score).differences
+    assert (difference.column, difference.verdict) == (column, "ahead")
+    assert difference.value == pytest.approx(0.105)
+    assert difference.published == ("gpt2-medium", pytest.approx(published))
 
 
 def test_the_figure_has_the_published_spreads(compared):
