@@ -176,6 +176,10 @@ def test_a_module_without_weights_is_not_merged(tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path)
 
 
+def test_a_method_without_a_rate_has_that_of_lora() -> None:
+    assert registry.default_rate(OnOutput(kind=Doubles)) == 5e-4
+
+
 class Counts(AdapterModule):
     """Has a counter, which an adapter's file cannot hold."""
 

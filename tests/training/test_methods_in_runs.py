@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from test_train_config import RATES
 from torch import Tensor
 
 from lorakit import (
-    BitFit,
     BottleneckAdapter,
     FullFineTuning,
     LoRA,
@@ -28,7 +28,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.methods.registry import SECTIONS, default_rate
+from lorakit.methods.registry import SECTIONS
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
@@ -111,10 +111,9 @@ def require_equal_checkpoint(result: RunResult) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_every_method_has_a_section_and_a_rate() -> None:
+def test_every_method_has_a_section() -> None:
     names = {name for method in METHODS for name in method.split("+")}
     assert names == SECTIONS.keys() <= TrainConfig.__dataclass_fields__.keys()
-    assert all(method.default_rate > 0 for method in SECTIONS.values())
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -181,7 +180,7 @@ def test_a_checkpoint_of_lora_with_trained_base_tensors(
 
 
 @pytest.mark.slow
-def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path, capsys) -> None:
+def test_it_is_trained_further(run: Run, decoder: str, method: str, tmp_path: Path, capsys) -> None:
     config = tiny_runs.config(
         tmp_path,
         decoder,
@@ -193,9 +192,9 @@ def test_it_is_trained_further(run: Run, decoder: str, tmp_path: Path, capsys) -
     before = train(config).scores_before["loss"]
     assert before == pytest.approx(run.result.scores["loss"], rel=1e-5)
     settings = read_settings(tmp_path / "run")  # the default rate is that of the adapter's method
-    assert settings["optimizer"]["learning_rate"] == default_rate(run.config.chosen_method)
-    method = type(run.config.chosen_method).__name__
-    assert f"method    {method} of {run.result.adapter}: " in capsys.readouterr().err
+    assert settings["optimizer"]["learning_rate"] == RATES[method]
+    name = type(run.config.chosen_method).__name__
+    assert f"method    {name} of {run.result.adapter}: " in capsys.readouterr().err
 
 
 def test_a_rate_for_b_is_of_lora_alone(run: Run, method: str, tmp_path: Path) -> None:
@@ -282,4 +281,4 @@ def test_an_adapter_of_a_language_model_starts_a_classifier(tmp_path: Path, caps
 
 def test_default_rates_stand_in_the_recorded_configuration(tmp_path: Path, decoder: str) -> None:
     train(writing(tmp_path, decoder, "bitfit", max_steps=1, optimizer=OptimizerConfig()))
-    assert f"learning_rate: {BitFit.default_rate}" in (tmp_path / "run/config.yaml").read_text()
+    assert f"learning_rate: {RATES['bitfit']}\n" in (tmp_path / "run/config.yaml").read_text()

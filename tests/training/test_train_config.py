@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -28,6 +29,19 @@ from lorakit.training.config import (
 from lorakit.training.loop import train
 
 BASE, DATA = BaseConfig(name="smollm2-135m"), DataConfig(train="train.jsonl")
+
+RATES = {
+    "lora": 5e-4,
+    "full": 5e-5,
+    "bitfit": 1e-3,
+    "bottleneck": 3e-4,
+    "prefix_embedding": 1e-3,
+    "prefix_layer": 5e-4,
+    "lora+prefix_layer": 5e-4,
+    "lora+prefix_embedding": 5e-4,
+    "lora+bottleneck": 3e-4,
+}
+"""Default peak learning rates; of several methods the lowest, which may be that of any part."""
 
 
 def of(**settings) -> TrainConfig:
@@ -97,9 +111,17 @@ def test_an_unknown_key_is_an_error_with_the_nearest_one(arguments: str, nearest
         parsed(f"--base.name b --data.train t.jsonl --output out {arguments}")
 
 
-def test_default_rates_follow_the_method() -> None:
-    assert of().peak_rate == 10 * of(method="full").peak_rate == 5e-4
-    assert of(optimizer=OptimizerConfig(learning_rate=1.0)).peak_rate == 1.0
+@pytest.mark.parametrize(("method", "rate"), RATES.items())
+def test_default_rates_follow_the_method(method: str, rate: float) -> None:
+    assert of(method=method).peak_rate == rate
+    assert of(method=method, optimizer=OptimizerConfig(learning_rate=1.0)).peak_rate == 1.0
+
+
+def test_the_guide_has_the_default_rates() -> None:
+    page = (Path(__file__).parents[2] / "docs/guides/training.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| .* \| (\S+) \|$", page, flags=re.MULTILINE))
+    assert table.keys() == SECTIONS.keys()
+    assert {name: float(rate) for name, rate in table.items()}.items() <= RATES.items()
 
 
 @pytest.mark.parametrize(
