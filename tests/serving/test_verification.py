@@ -7,14 +7,15 @@ import logging
 import time
 
 import pytest
+import torch
 from engines import running, send
 from leases import PlainLease
 from test_engines import CHOICES, TOKENIZER, model_with_adapters, prompts
 
 from lorakit.serving import continuous
 from lorakit.serving.continuous import PAGE, ContinuousEngine
-from lorakit.serving.engine import Sampling
-from lorakit.serving.verification import VerifiedEngine, bound_for
+from lorakit.serving.engine import Receipt, Sampling
+from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
 
 
 @pytest.fixture
@@ -37,6 +38,18 @@ def wait_for(verdicts, count):
         assert time.monotonic() < end
         time.sleep(0.01)
     return verdicts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_16_bits_agrees_and_another_adapter_does_not(dtype):
+    """On SmolLM2-135M right answers differ by up to 0.09, and those of another adapter by 0.25 and more."""
+
+    def agrees(difference):
+        alone, served = (-1.0, -2.0), (-1.0 + difference, -2.0 - difference)
+        return Verdict(Receipt("base", ()), served, alone, bound_for(dtype)).agrees
+
+    assert agrees(0.09)
+    assert not agrees(0.25)
 
 
 def test_right_answers_agree(verdicts):

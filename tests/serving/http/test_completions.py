@@ -90,6 +90,14 @@ def test_the_settings_reach_the_engine(serve: Serve) -> None:
     assert served.engine.tickets[3].request.stop == ("a",)
 
 
+def test_the_answers_to_equal_prompts_have_seeds_of_their_own(serve: Serve) -> None:
+    served = serve()
+    served.complete(prompt=["The river", "The river"], n=2, seed=3)
+    seeds = [ticket.request.sampling.seed for ticket in served.engine.tickets]
+    assert seeds[0] == 3
+    assert len(set(seeds)) == 4
+
+
 @pytest.mark.parametrize("is_encoder_decoder", [False, True])
 def test_a_completion_continues_its_prompt_and_a_chat_does_not(
     serve: Serve, is_encoder_decoder: bool
