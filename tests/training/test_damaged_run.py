@@ -15,7 +15,7 @@ import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import Crash, adapter_bytes, crash_in_step
+from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
 from lorakit.errors import RunFolderError
@@ -486,6 +486,21 @@ def test_a_checkpoint_that_cannot_be_deleted(
     assert "step-000001' (Directory not empty), " in messages[-1]
     checkpoint.save(tmp_path, checkpoint.State(step=4), weights, {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_a_kill_during_a_rewind_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest checkpoint, which has diverged the most, is deleted first: a resumed run reads what is then newest."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, checkpoint.State(step=step), {}, {}, keep=3)
+    crash_at(monkeypatch, checkpoint.shutil, "rmtree", 2)
+    with pytest.raises(Crash):
+        checkpoint.delete_after(tmp_path, 1)
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == [
+        "step-000001",
+        "step-000002",
+    ]
 
 
 def refuse(path: Path) -> None:
