@@ -98,6 +98,20 @@ def test_parameters_trained_in_full_are_compared_with_the_file() -> None:
     assert verdict_of(base, handle, stored).kept == pytest.approx(0, abs=1e-6)
 
 
+def test_a_new_head_does_not_hide_what_the_other_parameters_lose() -> None:
+    method = lorakit.BitFit(train_modules="classifier")
+    base, handle, stored = adapted(method, arch="bert", head="sequence-classification", scale=0.0)
+    base.new_weights.extend(["classifier.weight", "classifier.bias"])
+    with torch.no_grad():
+        for name, parameter in base_parameters(base.model):
+            if name in stored.trained:
+                parameter.fill_(1)
+                trained = 100.0 if name in base.new_weights else 1.001
+                stored.trained[name] = torch.full_like(parameter, trained, dtype=torch.float32)
+    assert stored.trained.keys() > set(base.new_weights)
+    assert verdict_of(base, handle, stored).kept == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize(("labels", "predicts"), [(3, "label"), (1, "score")])
 def test_a_classifier_has_one_prediction_per_prompt(labels: int, predicts: str) -> None:
     found = verdict_of(
