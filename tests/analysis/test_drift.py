@@ -68,7 +68,12 @@ def test_against_two_models_run_apart(folder):
         count += len(targets)
         most = int(kl.argmax())
         assert one.most["kl"] == pytest.approx(float(kl[most]), rel=1e-3)
-        assert one.most["base"] == loaded.tokenizer.decode([int(logits[0][most].argmax())])
+        likely = [loaded.tokenizer.decode([int(each[most].argmax())]) for each in logits]
+        assert [one.most["base"], one.most["adapted"]] == likely
+        context = loaded.tokenizer.decode(
+            ids[0, : most + 1]
+        )  # up to the token before the predicted one
+        assert one.most["context"] == context
     assert found.positions == count
     assert found.kl == pytest.approx(sum(kls) / count, rel=1e-4)
     assert found.changed == changed / count

@@ -95,10 +95,12 @@ def test_a_trained_adapter_beside_its_base():
     finally:
         handle.unmerge()
     assert found.layers.keys() == adapter.layers.keys()
+    facts = found.to_json()
     for path, one in found.layers.items():
         exact = reference(base[path], merged[path], 5).float()
         torch.testing.assert_close(one.cosine, exact, atol=1e-3, rtol=0)
-    assert found.to_json()["overall"] == {"count": found.count, "examined": 5 * len(base)}
+        assert facts["layers"][path]["cosine"] == one.cosine.tolist()
+    assert facts["overall"] == {"count": found.count, "examined": 5 * len(base)}
 
 
 @pytest.mark.parametrize("name", layers())

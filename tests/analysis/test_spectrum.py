@@ -20,6 +20,7 @@ from sample_adapters import (
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_spectrum, compress_adapter, spectrum
+from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.full import FullFineTuning
 
@@ -152,20 +153,27 @@ def test_dora_is_not_passed_over_in_silence():
 
 
 def test_json_holds_every_number():
-    facts = adapter_spectrum(stored("linear", "fused")).to_json(energy=0.5)
-    assert facts["layers"]["linear"].keys() == {
-        *(
-            "rank",
-            "singular_values",
-            "norm",
-            "effective_rank",
-            "stable_rank",
-            "energy_by_rank",
-            "suggested_rank",
-        )
+    one, other = (Spectrum(torch.tensor(v).double()) for v in ([3.0, 2.0, 2.0, 1.0], [2.0]))
+    facts = AdapterSpectrum(layers={"one": one, "other": other}, notices=["seen"]).to_json(0.7)
+    assert facts["energy"] == 0.7
+    assert facts["notices"] == ["seen"]
+    assert facts["overall"] == {
+        "norm": pytest.approx(math.sqrt(22)),
+        "energy_by_rank": pytest.approx([13 / 22, 17 / 22, 21 / 22, 1]),
+        "suggested_rank": 2,
     }
-    assert facts["overall"]["suggested_rank"] >= 1
-    assert facts["energy"] == 0.5
+    assert facts["layers"]["one"] == {
+        "rank": 4,
+        "singular_values": [3, 2, 2, 1],
+        "norm": pytest.approx(math.sqrt(18)),
+        "effective_rank": pytest.approx(
+            3.7467, abs=1e-4
+        ),  # exp(-sum p log p), p = 3/8, 2/8, 2/8, 1/8
+        "stable_rank": pytest.approx(18 / 9),
+        "energy_by_rank": pytest.approx([9 / 18, 13 / 18, 17 / 18, 1]),
+        "suggested_rank": 2,
+    }
+    assert facts["layers"]["other"]["suggested_rank"] == 1
 
 
 @pytest.mark.parametrize(
