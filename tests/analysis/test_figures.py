@@ -15,6 +15,9 @@ from lorakit.adapters import attach
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, adapter_similarity, adapter_spectrum
 from lorakit.analysis import figures as drawn
+from lorakit.analysis.amplification import AdapterAmplification, Amplification
+from lorakit.analysis.drift import Drift, PieceDrift
+from lorakit.analysis.intruders import AdapterIntruders, Intruders
 from lorakit.analysis.report import comparison_sections, run_sections
 from lorakit.analysis.spectrum import UNTRAINED
 from lorakit.formatting import number
@@ -116,14 +119,65 @@ def test_the_differences_of_tensors_trained_in_full(tmp_path) -> None:
     for name, seed in (("one", 1), ("two", 2)):
         model = tiny_models.build("llama")
         handle = attach(model, FullFineTuning(top_layers=1), name="full")
-        torch.manual_seed(seed)
-        randomise(handle, scale=0.1)
+        randomise(handle, scale=0.1, seed=seed)
         handle.save(tmp_path / name)
     found = adapter_diff(tmp_path / "one", tmp_path / "two")
     assert not found.layers
     shown = labels(drawn.diff_figure(found))
     for name, one in found.trained.items():
         assert f"{name} (whole), distance: {number(one.distance)}" in shown
+        assert f"{name} (whole), angle: {number(one.angle)}" in shown
+
+
+def test_the_series_of_table_7() -> None:
+    one = Amplification(
+        rank=2,
+        base_norm=40.0,
+        change_norm=6.0,
+        projected=3.0,
+        projected_own=24.0,
+        projected_random=1.0,
+        expected_random=1.5,
+    )
+    assert labels(drawn.amplification_figure(AdapterAmplification(layers={"q": one}))) == [
+        "q, W's own directions: 24.00",
+        "q, the change's directions: 3.000",
+        "q, random directions: 1.500",
+        "q, the change itself, ‖ΔW‖: 6.000",
+        "q, factor: 2.000",
+    ]
+
+
+def test_crosses_mark_the_intruders() -> None:
+    cosines = {"q": torch.tensor([0.75, 0.25, 0.625]), "v": torch.tensor([0.125])}
+    layers = {
+        name: Intruders(singular_values=cosine, cosine=cosine, bound=cosine + 0.1, threshold=0.5)
+        for name, cosine in cosines.items()
+    }
+    figure = drawn.intruders_figure(AdapterIntruders(layers=layers))
+    assert labels(figure) == [
+        "q, singular vector 1: 0.7500",
+        "q, singular vector 2: 0.2500",
+        "q, singular vector 3: 0.6250",
+        "v, singular vector 1: 0.1250",
+    ]
+    crosses = figure.charts[0].spec["layer"][1]["data"]["values"]
+    assert crosses == [{"row": 0, "j": 2}, {"row": 1, "j": 1}]
+
+
+def test_the_histogram_of_a_drift() -> None:
+    piece = PieceDrift(text="", kl=[0.0, 1e-6, 0.5, 0.5, 20.0], changed=2, most={})
+    found = Drift(texts=1, pieces=[piece], loss_base=2.0, loss_adapted=1.0)
+    figure = drawn.drift_figure(found)
+    bars = [
+        re.fullmatch(r"(\S+) to (\S+): (\d) predictions", label).groups()
+        for label in labels(figure)
+    ]
+    assert [int(count) for _, _, count in bars] == [2, 2, 1]
+    assert float(bars[0][0]) == 1e-4  # the first bar includes all smaller divergences
+    for (low, high, _), value in zip(bars[1:], (0.5, 20.0), strict=True):
+        assert float(low) < value < float(high) < 1.5 * float(low)
+    assert "mean 4.200." in figure.charts[0].alt
 
 
 def test_panels_are_spread_from_the_first_to_the_last() -> None:
