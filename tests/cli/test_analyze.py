@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -9,14 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from random_adapters import randomise
 from tiny_runs import save_base
 from tiny_tokenizer import SENTENCES
 
 import lorakit
-from lorakit.cli import main
-from lorakit.cli.analyze import MEASURES
-from lorakit.formatting import number
+from lorakit import analysis
+from lorakit.analysis.amplification import AdapterAmplification, Amplification
+from lorakit.analysis.diff import AdapterDiff, Difference
+from lorakit.analysis.drift import Drift, PieceDrift
+from lorakit.analysis.intruders import AdapterIntruders, Intruders
+from lorakit.analysis.similarity import AdapterSimilarity, Similarity
+from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum
+from lorakit.cli import main, measures
+from lorakit.cli.measures import MEASURES, Findings, Measure
+from lorakit.formatting import number_range
+from lorakit.reporting.page import cell_text
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +68,166 @@ def calls(folder: Path) -> dict[str, list]:
     }
 
 
+@pytest.fixture
+def found(monkeypatch) -> list[Findings]:
+    """Collect the findings of every measure that is called."""
+    collected: list[Findings] = []
+
+    def collecting(measure: Measure) -> Measure:
+        def find(config) -> Findings:
+            collected.append(measure.find(config))
+            return collected[-1]
+
+        return dataclasses.replace(measure, find=find)
+
+    for name, measure in MEASURES.items():
+        monkeypatch.setitem(MEASURES, name, collecting(measure))
+    return collected
+
+
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_prints_a_table_and_draws_a_figure(capsys, folder, tmp_path, measure):
+def test_every_measure_prints_a_table_and_draws_a_figure(capsys, folder, tmp_path, measure, found):
     figure = tmp_path / f"{measure}.png"
     status, out, err = run(capsys, *calls(folder)[measure], "--plot", figure)
     assert (status, err) == (0, "")
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert f"Figure in {figure}."[:40] in out.replace("\n", "")
+    (findings,) = found
+    assert all(line in out for line in findings.lines)
     if measure != "drift":
-        assert "model.layers.*.self_attn.q_proj" in out
+        assert len(findings.rows) == 14
+        line = next(line for line in out.splitlines() if ".*.self_attn.q_proj" in line)
+        both = [cells for name, cells in findings.rows.items() if name.endswith("self_attn.q_proj")]
+        ranges = [number_range(cells[heading] for cells in both) for heading in both[0]]
+        assert line.split() == ["model.layers.*.self_attn.q_proj", "2", *" ".join(ranges).split()]
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_prints_json(capsys, folder, measure):
+def test_every_measure_prints_json(capsys, folder, measure, found):
     status, out, _ = run(capsys, *calls(folder)[measure], "--json", "true")
     assert status == 0
-    facts = json.loads(out)
-    if measure != "drift":
-        assert len(facts["layers"]) == 14
-    assert "notices" in facts
+    assert json.loads(out) == found[0].facts
+
+
+HEADINGS = {
+    "spectrum": "rank, norm, effective rank, stable rank, first direction, rank for 0.9",
+    "similarity": "A phi(1,1), A whole, A at random, B phi(1,1), B whole, B at random",
+    "amplification": "rank, |W|, |dW|, W on dW, W on its own, W on random, factor",
+    "intruders": "intruders, first at, smallest cosine, largest singular value, last examined",
+    "diff": "first, second, distance, relative, angle",
+    "drift": "KL, base, adapted",
+}
+
+SMALL = {
+    "spectrum": AdapterSpectrum(layers={"q": Spectrum(torch.tensor([3.0, 2.0, 2.0, 1.0]))}),
+    "similarity": AdapterSimilarity(
+        A={"q": Similarity(torch.tensor([[0.5, 0.75]]), width=8)},
+        B={"q": Similarity(torch.tensor([[0.125, 0.375]]), width=4)},
+    ),
+    "amplification": AdapterAmplification(
+        layers={
+            "q": Amplification(
+                rank=2,
+                base_norm=40.0,
+                change_norm=6.0,
+                projected=3.0,
+                projected_own=24.0,
+                projected_random=1.0,
+                expected_random=1.5,
+            )
+        }
+    ),
+    "intruders": AdapterIntruders(
+        layers={
+            name: Intruders(
+                singular_values=torch.tensor([9.0, 5.0, 4.0]),
+                cosine=torch.tensor(cosine),
+                bound=torch.ones(3),
+                threshold=0.5,
+            )
+            for name, cosine in (("q", [0.75, 0.25, 0.375]), ("v", [0.875, 0.625, 0.75]))
+        }
+    ),
+    "diff": AdapterDiff(
+        layers={
+            "q": Difference(first=3.0, second=4.0, distance=5.0),
+            "v": Difference(first=6.0, second=8.0, distance=10.0),
+        },
+        trained={"head": Difference(first=2.0, second=0.0, distance=2.0)},
+    ),
+    "drift": Drift(
+        texts=2,
+        pieces=[
+            PieceDrift(text="", kl=kl, changed=changed, most={**most, "kl": max(kl)})
+            for kl, changed, most in (
+                ([0.25, 0.75], 0, {"context": "the river", "base": " is", "adapted": " was"}),
+                ([2.0], 1, {"context": 30 * "the ", "base": "pub", "adapted": "park"}),
+            )
+        ],
+        loss_base=2.5,
+        loss_adapted=1.5,
+    ),
+}
+"""A small result of each measure."""
+
+ROWS = {
+    "spectrum": {"q": (4, 4.2426, 3.7467, 2, 0.5, 3)},
+    "similarity": {"q": (0.5, 0.75, 0.25, 0.125, 0.375, 0.5)},
+    "amplification": {"q": (2, 40, 6, 3, 24, 1.5, 2)},
+    "intruders": {"q": (2, 2, 0.25, 9, 4), "v": (0, None, 0.625, 9, 4)},
+    "diff": {
+        "q": (3, 4, 5, 1.6667, 90),
+        "v": (6, 8, 10, 1.6667, 90),
+        "head (whole)": (2, 0, 2, 1, None),
+    },
+    "drift": {
+        f"1. ...{15 * 'the '!r}": (2, "'pub'", "'park'"),
+        "2. ...'the river'": (0.75, "' is'", "' was'"),
+    },
+}
+"""Their numbers, worked out by hand to four decimals."""
+
+LINES = {
+    "spectrum": [
+        "Fraction of the total squared norm kept at rank 1: 50.0 %, 2: 72.2 %, 4: 100.0 %.",
+        "Rank 3 in every layer keeps 0.9 of it.",
+    ],
+    "similarity": [
+        "Input directions: the first directions overlap by 0.5000 (random: 0.1250), "
+        "the full spans by 0.7500 (random: 0.2500).",
+        "Output directions: the first directions overlap by 0.1250 (random: 0.2500), "
+        "the full spans by 0.3750 (random: 0.5000).",
+    ],
+    "amplification": [
+        "W on dW is 2.000 times W on random directions, and 0.1250 times W on its own leading directions "
+        "(medians over the matrices).",
+        "dW is 2.000 times as large as W on dW (median).",
+    ],
+    "intruders": ["2 of 6 leading singular vectors match none of the base's."],
+    "diff": [
+        "Overall: norms 6.708 and 8.944, distance 11.18 (1.667 of the first norm), angle 90.00 degrees.",
+        "Largest distance: v, q.",
+    ],
+    "drift": [
+        "3 predictions on 2 texts: KL(base || adapted) 1.000 nats on average, "
+        "the most likely token changed in 33.3 %.",
+        "Loss on the texts: 2.500 with the base, 1.500 with the adapter.",
+    ],
+}
+
+
+@pytest.mark.parametrize("measure", SMALL)
+def test_each_number_stands_under_its_heading(monkeypatch, measure):
+    monkeypatch.setattr(analysis, f"adapter_{measure}", lambda *_, **__: SMALL[measure])
+    monkeypatch.setattr(measures, "_opened", lambda _: (None, None))
+    chosen = MEASURES[measure]
+    findings = chosen.find(chosen.options(**dict.fromkeys(chosen.subjects, "name")))
+    assert list(findings.rows) == list(ROWS[measure])
+    for name, numbers in ROWS[measure].items():
+        found = findings.rows[name]
+        cells = [round(cell, 4) if isinstance(cell, float) else cell for cell in found.values()]
+        assert (", ".join(found), tuple(cells)) == (HEADINGS[measure], numbers)
+    assert findings.lines[: len(LINES[measure])] == LINES[measure]
 
 
 def test_positions_with_equal_contexts_are_rows_of_their_own(capsys, folder, tmp_path):
@@ -177,27 +328,22 @@ def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure):
+def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure, found):
     page = tmp_path / "page.html"
     argv = [*calls(folder)[measure], "--report", page]
     status, out, err = run(capsys, *argv)
     assert (status, err) == (0, "")
     assert f"Report in {page}."[:40] in out.replace("\n", "")
     text = html.unescape(page.read_text())
-    assert text.count("<svg") >= 1
     assert MEASURES[measure].about in text
-    _, facts, _ = run(capsys, *calls(folder)[measure], "--json", "true")
-    if measure == "spectrum":
-        for layer in json.loads(facts)["layers"].values():
-            assert f'<td class="number">{number(layer["norm"])}</td>' in text
-    if measure != "drift":
-        assert all(name in text for name in json.loads(facts)["layers"])
-    else:  # the line that introduces the table is its caption, not a finding
+    (findings,) = found
+    assert all(line in text for line in findings.lines)
+    assert all(chart.alt in text for chart in findings.draw().charts)
+    table = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in text.split("<tr>")[1:]]
+    cells = [[name, *map(cell_text, row.values())] for name, row in findings.rows.items()]
+    assert table == [[findings.what, *next(iter(findings.rows.values()))], *cells]
+    if measure == "drift":  # the line that introduces the table is its caption, not a finding
         assert "<caption>Largest changes.</caption>" in text
         assert "Largest changes:" not in text
-    if measure in ("similarity", "amplification"):
-        overall = json.loads(facts)["overall"]
-        shown = overall["B"]["phi_whole"] if measure == "similarity" else overall["factor"]
-        assert f" {number(shown)} " in text
     status, _, err = run(capsys, *argv)
     assert (status, "already exists" in err) == (1, True)
