@@ -54,9 +54,12 @@ def test_tables_that_repeat_a_number_agree_but_where_the_notes_say_so():
     assert any("q,v at r=64" in note for note in published("table6").notes)
 
 
-def test_every_row_has_every_column_and_counts_are_read():
+def test_every_row_has_every_column_and_direction_and_counts_are_read():
     for table in PUBLISHED.values():
         assert table.rows
+        # edit rates, losses and the milliseconds of a batch
+        lower = [name for name in table.columns if name.startswith(("TER", "loss", "batch"))]
+        assert list(table.lower_is_better) == lower
         for row in table.rows:
             assert tuple(row.cells) == table.columns
             assert (row.parameter_count is None) == (
