@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lorakit.paper import grid as grid_module
 from lorakit.paper import runs as runs_module
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import open_grid
+from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
@@ -459,6 +461,24 @@ def test_a_grid_continues_from_its_log_on_another_machine(table2, data, tmp_path
     again = table2(log=str(log), keep_weights=False, limit=30, output=str(tmp_path / "other"))
     moved = run_table(again, silent)
     assert moved.page.read_bytes() == found.page.read_bytes()
+
+
+def test_the_computing_time_of_a_run_is_that_of_training_and_scoring(table2, monkeypatch):
+    def train(runner, run):
+        record = runs_module.Record(
+            data_set="mrpc", variant="lora", rate=run.rate, seed=0, processor_seconds=100.0
+        )
+        return runner._write(run, record)
+
+    clock = iter((7.0, 9.5))  # scoring takes 2.5 seconds
+    monkeypatch.setattr(runs_module, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    monkeypatch.setattr(runs_module.Runner, "_train", train)
+    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
+    config = table2(methods=("lora",), seeds=1, trials=1)
+    ((data_set,), (variant,)) = config.study.data_sets, config.study.variants
+    run = runs_module.TableRun(data_set=data_set, variant=variant, rate=5e-4, seed=0)
+    record = runs_module.Runner(config, GridSetup()).finish(run, scored=True)
+    assert record.processor_seconds == 102.5
 
 
 @pytest.mark.slow

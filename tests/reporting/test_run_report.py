@@ -55,7 +55,6 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
     )
     assert "A LoRA adapter of rank 8" in text
     assert "44 steps" in text
-    assert result["tokens"] > 0
     assert f"{result['computed_tokens']:,}" in text
     weights = (run / "adapter" / "adapter_model.safetensors").stat().st_size
     assert f"{weights / 1000:.3g} kB" in text

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, metrics
+from tiny_tokenizer import tiny_tokenizer
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from lorakit.compute import base as opening
@@ -30,6 +31,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.compiling import compile_blocks
 from lorakit.training import setup, validation
+from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.noise import keyed_noise
@@ -54,6 +56,10 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
         "adapter",
     }
     assert result.steps == 18
+    tokenizer = tiny_tokenizer()
+    texts = [row["prompt"] + row["completion"] for row in tiny_runs.pairs(72)]
+    ends = len(texts)  # each has one more token, the end
+    assert result.tokens == 2 * (sum(map(len, tokenizer(texts)["input_ids"])) + ends)
     assert result.scores["loss"] < 0.9 * result.scores_before["loss"]
     assert result.scores["perplexity"] == pytest.approx(math.exp(result.scores["loss"]))
     assert result.best_scores["loss"] == min(r["loss"] for r in metrics(run, "validation")[1:])
@@ -76,6 +82,21 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
     assert settings["base"]["dtype"] == "float32"
     assert settings["lora"]["rank"] == 8
     assert "resume" not in settings
+
+
+def test_the_totals_of_a_run_are_sums_over_its_steps() -> None:
+    state = State()
+    for loss, tokens in ((2.0, 10), (1.5, 30)):
+        state.advance(
+            loss,
+            tokens=tokens,
+            computed_tokens=tokens - 2,
+            seconds=tokens / 8,
+            processor_seconds=tokens / 4,
+        )
+    assert (state.step, state.train_loss, state.losses) == (2, 1.5, [2.0, 1.5])
+    assert (state.tokens, state.computed_tokens) == (40, 36)
+    assert (state.seconds, state.processor_seconds) == (5.0, 10.0)
 
 
 @pytest.mark.slow
