@@ -47,14 +47,14 @@ def test_steps_are_settled_once_and_the_same_for_every_method(table2, tmp_path, 
         pass
 
 
-def timed(step: float, scoring: float = 1.0, most: int | None = None) -> dict:
+def timed(step: float, held_out: int = 0, most: int | None = None) -> dict:
     return {
         "methods": {
             "bitfit": {"step": step, "overhead": 2.0},
             "lora": {"step": 2 * step, "overhead": 2.0},
         },
-        "scoring": scoring,
-        "held_out": 0,
+        "scoring": 1.0,
+        "held_out": held_out,
         "most_steps": most,
     }
 
@@ -66,13 +66,16 @@ def divided(monkeypatch, config, timing, seconds):
 
 
 def test_the_planned_time_is_that_of_the_budget(table2, monkeypatch):
-    config = table2(tasks=("mrpc", "rte"), seeds=2, trials=3)
-    timing = {"mrpc": timed(0.1), "rte": timed(0.2)}
+    config = table2(tasks=("mrpc", "rte"), seeds=2, trials=3, batch_size=20)
+    timing = {"mrpc": timed(0.1, held_out=300), "rte": timed(0.2)}
+    # Five evaluations of 300 examples in batches of 20, each batch at a third of a step's time.
+    evaluations = {"mrpc": 25, "rte": 0}
     steps = divided(monkeypatch, config, timing, 1000)
     for key, measured in timing.items():
         runs = 4  # three rates with the first seed, and one run with the second
         took = sum(
-            runs * (cost["overhead"] + steps[key] * cost["step"]) + 2 * measured["scoring"]
+            runs * (cost["overhead"] + (steps[key] + evaluations[key]) * cost["step"])
+            + 2 * measured["scoring"]
             for cost in measured["methods"].values()
         )
         assert took == pytest.approx(budget.RESERVE * 1000 / 2, rel=0.01)
