@@ -21,7 +21,7 @@ SEQUENCES = int(os.environ.get("LORAKIT_MACHINE_SEQUENCES", "0"))
 SEED = int(os.environ.get("LORAKIT_MACHINE_SEED") or secrets.randbelow(2**32))
 
 FIXED = settings(
-    max_examples=500,
+    max_examples=300,
     stateful_step_count=25,
     derandomize=True,
     phases=[Phase.generate, Phase.shrink],
