@@ -766,7 +766,7 @@ def test_files_of_file_managers_are_overwritten(tmp_path, name):
     """Finder and Explorer add them to a folder that the user looks at, also during a training."""
     target = tmp_path / "target"
     write_tree_at(target)
-    (target / name).touch()
+    (target / name).write_bytes(b"\x00\x05\x16\x07\x00\x02")  # as macOS writes ._model.bin
     storage.require_replaceable(target, "mine", written=OLD, marks=["a.txt"])
     (target / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match=r"not mine, .*: thesis\.tex\. Choose"):
@@ -775,11 +775,17 @@ def test_files_of_file_managers_are_overwritten(tmp_path, name):
 
 @pytest.mark.parametrize("name", OF_FILE_MANAGERS[:4])
 def test_a_folder_with_files_of_a_file_manager_alone_is_free(tmp_path, name):
-    (tmp_path / name).touch()
+    (tmp_path / name).write_bytes(b"\x00\x05\x16\x07\x00\x02")  # as macOS writes ._model.bin
     assert storage.require_free_folder(tmp_path) == tmp_path
     storage.require_replaceable(tmp_path, "mine", written=[], marks=["a.txt"])
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()  # of the user
+    with pytest.raises(RunFolderError, match="already exists"):
+        storage.require_free_folder(tmp_path)
+
+
+def test_a_file_of_the_user_whose_name_macos_uses_too_is_kept(tmp_path):
+    (tmp_path / "._notes").write_text("mine")
     with pytest.raises(RunFolderError, match="already exists"):
         storage.require_free_folder(tmp_path)
 

@@ -205,6 +205,22 @@ def test_files_and_pipes_are_utf_8_on_windows(monkeypatch: pytest.MonkeyPatch) -
         assert raw.getvalue() == shown
 
 
+def test_a_chosen_encoding_and_a_stream_in_use_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python program may call `main` after it has read from its standard input."""
+    command = SimpleNamespace(run=lambda _: print(f"{sys.stdin.read()}é😀", end=""))
+    monkeypatch.setattr("lorakit.cli.import_module", lambda _: command)
+    for environment, shown in (({}, "restaé😀".encode()), ({"PYTHONIOENCODING": "latin-1"}, None)):
+        monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"first\nresta"), "latin-1"))
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, "latin-1"))
+        assert sys.stdin.readline() == "first\n"
+        assert main(["inspect"]) == 0
+        assert raw.getvalue() == (shown or b"resta\xe9\\U0001f600")
+
+
 class WindowsPipe(io.RawIOBase):
     """A pipe whose error, once its reader has closed it, is that of an invalid argument."""
 

@@ -243,7 +243,7 @@ def test_one_seed_has_an_interval_over_the_examples(with_sums):
     assert (difference.interval, difference.verdict) == (None, "open")
     page = markdown(comparison)
     assert f"| FT | +15.0 {{{low:+.1f}, {high:+.1f}}} (paper" in page
-    assert "In braces is its 95 % interval" in page
+    assert "In braces is the 95 % interval" in page
     assert "In square brackets" not in page
     (table,) = table_page(comparison).sections[1].blocks
     assert f"{low:+.1f} to {high:+.1f}" in table.rows[0]
@@ -261,3 +261,14 @@ def test_damaged_sums_are_refused(with_sums, lines):
         RunFolderError, match=r"mrpc/lora with rate .* is damaged: sums.accuracy: .* Restore"
     ):
         with_sums(sums={"accuracy": lines})
+
+
+def test_sums_of_other_numbers_of_examples_are_refused(with_sums):
+    with pytest.raises(RunFolderError, match=r"A record of mrpc is damaged: .* sums.accuracy"):
+        with_sums(sums=_lines(75, 90))
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_the_commonest_class_is_that_of_all_examples(compared, limit):
+    page = markdown(compared({"lora": [0.75]}, eval_limit=limit))
+    assert ("commonest class scores 68.4 on MRPC" in page) == (limit is None)

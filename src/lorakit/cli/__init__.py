@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from lorakit.cli.torchrun import is_one_of_several, report_error
@@ -111,12 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _set_encodings() -> None:
     """Use UTF-8 in files and pipes, where Windows' default is a code page; leave a terminal its encoding."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                encoding=stream.encoding if stream.isatty() else "utf-8",
-                # Escape characters that cannot be encoded, so that a print never ends a long run.
-                errors=stream.errors if stream is sys.stdin else "backslashreplace",
-            )
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+            with suppress(
+                io.UnsupportedOperation
+            ):  # a caller has read a line of its standard input
+                stream.reconfigure(encoding="utf-8")
+        if stream is not sys.stdin:
+            # Escape characters that cannot be encoded, so that a print never ends a long run.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_closed_pipe(error: OSError) -> bool:

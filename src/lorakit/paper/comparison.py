@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lorakit.errors import RunFolderError
 from lorakit.paper.grid import Grid
 from lorakit.paper.published import Cell, PublishedRow
 from lorakit.paper.resampling import interval_over_examples
@@ -253,10 +254,13 @@ def _over_examples(
     same_examples = len({record.scored for record in records}) == 1
     if not same_examples or not all(score in record.sums for record in records):
         return None
-    ends = interval_over_examples(
-        [(a.summands(score, sums.size), b.summands(score, sums.size)) for a, b in pairs],
-        sums.score,
-    )
+    summands = [(a.summands(score, sums.size), b.summands(score, sums.size)) for a, b in pairs]
+    if len({len(run) for pair in summands for run in pair}) > 1:
+        raise RunFolderError(
+            f"A record of {data_set.key} is damaged: the runs have scored the same data, but sums.{score} are of other "
+            "numbers of examples. Restore the file, or delete it to train this run again."
+        )
+    ends = interval_over_examples(summands, sums.score)
     low, high = sorted(sign * column.scale * end for end in ends)
     return low, high
 

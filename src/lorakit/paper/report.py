@@ -203,7 +203,7 @@ def _differences(comparison: Comparison) -> list[str]:
 
 def _intervals(comparison: Comparison) -> str:
     """Return what the intervals of the differences mean."""
-    text = "With one seed there is no verdict on the methods: other seeds give other differences. "
+    text = "There is no verdict: it needs runs with at least two common seeds, whose differences are not all equal. "
     if any(difference.interval is not None for difference in comparison.differences):
         text = (
             "In square brackets is its 95 % confidence interval: Student's t over the seeds, whose differences are "
@@ -215,8 +215,8 @@ def _intervals(comparison: Comparison) -> str:
         )
     if any(difference.over_examples is not None for difference in comparison.differences):
         text += (
-            f"In braces is its 95 % interval over the choice of the scored examples, with the same runs: {RESAMPLES:,} "
-            "draws of as many examples, with replacement (paired bootstrap, Koehn 2004). "
+            "In braces is the 95 % interval of the difference over the choice of the scored examples, with the same "
+            f"runs: {RESAMPLES:,} draws of as many examples, with replacement (paired bootstrap, Koehn 2004). "
         )
     return text
 
@@ -412,13 +412,10 @@ def _commonest(grid: Grid) -> Iterator[str]:
     scores = [
         f"{data_set.commonest} on {data_set.columns[0].name}"
         for data_set in grid.study.data_sets
-        if data_set.commonest is not None
+        if data_set.commonest is not None and not grid.config.eval_limit
     ]
     if scores:
-        yield (
-            f"Answering always with the commonest class scores {', '.join(scores)}. A learning rate whose held-out "
-            "score is close to that has taught nothing."
-        )
+        yield f"A model that always answers with the commonest class scores {', '.join(scores)}."
 
 
 def _diverged(grid: Grid) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from lorakit.storage.atomic import (
     atomic_file,
     atomic_folder,
+    is_disposable,
     is_within,
     require_free_file,
     require_free_folder,
@@ -39,6 +40,7 @@ __all__ = [
     "dump_yaml",
     "finite",
     "is_disk_full",
+    "is_disposable",
     "is_quiet_asked",
     "is_within",
     "json_line",

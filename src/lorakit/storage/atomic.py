@@ -34,8 +34,10 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PAUSES = tuple(0.01 * 2**n for n in range(9))
 """Seconds between the tries of a rename on Windows, 5 in total."""
-_OF_FILE_MANAGERS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
-"""Patterns of the files that macOS and Windows add to the folders that a user looks at."""
+_OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that macOS and Windows add to the folders that a user looks at."""
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+"""Start of the files `._NAME` in which macOS keeps attributes of NAME on other disks."""
 
 
 @contextmanager
@@ -102,7 +104,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     with writing(target):
         if target.exists() and not target.is_dir():
             raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
-        if target.is_dir() and not overwrite and not all(map(_is_disposable, target.iterdir())):
+        if target.is_dir() and not overwrite and not all(map(is_disposable, target.iterdir())):
             raise RunFolderError(
                 f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
                 "line) to replace it."
@@ -153,7 +155,7 @@ def require_replaceable(
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        names = (file.relative_to(folder).as_posix() for file in files if not _is_disposable(file))
+        names = (file.relative_to(folder).as_posix() for file in files if not is_disposable(file))
         others = (
             name
             for name in names
@@ -167,9 +169,14 @@ def require_replaceable(
         )
 
 
-def _is_disposable(path: Path) -> bool:
+def is_disposable(path: Path) -> bool:
     """Return whether a file manager created the file, so that overwriting loses nothing."""
-    return any(fnmatch(path.name, p) for p in _OF_FILE_MANAGERS) and not path.is_dir()
+    if not path.is_file():
+        return False
+    if path.name.startswith("._"):
+        with path.open("rb") as file:
+            return file.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
+    return path.name in _OF_FILE_MANAGERS
 
 
 def is_within(path: str | Path, folder: Path) -> bool:
