@@ -97,7 +97,7 @@ NOTES: dict[str, Callable[[Any], str]] = {
     "other_dropout": lambda share: f"the model's own dropout to {share:g};",
     "fp16": lambda is_on: "float16" if is_on else "",
 }
-"""Words of a recipe's notes, for what no setting expresses."""
+"""Words that must be in the notes of a recipe, for facts that have no setting."""
 DECODING = {
     "beam": "beams",
     "no_repeat_ngram_size": "no_repeat_ngram",

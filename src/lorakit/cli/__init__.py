@@ -115,9 +115,8 @@ def _set_encodings() -> None:
         if not isinstance(stream, io.TextIOWrapper):
             continue
         if not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
-            with suppress(
-                io.UnsupportedOperation
-            ):  # a caller has read a line of its standard input
+            # A caller may have read a line of its standard input.
+            with suppress(io.UnsupportedOperation):
                 stream.reconfigure(encoding="utf-8")
         if stream is not sys.stdin:
             # Escape characters that cannot be encoded, so that a print never ends a long run.

@@ -47,7 +47,7 @@ def bleu_and_nist(
         ConfigurationError: sacrebleu is not installed.
     """
     pairs = _tokenized(outputs, references)
-    matches = [[_matches(n, output, group) for output, group in pairs] for n in range(1, 6)]
+    matches = _all_matches(pairs, 5)
     totals = [sum(len(output) - n + 1 for output, _ in pairs) for n in range(1, 6)]
     sums = _bleu_counts(pairs, matches[:4]).sum(0)
     return float(bleu_of_sums(sums)), _nist(pairs, matches, totals)
@@ -62,9 +62,7 @@ def bleu_counts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
         DataError, ConfigurationError: As for `bleu_and_nist`.
     """
     pairs = _tokenized(outputs, references)
-    return _bleu_counts(
-        pairs, [[_matches(n, output, group) for output, group in pairs] for n in range(1, 5)]
-    )
+    return _bleu_counts(pairs, _all_matches(pairs, 4))
 
 
 def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
@@ -113,6 +111,11 @@ def _nist(pairs: Pairs, matches: list[list[NGrams]], totals: list[int]) -> float
         information += bits / max(total, 1)  # no n-grams means no matches
     length = sum(sum(map(len, group)) / len(group) for _, group in pairs)
     return information * math.exp(NIST_BETA * math.log(min(1.0, totals[0] / length)) ** 2)
+
+
+def _all_matches(pairs: Pairs, longest: int) -> list[list[NGrams]]:
+    """Return the matches of all outputs, for each length of n-grams from 1."""
+    return [[_matches(n, output, group) for output, group in pairs] for n in range(1, longest + 1)]
 
 
 def _matches(n: int, output: Tokens, group: list[Tokens]) -> NGrams:

@@ -162,14 +162,15 @@ def _set_llama3(config: PretrainedConfig, divisors: np.ndarray) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "default" or 2 * len(divisors) != _rotated(config, rope):
         return False
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        return False
     factor = float(divisors.max())
     # Wavelengths in tokens: the short ones stay, the long ones are divided, and those between are interpolated.
     waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(len(divisors)) / len(divisors))
     low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
     length = _LLAMA3_ROPE["original_max_position_embeddings"]
     share = np.clip((length / waves - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - share) / factor + share)
-    if not np.isfinite(divisors).all() or not np.allclose(divisors, expected, rtol=1e-4):
+    if not np.allclose(divisors, 1 / ((1 - share) / factor + share), rtol=1e-4):
         return False
     rope |= {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
     return True

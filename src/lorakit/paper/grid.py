@@ -302,8 +302,7 @@ def _require_grid_or_empty(folder: Path, config: PaperConfig, option: str) -> No
     if not folder.exists() or (folder / GRID).exists():
         return
     expected = {"data", "runs", "timing", *(f"{config.table}.{s}" for s in SUFFIXES)}
-    entries = (e for e in folder.iterdir() if e.name[0] != "." and not storage.is_disposable(e))
-    others = sorted(entry.name for entry in entries)
+    others = storage.visible_names(folder)
     if set(others) - expected:
         raise RunFolderError(
             f"'{folder}' is not the folder of a table: it has no {GRID}, but {', '.join(others[:3])}. Choose a new "

@@ -3,11 +3,11 @@
 from lorakit.storage.atomic import (
     atomic_file,
     atomic_folder,
-    is_disposable,
     is_within,
     require_free_file,
     require_free_folder,
     require_replaceable,
+    visible_names,
 )
 from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
@@ -40,7 +40,6 @@ __all__ = [
     "dump_yaml",
     "finite",
     "is_disk_full",
-    "is_disposable",
     "is_quiet_asked",
     "is_within",
     "json_line",
@@ -58,6 +57,7 @@ __all__ = [
     "require_free_folder",
     "require_replaceable",
     "sha256",
+    "visible_names",
     "write_json",
     "write_record",
     "write_rows",

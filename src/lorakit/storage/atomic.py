@@ -104,7 +104,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     with writing(target):
         if target.exists() and not target.is_dir():
             raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
-        if target.is_dir() and not overwrite and not all(map(is_disposable, target.iterdir())):
+        if target.is_dir() and not overwrite and not all(map(_is_disposable, target.iterdir())):
             raise RunFolderError(
                 f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
                 "line) to replace it."
@@ -155,7 +155,7 @@ def require_replaceable(
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        names = (file.relative_to(folder).as_posix() for file in files if not is_disposable(file))
+        names = (file.relative_to(folder).as_posix() for file in files if not _is_disposable(file))
         others = (
             name
             for name in names
@@ -169,7 +169,7 @@ def require_replaceable(
         )
 
 
-def is_disposable(path: Path) -> bool:
+def _is_disposable(path: Path) -> bool:
     """Return whether a file manager created the file, so that overwriting loses nothing."""
     if not path.is_file():
         return False
@@ -177,6 +177,12 @@ def is_disposable(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
     return path.name in _OF_FILE_MANAGERS
+
+
+def visible_names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder, without hidden ones and the files of file managers."""
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(entry.name for entry in entries if not _is_disposable(entry))
 
 
 def is_within(path: str | Path, folder: Path) -> bool:

@@ -394,14 +394,9 @@ def _require_run_or_empty(path: Path) -> None:
             f"{path} is not a run folder: its {CONFIG} does not have the settings of a run. Choose a new or empty "
             "folder as output."
         )
-    others = [
-        entry.name
-        for entry in path.iterdir()
-        if entry.name[0] != "." and not storage.is_disposable(entry)
-    ]
-    if others:
+    if others := storage.visible_names(path):
         raise RunFolderError(
-            f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(sorted(others)[:3])}. "
+            f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(others[:3])}. "
             "Choose a new or empty folder as output."
         )
 

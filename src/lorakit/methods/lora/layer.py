@@ -280,7 +280,8 @@ class LoRALayer(AdapterModule):
 
     def _merged_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return the norm of each row of ``W + scaling * B A`` in the dtype of A and B."""
-        if self.form.groups > 1 or is_transformed(W, A, B):  # vmap has no in-place product
+        # The rows of a grouped convolution have different A, and vmap has no in-place product.
+        if self.form.groups > 1 or is_transformed(W, A, B):
             merged = W.to(A.dtype) + self.scaling * self._product(A, B)
             return torch.linalg.vector_norm(merged, dim=1)
         A, B = A.flatten(1), B.flatten(1)  # of a convolution
