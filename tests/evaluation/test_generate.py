@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
+from lorakit.evaluation import generate as generating
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate, generation_config
 
@@ -143,7 +146,6 @@ def test_draws_among_the_likeliest_token_are_greedy(model, tokenizer, settings) 
     [
         ({"length_penalty": 4.0}, {"length_penalty": 4.0}),
         ({"length_penalty": 0.1}, {"length_penalty": 0.1}),
-        ({"no_repeat_ngram": 1}, {"no_repeat_ngram_size": 1}),
     ],
     ids=str,
 )
@@ -154,6 +156,33 @@ def test_beams_are_those_of_transformers(model, tokenizer, ours, theirs) -> None
         options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, **theirs}
         expected = model.generate(start, pad_token_id=tokenizer.pad_token_id, **options)
         assert ids == [i for i in expected[0, start.shape[1] :] if i != tokenizer.eos_token_id]
+
+
+METHODS = {
+    "llama": lorakit.PrefixLayer(prefix_length=2, infix_length=1),
+    "gpt2": lorakit.PrefixEmbedding(prefix_length=2, infix_length=1),
+    "qwen2": lorakit.LoRA(rank=2),
+}
+
+
+@pytest.mark.parametrize("arch", tiny_models.DECODERS)
+def test_a_prompt_is_computed_once_for_all_its_beams(arch, tokenizer, monkeypatch) -> None:
+    """With sliding windows, virtual tokens and padding: the texts of separate prompts."""
+    model = tiny_models.build(arch, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if arch in METHODS:
+        randomise(lorakit.attach(model, METHODS[arch]))
+    search = Decoding(max_new_tokens=8, beams=4, length_penalty=0.9)
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = generate(model, Ids(tokenizer), PROMPTS, search)
+    hook.remove()
+    assert {rows for rows, tokens in shapes if tokens > 1} == {len(PROMPTS)}
+    monkeypatch.setattr(generating, "computed_prompts", lambda *_: None)
+    alone = [generate(model, Ids(tokenizer), [prompt], search) for prompt in PROMPTS]
+    assert found == [text for [text] in alone]
 
 
 def test_the_models_own_defaults_do_not_change_greedy(model, tokenizer) -> None:
@@ -174,6 +203,28 @@ def log_likelihood(model, tokenizer, prompt: str, text: list[int]) -> float:
         log_probabilities = model(ids).logits[0].log_softmax(-1)
     chosen = log_probabilities[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]]
     return float(chosen.sum())
+
+
+@pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`")
+@pytest.mark.parametrize(("beams", "size"), [(1, 1), (4, 1), (4, 2)])
+def test_an_ngram_of_the_prompt_may_be_copied_once(model, tokenizer, beams, size) -> None:
+    """transformers does not see the ids of prompts that are given as embeddings, so it bans repetitions alone."""
+    search = Decoding(max_new_tokens=12, beams=beams, no_repeat_ngram=size)
+    found = generate(model, Ids(tokenizer), PROMPTS, search)
+    assert found != generate(
+        model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=12, beams=beams)
+    )
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        start = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        expected = model.generate(
+            inputs_embeds=model.get_input_embeddings()(start),
+            attention_mask=torch.ones_like(start),
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=12,
+            num_beams=beams,
+            no_repeat_ngram_size=size,
+        )
+        assert ids == [i for i in expected[0] if i != tokenizer.eos_token_id]
 
 
 def test_beams_find_a_likelier_text(model, tokenizer) -> None:

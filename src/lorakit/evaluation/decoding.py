@@ -36,7 +36,8 @@ class Decoding:
     """Exponent of the length in beam search: scores are log-likelihood / length ** length_penalty. By default 1; lower
     values favour short texts."""
     no_repeat_ngram: int | None = None
-    """Length of n-grams that must not occur twice in a text; 0, the default, allows all."""
+    """Length of n-grams that must not occur twice in the new text; 0, the default, allows all. The prompt's do not
+    count."""
     batch_size: int | None = None
     """Prompts per batch, by default 16."""
     seed: int | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,7 +29,6 @@ from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
-from lorakit.methods.virtual_tokens import PREFIX_START
 from lorakit.models.sharding import is_split
 from lorakit.ops.seeding import seeded
 from lorakit.tasks.language_modelling import prompt_ids
@@ -92,35 +92,39 @@ def generate(
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
-    processors = LogitsProcessorList([RefuseNaN(model)])
-    if decoding.no_repeat_ngram:
-        # GenerationConfig.no_repeat_ngram_size would index the vocabulary with the ids of virtual tokens.
-        processors.append(NoRepeatedNGrams(decoding.no_repeat_ngram))
     stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     synced = any(map(is_split, model.parameters())) or None  # None: transformers decides
     batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
 
-    def generate_from(start: int) -> None:
-        batch = order[start : start + batch_size.size]
+    def processors(start: int) -> LogitsProcessorList:
+        ngrams = decoding.no_repeat_ngram
+        bans = [NoRepeatedNGrams(ngrams, start)] if ngrams else []
+        return LogitsProcessorList([RefuseNaN(model), *bans])
+
+    def generate_from(first: int) -> None:
+        batch = order[first : first + batch_size.size]
         inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
-        past = cache.take(model, ids[batch[0]]) if cache else None
+        start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        past = None
+        if cache:
+            past = cache.take(model, ids[batch[0]])
+        elif settings.num_beams != 1 and not synced:
+            past = computed_prompts(model, inputs, settings)
         if past is not None:
             inputs[ARGUMENT] = past
         outputs = model.generate(  # type: ignore[operator]
             **inputs,
             generation_config=settings,
-            logits_processor=processors,
+            logits_processor=processors(start),
             stopping_criteria=stopping,
             streamer=streamer,
             synced_gpus=synced,
         )
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())
-        if not model.config.is_encoder_decoder:
-            outputs = outputs[:, inputs["input_ids"].shape[1] :]
-        decoded = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        decoded = tokenizer.batch_decode(outputs[:, start:], skip_special_tokens=True)
         for i, text in zip(batch, decoded, strict=True):
             texts[i] = text
 
@@ -137,6 +141,36 @@ def generate(
             if progress:
                 progress(done)
     return texts
+
+
+def computed_prompts(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], settings: GenerationConfig
+) -> DynamicCache | None:
+    """Return the keys and values of the prompts without their last tokens, repeated for each beam.
+
+    `model.generate` itself would compute every prompt once for each of its beams.
+
+    Args:
+        model: A model; None is returned for those whose cache is not a DynamicCache.
+        inputs: Those of `padded`, (B, longest prompt).
+        settings: Those of the search.
+    """
+    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():  # type: ignore[operator]
+        return None
+    if inputs["attention_mask"].sum(1).min() == 1:
+        return None  # nothing would remain of a prompt with a single token
+    past = DynamicCache(config=model.config)
+    one_token = GenerationConfig(
+        max_new_tokens=1, pad_token_id=settings.pad_token_id, use_cache=True
+    )
+    with only_settings(model, one_token):
+        model.generate(  # type: ignore[operator]
+            **{name: values[:, :-1] for name, values in inputs.items()},
+            generation_config=one_token,
+            **{ARGUMENT: past},
+        )
+    past.batch_repeat_interleave(settings.num_beams or 1)
+    return past
 
 
 @contextmanager
@@ -242,23 +276,19 @@ class RefuseNaN(LogitsProcessor):
 
 
 class NoRepeatedNGrams(LogitsProcessor):
-    """Bans tokens that would repeat an n-gram, also in sequences with virtual tokens.
+    """Bans tokens that would repeat an n-gram of the new text.
 
-    A virtual token can be part of an n-gram but is never generated. Each one gets a temporary column after the
-    vocabulary.
+    The processor of transformers also counts the n-grams of the prompt, whose names and numbers a text has to repeat.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, start: int) -> None:
+        """Ban n-grams of `size` tokens after the first `start` tokens of each row."""
+        self.start = start
         self.ban = NoRepeatNGramLogitsProcessor(size)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) with minus infinity at banned tokens."""
-        vocabulary = scores.shape[-1]
-        virtual = input_ids >= PREFIX_START
-        tokens, column = input_ids[virtual].unique(return_inverse=True)
-        ids = input_ids.masked_scatter(virtual, vocabulary + column)
-        wide = torch.nn.functional.pad(scores, (0, len(tokens)))
-        return self.ban(ids, wide)[:, :vocabulary]  # type: ignore[arg-type]
+        return self.ban(input_ids[:, self.start :], scores)  # type: ignore[arg-type]
 
 
 def padded(
