@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 import lorakit
 from benchmarks import report
 from benchmarks.workloads import SEED
@@ -130,7 +132,7 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
 
 
 def at_equal_times(orders: dict[str, list[dict[str, Any]]]) -> Any:
-    """Return a table of the last evaluation of each order before the same time."""
+    """Return a table of the losses of both orders at the same times, interpolated between their evaluations."""
     table = report.table(
         "minutes", *(f"{order}: {name}" for order in ORDERS for name in ("updates", "loss"))
     )
@@ -139,8 +141,11 @@ def at_equal_times(orders: dict[str, list[dict[str, Any]]]) -> Any:
         until = shortest * share
         cells = []
         for order in ORDERS:
-            reached = [p for p in orders[order] if p["seconds"] <= until][-1]
-            cells += [f"{reached['step']:,}", f"{reached['loss']:.4f}"]
+            seconds, steps, losses = (
+                [p[name] for p in orders[order]] for name in ("seconds", "step", "loss")
+            )
+            step, loss = (np.interp(until, seconds, values) for values in (steps, losses))
+            cells += [f"{step:,.0f}", f"{loss:.4f}"]
         table.add_row(f"{until / 60:.1f}", *cells)
     return table
 

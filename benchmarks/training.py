@@ -1,9 +1,9 @@
 """Training speed, memory and loss of lorakit, PEFT, TRL, loralib and full fine-tuning.
 
 Every run is a separate process. The systems of a row alternate, round after round, so that a slow phase of the
-machine affects all of them. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT's default,
-PEFT's fastest setting and TRL's fastest setting. TRL's default runs once, because it is the slowest. Each run starts
-with a sample of the matmul rate and of the memory bandwidth of the machine.
+machine affects all. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT in float32 and
+the settings that may be the fastest. TRL's default runs once, because it is the slowest. Each run starts with a sample
+of the matmul rate and of the memory bandwidth of the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,7 +31,15 @@ from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.dtypes import dtype_name, dtype_of_name
 
 ROUNDS = 3
-PRECISIONS = {"float32": "float32", "autocast": "bf16 autocast", "bfloat16": "bf16 weights"}
+PRECISIONS = {
+    "float32": "float32",
+    "autocast": "bf16 autocast",
+    "bfloat16": "bf16 weights",
+    "bfloat16 autocast": "bf16 weights and autocast",
+}
+NEAR = 0.85
+"""Settings at least this fast, relative to the fastest in the first round, run in every round: one run may meet a slow
+moment of the machine."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,10 @@ def peft(precision: str, order: str) -> System:
 
 
 def peft_settings(workload: Workload, *, every: bool) -> list[System]:
-    """Return all of PEFT's settings, or its default and those that win where all are compared."""
+    """Return all of PEFT's settings, or float32 and those that win where all are compared."""
     if every:
         return [peft(p, o) for p, o in product(PRECISIONS, workload.orders)]
-    fast = [peft(p, workload.orders[-1]) for p in ("autocast", "bfloat16")]
+    fast = [peft(p, workload.orders[-1]) for p in PRECISIONS if p != "float32"]
     return [peft("float32", workload.orders[0]), *fast]
 
 
@@ -153,7 +162,6 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     machine = Machine(prepared)
     figures: dict[str, list[dict[str, Any]]] = {}
     peers = [*pefts, *trls]
-    best, trl_best = pefts[:1], trls[:1]
     for number in range(rounds):
         for system in (OURS, *peers, *extra):
             key = f"{number} {system.name}"
@@ -168,9 +176,10 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
                 f"{run['bandwidth'] / 1e9:,.0f} GB/s"
             )
         if number == 0:
-            best = fastest_of(pefts, figures)
-            trl_best = fastest_of(trls, figures)
-            peers = list(dict.fromkeys([pefts[0], *best, *trl_best]))
+            peers = list(
+                dict.fromkeys([pefts[0], *fastest(pefts, figures), *fastest(trls, figures)])
+            )
+    best, trl_best = (fastest(settings, figures)[:1] for settings in (pefts, trls))
     shown = dict.fromkeys([OURS, pefts[0], *best, *trls[:1], *trl_best, *extra])
     return {
         "title": workload.title,
@@ -188,9 +197,17 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def fastest_of(settings: list[System], figures: dict[str, list[dict[str, Any]]]) -> list[System]:
-    """Return the fastest of the settings in the first round, or nothing of none."""
-    return sorted(settings, key=lambda s: speed(figures[s.name][0]))[-1:]
+def fastest(settings: list[System], figures: dict[str, list[dict[str, Any]]]) -> list[System]:
+    """Return the settings that are nearly as fast as the fastest one, that one first; nothing of none.
+
+    A setting with fewer runs than others has lost in the first round.
+    """
+    most = max((len(figures[s.name]) for s in settings), default=0)
+    speeds = {
+        s: median(map(speed, figures[s.name])) for s in settings if len(figures[s.name]) == most
+    }
+    ordered = sorted(speeds, key=speeds.__getitem__, reverse=True)
+    return [s for s in ordered if speeds[s] >= NEAR * speeds[ordered[0]]]
 
 
 class Machine:

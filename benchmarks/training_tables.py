@@ -33,12 +33,12 @@ def sections(record: dict[str, Row]) -> list[report.Section]:
 
 
 def comparison(row: Row) -> Table:
-    """Return a table of the systems of a row against PEFT's default, the best of PEFT and TRL, and both limits."""
+    """Return a table of the systems of a row against PEFT in float32, the best of PEFT and TRL, and both limits."""
     table = report.table(
         "system",
         "tokens/s",
         "range",
-        "x PEFT's default",
+        "x PEFT in float32",
         "x PEFT's best",
         *["x TRL's best"] * len(row["trl_best"]),
         "share of the limit",
@@ -52,8 +52,7 @@ def comparison(row: Row) -> Table:
     for name in row["systems"]:
         runs = row["runs"][name]
         speeds = [speed(run) for run in runs]
-        label = name + (" (default)" if name == row["default"] else "")
-        label += " (best)" if name in [row["best"], *row["trl_best"]] else ""
+        label = name + (" (best)" if name in [row["best"], *row["trl_best"]] else "")
         table.add_row(
             label,
             f"{median(speeds):,.0f}",

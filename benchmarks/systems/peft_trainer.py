@@ -1,7 +1,7 @@
 """PEFT with `transformers.Trainer`.
 
-Settings: precision, float32 (PEFT's default), autocast (bfloat16 with float32 weights) or bfloat16 (weights of the
-base; PEFT keeps the adapter in float32); order, plain (PEFT's default), bucketed (by length) or grouped.
+Settings: precision, float32, autocast (bfloat16 with float32 weights), bfloat16 (weights of the base; PEFT keeps the
+adapter in float32) or bfloat16 autocast (both); order, plain (the default), bucketed (by length) or grouped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
     """Train in the precision and order of `settings`."""
     workload = prepared.workload
     precision = settings["precision"]
-    base = load_model(prepared, "bfloat16" if precision == "bfloat16" else "float32")
+    base = load_model(prepared, "bfloat16" if "bfloat16" in precision else "float32")
     set_seed(workload.seed)
     model = get_peft_model(base, lora_config(prepared))  # type: ignore[arg-type]
     run_trainer(
         model,
         prepared,
         order=settings["order"],
-        autocast=precision == "autocast",
+        autocast="autocast" in precision,
         learning_rate=workload.learning_rate,
         scratch=scratch,
     )

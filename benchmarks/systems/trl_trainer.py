@@ -46,17 +46,17 @@ def train(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> Traine
 def sft_trainer(prepared: Prepared, settings: dict[str, Any], scratch: Path) -> SFTTrainer:
     """Return the trainer, ready to train on the batches of `settings`."""
     workload = prepared.workload
-    precision = settings.get("precision")
+    precision = settings.get("precision", "")
     chosen: dict[str, Any] = {}
     if not settings.get("defaults"):
         chosen |= {
-            "bf16": precision == "autocast",
+            "bf16": "autocast" in precision,
             "gradient_checkpointing": workload.checkpointing,
         }
     if settings.get("padding_free"):
         chosen |= {"padding_free": True, "max_length": None}
     return SFTTrainer(
-        model=load_model(prepared, "bfloat16" if precision == "bfloat16" else "float32"),  # type: ignore[arg-type]
+        model=load_model(prepared, "bfloat16" if "bfloat16" in precision else "float32"),  # type: ignore[arg-type]
         args=SFTConfig(
             **shared_arguments(workload, workload.learning_rate, scratch),
             completion_only_loss=True,
