@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.version import __version__
 
 if TYPE_CHECKING:
-    from lorakit import metrics
+    from lorakit import analysis, errors, methods, metrics, planning, reporting, tasks
     from lorakit.adapters.attach import attach
     from lorakit.adapters.handle import Adapters
     from lorakit.adapters.loading import load
@@ -80,26 +80,34 @@ __all__ = [
     "PrefixLayer",
     "TrainConfig",
     "__version__",
+    "analysis",
     "attach",
     "count_parameters",
+    "errors",
     "evaluate",
     "from_peft",
     "load",
     "load_base",
+    "methods",
     "metrics",
+    "planning",
     "predict",
+    "reporting",
     "targets",
+    "tasks",
     "train",
     "use_method",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "metrics":  # a submodule, not a name inside one
-        return import_module("lorakit.metrics")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
+        if name not in _HOME:
+            return import_module(f"lorakit.{name}")
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
