@@ -49,7 +49,7 @@ class Settings:
     alpha: float = 16.0
     dora: bool = False
     bias: Literal["none", "all"] = "none"
-    targets: tuple[str, ...] | str = ("q",)
+    targets: tuple[str, ...] | list[str] | str = ("q",)
     sources: str | list[str] = "train.jsonl"
     betas: tuple[float, float] = (0.9, 0.999)
     ranks: dict[str, int] = field(default_factory=dict)

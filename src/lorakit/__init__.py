@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.summary import count_parameters
     from lorakit.data.data_config import DataConfig
     from lorakit.errors import LorakitError
+    from lorakit.evaluation.decoding import Decoding
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.evaluation.evaluate_config import EvaluateConfig
     from lorakit.evaluation.predict import predict
@@ -34,9 +35,15 @@ if TYPE_CHECKING:
     from lorakit.methods.lora.method import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.methods.registry import use_method
+    from lorakit.models.base_config import BaseConfig
     from lorakit.models.listing import targets
     from lorakit.models.loading import load_base
-    from lorakit.training.config import TrainConfig
+    from lorakit.training.config import (
+        CheckpointConfig,
+        HeldOutConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
     from lorakit.training.loop import train
 
 _HOME = {
@@ -47,6 +54,7 @@ _HOME = {
     "count_parameters": "lorakit.adapters.summary",
     "DataConfig": "lorakit.data.data_config",
     "LorakitError": "lorakit.errors",
+    "Decoding": "lorakit.evaluation.decoding",
     "EvaluateConfig": "lorakit.evaluation.evaluate_config",
     "evaluate": "lorakit.evaluation.evaluate",
     "PredictConfig": "lorakit.evaluation.predict_config",
@@ -59,22 +67,31 @@ _HOME = {
     "PrefixEmbedding": "lorakit.methods.prefix",
     "PrefixLayer": "lorakit.methods.prefix",
     "use_method": "lorakit.methods.registry",
+    "BaseConfig": "lorakit.models.base_config",
     "load_base": "lorakit.models.loading",
     "targets": "lorakit.models.listing",
+    "CheckpointConfig": "lorakit.training.config",
+    "HeldOutConfig": "lorakit.training.config",
+    "OptimizerConfig": "lorakit.training.config",
     "TrainConfig": "lorakit.training.config",
     "train": "lorakit.training.loop",
 }
 
 __all__ = [
     "Adapters",
+    "BaseConfig",
     "BitFit",
     "BottleneckAdapter",
+    "CheckpointConfig",
     "Combined",
     "DataConfig",
+    "Decoding",
     "EvaluateConfig",
     "FullFineTuning",
+    "HeldOutConfig",
     "LoRA",
     "LorakitError",
+    "OptimizerConfig",
     "PredictConfig",
     "PrefixEmbedding",
     "PrefixLayer",

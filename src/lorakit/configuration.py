@@ -247,7 +247,7 @@ def type_name(annotation: Any, names: Names = PYTHON, several: bool = False) -> 
     if annotation in names:
         return names[annotation][several]
     if origin in (Union, types.UnionType):
-        return " or ".join(type_name(kind, names, several) for kind in args)
+        return " or ".join(dict.fromkeys(type_name(kind, names, several) for kind in args))
     if origin is Literal:
         choices = ", ".join(map(str, args))
         return choices if several else f"one of {choices}"

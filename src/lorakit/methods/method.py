@@ -51,7 +51,7 @@ class TrainsModules:
     """
 
     if TYPE_CHECKING:
-        train_modules: tuple[str, ...] | str
+        train_modules: tuple[str, ...] | list[str] | str
 
     def __post_init__(self) -> None:
         conform(self)
@@ -92,13 +92,13 @@ def _described(value: Any, main: bool) -> str:
     return repr(value)
 
 
-def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
+def as_names(setting: str, value: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
     """Convert a setting that is one name or several to a tuple.
 
     Raises:
         ConfigurationError: A name is empty.
     """
-    entries = (value,) if isinstance(value, str) else value
+    entries = (value,) if isinstance(value, str) else tuple(value)
     if not all(entries):
         raise ConfigurationError(f"{setting} is {value!r}, which has an empty name; remove it.")
     return entries
