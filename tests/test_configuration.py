@@ -173,9 +173,10 @@ def test_a_message_says_the_section_and_repeats_no_more_than_a_line() -> None:
     assert len(str(raised.value)) < 200
 
 
-def test_sections_may_be_mappings_and_the_base_its_name() -> None:
+@pytest.mark.parametrize("kind", [str, Path])
+def test_sections_may_be_mappings_and_the_base_its_name(kind: Any) -> None:
     short = TrainConfig(
-        base="minilm-l6",  # type: ignore[arg-type]
+        base=kind("minilm-l6"),
         data={"train": "train.jsonl"},  # type: ignore[arg-type]
         lora={"rank": 4, "targets": "attention.qv"},  # type: ignore[arg-type]
         output="run",

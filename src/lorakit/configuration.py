@@ -279,9 +279,9 @@ def strict(config: type[Config]) -> type[Config]:
 def _built(value: Any, kind: Any, path: str) -> Any:
     """Return the section that a mapping of its settings describes; other values unchanged.
 
-    A section with a `shorthand`, the name of a setting, may also be the text of that setting.
+    A section with a `shorthand`, the name of a setting, may also be the text or path of that setting.
     """
-    if isinstance(value, str) and hasattr(kind, "shorthand"):
+    if isinstance(value, (str, os.PathLike)) and hasattr(kind, "shorthand"):
         value = {kind.shorthand: value}
     if not isinstance(value, Mapping) or not hasattr(kind, "__dataclass_fields__"):
         return value

@@ -115,7 +115,7 @@ def adapter_drift(
     adapter: str | Path,
     text_file: str | Path,
     *,
-    base: BaseConfig | None = None,
+    base: BaseConfig | str | None = None,
     allow_other_base: bool = False,
     limit: int | None = None,
     max_length: int = 512,
@@ -130,7 +130,7 @@ def adapter_drift(
         adapter: A lorakit or PEFT folder.
         text_file: UTF-8 text; each non-blank line is one text. Use text unrelated to the adapter's task to see its
             side effects.
-        base: The base model; None uses the base that the adapter records.
+        base: The base model, or its name; None uses the base that the adapter records.
         allow_other_base: Accept a base other than the recorded one.
         limit: Maximum number of texts, from the first; None reads all.
         max_length: Maximum tokens per piece; longer texts are split. The model's context also limits it.
