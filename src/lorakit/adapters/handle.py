@@ -72,6 +72,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        """The adapted model."""
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
