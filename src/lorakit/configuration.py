@@ -177,6 +177,11 @@ def is_finite(value: object) -> bool:
     return abs(cast(float, value)) <= LARGEST_NUMBER
 
 
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _convert(value: Any, annotation: Any, path: str) -> Any:
     """Convert a value to its annotated type, or raise _WrongType."""
     if annotation is Any:

@@ -70,6 +70,18 @@ class TrainsModules:
         return parameters_below(model, modules_named(model, self.train_modules))
 
 
+def require_method(method: object) -> None:
+    """Require a method with its settings.
+
+    Raises:
+        ConfigurationError: It is the class of a method, or something else.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise ConfigurationError(
+            f"method is {method!r:.100}; it must be a method with its settings, for example LoRA(rank=8)."
+        )
+
+
 def describe(method: Method, *, main: bool = True) -> str:
     """Return a method as text, with the settings that differ from its defaults, and with `main` its main ones.
 
