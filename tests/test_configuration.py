@@ -189,6 +189,13 @@ def test_sections_may_be_mappings_and_the_base_its_name(kind: Any) -> None:
     )
 
 
+def test_a_method_is_the_key_of_a_result() -> None:
+    patterns = LoRA(rank_pattern={"q_proj": 4})
+    results = {LoRA(): 1, patterns: 2}
+    assert results[LoRA(rank=8)] == 1
+    assert results[dataclasses.replace(patterns)] == 2
+
+
 UNKNOWN = {
     "PEFT's r": (lambda: LoRA(r=8), "LoRA has no setting 'r'. Its name in lorakit is 'rank'."),
     "PEFT's name in a section": (

@@ -62,9 +62,9 @@ class LoRA:
     """Train a bias of B in addition, which the scaling multiplies too: ``h = W0 x + scaling * (B A x + b)``."""
     dora: bool = False
     """Train each output row's magnitude separately from its direction (DoRA, Liu et al. 2024)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
     """Ranks that differ from `rank`: module-name suffix or regular expression to rank."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
     """Alphas that differ from `alpha`: module-name suffix or regular expression to alpha."""
     train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full, in addition to the adapter (name suffixes), such as a new classification head."""
