@@ -30,15 +30,16 @@ class IA3:
     default_rate = 3e-3  # the default peak learning rate of a run
 
     def modules(
-        self, model: nn.Module, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
-        modules = {}
+        modules: dict[str, AdapterModule] = {}
         for place in resolve_targets(model, tuple(self.targets)):
             if place.slice is not None:  # some rows of a fused projection, such as k of q, k and v
                 raise ConfigurationError(
                     f"IA3 cannot scale a slice of '{place.path}'. Choose other targets."
                 )
-            modules[place.path] = Scale(model.get_submodule(place.path), dtype)
+            layer = model.get_submodule(place.path)
+            modules[place.path] = Scale(layer, dtype or torch.float32)
         return modules
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
@@ -53,9 +54,9 @@ class Scale(AdapterModule):
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vector = nn.Parameter(
-            torch.ones(weight_shape(layer)[0], dtype=dtype, device=layer.weight.device)
-        )
+        width = weight_shape(layer)[0]  # output rows, also of GPT-2's Conv1D
+        device = next(layer.parameters()).device
+        self.vector = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         return output * self.vector.to(output.dtype)

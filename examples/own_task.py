@@ -66,9 +66,15 @@ def write_data(folder: Path) -> None:
 if __name__ == "__main__":
     from tiny_base import arguments, load_base
 
-    from lorakit import DataConfig, EvaluateConfig, TrainConfig, evaluate, train
-    from lorakit.models.base_config import BaseConfig
-    from lorakit.training.config import OptimizerConfig
+    from lorakit import (
+        BaseConfig,
+        DataConfig,
+        EvaluateConfig,
+        OptimizerConfig,
+        TrainConfig,
+        evaluate,
+        train,
+    )
 
     options = arguments()
     out = Path(options.out)

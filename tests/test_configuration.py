@@ -49,7 +49,7 @@ class Settings:
     alpha: float = 16.0
     dora: bool = False
     bias: Literal["none", "all"] = "none"
-    targets: tuple[str, ...] | str = ("q",)
+    targets: tuple[str, ...] | list[str] | str = ("q",)
     sources: str | list[str] = "train.jsonl"
     betas: tuple[float, float] = (0.9, 0.999)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -173,9 +173,10 @@ def test_a_message_says_the_section_and_repeats_no_more_than_a_line() -> None:
     assert len(str(raised.value)) < 200
 
 
-def test_sections_may_be_mappings_and_the_base_its_name() -> None:
+@pytest.mark.parametrize("kind", [str, Path])
+def test_sections_may_be_mappings_and_the_base_its_name(kind: Any) -> None:
     short = TrainConfig(
-        base="minilm-l6",  # type: ignore[arg-type]
+        base=kind("minilm-l6"),
         data={"train": "train.jsonl"},  # type: ignore[arg-type]
         lora={"rank": 4, "targets": "attention.qv"},  # type: ignore[arg-type]
         output="run",
@@ -186,6 +187,13 @@ def test_sections_may_be_mappings_and_the_base_its_name() -> None:
         lora=LoRA(rank=4, targets="attention.qv"),
         output="run",
     )
+
+
+def test_a_method_is_the_key_of_a_result() -> None:
+    patterns = LoRA(rank_pattern={"q_proj": 4})
+    results = {LoRA(): 1, patterns: 2}
+    assert results[LoRA(rank=8)] == 1
+    assert results[dataclasses.replace(patterns)] == 2
 
 
 UNKNOWN = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.version import __version__
 
 if TYPE_CHECKING:
-    from lorakit import metrics
+    from lorakit import analysis, errors, methods, metrics, planning, reporting, tasks
     from lorakit.adapters.attach import attach
     from lorakit.adapters.handle import Adapters
     from lorakit.adapters.loading import load
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.summary import count_parameters
     from lorakit.data.data_config import DataConfig
     from lorakit.errors import LorakitError
+    from lorakit.evaluation.decoding import Decoding
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.evaluation.evaluate_config import EvaluateConfig
     from lorakit.evaluation.predict import predict
@@ -34,9 +35,15 @@ if TYPE_CHECKING:
     from lorakit.methods.lora.method import LoRA
     from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
     from lorakit.methods.registry import use_method
+    from lorakit.models.base_config import BaseConfig
     from lorakit.models.listing import targets
     from lorakit.models.loading import load_base
-    from lorakit.training.config import TrainConfig
+    from lorakit.training.config import (
+        CheckpointConfig,
+        HeldOutConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
     from lorakit.training.loop import train
 
 _HOME = {
@@ -47,6 +54,7 @@ _HOME = {
     "count_parameters": "lorakit.adapters.summary",
     "DataConfig": "lorakit.data.data_config",
     "LorakitError": "lorakit.errors",
+    "Decoding": "lorakit.evaluation.decoding",
     "EvaluateConfig": "lorakit.evaluation.evaluate_config",
     "evaluate": "lorakit.evaluation.evaluate",
     "PredictConfig": "lorakit.evaluation.predict_config",
@@ -59,47 +67,64 @@ _HOME = {
     "PrefixEmbedding": "lorakit.methods.prefix",
     "PrefixLayer": "lorakit.methods.prefix",
     "use_method": "lorakit.methods.registry",
+    "BaseConfig": "lorakit.models.base_config",
     "load_base": "lorakit.models.loading",
     "targets": "lorakit.models.listing",
+    "CheckpointConfig": "lorakit.training.config",
+    "HeldOutConfig": "lorakit.training.config",
+    "OptimizerConfig": "lorakit.training.config",
     "TrainConfig": "lorakit.training.config",
     "train": "lorakit.training.loop",
 }
 
 __all__ = [
     "Adapters",
+    "BaseConfig",
     "BitFit",
     "BottleneckAdapter",
+    "CheckpointConfig",
     "Combined",
     "DataConfig",
+    "Decoding",
     "EvaluateConfig",
     "FullFineTuning",
+    "HeldOutConfig",
     "LoRA",
     "LorakitError",
+    "OptimizerConfig",
     "PredictConfig",
     "PrefixEmbedding",
     "PrefixLayer",
     "TrainConfig",
     "__version__",
+    "analysis",
     "attach",
     "count_parameters",
+    "errors",
     "evaluate",
     "from_peft",
     "load",
     "load_base",
+    "methods",
     "metrics",
+    "planning",
     "predict",
+    "reporting",
     "targets",
+    "tasks",
     "train",
     "use_method",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "metrics":  # a submodule, not a name inside one
-        return import_module("lorakit.metrics")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
+        if name not in _HOME:
+            return import_module(f"lorakit.{name}")
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -177,6 +177,11 @@ def is_finite(value: object) -> bool:
     return abs(cast(float, value)) <= LARGEST_NUMBER
 
 
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, Python's or NumPy's, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _convert(value: Any, annotation: Any, path: str) -> Any:
     """Convert a value to its annotated type, or raise _WrongType."""
     if annotation is Any:
@@ -247,7 +252,7 @@ def type_name(annotation: Any, names: Names = PYTHON, several: bool = False) -> 
     if annotation in names:
         return names[annotation][several]
     if origin in (Union, types.UnionType):
-        return " or ".join(type_name(kind, names, several) for kind in args)
+        return " or ".join(dict.fromkeys(type_name(kind, names, several) for kind in args))
     if origin is Literal:
         choices = ", ".join(map(str, args))
         return choices if several else f"one of {choices}"
@@ -279,9 +284,9 @@ def strict(config: type[Config]) -> type[Config]:
 def _built(value: Any, kind: Any, path: str) -> Any:
     """Return the section that a mapping of its settings describes; other values unchanged.
 
-    A section with a `shorthand`, the name of a setting, may also be the text of that setting.
+    A section with a `shorthand`, the name of a setting, may also be the text or path of that setting.
     """
-    if isinstance(value, str) and hasattr(kind, "shorthand"):
+    if isinstance(value, (str, os.PathLike)) and hasattr(kind, "shorthand"):
         value = {kind.shorthand: value}
     if not isinstance(value, Mapping) or not hasattr(kind, "__dataclass_fields__"):
         return value

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import own_loop
 import pytest
 import tiny_models
@@ -88,10 +89,10 @@ def test_per_sample_is_local_to_its_thread(toy, x, expected, other_thread) -> No
     assert torch.equal(model(x), expected["a"])
 
 
-def test_spans_may_come_from_an_iterator(toy, x, expected) -> None:
+def test_spans_may_come_from_an_iterator_and_an_array(toy, x, expected) -> None:
     model, adapters = toy
     adapters.activate(None)
-    with adapters.per_token(zip(["a", "b"], [3, 3], strict=True)):
+    with adapters.per_token(zip(["a", "b"], np.array([3, 3]), strict=True)):
         output = model(x)
     torch.testing.assert_close(output[0], expected["a"][0])
     torch.testing.assert_close(output[1], expected["b"][1])

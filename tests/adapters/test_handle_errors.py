@@ -9,7 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -57,10 +59,14 @@ def adapters(model: PreTrainedModel) -> Adapters:
     [
         (("chat", LoRA()), r"model is 'chat'; .*load_base\('chat'\)\.model"),
         (({}, LoRA()), r"model is \{\}; it must be a PyTorch module\.$"),
+        (
+            (SimpleNamespace(model=nn.Linear(2, 2)), LoRA()),
+            r"Pass the model that the SimpleNamespace has",
+        ),
         ((nn.Linear(2, 2), "lora"), r"method is 'lora'; .* for example LoRA\(rank=8\)"),
         ((nn.Linear(2, 2), LoRA), r"method is <class .*; it must be a method with its settings"),
     ],
-    ids=["name", "dict", "method's name", "method's class"],
+    ids=["name", "dict", "wrapper", "method's name", "method's class"],
 )
 def test_arguments_of_another_type(arguments: tuple, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -80,6 +86,15 @@ def test_settings_of_another_type(model: PreTrainedModel, settings: dict, messag
     with pytest.raises(ConfigurationError, match=message):
         attach(model, LoRA(), **settings)
     assert handle_of(model) is None
+
+
+def test_a_seed_may_be_a_whole_number_of_numpy() -> None:
+    drawn = [
+        attach(nn.Sequential(nn.Linear(4, 4)), LoRA(rank=2, targets="0"), seed=seed)
+        for seed in (3, np.int64(3))
+    ]
+    first, second = (handle.trainable_parameters() for handle in drawn)
+    assert all(map(torch.equal, first, second))
 
 
 def test_combined_needs_methods_with_their_settings() -> None:
@@ -683,6 +698,8 @@ def test_a_save_that_fails_leaves_the_provenance(adapters: Adapters, tmp_path: P
         adapters.save(tmp_path / "adapter", "sql", provenance={"step": 2})
     assert adapters.provenance("sql") == {"step": 1}
     adapters.save(tmp_path / "other", "sql", provenance={"loss": 2.5})
+    assert adapters.provenance("sql") == {"step": 1, "loss": 2.5}
+    adapters.provenance("sql").clear()  # a copy, as of `modules`
     assert adapters.provenance("sql") == {"step": 1, "loss": 2.5}
 
 

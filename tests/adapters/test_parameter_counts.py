@@ -11,6 +11,7 @@ from real_tensors import RealTensors
 
 import lorakit
 from lorakit.adapters.summary import count_parameters
+from lorakit.errors import ConfigurationError
 from lorakit.methods import AdapterModule
 from lorakit.methods.lora.method import LoRA
 
@@ -21,6 +22,18 @@ def test_counting_builds_no_weights_and_changes_nothing():
     count_parameters(model, LoRA(rank=4, targets="all-linear"))
     assert set(dict(model.named_parameters())) == before
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_compiled_model_has_the_names_of_its_model():
+    model = tiny_models.build("llama")
+    compiled = torch.compile(model, backend="eager")
+    assert count_parameters(compiled, LoRA()) == count_parameters(model, LoRA())
+    assert str(lorakit.targets(compiled)) == str(lorakit.targets(model))
+
+
+def test_the_class_of_a_method_is_no_method():
+    with pytest.raises(ConfigurationError, match="it must be a method with its settings"):
+        count_parameters(tiny_models.build("llama"), LoRA)
 
 
 @pytest.mark.parametrize(

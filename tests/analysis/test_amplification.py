@@ -150,7 +150,7 @@ def test_a_base_that_is_zero_has_no_medians():
 
 def test_similarity_to_the_base():
     W, (A, B) = randn(60, 50, seed=0), factors(3, 50, 60, seed=1)
-    found = similarity_to_base(W, A, B, share=0.2)
+    found = similarity_to_base(W, A, B, base_directions=0.2)
     expected = subspace_similarity(W.double(), dense(A, B))[:10, :3]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

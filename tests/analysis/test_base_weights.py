@@ -119,13 +119,15 @@ def test_the_base_that_the_adapter_records(tmp_path, monkeypatch):
     adapter.base = None
     with pytest.raises(ConfigurationError, match=r"The adapter out/a does .* --base.name"):
         open_weights(None, adapter, "out/a")
-    weights = open_weights(BaseConfig(name=str(tmp_path / "base")), adapter)
+    weights = open_weights(str(tmp_path / "base"), adapter)
     assert "was not checked" in weights.notices[0]
+    with pytest.raises(ConfigurationError, match=r"base is 5; it must be BaseConfig\(...\)"):
+        open_weights(5, adapter)
 
 
 def test_a_weight_that_is_not_there(tmp_path):
     saved(tmp_path / "base")
-    weights = read_weights(BaseConfig(name=str(tmp_path / "base")))
+    weights = read_weights(str(tmp_path / "base"))
     with pytest.raises(BaseModelError, match=r"no weight 'model.layers.9.self_attn.q_proj.weight'"):
         weights["model.layers.9.self_attn.q_proj.weight"]
     # A suffix that matches several names is rejected.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from at_rest import same_bits
@@ -24,7 +25,7 @@ def best(change: torch.Tensor, rank: int) -> torch.Tensor:
 def test_factors_are_the_best_approximation(rank):
     A, B = factors(6, 30, 40, seed=0)
     change = dense(A, B, -0.7)
-    new_A, new_B, error = compress(A, B, -0.7, rank=rank)
+    new_A, new_B, error = compress(A, B, -0.7, rank=np.int64(rank))
     assert (new_A.shape, new_B.shape) == ((rank, 30), (40, rank))
     assert new_A.dtype == torch.float32
     expected = best(change, rank)

@@ -129,7 +129,9 @@ def test_virtual_tokens_take_of_the_context(folder, tmp_path):
 
 def test_long_texts_are_cut(folder):
     base = BaseConfig(name=str(folder / "base"), dtype="float32")
-    found = adapter_drift(folder / "adapter", folder / "text.txt", base=base, max_length=8, limit=2)
+    found = adapter_drift(
+        folder / "adapter", text=folder / "text.txt", base=base, max_length=8, limit=2
+    )
     assert max(len(piece.kl) for piece in found.pieces) == 7
     assert len(found.pieces) > 2
     assert found.to_json()["overall"]["texts"] == 2

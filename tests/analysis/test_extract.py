@@ -88,7 +88,7 @@ def test_the_adapter_is_compared_with_the_fine_tuned_model(rank, tmp_path):
 
 def test_models_that_predict_nothing_are_not_compared(tmp_path):
     base, _ = models(tmp_path)  # no tokenizer
-    assert extract_adapter(base, tmp_path / "tuned", rank=3).agreement is None
+    assert extract_adapter(base.name, tmp_path / "tuned", rank=3).agreement is None
 
 
 def test_slices_of_fused_layers_and_other_kinds(tmp_path):

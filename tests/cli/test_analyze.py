@@ -304,7 +304,10 @@ def test_help(capsys):
         (["spectrum", "{one}", "--plot", "figure"], ".png, .svg or .pdf"),
         (["spectrum", "{one}", "--plot", "{one}/lorakit.json/figure.png"], "Cannot write"),
         (["intruders", "{one}", "--only", "nothing"], "none of the 14 names"),
-        (["amplification", "{one}", "--base_directions", "2"], "above 0 and at most 1"),
+        (
+            ["amplification", "{one}", "--base_directions", "2"],
+            "base_directions is 2.0; it is a share",
+        ),
         (["diff", "{one}", "{base}"], "holds no adapter"),
         (["drift", "{one}", "{one}"], "cannot be read"),
     ],

@@ -82,7 +82,7 @@ def test_processes_share_the_cores(base, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_prints_json(base, capsys):
-    arguments = ["--base.name", base, "--length", "32", "--targets", "8", "--json", "true"]
+    arguments = ["--base.name", base, "--length", "32", "--target_tokens", "8", "--json", "true"]
     assert main(["plan", *arguments]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["chosen"]["trained"] < record["full"]["trained"] == record["parameters"]
@@ -126,7 +126,8 @@ def test_writes_page_and_figure(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--targets", "4"], "set length too"),
+        (["--target_tokens", "4"], "set length too"),
+        (["--targets", "q_proj"], "Did you mean '--lora.targets'?"),
         (["--length", "1"], "length is 1"),
         (["--length", "32", "--lora.rank", "64"], "Rank 64 exceeds"),
         (["--length", "32", "--lora.targets", "attention.qw"], "attention.q"),

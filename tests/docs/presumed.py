@@ -146,9 +146,6 @@ import torch
 from torch import nn
 from dataclasses import dataclass
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from lorakit.methods import AdapterModule
-from lorakit.methods.trained import modules_named, parameters_below
-from lorakit.models.roles import resolve_targets
 
 name = "HuggingFaceTB/SmolLM2-135M"
 model = AutoModelForCausalLM.from_pretrained(name)

@@ -255,6 +255,8 @@ def test_no_prompts_give_no_texts(model, tokenizer) -> None:
 
 
 def test_prompts_that_cannot_be_continued_say_why(model, tokenizer) -> None:
+    with pytest.raises(DataError, match=r"one text, 'the'; a list of texts was expected"):
+        generate(model, tokenizer, "the")
     with pytest.raises(DataError, match="Prompt 2 is empty"):
         generate(model, tokenizer, [[5], []], Decoding(max_new_tokens=5))
     with pytest.raises(DataError, match=r"Prompt 1 has 60 tokens.*context of 64"):

@@ -27,6 +27,8 @@ from lorakit.errors import (
     RunFolderError,
 )
 from lorakit.evaluation import predict
+from lorakit.evaluation.evaluate import Evaluation
+from lorakit.evaluation.predict import Predictions
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig
 
@@ -61,6 +63,12 @@ def settings(folder: Path, rows: list[dict], tmp_path: Path, **data):
         output=str(tmp_path / "out.jsonl"),
         batch_size=5,
     )
+
+
+def test_the_last_line_of_a_notebook_s_cell_shows_no_rows() -> None:
+    rows = [{"text": "river"}] * 600
+    for result in (Evaluation(outputs=rows), Predictions(rows=rows, report="600 rows")):
+        assert "river" not in repr(result)
 
 
 def test_rows_are_read_by_the_columns_of_training(trained, tmp_path, monkeypatch) -> None:

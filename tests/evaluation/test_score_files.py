@@ -74,7 +74,7 @@ def test_rows_with_outputs_and_references(tmp_path: Path) -> None:
         tmp_path / "samples.jsonl",
         *({"output": o, "references": r} for o, r in zip(OUTPUTS, REFERENCES, strict=True)),
     )
-    assert score_files(both, None, "rouge") == SCORES
+    assert score_files(both, None, metrics="rouge") == SCORES
     assert score_files(both, both, "rouge") == SCORES
 
 

@@ -134,6 +134,16 @@ def test_the_example_does_not_scale_the_other_rows_of_a_fused_projection(arch, t
         attach(tiny_models.build(arch), use_method(NAME)(targets=targets))
 
 
+def test_none_is_float32_in_the_example_as_in_the_interface() -> None:
+    model, method = tiny_models.build("llama"), use_method(NAME)()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = method.modules(model, dtype=None).values()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {module.vector.dtype for module in made} == {torch.float32}
+
+
 def test_the_example_scales_the_output_of_a_conv1d() -> None:
     model = tiny_models.build("gpt2")
     adapters = attach(model, use_method(NAME)(targets=("mlp.up",)))

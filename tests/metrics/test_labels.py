@@ -70,6 +70,9 @@ def test_constant_values_have_correlation_zero(predictions, labels) -> None:
 def test_arrays_are_lists_too() -> None:
     assert classification(np.array([1, 0]), np.array([1, 1]))["accuracy"] == 0.5  # type: ignore[arg-type]
     assert regression(np.array([1.5, 0]), np.array([1.5, 1]))["mse"] == 0.5  # type: ignore[arg-type]
+    scores = regression(np.full(3000, 2, "float16"), np.array([1, 4] * 1500, "uint8"))  # type: ignore[arg-type]
+    assert scores["mse"] == 2.5
+    assert type(scores["mse"]) is float
 
 
 def test_glue_returns_the_metrics_of_each_task() -> None:

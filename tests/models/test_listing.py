@@ -96,3 +96,5 @@ def test_layers_without_a_role_are_listed_by_name() -> None:
         "-     {2..3}        2  (3, 3)",
     ]
     assert list(targets(model)) == []
+    assert targets(model)
+    assert not targets(nn.ReLU())

@@ -12,8 +12,10 @@ from lorakit.analysis import adapter_amplification
 from lorakit.analysis.base_weights import open_weights
 from lorakit.analysis.deltas import read
 from lorakit.cli.paper import _amplification
+from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.paper.reproduction import reproduce
 from lorakit.paper.run_table import run_table
 
 
@@ -37,6 +39,16 @@ def test_the_query_of_the_middle_block_is_found_by_its_role(tmp_path, arch, laye
     found = _amplification(tmp_path / "adapter", config)
     assert found["amplification"] == pytest.approx(expected.factor)
     assert found["norm of ΔW"] == pytest.approx(expected.change_norm)
+
+
+@pytest.mark.parametrize("reproduce_or_run", [run_table, reproduce])
+def test_the_measure_is_required_before_anything_is_trained(table2, reproduce_or_run):
+    config = table2(table="table7", tasks=None, methods=("r4",), seeds=1, trials=1)
+    with pytest.raises(
+        ConfigurationError, match=r"amplification is not set.* lorakit paper table7"
+    ):
+        reproduce_or_run(config, lambda text: None)
+    assert not config.folder.exists()
 
 
 @pytest.mark.slow

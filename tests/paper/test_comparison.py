@@ -219,12 +219,12 @@ def _lines(right: int, count: int = 100) -> dict[str, list[str]]:
 def with_sums(compared, tmp_path: Path) -> Callable[..., Comparison]:
     """Return a function that compares one seed of full fine-tuning and LoRA, with sums in the records."""
 
-    def make(**lora: Any) -> Comparison:
+    def make(full: dict[str, list[str]] | None = None, **lora: Any) -> Comparison:
         grid = compared({"full": [0.6], "lora": [0.75]}).grid
         for data_set, variant in grid.cells():
             for run in grid.scored_runs(data_set, variant):
                 record = grid.runner.record(run)
-                changes: dict[str, Any] = {"scored": "a", "sums": _lines(60)}
+                changes: dict[str, Any] = {"scored": "a", "sums": full or _lines(60)}
                 if variant.key == "lora":
                     changes = {"scored": "a", "sums": _lines(75), **lora}
                 grid.runner._write(run, replace(record, **changes))
@@ -252,6 +252,15 @@ def test_one_seed_has_an_interval_over_the_examples(with_sums):
 @pytest.mark.parametrize("lora", [{"scored": "b"}, {"sums": {}}])
 def test_runs_that_scored_other_examples_have_no_such_interval(with_sums, lora):
     (difference,) = with_sums(**lora).differences
+    assert difference.over_examples is None
+
+
+@pytest.mark.parametrize(
+    ("full", "lora"),
+    [(_lines(0, 1), _lines(1, 1)), (_lines(1, 1), _lines(1, 1)), (_lines(0), _lines(100))],
+)
+def test_an_interval_of_width_zero_is_none(with_sums, full, lora):
+    (difference,) = with_sums(full, sums=lora).differences
     assert difference.over_examples is None
 
 

@@ -117,7 +117,9 @@ def test_products_are_timed_on_this_machine_only(base, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_any_number_of_targets_is_planned(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, batch_size=7)
-    planned = [plan(config, length=50, targets=n, machine=MACHINE).chosen for n in (17, 19, 23)]
+    planned = [
+        plan(config, length=50, target_tokens=n, machine=MACHINE).chosen for n in (17, 19, 23)
+    ]
     assert planned[0].seconds < planned[1].seconds < planned[2].seconds
 
 
@@ -165,8 +167,11 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     [
         ({"length": 0}, "length is 0; it must be a finite number of 2 or more"),
         ({"processes": 0}, "processes is 0; it must be a finite number of 1 or more"),
-        ({"length": 8, "targets": 0}, "targets is 0; it must be a finite number of 1 or more"),
-        ({"targets": 4}, "targets counts the target tokens of length"),
+        (
+            {"length": 8, "target_tokens": 0},
+            "target_tokens is 0; it must be a finite number of 1 or more",
+        ),
+        ({"target_tokens": 4}, "target_tokens counts tokens of length"),
     ],
 )
 def test_the_library_checks_what_the_command_checks(tmp_path, settings, message) -> None:
@@ -548,8 +553,8 @@ def test_errors_name_the_setting(base, tmp_path):
     config = tiny_runs.config(tmp_path, base)
     with pytest.raises(DataError, match="context"):
         plan(config, length=4096, machine=MACHINE)
-    with pytest.raises(ConfigurationError, match="targets is 64"):
-        plan(config, length=64, targets=64, machine=MACHINE)
+    with pytest.raises(ConfigurationError, match="target_tokens is 64"):
+        plan(config, length=64, target_tokens=64, machine=MACHINE)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(BaseModelError, match="cannot be read"):

@@ -135,7 +135,9 @@ def test_a_score_is_a_number(column, value, score):
     assert type(example.label) is float
 
 
-@pytest.mark.parametrize("value", ["high", float("nan"), "inf", True, [1.0], 10**400])
+@pytest.mark.parametrize(
+    "value", ["high", float("nan"), "inf", True, [1.0], 10**400, 1e39, "1.8e308"]
+)
 def test_a_score_that_is_no_finite_number_is_refused(value):
     with pytest.raises(BadRow, match=r"'score' is .* expected a (finite )?number"):
         Regression(ENCODER, max_length=99).encode({"text": "a", "score": value})

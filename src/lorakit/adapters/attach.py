@@ -8,13 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorakit.adapters.handle import Adapters, handle_of, uncompiled
+from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.statistics import layers_with_statistics
+from lorakit.configuration import is_whole
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
-from lorakit.methods.method import Method
+from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtypes import FLOATS, dtype_name
+from lorakit.models.layers import uncompiled
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -49,17 +51,16 @@ def attach(
         ConfigurationError: A setting does not fit the model, or an argument has another type.
         AdapterStateError: The name is taken, an adapter is merged, or the model has adapters of PEFT.
     """
-    if isinstance(method, type) or not isinstance(method, Method):
-        raise ConfigurationError(
-            f"method is {method!r:.100}; it must be a method with its settings, for example LoRA(rank=8)."
-        )
+    require_method(method)
     if dtype not in FLOATS:
         names = ", ".join(f"torch.{dtype_name(one)}" for one in FLOATS)
         raise ConfigurationError(f"dtype is {dtype!r}; it must be one of {names}.")
-    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
-        raise ConfigurationError(
-            f"seed is {seed!r}; it must be a whole number of 64 bits, or None."
-        )
+    if seed is not None:
+        if not is_whole(seed) or not -(2**63) <= seed < 2**64:
+            raise ConfigurationError(
+                f"seed is {seed!r}; it must be a whole number of 64 bits, or None."
+            )
+        seed = int(seed)  # torch rejects NumPy's
     handle = handle_for(model)
     handle.check_can_add(name)
     with handle.deactivated():
@@ -101,8 +102,10 @@ def handle_for(model: nn.Module) -> Adapters:
             adapters of PEFT.
     """
     if not isinstance(model, nn.Module):
-        load = f" Load it: load_base({model!r}).model." if isinstance(model, str) else ""
-        raise ConfigurationError(f"model is {model!r:.100}; it must be a PyTorch module.{load}")
+        instead = f" Load it: load_base({model!r}).model." if isinstance(model, str) else ""
+        if isinstance(getattr(model, "model", None), nn.Module):
+            instead = f" Pass the model that the {type(model).__name__} has: its attribute model."
+        raise ConfigurationError(f"model is {model!r:.100}; it must be a PyTorch module.{instead}")
     model = uncompiled(model)
     handle = handle_of(model)
     if handle is None:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lorakit.configuration import is_finite
+from lorakit.configuration import is_finite, is_whole
 from lorakit.errors import AdapterStateError
 
 AdapterChoice = str | Mapping[str, float] | None
@@ -124,7 +124,7 @@ def choice_by_row(rows: Sequence[AdapterChoice], repeat: int, get: Get) -> Choic
         raise AdapterStateError(
             f"per_sample takes one name (or None) for each row of the batch, not {rows!r}."
         )
-    if type(repeat) is not int or repeat < 1:
+    if not is_whole(repeat) or repeat < 1:
         raise AdapterStateError(f"repeat is {repeat!r}; it must be a whole number of at least 1.")
     return Choice(tuple(_blend(row, get) for row in rows), "row").repeated(repeat)
 
@@ -134,7 +134,7 @@ def choice_by_token(spans: Iterable[tuple[AdapterChoice, int]], get: Get) -> Cho
     spans = tuple(spans)
     for span in spans:
         is_pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
-        if not is_pair or type(span[1]) is not int or span[1] < 0:
+        if not is_pair or not is_whole(span[1]) or span[1] < 0:
             raise AdapterStateError(
                 f"per_token takes (name, number of tokens) for each span, not {span!r}."
             )

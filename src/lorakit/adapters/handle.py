@@ -49,6 +49,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
+from lorakit.models.layers import uncompiled
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        """The adapted model."""
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
@@ -96,8 +98,8 @@ class Adapters:
         return self._get(name).method
 
     def provenance(self, name: str | None = None) -> dict[str, Any]:
-        """Return the provenance recorded in an adapter's file; empty for an adapter from `attach`."""
-        return self._get(name).provenance
+        """Return the provenance of an adapter's file; empty for an adapter from `attach` that was not saved."""
+        return dict(self._get(name).provenance)
 
     def modules(self, name: str | None = None) -> dict[str, AdapterModule]:
         """Return an adapter's modules by the path of the adapted layer."""
@@ -165,6 +167,8 @@ class Adapters:
     @contextlib.contextmanager
     def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
+
+        Call it anew for each `with`, as `disabled` and `per_token`; without `with` it has no effect.
 
         The block holds for its thread or asyncio task (and for what copies its context, such as
         `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice of its first forward
@@ -625,8 +629,3 @@ class Adapters:
 def handle_of(model: nn.Module) -> Adapters | None:
     """Return the handle of a model that has adapters, else None."""
     return getattr(uncompiled(model), _HANDLE, None)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` wrapped; any other model unchanged."""
-    return getattr(model, "_orig_mod", model)

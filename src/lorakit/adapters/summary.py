@@ -13,7 +13,8 @@ from lorakit.adapters.installed import InstalledAdapter, base_weights, refuse_qu
 from lorakit.adapters.saving import file_bytes
 from lorakit.formatting import percentage, size
 from lorakit.methods.fake_modules import fake_modules
-from lorakit.methods.method import Method, describe
+from lorakit.methods.method import Method, describe, require_method
+from lorakit.models.layers import uncompiled
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
 
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
-        ConfigurationError: A setting does not fit the model.
+        ConfigurationError: A setting does not fit the model, or `method` is no method with its settings.
     """
+    require_method(method)
+    model = uncompiled(model)
     modules = fake_modules(method, model)
     trained = method.trained_parameters(model)
     refuse_quantised(model, trained)

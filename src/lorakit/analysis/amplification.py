@@ -97,7 +97,7 @@ def random_projection(rank: int, base_norm: float, rows: int, columns: int) -> f
 
 
 def similarity_to_base(
-    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, share: float = 0.1
+    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, base_directions: float = 0.1
 ) -> Tensor:
     """Return ``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
 
@@ -106,18 +106,21 @@ def similarity_to_base(
         A: (r, in).
         B: (out, r).
         scaling: Factor on the product.
-        share: Number of W's leading directions, as a share of its width.
+        base_directions: Number of W's leading directions, as a share of its width.
 
     Returns:
-        (share * min(out, in), r), float64.
+        (base_directions * min(out, in), r), float64.
 
     Raises:
-        ConfigurationError: The shapes of W and ``B A`` differ, the change is zero, or `share` is out of range.
+        ConfigurationError: The shapes of W and ``B A`` differ, the change is zero, or `base_directions` is out of
+            range.
     """
-    require_share("share", share, "a share of the base's directions", example=0.1)
+    require_share(
+        "base_directions", base_directions, "a share of the base's directions", example=0.1
+    )
     _require_one_shape(W, A, B)
     Vh = change_directions(A, B, scaling)[2]
-    leading = max(1, round(share * min(W.shape)))
+    leading = max(1, round(base_directions * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
 
 
@@ -183,7 +186,7 @@ def adapter_amplification(
     alpha: float | None = None,
     only: str | None = None,
     seed: int = 0,
-    share: float | None = None,
+    base_directions: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AdapterAmplification:
     """Return the amplification of each matrix of an adapter.
@@ -194,7 +197,7 @@ def adapter_amplification(
         alpha: alpha of a loralib file, which does not record it.
         only: Regular expression that selects matrices by name; None selects all.
         seed: Seed of the random directions.
-        share: Also compare the change's directions with this share of the base's (`similarity_to_base`).
+        base_directions: Also compare the change's directions with this share of the base's (`similarity_to_base`).
         progress: Called with the name of each matrix before it is measured.
 
     Raises:
@@ -211,8 +214,8 @@ def adapter_amplification(
             continue
         W = base_matrix(stored, delta, weights)
         layers[name] = amplification(W, delta.A, delta.B, delta.scaling, seed=seed)
-        if share is not None:
-            phi[name] = similarity_to_base(W, delta.A, delta.B, share=share)
+        if base_directions is not None:
+            phi[name] = similarity_to_base(W, delta.A, delta.B, base_directions=base_directions)
             widths[name] = W.shape[1]
     if not layers:
         raise AdapterFileError(UNTRAINED)

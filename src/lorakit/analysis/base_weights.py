@@ -20,7 +20,7 @@ from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import weight_name
 from lorakit.compute.adapted import AdapterFile, base_of
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
-from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.base_shape import shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
@@ -73,7 +73,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(
-    base: BaseConfig | None,
+    base: BaseConfig | str | None,
     stored: StoredAdapter,
     path: str | Path = "file",
     *,
@@ -82,7 +82,7 @@ def open_weights(
     """Open the weights of an adapter's base, and validate them against the base that the adapter records.
 
     Args:
-        base: The base model; None uses the base that the adapter records.
+        base: The base model, or its name; None uses the base that the adapter records.
         stored: The adapter.
         path: Its file, for messages.
         allow_other_base: Accept a base other than the recorded one, and add a notice.
@@ -124,12 +124,13 @@ def _differences(recorded: BaseRecord, live: BaseRecord, allow_other_base: bool)
         return [f"Using another base because allow_other_base is set: {error}"]
 
 
-def read_weights(base: BaseConfig, names: Iterable[str] = ()) -> Weights:
+def read_weights(base: BaseConfig | str, names: Iterable[str] = ()) -> Weights:
     """Open a model's safetensors files, or load the whole model if it has none, or none with one of these `names`.
 
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
+    base = as_base_config(base)
     weights = _open_safetensors(base)
     if weights is not None and all(name in weights for name in names):
         return weights

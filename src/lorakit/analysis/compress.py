@@ -26,6 +26,7 @@ from lorakit.analysis.derived import Derived, LayerResult, derive, require_low_r
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.spectrum import cumulative_share, rank_for, require_share
 from lorakit.analysis.thin_svd import thin_svd
+from lorakit.configuration import is_whole
 from lorakit.errors import ConfigurationError
 from lorakit.ops.autocast import wide_dtype
 
@@ -198,7 +199,7 @@ def check_target(rank: int | None, energy: float | None) -> None:
         raise ConfigurationError(
             f"rank and energy: {given} given. Set rank, or energy, the share of the squared norm to keep."
         )
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not is_whole(rank) or rank < 1):
         raise ConfigurationError(f"rank is {rank!r}; it must be a whole number of 1 or more.")
     if energy is not None:
         require_share("energy", energy, "the share of the squared norm to keep", example=0.9)

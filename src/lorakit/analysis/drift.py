@@ -113,9 +113,9 @@ class Drift:
 
 def adapter_drift(
     adapter: str | Path,
-    text_file: str | Path,
+    text: str | Path,
     *,
-    base: BaseConfig | None = None,
+    base: BaseConfig | str | None = None,
     allow_other_base: bool = False,
     limit: int | None = None,
     max_length: int = 512,
@@ -128,9 +128,9 @@ def adapter_drift(
 
     Args:
         adapter: A lorakit or PEFT folder.
-        text_file: UTF-8 text; each non-blank line is one text. Use text unrelated to the adapter's task to see its
-            side effects.
-        base: The base model; None uses the base that the adapter records.
+        text: A UTF-8 file; each non-blank line is one text. Use text unrelated to the adapter's task to see its side
+            effects.
+        base: The base model, or its name; None uses the base that the adapter records.
         allow_other_base: Accept a base other than the recorded one.
         limit: Maximum number of texts, from the first; None reads all.
         max_length: Maximum tokens per piece; longer texts are split. The model's context also limits it.
@@ -143,7 +143,7 @@ def adapter_drift(
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         require_at_least(name, value, 1)
     require_at_least("max_length", max_length, 2)
-    texts = read_texts(text_file, limit)
+    texts = read_texts(text, limit)
     opened = open_adapted(base, AdapterFile.read(adapter), allow_other_base=allow_other_base)
     if opened.model.config.is_encoder_decoder or not opened.model.can_generate():
         raise BaseModelError(
@@ -154,7 +154,7 @@ def adapter_drift(
     pieces = [piece for pieces in by_text for piece in pieces]
     if not pieces:
         raise DataError(
-            f"{text_file} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
+            f"{text} has no text of two or more tokens, so there are no predictions to compare. Add longer texts."
         )
     # Sorting by length reduces padding.
     order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))

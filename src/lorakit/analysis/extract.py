@@ -26,7 +26,7 @@ from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
 from lorakit.errors import AdapterFileError, BaseModelError
 from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
-from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base, head_of_class
 from lorakit.ops.autocast import wide_dtype
@@ -54,11 +54,11 @@ def extract(
 
 
 def extract_adapter(
-    base: BaseConfig,
+    base: BaseConfig | str,
     tuned: str | Path,
     *,
-    targets: tuple[str, ...] | str = "all-linear",
-    train_modules: tuple[str, ...] | str = (),
+    targets: tuple[str, ...] | list[str] | str = "all-linear",
+    train_modules: tuple[str, ...] | list[str] | str = (),
     rank: int | None = None,
     energy: float | None = None,
     progress: Callable[[str], None] | None = None,
@@ -66,7 +66,7 @@ def extract_adapter(
     """Return an adapter that approximates the difference between a base model and a fine-tuned model.
 
     Args:
-        base: The base model. It is always read in float32, because rounding could exceed the difference.
+        base: The base model, or its name. It is always read in float32, because rounding could exceed the difference.
         tuned: The fine-tuned model: a folder, a hub id, or a folder of lorakit's full fine-tuning.
         targets: Layers to factor: roles, names or regular expressions.
         train_modules: Name suffixes of modules to copy in full from the fine-tuned model, such as a new head.
@@ -84,6 +84,7 @@ def extract_adapter(
         ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
     """
     check_target(rank, energy)
+    base = as_base_config(base)
     show = progress or (lambda _: None)
     show("reading the base")
     loaded = load_float32(base, (config_of(base).architectures or [""])[0])

@@ -143,7 +143,7 @@ def _amplification(config: AmplificationConfig) -> Findings:
             weights,
             only=config.only,
             seed=config.seed,
-            share=config.base_directions,
+            base_directions=config.base_directions,
             progress=show,
         )
     rows = {

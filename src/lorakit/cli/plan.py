@@ -35,7 +35,7 @@ class PlanConfig(TrainConfig):
     """Run folder. A plan does not write to it."""
     length: int | None = None
     """Tokens per example, instead of reading the data. Default without data: data.max_length, the upper bound."""
-    targets: int | None = None
+    target_tokens: int | None = None
     """Target tokens per example; requires length. Default: half of length."""
     processes: int = 1
     """Number of processes on one machine that share each step. Memory and time are then those of one of them; on a CPU
@@ -63,11 +63,11 @@ class PlanConfig(TrainConfig):
             raise ConfigurationError(
                 "shard is true, but the plan has one process; add their number, for example --processes 2."
             )
-        if self.targets is not None:
-            require_at_least("targets", self.targets, 1)
+        if self.target_tokens is not None:
+            require_at_least("target_tokens", self.target_tokens, 1)
             if self.length is None:
                 raise ConfigurationError(
-                    "targets counts the target tokens of length; set length too, for example --length 512."
+                    "target_tokens counts tokens of length; set length too, for example --length 512."
                 )
 
     @property
@@ -153,7 +153,7 @@ def _plan(config: PlanConfig, status: StatusLine) -> Plan:
         return plan(
             config.run,
             length=length,
-            targets=config.targets,
+            target_tokens=config.target_tokens,
             processes=config.processes,
             progress=status,
         )

@@ -21,7 +21,7 @@ from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
 from lorakit.formatting import visible
-from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base
@@ -281,7 +281,7 @@ def tokenizer_of_adapted(
 
 
 def open_adapted(
-    base: BaseConfig | None,
+    base: BaseConfig | str | None,
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
@@ -335,7 +335,7 @@ def require_new_weights(base: Base, stored: StoredAdapter, path: str | Path) -> 
         )
 
 
-def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
+def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseConfig:
     """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
 
     PEFT's files record a name and possibly a revision, but nothing to check the weights with.
@@ -343,9 +343,9 @@ def base_of(base: BaseConfig | None, adapter: AdapterFile | None) -> BaseConfig:
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
     Raises:
-        ConfigurationError: Neither `base` nor the adapter names a model.
+        ConfigurationError: `base` is no base, or neither it nor the adapter names a model.
     """
-    base = base or BaseConfig()
+    base = as_base_config(base)
     if adapter is None:
         if not base.name:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")

@@ -65,7 +65,7 @@ class Evaluation:
     """Scored split of the data."""
     sha256: str = ""
     """Digest of the data in this split."""
-    outputs: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
 

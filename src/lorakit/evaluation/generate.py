@@ -72,9 +72,13 @@ def generate(
 
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
-        DataError: A prompt is empty, or too long for the model's context.
+        DataError: The prompts are one text, or a prompt is empty, or too long for the model's context.
         LorakitError: A single prompt does not fit into memory.
     """
+    if isinstance(prompts, str):
+        raise DataError(
+            f"The prompts are one text, {prompts[:40]!r}; a list of texts was expected. Write [prompt]."
+        )
     if not model.can_generate():
         raise BaseModelError(
             f"A {type(model).__name__} cannot generate text. Score its predictions with lorakit evaluate, or use a "

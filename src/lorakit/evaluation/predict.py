@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ from lorakit.tasks.task import checked_text
 class Predictions:
     """The rows with their predictions."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(repr=False)
     """Columns of each row, `prediction`, and for classes `probabilities`: class name to a number from 0 to 1."""
     report: str
     """How many rows were read, skipped and truncated."""

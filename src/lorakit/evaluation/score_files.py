@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lorakit import metrics
 from lorakit.data.readers import Problem, Row, reader_for, text_lines
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
+from lorakit.metrics import (
+    GLUE,
+    classification,
+    e2e,
+    glue,
+    regression,
+    rouge,
+    webnlg,
+    wikisql,
+)
 from lorakit.metrics.checks import check_pairs
 
 OnTexts = Literal["e2e", "webnlg", "dart", "rouge"]
@@ -20,7 +29,7 @@ Family = Literal[OnTexts, "wikisql", OnLabels, GlueTask]
 def score_files(
     outputs: str | Path,
     references: str | Path | None,
-    family: Family,
+    metrics: Family,
     *,
     java: bool | None = None,
 ) -> dict[str, float]:
@@ -43,7 +52,7 @@ def score_files(
     Args:
         outputs: File of the outputs: texts, predicted classes or predicted numbers.
         references: File of the references or labels, in the same order; None reads them from the rows of `outputs`.
-        family: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a GLUE task or of
+        metrics: Texts of "e2e", "webnlg", "dart" or "rouge" (SAMSum), queries of "wikisql", labels of a GLUE task or of
             any "classification" or "regression". A classification with the classes 0 and 1 only is binary: its f1 is
             that of class 1.
         java: Whether "e2e", "webnlg" and "dart" use Java; None uses it if it is installed.
@@ -53,29 +62,29 @@ def score_files(
         ConfigurationError: The references are missing, or a package or Java is not installed.
         LorakitError: Java failed.
     """
-    require_choice("metrics", family, get_args(Family))
+    require_choice("metrics", metrics, get_args(Family))
     predicted = _read(outputs)
     expected = predicted if references is None else _read(references)
     if references is None and predicted.rows is None:
         raise ConfigurationError(
             f"{outputs} is plain text, which cannot contain references. Name a separate file with the references."
         )
-    if family in metrics.GLUE:
-        return metrics.glue(family, predicted.numbers("output"), expected.numbers("label"))
-    if family == "classification":
-        return metrics.classification(predicted.numbers("output"), expected.numbers("label"))  # type: ignore[arg-type]
-    if family == "regression":
-        return metrics.regression(predicted.numbers("output"), expected.numbers("label"))
+    if metrics in GLUE:
+        return glue(metrics, predicted.numbers("output"), expected.numbers("label"))
+    if metrics == "classification":
+        return classification(predicted.numbers("output"), expected.numbers("label"))  # type: ignore[arg-type]
+    if metrics == "regression":
+        return regression(predicted.numbers("output"), expected.numbers("label"))
     texts = predicted.texts("output")
-    if family == "wikisql":
+    if metrics == "wikisql":
         golds = expected.golds()
         check_pairs(texts, golds)
         repeated = [text for text, group in zip(texts, golds, strict=True) for _ in group]
-        return metrics.wikisql(repeated, [gold for group in golds for gold in group])
+        return wikisql(repeated, [gold for group in golds for gold in group])
     groups = expected.groups(len(texts))
-    if family == "rouge":
-        return metrics.rouge(texts, groups)
-    score = metrics.e2e if family == "e2e" else metrics.webnlg
+    if metrics == "rouge":
+        return rouge(texts, groups)
+    score = e2e if metrics == "e2e" else webnlg
     return score(texts, groups, java=java)
 
 

@@ -32,9 +32,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AdapterModule":
-        from lorakit.methods.module import AdapterModule
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for this one
 
-        return AdapterModule
-    raise AttributeError(f"module 'lorakit.methods' has no attribute '{name}'")
+    def __getattr__(name: str) -> Any:
+        if name == "AdapterModule":
+            from lorakit.methods.module import AdapterModule
+
+            return AdapterModule
+        raise AttributeError(f"module 'lorakit.methods' has no attribute '{name}'")

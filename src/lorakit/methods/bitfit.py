@@ -26,7 +26,7 @@ class BitFit(TrainsModules):
     """Peak learning rate. A bias only shifts the output of its layer: the paper uses eight times LoRA's rate (section
     D.4)."""
 
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full, in addition to the biases (name suffixes), such as a new classification head."""
 
     def trained_parameters(self, model: nn.Module) -> list[str]:

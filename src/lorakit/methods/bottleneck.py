@@ -55,7 +55,7 @@ class BottleneckAdapter(TrainsModules):
     """Nonlinearity; by default silu (swish) for houlsby and relu for the others, as in the paper's code."""
     drop_layers: tuple[int, ...] = ()
     """Blocks that get no adapter, counted from 0 in each stack of blocks (AdapterDrop)."""
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full in addition (name suffixes): a new classification head, or LayerNorms."""
 
     def __post_init__(self) -> None:

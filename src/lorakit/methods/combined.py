@@ -31,7 +31,7 @@ class Combined(TrainsModules):
 
     methods: tuple[Method, ...]
     """The methods, for example ``(LoRA(), PrefixEmbedding())``."""
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full in addition (name suffixes), such as a new classification head."""
 
     def __post_init__(self) -> None:

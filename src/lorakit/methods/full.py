@@ -26,7 +26,7 @@ class FullFineTuning(TrainsModules):
 
     top_layers: int | None = None
     """Train only this many of the last blocks of each stack (and a new task head); None trains the whole model."""
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """With top_layers: modules trained in addition to the last blocks (name suffixes), such as a new head. Also modules
     to train although they were frozen before."""
 

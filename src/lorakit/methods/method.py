@@ -51,7 +51,7 @@ class TrainsModules:
     """
 
     if TYPE_CHECKING:
-        train_modules: tuple[str, ...] | str
+        train_modules: tuple[str, ...] | list[str] | str
 
     def __post_init__(self) -> None:
         conform(self)
@@ -68,6 +68,18 @@ class TrainsModules:
         from lorakit.methods.trained import modules_named, parameters_below
 
         return parameters_below(model, modules_named(model, self.train_modules))
+
+
+def require_method(method: object) -> None:
+    """Require a method with its settings.
+
+    Raises:
+        ConfigurationError: It is the class of a method, or something else.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise ConfigurationError(
+            f"method is {method!r:.100}; it must be a method with its settings, for example LoRA(rank=8)."
+        )
 
 
 def describe(method: Method, *, main: bool = True) -> str:
@@ -92,13 +104,13 @@ def _described(value: Any, main: bool) -> str:
     return repr(value)
 
 
-def as_names(setting: str, value: tuple[str, ...] | str) -> tuple[str, ...]:
+def as_names(setting: str, value: tuple[str, ...] | list[str] | str) -> tuple[str, ...]:
     """Convert a setting that is one name or several to a tuple.
 
     Raises:
         ConfigurationError: A name is empty.
     """
-    entries = (value,) if isinstance(value, str) else value
+    entries = (value,) if isinstance(value, str) else tuple(value)
     if not all(entries):
         raise ConfigurationError(f"{setting} is {value!r}, which has an empty name; remove it.")
     return entries

@@ -28,7 +28,7 @@ class _Prefix(TrainsModules):
     """Virtual tokens before the prompt, after a bos or [CLS]."""
     infix_length: int = 0
     """Virtual tokens after the prompt: before a completion, or at the end of a classifier's input."""
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full in addition (name suffixes), such as a new classification head."""
 
     def __post_init__(self) -> None:

@@ -106,6 +106,8 @@ def regression(predictions: Sequence[float], labels: Sequence[float]) -> dict[st
     check_numbers("Label", labels)
     with requires_extra("train"):
         from scipy import stats
+    # NumPy's scalars would add in their own dtype: float16 stalls, and uint8 wraps.
+    predictions, labels = [float(p) for p in predictions], [float(y) for y in labels]
     squares = [(p - y) * (p - y) for p, y in zip(predictions, labels, strict=True)]
     return {
         "pearson": _correlation(stats.pearsonr, predictions, labels),

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import conform, converted, strict
 from lorakit.errors import ConfigurationError
 
 NO_NAME = "base.name is not set; name a model, for example --base.name smollm2-135m."
@@ -42,3 +42,12 @@ class BaseConfig:
             raise ConfigurationError(
                 f"base.device is {self.device!r}; write auto, cpu, cuda, cuda:1, mps or xpu."
             )
+
+
+def as_base_config(base: BaseConfig | str | None) -> BaseConfig:
+    """Return a base that may be given as its name alone; None is a base without a name.
+
+    Raises:
+        ConfigurationError: `base` is something else.
+    """
+    return BaseConfig() if base is None else converted(base, BaseConfig, "base")

@@ -44,6 +44,11 @@ class AdapterSlot(nn.ModuleDict):
     """The child module that holds a layer's adapters by name; not part of the base."""
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` wrapped; any other model unchanged."""
+    return getattr(model, "_orig_mod", model)
+
+
 def is_of_adapter(name: str) -> bool:
     """Whether a module path, parameter name or state-dict key belongs to an adapter, not to the base."""
     return f".{ADAPTERS}." in f".{name}."

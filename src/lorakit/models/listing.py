@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.models.heads import is_never_called
-from lorakit.models.layers import RowSlice, walk, weight_shape, why_not_adaptable
+from lorakit.models.layers import RowSlice, uncompiled, walk, weight_shape, why_not_adaptable
 from lorakit.models.places import ROLES, Place, all_places
 
 
@@ -44,6 +44,9 @@ class TargetList:
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def __bool__(self) -> bool:
+        return bool(self.rows)  # also where no row has a role
+
     def __str__(self) -> str:
         cells: list[tuple[str, str, str, str]] = [("role", "modules", "layers", "weight (out, in)")]
         for row in self.rows:
@@ -61,6 +64,7 @@ class TargetList:
 
 def targets(model: nn.Module) -> TargetList:
     """List the adaptable layers of ``model``: every role with its modules, then layers by name."""
+    model = uncompiled(model)
     modules = list(walk(model))
     shapes = {
         at.path: weight_shape(at.module)

@@ -239,6 +239,10 @@ def _difference(
 def _over_examples(
     grid: Grid, lora: Variant, other: Variant, name: str, sign: int
 ) -> tuple[float, float] | None:
+    """Return the interval over the choice of the examples, where it can be computed.
+
+    None for one example, and where all examples add the same difference: its width would be zero, as in `_interval`.
+    """
     cells = [(d, column) for d in grid.study.data_sets for column in d.columns]
     found = [(d, column) for d, column in cells if column.name == name and column.sums is not None]
     if not found:
@@ -262,7 +266,7 @@ def _over_examples(
         )
     ends = interval_over_examples(summands, sums.score)
     low, high = sorted(sign * column.scale * end for end in ends)
-    return low, high
+    return None if len(summands[0][0]) < 2 or low == high != 0 else (low, high)
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:

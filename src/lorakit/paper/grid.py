@@ -24,7 +24,15 @@ from lorakit.paper.comparable import require_comparable
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.log import GRID, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
-from lorakit.paper.runs import HELD_OUT_SHARE, Measure, Record, Runner, Say, TableRun
+from lorakit.paper.runs import (
+    HELD_OUT_SHARE,
+    Measure,
+    Record,
+    Runner,
+    Say,
+    TableRun,
+    require_measure,
+)
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
 from lorakit.paper.subset import draw_rows
 from lorakit.tasks.registry import task_type
@@ -260,9 +268,11 @@ def open_grid(
 
     Raises:
         RunFolderError: Another process holds the folder, or it contains other files.
-        ConfigurationError: The grid in the folder was started with different settings, or no method fits the base.
+        ConfigurationError: The grid in the folder was started with different settings, no method fits the base, or
+            amplification is missing.
         LorakitError: The base or the data cannot be read, or the budget is too small.
     """
+    require_measure(config, amplification)
     folder = config.folder
     storage.require_free_folder(folder, overwrite=True)
     _require_grid_or_empty(folder, config, "output")

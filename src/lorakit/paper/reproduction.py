@@ -24,6 +24,7 @@ from lorakit.paper.runs import (
     TableRun,
     column_of,
     device_name,
+    require_measure,
 )
 from lorakit.training.environment import environment
 
@@ -90,6 +91,7 @@ def reproduce(
             that was made under other conditions than the present ones.
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
+    require_measure(config, amplification)
     recorded = recorded_grid(_recorded(config), say)
     cells = list(recorded.cells())  # one, or none
     records = {record.seed: record for cell in cells for record in recorded.records(*cell)}

@@ -64,6 +64,19 @@ Say = Callable[[str], None]
 """Prints a line of progress."""
 
 
+def require_measure(config: PaperConfig, amplification: Measure | None) -> None:
+    """Require the measure of a table whose numbers are amplifications, before a run is trained.
+
+    Raises:
+        ConfigurationError: It is missing.
+    """
+    if config.study.measures == "amplification" and amplification is None:
+        raise ConfigurationError(
+            f"amplification is not set, and {config.table} consists of its numbers. Set it to the function that "
+            f"measures an adapter, or run the command, which has one: lorakit paper {config.table}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableRun:
     """One training run of a grid."""

@@ -125,7 +125,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
 def from_lengths(
     config: TrainConfig,
     length: int | None,
-    targets: int | None,
+    target_tokens: int | None,
     *,
     labelled: bool,
     processes: int = 1,
@@ -135,12 +135,12 @@ def from_lengths(
     Args:
         config: The run.
         length: Tokens per example; None means data.max_length, the upper bound.
-        targets: Target tokens per example; None means half of the tokens.
+        target_tokens: Target tokens per example; None means half of the tokens.
         labelled: Whether task "auto" is a classification, as for an encoder.
         processes: Number of processes that share a step.
 
     Raises:
-        ConfigurationError: `targets` is not between 1 and `length` - 1.
+        ConfigurationError: `target_tokens` is not between 1 and `length` - 1.
     """
     size = config.data.max_length if length is None else length
     name = config.data.task
@@ -153,10 +153,10 @@ def from_lengths(
     examples: list[Example]
     source = f"{size:,} tokens per example"
     if task.generates:
-        if targets is None:
-            targets = size // 2
-        examples = [*language_examples(count, size, targets)]
-        source += f", {targets:,} of them targets"
+        if target_tokens is None:
+            target_tokens = size // 2
+        examples = [*language_examples(count, size, target_tokens)]
+        source += f", {target_tokens:,} of them targets"
     else:
         label = 0.5 if task.kind == "regression" else 0
         example = LabelledExample(input_ids=[0] * size, prompt="", completion="", label=label)
@@ -181,23 +181,23 @@ def _largest_share(config: TrainConfig, processes: int) -> int:
     return -(-config.batch_size * config.accumulation // processes)
 
 
-def language_examples(count: int, length: int, targets: int) -> list[LanguageExample]:
-    """Return `count` examples that share no prefix; the last `targets` of their `length` tokens are targets.
+def language_examples(count: int, length: int, target_tokens: int) -> list[LanguageExample]:
+    """Return `count` examples that share no prefix; the last `target_tokens` of their `length` tokens are targets.
 
     Raises:
-        ConfigurationError: `targets` is not between 1 and `length` - 1.
+        ConfigurationError: `target_tokens` is not between 1 and `length` - 1.
     """
-    if not 0 < targets < length:
+    if not 0 < target_tokens < length:
         raise ConfigurationError(
-            f"targets is {targets}, but an example has {length} tokens; set it between 1 and {length - 1}."
+            f"target_tokens is {target_tokens}, but an example has {length} tokens; set it between 1 and {length - 1}."
         )
     return [
         LanguageExample(
             input_ids=[number, *[0] * (length - 1)],
             prompt=str(number),
             completion=str(number),  # not plain text
-            loss_mask=[position >= length - targets for position in range(length)],
-            prompt_length=length - targets,
+            loss_mask=[position >= length - target_tokens for position in range(length)],
+            prompt_length=length - target_tokens,
         )
         for number in range(count)
     ]

@@ -144,7 +144,7 @@ def plan(
     config: TrainConfig,
     *,
     length: int | None = None,
-    targets: int | None = None,
+    target_tokens: int | None = None,
     compare: bool = True,
     processes: int = 1,
     machine: Machine | None = None,
@@ -155,7 +155,7 @@ def plan(
     Args:
         config: The run.
         length: Tokens per example, at least 2; None reads the configured data.
-        targets: Target tokens per example, with `length`; None means half of it.
+        target_tokens: Target tokens per example, with `length`; None means half of it.
         compare: Predict full fine-tuning as well.
         processes: Number of processes on one machine that share each step. The speed is that of torch's current
             threads; call `lorakit.models.processor.threads` first if the processes will share the cores.
@@ -166,11 +166,11 @@ def plan(
         LorakitError: The base's configuration or the data cannot be read, or a setting does not fit them.
     """
     require_at_least("length", length, 2)
-    require_at_least("targets", targets, 1)
+    require_at_least("target_tokens", target_tokens, 1)
     require_at_least("processes", processes, 1)
-    if targets is not None and length is None:
+    if target_tokens is not None and length is None:
         raise ConfigurationError(
-            "targets counts the target tokens of length; set length too, for example --length 512."
+            "target_tokens counts tokens of length; set length too, for example --length 512."
         )
     device, here = _device(config)
     if device.type == "cpu":
@@ -181,7 +181,7 @@ def plan(
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
     progress("reading the data")
-    batches = _batches(config, shape, length, targets, processes)
+    batches = _batches(config, shape, length, target_tokens, processes)
     dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
@@ -259,14 +259,14 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
 
 
 def _batches(
-    config: TrainConfig, shape: Shape, length: int | None, targets: int | None, processes: int
+    config: TrainConfig, shape: Shape, length: int | None, target_tokens: int | None, processes: int
 ) -> Batches:
     if length is None and shape.name != GPT3:
         return from_data(config, processes)
     names = getattr(shape.config, "architectures", None) or []
     heads = {head_of_class(name, is_encoder_decoder=shape.is_encoder_decoder) for name in names}
     labelled = is_encoder(shape.config) or "sequence-classification" in heads
-    return from_lengths(config, length, targets, labelled=labelled, processes=processes)
+    return from_lengths(config, length, target_tokens, labelled=labelled, processes=processes)
 
 
 def _predict(

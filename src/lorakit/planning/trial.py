@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import lorakit
+from lorakit.adapters import attach
 from lorakit.compute.batching import PACKED_STEP
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.data.packing import pack
+from lorakit.methods import LoRA
 from lorakit.models.faster import make_faster
 from lorakit.models.float32_products import faster_float32
 from lorakit.planning.batches import language_examples
@@ -35,7 +36,7 @@ def build_model(trial: dict[str, Any]) -> PreTrainedModel:
     """Return the model of a trial with a LoRA adapter, ready to train."""
     config = AutoConfig.for_model(**trial["config"])
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, trial["dtype"]))
-    lorakit.attach(model, lorakit.LoRA())
+    attach(model, LoRA())
     model.train()
     make_faster(model)
     return model

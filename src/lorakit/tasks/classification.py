@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -10,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit import metrics
+from lorakit.configuration import LARGEST_NUMBER, is_finite
 from lorakit.errors import DataError, nearest
 from lorakit.formatting import listed
 from lorakit.tasks.task import (
@@ -221,7 +221,7 @@ def class_name(label: object) -> str:
 
 
 def number(value: object, column: str) -> float:
-    """Return a field as a finite number. Text is parsed (CSV)."""
+    """Return a field as a number that a float32 tensor can hold. Text is parsed (CSV)."""
     if value is None:
         raise BadRow("is missing", column)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -230,8 +230,10 @@ def number(value: object, column: str) -> float:
         result = float(value)
     except (ValueError, OverflowError):
         raise BadRow(f"is {value!r}, expected a number", column) from None
-    if not math.isfinite(result):
-        raise BadRow(f"is {value!r}, expected a finite number", column)
+    if not is_finite(result):
+        raise BadRow(
+            f"is {value!r}, expected a finite number of at most {LARGEST_NUMBER} in size", column
+        )
     return result
 
 

@@ -47,7 +47,7 @@ class LoRA:
     alpha: float = 16.0
     """The constant of the scaling factor alpha / rank, `lora_alpha` in PEFT. It can stay the same when the rank
     changes."""
-    targets: tuple[str, ...] | str = ("attention.qv",)
+    targets: tuple[str, ...] | list[str] | str = ("attention.qv",)
     """Layers to adapt: roles (attention.qv, mlp, all-linear), module-name suffixes or regular expressions."""
     dropout: float = 0.0
     """Probability of dropping an element of the adapter branch's input during training. An embedding's input is never
@@ -62,11 +62,11 @@ class LoRA:
     """Train a bias of B in addition, which the scaling multiplies too: ``h = W0 x + scaling * (B A x + b)``."""
     dora: bool = False
     """Train each output row's magnitude separately from its direction (DoRA, Liu et al. 2024)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
     """Ranks that differ from `rank`: module-name suffix or regular expression to rank."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
     """Alphas that differ from `alpha`: module-name suffix or regular expression to alpha."""
-    train_modules: tuple[str, ...] | str = ()
+    train_modules: tuple[str, ...] | list[str] | str = ()
     """Modules trained in full, in addition to the adapter (name suffixes), such as a new classification head."""
     tie_head: bool = False
     """Apply the adapter of a tied input embedding to the output head as well."""
