@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -17,7 +18,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of, load
+from lorakit.adapters import Adapters, attach, handle_of, installed, load
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.errors import (
     AdapterFileError,
@@ -334,6 +335,28 @@ def test_attach_that_fails_while_it_installs() -> None:
     with pytest.raises(AdapterStateError, match="adapters"):
         attach(model, LoRA(rank=1, targets=("one", "two")))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["bare model", "adapted model"])
+def test_attach_that_is_interrupted_while_it_installs(
+    model: PreTrainedModel, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not first:
+        randomise(attach(model, LoRA(rank=2, targets="mlp")))
+    before, expected = trace(model), logits(model)
+    add, calls = installed.add_module, iter(range(3))
+
+    def interrupted(*arguments: Any) -> None:
+        add(*arguments)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(installed, "add_module", interrupted)
+        attach(model, LoRA(rank=2, targets="all-linear", train_modules="lm_head"), name="other")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    attach(model, LoRA(rank=2), name="other")
 
 
 def test_a_part_and_the_whole_cannot_both_be_adapted(model: PreTrainedModel) -> None:

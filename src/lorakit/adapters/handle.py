@@ -473,11 +473,13 @@ class Adapters:
         The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
         """
         is_first = handle_of(self.model) is None
-        if is_first:
-            self._set_up_model()
         try:
+            if is_first:
+                self._set_up_model()
             adapter = install(self.model, name, method, modules, trained, self._activation)
         except BaseException:
+            partial = InstalledAdapter(name, method, modules)  # on some layers only
+            uninstall(self.model, partial, self._installed.values())
             if is_first:
                 self._remove_all()
             raise
