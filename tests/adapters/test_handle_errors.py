@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from failing_calls import fail_at
 from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of, installed, load
+from lorakit.adapters import Adapters, attach, handle_of, installed, load, merging
 from lorakit.adapters.choice import AdapterChoice
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -351,11 +353,12 @@ def test_attach_that_is_interrupted_while_it_installs(
         if next(calls) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(installed, "add_module", interrupted)
+    monkeypatch.setattr(installed, "add_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         attach(model, LoRA(rank=2, targets="all-linear", train_modules="lm_head"), name="other")
     assert_unchanged(model, before)
     assert torch.equal(logits(model), expected)
+    monkeypatch.undo()
     attach(model, LoRA(rank=2), name="other")
 
 
@@ -587,7 +590,50 @@ def test_parts_that_do_not_scale(method, adapters: Adapters, model: PreTrainedMo
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(torch, "ones", 2), (merging, "remove_hooks", 3)],
+    ids=["replacing weights", "removing hooks"],
+)
+def test_a_merge_that_is_interrupted(
+    adapters: Adapters, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, owner, name, call
+) -> None:
+    model.eval()
+    before, expected = trace(model), logits(model)
+    fail_at(monkeypatch, owner, name, call)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.merge("e2e")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    assert adapters.active == {"sql": 1.0}
+
+
+def test_an_unmerge_that_is_interrupted_can_be_repeated(
+    adapters: Adapters, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trace(model)
+    adapters.merge("sql")
+    fail_at(monkeypatch, LayerAdapters, "restore", 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.unmerge()
+    assert adapters.merged == {"sql": 1.0}
+    adapters.unmerge()
+    assert_unchanged(model, before)
+
+
 # --- removing -------------------------------------------------------------------------------------
+
+
+def test_a_detach_that_is_interrupted_can_be_repeated(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trace(model)
+    adapters = attach(model, LoRA(rank=2))
+    fail_at(monkeypatch, nn.Parameter, "requires_grad_", 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.detach()
+    adapters.detach()
+    assert_unchanged(model, before)
 
 
 DETACHED_CALLS = {
@@ -773,3 +819,20 @@ def test_refused_load_leaves_nothing(
     assert_unchanged(model, before)
     load(model, tmp_path / "other base", name="other", allow_other_base=True)
     assert adapters.names == ("sql", "e2e", "other")
+
+
+def test_a_load_that_fails_while_it_copies_leaves_nothing(
+    adapters: Adapters, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter of that name would have the file's factors and the base's head."""
+    other = attach(tiny_models.build("llama"), LoRA(rank=2, train_modules="lm_head"))
+    randomise(other)
+    other.save(tmp_path / "new")
+    before, expected = trace(model), logits(model)
+    fail_at(monkeypatch, installed.InstalledAdapter, "trained_tensors", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(model, tmp_path / "new")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    load(model, tmp_path / "new")
+    torch.testing.assert_close(logits(model), logits(other.model))

@@ -284,8 +284,8 @@ class Adapters:
             merged = self._activation.merged
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-            self._activation.merged = None
             merging.unmerge(self.model)
+            self._activation.merged = None
             self._report_replaced(merged.names)
             self._activation.forbid_recomputation("unmerged")
             self._set_active(merged)
@@ -530,10 +530,11 @@ class Adapters:
             self._remove(adapter)
         forget_statistics(self.model)
         export.guard_loading(self.model)
-        flags = self.model.__dict__.pop(REQUIRED_GRADIENT)
+        flags = self.model.__dict__.get(REQUIRED_GRADIENT, {})
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-        self.model.__dict__.pop(_HANDLE, None)
+        for attribute in (REQUIRED_GRADIENT, _HANDLE):
+            self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         unwatch(self.model)
         for module in self.model.modules():
