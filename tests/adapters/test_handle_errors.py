@@ -673,6 +673,20 @@ def test_a_detached_handle_changes_nothing(
     assert torch.equal(logits(model), expected)
 
 
+def test_the_text_of_a_handle_and_of_a_stored_adapter(adapters: Adapters) -> None:
+    assert repr(adapters) == "Adapters(sql, e2e; active: {'sql': 1.0})"
+    adapters.merge("e2e")
+    assert repr(adapters) == "Adapters(sql, e2e; merged: {'e2e': 1.0})"
+    adapters.unmerge()
+    adapters.activate(None)
+    assert repr(adapters) == "Adapters(sql, e2e; active: none)"
+    stored = repr(adapters.stored("sql"))
+    assert "rank=2" in stored
+    assert "tensor(" not in stored
+    adapters.detach()
+    assert repr(adapters) == "Adapters(detached)"
+
+
 def test_a_handle_after_a_merge_without_the_base(adapters: Adapters) -> None:
     adapters.merge(keep_base=False)
     with pytest.raises(AdapterStateError, match=r"This handle was detached"):

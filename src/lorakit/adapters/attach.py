@@ -62,7 +62,7 @@ def attach(
         )
     handle = handle_for(model)
     handle.check_can_add(name)
-    with handle.deactivated():
+    with handle.changing():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
         trained_names = method.trained_parameters(handle.model)

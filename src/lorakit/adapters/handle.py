@@ -128,7 +128,10 @@ class Adapters:
         )
 
     def __repr__(self) -> str:
-        return f"Adapters({', '.join(self.names)}; active: {self.active or 'none'})"
+        if handle_of(self.model) is not self:
+            return "Adapters(detached)"
+        state = f"merged: {self.merged}" if self.merged else f"active: {self.active or 'none'}"
+        return f"Adapters({', '.join(self.names) or 'none'}; {state})"
 
     def activate(self, choice: AdapterChoice) -> None:
         """Activate one adapter, several by weight, or none (the base alone), for all threads.
@@ -239,7 +242,7 @@ class Adapters:
                     f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
                 )
             self._require_in_place(merged.names)
-            with self.deactivated():
+            with self.changing():
                 self._swap_trained(merged)  # the merged model keeps the trained biases and heads
                 if keep_base:
                     merging.merge(self.model, merged.blends[0])
@@ -291,7 +294,7 @@ class Adapters:
             self._set_active(merged)
 
     def remove(self, name: str) -> None:
-        """Remove one adapter from the model; removing the last one is a `detach`, unless `keep` was called.
+        """Remove one adapter from the model; removing the last one is a `detach`, except on a server.
 
         The other active adapters stay active with their weights. If there are none, the base alone is active.
         """
@@ -444,11 +447,11 @@ class Adapters:
             )
 
     @contextlib.contextmanager
-    def deactivated(self) -> Iterator[None]:
-        """Deactivate all adapters, so that the base has its own weights.
+    def changing(self) -> Iterator[None]:
+        """Add or merge adapters in a `with` block, in which no other thread runs the model and the base is bare.
 
-        They are reactivated only after an error. Otherwise the model is left without an active adapter, and the
-        caller activates or merges one.
+        The former adapters are active again only after an error. Otherwise the model is left without an active adapter,
+        and the caller activates or merges one. (`disabled` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active

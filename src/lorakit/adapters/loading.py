@@ -142,7 +142,7 @@ def put_on(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    with handle.deactivated():
+    with handle.changing():
         install(handle, stored, build_modules(model, stored, origin), name, trainable=trainable)
         handle.activate(name)  # before a forward pass of another thread can begin
     return handle

@@ -195,7 +195,7 @@ class LoadedAdapters:
                 self.loads += 1
 
     def _add(self, loaded: Loaded, prepared: Prepared) -> None:
-        with self.handle.deactivated():
+        with self.handle.changing():
             install(self.handle, prepared.stored, prepared.modules, loaded.name)
 
     def require_room(self, needed: int, path: str, beside: Collection[Loaded]) -> None:
