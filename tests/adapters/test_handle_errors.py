@@ -10,17 +10,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from failing_calls import fail_at
 from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of, load
+from lorakit.adapters import Adapters, attach, handle_of, installed, load, merging
 from lorakit.adapters.choice import AdapterChoice
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -351,6 +354,29 @@ def test_attach_that_fails_while_it_installs() -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["bare model", "adapted model"])
+def test_attach_that_is_interrupted_while_it_installs(
+    model: PreTrainedModel, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not first:
+        randomise(attach(model, LoRA(rank=2, targets="mlp")))
+    before, expected = trace(model), logits(model)
+    add, calls = installed.add_module, iter(range(3))
+
+    def interrupted(*arguments: Any) -> None:
+        add(*arguments)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(installed, "add_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, LoRA(rank=2, targets="all-linear", train_modules="lm_head"), name="other")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    monkeypatch.undo()
+    attach(model, LoRA(rank=2), name="other")
+
+
 def test_a_part_and_the_whole_cannot_both_be_adapted(model: PreTrainedModel) -> None:
     """With two handles on one layer, neither would know all its adapters."""
     adapters = attach(model.model, LoRA(rank=2), name="part")
@@ -579,7 +605,50 @@ def test_parts_that_do_not_scale(method, adapters: Adapters, model: PreTrainedMo
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(torch, "ones", 2), (merging, "remove_hooks", 3)],
+    ids=["replacing weights", "removing hooks"],
+)
+def test_a_merge_that_is_interrupted(
+    adapters: Adapters, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, owner, name, call
+) -> None:
+    model.eval()
+    before, expected = trace(model), logits(model)
+    fail_at(monkeypatch, owner, name, call)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.merge("e2e")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    assert adapters.active == {"sql": 1.0}
+
+
+def test_an_unmerge_that_is_interrupted_can_be_repeated(
+    adapters: Adapters, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trace(model)
+    adapters.merge("sql")
+    fail_at(monkeypatch, LayerAdapters, "restore", 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.unmerge()
+    assert adapters.merged == {"sql": 1.0}
+    adapters.unmerge()
+    assert_unchanged(model, before)
+
+
 # --- removing -------------------------------------------------------------------------------------
+
+
+def test_a_detach_that_is_interrupted_can_be_repeated(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trace(model)
+    adapters = attach(model, LoRA(rank=2))
+    fail_at(monkeypatch, nn.Parameter, "requires_grad_", 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.detach()
+    adapters.detach()
+    assert_unchanged(model, before)
 
 
 DETACHED_CALLS = {
@@ -617,6 +686,20 @@ def test_a_detached_handle_changes_nothing(
     assert again is not adapters
     assert again.names == ("sql",)
     assert torch.equal(logits(model), expected)
+
+
+def test_the_text_of_a_handle_and_of_a_stored_adapter(adapters: Adapters) -> None:
+    assert repr(adapters) == "Adapters(sql, e2e; active: {'sql': 1.0})"
+    adapters.merge("e2e")
+    assert repr(adapters) == "Adapters(sql, e2e; merged: {'e2e': 1.0})"
+    adapters.unmerge()
+    adapters.activate(None)
+    assert repr(adapters) == "Adapters(sql, e2e; active: none)"
+    stored = repr(adapters.stored("sql"))
+    assert "rank=2" in stored
+    assert "tensor(" not in stored
+    adapters.detach()
+    assert repr(adapters) == "Adapters(detached)"
 
 
 def test_a_handle_after_a_merge_without_the_base(adapters: Adapters) -> None:
@@ -767,3 +850,20 @@ def test_refused_load_leaves_nothing(
     assert_unchanged(model, before)
     load(model, tmp_path / "other base", name="other", allow_other_base=True)
     assert adapters.names == ("sql", "e2e", "other")
+
+
+def test_a_load_that_fails_while_it_copies_leaves_nothing(
+    adapters: Adapters, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter of that name would have the file's factors and the base's head."""
+    other = attach(tiny_models.build("llama"), LoRA(rank=2, train_modules="lm_head"))
+    randomise(other)
+    other.save(tmp_path / "new")
+    before, expected = trace(model), logits(model)
+    fail_at(monkeypatch, installed.InstalledAdapter, "trained_tensors", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        load(model, tmp_path / "new")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+    load(model, tmp_path / "new")
+    torch.testing.assert_close(logits(model), logits(other.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from failing_calls import fail_at
 from random_adapters import randomise
 from torch import Tensor, nn
 
@@ -293,18 +293,6 @@ def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.Monkey
     monkeypatch.setattr(LayerAdapters, "effective_weight", counted)
     handle.merge("adapter4", keep_base=False)
     assert alive == list(range(len(paths), 0, -1))
-
-
-def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """Let the call of this number, from 0, run out of memory."""
-    original, calls = getattr(owner, name), itertools.count()
-
-    def failing(*args: Any) -> Any:
-        if next(calls) == call:
-            raise torch.OutOfMemoryError
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, failing)
 
 
 @pytest.mark.parametrize(

@@ -247,16 +247,18 @@ def test_a_copy_of_a_merged_model_unmerges(kind: str) -> None:
     assert not [p for p, _ in quantised_weights(model)]
 
 
-def test_a_layer_whose_forward_is_wrapped_is_not_merged(kind: str) -> None:
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_layer_whose_forward_is_wrapped_is_not_merged(kind: str, keep_base: bool) -> None:
     model = base(kind=kind)
     adapters = attach(model, LoRA())
     last = model.model.layers[1].self_attn.v_proj
     last.forward = last.forward  # as accelerate's hooks leave it
     before = tensors_of(model)
-    with pytest.raises(AdapterStateError, match="forward of a quantised layer is wrapped"):
-        adapters.merge()
+    with pytest.raises(AdapterStateError, match=r"forward of the quantised layer .* is wrapped"):
+        adapters.merge(keep_base=keep_base)
     assert_same_state(model, before)
     assert not adapters.merged
+    assert adapters.active == {"default": 1.0}
     assert len(dict(quantised_weights(model))) == 14
 
 

@@ -12,7 +12,7 @@ from random_adapters import randomise
 from safetensors.torch import load_file
 from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
@@ -366,13 +366,35 @@ def test_save_pretrained_of_the_user_is_called_and_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(False,), ()], ids=["positional", "keyword"])
 def test_only_the_main_process_writes(arguments: tuple, tmp_path: Path) -> None:
-    """The configuration of a folder with virtual tokens is changed after the model is written."""
+    """The configuration of a folder with virtual tokens is not the model's."""
     model = tiny_models.build("llama")
     attach(model, PrefixLayer(prefix_length=2))
     config = tmp_path / "config.json"
     config.write_text("{}")
     model.save_pretrained(tmp_path, *arguments, **({} if arguments else {"is_main_process": False}))
     assert config.read_text() == "{}"
+
+
+def test_a_folder_without_the_adapter_never_loads_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed then leaves the folder so; the second save overwrites the first."""
+    model = tiny_models.build("llama")
+    attach(model, PrefixLayer(prefix_length=2))
+    write, writes = modeling_utils.safe_save_file, []
+
+    def save_file(*args, **kwargs) -> None:
+        for step in (lambda: None, lambda: write(*args, **kwargs)):
+            step()
+            with pytest.raises(ValueError, match="'default' is no part of the weights"):
+                load(model, tmp_path)
+        writes.append(args)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", save_file)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert len(writes) == 2
+    assert "to_json_file" not in vars(model.config)
 
 
 def test_a_save_pretrained_set_while_adapted_is_kept(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ FAULTS = (
         "lorakit.adapters.formats.stored_layer:check_tensor",
         "not tensor.is_meta and (not tensor.sum().isfinite()) and (not tensor.isfinite().all())",
     ),
-    Fault("safetensors", "lorakit.adapters.formats.lorakit_json:read", "tensors"),
+    Fault("safetensors", "lorakit.adapters.formats.lorakit_json:_read", "tensors"),
     Fault("safetensors", "lorakit.storage.tensors:read_safetensors", "except Exception"),
     # a rank, DoRA without magnitudes, another method
     Fault("peft", "lorakit.adapters.formats.peft.reading:_layer", "A.shape[:1] != (rank,)"),

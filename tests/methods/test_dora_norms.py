@@ -80,3 +80,20 @@ def test_a_weight_that_is_trained_too() -> None:
     norms = (layer.weight + module.delta_matrix().detach()).norm(dim=1)
     (module.magnitude / norms).sum().backward()
     torch.testing.assert_close(gradient, layer.weight.grad)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("factor", [0.997, 1.003, 1.006])
+def test_a_small_change_of_the_magnitudes_acts_in_bfloat16(factor: float, bias: bool) -> None:
+    """The numbers around 1 are multiples of 0.004 and 0.008 in bfloat16."""
+    layer = nn.Linear(256, 64, bias=bias).to(torch.bfloat16)
+    adapters = attach(nn.Sequential(layer), LoRA(rank=2, dora=True, targets="0"), seed=0)
+    x = torch.randn(512, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = adapters.model(x).double()
+        adapters.modules()["0"].magnitude.mul_(factor)
+        change = adapters.model(x).double() - before
+    if layer.bias is not None:
+        before -= layer.bias.double()
+    gain = (change * before).sum() / (before * before).sum()
+    assert gain.item() == pytest.approx(factor - 1, abs=0.0008)

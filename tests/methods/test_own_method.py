@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorakit import attach, load, use_method
+from lorakit import LoRA, attach, load, use_method
 from lorakit.cli import main
 from lorakit.data import DataConfig
 from lorakit.errors import AdapterFileError, AdapterStateError, ConfigurationError
@@ -208,6 +208,10 @@ class CountsForNow(Counts):
     persistent = False
 
 
+class HasPlainHook(AdapterModule):
+    layer_hooks = (print,)
+
+
 def test_a_tensor_that_no_file_can_hold_is_refused_before_training() -> None:
     model = tiny_models.build("llama")
     with pytest.raises(
@@ -217,6 +221,23 @@ def test_a_tensor_that_no_file_can_hold_is_refused_before_training() -> None:
     assert not any("adapters" in name for name in model.state_dict())
     (tensors,) = attach(model, OnOutput(kind=CountsForNow)).stored().modules.values()
     assert list(tensors) == ["offset"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (nn.Identity, "gives Identity for 'model.layers.0.*; an AdapterModule was expected"),
+        (
+            HasPlainHook,
+            "HasPlainHook on 'model.layers.0.* has the hook .*a ModuleHook was expected",
+        ),
+    ],
+)
+def test_modules_that_cannot_be_installed(kind: type[nn.Module], message: str) -> None:
+    model = tiny_models.build("llama")
+    with pytest.raises(ConfigurationError, match=message):
+        attach(model, OnOutput(kind=kind))
+    attach(model, LoRA(rank=2))
 
 
 def test_an_installed_package(tmp_path: Path, monkeypatch, base: str) -> None:

@@ -14,7 +14,7 @@ from lorakit.adapters.statistics import layers_with_statistics
 from lorakit.configuration import is_whole
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method, require_method
-from lorakit.methods.module import AdapterModule
+from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.layers import uncompiled
 from lorakit.ops.seeding import seeded
@@ -63,13 +63,13 @@ def attach(
         seed = int(seed)  # torch rejects NumPy's
     handle = handle_for(model)
     handle.check_can_add(name)
-    with handle.deactivated():
+    with handle.changing():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
         trained_names = method.trained_parameters(handle.model)
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
-        _require_storable(modules)
+        _check_modules(modules)
         handle.add(name, method, modules, trained_names)
         handle.activate(name)  # before a forward pass of another thread can begin
     if (layer := next(layers_with_statistics(handle.model), None)) is not None:
@@ -81,13 +81,25 @@ def attach(
     return handle
 
 
-def _require_storable(modules: Mapping[str, AdapterModule]) -> None:
-    """Reject tensors that `save` could not write, before they are trained."""
+def _check_modules(modules: Mapping[str, AdapterModule]) -> None:
+    """Reject modules that cannot be installed, and tensors that `save` could not write, before they are trained."""
     for path, module in modules.items():
+        kind = type(module)
+        if not isinstance(module, AdapterModule):
+            raise ConfigurationError(
+                f"The method's modules() gives {kind.__name__} for '{path}'; an AdapterModule was expected. Derive "
+                "the class from lorakit.methods.AdapterModule."
+            )
+        for hook in (*module.layer_hooks, *module.backbone_hooks):
+            if not isinstance(hook, ModuleHook):
+                raise ConfigurationError(
+                    f"{kind.__name__} on '{path}' has the hook {hook!r:.100}; a ModuleHook was expected: "
+                    "ModuleHook(function)."
+                )
         for name, tensor in module.state_dict().items():
             if tensor.dtype not in FLOATS:
                 raise ConfigurationError(
-                    f"{type(module).__name__} on '{path}' has the tensor '{name}' of {dtype_name(tensor.dtype)}, and "
+                    f"{kind.__name__} on '{path}' has the tensor '{name}' of {dtype_name(tensor.dtype)}, and "
                     f"an adapter's file holds {', '.join(map(dtype_name, FLOATS))}. Register it as a buffer with "
                     "persistent=False, or as float32."
                 )

@@ -12,8 +12,10 @@ run loads the tensors itself.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def save_pretrained(
     # Undoing the renames of an architecture's old checkpoints would rename the adapters' keys as well.
     kwargs.setdefault("save_original_format", False)
     try:
-        with unmarked(model):
+        with unmarked(model), _configuration_prevents_loading(config, unmerged):
             return call_replaced(
                 model, "save_pretrained", own, save_directory, *args, state_dict=state, **kwargs
             )
@@ -86,12 +88,44 @@ def save_pretrained(
             _prevent_loading(Path(save_directory), unmerged)
 
 
+def _without_weights(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a model's configuration that makes `from_pretrained` fail, with the reason."""
+    reason = (
+        f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
+    )
+    return {**record, "transformers_weights": reason}
+
+
+@contextlib.contextmanager
+def _configuration_prevents_loading(config: Any, name: str | None) -> Iterator[None]:
+    """Let a model's configuration write itself so that `from_pretrained` fails on the folder.
+
+    transformers writes it before the weights. So the folder does not load while it has the weights of an earlier save,
+    or if the process is killed before the end.
+    """
+    if config is None or name is None:
+        yield
+        return
+
+    def to_json_file(path: str | Path, use_diff: bool = True) -> None:
+        del config.__dict__["to_json_file"]  # it would be written too
+        record = json.loads(config.to_json_string(use_diff=use_diff))
+        config.__dict__["to_json_file"] = to_json_file
+        storage.write_json(path, _without_weights(record, name))
+
+    config.__dict__["to_json_file"] = to_json_file
+    try:
+        yield
+    finally:
+        config.__dict__.pop("to_json_file", None)
+
+
 def _prevent_loading(folder: Path, name: str) -> None:
-    """Make `from_pretrained` fail, with the reason, on a folder that holds the base without the adapter."""
+    """Make `from_pretrained` fail on a folder that holds the base without the adapter, and warn."""
     path = folder / CONFIG_NAME
     if path.exists():
-        reason = f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
-        storage.write_json(path, {**storage.read_json(path), "transformers_weights": reason})
+        # A class with a `save_pretrained` of its own may have written it in another way.
+        storage.write_json(path, _without_weights(storage.read_json(path), name))
     _LOG.warning(
         "'%s' cannot be merged into the weights: training can resume from '%s', but from_pretrained rejects it. "
         "To get a folder that loads, call adapters.save().",

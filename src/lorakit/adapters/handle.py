@@ -130,7 +130,10 @@ class Adapters:
         )
 
     def __repr__(self) -> str:
-        return f"Adapters({', '.join(self.names)}; active: {self.active or 'none'})"
+        if handle_of(self.model) is not self:
+            return "Adapters(detached)"
+        state = f"merged: {self.merged}" if self.merged else f"active: {self.active or 'none'}"
+        return f"Adapters({', '.join(self.names) or 'none'}; {state})"
 
     def activate(self, choice: AdapterChoice) -> None:
         """Activate one adapter, several by weight, or none (the base alone), for all threads.
@@ -243,7 +246,7 @@ class Adapters:
                     f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
                 )
             self._require_in_place(merged.names)
-            with self.deactivated():
+            with self.changing():
                 self._swap_trained(merged)  # the merged model keeps the trained biases and heads
                 if keep_base:
                     merging.merge(self.model, merged.blends[0])
@@ -288,14 +291,14 @@ class Adapters:
             merged = self._activation.merged
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-            self._activation.merged = None
             merging.unmerge(self.model)
+            self._activation.merged = None
             self._report_replaced(merged.names)
             self._activation.forbid_recomputation("unmerged")
             self._set_active(merged)
 
     def remove(self, name: str) -> None:
-        """Remove one adapter from the model; removing the last one is a `detach`, unless `keep` was called.
+        """Remove one adapter from the model; removing the last one is a `detach`, except on a server.
 
         The other active adapters stay active with their weights. If there are none, the base alone is active.
         """
@@ -448,11 +451,11 @@ class Adapters:
             )
 
     @contextlib.contextmanager
-    def deactivated(self) -> Iterator[None]:
-        """Deactivate all adapters, so that the base has its own weights.
+    def changing(self) -> Iterator[None]:
+        """Add or merge adapters in a `with` block, in which no other thread runs the model and the base is bare.
 
-        They are reactivated only after an error. Otherwise the model is left without an active adapter, and the
-        caller activates or merges one.
+        The former adapters are active again only after an error. Otherwise the model is left without an active adapter,
+        and the caller activates or merges one. (`disabled` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
@@ -477,11 +480,13 @@ class Adapters:
         The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
         """
         is_first = handle_of(self.model) is None
-        if is_first:
-            self._set_up_model()
         try:
+            if is_first:
+                self._set_up_model()
             adapter = install(self.model, name, method, modules, trained, self._activation)
         except BaseException:
+            partial = InstalledAdapter(name, method, modules)  # on some layers only
+            uninstall(self.model, partial, self._installed.values())
             if is_first:
                 self._remove_all()
             raise
@@ -532,10 +537,11 @@ class Adapters:
             self._remove(adapter)
         forget_statistics(self.model)
         export.guard_loading(self.model)
-        flags = self.model.__dict__.pop(REQUIRED_GRADIENT)
+        flags = self.model.__dict__.get(REQUIRED_GRADIENT, {})
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-        self.model.__dict__.pop(_HANDLE, None)
+        for attribute in (REQUIRED_GRADIENT, _HANDLE):
+            self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         unwatch(self.model)
         for module in self.model.modules():

@@ -142,7 +142,7 @@ def put_on(
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
-    with handle.deactivated():
+    with handle.changing():
         install(handle, stored, build_modules(model, stored, origin), name, trainable=trainable)
         handle.activate(name)  # before a forward pass of another thread can begin
     return handle
@@ -156,18 +156,22 @@ def install(
     *,
     trainable: bool = False,
 ) -> InstalledAdapter:
-    """Add the modules that `build_modules` returned to the model, without activating the adapter."""
+    """Add the modules that `build_modules` returned to the model, without activating the adapter; all or none."""
     if trainable:
         for module in modules.values():
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(wide_dtype(tensor))
     adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
-    with torch.no_grad():
-        for parameter_name, copy in adapter.trained_tensors().items():
-            copy.copy_(stored.trained[parameter_name])
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    try:
+        with torch.no_grad():
+            for parameter_name, copy in adapter.trained_tensors().items():
+                copy.copy_(stored.trained[parameter_name])
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(trainable and parameter.is_floating_point())
+    except BaseException:  # its copies may still hold the base's numbers
+        handle.remove(name)
+        raise
     return adapter
 
 

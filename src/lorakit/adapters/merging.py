@@ -41,12 +41,16 @@ def merge(model: nn.Module, blend: Blend) -> None:
         change.replace(tensors)
     if model.training:
         return  # the hooks record the passes of checkpointed blocks
-    for _, layer, adapters in adapted_layers(model):
-        # This saves 1 to 2 microseconds a call. Among other hooks it stays: they must run before or after the adapter
-        # again once it is unmerged.
-        if len(layer._forward_hooks) == 1:
-            remove_hooks(layer, after_forward)
-            adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+    try:
+        for _, layer, adapters in adapted_layers(model):
+            # This saves 1 to 2 microseconds a call. Among other hooks it stays: they must run before or after the
+            # adapter again once it is unmerged.
+            if len(layer._forward_hooks) == 1:
+                remove_hooks(layer, after_forward)
+                adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+    except BaseException:  # an interrupt
+        _restore_hooks(model)
+        raise
 
 
 @torch.inference_mode(False)
@@ -141,6 +145,12 @@ def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
             quantised = quantised_weight(layer, W)
             if quantised is not None:
                 _ = quantised.dtype  # raises an error if it is not known
+                if "forward" in layer.__dict__:
+                    raise AdapterStateError(
+                        f"The forward of the quantised layer '{path}' is wrapped (accelerate does so for a model that "
+                        "is spread over devices or offloaded), so it would ignore a merged weight. Load the base on "
+                        "one device, or unquantised."
+                    )
             elif not W.is_floating_point():
                 raise AdapterStateError(
                     f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "

@@ -77,7 +77,7 @@ def from_peft(peft_model: Any) -> Adapters:
     for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
     handle = handle_for(base)
-    with handle.deactivated():
+    with handle.changing():
         for name, one in converted.items():
             install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
         handle.activate(choice)

@@ -25,6 +25,7 @@ from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of
 from lorakit.ops.dropout import gathers
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
+from lorakit.ops.rows import gather_rows
 
 Batch = Mapping[str, Tensor]
 HeadPath = Literal["fused", "own head", "whole logits"]
@@ -93,8 +94,10 @@ class LanguageModellingLoss:
             at = torch.arange(count, device=columns.device)[:, None] * targets.width + columns
             # Dropout before the head sees these tokens only.
             gathers(at.flatten(), (count, targets.width), (count, len(columns)))
-            return model(**inputs, use_cache=False, logits_to_keep=columns).logits[rows, places]
-        return model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.at]
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+            return gather_rows(logits.flatten(0, 1), rows * len(columns) + places)
+        logits = model(**inputs, use_cache=False).logits
+        return gather_rows(logits.flatten(0, 1), targets.at)
 
     def hidden_at_targets(
         self, model: nn.Module, batch: Batch, targets: Targets | None = None
@@ -105,7 +108,7 @@ class LanguageModellingLoss:
             hidden = backbone_of(model)(
                 **inputs_of(model, batch), use_cache=False
             ).last_hidden_state
-        return hidden.flatten(0, 1)[targets.at]
+        return gather_rows(hidden.flatten(0, 1), targets.at)
 
     def _is_fused(self, model: nn.Module) -> bool:
         """Whether the path is ``fused``, and still possible: the head may have been adapted after it was chosen."""

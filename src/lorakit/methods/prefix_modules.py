@@ -21,6 +21,7 @@ from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTok
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
 from lorakit.models.layers import ADAPTERS, base_modules, by_token
+from lorakit.ops.rows import gather_rows
 
 INIT_STD = 0.02
 """Standard deviation of the initial vectors, as in the first release of the paper's code."""
@@ -70,10 +71,12 @@ class VirtualPositions:
         if self.rows is None or self.columns is None:
             index = _vector_index(ids, prefix).clamp(0, len(vectors) - 1)
             is_virtual = (ids >= PREFIX_START).unsqueeze(-1).to(hidden.device)
-            return torch.where(is_virtual, vectors[index].to(hidden.device, hidden.dtype), hidden)
+            rows = gather_rows(vectors, index).to(hidden.device, hidden.dtype)
+            return torch.where(is_virtual, rows, hidden)
         index = _vector_index(ids[self.rows, self.columns], prefix)
         positions = (self.rows.to(hidden.device), self.columns.to(hidden.device))
-        return hidden.index_put(positions, vectors[index].to(hidden.device, hidden.dtype))
+        rows = gather_rows(vectors, index).to(hidden.device, hidden.dtype)
+        return hidden.index_put(positions, rows)
 
 
 def _vector_index(ids: Tensor, prefix: int) -> Tensor:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import AdapterStateError
 from lorakit.models.faster_layers import FasterForward
 from lorakit.models.frames import has_ended
 from lorakit.models.layers import ADAPTERS, AdapterSlot, base_modules
@@ -193,14 +192,16 @@ class ReplacedParameters(AdapterSlot):
             return
         original = layer._parameters[attribute]
         assert original is not None
+        with torch.inference_mode(False):  # load_state_dict writes into it
+            mark = torch.ones(1, dtype=torch.uint8, device=original.device)
+        # Nothing is allocated from here on, so a lack of memory leaves the layer as it was.
         if quantised_weight(layer, original) is not None:
             self.quantised_class = _make_plain(layer)
         else:
             self.unmoved[attribute] = original.data
             self.register_buffer(f"base_{attribute}", self.unmoved[attribute], persistent=False)
         self.replaced[attribute] = original
-        with torch.inference_mode(False):  # load_state_dict writes into it
-            self.register_buffer(MARK, torch.ones(1, dtype=torch.uint8, device=original.device))
+        self.register_buffer(MARK, mark)
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module) -> None:
@@ -278,15 +279,7 @@ def _make_plain(layer: nn.Module) -> type[nn.Module]:
 
     Returns:
         The layer's class, which `_make_quantised` needs.
-
-    Raises:
-        AdapterStateError: The layer's `forward` is wrapped, and the wrapper would still call it.
     """
-    if "forward" in layer.__dict__:
-        raise AdapterStateError(
-            "The forward of a quantised layer is wrapped (accelerate does so for a model that is spread over devices "
-            "or offloaded), so it would ignore a merged weight. Load the base on one device, or unquantised."
-        )
     quantised_class = type(layer)
     layer.__class__ = nn.Linear
     return quantised_class

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.derivatives import Function, apply
@@ -25,6 +26,22 @@ def rounded_rows(count: int) -> int:
         The next multiple of a power of two. This power is at most an eighth of `count`, and at most 32.
     """
     return round_up(count, min(STEP, 2 ** max(0, (count // 8).bit_length() - 1)))
+
+
+def gather_rows(x: Tensor, at: Tensor) -> Tensor:
+    """Gather the rows of `x` at the indices `at`, which may repeat.
+
+    The backward pass adds the gradients of a row in a fixed order. That of indexing adds them atomically on a CPU with
+    several threads, in another order each time, and takes longer.
+
+    Args:
+        x: Shape (N, d).
+        at: Int64, any shape.
+
+    Returns:
+        The shape of `at`, then d.
+    """
+    return F.embedding(at, x)
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:

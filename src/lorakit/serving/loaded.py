@@ -195,13 +195,8 @@ class LoadedAdapters:
                 self.loads += 1
 
     def _add(self, loaded: Loaded, prepared: Prepared) -> None:
-        with self.handle.deactivated():
-            try:
-                install(self.handle, prepared.stored, prepared.modules, loaded.name)
-            except BaseException:
-                if loaded.name in self.handle.names:
-                    self.handle.remove(loaded.name)
-                raise
+        with self.handle.changing():
+            install(self.handle, prepared.stored, prepared.modules, loaded.name)
 
     def require_room(self, needed: int, path: str, beside: Collection[Loaded]) -> None:
         """Raise if an adapter of `needed` bytes cannot be installed now (`install`)."""

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
+from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 from lorakit.storage import atomic
@@ -213,6 +214,29 @@ def test_an_edited_card_is_no_damage(folder):
     stored = formats.read(folder)
     assert [n for n in stored.notices if "README.md' was edited" in n]
     assert_equal(stored, ADAPTERS["plain"])
+
+
+@pytest.mark.parametrize("times", [1, 9])
+@pytest.mark.parametrize("step", ["_check_files", "read_safetensors"])
+def test_a_folder_replaced_while_it_is_read(tmp_path, monkeypatch, step, times):
+    versions = [adapter({"a": linear(alpha=a)}) for a in (1.0, 64.0)]
+    for stored, folder in zip(versions, ("adapter", "new"), strict=True):
+        stored.layers["a"].A *= stored.layers["a"].alpha
+        formats.write(stored, tmp_path / folder)
+    original, left = getattr(lorakit_json, step), iter(range(times))
+
+    def replaced_before(*arguments):
+        if next(left, None) is not None:
+            for name, new in (("adapter", "old"), ("new", "adapter"), ("old", "new")):
+                (tmp_path / name).rename(tmp_path / new)
+        return original(*arguments)
+
+    monkeypatch.setattr(lorakit_json, step, replaced_before)
+    if times == 1:
+        assert_equal(formats.read(tmp_path / "adapter"), versions[1])
+    else:
+        with pytest.raises(AdapterFileError, match="changed each time it was read"):
+            formats.read(tmp_path / "adapter")
 
 
 def rewrite(folder: Path, change) -> None:

@@ -33,6 +33,8 @@ from lorakit.version import __version__
 NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
+_ATTEMPTS = 5
+"""How often a folder is read that is replaced meanwhile."""
 CARD_NAME = "README.md"
 
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
@@ -112,13 +114,33 @@ def _other_key(value: Any) -> Any:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """Read a folder with a lorakit.json.
+    """Read a folder with a lorakit.json; again, if another process replaces it meanwhile.
 
     Raises:
-        AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json.
+        AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json. Or the folder was
+            replaced during every attempt.
     """
     path = folder / NAME
     record = storage.read_json(path)
+    for _ in range(_ATTEMPTS):
+        # lorakit.json has the checksum of each file. If it is the same afterwards, all that was read belongs to it.
+        try:
+            stored = _read(record, folder)
+        except (LorakitError, OSError):
+            if (after := storage.read_json(path)) == record:
+                raise
+        else:
+            if (after := storage.read_json(path)) == record:
+                return stored
+        record = after
+    raise AdapterFileError(
+        f"'{folder}' changed each time it was read. Write a new adapter into another folder and rename it."
+    )
+
+
+def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
+    """Return the adapter that `record`, the content of the folder's lorakit.json, describes."""
+    path = folder / NAME
     _check_record(record, path)
     _check_keys(record, path)
     notices = _check_files(record, folder)

@@ -25,11 +25,11 @@ class StoredAdapter:
 
     method: Method
     """The method that trained it."""
-    layers: dict[str, StoredLayer] = field(default_factory=dict)
+    layers: dict[str, StoredLayer] = field(default_factory=dict, repr=False)
     """The adapted layers, by their path in the base model."""
-    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     """The tensors of methods other than LoRA, by layer path and name."""
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Base parameters that were trained in full (biases, heads), by their name in the base model."""
     base: BaseRecord | None = None
     """The base model it was trained on; None if the file does not record it."""
@@ -37,7 +37,7 @@ class StoredAdapter:
     """How it was trained (configuration, data, scores); JSON values."""
     notices: list[str] = field(default_factory=list)
     """Sentences for the user, which `load` logs as warnings."""
-    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    base_copies: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Base parameters in the file that training may not have changed (PEFT stores those of adapted
     embeddings, a loralib file of a whole model all of them). `formats.check_targets` drops those that
     equal the model's and moves the others to `trained`."""
