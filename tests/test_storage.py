@@ -758,6 +758,24 @@ def test_an_existing_file_or_folder_needs_overwrite(tmp_path):
     assert storage.require_free_folder(tmp_path / "sub", overwrite=True)
 
 
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    """A rename onto it would fail, after the work, as the volume of a container does."""
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) in (folder, file))
+    save = storage.atomic_folder(folder)
+    for check in (
+        lambda: storage.require_free_file(file, overwrite=True),
+        lambda: storage.require_replaceable(folder, "mine", written=[], marks=[]),
+        save.__enter__,
+    ):
+        with pytest.raises(RunFolderError, match=r"is a mount point.*Choose a path inside"):
+            check()
+    assert storage.require_free_folder(folder) == folder  # a run writes its files in place
+    save_folder(folder / "sub")
+
+
 OF_FILE_MANAGERS = [".DS_Store", "._model.bin", "Thumbs.db", "desktop.ini", "sub/.DS_Store"]
 
 

@@ -51,10 +51,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Windows, which cannot lock a folder.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be
-            written.
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount
+            point, or cannot be written.
     """
     target = require_free_folder(path, overwrite=overwrite)
+    _require_no_mount(target)
     with (
         full_disk_explained(target),
         _created_parents(target),
@@ -98,7 +99,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     """Return the real path of an output folder that can be written. Call this before long work.
 
     Raises:
-        RunFolderError: As for `atomic_folder`.
+        RunFolderError: As for `atomic_folder`; but a mount point passes, for files that are written in place.
     """
     target = _writable(path)
     with writing(target):
@@ -121,8 +122,8 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
         option: The option that names the file, if it is not the usual --output.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot
-            be written.
+        RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is
+            false, or cannot be written.
     """
     target = _writable(path)
     with writing(target):
@@ -134,6 +135,7 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
                 f"'{target}' already exists. Choose another file{f' ({option} FILE)' if option else ''}, or pass "
                 "overwrite=True (--overwrite on the command line) to replace it."
             )
+    _require_no_mount(target)
     return target
 
 
@@ -149,9 +151,10 @@ def require_replaceable(
         marks: The folder must have one of these files.
 
     Raises:
-        RunFolderError: The folder has other files, or none of `marks`.
+        RunFolderError: The folder has other files, or none of `marks`, or is a mount point.
     """
     folder = Path(os.path.realpath(folder))
+    _require_no_mount(folder)
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
@@ -166,6 +169,14 @@ def require_replaceable(
         raise RunFolderError(
             f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
             f"{', '.join(first)}. Choose another folder."
+        )
+
+
+def _require_no_mount(target: Path) -> None:
+    """Reject a mount point, such as a volume of a container: no rename can replace it."""
+    if os.path.ismount(target):
+        raise RunFolderError(
+            f"'{target}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
         )
 
 
