@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit import storage
 from lorakit.errors import AdapterFileError, DataError, RunFolderError
 from lorakit.storage import atomic, records
+from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 OLD = {"a.txt": b"old a", "sub/b.txt": b"old b", "only-old.txt": b"x"}
 NEW = {"a.txt": b"new a, and longer", "sub/b.txt": b"new b"}
@@ -415,6 +417,36 @@ def test_a_private_file_stays_private(tmp_path):
     with storage.atomic_file(target) as temporary:
         assert temporary.stat().st_mode & 0o777 == 0o600
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_keeps_its_modes(tmp_path, monkeypatch, number):
+    """A mounted SMB share allows every write, but may refuse every chmod."""
+    write_tree_at(tmp_path / "folder")
+    (tmp_path / "file").touch()
+    tensors = {"a": torch.arange(3)}
+
+    def save_all() -> None:
+        save_folder(tmp_path / "folder")
+        save_file(tmp_path / "file")
+        write_safetensors(tmp_path / "a.safetensors", tensors)
+
+    monkeypatch.setattr(os, "chmod", refusing(number))
+    if number == errno.EIO:  # a broken disk
+        with pytest.raises(RunFolderError, match=os.strerror(number)):
+            save_all()
+        return
+    save_all()
+    assert read_tree(tmp_path / "folder") == NEW
+    assert (tmp_path / "file").read_bytes() == NEW["a.txt"]
+    assert torch.equal(read_safetensors(tmp_path / "a.safetensors")["a"], tensors["a"])
 
 
 def test_a_folder_that_fills_up_during_the_save_is_not_replaced(tmp_path):

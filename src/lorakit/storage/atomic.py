@@ -64,7 +64,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         yield temporary
         with writing(target):
             if target.is_dir():
-                shutil.copymode(target, temporary)
+                copy_mode(target, temporary)
             _sync_tree(temporary)
             require_free_folder(target, overwrite=overwrite)
             _put_in_place(temporary, target)
@@ -90,7 +90,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with writing(target):
             if target.exists():
-                shutil.copymode(target, temporary)
+                copy_mode(target, temporary)
             _sync(temporary)
             _put_in_place(temporary, target)
 
@@ -188,6 +188,15 @@ def _is_disposable(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
     return path.name in _OF_FILE_MANAGERS
+
+
+def copy_mode(source: Path, target: Path) -> None:
+    """Give a file or folder the permissions of another, unless the file system refuses it, as a mounted share may."""
+    try:
+        shutil.copymode(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def visible_names(folder: Path) -> list[str]:

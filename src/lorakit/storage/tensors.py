@@ -13,6 +13,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, LorakitError, is_momentary
+from lorakit.storage.atomic import copy_mode
 from lorakit.storage.refusals import reading, regular_file
 
 
@@ -87,5 +88,5 @@ def use_default_mode(*paths: Path) -> None:
     for path in paths:
         probe = path.with_name(f".{path.name}.mode")
         probe.touch()
-        path.chmod(probe.stat().st_mode)
+        copy_mode(probe, path)
         probe.unlink()
