@@ -419,6 +419,26 @@ def test_a_private_file_stays_private(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("situation", ["replace", "replace-without-exchange"])
+def test_a_file_that_appears_during_the_work_stays(tmp_path, monkeypatch, situation):
+    """Two commands of hours may have the same output: neither result is lost."""
+    target = tmp_path / "out.jsonl"
+    if situation == "replace-without-exchange":
+        without_exchange(monkeypatch)
+
+    def rows(name: str):
+        target.write_text("first")
+        yield name
+
+    for name in ("out-2.jsonl", "out-3.jsonl"):
+        target.unlink(missing_ok=True)
+        with pytest.raises(RunFolderError, match=rf"meantime, so the result is in .*{name}'"):
+            storage.write_rows(target, rows(name), overwrite=False)
+        assert target.read_text() == "first"
+        assert json.loads((tmp_path / name).read_text()) == name
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def refusing(number: int) -> Callable[..., None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))

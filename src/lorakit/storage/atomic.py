@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from lorakit.errors import RunFolderError
@@ -71,14 +71,19 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
 
     On any exception `path` keeps its old content and the temporary file is removed. The new file has
     the mode of the old one: a private file stays private.
 
+    Args:
+        path: The file.
+        overwrite: Replace a file. Otherwise the new file gets a name beside it, and an error names it.
+
     Raises:
-        RunFolderError: `path` is a folder or a device, or cannot be written.
+        RunFolderError: `path` is a folder or a device, cannot be written, or is a file and
+            `overwrite` is false.
     """
     target = require_free_file(path, overwrite=True)
     create = partial(Path.touch, mode=0o600 if target.exists() else 0o666, exist_ok=False)
@@ -92,7 +97,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             if target.exists():
                 copy_mode(target, temporary)
             _sync(temporary)
-            _put_in_place(temporary, target)
+            place = target if overwrite or not target.exists() else _free_name(target)
+            _put_in_place(temporary, place)
+        if place != target:
+            raise RunFolderError(
+                f"'{target}' was written by another process in the meantime, so the result is in '{place}'."
+            )
 
 
 def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -170,6 +180,12 @@ def require_replaceable(
             f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
             f"{', '.join(first)}. Choose another folder."
         )
+
+
+def _free_name(path: Path) -> Path:
+    """Return a path beside a file that is not in use: NAME-2.jsonl for NAME.jsonl."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
+    return next(other for other in numbered if not other.exists())
 
 
 def _require_no_mount(target: Path) -> None:
