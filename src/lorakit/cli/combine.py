@@ -46,16 +46,17 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
-    from lorakit.analysis.saving import check_output, check_scoring
+    from lorakit.analysis.deltas import read
+    from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    check_scoring(config, config.adapters[0], alpha=config.alpha)
+    stored = [read(adapter, alpha=config.alpha) for adapter in config.adapters]
+    sources = [Input.of(*pair) for pair in zip(config.adapters, stored, strict=True)]
+    check_scoring(config, next(iter(stored), None))
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")
     }
-    combined = combine_adapters(
-        config.adapters, **settings, alpha=config.alpha, allow_other_base=config.allow_other_base
-    )
+    combined = combine_adapters(stored, **settings, allow_other_base=config.allow_other_base)
     recorded = {"command": "combine", **settings}
-    finish(combined, config, config.adapters, recorded, config.base)
+    finish(combined, config, sources, recorded, config.base)
