@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -467,6 +468,26 @@ def test_a_file_system_that_keeps_its_modes(tmp_path, monkeypatch, number):
     assert read_tree(tmp_path / "folder") == NEW
     assert (tmp_path / "file").read_bytes() == NEW["a.txt"]
     assert torch.equal(read_safetensors(tmp_path / "a.safetensors")["a"], tensors["a"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch, kind):
+    fsync = os.fsync
+
+    def fails_for_kind(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (kind == "folder"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_kind)
+    if kind == "file":
+        with pytest.raises(RunFolderError, match=os.strerror(errno.EINVAL)):
+            save_folder(tmp_path / "a")
+        return
+    save_folder(tmp_path / "a")
+    save_file(tmp_path / "b")
+    assert read_tree(tmp_path / "a") == NEW
 
 
 def test_a_folder_that_fills_up_during_the_save_is_not_replaced(tmp_path):
