@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 
@@ -709,6 +711,36 @@ def test_a_locked_folder_is_an_error_that_names_the_holder(tmp_path):
     with storage.lock_folder(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "run") == [storage.LOCK_NAME]
+
+
+@pytest.mark.parametrize(
+    ("holder", "note"),
+    [
+        ("12 node-7\n", r" \(pid 12 on node-7\)\. .*delete '.*\.lock'"),
+        (f"12 {socket.gethostname()}\n", r" \(pid 12\)\. Wait .*folder\.$"),
+        ("", r"run\. Wait .*folder\.$"),  # it ended before it wrote this
+        (None, r"run\. Wait .*folder\.$"),
+    ],
+)
+def test_the_holder_may_be_on_another_machine(tmp_path, holder, note):
+    """Where the file system has no locks, filelock's file of a process that was killed there stays."""
+    with storage.lock_folder(tmp_path):
+        (tmp_path / storage.HOLDER_NAME).unlink()
+        if holder is not None:
+            (tmp_path / storage.HOLDER_NAME).write_text(holder)
+        with pytest.raises(RunFolderError, match=note), storage.lock_folder(tmp_path):
+            pytest.fail("two runs in one folder")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """filelock before its fallback, where flock is not implemented."""
+
+    def acquire(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(RunFolderError, match="has no locks"), storage.lock_folder(tmp_path):
+        pytest.fail("not locked")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
