@@ -87,6 +87,18 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     return stored
 
 
+def require_list(name: str, paths: object) -> None:
+    """Reject one path where a list is expected: a text is a sequence of its characters.
+
+    Raises:
+        ConfigurationError: It is one path.
+    """
+    if isinstance(paths, str | Path):
+        raise ConfigurationError(
+            f"{name} is {str(paths)!r}; a list of paths was expected: write [{str(paths)!r}]."
+        )
+
+
 def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
     """Return the matrices of an adapter by name.
 

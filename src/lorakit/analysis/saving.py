@@ -14,11 +14,10 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
-from lorakit.analysis.deltas import read
+from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
@@ -105,10 +104,7 @@ def save(
         RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
         LorakitError: The data or the base cannot be read, or do not match the adapter.
     """
-    if isinstance(inputs, str | Path):
-        raise ConfigurationError(
-            f"inputs is {str(inputs)!r}; a list of paths was expected: write [{str(inputs)!r}]."
-        )
+    require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}

@@ -20,8 +20,8 @@ class CombineConfig(OfAdaptersConfig):
     """One factor per adapter, for example 0.7 0.3. Default: 1 for all."""
     how: Literal["sum", "ties", "dare"] = "sum"
     """sum adds the weight updates exactly. ties and dare edit their entries, then approximate the result."""
-    density: float = 1.0
-    """For ties and dare: the fraction of entries to keep."""
+    density: float | None = None
+    """The fraction of entries that ties and dare keep, for example 0.2. They need it."""
     seed: int = 0
     """Seed for the entries that dare drops."""
     rank: int | None = None
