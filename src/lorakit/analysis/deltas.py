@@ -8,6 +8,7 @@ their product.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,6 +81,11 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     """
     if isinstance(adapter, StoredAdapter):
         return adapter
+    if not isinstance(adapter, str | os.PathLike):
+        raise AdapterFileError(
+            f"The adapter is {adapter!r:.80}; a folder, a loralib file or a StoredAdapter was expected. For an adapter "
+            "of a model in memory, pass adapters.stored(name)."
+        )
     checkpoint = is_checkpoint(adapter)
     stored = read_checkpoint(adapter) if checkpoint else formats.read(adapter, alpha=alpha)
     # Sort by block number: a JSON file lists block 10 before block 2.
