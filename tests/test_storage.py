@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import textwrap
@@ -16,11 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
+import torch
 
 from lorakit import storage
 from lorakit.errors import AdapterFileError, DataError, RunFolderError
 from lorakit.storage import atomic, records
+from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 OLD = {"a.txt": b"old a", "sub/b.txt": b"old b", "only-old.txt": b"x"}
 NEW = {"a.txt": b"new a, and longer", "sub/b.txt": b"new b"}
@@ -417,6 +422,76 @@ def test_a_private_file_stays_private(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("situation", ["replace", "replace-without-exchange"])
+def test_a_file_that_appears_during_the_work_stays(tmp_path, monkeypatch, situation):
+    """Two commands of hours may have the same output: neither result is lost."""
+    target = tmp_path / "out.jsonl"
+    if situation == "replace-without-exchange":
+        without_exchange(monkeypatch)
+
+    def rows(name: str):
+        target.write_text("first")
+        yield name
+
+    for name in ("out-2.jsonl", "out-3.jsonl"):
+        target.unlink(missing_ok=True)
+        with pytest.raises(RunFolderError, match=rf"meantime, so the result is in .*{name}'"):
+            storage.write_rows(target, rows(name), overwrite=False)
+        assert target.read_text() == "first"
+        assert json.loads((tmp_path / name).read_text()) == name
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_keeps_its_modes(tmp_path, monkeypatch, number):
+    """A mounted SMB share allows every write, but may refuse every chmod."""
+    write_tree_at(tmp_path / "folder")
+    (tmp_path / "file").touch()
+    tensors = {"a": torch.arange(3)}
+
+    def save_all() -> None:
+        save_folder(tmp_path / "folder")
+        save_file(tmp_path / "file")
+        write_safetensors(tmp_path / "a.safetensors", tensors)
+
+    monkeypatch.setattr(os, "chmod", refusing(number))
+    if number == errno.EIO:  # a broken disk
+        with pytest.raises(RunFolderError, match=os.strerror(number)):
+            save_all()
+        return
+    save_all()
+    assert read_tree(tmp_path / "folder") == NEW
+    assert (tmp_path / "file").read_bytes() == NEW["a.txt"]
+    assert torch.equal(read_safetensors(tmp_path / "a.safetensors")["a"], tensors["a"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch, kind):
+    fsync = os.fsync
+
+    def fails_for_kind(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (kind == "folder"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_for_kind)
+    if kind == "file":
+        with pytest.raises(RunFolderError, match=os.strerror(errno.EINVAL)):
+            save_folder(tmp_path / "a")
+        return
+    save_folder(tmp_path / "a")
+    save_file(tmp_path / "b")
+    assert read_tree(tmp_path / "a") == NEW
+
+
 def test_a_folder_that_fills_up_during_the_save_is_not_replaced(tmp_path):
     target = tmp_path / "target"
 
@@ -638,6 +713,36 @@ def test_a_locked_folder_is_an_error_that_names_the_holder(tmp_path):
     assert os.listdir(tmp_path / "run") == [storage.LOCK_NAME]
 
 
+@pytest.mark.parametrize(
+    ("holder", "note"),
+    [
+        ("12 node-7\n", r" \(pid 12 on node-7\)\. .*delete '.*\.lock'"),
+        (f"12 {socket.gethostname()}\n", r" \(pid 12\)\. Wait .*folder\.$"),
+        ("", r"run\. Wait .*folder\.$"),  # it ended before it wrote this
+        (None, r"run\. Wait .*folder\.$"),
+    ],
+)
+def test_the_holder_may_be_on_another_machine(tmp_path, holder, note):
+    """Where the file system has no locks, filelock's file of a process that was killed there stays."""
+    with storage.lock_folder(tmp_path):
+        (tmp_path / storage.HOLDER_NAME).unlink()
+        if holder is not None:
+            (tmp_path / storage.HOLDER_NAME).write_text(holder)
+        with pytest.raises(RunFolderError, match=note), storage.lock_folder(tmp_path):
+            pytest.fail("two runs in one folder")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """filelock before its fallback, where flock is not implemented."""
+
+    def acquire(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(RunFolderError, match="has no locks"), storage.lock_folder(tmp_path):
+        pytest.fail("not locked")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     child = textwrap.dedent(
@@ -756,6 +861,24 @@ def test_an_existing_file_or_folder_needs_overwrite(tmp_path):
         storage.require_free_folder(tmp_path / "sub")
     assert storage.require_free_file(tmp_path / "file", overwrite=True)
     assert storage.require_free_folder(tmp_path / "sub", overwrite=True)
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    """A rename onto it would fail, after the work, as the volume of a container does."""
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) in (folder, file))
+    save = storage.atomic_folder(folder)
+    for check in (
+        lambda: storage.require_free_file(file, overwrite=True),
+        lambda: storage.require_replaceable(folder, "mine", written=[], marks=[]),
+        save.__enter__,
+    ):
+        with pytest.raises(RunFolderError, match=r"is a mount point.*Choose a path inside"):
+            check()
+    assert storage.require_free_folder(folder) == folder  # a run writes its files in place
+    save_folder(folder / "sub")
 
 
 OF_FILE_MANAGERS = [".DS_Store", "._model.bin", "Thumbs.db", "desktop.ini", "sub/.DS_Store"]

@@ -15,9 +15,10 @@ from random_adapters import randomise
 from safetensors.torch import load_file, save_file
 
 import lorakit
-from lorakit.analysis import extract_adapter, open_weights, read_weights
+from lorakit.adapters import formats
+from lorakit.analysis import adapter_amplification, extract_adapter, open_weights, read_weights
 from lorakit.analysis.deltas import weight_name
-from lorakit.errors import BaseModelError, ConfigurationError, WrongBaseError
+from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.models.base_config import BaseConfig
 
 ARCHITECTURES = ("llama", "gpt2", "gpt-neox", "roberta", "t5", "vit")
@@ -117,12 +118,27 @@ def test_the_base_that_the_adapter_records(tmp_path, monkeypatch):
     weights = open_weights(None, adapter)
     assert weights.source.path_or_id == str(tmp_path / "base")
     adapter.base = None
-    with pytest.raises(ConfigurationError, match=r"The adapter out/a does .* --base.name"):
-        open_weights(None, adapter, "out/a")
+    with pytest.raises(ConfigurationError, match=r"The adapter file does .* --base.name"):
+        open_weights(None, adapter)
     weights = open_weights(str(tmp_path / "base"), adapter)
     assert "was not checked" in weights.notices[0]
     with pytest.raises(ConfigurationError, match=r"base is 5; it must be BaseConfig\(...\)"):
         open_weights(5, adapter)
+
+
+def test_an_adapter_on_disk(tmp_path):
+    handle = saved(tmp_path / "base")
+    randomise(handle)
+    handle.save(tmp_path / "adapter")
+    weights = open_weights(None, tmp_path / "adapter")
+    assert weights.notices == []
+    found = adapter_amplification(tmp_path / "adapter", weights)
+    assert found.layers.keys() == handle.stored().layers.keys()
+    formats.write_loralib(handle.stored(), tmp_path / "a.safetensors")
+    with pytest.raises(ConfigurationError, match=r"a\.safetensors does not say which base"):
+        open_weights(None, tmp_path / "a.safetensors", alpha=8)
+    with pytest.raises(AdapterFileError, match=r"is Adapters\(a.*pass adapters\.stored\(name\)"):
+        open_weights(None, handle)
 
 
 def test_a_weight_that_is_not_there(tmp_path):

@@ -49,7 +49,7 @@ def adapted_gpt2(**settings) -> lorakit.Adapters:
 def test_one_adapter_with_weight_1_is_itself(option, how, tmp_path):
     handle = adapted_gpt2(**OPTIONS[option])
     original = handle.stored()
-    made = combine_adapters([original], [1.0], how=how)
+    made = combine_adapters([original], [1.0], how=how, density=None if how == "sum" else 1)
     assert made.error == 0
     assert made.adapter.method == original.method
     for path, layer in original.layers.items():
@@ -280,6 +280,8 @@ def test_an_unknown_base_is_said():
         ({"weights": [1.0, True]}, "finite"),
         ({"how": "tees"}, "Did you mean 'ties'"),
         ({"density": 0.5}, "keeps every entry"),
+        ({"how": "ties"}, r"how is ties, which needs density, .* to 0\.2"),
+        ({"how": "dare"}, r"how is dare, which needs density"),
         ({"how": "ties", "density": 0.0}, "above 0"),
         ({"rank": 2, "energy": 0.5}, "both"),
     ],
@@ -292,3 +294,8 @@ def test_settings_that_cannot_work(settings, message):
 def test_nothing_to_combine():
     with pytest.raises(ConfigurationError, match="at least one"):
         combine_adapters([])
+
+
+def test_one_path_is_no_list():
+    with pytest.raises(ConfigurationError, match=r"adapters is 'out/a'; a list of paths was exp"):
+        combine_adapters("out/a")

@@ -17,10 +17,12 @@ import torch
 from random_adapters import randomise
 
 import lorakit
-from lorakit import storage
+from lorakit import analysis, storage
 from lorakit.adapters import formats
+from lorakit.analysis import saving
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
+from lorakit.errors import ConfigurationError
 from lorakit.evaluation import evaluate
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
@@ -262,6 +264,41 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
     )
     assert status == 0
     assert number(after["loss"]) in out
+
+
+@pytest.mark.parametrize("command", ["compress", "combine"])
+def test_an_input_that_a_training_replaces_meanwhile(
+    capsys, folder, tmp_path, monkeypatch, command
+) -> None:
+    """The record, and the scores of the input, are of the tensors that the result comes from."""
+    shutil.copytree(folder / "one", tmp_path / "best")
+    name = f"{command}_adapter" + "s" * (command == "combine")
+    compute = getattr(analysis, name)
+
+    def compute_meanwhile(*args: Any, **settings: Any) -> analysis.Derived:
+        shutil.rmtree(tmp_path / "best")
+        shutil.copytree(folder / "two", tmp_path / "best")
+        return compute(*args, **settings)
+
+    scored = []
+    monkeypatch.setattr(analysis, name, compute_meanwhile)
+    monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
+    argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
+    status, _, err = run(capsys, *argv, "--data.test", folder / "test.jsonl")
+    assert (status, err) == (0, "")
+    used = folder / "one" / "adapter_model.safetensors"
+    (origin,) = formats.read(tmp_path / "small").provenance["made_from"]
+    assert origin == {"name": "best", "sha256": storage.sha256(used)}
+    q_proj = scored[0].layers["model.layers.0.self_attn.q_proj"]
+    assert q_proj.A.equal(formats.read(folder / "one").layers["model.layers.0.self_attn.q_proj"].A)
+
+
+def test_one_path_as_inputs_is_an_error(folder, tmp_path) -> None:
+    """A text is a sequence of its characters."""
+    small = analysis.compress_adapter(folder / "one", rank=2)
+    for path in (folder / "one", str(folder / "one")):
+        with pytest.raises(ConfigurationError, match=r"one'; a list of paths was expected"):
+            analysis.save(small, tmp_path / "small", inputs=path, settings={})
 
 
 def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):

@@ -119,6 +119,18 @@ def test_answered_prompts_of_a_file_are_counted(trained, tmp_path, capsys) -> No
     assert "answered" not in capsys.readouterr().err
 
 
+def test_an_output_of_another_process_stays(trained, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        "lorakit.evaluation.generate.generate",
+        lambda *_, **__: [str(output.write_text("first"))],
+    )
+    settings = ("--raw", "--prompt", "river", "--output", str(output))
+    assert main(["generate", *options(trained / "base"), *settings]) == 1
+    assert "in the meantime, so the result is in" in capsys.readouterr().err
+    assert output.read_text() == "first"
+
+
 def test_the_prompts_of_a_file_end_before_the_last_answer(trained, prompts, tmp_path) -> None:
     output = tmp_path / "out.jsonl"
     generate(trained, "--file", str(trained / "train.jsonl"), "--output", str(output))

@@ -27,6 +27,7 @@ from lorakit.errors import (
     ConfigurationError,
     DataError,
     LorakitError,
+    RunFolderError,
     WrongBaseError,
 )
 from lorakit.evaluation import evaluate as evaluate_module
@@ -416,6 +417,22 @@ def test_a_file_that_is_named_is_scored_before_a_published_split(data, split: st
 def test_outputs_do_not_go_where_the_report_goes(trained):
     with pytest.raises(ConfigurationError, match=r"ends in \.jsonl"):
         settings(trained, output="w/o.html")
+
+
+@pytest.mark.slow
+def test_an_output_of_another_process_stays(trained, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out.jsonl"
+    score = evaluate_module._score
+
+    def score_meanwhile(*args, **options):
+        output.write_text("first")
+        return score(*args, **options)
+
+    monkeypatch.setattr(evaluate_module, "_score", score_meanwhile)
+    config = settings(trained, output=str(output), scores=("loss",), limit=1)
+    with pytest.raises(RunFolderError, match="in the meantime"):
+        evaluate(config)
+    assert output.read_text() == "first"
 
 
 @pytest.mark.slow

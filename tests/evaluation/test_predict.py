@@ -238,6 +238,21 @@ def test_an_existing_output_stays(trained, tmp_path) -> None:
     assert Path(config.output).read_text() == "mine"
 
 
+@pytest.mark.slow
+def test_an_output_of_another_process_stays(trained, tmp_path, monkeypatch) -> None:
+    config = settings(trained, [{"text": "x"}], tmp_path)
+    compute = predict._logits
+
+    def compute_meanwhile(*args):
+        Path(config.output).write_text("first")
+        return compute(*args)
+
+    monkeypatch.setattr(predict, "_logits", compute_meanwhile)
+    with pytest.raises(RunFolderError, match="in the meantime"):
+        lorakit.predict(config)
+    assert Path(config.output).read_text() == "first"
+
+
 @pytest.mark.parametrize(
     ("provenance", "message"),
     [

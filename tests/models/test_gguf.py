@@ -171,10 +171,39 @@ def test_converted_once(
     changed = converted_folder(write_gguf(tmp_path / "tiny.gguf", llama))
     assert changed != folder
 
-    (folder / "tokenizer.json").unlink()
     llama.model.norm.weight.data.div_(2)
-    assert converted_folder(write_gguf(tmp_path / "tiny.gguf", llama)) == folder
-    assert (folder / "tokenizer.json").is_file()
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()  # as a cache cleaner does
+        assert converted_folder(path) == folder
+        assert (folder / name).is_file()
+    assert "chat_template" in (folder / "tokenizer_config.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
+def test_a_file_that_is_replaced_while_it_is_converted(
+    tmp_path: Path,
+    llama: LlamaForCausalLM,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder_of: Callable[[Path], Path],
+) -> None:
+    """Nothing is cached under the digest of the file that was hashed."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama)
+    llama.model.norm.weight.data.mul_(2)
+    newer = write_gguf(tmp_path / "newer.gguf", llama)
+    read_header = module.read_header
+
+    def read_newer(gguf: Path) -> object:
+        newer.replace(path)
+        return read_header(gguf)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_header", read_newer)
+        with pytest.raises(BaseModelError, match="replaced while it was converted"):
+            folder_of(path)
+    assert not list(cache.glob("tiny-*"))
+    assert folder_of(path).is_dir()
 
 
 @pytest.mark.parametrize("folder_of", [converted_folder, described_folder])
@@ -236,7 +265,9 @@ def test_an_unchanged_file_is_hashed_once(
     data[-1] ^= 1
     path.write_bytes(data)  # as many bytes
     changed = [described_folder(path) for _ in range(2)]
-    assert hashed == [path] * 3  # its time could be that of a further change
+    assert (
+        hashed == [path] * 4
+    )  # also after it was read: its time could be that of a further change
     assert changed[0] == changed[1] != described
 
 
@@ -514,5 +545,5 @@ def test_a_description_equals_that_of_the_conversion(
     names = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "dtype")
     for name in names:
         assert getattr(config, name) == getattr(whole, name), name
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (converted / name).read_bytes()

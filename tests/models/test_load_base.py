@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
-from lorakit.models.loading import load_base
+from lorakit.models.loading import load_base, load_tokenizer
 
 
 def save(folder: Path, arch: str, head: str | None = None, **special_tokens: str) -> Path:
@@ -456,6 +456,24 @@ def test_the_cached_copy_is_used_if_the_hub_is_unreachable(cached: Path) -> None
     assert base.source.revision == COMMIT
     assert base.notices == ["The hub cannot be reached; the copy in the local cache is used."]
     assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
+
+
+def test_the_model_is_of_the_commit_of_a_tokenizer_that_was_read_before(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub may have a newer commit by then, or be reachable again."""
+    tokenizer = load_tokenizer("organisation/model")
+    asked: list[str | None] = []
+
+    def model_info(hub: HfApi, name: str, *, revision: str | None, timeout: float) -> Any:
+        asked.append(revision)
+        return SimpleNamespace(sha=revision or "f" * 40)
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    base = load_base("organisation/model", dtype="float32", tokenizer=tokenizer)
+    assert base.tokenizer is tokenizer
+    assert base.source.revision == COMMIT
+    assert asked == [COMMIT]
 
 
 # --- arguments ----------------------------------------------------------------------------------

@@ -70,8 +70,9 @@ def test_short_name_of_a_packaged_folder(installed: Path) -> None:
     ],
 )
 def test_short_name_without_the_package_is_on_the_hub(name: str, hub_id: str) -> None:
-    source = resolve(name)
+    source = resolve(name, revision="v1")
     assert (source.name, source.path_or_id, source.kind) == (hub_id, hub_id, "hub")
+    assert source.revision == "v1"
     assert "not installed here" in source.note
 
 

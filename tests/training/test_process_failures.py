@@ -113,7 +113,7 @@ def test_torchrun_restarts_a_run_to_the_same_bytes(root: Path, tmp_path: Path) -
         while not (run / "checkpoints" / "step-000020").exists() and process.poll() is None:
             time.sleep(0.005)
         with suppress(FileNotFoundError):  # the run has ended, so the test fails below
-            os.kill(int((run / ".lock-holder").read_text()), signal.SIGKILL)
+            os.kill(int((run / ".lock-holder").read_text().split()[0]), signal.SIGKILL)
         output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert output.count("80 steps in ") == 1

@@ -17,7 +17,7 @@ from lorakit.adapters.formats import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, hash_weights
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.analysis.deltas import weight_name
+from lorakit.analysis.deltas import read, weight_name
 from lorakit.compute.adapted import AdapterFile, base_of
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig, as_base_config
@@ -74,26 +74,29 @@ class Weights(Mapping[str, Tensor]):
 
 def open_weights(
     base: BaseConfig | str | None,
-    stored: StoredAdapter,
-    path: str | Path = "file",
+    adapter: StoredAdapter | str | Path,
     *,
+    alpha: float | None = None,
     allow_other_base: bool = False,
 ) -> Weights:
     """Open the weights of an adapter's base, and validate them against the base that the adapter records.
 
     Args:
         base: The base model, or its name; None uses the base that the adapter records.
-        stored: The adapter.
-        path: Its file, for messages.
+        adapter: A lorakit or PEFT folder, a loralib file, or an adapter already read.
+        alpha: alpha of a loralib file, which does not record it.
         allow_other_base: Accept a base other than the recorded one, and add a notice.
 
     Raises:
+        AdapterFileError: The adapter cannot be read.
         BaseModelError: The model does not exist, cannot be read, or lacks an adapted weight.
         ConfigurationError: `base` is None, and the adapter records no base.
         WrongBaseError: The weights differ from those that the adapter was trained on.
     """
+    stored = read(adapter, alpha=alpha)
     recorded = stored.base
-    base = base_of(base, AdapterFile(str(path), stored))
+    path = "file" if isinstance(adapter, StoredAdapter) else str(adapter)  # for a message
+    base = base_of(base, AdapterFile(path, stored))
     weights = _open_safetensors(base)
     if weights is not None and recorded is not None:
         live = _fingerprint(weights, recorded, base)

@@ -19,7 +19,15 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.compress import Decomposition, check_target, compress_layers, decompose, fit
-from lorakit.analysis.deltas import Factors, in_one_form, part_rank, parts_of, read, with_parts
+from lorakit.analysis.deltas import (
+    Factors,
+    in_one_form,
+    part_rank,
+    parts_of,
+    read,
+    require_list,
+    with_parts,
+)
 from lorakit.analysis.derived import (
     Derived,
     LayerResult,
@@ -69,7 +77,7 @@ def combine_adapters(
     weights: Sequence[float] | None = None,
     *,
     how: How = "sum",
-    density: float = 1.0,
+    density: float | None = None,
     seed: int = 0,
     rank: int | None = None,
     energy: float | None = None,
@@ -83,7 +91,7 @@ def combine_adapters(
         weights: One factor per adapter; None uses 1 for all.
         how: "sum" adds the changes exactly. "ties" and "dare" combine the entries of the dense changes, and
             approximate the result by factors. Their rank is the sum of the ranks, unless `rank` or `energy` is set.
-        density: Share of entries that ties and dare keep.
+        density: Share of entries that ties and dare keep, for example 0.2. They need it, and sum has none.
         seed: Seed of the entries that dare drops.
         rank: Compress the result to this rank.
         energy: Compress the result to the rank that keeps this share of each matrix's squared norm.
@@ -96,15 +104,17 @@ def combine_adapters(
             trained biases or modules) is combined with others or has a weight other than 1.
         WrongBaseError: The adapters were trained on different bases.
     """
+    require_list("adapters", adapters)
     stored = [read(adapter, alpha=alpha) for adapter in adapters]
     factors = [1.0] * len(stored) if weights is None else list(weights)
-    _check_settings(stored, factors, how, density)
+    _check_settings(stored, factors, how)
+    share = _share_of_entries(how, density)
     compressed = rank is not None or energy is not None
     if compressed:
         check_target(rank, energy)
     for adapter in stored:
         require_low_rank(adapter)
-    if factors == [1.0] and (how == "sum" or density == 1):
+    if factors == [1.0] and share == 1:
         provenance = inherited_provenance(stored[0])
         adapter = dataclasses.replace(stored[0], provenance=provenance, notices=[])
         if compressed:
@@ -126,7 +136,7 @@ def combine_adapters(
             continue
         layer_rank = rank if compressed else sum(layer.rank for layer, _ in present)
         layers[path], results[path] = _combine_entries(
-            path, present, how, density, generator, rank=layer_rank, energy=energy
+            path, present, how, share, generator, rank=layer_rank, energy=energy
         )
     adapter = derive(_shared_settings(stored), layers)
     if how == "sum" and compressed:
@@ -144,9 +154,7 @@ def _exact_results(adapter: StoredAdapter) -> dict[str, LayerResult]:
 # --- validation ----------------------------------------------------------------------------------
 
 
-def _check_settings(
-    stored: Sequence[StoredAdapter], factors: Sequence[float], how: str, density: float
-) -> None:
+def _check_settings(stored: Sequence[StoredAdapter], factors: Sequence[float], how: str) -> None:
     if not stored:
         raise ConfigurationError("No adapter is given; name at least one.")
     if len(factors) != len(stored):
@@ -159,11 +167,22 @@ def _check_settings(
                 f"A weight is {factor!r}; it must be a finite number other than 0. Omit an adapter without effect."
             )
     require_choice("how", how, get_args(How))
-    require_share("density", density, "a share of entries", example=0.5)
-    if how == "sum" and density != 1:
+
+
+def _share_of_entries(how: How, density: float | None) -> float:
+    """Return the share of entries that `how` keeps. Without a default, TIES and DARE never keep all by oversight."""
+    if how == "sum":
+        if density is not None:
+            raise ConfigurationError(
+                f"density is {density:g}, but how is sum, which keeps every entry. Set how to ties or dare."
+            )
+        return 1.0
+    if density is None:
         raise ConfigurationError(
-            f"density is {density:g}, but how is sum, which keeps every entry. Set how to ties or dare."
+            f"how is {how}, which needs density, the share of entries to keep. Set it, for example to 0.2."
         )
+    require_share("density", density, "a share of entries", example=0.5)
+    return density
 
 
 def _check_linear(stored: Sequence[StoredAdapter], factors: Sequence[float]) -> None:

@@ -8,6 +8,7 @@ their product.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,11 +81,28 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     """
     if isinstance(adapter, StoredAdapter):
         return adapter
+    if not isinstance(adapter, str | os.PathLike):
+        raise AdapterFileError(
+            f"The adapter is {adapter!r:.80}; a folder, a loralib file or a StoredAdapter was expected. For an adapter "
+            "of a model in memory, pass adapters.stored(name)."
+        )
     checkpoint = is_checkpoint(adapter)
     stored = read_checkpoint(adapter) if checkpoint else formats.read(adapter, alpha=alpha)
     # Sort by block number: a JSON file lists block 10 before block 2.
     stored.layers = dict(sorted(stored.layers.items(), key=lambda item: natural(item[0])))
     return stored
+
+
+def require_list(name: str, paths: object) -> None:
+    """Reject one path where a list is expected: a text is a sequence of its characters.
+
+    Raises:
+        ConfigurationError: It is one path.
+    """
+    if isinstance(paths, str | Path):
+        raise ConfigurationError(
+            f"{name} is {str(paths)!r}; a list of paths was expected: write [{str(paths)!r}]."
+        )
 
 
 def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:

@@ -14,7 +14,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
-from lorakit.analysis.deltas import read
+from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
@@ -39,11 +39,43 @@ class Saved:
     """Sentences to show to the user."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An adapter or model from which an adapter is computed, as it is when it is read.
+
+    A training may replace it before the result is saved: the record of the result is that of the tensors that were
+    used.
+    """
+
+    path: Path
+    name: str
+    """A name that a reader of the record recognises."""
+    sha256: str | None
+    """Digest of the tensors; None for a model."""
+    folder: Path | None
+    """Folder of an adapter's tokenizer and configuration; None for a model."""
+    stored: StoredAdapter | None = None
+    """The adapter, if it has been read."""
+
+    @classmethod
+    def of(cls, path: str | Path, stored: StoredAdapter | None = None) -> Input:
+        """Describe an adapter, which may have been read, or a model."""
+        path = Path(path)
+        file = formats.tensor_file(path) or path / WEIGHTS
+        return cls(
+            path=path,
+            name=_name(path),
+            sha256=storage.sha256(file) if file.is_file() else None,
+            folder=_folder(path) if _is_adapter(path) else None,
+            stored=stored,
+        )
+
+
 def save(
     made: Derived,
     output: str | Path,
     *,
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | Input],
     settings: dict[str, Any],
     alpha: float | None = None,
     scoring: ScoringConfig | None = None,
@@ -58,7 +90,8 @@ def save(
     Args:
         made: The computed adapter.
         output: Output folder; must not exist unless `overwrite` is set.
-        inputs: The adapters or models from which it was computed.
+        inputs: The adapters or models from which it was computed; those that may have been replaced meanwhile, as
+            `Input.of` from before the computation.
         settings: Settings to record, as JSON values.
         alpha: alpha of loralib files among the inputs.
         scoring: Data to score on; None, or a configuration without data, scores nothing.
@@ -67,29 +100,31 @@ def save(
         overwrite: Replace an existing adapter folder.
 
     Raises:
+        ConfigurationError: `inputs` is one path, not a list.
         RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
         LorakitError: The data or the base cannot be read, or do not match the adapter.
     """
+    require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
-    adapters = {Path(path): _folder(Path(path)) for path in inputs if _is_adapter(Path(path))}
-    first = next(iter(adapters.values()), None)
+    described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
+    adapters = {source.path: source for source in described if source.folder is not None}
+    first = next((source.folder for source in adapters.values()), None)
     provenance = {
         **made.adapter.provenance,
         "made_by": settings,
-        "made_from": [_origin(Path(path)) for path in inputs],
+        "made_from": [{"name": source.name, "sha256": source.sha256} for source in described],
         "error": made.error,
         "versions": versions(),
     }
     base_of_result = made.adapter.base
     # A record read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
     is_live = base_of_result is not None and base_of_result.layout is not None
-    for_peft = is_live or not any(map(_is_lorakit_only, adapters.values()))
+    for_peft = is_live or not any(_is_lorakit_only(source.folder) for source in adapters.values())
     scores: dict[str, dict[str, float]] = {}
     if scoring is not None and scoring.data != DataConfig():
-        for path, folder in adapters.items():
-            scores[str(path)] = _score(
-                read(path, alpha=alpha), folder, scoring, base, allow_other_base
-            )
+        for path, source in adapters.items():
+            stored = source.stored or read(path, alpha=alpha)
+            scores[str(path)] = _score(stored, source.folder, scoring, base, allow_other_base)
         scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
         provenance["scores"] = scores["result"]
     stored = dataclasses.replace(made.adapter, provenance=provenance)
@@ -108,15 +143,12 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
     formats.check_replaceable(output)
 
 
-def check_scoring(
-    scoring: ScoringConfig, adapter: str | Path | None = None, *, alpha: float | None = None
-) -> None:
+def check_scoring(scoring: ScoringConfig, adapter: StoredAdapter | None = None) -> None:
     """Check that there is data to score on before a long computation.
 
     Args:
         scoring: The data.
         adapter: The first input, which may record a named task with data of its own.
-        alpha: alpha of a loralib file.
 
     Raises:
         ConfigurationError: The configuration has data, but none for the split to score.
@@ -125,7 +157,7 @@ def check_scoring(
     if data == DataConfig():
         return
     if adapter is not None and data.task == "auto":
-        task = read(adapter, alpha=alpha).provenance.get("task")
+        task = adapter.provenance.get("task")
         data = dataclasses.replace(data, task=task) if task in TASKS else data
     scoring.scored_split(data)
 
@@ -168,15 +200,13 @@ def _folder(path: Path) -> Path:
     return saved_adapter(path) if is_checkpoint(path) else path
 
 
-def _is_lorakit_only(path: Path) -> bool:
+def _is_lorakit_only(path: Path | None) -> bool:
     """Return whether a lorakit folder lacks PEFT's files, for example because PEFT does not support a base layer."""
-    return (path / lorakit_json.NAME).exists() and not (path / peft.CONFIG_NAME).exists()
-
-
-def _origin(path: Path) -> dict[str, Any]:
-    """Return the name of an input, and the digest of its tensors if it is an adapter."""
-    file = formats.tensor_file(path) or path / WEIGHTS
-    return {"name": _name(path), "sha256": storage.sha256(file) if file.is_file() else None}
+    return (
+        path is not None
+        and (path / lorakit_json.NAME).exists()
+        and not (path / peft.CONFIG_NAME).exists()
+    )
 
 
 def _name(path: Path) -> str:

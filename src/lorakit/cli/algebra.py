@@ -12,6 +12,7 @@ from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from lorakit.analysis.derived import Derived
+    from lorakit.analysis.saving import Input
     from lorakit.compute.agreement import Agreement
 
 
@@ -49,7 +50,7 @@ class OfAdaptersConfig(ResultConfig):
 def finish(
     derived: Derived,
     config: ResultConfig,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Input],
     settings: dict[str, Any],
     base: BaseConfig | None,
 ) -> None:
@@ -66,7 +67,6 @@ def finish(
         settings=settings,
         scoring=config,
         base=base,
-        alpha=config.alpha if of_adapters else None,
         allow_other_base=of_adapters and config.allow_other_base,
         overwrite=config.overwrite,
     )

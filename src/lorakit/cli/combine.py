@@ -20,8 +20,8 @@ class CombineConfig(OfAdaptersConfig):
     """One factor per adapter, for example 0.7 0.3. Default: 1 for all."""
     how: Literal["sum", "ties", "dare"] = "sum"
     """sum adds the weight updates exactly. ties and dare edit their entries, then approximate the result."""
-    density: float = 1.0
-    """For ties and dare: the fraction of entries to keep."""
+    density: float | None = None
+    """The fraction of entries that ties and dare keep, for example 0.2. They need it."""
     seed: int = 0
     """Seed for the entries that dare drops."""
     rank: int | None = None
@@ -46,16 +46,17 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
-    from lorakit.analysis.saving import check_output, check_scoring
+    from lorakit.analysis.deltas import read
+    from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    check_scoring(config, config.adapters[0], alpha=config.alpha)
+    stored = [read(adapter, alpha=config.alpha) for adapter in config.adapters]
+    sources = [Input.of(*pair) for pair in zip(config.adapters, stored, strict=True)]
+    check_scoring(config, next(iter(stored), None))
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")
     }
-    combined = combine_adapters(
-        config.adapters, **settings, alpha=config.alpha, allow_other_base=config.allow_other_base
-    )
+    combined = combine_adapters(stored, **settings, allow_other_base=config.allow_other_base)
     recorded = {"command": "combine", **settings}
-    finish(combined, config, config.adapters, recorded, config.base)
+    finish(combined, config, sources, recorded, config.base)

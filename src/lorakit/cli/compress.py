@@ -31,11 +31,14 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import compress_adapter
-    from lorakit.analysis.saving import check_output, check_scoring
+    from lorakit.analysis.deltas import read
+    from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    check_scoring(config, config.adapter, alpha=config.alpha)
+    stored = read(config.adapter, alpha=config.alpha)
+    source = Input.of(config.adapter, stored)
+    check_scoring(config, stored)
     settings = {"rank": config.rank, "energy": config.energy}
-    compressed = compress_adapter(config.adapter, **settings, alpha=config.alpha)
+    compressed = compress_adapter(stored, **settings)
     recorded = {"command": "compress", **settings}
-    finish(compressed, config, [config.adapter], recorded, config.base)
+    finish(compressed, config, [source], recorded, config.base)

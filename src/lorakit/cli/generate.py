@@ -156,7 +156,9 @@ def run(argv: Sequence[str]) -> None:
     if config.output:
         answered = zip(encoded.shown, texts, strict=True)
         storage.write_rows(
-            config.output, ({"prompt": prompt, "output": text} for prompt, text in answered)
+            config.output,
+            ({"prompt": prompt, "output": text} for prompt, text in answered),
+            overwrite=config.overwrite,
         )
         print(f"{len(texts)} outputs in {config.output}", file=sys.stderr)
         return

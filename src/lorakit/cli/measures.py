@@ -276,8 +276,7 @@ def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
     from lorakit.analysis.deltas import read
 
     stored = read(config.adapter, alpha=config.alpha)
-    allow = config.allow_other_base
-    return stored, open_weights(config.base, stored, config.adapter, allow_other_base=allow)
+    return stored, open_weights(config.base, stored, allow_other_base=config.allow_other_base)
 
 
 def _ranks(count: int) -> list[int]:

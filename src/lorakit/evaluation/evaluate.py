@@ -69,9 +69,14 @@ class Evaluation:
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
 
-    def write_outputs(self, path: str | Path) -> None:
-        """Write the records to a .jsonl file, whole or not at all."""
-        storage.write_rows(path, self.outputs)
+    def write_outputs(self, path: str | Path, *, overwrite: bool = True) -> None:
+        """Write the records to a .jsonl file, whole or not at all.
+
+        Raises:
+            RunFolderError: The file cannot be written. Or it exists and `overwrite` is false: then the records are in
+                the file beside it that the message names.
+        """
+        storage.write_rows(path, self.outputs, overwrite=overwrite)
 
 
 def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Evaluation:
@@ -131,7 +136,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         result = dataclasses.replace(result, base_scores=compared.scores)
     result = dataclasses.replace(result, split=split, sha256=loaded.sha256)
     if config.output is not None:
-        result.write_outputs(config.output)
+        result.write_outputs(config.output, overwrite=config.overwrite)
     return result
 
 

@@ -80,7 +80,7 @@ def predict(config: PredictConfig) -> Predictions:
     predictions = [
         {**row, **answer} for row, answer in zip(values, _answers(logits, task.labels), strict=True)
     ]
-    storage.write_rows(config.output, predictions)
+    storage.write_rows(config.output, predictions, overwrite=config.overwrite)
     return Predictions(rows=predictions, report=str(report))
 
 

@@ -33,7 +33,7 @@ _CONVERSION = 6
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
 _RECORD = f"conversion-transformers-{version('transformers')}.json"
 """Names the version of transformers, on which the result depends: another version converts again."""
-_DESCRIPTION = ("config.json", "tokenizer.json", _RECORD)
+_DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer_config.json", _RECORD)
 _CONVERTED = (*_DESCRIPTION, "model.safetensors")
 
 _DIGESTS: dict[tuple[Path, int, int, int], str] = {}
@@ -121,6 +121,14 @@ def _digest_of(gguf: Path) -> str:
     return digest
 
 
+def _require_unchanged(gguf: Path, folder: Path) -> None:
+    """Reject a file that was replaced since it was hashed: its content would be cached under another digest."""
+    if not folder.name.startswith(_folder_of(gguf).name):
+        raise BaseModelError(
+            f"'{gguf}' was replaced while it was converted. Run the command again."
+        )
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     with _reading(gguf):
         header = read_header(gguf)
@@ -129,10 +137,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = _read_model(gguf, dtype, header)
         _require_finite(gguf, model)
         tokenizer = _read_tokenizer(gguf)
+        _require_unchanged(gguf, folder)
     notices = _finish_tokenizer(tokenizer, header.settings, model.config)
     with atomic_folder(folder, overwrite=True) as temporary:
         model.save_pretrained(temporary, max_shard_size="1TB")
-        tokenizer.save_pretrained(temporary)
+        _save_tokenizer(tokenizer, temporary)
         write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
 
 
@@ -142,10 +151,11 @@ def _describe(gguf: Path, folder: Path) -> None:
         config = read_config(gguf, header)
         config.dtype = _smallest_dtype(gguf, header)
         tokenizer = _read_tokenizer(gguf)
+        _require_unchanged(gguf, folder)
     notices = _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
         config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _save_tokenizer(tokenizer, temporary)
         write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
 
 
@@ -182,6 +192,11 @@ def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files that `_DESCRIPTION` lists, without one for the chat template: not every model has one."""
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
 def _finish_tokenizer(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,6 +31,11 @@ from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_LOCATED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[ModelSource, ModelSource]] = (
+    WeakKeyDictionary()
+)
+"""Sources of the tokenizers that `load_tokenizer` has read, without and with the commit on the hub."""
 
 ModelHead = Literal[
     "causal-lm",
@@ -127,7 +133,8 @@ def load_base(
         device: the device that will run the model, which determines ``auto``; None is a CUDA GPU if
             the machine has one, else the CPU. The model itself stays on the CPU: move it with ``to``.
         seed: seed for a head that the checkpoint lacks. The global random state does not change.
-        tokenizer: the model's tokenizer, if :func:`load_tokenizer` has read it before.
+        tokenizer: the model's tokenizer, if :func:`load_tokenizer` has read it before. The model is then of the
+            same commit, also if the hub has a newer one by now.
 
     Raises:
         BaseModelError: the model does not exist, the hub is unreachable, a file is damaged or
@@ -140,6 +147,9 @@ def load_base(
     if quantisation:
         check_available(quantisation)
     source = resolve(name, revision=revision)
+    if tokenizer is not None and tokenizer in _LOCATED:
+        asked, located = _LOCATED[tokenizer]
+        source = located if asked == source else source
     with _quiet():
         source, path, options, notices = locate(source, trust_remote_code, weights=True)
         with _explained(source, path, task):
@@ -210,12 +220,13 @@ def load_tokenizer(
     Raises:
         BaseModelError: the model does not exist, it has no tokenizer, or its tokenizer cannot be read.
     """
-    source = resolve(name, revision=revision)
+    asked = resolve(name, revision=revision)
     with _quiet():
-        source, path, options, _ = locate(source, trust_remote_code, weights=False)
+        source, path, options, _ = locate(asked, trust_remote_code, weights=False)
         tokenizer = tokenizer_of(source, path, options)
     if tokenizer is None:
         raise BaseModelError(f"'{source.name}' has no tokenizer. Name a base model that has one.")
+    _LOCATED[tokenizer] = asked, source
     return tokenizer
 
 

@@ -51,7 +51,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
     path = Path(os.path.expanduser(text))
     with storage.reading(path, BaseModelError):
         if packaged is not None:
-            source = _resolve_packaged(packaged, text)
+            source = _resolve_packaged(packaged, text, revision)
         elif path.exists():
             source = _resolve_path(path)
         else:
@@ -69,7 +69,7 @@ def did_you_mean(name: str) -> str:
     return nearest(name.lower(), BY_NAME) or nearest_path(name)
 
 
-def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
+def _resolve_packaged(model: PackagedModel, name: str, revision: str | None) -> ModelSource:
     path = model.path()
     if path is not None:
         return ModelSource(
@@ -88,6 +88,7 @@ def _resolve_packaged(model: PackagedModel, name: str) -> ModelSource:
         name=model.hub_id,
         path_or_id=model.hub_id,
         kind="hub",
+        revision=revision,
         note=f"'{name}' is {model.hub_id} from the hub, without {model.origin}, not installed here.",
     )
 

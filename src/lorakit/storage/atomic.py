@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from lorakit.errors import RunFolderError
@@ -51,10 +51,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     Windows, which cannot lock a folder.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be
-            written.
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount
+            point, or cannot be written.
     """
     target = require_free_folder(path, overwrite=overwrite)
+    _require_no_mount(target)
     with (
         full_disk_explained(target),
         _created_parents(target),
@@ -63,21 +64,26 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         yield temporary
         with writing(target):
             if target.is_dir():
-                shutil.copymode(target, temporary)
+                copy_mode(target, temporary)
             _sync_tree(temporary)
             require_free_folder(target, overwrite=overwrite)
             _put_in_place(temporary, target)
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
 
     On any exception `path` keeps its old content and the temporary file is removed. The new file has
     the mode of the old one: a private file stays private.
 
+    Args:
+        path: The file.
+        overwrite: Replace a file. Otherwise the new file gets a name beside it, and an error names it.
+
     Raises:
-        RunFolderError: `path` is a folder or a device, or cannot be written.
+        RunFolderError: `path` is a folder or a device, cannot be written, or is a file and
+            `overwrite` is false.
     """
     target = require_free_file(path, overwrite=True)
     create = partial(Path.touch, mode=0o600 if target.exists() else 0o666, exist_ok=False)
@@ -89,16 +95,21 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with writing(target):
             if target.exists():
-                shutil.copymode(target, temporary)
+                copy_mode(target, temporary)
             _sync(temporary)
-            _put_in_place(temporary, target)
+            place = target if overwrite or not target.exists() else _free_name(target)
+            _put_in_place(temporary, place)
+        if place != target:
+            raise RunFolderError(
+                f"'{target}' was written by another process in the meantime, so the result is in '{place}'."
+            )
 
 
 def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     """Return the real path of an output folder that can be written. Call this before long work.
 
     Raises:
-        RunFolderError: As for `atomic_folder`.
+        RunFolderError: As for `atomic_folder`; but a mount point passes, for files that are written in place.
     """
     target = _writable(path)
     with writing(target):
@@ -121,8 +132,8 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
         option: The option that names the file, if it is not the usual --output.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot
-            be written.
+        RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is
+            false, or cannot be written.
     """
     target = _writable(path)
     with writing(target):
@@ -134,6 +145,7 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
                 f"'{target}' already exists. Choose another file{f' ({option} FILE)' if option else ''}, or pass "
                 "overwrite=True (--overwrite on the command line) to replace it."
             )
+    _require_no_mount(target)
     return target
 
 
@@ -149,9 +161,10 @@ def require_replaceable(
         marks: The folder must have one of these files.
 
     Raises:
-        RunFolderError: The folder has other files, or none of `marks`.
+        RunFolderError: The folder has other files, or none of `marks`, or is a mount point.
     """
     folder = Path(os.path.realpath(folder))
+    _require_no_mount(folder)
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
@@ -169,6 +182,20 @@ def require_replaceable(
         )
 
 
+def _free_name(path: Path) -> Path:
+    """Return a path beside a file that is not in use: NAME-2.jsonl for NAME.jsonl."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
+    return next(other for other in numbered if not other.exists())
+
+
+def _require_no_mount(target: Path) -> None:
+    """Reject a mount point, such as a volume of a container: no rename can replace it."""
+    if os.path.ismount(target):
+        raise RunFolderError(
+            f"'{target}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
+        )
+
+
 def _is_disposable(path: Path) -> bool:
     """Return whether a file manager created the file, so that overwriting loses nothing."""
     if not path.is_file():
@@ -177,6 +204,15 @@ def _is_disposable(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
     return path.name in _OF_FILE_MANAGERS
+
+
+def copy_mode(source: Path, target: Path) -> None:
+    """Give a file or folder the permissions of another, unless the file system refuses it, as a mounted share may."""
+    try:
+        shutil.copymode(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def visible_names(folder: Path) -> list[str]:
@@ -326,11 +362,16 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, such as shared folders of VirtualBox, have no flush of folders.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

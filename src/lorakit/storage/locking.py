@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     The system releases the lock when the process ends, also if it is killed.
 
     Raises:
-        RunFolderError: Another run holds the lock, or the folder cannot be created.
+        RunFolderError: Another run holds the lock, or the folder cannot be created or locked.
     """
     folder = Path(path)
     try:
@@ -36,11 +37,18 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     holder = folder / HOLDER_NAME
     try:
         lock.acquire(blocking=False)
+    except (
+        NotImplementedError
+    ) as error:  # of older versions of filelock; newer ones use a marker file
+        raise RunFolderError(
+            f"Cannot lock the folder '{folder}': its file system has no locks. Choose another folder."
+        ) from error
     # filelock raises RuntimeError if this thread holds the lock through another object.
     except (filelock.Timeout, RuntimeError) as error:
+        who, advice = _holder(folder)
         raise RunFolderError(
-            f"'{folder}' is in use by another run{_pid_note(holder)}. "
-            "Wait for it to end, or choose another folder."
+            f"'{folder}' is in use by another run{who}. "
+            f"Wait for it to end, or choose another folder.{advice}"
         ) from error
     except OSError as error:
         raise RunFolderError(
@@ -48,7 +56,7 @@ def lock_folder(path: str | Path) -> Iterator[None]:
         ) from error
     try:
         with suppress(OSError):  # only used in the message above
-            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+            holder.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
@@ -56,7 +64,13 @@ def lock_folder(path: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def _pid_note(holder: Path) -> str:
+def _holder(folder: Path) -> tuple[str, str]:
+    """Return the process that holds a lock, in words, and what to do if it runs on another machine."""
     with suppress(OSError, ValueError):
-        return f" (pid {int(holder.read_text(encoding='utf-8'))})"
-    return ""
+        pid, host = (folder / HOLDER_NAME).read_text(encoding="utf-8").split()
+        if host == socket.gethostname():
+            return f" (pid {pid})", ""
+        # Without locks in the file system, the lock file of a process that was killed there stays.
+        advice = f" If no such process runs there, delete '{folder / LOCK_NAME}'."
+        return f" (pid {pid} on {host})", advice
+    return "", ""

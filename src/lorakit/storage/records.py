@@ -35,15 +35,15 @@ def write_json(path: str | Path, obj: Any) -> None:
     Path(path).write_bytes(f"{text}\n".encode())
 
 
-def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write each row as one line of UTF-8 JSON, the whole file or nothing.
+def write_rows(path: str | Path, rows: Iterable[Any], *, overwrite: bool = True) -> None:
+    """Write each row as one line of UTF-8 JSON, the whole file or nothing; see `atomic_file`.
 
     Raises:
-        RunFolderError: The file cannot be written.
+        RunFolderError: The file cannot be written, or exists and `overwrite` is false.
         ValueError: A row holds NaN or an infinity.
     """
     with (
-        atomic_file(path) as temporary,
+        atomic_file(path, overwrite=overwrite) as temporary,
         temporary.open("w", encoding="utf-8", newline="\n") as file,
     ):
         file.writelines(f"{json_line(row)}\n" for row in rows)

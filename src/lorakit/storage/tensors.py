@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, LorakitError, is_momentary
+from lorakit.storage.atomic import copy_mode
 from lorakit.storage.refusals import reading, regular_file
+
+_METADATA = {"format": "pt"}
 
 
 def read_safetensors(
@@ -69,8 +72,22 @@ def _require_unique_names(source: Path | bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors to a safetensors file. Equal tensors give equal bytes."""
-    # safetensors rejects tensors that share memory: copy all but the first.
+    """Write named tensors to a safetensors file. Equal tensors give equal bytes.
+
+    safetensors writes another file and renames it to `path`: in `atomic_file`, use `safetensors_bytes`, which keeps the
+    file and its lock.
+    """
+    save_file(_separate(tensors), path, metadata=_METADATA)
+    use_default_mode(path)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of the file that `write_safetensors` writes."""
+    return save(_separate(tensors), metadata=_METADATA)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by sorted name, on the CPU; safetensors rejects shared memory, so copy all but the first."""
     seen: set[int] = set()
     prepared: dict[str, Tensor] = {}
     for name in sorted(tensors):
@@ -78,8 +95,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         address = tensor.untyped_storage().data_ptr()
         prepared[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
-    save_file(prepared, path, metadata={"format": "pt"})
-    use_default_mode(path)
+    return prepared
 
 
 def use_default_mode(*paths: Path) -> None:
@@ -87,5 +103,5 @@ def use_default_mode(*paths: Path) -> None:
     for path in paths:
         probe = path.with_name(f".{path.name}.mode")
         probe.touch()
-        path.chmod(probe.stat().st_mode)
+        copy_mode(probe, path)
         probe.unlink()

@@ -127,6 +127,17 @@ def test_files_are_readable_for_others(tmp_path):
     assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
 
 
+def test_a_copied_tokenizer_has_the_mode_of_any_new_file(tmp_path):
+    """A mounted share may refuse any other; a cached download may be read-only."""
+    source, target = tmp_path / "tokenizer.json", tmp_path / "adapter" / "tokenizer.json"
+    source.write_text("{}")
+    usual = source.stat().st_mode
+    source.chmod(0o400)
+    target.parent.mkdir()
+    formats.copy_tokenizer(tmp_path, target.parent)
+    assert target.stat().st_mode == usual
+
+
 def test_a_live_adapter_with_its_base(tmp_path):
     model = tiny_models.build("gpt-neox")
     handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="attention.qv", dora=True), seed=0)
@@ -379,7 +390,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_old_adapter(tmp_path, monkeypa
         (atomic, "_exchange"),
         (Path, "write_bytes"),
         (Path, "touch"),
-        (Path, "chmod"),
+        (os, "chmod"),
         (formats.peft.writing, "write_safetensors"),
     )
     call, failed = 0, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,8 @@ import lorakit
 from lorakit.adapters import formats
 from lorakit.adapters.formats import read_loralib, write_loralib
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.storage import atomic
+from lorakit.storage.tensors import safetensors_bytes, write_safetensors
 
 # FACTS: Frobenius norms of the unscaled B A in microsoft/LoRA's roberta_base_lora_mnli.bin, by layer.
 QUERY_NORMS = "4.8136 3.8974 3.7993 4.4383 4.6199 4.7180 5.1077 6.1256 6.1628 6.9218 7.2132 6.3886"
@@ -396,6 +399,21 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
     torch.testing.assert_close(ours.double(), delta(layer), rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot lock a temporary")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_file_that_is_being_written_stays_locked(tmp_path, monkeypatch, suffix):
+    """Otherwise a second command with the same output removes it, and a killed one leaves it."""
+    put_in_place, seen = atomic._put_in_place, []
+
+    def checked(temporary: Path, target: Path) -> None:
+        seen.append(atomic._lock_of_abandoned(temporary))
+        put_in_place(temporary, target)
+
+    monkeypatch.setattr(atomic, "_put_in_place", checked)
+    write_loralib(adapter({"a": linear()}), tmp_path / f"a{suffix}")
+    assert seen == [None]
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -489,3 +507,10 @@ def test_relabelling_leaves_other_formats_alone(tmp_path):
     formats.check_targets(stored, tmp_path, random_net(lora=False))
     assert stored.layers["table"].kind == "linear"
     assert replace(stored.layers["table"], kind="embedding").rank == 2
+
+
+def test_bytes_of_safetensors_are_those_of_the_file(tmp_path):
+    shared = torch.arange(4.0)
+    tensors = {"b": shared[:2], "a": shared[2:], "c": torch.ones(3, 2).T}
+    write_safetensors(tmp_path / "a.safetensors", tensors)
+    assert safetensors_bytes(tensors) == (tmp_path / "a.safetensors").read_bytes()

@@ -182,7 +182,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         with storage.reading(path, AdapterFileError):
-            shutil.copy(path, copy)
+            shutil.copyfile(path, copy)  # not the mode, which a mounted share may refuse
 
 
 def check_replaceable(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.adapters.formats.tensors import SAFETENSORS
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.storage.tensors import write_safetensors
+from lorakit.storage.tensors import safetensors_bytes
 
 SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth")
 """Suffixes of loralib files."""
@@ -57,7 +57,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
     state.update(stored.trained)
     with storage.atomic_file(path) as temporary:
         if path.suffix == SAFETENSORS:
-            write_safetensors(temporary, state)
+            temporary.write_bytes(safetensors_bytes(state))
         else:
             with temporary.open("wb") as file:
                 torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
