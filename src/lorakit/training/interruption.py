@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -117,10 +118,13 @@ class Interruption:
         if self._processes.count == 1:
             self._agreed = self._received
         self._restore(signal.SIGINT, signal.SIGTERM)
-        self._print(
-            f"\n{signal.Signals(number).name}: ending this step or evaluation, then writing a checkpoint "
-            "(a second Ctrl-C or SIGTERM stops at once)."
-        )
+        # An error here would end the step. Python refuses to print while a print that the signal interrupted waits for
+        # the reader of a full pipe.
+        with suppress(Exception):
+            self._print(
+                f"\n{signal.Signals(number).name}: ending this step or evaluation, then writing a checkpoint "
+                "(a second Ctrl-C or SIGTERM stops at once)."
+            )
 
     def _print(self, text: str) -> None:
         if self._processes.is_first:
