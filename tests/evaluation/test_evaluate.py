@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,14 @@ from lorakit.errors import (
     ConfigurationError,
     DataError,
     LorakitError,
+    RunFolderError,
     WrongBaseError,
 )
 from lorakit.evaluation import evaluate as evaluate_module
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
@@ -242,6 +246,23 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
     first = evaluate(dataclasses.replace(config, limit=1, output=None))
     assert first.outputs == result.outputs[:1]
     assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
+
+
+def test_scores_are_shown_if_the_outputs_cannot_be_written(trained, tmp_path, monkeypatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapter, output = str(trained / "run" / "adapter"), str(tmp_path / "out.jsonl")
+    config = settings(trained, adapter=adapter, output=output, scores=("loss",), compare=True)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(RunFolderError, match="disk full") as refused:
+        evaluate(config)
+    _, scores, of_base = str(refused.value).split("\n")
+    result = evaluate(dataclasses.replace(config, output=None))
+    for line, expected in ((scores, result.scores), (of_base, result.base_scores)):
+        assert line.endswith(
+            f": loss {number(expected['loss'])}, perplexity {number(expected['perplexity'])}"
+        )
 
 
 @pytest.mark.parametrize(("context", "kept"), [(512, 40), (40, 36)])

@@ -30,12 +30,13 @@ from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
-from lorakit.errors import ConfigurationError, DataError, DivergenceError
+from lorakit.errors import ConfigurationError, DataError, DivergenceError, RunFolderError
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config
 from lorakit.evaluation.scoring_config import ScoredSplit
+from lorakit.formatting import number
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
 
     Raises:
         LorakitError: There is no data, or the base, the adapter or the data cannot be read, or do not fit each other,
-            or the output file exists.
+            or the output file exists. If it cannot be written, the error has the scores.
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
@@ -131,8 +132,19 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         result = dataclasses.replace(result, base_scores=compared.scores)
     result = dataclasses.replace(result, split=split, sha256=loaded.sha256)
     if config.output is not None:
-        result.write_outputs(config.output)
+        try:
+            result.write_outputs(config.output)
+        except RunFolderError as error:  # a full disk, maybe after hours: the scores need none
+            raise RunFolderError(*error.args, *_score_lines(result)) from error
     return result
+
+
+def _score_lines(result: Evaluation) -> list[str]:
+    return [
+        f"{of}: {', '.join(f'{name} {number(score)}' for name, score in scores.items())}"
+        for of, scores in (("Scores", result.scores), ("Scores of the base", result.base_scores))
+        if scores
+    ]
 
 
 def _score(
