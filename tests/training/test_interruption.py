@@ -68,6 +68,14 @@ def test_nohup_keeps_a_run_going() -> None:
         assert not interruption.requested
 
 
+def test_a_handler_of_c_code_is_left(monkeypatch) -> None:
+    """Python returns None for it, and cannot restore it."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced the handler"))
+    with Interruption() as interruption:
+        assert not interruption.requested
+
+
 class Failing:
     """A stream of which every write fails."""
 

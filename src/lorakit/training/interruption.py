@@ -57,8 +57,9 @@ class Interruption:
         # Python allows signal handlers in the main thread only; in other threads the signals act as usual.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, _HANGUP):
-                # Respect signals that the parent ignores: nohup, a shell's background job.
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                # Respect signals that the parent ignores (nohup, a shell's background job), and handlers of C code, for
+                # which Python returns None.
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._request)
         return self
 
