@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
 
 from lorakit import storage
 from lorakit.errors import DataError, RunFolderError
 from lorakit.storage import lock_folder
+from lorakit.training.checkpoint import State
 from lorakit.training.loop import train
+from lorakit.training.run_folder import RunFolder
 
 
 def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
@@ -114,3 +117,17 @@ def test_a_file_as_output_is_refused(tmp_path: Path, base: str) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
         train(tiny_runs.config(tmp_path, base))
+
+
+def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """As after a signal at step 137 and a kill in that checkpoint: no later checkpoint has its name."""
+    config = tiny_runs.config(tmp_path, "base")
+    leftovers = [
+        tmp_path / "run" / f"{name}.tmp-0123456789ab"
+        for name in (".best", "checkpoints/.step-000137")
+    ]
+    for folder in leftovers:
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"half")
+    RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {})
+    assert not any(map(Path.exists, leftovers))

@@ -214,12 +214,15 @@ class RunFolder:
     ) -> None:
         """Write config.yaml and this session of the run, and drop what was recorded after `state`.
 
-        If `overwrite` is set, delete the old run first. A run with more steps than before becomes an unfinished one.
+        Delete the temporaries that a killed session left, such as half a checkpoint. If `overwrite` is set, delete the
+        old run first. A run with more steps than before becomes an unfinished one.
 
         Raises:
             RunFolderError: A file of the run to resume is damaged, or cannot be written. Damaged files are found before
                 anything changes.
         """
+        for folder in filter(Path.is_dir, (self.path, self.checkpoints)):
+            storage.remove_leftovers(folder)
         sessions: list[dict[str, Any]] = []
         if self.config.overwrite:
             _delete(self.path)
