@@ -131,3 +131,12 @@ def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
         (folder / "weights.safetensors").write_bytes(b"half")
     RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {})
     assert not any(map(Path.exists, leftovers))
+
+
+def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_path: Path) -> None:
+    """The report would show the old scores beside the new metrics, and a kill leave a finished run."""
+    run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
+    run.path.mkdir()
+    (run.path / "result.json").write_text("{}")
+    run.begin(State(), torch.device("cpu"), {})
+    assert not (run.path / "result.json").exists()

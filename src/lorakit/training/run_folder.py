@@ -215,7 +215,7 @@ class RunFolder:
         """Write config.yaml and this session of the run, and drop what was recorded after `state`.
 
         Delete the temporaries that a killed session left, such as half a checkpoint. If `overwrite` is set, delete the
-        old run first. A run with more steps than before becomes an unfinished one.
+        old run first. A finished run becomes an unfinished one.
 
         Raises:
             RunFolderError: A file of the run to resume is damaged, or cannot be written. Damaged files are found before
@@ -232,8 +232,8 @@ class RunFolder:
                 sessions = record.get("sessions", [])
             for lines in (self.metrics, self.samples):
                 lines.until(state)
-        if self.extends:  # first, so that a kill leaves an unfinished run
-            (self.path / RESULT).unlink(missing_ok=True)
+        # First, so that a kill leaves an unfinished run. A finished one trains again if it lost its adapter.
+        (self.path / RESULT).unlink(missing_ok=True)
         if self.extends or not (self.path / CONFIG).exists():
             settings = storage.dump_yaml(_saved_settings(self.config), sort_keys=False, width=100)
             with storage.atomic_file(self.path / CONFIG) as temporary:
