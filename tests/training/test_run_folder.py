@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -140,3 +141,22 @@ def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_pa
     (run.path / "result.json").write_text("{}")
     run.begin(State(), torch.device("cpu"), {})
     assert not (run.path / "result.json").exists()
+
+
+def test_files_of_an_editor_in_best_do_not_end_a_run(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = RunFolder.begin
+
+    def begin_and_edit(run: RunFolder, *args: Any, **settings: Any) -> None:
+        begin(run, *args, **settings)
+        (run.path / "best-kept-1").mkdir()
+        run.best.mkdir()
+        (run.best / ".README.md.swp").write_text("notes")
+
+    monkeypatch.setattr(RunFolder, "begin", begin_and_edit)
+    best = train(tiny_runs.config(tmp_path, base, max_steps=1)).best
+    assert best is not None
+    assert [*best.glob("adapter_model.*")]
+    assert (tmp_path / "run" / "best-kept-2" / ".README.md.swp").read_text() == "notes"
+    assert "best-kept-2', to keep the files that are not an adapter's" in caplog.text

@@ -19,17 +19,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from lorakit import storage
+from lorakit.adapters.formats import check_replaceable
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.formatting import resume_command
@@ -42,6 +45,8 @@ from lorakit.training.distributed import Processes
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
 from lorakit.training.warm_start import method_of
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
@@ -290,6 +295,26 @@ class RunFolder:
             return None
         record = storage.read_record(path, RunFolderError)
         return from_fields(RunResult, {"folder": self.path, **record}, path)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename an adapter folder that has files of other programs, so that a save neither deletes them nor fails.
+
+    Editors and notebooks write hidden files beside the model card that a user looks at.
+
+    Raises:
+        RunFolderError: It cannot be renamed.
+    """
+    try:
+        check_replaceable(folder)
+    except RunFolderError:
+        numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
+        kept = next(path for path in numbered if not path.exists())
+        with storage.writing(folder):
+            folder.rename(kept)
+        _LOG.warning(
+            "Renamed '%s' to '%s', to keep the files that are not an adapter's.", folder, kept
+        )
 
 
 @contextmanager
