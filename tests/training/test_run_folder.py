@@ -14,7 +14,9 @@ import torch
 from lorakit import storage
 from lorakit.errors import DataError, RunFolderError
 from lorakit.storage import lock_folder
+from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
+from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import RunFolder
 
@@ -160,3 +162,28 @@ def test_files_of_an_editor_in_best_do_not_end_a_run(
     assert [*best.glob("adapter_model.*")]
     assert (tmp_path / "run" / "best-kept-2" / ".README.md.swp").read_text() == "notes"
     assert "best-kept-2', to keep the files that are not an adapter's" in caplog.text
+
+
+def test_metrics_and_samples_are_on_the_disk_before_each_checkpoint(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut can lose what was appended to a file and keep a checkpoint that was flushed later."""
+    synced, checks = {}, 0
+    fsync, save = os.fsync, checkpoint.save
+
+    def recording(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def checking(*args: Any, **settings: Any) -> None:
+        nonlocal checks
+        files = [tmp_path / "run" / f"{name}.jsonl" for name in ("metrics", "samples")]
+        assert [synced[file.stat().st_ino] for file in files] == [f.stat().st_size for f in files]
+        checks += 1
+        save(*args, **settings)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(checkpoint, "save", checking)
+    evaluation = HeldOutConfig(samples=1, max_new_tokens=1)
+    train(tiny_runs.config(tmp_path, base, max_steps=1, evaluation=evaluation))
+    assert checks

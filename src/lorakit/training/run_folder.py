@@ -21,6 +21,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -128,6 +129,12 @@ class JsonLines:
     def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
+
+    def sync(self) -> None:
+        """Flush the lines to the disk: after a power cut, those before a checkpoint must not be missing."""
+        if self.path.exists():
+            with storage.writing(self.path), self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def truncate(self, state: State) -> None:
         """Drop the lines that were recorded after `state`, and an incomplete last line.
