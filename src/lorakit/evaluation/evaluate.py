@@ -30,7 +30,13 @@ from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
-from lorakit.errors import ConfigurationError, DataError, DivergenceError, RunFolderError
+from lorakit.errors import (
+    ConfigurationError,
+    DataError,
+    DivergenceError,
+    LorakitError,
+    RunFolderError,
+)
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -298,8 +304,28 @@ def generated(
         for text, group in zip(texts, groups.values(), strict=True)
     ]
     answers = [record["output"] for record in outputs]
-    scores = task.score(answers, list(groups.values()), quick=quick, lowercase=lowercase)
+    scores = _scores(task, answers, list(groups.values()), quick=quick, lowercase=lowercase)
     return Evaluation(scores=scores, outputs=outputs)
+
+
+def _scores(
+    task: type[Task], outputs: Sequence[Any], examples: Groups, **settings: Any
+) -> dict[str, float]:
+    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch.
+
+    Raises:
+        LorakitError: A score is not a number.
+    """
+    scores: dict[str, float] = {}
+    for name, score in task.score(outputs, examples, **settings).items():
+        try:
+            scores[name] = score if isinstance(score, int) else float(score)
+        except (TypeError, ValueError):
+            raise LorakitError(
+                f"The score {name} of task {task.name} is {score!r}; it must be a number. Return one from the task's "
+                "score method."
+            ) from None
+    return scores
 
 
 def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
@@ -379,7 +405,7 @@ def _label_evaluation(
 ) -> Evaluation:
     labels = [example.label for example in examples]
     answers = [int(p) for p in predictions] if task.kind == "classification" else predictions
-    scores = task.score(answers, [[example] for example in examples], classes=classes)
+    scores = _scores(task, answers, [[example] for example in examples], classes=classes)
     outputs: list[dict[str, Any]] = [
         {"prompt": example.prompt, "output": prediction, "label": label}
         for example, prediction, label in zip(examples, predictions, labels, strict=True)
