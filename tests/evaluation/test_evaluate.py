@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +24,7 @@ import lorakit
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data
 from lorakit.compute.base import open_base
+from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataConfig, DataTask, load_examples
 from lorakit.errors import (
     AdapterFileError,
@@ -414,6 +416,18 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
     broken.save_pretrained(base)
     with pytest.raises(LorakitError, match=r"loss is nan.*'lm_head\.weight' holds NaN"):
         evaluate(settings(tmp_path, scores=("loss",)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, "Set base.dtype float32"),
+        (torch.bfloat16, "Use another base"),  # it has the range of float32
+        (torch.float32, "Use another base"),
+    ],
+)
+def test_only_float16_is_advised_to_change(dtype: torch.dtype, advice: str) -> None:
+    assert advice in why_not_finite(nn.Linear(2, 2).to(dtype))
 
 
 @pytest.mark.parametrize(
