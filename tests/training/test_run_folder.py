@@ -164,6 +164,7 @@ def test_files_of_an_editor_in_best_do_not_end_a_run(
     assert "best-kept-2', to keep the files that are not an adapter's" in caplog.text
 
 
+@pytest.mark.slow
 def test_metrics_and_samples_are_on_the_disk_before_each_checkpoint(
     tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
