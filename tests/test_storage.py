@@ -383,6 +383,18 @@ def test_a_save_survives_another_that_begins_before_its_lock(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["target"]
 
 
+def test_leftovers_of_any_target_are_removed(tmp_path):
+    dead = "tmp-0123456789ab"
+    write_tree_at(tmp_path / f".step-000137.{dead}")
+    (tmp_path / f".a.json.{dead}").touch()
+    write_tree_at(tmp_path / f".renamed.{dead}-old")
+    (tmp_path / ".mine.tmp-0").touch()
+    with storage.atomic_folder(tmp_path / "target") as alive:
+        storage.remove_leftovers(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [".mine.tmp-0", alive.name, "renamed"]
+    assert read_tree(tmp_path / "renamed") == OLD
+
+
 def test_neighbours_with_similar_names_are_left_alone(tmp_path):
     for name in (".target.tmp", ".target2.tmp-0", "target.tmp-0"):
         (tmp_path / name).mkdir()

@@ -172,6 +172,33 @@ def test_a_run_with_a_checkpoint_gets_the_command_that_resumes_it(
     assert (expected in capsys.readouterr().err) == (step > 0)
 
 
+def test_a_full_disk_of_tensorboard_names_the_command_too(
+    base: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    full, close, run = FullAfter(SummaryWriter.add_scalar, 8), SummaryWriter.close, tmp_path / "run"
+
+    def close_and_fail(writer: SummaryWriter) -> None:
+        close(writer)
+        disk_full()
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", lambda *args: full(*args))
+    monkeypatch.setattr(SummaryWriter, "close", close_and_fail)
+    command = (
+        f"train --base.name {base} --data.train {data} --output {run} --checkpoints.every 1 "
+        "--loggers tensorboard"
+    )
+    assert main(command.split()) == 1
+    err = capsys.readouterr().err
+    assert f"disk full while writing '{run / 'tensorboard'}'" in err
+    assert f"The run can go on from its checkpoint: lorakit train --config {run}" in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 1], ids=["first", "early", "late", "last"])
 @pytest.mark.parametrize("write", IN_A_RUN)

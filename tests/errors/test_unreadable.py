@@ -258,6 +258,28 @@ def test_windows_error_of_a_closed_pipe(
     assert capsys.readouterr().err == ("" if is_closed else "lorakit inspect: Invalid argument.\n")
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_only_a_closed_standard_output_is_no_error(
+    is_closed: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """`lorakit inspect | head` succeeds; a command that loses the pipe to another process does not."""
+
+    def run(_: object) -> None:
+        print("text", flush=True)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("lorakit.cli.import_module", lambda _: SimpleNamespace(run=run))
+    reader, writer = os.pipe()
+    if is_closed:
+        os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert main(["inspect"]) == (0 if is_closed else 1)
+    if not is_closed:
+        os.close(reader)
+    assert capsys.readouterr().err == ("" if is_closed else "lorakit inspect: Broken pipe.\n")
+
+
 def test_a_closed_standard_output(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", None)
     assert main(["inspect", str(adapter)]) == 0

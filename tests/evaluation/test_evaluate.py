@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +24,7 @@ import lorakit
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data
 from lorakit.compute.base import open_base
+from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataConfig, DataTask, load_examples
 from lorakit.errors import (
     AdapterFileError,
@@ -34,6 +38,7 @@ from lorakit.evaluation import evaluate as evaluate_module
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
@@ -245,6 +250,23 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
     assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
 
 
+def test_scores_are_shown_if_the_outputs_cannot_be_written(trained, tmp_path, monkeypatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapter, output = str(trained / "run" / "adapter"), str(tmp_path / "out.jsonl")
+    config = settings(trained, adapter=adapter, output=output, scores=("loss",), compare=True)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(RunFolderError, match="disk full") as refused:
+        evaluate(config)
+    _, scores, of_base = str(refused.value).split("\n")
+    result = evaluate(dataclasses.replace(config, output=None))
+    for line, expected in ((scores, result.scores), (of_base, result.base_scores)):
+        assert line.endswith(
+            f": loss {number(expected['loss'])}, perplexity {number(expected['perplexity'])}"
+        )
+
+
 @pytest.mark.parametrize(("context", "kept"), [(512, 40), (40, 36)])
 def test_the_length_of_a_reference_does_not_change_the_prompt(
     trained, tmp_path, monkeypatch, context: int, kept: int
@@ -394,6 +416,18 @@ def test_a_model_whose_output_is_not_finite_says_so(tmp_path: Path) -> None:
     broken.save_pretrained(base)
     with pytest.raises(LorakitError, match=r"loss is nan.*'lm_head\.weight' holds NaN"):
         evaluate(settings(tmp_path, scores=("loss",)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, "Set base.dtype float32"),
+        (torch.bfloat16, "Use another base"),  # it has the range of float32
+        (torch.float32, "Use another base"),
+    ],
+)
+def test_only_float16_is_advised_to_change(dtype: torch.dtype, advice: str) -> None:
+    assert advice in why_not_finite(nn.Linear(2, 2).to(dtype))
 
 
 @pytest.mark.parametrize(

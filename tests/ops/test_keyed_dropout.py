@@ -190,6 +190,17 @@ def test_unknown_shapes_are_noted_and_dropped_by_place():
     assert keys.draws == 2
 
 
+@pytest.mark.parametrize("name", ["dropout", "scaled_dot_product_attention"])
+def test_functions_that_other_code_has_replaced_come_back(name, monkeypatch):
+    def replacement(*arguments, **options):
+        raise NotImplementedError
+
+    monkeypatch.setattr(F, name, replacement)
+    with keyed(keys_of(tokens_of(1, 4))):
+        assert getattr(F, name) is not replacement
+    assert getattr(F, name) is replacement
+
+
 def test_one_batch_at_a_time():
     keys = keys_of(tokens_of(1, 2))
     with keyed(keys), pytest.raises(LorakitError, match="Another thread"), keyed(keys):

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -19,9 +20,10 @@ from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
 from lorakit.errors import RunFolderError
-from lorakit.training import checkpoint
+from lorakit.training import checkpoint, loop
 from lorakit.training.config import CheckpointConfig, TrainConfig
 from lorakit.training.loop import train
+from lorakit.training.setup import prepare
 
 BEFORE, NEWEST = Path("checkpoints", "step-000004"), Path("checkpoints", "step-000006")
 
@@ -145,6 +147,19 @@ def test_a_checkpoint_of_another_version_says_so(half: TrainConfig) -> None:
     record["state"]["new_counter"] = 1
     storage.write_record(path, record)
     with pytest.raises(RunFolderError, match=r"another version.*new_counter"):
+        train(half)
+
+
+def test_checkpoints_that_are_deleted_while_the_base_loads(half: TrainConfig, monkeypatch) -> None:
+    """The adapter was prepared for the weights of a checkpoint, so it cannot start as a new one."""
+
+    def prepare_and_delete(*args: Any, **settings: Any) -> Any:
+        job = prepare(*args, **settings)
+        shutil.rmtree(Path(half.output, "checkpoints"))
+        return job
+
+    monkeypatch.setattr(loop, "prepare", prepare_and_delete)
+    with pytest.raises(RunFolderError, match=r"had a checkpoint .*Start the command again"):
         train(half)
 
 

@@ -388,3 +388,20 @@ def test_a_resumed_run_decides_alike() -> None:
 def test_a_factor_that_every_loss_exceeds(factor: float) -> None:
     with pytest.raises(ConfigurationError, match=r"optimizer.explosion is .*; it must be"):
         OptimizerConfig(explosion=factor)
+
+
+def test_a_held_out_loss_that_is_not_finite_names_the_learning_rate(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation can follow the bad update before the next step does."""
+    original = loop.optimizer_step
+
+    def step(*args: Any) -> Any:
+        done = original(*args)
+        next(iter(args[0].parameters.values())).data[0] = math.nan
+        return done
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    config = tiny_runs.config(tmp_path, base, max_steps=2, evaluation=HeldOutConfig(every=1))
+    with pytest.raises(DivergenceError, match=r"step 1: the held-out loss .*Lower optimizer\.lear"):
+        train(config)

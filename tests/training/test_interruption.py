@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
+from rich.console import Console
 
 from lorakit import storage
 from lorakit.training.interruption import EXIT_TO_RESUME, Interruption
@@ -66,6 +68,14 @@ def test_nohup_keeps_a_run_going() -> None:
         assert not interruption.requested
 
 
+def test_a_handler_of_c_code_is_left(monkeypatch) -> None:
+    """Python returns None for it, and cannot restore it."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced the handler"))
+    with Interruption() as interruption:
+        assert not interruption.requested
+
+
 class Failing:
     """A stream of which every write fails."""
 
@@ -79,15 +89,47 @@ class Failing:
         return self.descriptor
 
 
-def test_only_a_closed_terminal_drops_text(monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_only_a_closed_terminal_or_pipe_drops_text(
+    number: int, monkeypatch, tmp_path: Path
+) -> None:
     with (tmp_path / "terminal").open("w") as file:
-        monkeypatch.setattr(sys, "stderr", Failing(errno.EIO, file.fileno()))
+        monkeypatch.setattr(sys, "stderr", Failing(number, file.fileno()))
         print("text", file=error_output())
         file.write("later")
     assert not (tmp_path / "terminal").read_text()
     monkeypatch.setattr(sys, "stderr", Failing(errno.ENOSPC, -1))
     with pytest.raises(OSError, match="No space"):
         print("text", file=error_output())
+
+
+def test_ctrl_c_that_has_ended_tee(monkeypatch) -> None:
+    """As in `lorakit train 2>&1 | tee log`: the signal goes to both, and the pipe has no reader any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        with (
+            handled(signal.SIGINT, signal.default_int_handler),
+            Interruption() as interruption,
+        ):
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.requested
+        Console(stderr=True, file=error_output()).print("a later line")
+        with pytest.raises(KeyboardInterrupt):
+            interruption.exit("the command that resumes the run")
+
+
+def test_a_signal_while_a_message_is_printed(monkeypatch) -> None:
+    """Python raises a RuntimeError for a print that interrupts a print to a full pipe."""
+
+    def reentrant(*_: object) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=reentrant))
+    with handled(signal.SIGTERM, signal.SIG_DFL), Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.requested
 
 
 @pytest.mark.slow

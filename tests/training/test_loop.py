@@ -536,6 +536,23 @@ def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypa
     assert {"validation/loss", "validation/perplexity"} == logged[0][1].keys()
 
 
+def test_a_logger_that_does_not_close_leaves_the_run_finished(
+    tmp_path: Path, base: str, monkeypatch, caplog
+) -> None:
+    """Weights & Biases without a network."""
+
+    def finish() -> None:
+        raise ConnectionError("no route to host")
+
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=print, finish=finish)
+    wandb = SimpleNamespace(init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    result = train(tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=1))
+    assert result.adapter.is_dir()
+    assert "WeightsAndBiases may lack the last numbers" in caplog.text
+    assert "no route to host" in caplog.text
+
+
 @pytest.mark.parametrize("way", [{"overwrite": True}, {"resume": True, "max_steps": 2}], ids=str)
 def test_a_logger_that_is_not_installed_leaves_the_old_run(
     tmp_path, base, monkeypatch, way

@@ -189,6 +189,47 @@ class Mine(Completion):
         train(dataclasses.replace(settings, data=data, evaluation=evaluation))
 
 
+OWN_SCORES = """
+import numpy as np
+import torch
+
+from lorakit.tasks import Completion
+
+class Mine(Completion):
+    name = "mine"
+    scores = quick_scores = ("right",)
+
+    @classmethod
+    def score(cls, outputs, examples, **settings):
+        return {{"right": {score}}}
+"""
+
+
+@pytest.mark.parametrize("kind", ["np.int64", "np.float32", "torch.tensor"])
+def test_scores_may_be_numbers_of_numpy_and_torch(kind: str, tmp_path: Path, base: str) -> None:
+    (tmp_path / "mine.py").write_text(OWN_SCORES.format(score=f"{kind}(2)"))
+    settings = tiny_runs.config(
+        tmp_path, base, max_steps=1, evaluation=HeldOutConfig(samples=1, max_new_tokens=1)
+    )
+    data = dataclasses.replace(settings.data, task=f"{tmp_path / 'mine.py'}:Mine")
+    result = train(dataclasses.replace(settings, data=data))
+    records = tiny_runs.metrics(tmp_path / "run", "validation")
+    assert [record["right"] for record in records] == [2, 2]
+    assert result.scores["right"] == 2
+
+
+def test_a_score_that_is_no_number_is_refused_before_the_first_step(
+    tmp_path: Path, base: str
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN_SCORES.format(score="None"))
+    settings = tiny_runs.config(
+        tmp_path, base, evaluation=HeldOutConfig(samples=1, max_new_tokens=1)
+    )
+    data = dataclasses.replace(settings.data, task=f"{tmp_path / 'mine.py'}:Mine")
+    with pytest.raises(LorakitError, match=r"score right of task mine is None; it must be a num"):
+        train(dataclasses.replace(settings, data=data))
+
+
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_changed_task_file(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"

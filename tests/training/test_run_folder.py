@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
+import torch
 
 from lorakit import storage
 from lorakit.errors import DataError, RunFolderError
 from lorakit.storage import lock_folder
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import State
+from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
+from lorakit.training.run_folder import RunFolder
 
 
 def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
@@ -114,3 +120,71 @@ def test_a_file_as_output_is_refused(tmp_path: Path, base: str) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
         train(tiny_runs.config(tmp_path, base))
+
+
+def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """As after a signal at step 137 and a kill in that checkpoint: no later checkpoint has its name."""
+    config = tiny_runs.config(tmp_path, "base")
+    leftovers = [
+        tmp_path / "run" / f"{name}.tmp-0123456789ab"
+        for name in (".best", "checkpoints/.step-000137")
+    ]
+    for folder in leftovers:
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"half")
+    RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {})
+    assert not any(map(Path.exists, leftovers))
+
+
+def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_path: Path) -> None:
+    """The report would show the old scores beside the new metrics, and a kill leave a finished run."""
+    run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
+    run.path.mkdir()
+    (run.path / "result.json").write_text("{}")
+    run.begin(State(), torch.device("cpu"), {})
+    assert not (run.path / "result.json").exists()
+
+
+def test_files_of_an_editor_in_best_do_not_end_a_run(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin = RunFolder.begin
+
+    def begin_and_edit(run: RunFolder, *args: Any, **settings: Any) -> None:
+        begin(run, *args, **settings)
+        (run.path / "best-kept-1").mkdir()
+        run.best.mkdir()
+        (run.best / ".README.md.swp").write_text("notes")
+
+    monkeypatch.setattr(RunFolder, "begin", begin_and_edit)
+    best = train(tiny_runs.config(tmp_path, base, max_steps=1)).best
+    assert best is not None
+    assert [*best.glob("adapter_model.*")]
+    assert (tmp_path / "run" / "best-kept-2" / ".README.md.swp").read_text() == "notes"
+    assert "best-kept-2', to keep the files that are not an adapter's" in caplog.text
+
+
+@pytest.mark.slow
+def test_metrics_and_samples_are_on_the_disk_before_each_checkpoint(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut can lose what was appended to a file and keep a checkpoint that was flushed later."""
+    synced, checks = {}, 0
+    fsync, save = os.fsync, checkpoint.save
+
+    def recording(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def checking(*args: Any, **settings: Any) -> None:
+        nonlocal checks
+        files = [tmp_path / "run" / f"{name}.jsonl" for name in ("metrics", "samples")]
+        assert [synced[file.stat().st_ino] for file in files] == [f.stat().st_size for f in files]
+        checks += 1
+        save(*args, **settings)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(checkpoint, "save", checking)
+    evaluation = HeldOutConfig(samples=1, max_new_tokens=1)
+    train(tiny_runs.config(tmp_path, base, max_steps=1, evaluation=evaluation))
+    assert checks

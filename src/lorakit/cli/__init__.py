@@ -125,12 +125,17 @@ def _set_encodings() -> None:
 
 def _is_closed_pipe(error: OSError) -> bool:
     """Return whether the reader of standard output, such as head, has closed it."""
-    if sys.platform == "win32" and error.errno == errno.EINVAL and sys.stdout is not None:
-        try:  # Windows' error of a closed pipe is that of an invalid argument; a pipe fails again
-            sys.stdout.flush()
-        except OSError:
-            return True
-    return isinstance(error, BrokenPipeError)
+    # Windows' error of a closed pipe is that of an invalid argument.
+    is_of_a_pipe = isinstance(error, BrokenPipeError) or (
+        sys.platform == "win32" and error.errno == errno.EINVAL
+    )
+    if not is_of_a_pipe or sys.stdout is None:
+        return False
+    try:  # the pipe may be another one, such as that to a logger's process; a closed one fails again
+        print(flush=True)
+    except OSError:
+        return True
+    return False
 
 
 def _overview() -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import BaseModelError
-from lorakit.models.dtypes import dtype_name
 
 
 def refuse_nan(model: nn.Module, output: Tensor) -> None:
@@ -26,6 +25,7 @@ def why_not_finite(model: nn.Module) -> str:
             "base."
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if dtype == torch.float32:
-        return "all weights are finite, but an activation overflows. Use another base or adapter."
-    return f"the activations overflow in {dtype_name(dtype)}. Set base.dtype float32."
+    if dtype == torch.float16:
+        return "the activations overflow in float16. Set base.dtype float32."
+    # bfloat16 has the range of float32.
+    return "all weights are finite, but an activation overflows. Use another base or adapter."

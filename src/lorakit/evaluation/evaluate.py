@@ -30,12 +30,19 @@ from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
-from lorakit.errors import ConfigurationError, DataError, DivergenceError
+from lorakit.errors import (
+    ConfigurationError,
+    DataError,
+    DivergenceError,
+    LorakitError,
+    RunFolderError,
+)
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config
 from lorakit.evaluation.scoring_config import ScoredSplit
+from lorakit.formatting import number
 from lorakit.models.loading import Base
 from lorakit.tasks import (
     TASKS,
@@ -89,7 +96,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
 
     Raises:
         LorakitError: There is no data, or the base, the adapter or the data cannot be read, or do not fit each other,
-            or the output file exists.
+            or the output file exists. If it cannot be written, the error has the scores.
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
@@ -136,8 +143,19 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         result = dataclasses.replace(result, base_scores=compared.scores)
     result = dataclasses.replace(result, split=split, sha256=loaded.sha256)
     if config.output is not None:
-        result.write_outputs(config.output, overwrite=config.overwrite)
+        try:
+            result.write_outputs(config.output, overwrite=config.overwrite)
+        except RunFolderError as error:  # a full disk, maybe after hours: the scores need none
+            raise RunFolderError(*error.args, *_score_lines(result)) from error
     return result
+
+
+def _score_lines(result: Evaluation) -> list[str]:
+    return [
+        f"{of}: {', '.join(f'{name} {number(score)}' for name, score in scores.items())}"
+        for of, scores in (("Scores", result.scores), ("Scores of the base", result.base_scores))
+        if scores
+    ]
 
 
 def _score(
@@ -291,8 +309,28 @@ def generated(
         for text, group in zip(texts, groups.values(), strict=True)
     ]
     answers = [record["output"] for record in outputs]
-    scores = task.score(answers, list(groups.values()), quick=quick, lowercase=lowercase)
+    scores = _scores(task, answers, list(groups.values()), quick=quick, lowercase=lowercase)
     return Evaluation(scores=scores, outputs=outputs)
+
+
+def _scores(
+    task: type[Task], outputs: Sequence[Any], examples: Groups, **settings: Any
+) -> dict[str, float]:
+    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch.
+
+    Raises:
+        LorakitError: A score is not a number.
+    """
+    scores: dict[str, float] = {}
+    for name, score in task.score(outputs, examples, **settings).items():
+        try:
+            scores[name] = score if isinstance(score, int) else float(score)
+        except (TypeError, ValueError):
+            raise LorakitError(
+                f"The score {name} of task {task.name} is {score!r}; it must be a number. Return one from the task's "
+                "score method."
+            ) from None
+    return scores
 
 
 def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
@@ -372,7 +410,7 @@ def _label_evaluation(
 ) -> Evaluation:
     labels = [example.label for example in examples]
     answers = [int(p) for p in predictions] if task.kind == "classification" else predictions
-    scores = task.score(answers, [[example] for example in examples], classes=classes)
+    scores = _scores(task, answers, [[example] for example in examples], classes=classes)
     outputs: list[dict[str, Any]] = [
         {"prompt": example.prompt, "output": prediction, "label": label}
         for example, prediction, label in zip(examples, predictions, labels, strict=True)

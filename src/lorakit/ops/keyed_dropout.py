@@ -32,13 +32,14 @@ def keyed(keys: Keys) -> Iterator[None]:
             "Another thread of this process computes a step of training, which replaces torch's dropout in the whole "
             "process. Train in a process of its own."
         )
-    active.keys = keys
-    F.dropout, F.scaled_dot_product_attention = _dropout, _attention
+    before = F.dropout, F.scaled_dot_product_attention  # other code may have replaced them too
     try:
+        active.keys = keys
+        F.dropout, F.scaled_dot_product_attention = _dropout, _attention
         yield
     finally:
         active.keys = None
-        F.dropout, F.scaled_dot_product_attention = stock_dropout, stock_attention
+        F.dropout, F.scaled_dot_product_attention = before
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -30,6 +31,8 @@ except ImportError:  # Windows
     fcntl = None
 
 _OLD_SUFFIX = "-old"
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?")
+"""Names of temporaries (`_created`), and of their targets."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PAUSES = tuple(0.01 * 2**n for n in range(9))
@@ -314,6 +317,20 @@ def _lock_of_abandoned(path: Path) -> int | None:
     except OSError:
         os.close(lock)
         return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves of killed processes left in `folder`, whatever their targets.
+
+    A save does this for its own target alone, and a run may never save a checkpoint of the same step again.
+
+    Raises:
+        RunFolderError: `folder` cannot be read, or an old folder cannot be renamed back.
+    """
+    with writing(folder):
+        found = filter(None, map(_TEMPORARY.fullmatch, os.listdir(folder)))
+        for name in {match[1] for match in found}:
+            _remove_leftovers(folder / name)
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -185,14 +185,17 @@ def restore(
     """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`.
 
     Returns:
-        The state of the checkpoint; a new state if `folder` has no checkpoint.
+        The state of the checkpoint.
 
     Raises:
-        RunFolderError: Every checkpoint is damaged, or the newest has other tensors or other `inputs`.
+        RunFolderError: There is no checkpoint, all are damaged, or the newest has other tensors or other `inputs`.
     """
     checkpoints = checkpoints_in(folder)
     if not checkpoints:
-        return State(inputs=inputs)
+        # The adapter was prepared for a checkpoint, so it cannot train from its start.
+        raise RunFolderError(
+            f"'{folder}' had a checkpoint when this command started, and has none now. Start the command again."
+        )
     path, state = newest_whole(checkpoints)
     _require_same(inputs, state.inputs, path)
     stored = read_safetensors(path / WEIGHTS, RunFolderError, mapped=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -56,8 +57,9 @@ class Interruption:
         # Python allows signal handlers in the main thread only; in other threads the signals act as usual.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, _HANGUP):
-                # Respect signals that the parent ignores: nohup, a shell's background job.
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                # Respect signals that the parent ignores (nohup, a shell's background job), and handlers of C code, for
+                # which Python returns None.
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -117,10 +119,13 @@ class Interruption:
         if self._processes.count == 1:
             self._agreed = self._received
         self._restore(signal.SIGINT, signal.SIGTERM)
-        self._print(
-            f"\n{signal.Signals(number).name}: ending this step or evaluation, then writing a checkpoint "
-            "(a second Ctrl-C or SIGTERM stops at once)."
-        )
+        # An error here would end the step. Python refuses to print while a print that the signal interrupted waits for
+        # the reader of a full pipe.
+        with suppress(Exception):
+            self._print(
+                f"\n{signal.Signals(number).name}: ending this step or evaluation, then writing a checkpoint "
+                "(a second Ctrl-C or SIGTERM stops at once)."
+            )
 
     def _print(self, text: str) -> None:
         if self._processes.is_first:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit import storage
 from lorakit.errors import ConfigurationError
 from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
@@ -16,6 +17,8 @@ from lorakit.training.step import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 def require_loggers(names: Iterable[str]) -> None:
@@ -46,15 +49,21 @@ class Loggers:
             for name in run.config.loggers
             if self._logs
         ]
-        self._closing = ExitStack()
 
     def __enter__(self) -> Loggers:
-        for logger in self._loggers:
-            self._closing.callback(logger.close)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        for logger in self._loggers:
+            # An error here would replace the one that ends the run, or prevent a finished run from saving its adapter.
+            try:
+                logger.close()
+            except Exception as error:
+                _LOG.warning(
+                    "%s may lack the last numbers, which metrics.jsonl has: it did not close (%s).",
+                    type(logger).__name__,
+                    error,
+                )
 
     def restart(self, state: State) -> None:
         """Continue from `state`, to which the run went back."""
@@ -98,8 +107,9 @@ class TensorBoard:
     def _opened(self, after: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides the later steps, which an interrupted or diverged session logged.
-        return SummaryWriter(self._folder, purge_step=after + 1)
+        with storage.writing(self._folder):
+            # purge_step hides the later steps, which an interrupted or diverged session logged.
+            return SummaryWriter(self._folder, purge_step=after + 1)
 
     def restart(self, *, after: int) -> None:
         """Continue after this step."""
@@ -108,12 +118,14 @@ class TensorBoard:
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Log each value as ``split/name``."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        with storage.writing(self._folder):  # raises the errors of a thread that writes
+            for name, value in values.items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        with storage.writing(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:

@@ -249,8 +249,11 @@ def _save_checkpoint(
         whole_in_first(tensors, job.processes)
         for tensors in (job.weights, checkpoint.optimizer_tensors(optimizer))
     )
-    job.processes.on_first(
-        lambda: checkpoint.save(
+
+    def write() -> None:
+        run.metrics.sync()
+        run.samples.sync()
+        checkpoint.save(
             run.checkpoints,
             state,
             weights,
@@ -258,7 +261,8 @@ def _save_checkpoint(
             keep=run.config.checkpoints.keep,
             old=old,
         )
-    )
+
+    job.processes.on_first(write)
     if state.is_best:
         job.save_adapter(run.best, state)
 

@@ -19,17 +19,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from lorakit import storage
+from lorakit.adapters.formats import check_replaceable
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.formatting import resume_command
@@ -42,6 +46,8 @@ from lorakit.training.distributed import Processes
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
 from lorakit.training.warm_start import method_of
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
@@ -123,6 +129,12 @@ class JsonLines:
     def _write(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
+
+    def sync(self) -> None:
+        """Flush the lines to the disk: after a power cut, those before a checkpoint must not be missing."""
+        if self.path.exists():
+            with storage.writing(self.path), self.path.open("ab") as file:
+                os.fsync(file.fileno())
 
     def truncate(self, state: State) -> None:
         """Drop the lines that were recorded after `state`, and an incomplete last line.
@@ -214,12 +226,15 @@ class RunFolder:
     ) -> None:
         """Write config.yaml and this session of the run, and drop what was recorded after `state`.
 
-        If `overwrite` is set, delete the old run first. A run with more steps than before becomes an unfinished one.
+        Delete the temporaries that a killed session left, such as half a checkpoint. If `overwrite` is set, delete the
+        old run first. A finished run becomes an unfinished one.
 
         Raises:
             RunFolderError: A file of the run to resume is damaged, or cannot be written. Damaged files are found before
                 anything changes.
         """
+        for folder in filter(Path.is_dir, (self.path, self.checkpoints)):
+            storage.remove_leftovers(folder)
         sessions: list[dict[str, Any]] = []
         if self.config.overwrite:
             _delete(self.path)
@@ -229,8 +244,8 @@ class RunFolder:
                 sessions = record.get("sessions", [])
             for lines in (self.metrics, self.samples):
                 lines.until(state)
-        if self.extends:  # first, so that a kill leaves an unfinished run
-            (self.path / RESULT).unlink(missing_ok=True)
+        # First, so that a kill leaves an unfinished run. A finished one trains again if it lost its adapter.
+        (self.path / RESULT).unlink(missing_ok=True)
         if self.extends or not (self.path / CONFIG).exists():
             settings = storage.dump_yaml(_saved_settings(self.config), sort_keys=False, width=100)
             with storage.atomic_file(self.path / CONFIG) as temporary:
@@ -287,6 +302,26 @@ class RunFolder:
             return None
         record = storage.read_record(path, RunFolderError)
         return from_fields(RunResult, {"folder": self.path, **record}, path)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename an adapter folder that has files of other programs, so that a save neither deletes them nor fails.
+
+    Editors and notebooks write hidden files beside the model card that a user looks at.
+
+    Raises:
+        RunFolderError: It cannot be renamed.
+    """
+    try:
+        check_replaceable(folder)
+    except RunFolderError:
+        numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
+        kept = next(path for path in numbered if not path.exists())
+        with storage.writing(folder):
+            folder.rename(kept)
+        _LOG.warning(
+            "Renamed '%s' to '%s', to keep the files that are not an adapter's.", folder, kept
+        )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
+from lorakit.training.run_folder import set_aside
 from lorakit.training.schedule import Share, StepPlan, rate_factor
 from lorakit.training.sharding import (
     require_splittable,
@@ -250,6 +251,8 @@ class Job:
             "scores_before": state.scores_before,
         }
         with self.processes.together():
+            if self.processes.is_first:
+                set_aside(folder)
             if self.config.shard or self.processes.is_first:
                 self.adapters.save(
                     folder,

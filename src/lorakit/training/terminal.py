@@ -1,4 +1,4 @@
-"""Standard error of a run, whose terminal can be closed before the run ends."""
+"""Standard error of a run, whose terminal or reader can end before the run does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import IO, Any, cast
 
 
 def error_output() -> IO[str] | None:
-    """Return standard error, which drops text after its terminal was closed; None if the process has none."""
+    """Return standard error, which drops text once its terminal or pipe is closed; None if the process has none.
+
+    Ctrl-C in ``lorakit train 2>&1 | tee log`` ends tee before the run prints what it does.
+    """
     return None if sys.stderr is None else cast(IO[str], _Terminal(sys.stderr))
 
 
 class _Terminal:
-    """A stream on which writing does not fail after its terminal was closed."""
+    """A stream on which writing does not fail after its terminal or the reader of its pipe has gone."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -36,8 +39,8 @@ class _Terminal:
         return getattr(self._stream, name)
 
     def _discard(self, error: OSError) -> None:
-        """Redirect the stream to the null device if `error` is of a closed terminal, else raise the error."""
-        if error.errno != errno.EIO:
+        """Redirect the stream to the null device if `error` is of a closed terminal or pipe, else raise the error."""
+        if error.errno not in (errno.EIO, errno.EPIPE):
             raise error
         # With its buffer: if Python cannot flush it at exit, it replaces the exit status by 120.
         null = os.open(os.devnull, os.O_WRONLY)

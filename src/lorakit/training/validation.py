@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.errors import LorakitError
+from lorakit.errors import DivergenceError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
@@ -34,6 +34,9 @@ def validate(
     Without validation data this does nothing. `state` also keeps the scores before the first step for comparison; the
     untrained adapter is never the best. If the run is interrupted, the evaluation ends between two batches and stays
     due.
+
+    Raises:
+        DivergenceError: The held-out loss is not finite.
     """
     if not job.scored:
         state.evaluated = True
@@ -42,6 +45,13 @@ def validate(
         scores, notes = _scores(run, job, state.step, interruption)
     except Interrupted:
         return
+    except DivergenceError as error:  # which advises another base
+        if state.step == 0:
+            raise
+        raise DivergenceError(
+            f"Training diverged at step {state.step}: the held-out loss is not finite. Lower optimizer.learning_rate "
+            "or raise optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
+        ) from error
     state.evaluated = True
     settings = job.config.evaluation
     # A task of the user may score the same texts differently in another process.
