@@ -86,7 +86,7 @@ def test_a_run_that_trains_a_head_hashes_each_weight_once(tmp_path: Path, calls)
 def test_the_targets_of_a_batch_are_looked_up_once(calls) -> None:
     model = tiny_models.build("llama")
     loss = objective.LanguageModellingLoss(path="fused")
-    examples = language_examples(1, length=6, targets=3)
+    examples = language_examples(1, length=6, target_tokens=3)
     lookups = calls(objective, "targets_of")
     for batch in (collate(examples, 0), pack(examples, 0)):
         lookups.clear()
