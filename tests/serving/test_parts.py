@@ -167,7 +167,9 @@ def drawn_alone(scores, chooser):
         allowed[0] = True
         kept, ids = kept[allowed], ids[allowed]
     cumulative = kept.double().cumsum(-1)
-    return int(ids[torch.searchsorted(cumulative, chooser.draw() * cumulative[-1], right=True)])
+    point = chooser.draw() * cumulative[-1]
+    chooser.advance()
+    return int(ids[torch.searchsorted(cumulative, point, right=True)])
 
 
 @pytest.mark.parametrize("size", [40, 2 * BLOCK, 3000])
