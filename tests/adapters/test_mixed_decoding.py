@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from lorakit.adapters import Adapters, attach, decoding, stacks
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice
-from lorakit.adapters.stacks import Stacks
+from lorakit.adapters.stacks import Stack, Stacks
 from lorakit.methods.lora.method import LoRA
 
 Rows = Sequence[AdapterChoice]
@@ -186,6 +186,36 @@ def test_stacks_of_limited_size(monkeypatch, limit: int) -> None:
     found = in_one_batch(adapters, batches)
     assert (0 < stacked_layers(adapters) < 14) == (limit > 0)
     torch.testing.assert_close(found, alone(adapters, batches))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_stacks_that_were_built_in_part_are_dropped(
+    monkeypatch, error: type[BaseException]
+) -> None:
+    adapters = adapted()
+    allocate, layers = Stack.allocate, []
+
+    def fail(stack: Stack, slots: int) -> None:
+        layers.append(slots)
+        if slots > 2 and len(layers) > 3:
+            raise error("CUDA out of memory.")
+        allocate(stack, slots)
+
+    def stacked(*tokens: AdapterChoice) -> int:
+        found = packed(adapters, tokens)
+        with layer_by_layer():
+            torch.testing.assert_close(found, packed(adapters, tokens))
+        return stacked_layers(adapters)
+
+    stacked("a", "b")
+    assert stacked("a", "b") == 14
+    monkeypatch.setattr(Stack, "allocate", fail)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            stacked("a", "b", "c")
+    else:
+        assert stacked("a", "b", "c") == 0
+    assert stacked("a", "b") == 14
 
 
 def test_stacks_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,30 @@ def test_it_pauses_while_quiet_is_asked(tmp_path):
     assert steps(tmp_path) == 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["killed", "an error"])
+def test_it_goes_on_when_the_process_that_paused_it_ends(tmp_path, end):
+    """It would hold the locks of its run, stopped for ever."""
+    code = f"""
+import os, sys, tempfile
+from lorakit.cli import background
+tempfile.tempdir, background.POLL = {str(tmp_path)!r}, 0.02
+is_quiet_asked = background.is_quiet_asked
+background.is_quiet_asked = lambda: os.path.exists("error") and 1 / 0 or is_quiet_asked()
+background.run_in_background([sys.executable, "-IS", "-c", {COUNTS!r}, "50"])
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
+        wait_for(lambda: steps(tmp_path) > 5)
+        with quiet():
+            wait_for(lambda: stands_still(tmp_path))
+            assert steps(tmp_path) < 50
+            if end == "killed":
+                parent.kill()
+            else:
+                (tmp_path / "error").touch()
+            wait_for(lambda: steps(tmp_path) == 50)
+
+
 @contextmanager
 def at_hangup(handler):
     """Handle SIGHUP like a shell that the tests were started from, with or without nohup."""

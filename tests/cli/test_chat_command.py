@@ -16,8 +16,10 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import TextStreamer
 
 import lorakit
+from lorakit.adapters import handle_of
 from lorakit.cli import main
-from lorakit.errors import DataError
+from lorakit.compute.adapted import AdapterFile
+from lorakit.errors import AdapterFileError, DataError
 from lorakit.evaluation.conversation import Conversation
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate
@@ -203,6 +205,23 @@ def test_an_adapter_on_the_base_it_is_merged_into_is_refused(folder, chat, tmp_p
 
 def test_beams_are_refused(chat) -> None:
     assert "needs one beam" in chat("river", options=("--decoding.beams", "2"))[2]
+
+
+def test_an_adapter_that_is_refused_does_not_answer(folder, tmp_path) -> None:
+    """On a terminal the chat goes on after the error."""
+    base = lorakit.load_base(folder / "base", dtype="float32")
+    adapters = lorakit.attach(base.model, lorakit.LoRA(rank=4))
+    randomise(adapters, seed=2)
+    base.tokenizer.add_tokens(["<new>"])
+    adapters.save(tmp_path / "grown", tokenizer=base.tokenizer)
+    conversation = Conversation(lorakit.load_base(folder / "base", dtype="float32"))
+    conversation.load(AdapterFile.read(folder / "first" / "adapter"))
+    handle = handle_of(conversation.base.model)
+    for _ in range(2):
+        with pytest.raises(AdapterFileError, match="vocabulary had grown"):
+            conversation.load(AdapterFile.read(tmp_path / "grown"))
+    assert handle.names == ("first",)
+    assert handle.active == {conversation.adapter: 1.0} == {"first": 1.0}
 
 
 def test_an_answer_ends_at_the_context_and_an_error_keeps_the_messages(folder) -> None:

@@ -64,7 +64,7 @@ COMMANDS = {
     "README.md": Presumed(
         setup='data("train.jsonl"); data("test.jsonl", seed=1); run("out/second")',
         more={
-            "lorakit paper": f"{PREVIEW} --tasks rte",
+            "lorakit paper": f"{PREVIEW} --tasks rte --methods lora",
             "lorakit evaluate": FEW_TOKENS,
             "lorakit chat": FEW_TOKENS,
             **RECIPE,
@@ -121,7 +121,13 @@ adapter("out/e2e/adapter")
             + FEW_TOKENS
         },
     ),
-    "docs/guides/paper.md": Presumed(more={"lorakit paper": PREVIEW, **RECIPE}),
+    "docs/guides/paper.md": Presumed(
+        more={
+            "lorakit paper table18": f"{PREVIEW} --methods r1,r2",
+            "lorakit paper": f"{PREVIEW} --methods lora",
+            **RECIPE,
+        }
+    ),
     "docs/guides/what-was-learned.md": Presumed(
         setup="""
 for folder in ("benchmarks/e2e.yaml", "benchmarks/mrpc.yaml"):
@@ -133,7 +139,8 @@ data("MRPC/validation.jsonl", "mrpc", 8, seed=1)
 adapter("e2e-r8/adapter")
 adapter("e2e-r64b/adapter", rank=64, seed=1)
 adapter("mrpc-r64b/adapter", "minilm-l6", rank=64, seed=1, task="sequence-classification", num_labels=2)
-"""
+""",
+        more={"lorakit train --config benchmarks/e2e.yaml": "--max_steps 2"},
     ),
     "docs/guides/analysis.md": Presumed(
         setup=_ANALYSIS,

@@ -26,7 +26,8 @@ class Presumed:
     Attributes:
         setup: Code that runs before the page, in the namespace of its Python blocks.
         before: Code that runs before a step whose text starts with the key.
-        more: Options by a start of a command: those that a trailing `...` stands for, or that make the command short.
+        more: Options by a start of a command: those that a trailing `...` stands for, or that make the command short,
+            also in place of the same option with another value.
         typed: Lines that the reader types into a command that reads them, by a start of the command.
     """
 
@@ -69,6 +70,9 @@ def run(command: str, typed: str = "", more: Sequence[str] = ()) -> tuple[int, s
     )
     if arguments[-1] == "..." and more:
         arguments.pop()
+    for option in {*more}.intersection(arguments):
+        at = arguments.index(option)
+        del arguments[at : at + 2]
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), mock.patch("sys.stdin", io.StringIO(typed)):
         status = main([*arguments, *more])

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, M
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
 from lorakit.evaluation.generate import only_settings
-from lorakit.serving import continuous, worker
+from lorakit.serving import batched, continuous, worker
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
 from lorakit.serving.errors import EngineStoppedError
+from lorakit.serving.sampling import Chooser, choose
 
 GREEDY = Sampling(temperature=0)
 TOKENIZER = tiny_tokenizer()
@@ -223,6 +224,40 @@ def test_a_request_is_repeated_without_the_tensors_of_failed_passes(kind):
         ends = [answer.wait().end for answer in sent]
     assert [str(end.error) for end in ends] == ["broken layer"] * 3
     assert living == [0] * 4
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_token_is_chosen_again_with_the_same_draw_after_memory_ran_out(kind, others, monkeypatch):
+    """A choice needs more memory than a decoding step of the model, if the vocabulary is large."""
+    model = model_with_adapters()
+    given, lease = prompts(3), PlainLease((), TOKENIZER)
+    settings = [{"sampling": Sampling(temperature=1.5, seed=i)} for i in range(1 + others)]
+    module, engine = {"continuous": continuous, "batched": batched}[kind], make(kind, model)
+
+    def send_all():
+        return [send(engine, p, lease, 6, **s) for p, s in zip(given, settings, strict=False)]
+
+    def answers():
+        """All start in one step."""
+        return [answer.wait() for answer in engine.between_steps(send_all).result(60)]
+
+    def fail_after_the_draws(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(Chooser, "advance", fail)
+            return choose(*args)
+
+    def fail(_):
+        monkeypatch.setattr(module, "choose", choose)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB.")
+
+    with running(engine):
+        expected = [answer.ids for answer in answers()]
+        monkeypatch.setattr(module, "choose", fail_after_the_draws)
+        found = answers()
+        if not others:
+            assert isinstance(found[0].end.error, torch.OutOfMemoryError)
+            found = answers()
+        assert [answer.ids for answer in found] == expected
 
 
 @pytest.mark.parametrize("during", ["a step", "an action"])

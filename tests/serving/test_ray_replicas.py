@@ -49,16 +49,20 @@ MODELS: list[dict[str, Any]] = [
     {"model": "base", "lora": {"a": 0.5, "c": 0.5}},
 ]
 FORMS: list[dict[str, Any]] = [
-    {"seed": 6, "n": 2, "stream": True, "max_tokens": 200},
     {"temperature": 0},
     {"seed": 5, "n": 2},
     {"temperature": 0, "stream": True},
     {"stream": True},  # without a seed: nobody can say what the answer is, but it must be whole
 ]
+LONG = {"seed": 6, "n": 2, "stream": True, "max_tokens": 200}
+"""In the stream of such an answer a replica is killed."""
 BODIES = [
-    {"prompt": "The river pub", "max_tokens": 100, **model, **form}
-    for model in MODELS
-    for form in FORMS
+    {"prompt": "The river pub", "max_tokens": 30, **body}
+    for body in (
+        {"model": "a", **LONG},
+        *({**model, **form} for model in MODELS for form in FORMS),
+        {"model": "base", **LONG},
+    )
 ]
 
 

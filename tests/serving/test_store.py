@@ -86,6 +86,48 @@ def test_reload_under_the_old_name_gives_the_new_content_and_old_leases_keep_the
     assert store.handle.names == (new.blend[0][0],)
 
 
+def test_a_name_outlives_a_folder_that_is_replaced_in_two_steps(root: Path) -> None:
+    """`mv v1 old; mv new v1`, with requests in between."""
+    store = AdapterStore(open_base(), root, budget=LARGE, pinned=["b"])
+    pinned = store.handle.names
+    store.add("alias", "a")
+    for name in "ab":
+        (root / name).rename(root / f"{name}-old")
+    for name in ("alias", "a", "b"):
+        with pytest.raises(UnknownAdapterError):
+            store.acquire(name)
+    assert store.names() == ["a-old", "b-old", "c", "d"]
+    settle(store)
+    assert set(pinned) < set(store.handle.names)
+    shutil.copytree(root / "c", root / "a")
+    shutil.copytree(root / "d", root / "b")
+    assert store.are_pinned(["b"])
+    for name, folder in (("alias", "c"), ("a", "c"), ("b", "d")):
+        with store.acquire(name) as lease:
+            torch.testing.assert_close(answer(store, lease), alone(root / folder))
+    settle(store)
+    assert set(store.handle.names).isdisjoint(pinned)
+
+
+def test_a_name_whose_files_are_gone_is_free(store: AdapterStore, root: Path) -> None:
+    for name in ("one", "two", "three"):
+        store.add(name, "a")
+    shutil.rmtree(root / "a")
+    store.add("one", "b")
+    shutil.copytree(root / "b", root / "two")
+    for name in ("one", "two"):
+        with store.acquire(name) as lease:
+            torch.testing.assert_close(answer(store, lease), alone(root / "b"))
+    assert store.stats().loaded == 2
+    with pytest.raises(UnknownAdapterError):
+        store.remove("three")
+    settle(store)
+    assert store.stats().loaded == 1
+    shutil.copytree(root / "c", root / "a")
+    with pytest.raises(UnknownAdapterError):
+        store.acquire("three")
+
+
 def test_content_changed_in_place_is_seen_although_size_and_time_are_equal(
     store: AdapterStore, root: Path
 ) -> None:

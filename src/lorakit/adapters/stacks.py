@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend, Choice, Entries, take
 from lorakit.adapters.sources import Layer, Source
+from lorakit.errors import is_out_of_memory
 
 MANY_TOKENS = 8
 """Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
@@ -111,6 +112,8 @@ class Stacks:
     ) -> Arrangement | None:
         """Return how to compute a batch with the adapters as they are now; None if other code must compute it.
 
+        Other code also computes a batch whose stacks do not fit into memory.
+
         Args:
             choice: The adapters of each row or token.
             shape: Shape of the batch.
@@ -130,10 +133,17 @@ class Stacks:
                 return None
             if is_active != self._is_active or len(self._read) != len(self._known):
                 self._forget(is_active=is_active)
-            self._arrangement = None  # also after an error
-            # Tensors of inference mode could not be written later.
-            with torch.inference_mode(False), torch.no_grad():
-                known = self._arrangement = self._arranged(choice, shape)
+            self._arrangement = None
+            try:
+                # Tensors of inference mode could not be written later.
+                with torch.inference_mode(False), torch.no_grad():
+                    known = self._arrangement = self._arranged(choice, shape)
+            except BaseException as error:
+                # Stacks that were built in part would keep their memory and their number of slots.
+                self._forget(is_active=is_active)
+                if not is_out_of_memory(error):
+                    raise
+                return None
         self._users.add(user)
         return known
 
@@ -254,7 +264,6 @@ class Stacks:
         return found
 
     def _write(self, slot: int, blend: Blend) -> None:
-        self._slots[slot] = None  # also after an error
         source = self._sources[blend]
         for stack in self._of_layer.values():
             # A stack that is too small is not used by this composition: one that uses it builds a larger one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,13 +21,20 @@ LOWEST = 19
 POLL = 1.0
 """Seconds between two looks at whether the machine should be quiet."""
 
+_CONTINUE_AT_THE_END = """
+import os, signal, sys
+sys.stdin.read()
+os.killpg(int(sys.argv[1]), signal.SIGCONT)
+"""
+"""Waits for the end of its standard input, and continues a stopped process group."""
+
 
 def run_in_background(command: Sequence[str]) -> int:
     """Run a command in a process of its own; return its exit status.
 
     The process has the lowest priority. It is stopped as a whole, in training and in scoring, while another process
     asks for quiet (`lorakit.storage.quiet`). SIGINT, SIGTERM and SIGHUP (a closed terminal) are passed on to it, so
-    it saves its work.
+    it saves its work. It goes on if this process is killed.
 
     Raises:
         ConfigurationError: The system cannot stop a process (Windows).
@@ -55,14 +63,23 @@ def run_in_background(command: Sequence[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN  # nohup
     }
+    # A process that stays stopped would hold the locks of its run. Only another process can prevent that: the system
+    # closes the pipe to it if this one is killed.
+    continuing = subprocess.Popen(
+        [sys.executable, "-IS", "-c", _CONTINUE_AT_THE_END, str(process.pid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     paused = False
     try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL)
-            if is_quiet_asked() != paused:
-                paused = not paused
-                _send(process, signal.SIGSTOP if paused else signal.SIGCONT)
+        with continuing:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL)
+                if is_quiet_asked() != paused:
+                    paused = not paused
+                    _send(process, signal.SIGSTOP if paused else signal.SIGCONT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.loading import load_stored
+from lorakit.adapters.loading import check_base, put_on
 from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
@@ -26,7 +26,7 @@ from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base
 from lorakit.models.sources import resolve
-from lorakit.models.tokenizer import read_tokenizer
+from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 from lorakit.tasks.classification import PAIR
 
@@ -376,27 +376,32 @@ def add_adapter(
     """Load and activate an adapter on an open base; return the tokenizer of the adapter's folder, else the base's.
 
     Raises:
-        LorakitError: The base and the adapter do not fit each other.
+        LorakitError: The base and the adapter do not fit each other. The model is unchanged.
     """
-    tokenizer = adapter.tokenizer
-    load_stored(
-        base.model,
-        adapter.stored,
-        adapter.path,
-        name=name,
-        allow_other_base=allow_other_base,
-        tokenizer=base.tokenizer if tokenizer is None else None,
-    )
-    if tokenizer is None:
-        return base.tokenizer
+    own, stored, path = adapter.tokenizer, adapter.stored, adapter.path
+    digest = None
+    if own is None and base.tokenizer is not None:
+        digest = tokenizer_digest(base.tokenizer)
+    check_base(base.model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
+    if own is not None:
+        _require_embeddings(base, own, path)
+    put_on(base.model, stored, name=name, trainable=False, origin=path)
+    return base.tokenizer if own is None else own
+
+
+def _require_embeddings(base: Base, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Reject an adapter whose tokenizer has added tokens without an embedding.
+
+    Raises:
+        AdapterFileError: There are such tokens.
+    """
     embeddings, known = input_embeddings(base.model), base.text_tokenizer.get_vocab()
     # The tokenizers of some bases have more tokens than the base has embeddings (Gemma 3 1B).
     added = (i for token, i in tokenizer.get_vocab().items() if known.get(token) != i)
     ids = 1 + max(added, default=-1)
     if isinstance(embeddings, nn.Embedding) and ids > embeddings.num_embeddings:
         raise AdapterFileError(
-            f"The tokenizer in {adapter.path} has {ids:,} tokens, and the base has {embeddings.num_embeddings:,} "
+            f"The tokenizer in {path} has {ids:,} tokens, and the base has {embeddings.num_embeddings:,} "
             "embeddings: the adapter was trained on a base whose vocabulary had grown. Save that base as a folder, and "
             "name it: --base.name FOLDER."
         )
-    return tokenizer

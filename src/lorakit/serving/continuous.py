@@ -23,7 +23,7 @@ from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import ADAPTERS
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
-from lorakit.serving.engine import Lease, Limits
+from lorakit.serving.engine import Lease, Limits, Token
 from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
 from lorakit.serving.pages import Key, PagePool, first_key, next_key
@@ -205,25 +205,23 @@ class ContinuousEngine(Worker):
         batch = self._schedule()
         if not batch:
             return False
-        computed, scores = self._compute(batch)
+        computed = self._compute(batch)
         self.steps += 1
-        for request in computed:
+        for request, token in computed:
             request.past += request.count
-        # A prompt that is not at its end yet has scores that nobody needs.
-        ready = [i for i, r in enumerate(computed) if r.past == len(r.tokens)]
-        if ready:
-            answers = [computed[i].answer for i in ready]
-            tokens = choose(scores[ready], [answer.chooser for answer in answers])
-            for i, answer, token in zip(ready, answers, tokens, strict=True):
-                if token is not None:
-                    computed[i].tokens.append(token.id)
-                    self.tokens += 1
-                if answer.accept(token):
-                    self._finish(computed[i], has_failed=token is None)
-        for request in computed:
+            if request.past == len(request.tokens):
+                self._accept(request, token)
             if not request.answer.has_ended:
                 self._name_pages(request)
         return True
+
+    def _accept(self, request: _Running, token: Token | None) -> None:
+        """Add the next token of a request; None if its scores hold NaN."""
+        if token is not None:
+            request.tokens.append(token.id)
+            self.tokens += 1
+        if request.answer.accept(token):
+            self._finish(request, has_failed=token is None)
 
     def _schedule(self) -> list[_Running]:
         """Return the requests of the next step, those with one token first; each has its number of tokens."""
@@ -246,27 +244,36 @@ class ContinuousEngine(Worker):
                 request.pages.append(page)
         return batch
 
-    def _compute(self, batch: list[_Running]) -> tuple[list[_Running], Tensor]:
-        """Return the requests that were computed, and the scores after the last token of each (N, V).
+    def _compute(self, batch: list[_Running]) -> list[tuple[_Running, Token | None]]:
+        """Return the requests that were computed, and their next tokens (`_next_tokens`).
 
         After an error each request is computed alone, and only those that fail again end with it.
         """
-        found = self._attempt(partial(self._forward, batch))
-        if isinstance(found, Tensor):
-            return batch, found
+        found = self._attempt(partial(self._next_tokens, batch))
+        if not isinstance(found, Exception):
+            return list(zip(batch, found, strict=True))
         if len(batch) == 1:
             _LOG.warning("A request failed: %s", found, exc_info=found)
             batch[0].answer.fail(found)
             self._finish(batch[0], has_failed=True)
-            return [], torch.empty(0)
+            return []
         _LOG.warning("Requests are computed one by one, because their batch failed: %s", found)
-        parts = [self._compute([request]) for request in batch]
-        computed = [request for requests, _ in parts for request in requests]
-        return computed, torch.cat(
-            [scores for requests, scores in parts if requests] or [torch.empty(0)]
-        )
+        return [pair for request in batch for pair in self._compute([request])]
+
+    def _next_tokens(self, batch: list[_Running]) -> list[Token | None]:
+        """Return the next token of each request; None before the end of its prompt, or if its scores hold NaN."""
+        scores = self._forward(batch)
+        # A prompt that is not at its end yet has scores that nobody needs.
+        ready = [i for i, r in enumerate(batch) if r.past + r.count == len(r.tokens)]
+        tokens: list[Token | None] = [None] * len(batch)
+        if ready:
+            chosen = choose(scores[ready], [batch[i].answer.chooser for i in ready])
+            for i, token in zip(ready, chosen, strict=True):
+                tokens[i] = token
+        return tokens
 
     def _forward(self, batch: list[_Running]) -> Tensor:
+        """Return the scores after the last token of each request (N, V)."""
         parts = [Part(r.tokens[r.past : r.past + r.count], r.past, r.pages) for r in batch]
         step = Step(self._storage, parts, self.model.device)
         handle = handle_of(self.model)

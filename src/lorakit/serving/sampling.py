@@ -39,10 +39,15 @@ class Chooser:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.sampling.seed)
+        self.advance()
 
     def draw(self) -> float:
-        """Return the next number of the request, in [0, 1)."""
-        return self._random.random()
+        """Return the number of the request's next token, in [0, 1)."""
+        return self._point
+
+    def advance(self) -> None:
+        """Go on to the token after it. Without this, a step that failed is repeated with the same numbers."""
+        self._point = self._random.random()
 
 
 def choose(
@@ -88,6 +93,8 @@ def choose(
             token = tokens[i]
             assert token is not None
             chosen[i] = Token(token, logprob, top)
+    for chooser in choosers:
+        chooser.advance()
     return chosen
 
 

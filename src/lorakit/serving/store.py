@@ -147,19 +147,24 @@ class AdapterStore:
         return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
 
     def _entry(self, name: str) -> _Entry:
-        """Return the entry of a name; a folder in the root gets one at its first use."""
+        """Return the entry of a name; a folder in the root gets one at its first use.
+
+        An entry whose files are gone stays, because a folder is missing for a moment while another replaces it.
+        """
         with self._lock:
             entry, is_removed = self._entries.get(name), name in self._removed
-        source = None if entry or is_removed else self._folder(name)
-        if source is not None:
-            with self._lock:
-                if name not in self._removed:  # another thread may have removed it meanwhile
-                    return self._entries.setdefault(name, _Entry(source))
-        if entry is None:
+        if entry is not None and _serves(entry.source):
+            return entry
+        source = None if is_removed else self._folder(name)
+        if source is None:
             raise self._unknown(name)
-        if not _serves(entry.source):
-            raise self._vanished(name, entry)
-        return entry
+        with self._lock:
+            found = self._entries.get(name)
+            if found is entry and name not in self._removed:  # no other thread was faster
+                found = self._entries[name] = _Entry(source)
+        if found is None:
+            raise self._unknown(name)
+        return found
 
     def _folder(self, name: str) -> AdapterSource | None:
         """Return the adapter in the root's subfolder of a name; None if there is none."""
@@ -243,13 +248,15 @@ class AdapterStore:
 
     def _put(self, name: str, source: Source, *, replace: bool, load: bool = True) -> None:
         entry = _Entry(source)
+        with self._lock:
+            before = self._entries.get(name)
         if not replace:
             self._require_free(name)
         loaded = self._acquire(name, entry) if load else None
         try:
             with self._lock:
-                if not replace and name in self._entries:  # another thread was faster
-                    raise _taken(name)
+                if not replace and self._entries.get(name) is not before:
+                    raise _taken(name)  # another thread was faster
                 self._entries[name] = entry
                 self._removed.discard(name)
                 self._retain()
@@ -278,17 +285,19 @@ class AdapterStore:
         The files stay, and `add` serves them again. A subfolder of the root that gets the name later is served too.
 
         Raises:
-            UnknownAdapterError: There is no such adapter.
+            UnknownAdapterError: There is no such adapter. A name whose files are gone is withdrawn nevertheless.
         """
-        self._entry(name)
         is_folder = self._folder(name) is not None
         with self._lock:
-            self._entries.pop(name, None)
+            entry = self._entries.pop(name, None)
+            is_known = is_folder and name not in self._removed
             if is_folder:
                 self._removed.add(name)
             self._pinned -= {name}
             self._retain()
         self.freed()
+        if not is_known and (entry is None or not _serves(entry.source)):
+            raise self._unknown(name)
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -389,11 +398,6 @@ class AdapterStore:
                 f"The run '{entry.source.path}' of '{name}' has saved no adapter yet. It saves one after its first "
                 "validation, and at its end."
             )
-        with self._lock:
-            if self._entries.get(name) is entry:
-                del self._entries[name]
-            self._retain()
-        self.freed()
         return self._unknown(name)
 
     def _require_allowed(self, source: Source, location: Location) -> None:

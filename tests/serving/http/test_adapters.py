@@ -310,7 +310,9 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     served.client.get("/unknown/path")
     served.complete(model=BASE, lora={"sql": 0.5, "e2e": 0.5}, max_tokens=1)
     served.settle()
-    served.app.state.serving.metrics.verified("sql", Verdict(None, (-1.0,), (-1.5,), bound=0.3))
+    for alone in (-1.5, math.nan):
+        verdict = Verdict(None, (-1.0,), (alone,), bound=0.3)
+        served.app.state.serving.metrics.verified("sql", verdict)
     answer = served.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = samples(answer.text)
@@ -333,7 +335,8 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
     assert found["lorakit_adapter_bytes", ()] == 1000
     assert found["lorakit_adapter_loads_total", ()] == 3
     assert found["lorakit_adapter_evictions_total", ()] == 1
-    assert found["lorakit_verified_answers_total", ("sql", "failed")] == 1
+    assert found["lorakit_verified_answers_total", ("sql", "failed")] == 2
+    assert found["lorakit_verification_difference_sum", ()] == 0.5
     assert "nobody" not in answer.text
     assert "unknown/path" not in answer.text
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from math import isfinite
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -119,7 +120,7 @@ class Metrics:
         """Count an answer that --verify has chosen; None if it could not be compared."""
         result = "skipped" if verdict is None else "passed" if verdict.agrees else "failed"
         self._verified.labels(self.label(adapter), result).inc()
-        if verdict is not None:
+        if verdict is not None and isfinite(verdict.difference):  # NaN would stay in the sum
             self._difference.observe(verdict.difference)
 
     def page(self) -> bytes:
