@@ -37,9 +37,8 @@ def lock_folder(path: str | Path) -> Iterator[None]:
     holder = folder / HOLDER_NAME
     try:
         lock.acquire(blocking=False)
-    except (
-        NotImplementedError
-    ) as error:  # of older versions of filelock; newer ones use a marker file
+    # Of older versions of filelock; newer ones use a marker file.
+    except NotImplementedError as error:
         raise RunFolderError(
             f"Cannot lock the folder '{folder}': its file system has no locks. Choose another folder."
         ) from error
