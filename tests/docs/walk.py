@@ -70,7 +70,7 @@ def run(command: str, typed: str = "", more: Sequence[str] = ()) -> tuple[int, s
     )
     if arguments[-1] == "..." and more:
         arguments.pop()
-    for option in {*more}.intersection(arguments):
+    for option in {word for word in more if word.startswith("--")}.intersection(arguments):
         at = arguments.index(option)
         del arguments[at : at + 2]
     out, err = io.StringIO(), io.StringIO()

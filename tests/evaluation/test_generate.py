@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
+import transformers
 from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -12,6 +13,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation import generate as generating
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.prompt_cache import PromptCache
 
 PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]
 
@@ -203,6 +205,33 @@ def log_likelihood(model, tokenizer, prompt: str, text: list[int]) -> float:
         log_probabilities = model(ids).logits[0].log_softmax(-1)
     chosen = log_probabilities[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]]
     return float(chosen.sum())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2),
+        transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4),
+    ],
+    ids=["a recurrent model", "a model without a cache"],
+)
+def test_beams_of_a_model_whose_cache_cannot_be_repeated(tokenizer, config) -> None:
+    config.vocab_size = len(tokenizer)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    start = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for beams, options in ((3, {}), (1, {"cache": PromptCache()})):
+        found = generate(
+            model,
+            Ids(tokenizer),
+            [start[0].tolist()],
+            Decoding(max_new_tokens=4, beams=beams),
+            **options,
+        )
+        expected = model.generate(start, num_beams=beams, max_new_tokens=4, **ends)
+        assert found == Ids(tokenizer).batch_decode(
+            expected[:, start.shape[1] :], skip_special_tokens=True
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`")

@@ -161,7 +161,7 @@ def test_files_of_an_editor_in_best_do_not_end_a_run(
     assert best is not None
     assert [*best.glob("adapter_model.*")]
     assert (tmp_path / "run" / "best-kept-2" / ".README.md.swp").read_text() == "notes"
-    assert "best-kept-2', to keep the files that are not an adapter's" in caplog.text
+    assert "best-kept-2', to keep .README.md.swp" in caplog.text
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def _share_of_entries(how: How, density: float | None) -> float:
     if how == "sum":
         if density is not None:
             raise ConfigurationError(
-                f"density is {density:g}, but how is sum, which keeps every entry. Set how to ties or dare."
+                f"density is {density!r}, but how is sum, which keeps every entry. Set how to ties or dare."
             )
         return 1.0
     if density is None:

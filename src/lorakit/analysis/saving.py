@@ -18,6 +18,7 @@ from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
+from lorakit.errors import AdapterFileError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
@@ -26,6 +27,9 @@ from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
+
+_ATTEMPTS = 5
+"""How often an adapter is read that is replaced meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,8 @@ class Input:
     """The adapter, if it has been read."""
 
     @classmethod
-    def of(cls, path: str | Path, stored: StoredAdapter | None = None) -> Input:
-        """Describe an adapter, which may have been read, or a model."""
+    def of(cls, path: str | Path) -> Input:
+        """Describe an adapter or a model."""
         path = Path(path)
         file = formats.tensor_file(path) or path / WEIGHTS
         return cls(
@@ -67,7 +71,21 @@ class Input:
             name=_name(path),
             sha256=storage.sha256(file) if file.is_file() else None,
             folder=_folder(path) if _is_adapter(path) else None,
-            stored=stored,
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, *, alpha: float | None = None) -> Input:
+        """Read an adapter; again, if it is replaced between its digest and its tensors.
+
+        Raises:
+            AdapterFileError: As for `lorakit.adapters.formats.read`, or it was replaced during each attempt.
+        """
+        for _ in range(_ATTEMPTS):
+            before, stored = cls.of(path), read(path, alpha=alpha)
+            if cls.of(path) == before:
+                return dataclasses.replace(before, stored=stored)
+        raise AdapterFileError(
+            f"'{path}' changed each time it was read. Write a new adapter into another folder and rename it."
         )
 
 
@@ -91,7 +109,7 @@ def save(
         made: The computed adapter.
         output: Output folder; must not exist unless `overwrite` is set.
         inputs: The adapters or models from which it was computed; those that may have been replaced meanwhile, as
-            `Input.of` from before the computation.
+            `Input.read` or `Input.of` from before the computation.
         settings: Settings to record, as JSON values.
         alpha: alpha of loralib files among the inputs.
         scoring: Data to score on; None, or a configuration without data, scores nothing.

@@ -10,11 +10,13 @@ import errno
 import io
 import os
 import shutil
+import stat
 import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import IO
 
 from lorakit.cli.torchrun import is_one_of_several, report_error
 from lorakit.errors import LorakitError, memory_errors, nearest
@@ -129,13 +131,20 @@ def _is_closed_pipe(error: OSError) -> bool:
     is_of_a_pipe = isinstance(error, BrokenPipeError) or (
         sys.platform == "win32" and error.errno == errno.EINVAL
     )
-    if not is_of_a_pipe or sys.stdout is None:
+    if not is_of_a_pipe or sys.stdout is None or _is_file(sys.stdout):
         return False
     try:  # the pipe may be another one, such as that to a logger's process; a closed one fails again
         print(flush=True)
     except OSError:
         return True
     return False
+
+
+def _is_file(stream: IO[str]) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except OSError:  # it has no descriptor, or a closed one
+        return False
 
 
 def _overview() -> str:

@@ -46,12 +46,11 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
-    from lorakit.analysis.deltas import read
     from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    stored = [read(adapter, alpha=config.alpha) for adapter in config.adapters]
-    sources = [Input.of(*pair) for pair in zip(config.adapters, stored, strict=True)]
+    sources = [Input.read(adapter, alpha=config.alpha) for adapter in config.adapters]
+    stored = [source.stored for source in sources if source.stored is not None]
     check_scoring(config, next(iter(stored), None))
     settings = {
         name: getattr(config, name)

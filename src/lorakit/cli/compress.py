@@ -31,14 +31,13 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import compress_adapter
-    from lorakit.analysis.deltas import read
     from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    stored = read(config.adapter, alpha=config.alpha)
-    source = Input.of(config.adapter, stored)
-    check_scoring(config, stored)
+    source = Input.read(config.adapter, alpha=config.alpha)
+    assert source.stored is not None
+    check_scoring(config, source.stored)
     settings = {"rank": config.rank, "energy": config.energy}
-    compressed = compress_adapter(stored, **settings)
+    compressed = compress_adapter(source.stored, **settings)
     recorded = {"command": "compress", **settings}
     finish(compressed, config, [source], recorded, config.base)

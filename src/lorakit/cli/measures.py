@@ -275,8 +275,9 @@ def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
     from lorakit.analysis import open_weights
     from lorakit.analysis.deltas import read
 
-    stored = read(config.adapter, alpha=config.alpha)
-    return stored, open_weights(config.base, stored, allow_other_base=config.allow_other_base)
+    adapter, alpha, allow = config.adapter, config.alpha, config.allow_other_base
+    weights = open_weights(config.base, adapter, alpha=alpha, allow_other_base=allow)
+    return read(adapter, alpha=alpha), weights
 
 
 def _ranks(count: int) -> list[int]:

@@ -145,7 +145,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if config.output is not None:
         try:
             result.write_outputs(config.output, overwrite=config.overwrite)
-        except RunFolderError as error:  # a full disk, maybe after hours: the scores need none
+        except RunFolderError as error:
+            # The disk may be full after hours of work: show the scores in the error.
             raise RunFolderError(*error.args, *_score_lines(result)) from error
     return result
 

@@ -28,7 +28,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache
+from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_split
 from lorakit.ops.seeding import seeded
 from lorakit.tasks.language_modelling import prompt_ids
@@ -68,7 +68,7 @@ def generate(
         stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
         interrupted: Called after each token; generation ends once it returns True.
-        cache: The keys and values of earlier calls with one prompt, which the next call starts from.
+        cache: The keys and values of earlier calls with one prompt, which the next call starts from; needs one beam.
 
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
@@ -155,15 +155,15 @@ def computed_prompts(
     `model.generate` itself would compute every prompt once for each of its beams.
 
     Args:
-        model: A model; None is returned for those whose cache is not a DynamicCache.
+        model: A model; None is returned for those whose cache cannot be repeated, as with recurrent layers.
         inputs: Those of `padded`, (B, longest prompt).
         settings: Those of the search.
     """
-    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():  # type: ignore[operator]
+    past = empty_cache(model)
+    if past is None or not all(hasattr(x, "batch_repeat_interleave") for x in past.layers):
         return None
     if inputs["attention_mask"].sum(1).min() == 1:
         return None  # nothing would remain of a prompt with a single token
-    past = DynamicCache(config=model.config)
     one_token = GenerationConfig(
         max_new_tokens=1, pad_token_id=settings.pad_token_id, use_cache=True
     )

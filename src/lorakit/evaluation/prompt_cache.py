@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from transformers import DynamicCache, PreTrainedModel
@@ -13,6 +14,15 @@ from lorakit.tasks.language_modelling import common_length
 
 ARGUMENT = ALL_CACHE_NAMES[0]
 """The argument of `model.generate` for a cache; its name differs between versions of transformers."""
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """Return a cache that `model.generate` can be given; None if the model takes none, or one of another kind."""
+    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():  # type: ignore[operator]
+        return None
+    if ARGUMENT not in inspect.signature(model.forward).parameters:
+        return None
+    return DynamicCache(config=model.config)
 
 
 class PromptCache:
@@ -35,10 +45,8 @@ class PromptCache:
         values, known, adapters = self._values, self._ids, self._adapters
         self._clear()
         self._adapters = _active(model)
-        if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():  # type: ignore[operator]
-            return None
-        new = DynamicCache(config=model.config)
-        if any(type(layer) is not DynamicLayer for layer in new.layers):
+        new = empty_cache(model)
+        if new is None or any(type(layer) is not DynamicLayer for layer in new.layers):
             return None  # layers with a window or a state cannot remove their last tokens
         if values is None or adapters != self._adapters:
             return new

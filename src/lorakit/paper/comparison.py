@@ -241,7 +241,8 @@ def _over_examples(
 ) -> tuple[float, float] | None:
     """Return the interval over the choice of the examples, where it can be computed.
 
-    None for one example, and where all examples add the same difference: its width would be zero, as in `_interval`.
+    None for one example, and where all examples add the same difference other than zero: its width would be zero, as
+    in `_interval`.
     """
     cells = [(d, column) for d in grid.study.data_sets for column in d.columns]
     found = [(d, column) for d, column in cells if column.name == name and column.sums is not None]

@@ -45,7 +45,7 @@ class RepeatedScore:
     recorded: float
     repeated: float
     spread: float | None
-    """Largest difference that 95 of 100 pairs of runs with other seeds have; None with one recorded seed."""
+    """Bound that two runs with different seeds exceed in 5 of 100 cases; None with one recorded seed."""
 
     @property
     def verdict(self) -> Verdict:
@@ -256,12 +256,12 @@ def _compared(
 def spread_of(values: Sequence[float]) -> float | None:
     """Return the bound of `RepeatedScore.spread` for the recorded scores of all seeds.
 
-    Two runs differ by sqrt(2) times the standard deviation of one. Student's t stands for what few seeds do not tell
-    about that.
+    The difference of two runs has sqrt(2) times the standard deviation of one. With few seeds this deviation is
+    uncertain, and Student's t widens the bound accordingly.
     """
-    from scipy.stats import t
-
     if len(values) < 2:
         return None
+    from scipy.stats import t
+
     quantile = float(t.ppf(0.975, len(values) - 1))
     return quantile * math.sqrt(2) * statistics.stdev(values)

@@ -42,7 +42,7 @@ class Chooser:
         self.advance()
 
     def draw(self) -> float:
-        """Return the number of the request's next token, in [0, 1)."""
+        """Return the random number in [0, 1) that draws the next token."""
         return self._point
 
     def advance(self) -> None:

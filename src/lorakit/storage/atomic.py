@@ -168,6 +168,19 @@ def require_replaceable(
     """
     folder = Path(os.path.realpath(folder))
     _require_no_mount(folder)
+    if others := other_files(folder, written=written, marks=marks):
+        raise RunFolderError(
+            f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
+            f"{', '.join(others)}. Choose another folder."
+        )
+
+
+def other_files(folder: Path, *, written: Collection[str], marks: Collection[str]) -> list[str]:
+    """Return up to three files of a folder that overwriting it would delete; see `require_replaceable`.
+
+    Raises:
+        RunFolderError: The folder cannot be read.
+    """
     with reading(folder, RunFolderError):
         patterns = written if any((folder / mark).exists() for mark in marks) else ()
         files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
@@ -177,12 +190,7 @@ def require_replaceable(
             for name in names
             if not any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
         )
-        first = sorted(islice(others, 3))  # the folder may have millions
-    if first:
-        raise RunFolderError(
-            f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
-            f"{', '.join(first)}. Choose another folder."
-        )
+        return sorted(islice(others, 3))  # the folder may have millions
 
 
 def _free_name(path: Path) -> Path:

@@ -33,7 +33,7 @@ from typing import Any, cast
 import torch
 
 from lorakit import storage
-from lorakit.adapters.formats import check_replaceable
+from lorakit.adapters.formats import other_files
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.formatting import resume_command
@@ -310,18 +310,16 @@ def set_aside(folder: Path) -> None:
     Editors and notebooks write hidden files beside the model card that a user looks at.
 
     Raises:
-        RunFolderError: It cannot be renamed.
+        RunFolderError: It cannot be read or renamed.
     """
-    try:
-        check_replaceable(folder)
-    except RunFolderError:
-        numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
-        kept = next(path for path in numbered if not path.exists())
-        with storage.writing(folder):
-            folder.rename(kept)
-        _LOG.warning(
-            "Renamed '%s' to '%s', to keep the files that are not an adapter's.", folder, kept
-        )
+    others = other_files(folder)
+    if not others:
+        return
+    numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
+    kept = next(path for path in numbered if not path.exists())
+    with storage.writing(folder):
+        folder.rename(kept)
+    _LOG.warning("Renamed '%s' to '%s', to keep %s.", folder, kept, ", ".join(others))
 
 
 @contextmanager

@@ -191,12 +191,27 @@ def check_replaceable(folder: str | Path) -> None:
     Raises:
         RunFolderError: The folder has other files, or files but no adapter.
     """
+    storage.require_replaceable(
+        folder, "an adapter's", written=_written(folder), marks=_CONFIG_NAMES
+    )
+
+
+def other_files(folder: Path) -> list[str]:
+    """Return up to three files of a folder that are not an adapter's; see `check_replaceable`.
+
+    Raises:
+        RunFolderError: The folder cannot be read.
+    """
+    return storage.other_files(folder, written=_written(folder), marks=_CONFIG_NAMES)
+
+
+def _written(folder: str | Path) -> list[str]:
+    """Return patterns of the files that a save of an adapter writes, with those that lorakit.json names."""
     saved: object = None
     with suppress(LorakitError):  # of PEFT, new or damaged
         saved = storage.read_json(Path(folder) / lorakit_json.NAME).get("files")
     listed = map(glob.escape, saved) if isinstance(saved, Mapping) else ()
-    written = (*_CONFIG_NAMES, *_TENSOR_NAMES, lorakit_json.CARD_NAME, *TOKENIZER_FILES, *listed)
-    storage.require_replaceable(folder, "an adapter's", written=written, marks=_CONFIG_NAMES)
+    return [*_CONFIG_NAMES, *_TENSOR_NAMES, lorakit_json.CARD_NAME, *TOKENIZER_FILES, *listed]
 
 
 def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None:

@@ -244,7 +244,8 @@ class LoRALayer(AdapterModule):
         """Return DoRA's output ``factors * (W + dW) x + b``, with the `row_factors` of the layer."""
         A, B = self.factors()
         shape = self.output_shape(output)
-        # 16 bits round a factor near 1 in steps of up to 0.008, alike for all tokens, but not its difference from 1.
+        # Near 1, bfloat16 has steps of 0.004 to 0.008: a rounded factor would scale all tokens wrongly. Its difference
+        # from 1 is rounded far less.
         excess = (factors - 1).to(output.dtype).view(shape)
         change = self.branch(layer, self.drop(x), A, B)
         total = torch.add(output, change, alpha=self.scaling)
