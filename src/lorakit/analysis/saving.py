@@ -18,7 +18,6 @@ from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
-from lorakit.errors import AdapterFileError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
@@ -27,9 +26,6 @@ from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
-
-_ATTEMPTS = 5
-"""How often an adapter is read that is replaced meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +76,10 @@ class Input:
         Raises:
             AdapterFileError: As for `lorakit.adapters.formats.read`, or it was replaced during each attempt.
         """
-        for _ in range(_ATTEMPTS):
-            before, stored = cls.of(path), read(path, alpha=alpha)
-            if cls.of(path) == before:
-                return dataclasses.replace(before, stored=stored)
-        raise AdapterFileError(
-            f"'{path}' changed each time it was read. Write a new adapter into another folder and rename it."
+        return storage.read_unchanged(
+            path,
+            lambda: cls.of(path),
+            lambda source: dataclasses.replace(source, stored=read(path, alpha=alpha)),
         )
 
 

@@ -29,6 +29,7 @@ from lorakit.storage.records import (
     write_rows,
 )
 from lorakit.storage.refusals import is_disk_full, reading, regular_file, writing
+from lorakit.storage.replaced import read_unchanged
 from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "quiet",
     "read_json",
     "read_record",
+    "read_unchanged",
     "read_yaml",
     "reading",
     "regular_file",

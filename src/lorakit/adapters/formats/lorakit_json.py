@@ -33,8 +33,6 @@ from lorakit.version import __version__
 NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
-_ATTEMPTS = 5
-"""How often a folder is read that is replaced meanwhile."""
 CARD_NAME = "README.md"
 
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
@@ -120,21 +118,9 @@ def read(folder: Path) -> StoredAdapter:
         AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json. Or the folder was
             replaced during every attempt.
     """
-    path = folder / NAME
-    record = storage.read_json(path)
-    for _ in range(_ATTEMPTS):
-        # lorakit.json has the checksum of each file. If it is the same afterwards, all that was read belongs to it.
-        try:
-            stored = _read(record, folder)
-        except (LorakitError, OSError):
-            if (after := storage.read_json(path)) == record:
-                raise
-        else:
-            if (after := storage.read_json(path)) == record:
-                return stored
-        record = after
-    raise AdapterFileError(
-        f"'{folder}' changed each time it was read. Write a new adapter into another folder and rename it."
+    # lorakit.json has the checksum of each file. If it is the same afterwards, all that was read belongs to it.
+    return storage.read_unchanged(
+        folder, lambda: storage.read_json(folder / NAME), lambda record: _read(record, folder)
     )
 
 
