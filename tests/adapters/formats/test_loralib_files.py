@@ -105,10 +105,14 @@ def test_alpha_is_asked_of_a_loralib_file_only(tmp_path):
     save_file({"h.weight": torch.ones(2, 2)}, model)
     text.write_text("max_steps: 1")
     (tmp_path / "config.json").write_text("{}")
+    checkpoint = tmp_path / "step-000200"
+    checkpoint.mkdir()
+    save_file({"h.weight": torch.ones(2, 2)}, checkpoint / "optimizer.safetensors")
     for path, message in (
         (model, "it holds no lora_A and lora_B"),
         (text, "is not a tensor file"),
         (tmp_path, r"It is the folder of a model\.$"),
+        (checkpoint, r"It is a checkpoint of a run\. Name the run's best/ or adapter/\.$"),
     ):
         with pytest.raises(AdapterFileError, match=message):
             formats.read(path)

@@ -253,6 +253,8 @@ def _no_adapter_in(folder: Path) -> str:
         hint = f" Did you mean '{adapters[0]}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
+    elif (folder / "optimizer.safetensors").exists():
+        hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
     elif tensors:
         hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
     return (
