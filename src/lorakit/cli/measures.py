@@ -274,10 +274,11 @@ def _drift(config: DriftConfig) -> Findings:
 def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
     from lorakit.analysis import open_weights
     from lorakit.analysis.deltas import read
+    from lorakit.compute.adapted import AdapterFile, base_of
 
-    adapter, alpha, allow = config.adapter, config.alpha, config.allow_other_base
-    weights = open_weights(config.base, adapter, alpha=alpha, allow_other_base=allow)
-    return read(adapter, alpha=alpha), weights
+    stored = read(config.adapter, alpha=config.alpha)
+    base = base_of(config.base, AdapterFile(config.adapter, stored))  # its error names the file
+    return stored, open_weights(base, stored, allow_other_base=config.allow_other_base)
 
 
 def _ranks(count: int) -> list[int]:

@@ -23,6 +23,12 @@ MOST_REWINDS = 3
 SLOWDOWN = 0.5
 """Factor on the learning rate each time a run goes back."""
 
+ADVICE = (
+    "Lower optimizer.learning_rate or raise optimizer.warmup; if it happens in the first steps, check the data and try "
+    "base.dtype float32."
+)
+"""What to do about a loss that is not finite, for messages."""
+
 
 def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
     """Raise unless the loss and the gradient norm of a step are finite.
@@ -34,8 +40,7 @@ def require_finite(step: int, loss: float, norm: float, rate: float) -> None:
         return
     raise DivergenceError(
         f"Training diverged at step {step + 1}: the loss is {loss:g} and the gradient norm {norm:g}, at learning "
-        f"rate {rate:.3g}. This step did not update the weights. Lower optimizer.learning_rate or raise "
-        "optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
+        f"rate {rate:.3g}. This step did not update the weights. {ADVICE}"
     )
 
 

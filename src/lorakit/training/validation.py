@@ -13,6 +13,7 @@ from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
+from lorakit.training.divergence import ADVICE
 from lorakit.training.events import record_batch_sizes
 from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers
@@ -49,8 +50,7 @@ def validate(
         if state.step == 0:
             raise
         raise DivergenceError(
-            f"Training diverged at step {state.step}: the held-out loss is not finite. Lower optimizer.learning_rate "
-            "or raise optimizer.warmup; if it happens in the first steps, check the data and try base.dtype float32."
+            f"Training diverged at step {state.step}: the held-out loss is not finite. {ADVICE}"
         ) from error
     state.evaluated = True
     settings = job.config.evaluation
