@@ -241,7 +241,7 @@ class WindowsPipe(io.RawIOBase):
 
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_windows_error_of_a_closed_pipe(
-    is_closed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    is_closed: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def run(_: object) -> None:
         print("text")
@@ -249,8 +249,9 @@ def test_windows_error_of_a_closed_pipe(
 
     monkeypatch.setattr("lorakit.cli.import_module", lambda _: SimpleNamespace(run=run))
     monkeypatch.setattr("sys.platform", "win32")
-    with (tmp_path / "pipe").open("w") as file:
-        pipe = WindowsPipe(file.fileno(), is_closed=is_closed)
+    reader, writer = os.pipe()
+    with open(reader), open(writer, "w"):
+        pipe = WindowsPipe(writer, is_closed=is_closed)
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))
         assert main(["inspect"]) == (0 if is_closed else 1)
         pipe.has_no_reader = False
