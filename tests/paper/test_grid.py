@@ -31,6 +31,7 @@ from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
+from lorakit.tasks import TASKS
 
 
 def silent(text: str) -> None:
@@ -165,6 +166,25 @@ def test_a_repeated_call_makes_no_run_again(table2, kept, monkeypatch):
     monkeypatch.setattr(runs_module, "evaluate", lambda config: pytest.fail("scored again"))
     run_table(config, silent)
     assert results(config.folder) == before
+
+
+def test_data_that_cannot_be_scored_is_refused_before_a_run(table2, data, tmp_path, monkeypatch):
+    """The table reads it hours later: the last data set and the packages of its scores are checked first."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "rte" / "validation.jsonl").unlink()
+    config = table2(data={"root": str(other)}, tasks=("mrpc", "rte"))
+    with pytest.raises(LorakitError, match="rte"):
+        run_table(config, silent)
+    assert not results(config.folder)
+
+    def missing(examples: object) -> None:
+        raise ConfigurationError("Scoring needs the 'train' extra.")
+
+    monkeypatch.setattr(TASKS["mrpc"], "check_scoring", missing)
+    with pytest.raises(ConfigurationError, match="extra"):
+        run_table(table2(output=str(tmp_path / "no package")), silent)
+    assert not results(tmp_path / "no package")
 
 
 @pytest.mark.slow

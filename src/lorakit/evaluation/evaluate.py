@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lorakit import storage
 from lorakit.adapters import handle_of
@@ -100,13 +101,68 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
+    data, decoding = _read(config), config.decoding or Decoding()
+    task = data.task
+    base = open_adapted(
+        config.base,
+        data.adapter,
+        task=task,
+        allow_other_base=config.allow_other_base,
+        tokenizer=data.tokenizer,
+    )
+    check_context(base, data.loaded)
+    score = functools.partial(
+        _score, config, base, task, data.examples, decoding.over(task.type.decoding)
+    )
+    result = score(progress=progress)
+    if config.compare and config.adapter is not None and task.generates:
+        handle = handle_of(base.model)
+        assert handle is not None
+        handle.activate(None)
+        compared = score(progress=_renamed(progress, "by the base"))
+        result = dataclasses.replace(result, base_scores=compared.scores)
+    result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
+    if config.output is not None:
+        try:
+            result.write_outputs(config.output, overwrite=config.overwrite)
+        except RunFolderError as error:
+            # The disk may be full after hours of work: show the scores in the error.
+            raise RunFolderError(*error.args, *_score_lines(result)) from error
+    return result
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Read what `evaluate` scores, without the model: hours of training may come before the scores.
+
+    Raises:
+        LorakitError: There is no data, the adapter or the data cannot be read, or a package of the scores is missing.
+    """
+    _read(config)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ScoredData:
+    """What an evaluation scores."""
+
+    adapter: AdapterFile | None
+    task: DataTask
+    split: ScoredSplit
+    tokenizer: PreTrainedTokenizerBase
+    loaded: Sequence[Example]
+    """All examples of the split."""
+    sha256: str
+    examples: Sequence[Example]
+    """The scored ones, in the order of their prompts if text is generated."""
+
+
+def _read(config: EvaluateConfig) -> _ScoredData:
+    """Read the adapter and the examples, and check that the task can score them."""
     adapter, reader = AdapterFile.read(config.adapter), RowReader()
     task = _task(config, adapter, reader)
     if "loss" not in config.scores and task.generates and not task.has_references:
         raise ConfigurationError(
             f"scores is text, but task {task.name} has no references for generated text; set scores to loss."
         )
-    decoding = (config.decoding or Decoding()).over(task.type.decoding)
     data = dataclasses.replace(config.data, task=task.name)
     split = config.scored_split(data)
     rows = reader.read(data, split)
@@ -125,30 +181,15 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         scored = [[example] for example in examples]
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(scored)
-    base = open_adapted(
-        config.base,
-        adapter,
+    return _ScoredData(
+        adapter=adapter,
         task=task,
-        allow_other_base=config.allow_other_base,
+        split=split,
         tokenizer=tokenizer,
+        loaded=loaded.examples,
+        sha256=loaded.sha256,
+        examples=examples,
     )
-    check_context(base, loaded.examples)
-    score = functools.partial(_score, config, base, task, examples, decoding)
-    result = score(progress=progress)
-    if config.compare and config.adapter is not None and task.generates:
-        handle = handle_of(base.model)
-        assert handle is not None
-        handle.activate(None)
-        compared = score(progress=_renamed(progress, "by the base"))
-        result = dataclasses.replace(result, base_scores=compared.scores)
-    result = dataclasses.replace(result, split=split, sha256=loaded.sha256)
-    if config.output is not None:
-        try:
-            result.write_outputs(config.output, overwrite=config.overwrite)
-        except RunFolderError as error:
-            # The disk may be full after hours of work: show the scores in the error.
-            raise RunFolderError(*error.args, *_score_lines(result)) from error
-    return result
 
 
 def _score_lines(result: Evaluation) -> list[str]:

@@ -55,8 +55,6 @@ class Grid:
         self.config, self.setup, self.say = config, setup, say
         self.study: Study = config.study
         self.runner = Runner(config, setup, amplification)
-        self._compared: set[str] = set()
-        """Data sets whose recorded runs are comparable with the runs of this call."""
 
     def cells(self) -> Iterator[tuple[StudyData, Variant]]:
         """Yield each data set with each variant that the setup has and that fits the base."""
@@ -190,7 +188,15 @@ class Grid:
 
         Args:
             after_each: Called whenever a cell has a new record.
+
+        Raises:
+            LorakitError: A run cannot be trained or scored. What can be checked is checked before the first run.
         """
+        last = self.config.seeds - 1
+        unfinished = [cell[0] for cell in self.cells() if self._next_run(cell, last) is not None]
+        for data_set in {data_set.key: data_set for data_set in unfinished}.values():
+            self.runner.check_scoring(data_set)
+            self._require_comparable(data_set)
         for seed in range(self.config.seeds):
             for cell in self.cells():
                 self._finish_seed(cell, seed)
@@ -222,19 +228,14 @@ class Grid:
         return None
 
     def _finish(self, run: TableRun, *, scored: bool) -> None:
-        record = self.runner.record(run)
-        if record is None or (scored and record.lacks_scores):
-            self._require_comparable(run.data_set)
-        if record is None:
+        if self.runner.record(run) is None:
             self.say(f"[{self.finished + 1}/{self.total}] {run.name}")
         record = self.runner.finish(run, scored=scored)
         if record.failure:
             self.say(f"{run.name}: {record.failure}")
 
     def _require_comparable(self, data_set: StudyData) -> None:
-        """Reject recorded runs on a data set that are not comparable with a new one, once per call."""
-        if data_set.key in self._compared:
-            return
+        """Reject recorded runs on a data set that are not comparable with a new one."""
         require_comparable(
             self.runner,
             data_set,
@@ -246,7 +247,6 @@ class Grid:
                 if (record := self.runner.record(run)) is not None
             ],
         )
-        self._compared.add(data_set.key)
 
 
 def held_out_scores(records: Sequence[Record], data_set: StudyData) -> list[float]:
@@ -283,9 +283,9 @@ def open_grid(
         for locked in dict.fromkeys(p.resolve() for p in (folder, config.log_folder)):
             locks.enter_context(storage.lock_folder(locked))
         setup = _read_setup(config)
-        _count_parameters(config, setup)
         for data_set in config.study.data_sets:
             draw_training_data(config, data_set, setup)
+        _count_parameters(config, setup)
         if not setup.dtype:
             base, reason = resolve_dtype(config.base, batch_size=config.batch_size)
             setup.dtype = base.dtype
@@ -342,9 +342,9 @@ def preview(config: PaperConfig, say: Say) -> Grid:
         LorakitError: As for `open_grid`.
     """
     setup = _read_setup(config)
-    _count_parameters(config, setup)
     for data_set in config.study.data_sets:
         draw_training_data(config, data_set, setup, write=False)
+    _count_parameters(config, setup)
     return Grid(_with_dtype(config, setup) if setup.dtype else config, setup, say)
 
 
@@ -376,7 +376,7 @@ def _read_setup(config: PaperConfig) -> GridSetup:
 
 def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
     """Count the parameters of every new variant, and record why a variant does not fit the base."""
-    runner = Runner(config, GridSetup())
+    runner = Runner(config, setup)
     bases: dict[tuple[str, int], Any] = {}
     for data_set in config.study.data_sets:
         counts = setup.counts.setdefault(data_set.key, {})
@@ -394,8 +394,8 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
         )
         for variant in missing:
             run = TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0)
+            method = runner.train_config(run).chosen_method
             try:
-                method = runner.train_config(run).chosen_method
                 by_layer = count_parameters(model, method).by_layer
             except (TargetError, ConfigurationError) as error:
                 counts[variant.key] = ParameterCount(left_out=str(error))

@@ -109,6 +109,7 @@ def reproduce(
     with storage.lock_folder(own.folder):
         draw_training_data(own, data_set, recorded.setup)
         runner = Runner(own, recorded.setup, amplification)
+        runner.check_scoring(data_set)
         for run in recorded.scored_runs(data_set, variant):
             if run.seed in wanted:
                 say(run.name)

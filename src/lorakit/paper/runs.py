@@ -19,7 +19,7 @@ from lorakit import storage
 from lorakit.configuration import as_dict, conform, flat_settings, nested
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
-from lorakit.evaluation.evaluate import evaluate
+from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
@@ -356,8 +356,17 @@ class Runner:
             },
         }
 
-    def evaluate_config(self, data_set: StudyData, adapter: Path) -> EvaluateConfig:
-        """Return the configuration that scores an adapter on the table's data."""
+    def check_scoring(self, data_set: StudyData) -> None:
+        """Check before a run is trained that its data can be scored.
+
+        Raises:
+            LorakitError: The data cannot be read, or a package of the scores is missing.
+        """
+        if self.config.study.measures != "amplification":
+            check_evaluation(self.evaluate_config(data_set, None))
+
+    def evaluate_config(self, data_set: StudyData, adapter: Path | None) -> EvaluateConfig:
+        """Return the configuration that scores an adapter, or the bare base, on the table's data."""
         config = self.config
         return EvaluateConfig(
             data=DataConfig(
@@ -368,7 +377,7 @@ class Runner:
                 validation_split=data_set.scored,
             ),
             base=config.base,
-            adapter=str(adapter),
+            adapter=None if adapter is None else str(adapter),
             compare=False,
             limit=config.eval_limit,
             batch_size=32,
