@@ -11,7 +11,7 @@ import pytest
 from fakes import BASE_DIGEST, DIGESTS, TEXT
 from served import BASE, Serve, wait_for
 
-from lorakit.errors import DataError
+from lorakit.errors import AdapterFileError, DataError
 from lorakit.serving.engine import Sampling
 from lorakit.serving.http.answers import Chat, Completion, CompletionChoice
 from lorakit.serving.http.logprobs import TokenTexts
@@ -274,6 +274,19 @@ def test_an_unforeseen_error_shows_nothing_inside(serve: Serve, stream: bool, ca
     assert "secret" not in answer.text
     assert "The server failed" in answer.text
     assert "secret 42" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), AdapterFileError("x")])
+@pytest.mark.parametrize("place", ["the answer", "the stream", "the store"])
+def test_a_failure_is_logged_under_the_id_of_its_request(
+    serve: Serve, place: str, error: Exception, caplog: Any
+) -> None:
+    served = serve()
+    served.engine.fails_after, served.engine.error = 2, error
+    served.store.fails = error if place == "the store" else None
+    answer = served.complete(stream=place == "the stream")
+    (record,) = caplog.records
+    assert f"request {answer.headers['x-request-id']} failed" in record.getMessage()
 
 
 def test_an_error_of_one_choice_cancels_the_others(serve: Serve) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakit.serving.http.errors import LOG, ApiError, error_answer
+from lorakit.serving.http.errors import LOG, ApiError, api_error, error_answer
 from lorakit.serving.http.keys import OPEN
 from lorakit.serving.http.playground import PUBLIC
 from lorakit.serving.http.state import RequestRecord, Serving
@@ -52,7 +52,7 @@ class Envelope:
             if record.status:  # it is sent; a cut answer shows the client that it is not whole
                 LOG.error("request %s failed within its answer", record.id, exc_info=error)
             else:
-                await error_answer(error)(scope, receive, send_with_id)
+                await error_answer(api_error(error, record.id))(scope, receive, send_with_id)
         finally:
             self.serving.in_flight -= counts
             seconds = time.monotonic() - record.began

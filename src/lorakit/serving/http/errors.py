@@ -101,14 +101,13 @@ def error_content(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_answer(error: Exception) -> JSONResponse:
-    """Return the answer for an exception; logs one that nobody foresaw."""
-    wrong = api_error(error)
-    return JSONResponse(wrong.content, wrong.status_code, headers=wrong.headers)
+def error_answer(error: ApiError) -> JSONResponse:
+    """Return the answer for an error."""
+    return JSONResponse(error.content, error.status_code, headers=error.headers)
 
 
-def api_error(error: Exception) -> ApiError:
-    """Return an exception as an error for the client."""
+def api_error(error: Exception, request_id: str) -> ApiError:
+    """Return an exception as an error for the client; logs a failure of the server under the request's id."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownAdapterError):
@@ -124,9 +123,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, AdapterStateError | DataError):
         return ApiError(400, message, code="invalid_value")
     if isinstance(error, LorakitError):
-        LOG.warning("%s", visible(str(error)))
+        LOG.warning("request %s failed: %s", request_id, visible(str(error)))
         return ApiError(500, message, code="cannot_be_served", final=True)
-    LOG.error("request failed", exc_info=error)
+    LOG.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, PLAIN, code="internal_error")
 
 
@@ -168,18 +167,19 @@ def unknown_model(name: str, known: Iterable[str], param: str = "model") -> ApiE
 
 async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
     """Answer an error of routing, or one of ours."""
-    if isinstance(error, HTTPException) and not isinstance(error, ApiError):
-        reasons = {
-            404: ("There is no such route. /openapi.json lists the routes.", "not_found"),
-            405: (
-                "The route does not have this method. /openapi.json lists the methods.",
-                "method_not_allowed",
-            ),
-        }
-        message, code = reasons.get(error.status_code, (str(error.detail), None))
-        content = error_content(error.status_code, message, code=code)
-        return JSONResponse(content, error.status_code, headers=error.headers)
-    return error_answer(error)
+    if isinstance(error, ApiError):
+        return error_answer(error)
+    assert isinstance(error, HTTPException)
+    reasons = {
+        404: ("There is no such route. /openapi.json lists the routes.", "not_found"),
+        405: (
+            "The route does not have this method. /openapi.json lists the methods.",
+            "method_not_allowed",
+        ),
+    }
+    message, code = reasons.get(error.status_code, (str(error.detail), None))
+    content = error_content(error.status_code, message, code=code)
+    return JSONResponse(content, error.status_code, headers=error.headers)
 
 
 async def answer_validation_error(_: Request, error: Exception) -> JSONResponse:

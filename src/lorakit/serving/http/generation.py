@@ -270,7 +270,8 @@ class Generation:
             if isinstance(event, End):
                 self._ends[index] = event
                 if event.reason == "error":
-                    raise api_error(event.error or RuntimeError("the engine gave no reason"))
+                    failure = event.error or RuntimeError("the engine gave no reason")
+                    raise api_error(failure, self._record.id)
                 if event.reason == "cancelled":
                     raise ApiError(
                         503,

@@ -57,6 +57,7 @@ class EventStream(Response):
             async for text in self._events:
                 await write(text)
 
+        record = record_of(Request(scope))
         try:
             await send(
                 {
@@ -67,11 +68,11 @@ class EventStream(Response):
             )
             await guarded(Request(scope, receive), write_all())
         except ClientGone as gone:
-            record_of(Request(scope)).status = gone.status_code
+            record.status = gone.status_code
         except Exception as error:
             self._generation.cancel()  # before the write, which waits for a client that reads slowly
-            wrong = api_error(error)
-            record_of(Request(scope)).status = wrong.status_code
+            wrong = api_error(error, record.id)
+            record.status = wrong.status_code
             await write(f"data: {json.dumps(wrong.content)}\n\n", more=False)
         else:
             await write(DONE, more=False)
