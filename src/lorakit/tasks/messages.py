@@ -28,10 +28,11 @@ def without_answer(messages: list[Message]) -> list[Message]:
     return messages[:-1]
 
 
-def checked_messages(fields: Fields) -> list[Message]:
+def checked_messages(fields: Fields, *, empty_answers: bool = False) -> list[Message]:
     """Return the messages of a row after validation, each as `{role, content, ...}` without null entries.
 
     The messages are a list, or a list as JSON text. A `system` text beside them becomes their first one.
+    `empty_answers` accepts assistant turns without text, which a model may have given but none should learn.
     """
     messages = fields.get("messages", fields.get("conversations"))
     if messages is None:
@@ -46,7 +47,8 @@ def checked_messages(fields: Fields) -> list[Message]:
     if not messages:
         raise bad_messages("is empty")
     checked = [
-        _checked_message(message, number) for number, message in enumerate(messages, start=1)
+        _checked_message(message, number, empty_answers)
+        for number, message in enumerate(messages, start=1)
     ]
     return conversion.with_system(checked, fields.get("system"))
 
@@ -61,7 +63,7 @@ def is_trained(message: Message) -> bool:
     return bool(message.get("weight", True) and message.get("train", True))
 
 
-def _checked_message(message: Any, number: int) -> Message:
+def _checked_message(message: Any, number: int, empty_answers: bool) -> Message:
     if not isinstance(message, dict):
         raise bad_messages(
             f"has {json_type(message)} as message {number}, expected {{role, content}}"
@@ -103,7 +105,8 @@ def _checked_message(message: Any, number: int) -> Message:
         )
     # Templates of text models expect text. Some would write a list as Python prints it.
     text = message["content"] = _joined(content, number)
-    if not text.strip() and role == "assistant" and not message.get("tool_calls"):
+    is_empty = not text.strip() and role == "assistant" and not message.get("tool_calls")
+    if is_empty and not empty_answers:
         raise bad_messages(f"has an empty assistant turn (message {number})")
     checked_text(text, "messages")
     return message

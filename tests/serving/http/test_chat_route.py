@@ -39,16 +39,24 @@ def test_the_prompt_is_the_rendered_template(serve: Serve) -> None:
         assert ticket.request.stop_ids == {served.store.tokenizer.convert_tokens_to_ids(EOS)}
 
 
-def test_an_answer_of_the_api_can_be_sent_back(serve: Serve) -> None:
+@pytest.mark.parametrize("text", [TEXT, "", "\n"])
+def test_an_answer_of_the_api_can_be_sent_back(serve: Serve, text: str) -> None:
+    """Also an empty one: else the client could never send the next message."""
     served = serve()
+    served.engine.text = lambda request: text
     message = {
         **served.chat().json()["choices"][0]["message"],
         "tool_calls": None,
         "annotations": [],
         "audio": None,
     }
-    answer = served.post("/v1/chat/completions", model="sql", messages=[USER, message, USER])
-    assert answer.status_code == 200
+    assert message["content"] == text
+    turns = [USER, message, USER]
+    assert served.post("/v1/chat/completions", model="sql", messages=turns).status_code == 200
+    expected = ChatTemplate(served.store.tokenizer).ids(
+        [{"role": turn["role"], "content": turn["content"]} for turn in turns], answer=True
+    )
+    assert list(served.engine.tickets[-1].request.prompt) == expected
 
 
 def test_a_developer_is_a_system(serve: Serve) -> None:

@@ -186,11 +186,6 @@ CHATS = {
         "messages.0.content",
         "it must be a text",
     ),
-    "an empty answer": (
-        {"messages": [USER, {"role": "assistant", "content": ""}]},
-        "messages",
-        "empty assistant",
-    ),
     "too many messages": ({"messages": [USER] * 1025}, "messages", "max_messages"),
 }
 

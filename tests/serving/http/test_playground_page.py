@@ -305,14 +305,16 @@ def test_regenerate_edit_and_a_new_pane(browser: Browser, site: Site) -> None:
         assert panes(opened)[3].locator("output").inner_text() == "0.50"
 
 
-def test_a_blank_answer_is_not_sent_back(browser: Browser, site: Site) -> None:
+def test_an_empty_answer_is_sent_back(browser: Browser, site: Site) -> None:
     first = site.chat("base", "The river", temperature=0)
     with playground(browser, site.link("base", temperature=0, stop=first[0])) as opened:
         send(opened)
         assert answers(opened) == [""]
         send(opened, "And the park?")
-        alone = {"temperature": 0, "stop": [first[0]]}
-        assert answers(opened) == [site.chat("base", "And the park?", **alone)]
+        settings = {"temperature": 0, "stop": [first[0]]}
+        whole = site.chat("base", "The river", "", "And the park?", **settings)
+        assert answers(opened) == [whole]
+        assert whole != site.chat("base", "And the park?", **settings)
         assert not panes(opened)[0].locator(".alert").is_visible()
         clean(opened, site)
 

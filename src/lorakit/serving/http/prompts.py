@@ -84,7 +84,7 @@ def encode_chat(
     ]
     try:
         template = ChatTemplate(tokenizer)
-        rows = template.prepared(checked_messages({"messages": turns}))
+        rows = template.prepared(checked_messages({"messages": turns}, empty_answers=True))
         text = template.text(rows, answer=True)
     except BadRow as error:
         raise invalid_value(f"{error}.", "messages") from None

@@ -413,9 +413,9 @@ export class Pane {
   }
 }
 
-/** Whether later messages are sent with this turn: the server rejects a blank one, and an error may have cut another. */
+/** Whether later messages are sent with this turn: an error may have cut its answer. */
 function isWhole({ answer }) {
-  return Boolean(answer?.text.trim()) && answer.error === null;
+  return answer?.error === null;
 }
 
 function figures(began, first, last, tokens) {
