@@ -118,7 +118,7 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 def test_every_route_and_series_is_on_the_page() -> None:
     text = pages.read(PAGE)
-    load = Load(True, False, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
+    load = Load(True, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
     stats = StoreStats(loaded=0, bytes=0, budget=0, loads=0, evictions=0, leases=0)
     series = {
         f"{family.name}{'_total' if family.type == 'counter' else ''}"

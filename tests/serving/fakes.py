@@ -138,7 +138,7 @@ class FakeEngine:
         """Tokens before the answer ends with `error`."""
         self.error: Exception = LorakitError("The logits are not finite.")
         self.refuses: Exception | None = None
-        self.is_alive, self.is_draining = True, False
+        self.is_alive = True
         self.scored: list[tuple[list[int], FakeLease, int]] = []
         """Arguments of each call of `score`."""
         self.scores: list[Future[list[float]]] = []
@@ -193,10 +193,7 @@ class FakeEngine:
         return future
 
     def load(self) -> Load:
-        return Load(self.is_alive, self.is_draining, 1, 2, 0.5, 10, 20)
-
-    def drain(self) -> None:
-        self.is_draining = True
+        return Load(self.is_alive, 1, 2, 0.5, 10, 20)
 
 
 def score_of(tokens: Sequence[int]) -> list[float]:

@@ -520,19 +520,6 @@ def test_a_small_cache_serves_one_request_after_the_other():
         assert engine._pool.available == engine._pool.count
 
 
-def test_draining_finishes_what_runs_and_refuses_the_rest(kind):
-    model = model_with_adapters()
-    engine = make(kind, model)
-    with running(engine):
-        sent = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 30, sampling=GREEDY)
-        sent.next()
-        engine.drain()
-        with pytest.raises(EngineStoppedError, match="shutting down"):
-            send(engine, [5], PlainLease((), TOKENIZER), 3)
-        assert len(sent.wait().ids) == 30
-    assert not engine.load().is_alive
-
-
 def test_closing_ends_every_request_with_an_error(kind):
     model = model_with_adapters()
     engine = make(kind, model)
@@ -542,6 +529,9 @@ def test_closing_ends_every_request_with_an_error(kind):
     ends = [answer.wait().end for answer in sent]
     assert all(end.reason in ("error", "length") for end in ends)
     assert any("shut down" in str(end.error) for end in ends)
+    assert not engine.load().is_alive
+    with pytest.raises(EngineStoppedError, match="shutting down"):
+        send(engine, [5], PlainLease((), TOKENIZER), 3)
 
 
 def test_a_score_is_not_followed_by_a_wait(kind, monkeypatch):

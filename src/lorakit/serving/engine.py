@@ -225,7 +225,6 @@ class Load:
 
     is_alive: bool
     """False once its thread has died; the log says why."""
-    is_draining: bool
     running: int
     waiting: int
     cache_used: float
@@ -265,7 +264,7 @@ class Engine(Protocol):
 
         Raises:
             QueueFullError: Too many requests wait.
-            LorakitError: The engine has died or drains, or the request exceeds a limit.
+            LorakitError: The engine has died or is closed, or the request exceeds a limit.
         """
         ...
 
@@ -280,10 +279,6 @@ class Engine(Protocol):
         """Return what the engine does now."""
         ...
 
-    def drain(self) -> None:
-        """Accept no more requests; those that wait or run are finished."""
-        ...
-
 
 class Classifier(Protocol):
     """Computes classes and scores, beside or instead of text."""
@@ -296,6 +291,6 @@ class Classifier(Protocol):
 
         Raises:
             QueueFullError: Too many requests wait.
-            LorakitError: The classifier has died or drains.
+            LorakitError: The classifier has died or is closed.
         """
         ...

@@ -14,4 +14,4 @@ class StoreFullError(LorakitError):
 
 
 class EngineStoppedError(LorakitError):
-    """The engine accepts no more requests: it drains, was closed, or has failed."""
+    """The engine accepts no more requests: it was closed, or has failed."""

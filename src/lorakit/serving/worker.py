@@ -70,7 +70,7 @@ class Worker(ABC):
         self._waiting: FairQueue[Answer] = FairQueue()
         self._actions: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._changed = threading.Condition()
-        self._is_draining = self._is_closing = False
+        self._is_closing = False
         self._has_failed = False
         self._thread = threading.Thread(target=self._main, name=f"lorakit-{self.name}", daemon=True)
 
@@ -117,8 +117,7 @@ class Worker(ABC):
     def _queued(self, action: Callable[[], T], *, is_change: bool) -> Future[T]:
         future: Future[T] = Future()
         with self._changed:
-            if self._has_failed or self._is_closing:
-                self._require_open()
+            self._require_open()
             self._actions.append((action, future, is_change))
             self._changed.notify()
         return future
@@ -127,7 +126,6 @@ class Worker(ABC):
         """Return what the engine does now (`Engine.load`)."""
         return Load(
             is_alive=self._thread.is_alive() and not self._has_failed,
-            is_draining=self._is_draining,
             running=self._running_count(),
             waiting=len(self._waiting),
             cache_used=self._cache_used(),
@@ -135,16 +133,10 @@ class Worker(ABC):
             tokens=self.tokens,
         )
 
-    def drain(self) -> None:
-        """Accept no more requests (`Engine.drain`)."""
-        with self._changed:
-            self._is_draining = True
-            self._changed.notify()
-
     def close(self, timeout: float | None = None) -> bool:
         """End the thread; requests that are not finished end with an error. Return whether it ended in time."""
         with self._changed:
-            self._is_draining = self._is_closing = True
+            self._is_closing = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -172,7 +164,7 @@ class Worker(ABC):
     def _require_open(self) -> None:
         if self._has_failed:
             raise EngineStoppedError(FAILED)
-        if self._is_draining:
+        if self._is_closing:
             raise EngineStoppedError("The server is shutting down and accepts no more requests.")
 
     # --- called in the thread ----------------------------------------------------------------------------
@@ -222,7 +214,7 @@ class Worker(ABC):
     def _end_all(self) -> None:
         """End what is not finished, when the thread ends."""
         with self._changed:
-            self._is_draining = self._is_closing = True
+            self._is_closing = True
             waiting = self._waiting.remove_where(lambda _: True)
             actions, self._actions = self._actions, deque()
         error = self._stopped()

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ import pytest
 from fakes import TEXT
 from served import Serve, Served, wait_for
 from starlette.responses import StreamingResponse
+from whole import served as whole_server
 
 from lorakit.serving.http import running
 
@@ -401,6 +403,29 @@ def test_the_end_does_not_wait_for_clients_that_come_after_the_signal(
     wait_for(lambda: served.server.should_exit, seconds=10)
     late.sendall(request(BODY)[-5:])
     assert read_one(late).startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.slow
+def test_a_request_that_waits_for_its_adapter_at_the_signal_is_answered(
+    connect: Connect, text: Path, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    with whole_server(text) as (client, opened):
+        serving = client.app.state.serving
+        acquire = opened.store.acquire
+        monkeypatch.setattr(
+            opened.store, "acquire", lambda choice: release.wait(10) and acquire(choice)
+        )
+        own = Served(client.app, opened.engine, opened.store, client)
+        connection = connect(live(own))
+        connection.sendall(request(BODY).replace(b"Host: x", b"Host: localhost"))
+        wait_for(lambda: serving.computing == 1)
+        assert own.server is not None
+        own.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.05)
+        release.set()
+        assert read_one(connection).startswith(b"HTTP/1.1 200 ")
+        wait_for(lambda: own.server.should_exit)
 
 
 @pytest.mark.slow

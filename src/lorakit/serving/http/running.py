@@ -86,7 +86,6 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_end)
 
     def _begin_end(self) -> None:
-        self._serving.drain()
         self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:

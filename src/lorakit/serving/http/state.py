@@ -64,6 +64,7 @@ class Serving:
     computing: int = 0
     """Requests for tokens or classes that are not answered yet."""
     is_draining: bool = False
+    """Whether new requests are refused, by `problem`. Requests that were accepted before are finished."""
     workers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(THREADS, thread_name_prefix="lorakit-http")
     )
@@ -83,17 +84,12 @@ class Serving:
         self.room = Room()
         self.store.freed = self.room.freed
 
-    def drain(self) -> None:
-        """Accept no more requests for tokens or classes; those that wait or run are finished."""
-        self.is_draining = True
-        self.engine.drain()
-
     def problem(self) -> str | None:
         """Return why no request can be answered; None if the server is well."""
         load = self.engine.load()
         if not load.is_alive:
             return "The engine has stopped. Restart the server; its log has the reason."
-        if self.is_draining or load.is_draining:
+        if self.is_draining:
             return "The server is shutting down."
         return None
 
