@@ -227,6 +227,24 @@ def test_a_keep_alive_connection_answers_twice(connect: Connect, serve: Serve, l
         assert read_one(connection).startswith(b"HTTP/1.1 200 ")
 
 
+def test_head_is_answered_as_get_without_the_body(
+    connect: Connect, serve: Serve, live: Live
+) -> None:
+    """Monitors and load balancers send it."""
+    address = live(serve())
+    for path in ("/", "/health"):
+        heads = []
+        for method in ("GET", "HEAD"):
+            connection = connect(address)
+            line = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\r\nConnection: close\r\n\r\n"
+            connection.sendall(line.encode())
+            head, _, body = read_all(connection).partition(b"\r\n\r\n")
+            heads.append(re.sub(rb"date: .*\r\n", b"", head))
+            assert bool(body) == (method == "GET")
+        assert heads[0] == heads[1]
+        assert b" 200 " in heads[0]
+
+
 # --- the official client -------------------------------------------------------------------------------
 
 
