@@ -466,10 +466,12 @@ def test_requests_beyond_the_most_are_429_before_any_work(serve: Serve) -> None:
 
     wait_for(lambda: served.app.state.serving.computing == 1)
     assert error_of(served.complete(), 429)["code"] == "queue_full"
+    assert "lorakit_open_requests 1.0" in served.client.get("/metrics").text
     served.store.hold.set()
     first.join()
     assert answers[0].status_code == 200
     served.settle()
+    assert "lorakit_open_requests 0.0" in served.client.get("/metrics").text
     assert served.complete().status_code == 200
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from math import isfinite
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -76,6 +76,11 @@ class Metrics:
             buckets=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0),
             **own,
         )
+        self._open = Gauge(
+            "open_requests",
+            "Requests for tokens or classes without an answer yet, also those that wait for adapters",
+            **own,
+        )
         self._labels: set[str] = set()
         self._lock = threading.Lock()
         self.registry.register(_State(load, stats))
@@ -94,6 +99,10 @@ class Metrics:
         """Count an answered request."""
         self._requests.labels(self.label(adapter), route, str(status)).inc()
         self._whole.labels(route).observe(seconds)
+
+    def open_requests(self, count: int) -> None:
+        """Record the number of requests for tokens or classes that are not answered yet."""
+        self._open.set(count)
 
     def tokens(
         self, adapter: str | None, *, prompt: int = 0, cached: int = 0, generated: int = 0
