@@ -580,7 +580,9 @@ def test_another_host_is_rejected_where_hosts_are_named(serve: Serve) -> None:
         assert served.client.get("/health", headers={"host": host}).status_code == 200
     for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):
         answer = served.client.get("/health", headers={"host": host})
-        assert error_of(answer, 403)["code"] == "host_not_allowed"
+        error = error_of(answer, 403)
+        assert error["code"] == "host_not_allowed"
+        assert "Add --keys FILE" in error["message"]
 
 
 def test_the_answer_is_whole_after_all_that(serve: Serve) -> None:

@@ -68,7 +68,7 @@ class Envelope:
             raise ApiError(
                 403,
                 f"The Host header is {headers.get('host', '')!r:.100}. This server answers to {', '.join(hosts)} only, "
-                "since it has no keys.",
+                "since it has no keys. Add --keys FILE, or let the proxy send 'Host: 127.0.0.1'.",
                 code="host_not_allowed",
             )
         if self.serving.keys is None:
