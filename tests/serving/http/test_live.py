@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import signal
 import socket
@@ -225,6 +226,22 @@ def test_a_keep_alive_connection_answers_twice(connect: Connect, serve: Serve, l
     for _ in range(2):
         connection.sendall(request(BODY))
         assert read_one(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_offer_of_http_2_is_ignored(
+    connect: Connect, serve: Serve, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Java's client makes it in each request. The body must not be lost."""
+    offer = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n\r\n"
+    )
+    logged: list[str] = []
+    connection = connect(live(serve()))
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", logged.append)
+    for message in (request(BODY), chunks(json.dumps(BODY).encode(), b"")):
+        connection.sendall(message.replace(b"\r\n\r\n", b"\r\n" + offer, 1))
+        assert read_one(connection).startswith(b"HTTP/1.1 200 ")
+    assert logged == []
 
 
 def test_head_is_answered_as_get_without_the_body(

@@ -55,6 +55,9 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
         self._timer = self.loop.call_later(HEADER_SECONDS, self._watch, seen)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Ignore the offer of another protocol. Java's client offers HTTP/2 in each request, and needs no answer."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching."""
         self._timer.cancel()
