@@ -36,7 +36,7 @@ class ErrorContent(BaseModel):
 
     message: str
     type: str
-    """`invalid_request_error`, `authentication_error`, `rate_limit_error` or `server_error`."""
+    """`invalid_request_error`, `authentication_error`, `permission_error`, `rate_limit_error` or `server_error`."""
     param: str | None = None
     """The field at fault."""
     code: str | None = None

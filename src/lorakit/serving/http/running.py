@@ -25,7 +25,8 @@ as many."""
 HEADER_BYTES = 32_768
 """Bytes of a request's line and headers, uvicorn's h11_max_incomplete_event_size."""
 IDLE_SECONDS = 30
-"""Seconds that an idle connection stays open, uvicorn's timeout_keep_alive."""
+"""Most seconds that an idle connection stays open, uvicorn's timeout_keep_alive. `TimedProtocol` closes it after
+HEADER_SECONDS to twice as many."""
 
 END_SECONDS = 60
 """Seconds in which clients read the rest of their answers after the last one is computed."""
