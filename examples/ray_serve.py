@@ -234,7 +234,9 @@ def _prepared(path: str, body: bytes) -> tuple[str, bytes]:
     blend = content.get("lora")
     name = min(blend) if isinstance(blend, dict) and blend else content.get("model")
     if path in _GENERATING and content.get("seed") is None:
-        body = json.dumps({**content, "seed": secrets.randbits(63)}).encode()
+        content["seed"] = secrets.randbits(63)
+        # ASCII and spaces would make the body longer, and the replica reject it by max_body.
+        body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     return name if isinstance(name, str) else "", body
 
 

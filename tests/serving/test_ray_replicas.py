@@ -270,6 +270,18 @@ def test_a_continuation_that_differs_is_an_error() -> None:
             sent.next(wrong)
 
 
+def test_a_seed_does_not_make_a_body_too_large() -> None:
+    import ray_serve
+
+    content = {"model": "a", "prompt": "\u6cb3" * 1000, "seed": None}
+    given = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    _, body = ray_serve._prepared("/v1/completions", given)
+    sent = json.loads(body)
+    assert sent == {**content, "seed": sent["seed"]}
+    assert sent["seed"] is not None
+    assert len(body) <= len(given) + 20
+
+
 def test_options_of_one_process_are_rejected() -> None:
     import ray_serve
 
