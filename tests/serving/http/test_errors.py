@@ -157,7 +157,7 @@ CHATS = {
     "response_format": (
         {"response_format": {"type": "json_object"}},
         "response_format",
-        "does not support",
+        'Leave it out, or set it to {"type": "text"}.',
     ),
     "store": ({"store": True}, "store", "or set it to false"),
     "metadata": ({"metadata": {"a": "b"}}, "metadata", "does not support"),
@@ -201,16 +201,20 @@ def test_an_invalid_chat_names_its_field(serve: Serve, case: str) -> None:
 NEUTRAL = {
     "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none",
     "response_format": {"type": "text"}, "store": False, "metadata": None, "user": "someone", "modalities": ["text"],
-    "service_tier": "auto", "safety_identifier": "someone",
+    "service_tier": "auto", "safety_identifier": "someone", "top_logprobs": 0, "stream": True,
+    "stream_options": {"include_usage": None},
 }  # fmt: skip
 
 
 def test_values_that_change_nothing_are_accepted(serve: Serve) -> None:
     served = serve()
-    assert served.chat(**NEUTRAL).status_code == 200
-    assert (
-        served.complete(echo=False, suffix=None, best_of=2, n=2, logit_bias=None).status_code == 200
+    for parallel in (False, True):
+        assert served.chat(**NEUTRAL, parallel_tool_calls=parallel).status_code == 200
+    answer = served.complete(
+        echo=False, suffix=None, best_of=2, n=2, logit_bias=None, logprobs=False
     )
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["logprobs"] is None
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -56,7 +57,7 @@ class Strict(BaseModel):
 
 
 def _listed(values: tuple[Any, ...]) -> str:
-    return " or ".join("false" if value is False else str(value) for value in values)
+    return " or ".join(map(json.dumps, values))
 
 
 class StreamOptions(Strict):
@@ -64,7 +65,7 @@ class StreamOptions(Strict):
 
     unsupported = {"include_obfuscation": (False,)}
 
-    include_usage: bool = False
+    include_usage: bool | None = False
     """Send the usage in a last chunk before [DONE]."""
 
 
@@ -149,6 +150,11 @@ class CompletionRequest(Generating):
     """Report the log-probability of each token, and of this many of the most likely ones."""
     best_of: Count | None = None
     """Supported only if it equals n."""
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_if_off(cls, value: Any) -> Any:
+        return None if value is False else value  # as chats turn them off
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -251,7 +257,7 @@ class ChatRequest(Generating):
         "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (),
+        "parallel_tool_calls": (False, True),  # of the tools, which are not supported
         "prediction": (),
         "prompt_cache_key": (),
         "prompt_cache_options": (),
@@ -285,7 +291,7 @@ class ChatRequest(Generating):
 
     @model_validator(mode="after")
     def _agree(self) -> Any:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise unsupported("top_logprobs", "'top_logprobs' needs logprobs: true. Leave it out.")
         if self.base_logprobs and not self.logprobs:
             raise unsupported(
