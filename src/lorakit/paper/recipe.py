@@ -86,7 +86,8 @@ class Family:
         notes = list(self.notes)
         if settings.pop("start", None) == "mnli":
             notes.append(
-                "Starts from the adapter of the MNLI recipe: add --from_adapter with the best/ folder of its run."
+                "The source starts from the adapter of its MNLI run: pass the best/ folder of such a run as "
+                "--from_adapter, else the run starts from the base."
             )
         if (dropout := settings.pop("head_dropout", None)) is not None:
             notes.append(
