@@ -107,6 +107,20 @@ def test_gpt3_s_recipes_need_a_decoder_and_count_its_warm_up_in_steps():
     assert recipe("gpt3-175b/mnli-1k/lora").settings["data.limit"] == 1000
 
 
+@pytest.mark.parametrize("task", ["mnli", "mnli-100"])
+def test_mnli_of_gpt3_chooses_by_accuracy_on_the_matched_set(task):
+    found = recipe(f"gpt3-175b/{task}/full")
+    assert found.settings["data.validation_split"] == "validation_matched"
+    assert found.settings["evaluation.metric"] == "accuracy"
+    assert any("classification head" in note for note in found.notes)
+    assert "data.validation_split" not in recipe("roberta-base/mnli/lora").settings
+
+
+@pytest.mark.parametrize("task", ["e2e_nlg", "webnlg", "dart"])
+def test_lora_on_gpt2_says_that_the_base_keeps_its_dropout(task):
+    assert any("keeps the base's" in note for note in recipe(f"gpt2-medium/{task}/lora").notes)
+
+
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ConfigurationError, match="Did you mean 'roberta-base/mrpc/lora'"):
         recipe("roberta-base/mrcp/lora")

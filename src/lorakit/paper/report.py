@@ -16,7 +16,7 @@ from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.resampling import RESAMPLES
-from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE
+from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE, WARMUP
 from lorakit.version import __version__
 
 _EMPTY = "-"
@@ -307,6 +307,7 @@ def own_notes(comparison: Comparison) -> list[str]:
     grid = comparison.grid
     notes = [
         _protocol(grid),
+        _training(grid),
         *_base(grid.config.base.name),
         *_average(comparison),
         *_method_settings(grid),
@@ -461,6 +462,19 @@ def _protocol(grid: Grid) -> str:
             if head
             else ""
         )
+    )
+
+
+def _training(grid: Grid) -> str:
+    """Return the settings of all runs, where the paper has others in other tables."""
+    keys: dict[int, list[str]] = {}
+    for data_set in grid.study.data_sets:
+        keys.setdefault(data_set.max_length, []).append(data_set.key)
+    lengths = " and ".join(f"{length} tokens on {', '.join(of)}" for length, of in keys.items())
+    return (
+        "AdamW trains without weight decay or label smoothing. The learning rate falls linearly after a warm-up over "
+        f"{100 * WARMUP:g} % of the steps. Longer examples are truncated to {lengths}. The paper's own settings differ "
+        "from table to table; 'lorakit recipes' lists them."
     )
 
 
