@@ -380,15 +380,18 @@ def _average(comparison: Comparison) -> Iterator[str]:
 def _method_settings(grid: Grid) -> Iterator[str]:
     """Yield the settings of each method in its scored runs, if the records have them."""
     for variant in grid.study.variants:
-        section = f"{variant.settings.get('method', 'lora')}."
+        sections = tuple(f"{name}." for name in variant.settings["method"].split("+"))
+        shown_section = sections[0] if len(sections) == 1 else ""
         records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
         values = {
-            f"{name.removeprefix(section)} {_setting(value)}": None
+            f"{name.removeprefix(shown_section)} {_setting(value)}": None
             for record in records
             # Older records have only what differs from the defaults.
             if "optimizer.clip" in record.settings
             for name, value in record.settings.items()
-            if name.startswith(section) and value not in (None, "none", False, [], {})
+            if name.startswith(sections)
+            and value is not False  # a dropout of 0 differs from the paper's
+            and value not in (None, "none", [], {})
         }
         if values:
             yield f"Settings of {variant.label}: {', '.join(values)}."
