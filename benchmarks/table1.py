@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +20,18 @@ from statistics import median
 
 import torch
 from rich.table import Table
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-import lorakit
 from benchmarks import report
 from benchmarks.latency import Times, in_turn, ratio
 from benchmarks.runs import runs_of
 from benchmarks.workloads import SEED
+from lorakit.methods.bottleneck import BottleneckAdapter
+from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import dtype_name
+from lorakit.paper.latency import adapted
 
 ROUNDS = 3
 BASE, MERGED = "fine-tuned model", "LoRA, merged"
@@ -63,6 +64,15 @@ class Setting:
     def rows(self) -> int:
         """Batch size of this benchmark."""
         return self.batch if torch.cuda.is_available() else max(1, self.batch // 16)
+
+    @property
+    def methods(self) -> dict[str, Method | None]:
+        """The method of each row."""
+        adapters = {
+            name: BottleneckAdapter(kind=kind, size=self.sizes[name])
+            for name, kind in ADAPTERS.items()
+        }
+        return {BASE: None, MERGED: LoRA(rank=4, alpha=32, targets="attention.qv"), **adapters}
 
 
 SETTINGS = (
@@ -107,24 +117,7 @@ def gpt2_medium() -> GPT2LMHeadModel:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@contextlib.contextmanager
-def adapted(model: nn.Module, setting: Setting, name: str) -> Iterator[None]:
-    """Attach the adapter of the row `name` to `model`, and detach it at the end."""
-    if name == BASE:
-        yield
-        return
-    if name == MERGED:
-        handle = lorakit.attach(model, lorakit.LoRA(rank=4, alpha=32, targets="attention.qv"))
-        handle.merge()
-    else:
-        method = lorakit.BottleneckAdapter(kind=ADAPTERS[name], size=setting.sizes[name])
-        handle = lorakit.attach(model, method, dtype=next(model.parameters()).dtype)
-    model.eval()
-    yield
-    handle.detach()
-
-
-def measure(setting: Setting, models: dict[str, nn.Module], steps: int, seed: int) -> Times:
+def measure(setting: Setting, models: dict[str, PreTrainedModel], steps: int, seed: int) -> Times:
     """Time interleaved forward passes of the models."""
     device = next(models[BASE].parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +126,7 @@ def measure(setting: Setting, models: dict[str, nn.Module], steps: int, seed: in
 
     with contextlib.ExitStack() as stack:
         for name, model in models.items():
-            stack.enter_context(adapted(model, setting, name))
+            stack.enter_context(adapted(model, setting.methods[name]))
         calls = {
             name: partial(model, input_ids=tokens, use_cache=False)
             for name, model in models.items()
@@ -149,7 +142,7 @@ def run() -> None:
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     base = gpt2_medium()
-    models: dict[str, nn.Module] = {
+    models: dict[str, PreTrainedModel] = {
         name: base if name == BASE else copy.deepcopy(base) for name in METHODS
     }
     figures = {}

@@ -22,7 +22,11 @@ from lorakit.models.roles import resolve_targets
 
 @dataclass(frozen=True, kw_only=True)
 class IA3:
-    """``l * (W x)``: a trained vector, initialised to 1, that scales the outputs of the target layers."""
+    """``l * (W x)``: a trained vector, initialised to 1, that scales the outputs of the target layers.
+
+    This is (IA)^3 on models with a gated MLP, such as Llama. Without a gate, as in BERT, (IA)^3 scales after the
+    nonlinearity, and this class before it.
+    """
 
     targets: tuple[str, ...] | list[str] = ("attention.k", "attention.v", "mlp.up")
     train_modules: tuple[str, ...] = ()  # lorakit adds a new classification head here

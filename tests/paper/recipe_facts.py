@@ -164,6 +164,9 @@ def _implied(model: str, task: str, origin: str, method: str) -> dict[str, Any]:
         settings["optimizer.weight_decay"] = 0.1  # section D.4, for every run
         settings["data.max_length"] = {"WikiSQL": 384, "MNLI": 768, "SAMSum": 2048}[data]
         settings["data.limit"] = LIMITS[size] if size else None
+        if data == "MNLI":
+            settings["data.validation_split"] = "validation_matched"  # MNLI-m in Tables 4 and 16
+            settings["evaluation.metric"] = "accuracy"
     else:
         settings["evaluation.metric"] = METRICS.get(task, "accuracy")
     return settings

@@ -17,7 +17,7 @@ from lorakit.paper.grid import Grid
 from lorakit.paper.grid_setup import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
-from lorakit.paper.runs import Record, TableRun
+from lorakit.paper.runs import Record, TableRun, recorded_settings
 from lorakit.paper.studies import STUDIES
 
 
@@ -275,6 +275,32 @@ def test_damaged_sums_are_refused(with_sums, lines):
 def test_sums_of_other_numbers_of_examples_are_refused(with_sums):
     with pytest.raises(RunFolderError, match=r"A record of mrpc is damaged: .* sums.accuracy"):
         with_sums(sums=_lines(75, 90))
+
+
+def test_the_page_has_the_settings_of_both_methods_of_a_combination(tmp_path):
+    key = "lora+pe-8"
+    config = PaperConfig(
+        table="table15", tasks=("mnli",), methods=(key,), seeds=1, output=str(tmp_path)
+    )
+    counts = {"mnli": {key: ParameterCount(trained=1)}}
+    grid = Grid(config, GridSetup(counts=counts), lambda _: None)
+    ((data_set, variant),) = grid.cells()
+    for run in grid.trials(data_set, variant):
+        settings = recorded_settings(grid.runner.train_config(run))
+        assert settings["lora.targets"] == ["attention.qv"]
+        assert settings["lora.init"] == "kaiming"
+        grid.runner._write(run, replace(_record(run, {"accuracy": 0.5}), settings=settings))
+    page = markdown(compare(grid))
+    (line,) = [line for line in page.splitlines() if line.startswith("- Settings of LoRA+PE")]
+    assert "lora.rank 8, " in line
+    assert "lora.dropout 0.0" in line
+    assert "prefix_embedding.prefix_length 8" in line
+
+
+def test_the_page_says_how_every_run_is_trained(compared):
+    page = markdown(compared({"lora": [0.75]}))
+    assert "after a warm-up over 6 % of the steps" in page
+    assert "truncated to 128 tokens on mrpc." in page
 
 
 @pytest.mark.parametrize("limit", [None, 100])

@@ -27,6 +27,8 @@ def test_recipes_are_listed_and_one_is_shown_whole(capsys):
     text = capsys.readouterr().out
     assert "evaluate --adapter out/run/adapter --data.task e2e_nlg" in text
     assert "--decoding.beams 10" in text
+    assert main(["recipes", "gpt2-medium/e2e_nlg/lora@paper"]) == 0
+    assert "evaluate --adapter out/run/best --data.task e2e_nlg" in capsys.readouterr().out
     assert "lorakit train --recipe gpt2-medium/e2e_nlg/lora@code --output" in text
     assert main(["recipes", "deberta", "rte", "--json", "true"]) == 0
     found = json.loads(capsys.readouterr().out)

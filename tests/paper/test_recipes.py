@@ -95,7 +95,9 @@ def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method(cap
 def test_a_recipe_gives_way_to_another_method(capsys):
     config = read("--recipe", "roberta-base/mrpc/lora", "--method", "bitfit")
     assert (config.method, config.epochs) == ("bitfit", 30)
-    assert "skips lora (without effect beside the arguments)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "skips lora (without effect beside the arguments)" in err
+    assert [line for line in recipe("roberta-base/mrpc/lora").notes if line not in err] == []
 
 
 def test_gpt3_s_recipes_need_a_decoder_and_count_its_warm_up_in_steps():
@@ -103,6 +105,20 @@ def test_gpt3_s_recipes_need_a_decoder_and_count_its_warm_up_in_steps():
     assert "base.name" not in found.settings
     assert found.settings["optimizer.warmup"] == 6  # 250,000 tokens / (128 x 384), rounded up
     assert recipe("gpt3-175b/mnli-1k/lora").settings["data.limit"] == 1000
+
+
+@pytest.mark.parametrize("task", ["mnli", "mnli-100"])
+def test_mnli_of_gpt3_chooses_by_accuracy_on_the_matched_set(task):
+    found = recipe(f"gpt3-175b/{task}/full")
+    assert found.settings["data.validation_split"] == "validation_matched"
+    assert found.settings["evaluation.metric"] == "accuracy"
+    assert any("classification head" in note for note in found.notes)
+    assert "data.validation_split" not in recipe("roberta-base/mnli/lora").settings
+
+
+@pytest.mark.parametrize("task", ["e2e_nlg", "webnlg", "dart"])
+def test_lora_on_gpt2_says_that_the_base_keeps_its_dropout(task):
+    assert any("keeps the base's" in note for note in recipe(f"gpt2-medium/{task}/lora").notes)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

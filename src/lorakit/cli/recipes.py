@@ -77,7 +77,10 @@ def _show(recipe: Any) -> None:
         data = {k: v for k, v in recipe.settings.items() if k in SCORED}
         settings = {**data, **{f"decoding.{k}": v for k, v in recipe.decoding.items()}}
         options = " ".join(f"--{k} {_text(v)}" for k, v in settings.items())
-        print(f"\nScore its adapter with: lorakit evaluate --adapter out/run/adapter {options}")
+        folder = (
+            "best" if recipe.origin == "paper" else "adapter"
+        )  # the paper scores the best epoch
+        print(f"\nScore its adapter with: lorakit evaluate --adapter out/run/{folder} {options}")
     print()
     for note in recipe.notes:
         print(f"- {note}")

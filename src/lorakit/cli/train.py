@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,10 +105,13 @@ def _summary(result: RunResult) -> str:
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    """Return the settings of a recipe."""
+    """Return the settings of a recipe, and print what they do not express."""
     from lorakit.paper.recipes import recipe
 
-    return recipe(name).settings
+    found = recipe(name)
+    for note in found.notes:
+        print(f"note: recipe {name}: {note}", file=sys.stderr)
+    return found.settings
 
 
 def _planned(

@@ -30,8 +30,8 @@ def e2e(
     - METEOR, from 0 to 1: :func:`lorakit.metrics.meteor.meteor`.
     - ROUGE_L, from 0 to 1, and CIDEr, from 0 to 10: :mod:`lorakit.metrics.captions`.
 
-    METEOR, ROUGE_L and CIDEr use Penn Treebank tokens in lower case without punctuation. The paper's tables show BLEU,
-    METEOR and ROUGE-L times 100.
+    METEOR, ROUGE_L and CIDEr use Penn Treebank tokens in lower case without punctuation. The paper's Table 3 shows
+    BLEU, METEOR and ROUGE-L times 100.
 
     Args:
         outputs: Texts to score.
@@ -67,6 +67,8 @@ def webnlg(
     outputs: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> dict[str, float]:
     """Return the scores of WebNLG and DART, equal to WebNLG/GenerationEval as the LoRA paper runs it.
+
+    Only TER differs: GenerationEval includes an empty line after the last output, whose TER is 1, in its mean.
 
     As in the paper's code, texts are lower-cased and split at every character that is not a letter, digit or
     underscore, and only the first six references of an output count.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 from lorakit.models.blocks import block_outputs
 from lorakit.models.devices import pick_device
 from lorakit.paper.paper_config import PaperConfig
@@ -103,36 +106,26 @@ def _time_setting(
     model: PreTrainedModel, batch: int, length: int, share: float, seconds: float
 ) -> list[Timing]:
     parameters = share * sum(p.numel() for p in model.parameters())
-    adapters = attach(model, LoRA(), name="LoRA")
-    methods = {
+    adapters = {
         "AdapterL": _bottleneck_of(model, "lin", parameters),
         "AdapterH": _bottleneck_of(model, "houlsby", parameters),
     }
-    for name, method in methods.items():
-        attach(model, method, name=name)
-    counts = {name: count_parameters(model, method).trainable for name, method in methods.items()}
+    counts = {name: count_parameters(model, method).trainable for name, method in adapters.items()}
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (batch, length), generator=generator).to(model.device)
-    times: dict[str, list[float]] = {name: [] for name in ("FT", MERGED, *methods)}
-    try:
-        with evaluating(model):
-            start = time.monotonic()
-            while True:
-                for name, method_times in times.items():
-                    _switch(adapters, name)
-                    model(ids[:1, :8])  # run one-time work after the switch outside the timing
-                    method_times.append(_time_pass(model, ids))
-                    if name == MERGED:
-                        adapters.unmerge()
-                rounds = len(times["FT"])
-                # The first round warms up caches and is excluded.
-                if rounds > PASSES or (
-                    rounds > FEWEST_PASSES and time.monotonic() - start > seconds
-                ):
-                    break
-    finally:
-        adapters.detach()
+    methods: dict[str, Method | None] = {"FT": None, MERGED: LoRA(), **adapters}
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    start = time.monotonic()
+    while True:
+        for name, method in methods.items():
+            with adapted(model, method):
+                model(ids[:1, :8])  # run one-time work after the switch outside the timing
+                times[name].append(_time_pass(model, ids))
+        rounds = len(times["FT"])
+        # The first round warms up caches and is excluded.
+        if rounds > PASSES or (rounds > FEWEST_PASSES and time.monotonic() - start > seconds):
+            break
     return [
         Timing(
             method=name,
@@ -147,12 +140,21 @@ def _time_setting(
     ]
 
 
-def _switch(adapters: Any, name: str) -> None:
-    if name == MERGED:
-        adapters.activate("LoRA")
-        adapters.merge("LoRA")
-    else:
-        adapters.activate(None if name == "FT" else name)
+@contextmanager
+def adapted(model: PreTrainedModel, method: Method | None) -> Iterator[None]:
+    """Attach a method and evaluate the model while the block runs, with LoRA merged; None leaves the model bare.
+
+    Nothing else may be attached: the hook of an adapted layer costs time also where its adapter is not active.
+    """
+    with ExitStack() as stack:
+        if method is not None:
+            # In the base's dtype, as adapters are served: float32 masters would be cast in every pass.
+            handle = attach(model, method, dtype=model.dtype)
+            stack.callback(handle.detach)
+            if isinstance(method, LoRA):
+                handle.merge()
+        stack.enter_context(evaluating(model))
+        yield
 
 
 def _time_pass(model: PreTrainedModel, ids: torch.Tensor) -> float:

@@ -25,6 +25,10 @@ MODELS: dict[str, str | None] = {
 """The paper's models, with one in place of RoBERTa-base, and their names as a base. GPT-3's weights are not public:
 pass a decoder as base.name."""
 
+MNLI_OF_GPT3 = "validation_matched"
+"""The development set of MNLI that the paper scores with GPT-3; Table 2 scores both."""
+LABELS_FROM_HEAD = "MNLI labels come from a classification head here; GPT-3 generates them as text."
+
 _LIMITS: dict[str, int | None] = {"100": 100, "1k": 1_000, "10k": 10_000, "392k": None}
 """Training examples by the size in a task's name, such as mnli-1k; None for all."""
 
@@ -80,13 +84,17 @@ class Family:
         if (hub_id := MODELS[self.model]) is not None:
             settings["base.name"] = hub_id
         task_class = task_type(data)
-        if self.model != "gpt3-175b" and task_class.kind != "text":
-            settings["evaluation.metric"] = task_class.metric
-        settings |= {**self.settings, **task_settings}
         notes = list(self.notes)
+        if task_class.kind != "text":
+            settings["evaluation.metric"] = task_class.metric
+            if self.model == "gpt3-175b":
+                settings["data.validation_split"] = MNLI_OF_GPT3
+                notes.append(LABELS_FROM_HEAD)
+        settings |= {**self.settings, **task_settings}
         if settings.pop("start", None) == "mnli":
             notes.append(
-                "Starts from the adapter of the MNLI recipe: add --from_adapter with the best/ folder of its run."
+                "The source starts from the adapter of its MNLI run: pass the best/ folder of such a run as "
+                "--from_adapter, else the run starts from the base."
             )
         if (dropout := settings.pop("head_dropout", None)) is not None:
             notes.append(

@@ -16,7 +16,7 @@ from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.resampling import RESAMPLES
-from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE
+from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE, WARMUP
 from lorakit.version import __version__
 
 _EMPTY = "-"
@@ -307,6 +307,7 @@ def own_notes(comparison: Comparison) -> list[str]:
     grid = comparison.grid
     notes = [
         _protocol(grid),
+        _training(grid),
         *_base(grid.config.base.name),
         *_average(comparison),
         *_method_settings(grid),
@@ -379,15 +380,18 @@ def _average(comparison: Comparison) -> Iterator[str]:
 def _method_settings(grid: Grid) -> Iterator[str]:
     """Yield the settings of each method in its scored runs, if the records have them."""
     for variant in grid.study.variants:
-        section = f"{variant.settings.get('method', 'lora')}."
+        sections = tuple(f"{name}." for name in variant.settings["method"].split("+"))
+        shown_section = sections[0] if len(sections) == 1 else ""
         records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
         values = {
-            f"{name.removeprefix(section)} {_setting(value)}": None
+            f"{name.removeprefix(shown_section)} {_setting(value)}": None
             for record in records
             # Older records have only what differs from the defaults.
             if "optimizer.clip" in record.settings
             for name, value in record.settings.items()
-            if name.startswith(section) and value not in (None, "none", False, [], {})
+            if name.startswith(sections)
+            and value is not False  # a dropout of 0 differs from the paper's
+            and value not in (None, "none", [], {})
         }
         if values:
             yield f"Settings of {variant.label}: {', '.join(values)}."
@@ -461,6 +465,19 @@ def _protocol(grid: Grid) -> str:
             if head
             else ""
         )
+    )
+
+
+def _training(grid: Grid) -> str:
+    """Return the settings of all runs, where the paper has others in other tables."""
+    keys: dict[int, list[str]] = {}
+    for data_set in grid.study.data_sets:
+        keys.setdefault(data_set.max_length, []).append(data_set.key)
+    lengths = " and ".join(f"{length} tokens on {', '.join(of)}" for length, of in keys.items())
+    return (
+        "AdamW trains without weight decay or label smoothing. The learning rate falls linearly after a warm-up over "
+        f"{100 * WARMUP:g} % of the steps. Longer examples are truncated to {lengths}. The paper's own settings differ "
+        "from table to table; 'lorakit recipes' lists them."
     )
 
 

@@ -397,8 +397,8 @@ class Runner:
 
 
 def recorded_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that describe a run: those of its method and optimizer, and others that are not defaults."""
-    described = (f"{config.method}.", "optimizer.")
+    """Return the settings that describe a run: those of its methods and optimizer, and others that are not defaults."""
+    described = ("optimizer.", *(f"{name}." for name in config.method_names))
     own = {
         name: value
         for name, value in flat_settings(as_dict(config)).items()

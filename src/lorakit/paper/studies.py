@@ -9,6 +9,7 @@ from typing import Any
 from lorakit.errors import require_choice
 from lorakit.paper.method_settings import bottleneck, lora, prefix
 from lorakit.paper.published import PublishedTable, published
+from lorakit.paper.recipe import LABELS_FROM_HEAD, MNLI_OF_GPT3
 from lorakit.paper.resampling import ACCURACY, E2E_BLEU, MATTHEWS
 from lorakit.paper.study import Column, Study, StudyData, Variant
 
@@ -119,6 +120,7 @@ _E2E_COLUMNS = (
     Column(name="ROUGE-L", score="ROUGE_L", scale=100),
     Column(name="CIDEr", score="CIDEr", digits=2),
 )
+_BASE_DROPOUT = "Runs keep the base's own dropout; the paper's code sets GPT-2's to 0."
 _GENERATION_VARIANTS = (
     _FT,
     _FT_TOP2,
@@ -133,6 +135,11 @@ _TABLE3 = Study(
     table=published("table3"),
     data_sets=(StudyData(key="e2e", task="e2e_nlg", columns=_E2E_COLUMNS, max_length=256),),
     variants=_GENERATION_VARIANTS,
+    notes=(
+        _BASE_DROPOUT,
+        "AdapterH has about LoRA's size here; the paper's AdapterH, also in the published difference, has 11.09M "
+        "parameters.",
+    ),
 )
 
 
@@ -150,18 +157,24 @@ _TABLE13 = Study(
     table=published("table13"),
     data_sets=(StudyData(key="dart", task="dart", columns=_DART, max_length=384),),
     variants=_GENERATION_VARIANTS,
+    notes=(_BASE_DROPOUT,),
 )
 _WEBNLG = _category_columns({" U": " unseen", " S": " seen", " A": ""})
 _TABLE14 = Study(
     table=published("table14"),
     data_sets=(StudyData(key="webnlg", task="webnlg", columns=_WEBNLG, max_length=384),),
     variants=_GENERATION_VARIANTS,
+    notes=(_BASE_DROPOUT,),
 )
 
 _WIKISQL = _data("wikisql", "WikiSQL", "logical_form", max_length=384)
-_MATCHED = "validation_matched"
-"""The development set of MNLI that the GPT-3 tables score; Table 2 scores both."""
-_MNLI_M = _data("mnli", "MNLI-m", scored=_MATCHED)
+
+
+def _mnli_m(name: str = "MNLI-m", **options: Any) -> StudyData:
+    return _data("mnli", name, scored=MNLI_OF_GPT3, commonest=35.4, **options)
+
+
+_MNLI_M = _mnli_m()
 _SAMSUM = StudyData(
     key="samsum",
     task="samsum",
@@ -170,7 +183,6 @@ _SAMSUM = StudyData(
     ),
     max_length=512,
 )
-_HEAD = "MNLI labels come from a classification head here; GPT-3 generates them as text."
 
 _TABLE4 = Study(
     table=published("table4"),
@@ -187,7 +199,7 @@ _TABLE4 = Study(
         _lora_on("q,v, r=1", key="lora"),
         _lora_on("q,v, r=8", key="lora-8"),
     ),
-    notes=(_HEAD,),
+    notes=(LABELS_FROM_HEAD,),
 )
 
 _TABLE5 = Study(
@@ -195,7 +207,7 @@ _TABLE5 = Study(
     data_sets=(_WIKISQL, _MNLI_M),
     variants=_lora_rows(published("table5")),
     notes=(
-        _HEAD,
+        LABELS_FROM_HEAD,
         "The rows have equal parameter counts only if all four matrices are square; with fewer key and value heads "
         "than query heads, the counts differ.",
     ),
@@ -205,7 +217,7 @@ _TABLE6 = Study(
     table=published("table6"),
     data_sets=(_WIKISQL, _MNLI_M),
     variants=_lora_rows(published("table6")),
-    notes=(_HEAD, "alpha stays 16 at every rank."),
+    notes=(LABELS_FROM_HEAD, "alpha stays 16 at every rank."),
 )
 
 _TABLE15 = Study(
@@ -246,14 +258,14 @@ _TABLE15 = Study(
             for rank in ranks
         ),
     ),
-    notes=(_HEAD,),
+    notes=(LABELS_FROM_HEAD,),
 )
 
 _TABLE16 = Study(
     table=published("table16"),
     base="minilm-l6",
     data_sets=tuple(
-        _data("mnli", f"MNLI-{name}", key=f"mnli-{name}", limit=limit, scored=_MATCHED)
+        _mnli_m(f"MNLI-{name}", key=f"mnli-{name}", limit=limit)
         for name, limit in (("100", 100), ("1k", 1_000), ("10k", 10_000), ("392k", None))
     ),
     variants=(
@@ -265,7 +277,8 @@ _TABLE16 = Study(
         Variant(key="lora", method="LoRA", settings=lora(8, "attention.qv")),
     ),
     notes=(
-        _HEAD,
+        LABELS_FROM_HEAD,
+        "PreEmbed has l_p=16 and l_i=0 at every size; the paper's has l_i=8 and l_p=16, 32, 64 and 256.",
         "Up to 10k, smaller sets are subsets of the larger ones. Learning rates and epochs are chosen on held-out "
         "examples from outside the set: as many as there are training examples, at least 200 and at most 1,000. Of "
         "all 392k, a tenth is held out, so 353k are trained on.",
@@ -284,6 +297,7 @@ _TABLE18 = Study(
         _lora_of(rank, alpha=32) for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     ),
     notes=(
+        _BASE_DROPOUT,
         "alpha stays 32 at every rank, as tuned at r=4.",
         "The loss is computed on the test references; the paper's on the validation set.",
     ),

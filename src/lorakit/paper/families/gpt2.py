@@ -8,6 +8,7 @@ from lorakit.paper.recipe import Family
 
 _LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}
+_BASE_DROPOUT = "The code sets the model's own dropout to 0; a run keeps the base's."
 _AVERAGED = "The paper reports the mean over 3 seeds of the best epoch of each run."
 
 
@@ -40,6 +41,7 @@ def _gpt2_paper(model: str) -> Family:
         notes=(
             _AVERAGED,
             "The dropout in the table is assumed to be LoRA's, the only dropout in the code.",
+            _BASE_DROPOUT,
         ),
     )
 
@@ -77,7 +79,7 @@ _GPT2 = (
         """,
         decoding={**_BEAMS, "length_penalty": 0.8, "max_new_tokens": 64},
         notes=(
-            "The code sets the model's own dropout to 0; a run keeps the base's.",
+            _BASE_DROPOUT,
             "The length penalty is 0.8 in the code and 0.9 in the paper.",
         ),
     ),
