@@ -542,6 +542,14 @@ def test_a_removed_adapter_is_freed() -> None:
     assert all(tensor() is None for tensor in tensors)
 
 
+def test_a_detached_handle_keeps_no_stacks() -> None:
+    adapters = adapted()
+    for _ in range(2):
+        packed(adapters, ["a", "b"])
+    adapters.detach()
+    assert adapters._activation.decoding._stacks is None
+
+
 def test_the_tensors_of_few_blends_are_kept(monkeypatch) -> None:
     monkeypatch.setattr(stacks, "MOST_SOURCES", 2)
     adapters = adapted()
