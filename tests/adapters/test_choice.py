@@ -17,6 +17,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import Adapters, attach, handle_of
+from lorakit.adapters.activation import _BLOCKS
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -231,6 +232,13 @@ def test_a_block_that_ends_in_another_thread_is_an_error(toy, other_thread) -> N
     other_thread(lambda: next(stepwise))
     with pytest.raises(AdapterStateError, match="another thread or task"):
         next(stepwise)
+
+    def blocks_after_another() -> tuple[object, ...]:
+        with adapters.per_sample(["b", "b"]):
+            pass
+        return _BLOCKS.get()
+
+    assert other_thread(blocks_after_another) == ()  # the ended one would keep its model
 
 
 def test_two_models_do_not_share_a_block(toy, x, expected) -> None:

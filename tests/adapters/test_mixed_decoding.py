@@ -228,6 +228,48 @@ def test_stacks_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, alone(adapters, batches))
 
 
+def used_stacks(adapters: Adapters) -> Stacks:
+    found = adapters._activation.decoding._stacks
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("limit", [2**30, 60_000])
+def test_a_blend_of_many_ranks_slows_no_later_step(monkeypatch, limit: int) -> None:
+    """Its ranks are not computed once it has left, and its memory is free some compositions later."""
+    monkeypatch.setattr(stacks, "LARGEST_STACKS", limit)
+    monkeypatch.setattr(stacks, "SHARE", 0)
+    monkeypatch.setattr(stacks, "PERIOD", 6)
+    adapters = adapted(methods=METHODS | {"wide": LoRA(rank=16, alpha=4, targets="all-linear")})
+    for tokens in (["a", "d"], ["a", "d"], ["a", "wide"], ["a", "d"]):
+        found = packed(adapters, tokens)
+    with layer_by_layer():
+        torch.testing.assert_close(found, packed(adapters, ["a", "d"]))
+    arrangement = used_stacks(adapters)._arrangement
+    assert arrangement is not None
+    assert {part.matrices[0][0].shape[-1] for part in arrangement.parts.values()} == {2}
+    assert bool(used_stacks(adapters)._left_out) == (limit < 2**30)
+
+    for tokens in (["a", "d"], ["d", "a"]) * 6:
+        packed(adapters, tokens)
+    assert {stack.rank for stack in used_stacks(adapters)._of_layer.values()} == {2}
+    assert stacked_layers(adapters) == 14
+
+
+def test_stacks_that_are_needed_now_and_then_stay(monkeypatch) -> None:
+    monkeypatch.setattr(stacks, "PERIOD", 6)
+    adapters = adapted()
+    for _ in range(2):
+        packed(adapters, ["a", "b", "c", "d"])
+    built = []
+    build = Stacks._build
+    monkeypatch.setattr(Stacks, "_build", lambda *a, **k: (built.append(a), build(*a, **k)))
+    for _ in range(6):
+        for tokens in (["a", "b", "c", "d"], ["a"], ["d", "c"]):
+            packed(adapters, tokens)
+    assert not built
+
+
 def test_adapters_with_another_effect() -> None:
     """DoRA and trained copies are no low-rank products, so their layers compute one adapter after the other."""
     methods = METHODS | {
@@ -498,6 +540,14 @@ def test_a_removed_adapter_is_freed() -> None:
     adapters.remove("a")
     gc.collect()
     assert all(tensor() is None for tensor in tensors)
+
+
+def test_a_detached_handle_keeps_no_stacks() -> None:
+    adapters = adapted()
+    for _ in range(2):
+        packed(adapters, ["a", "b"])
+    adapters.detach()
+    assert adapters._activation.decoding._stacks is None
 
 
 def test_the_tensors_of_few_blends_are_kept(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
@@ -39,6 +40,12 @@ def copied(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def size_of_file(module: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return len(file.getvalue())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,3 +163,17 @@ def test_copy_of_an_adapted_attention_module(copied: Callable[[nn.Module], nn.Mo
     assert torch.equal(twin(x), adapted)
     handle.detach()
     assert torch.equal(twin(x), base)
+
+
+def test_a_copy_of_one_layer_of_a_merged_model_is_one_layer(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, METHODS["lora"])
+    layer = model.model.layers[0].self_attn.q_proj
+    before = size_of_file(layer)
+    adapters.merge()
+    twin = copied(layer)
+    assert torch.equal(twin.weight, layer.weight)
+    # The base weight is kept, and a copy has it twice.
+    assert size_of_file(twin) < before + 2.5 * layer.weight.nbytes

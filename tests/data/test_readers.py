@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import runpy
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lorakit.data import readers
 from lorakit.data.readers import Problem, Row, reader_for
 from lorakit.errors import DataError
 
@@ -267,3 +270,12 @@ def test_a_parquet_file_must_name_each_column_once(tmp_path):
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.parquet.gz", "jsonl"])
 def test_unknown_formats_have_no_reader(tmp_path, name):
     assert reader_for(tmp_path / name) is None
+
+
+def test_a_larger_limit_of_the_callers_for_csv_fields_stays():
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        runpy.run_path(readers.__file__)
+        assert csv.field_size_limit() == 2**31 - 1
+    finally:
+        csv.field_size_limit(before)

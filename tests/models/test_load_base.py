@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
-from lorakit.models.loading import load_base, load_tokenizer
+from lorakit.models.loading import _quiet, load_base, load_tokenizer
 
 
 def save(folder: Path, arch: str, head: str | None = None, **special_tokens: str) -> Path:
@@ -509,3 +509,19 @@ def test_loading_is_quiet_and_restores_the_settings(
     finally:
         logging.set_verbosity_warning()
     assert capfd.readouterr() == ("", "")
+
+
+def test_two_loads_at_the_same_time_restore_the_settings() -> None:
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        first, second = _quiet(), _quiet()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert logging.get_verbosity() == logging.ERROR
+        second.__exit__(None, None, None)
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -189,3 +192,21 @@ def test_a_wait_for_the_thread_can_be_interrupted_on_windows(
     assert in_own_thread(lambda: time.sleep(0.01) or 7) == 7
     assert waits
     assert all(timeout is not None and timeout < 1 for timeout in waits)
+
+
+def test_a_failed_action_leaves_no_tensor_behind() -> None:
+    """Python collects cycles of old objects rarely, so the tensors of a failed load would stay for long."""
+    tensors = []
+
+    def fail() -> None:
+        tensor = torch.zeros(2)
+        tensors.append(weakref.ref(tensor))
+        raise MemoryError("too large")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(MemoryError):
+            in_own_thread(fail)
+        assert tensors[0]() is None
+    finally:
+        gc.enable()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -584,6 +586,33 @@ def test_adapters_change_between_steps():
             engine, prompt, PlainLease((("d", 1.0),), TOKENIZER), 8, sampling=GREEDY
         ).wait()
     assert found.ids == alone(model, prompt, (("d", 1.0),), 8)
+
+
+class ActionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [ActionError, torch.OutOfMemoryError])
+def test_a_failed_action_leaves_no_tensor_behind(error, monkeypatch):
+    tensors, freed = [], []
+    monkeypatch.setattr(worker, "free_memory", lambda: freed.append(True))
+
+    def fail():
+        tensor = torch.zeros(2)
+        tensors.append(weakref.ref(tensor))
+        raise error("CUDA out of memory.")
+
+    with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
+        gc.disable()
+        try:
+            failure = engine.between_steps(fail).exception(60)
+            assert tensors[0]() is None
+            failure = weakref.ref(failure)
+            engine.between_steps(lambda: None).result(60)  # the first is over
+            assert failure() is None
+        finally:
+            gc.enable()
+    assert bool(freed) == (error is torch.OutOfMemoryError)
 
 
 def test_the_step_after_an_action_waits_for_the_request_that_needed_it(monkeypatch):

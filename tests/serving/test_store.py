@@ -406,6 +406,22 @@ def test_a_folder_that_gets_the_name_of_an_unloaded_adapter_is_served(
     assert "b" not in store.names()
 
 
+def test_a_new_folder_of_an_unloaded_name_is_served(store: AdapterStore, root: Path) -> None:
+    expected = alone(root / "a")
+    store.remove("b")
+    for change in (lambda: (root / "b" / TENSORS).chmod(0o600), lambda: shutil.rmtree(root / "b")):
+        change()
+        assert "b" not in store.names()
+        with pytest.raises(UnknownAdapterError):
+            store.acquire("b")
+    shutil.copytree(root / "a", root / "b")
+    assert "b" in store.names()
+    with store.acquire("b") as lease:
+        torch.testing.assert_close(answer(store, lease), expected)
+    store.remove("b")
+    assert "b" not in store.names()
+
+
 def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     for _ in range(20):
         for name in "abcd":

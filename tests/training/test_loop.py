@@ -30,7 +30,7 @@ from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.compiling import compile_blocks
-from lorakit.training import setup, validation
+from lorakit.training import loggers, setup, validation
 from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
@@ -551,6 +551,23 @@ def test_a_logger_that_does_not_close_leaves_the_run_finished(
     assert result.adapter.is_dir()
     assert "WeightsAndBiases may lack the last numbers" in caplog.text
     assert "no route to host" in caplog.text
+
+
+def test_a_logger_that_cannot_be_opened_closes_those_before_it(tmp_path: Path, monkeypatch) -> None:
+    closed = []
+    opened = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr(loggers, "TensorBoard", lambda *_, **__: opened)
+
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(loggers, "WeightsAndBiases", refuse)
+    config = SimpleNamespace(loggers=("tensorboard", "wandb"), as_dict=dict)
+    run: Any = SimpleNamespace(path=tmp_path, metrics=None, config=config)
+    state, processes = State(), SimpleNamespace(is_first=True)
+    with pytest.raises(ConnectionError), loggers.Loggers(run, state, processes):  # type: ignore[arg-type]
+        pass
+    assert closed == [True]
 
 
 @pytest.mark.parametrize("way", [{"overwrite": True}, {"resume": True, "max_steps": 2}], ids=str)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from lorakit.adapters.choice import BASE, Choice
 from lorakit.adapters.decoding import Decoding, Step
@@ -88,8 +89,9 @@ class Activation:
     merged: Choice | None = None
     """What is merged into the weights, if anything."""
 
-    before_gradients: Callable[[], None] | None = None
-    """Called before the next pass with gradients: adds hooks that a merge has removed, and a checkpoint needs."""
+    before_gradients: Callable[[nn.Module], None] | None = None
+    """Called with the model before its next pass with gradients: adds hooks that a merge has removed, and a checkpoint
+    needs. It must not refer to the model, because a copy of one layer has this object too."""
 
     def __post_init__(self) -> None:
         self.running = RunningPasses()
@@ -262,7 +264,8 @@ class Activation:
         serials = {name: self.adapters[name] for name in choice.names}
         block = _Block(self, choice, serials, is_generation)
         before, thread = self._thread.block, threading.get_ident()
-        _BLOCKS.set((*_BLOCKS.get(), block))
+        # One that ended in another thread is still among them, with its model.
+        _BLOCKS.set((*(b for b in _BLOCKS.get() if b.is_open), block))
         with self.running.lock:
             self._open_blocks += 1
         # Several tasks share a thread, so a graph could not tell them apart.
@@ -277,7 +280,7 @@ class Activation:
             if threading.get_ident() == thread:
                 self._thread.block = before
             blocks = _BLOCKS.get()
-            _BLOCKS.set(tuple(b for b in blocks if b is not block))
+            _BLOCKS.set(tuple(b for b in blocks if b.is_open))
             self.running.drop_interrupted()
         if block not in blocks:
             raise AdapterStateError(
@@ -337,7 +340,11 @@ class Activation:
         del self.adapters[name]
         self.swapping.discard(name)
         self.read_directly.pop(name, None)
-        self.decoding.remove(name)
+        if self.adapters:
+            self.decoding.remove(name)
+        else:
+            # A handle that outlives its adapters must not keep copies of them.
+            self.decoding = Decoding()
 
     # --- forward passes ----------------------------------------------------------------------------------
 
@@ -358,10 +365,10 @@ class Activation:
             return outer.of_pass.step if choice is outer.of_pass.choice else None
         return self.decoding.begin(choice, args, kwargs, is_active=choice is self.active)
 
-    def begin(self, of_pass: Pass, frame: FrameType) -> None:
-        """Register a forward pass of this thread; `frame` is the Python frame that ends with it."""
+    def begin(self, model: nn.Module, of_pass: Pass, frame: FrameType) -> None:
+        """Register a forward pass of this thread through the model or its backbone; `frame` ends with the pass."""
         if self.before_gradients is not None and torch.is_grad_enabled():
-            self.before_gradients()
+            self.before_gradients(model)
         self.running.begin(of_pass, frame, began_with=_BLOCKS.get())
         self.moment()  # a checkpoint around the model records it
 

@@ -63,7 +63,7 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         choice = activation.entering()
         of_pass = describe_pass(choice, module, args, kwargs)
         of_pass = replace(of_pass, step=activation.step_of(choice, args, kwargs))
-        activation.begin(of_pass, sys._getframe(1))
+        activation.begin(module, of_pass, sys._getframe(1))
 
 
 @by_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def merge(model: nn.Module, blend: Blend) -> None:
             # adapter again once it is unmerged.
             if len(layer._forward_hooks) == 1:
                 remove_hooks(layer, after_forward)
-                adapters.activation.before_gradients = functools.partial(_restore_hooks, model)
+                adapters.activation.before_gradients = _restore_hooks
     except BaseException:  # an interrupt
         _restore_hooks(model)
         raise

@@ -36,6 +36,9 @@ SHARE = 2
 """The most bytes of all stacks, in sizes of the adapters on the model: a slot for each of them, and as many spare
 ones."""
 
+PERIOD = 100
+"""Compositions after which stacks that are much too large are dropped."""
+
 
 class Part(NamedTuple):
     """What a step computes for one layer."""
@@ -87,6 +90,7 @@ class Stacks:
         self._in_use: list[Source] = []
         self._arrangement: Arrangement | None = None
         self._of_layer: dict[Layer, Stack] = {}
+        self._compositions = self._most_rows = 0
         self._build([], 0)
 
     def remove(self, name: str) -> None:
@@ -131,7 +135,8 @@ class Stacks:
         ):
             if any(other.thread != user.thread for other in self._users):
                 return None
-            if is_active != self._is_active or len(self._read) != len(self._known):
+            has_changed = is_active != self._is_active or len(self._read) != len(self._known)
+            if self._is_too_large() or has_changed:
                 self._forget(is_active=is_active)
             self._arrangement = None
             try:
@@ -165,6 +170,10 @@ class Stacks:
         layers = {layer for layer in layers if self._known[layer] is not None}
         if not self._is_active:
             layers = {layer for layer in layers if layer.layout.is_in_order(shape)}
+        ranks = {
+            layer: max(source.ranks.get(layer, 0) for source in self._in_use) for layer in layers
+        }
+        self._most_rows = max(self._most_rows, len(tokens) * sum(ranks.values()))
         if len(tokens) > len(self._slots) or not all(self._fits(layer) for layer in layers):
             # More slots than are needed, because the next composition may need them.
             spare = len(tokens) if self._slots else 0
@@ -192,15 +201,27 @@ class Stacks:
                 masks[key] = _mask(own, shape, stack.device)
             parts[layer] = Part(
                 [
-                    stack.matrices(entries, narrow=product.is_narrow)
+                    stack.matrices(entries, ranks[layer], narrow=product.is_narrow)
                     for entries, product in zip(chosen[stack.device], products, strict=True)
                 ]
                 if products
-                else [stack.matrices(slots[first])],
+                else [stack.matrices(slots[first], ranks[layer])],
                 stack.input_dtype,
                 masks[key],
             )
         return Arrangement(choice, self._is_active, shape, parts, rows)
+
+    def _is_too_large(self) -> bool:
+        """Return whether the last compositions needed much less, or less than made stacks exceed the memory.
+
+        Blends may have left that had more ranks or were more than those of today.
+        """
+        self._compositions += 1
+        if self._compositions < PERIOD:
+            return False
+        most, self._compositions, self._most_rows = self._most_rows, 0, 0
+        # Spare slots are up to half of all.
+        return most * (1 if self._left_out else 4) < self._rows
 
     def _fits(self, layer: Layer) -> bool:
         """Return whether the blends in use fit into slots of a layer's stack, or have none by lack of memory."""
@@ -229,6 +250,7 @@ class Stacks:
         left = self._most_bytes(wanted)
         count = least if wanted > left else count
         self._slots: list[Blend | None] = [None] * count
+        self._rows = count * sum(stack.rank for stack in stacks.values())
         for layer, stack in stacks.items():
             left -= stack.bytes_of(count)
             if left < 0:
@@ -321,12 +343,20 @@ class Stack:
             B[rows].copy_(product.B.T)
             row = rows.stop
 
-    def matrices(self, slots: int | Entries, *, narrow: bool = False) -> tuple[Tensor, Tensor]:
-        """Return A (..., in, rank) and B (..., rank, out) of one slot or several; in the input's dtype if `narrow`."""
+    def matrices(
+        self, slots: int | Entries, rank: int, *, narrow: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return A (..., in, rank) and B (..., rank, out) of one slot or several; in the input's dtype if `narrow`.
+
+        A blend of more ranks than `rank`, the most in use, may have made the slots larger.
+        """
+        A, B = self._A, self._B
+        if rank < self.rank:
+            A, B = A[:, :rank], B[:, :rank]
         if isinstance(slots, int):
-            A, B = self._A[slots], self._B[slots]
+            A, B = A[slots], B[slots]
         else:
-            A, B = take(self._A, slots), take(self._B, slots)
+            A, B = take(A, slots), take(B, slots)
         if narrow:
             A, B = A.to(self.input_dtype), B.to(self.input_dtype)
         return A.mT, B

@@ -19,6 +19,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import read, weight_name
 from lorakit.compute.adapted import AdapterFile, base_of
+from lorakit.compute.memory import free_memory
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.base_shape import shape_of
@@ -146,6 +147,7 @@ def load_float32(base: BaseConfig, class_name: str) -> Base:
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
+    free_memory()  # an adapted base has reference cycles, and this one may follow another
     is_pair = config_of(base).is_encoder_decoder
     return load_base(
         base.name,

@@ -16,7 +16,6 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
-from lorakit.compute.memory import free_memory
 from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -187,10 +186,7 @@ def _score(
         config = EvaluateConfig(
             **settings, base=base, adapter=folder, compare=False, allow_other_base=allow_other_base
         )
-        try:
-            return evaluate(config).scores
-        finally:
-            free_memory()  # an adapted base has reference cycles, and the next call loads another
+        return evaluate(config).scores
 
 
 def _write(

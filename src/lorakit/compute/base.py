@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.compute.batching import context_length
+from lorakit.compute.memory import free_memory
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
 from lorakit.errors import BaseModelError, DataError
@@ -57,6 +58,7 @@ def open_base(
         BaseModelError: The base cannot be read, does not support such a head, or has no tokenizer.
         ConfigurationError: No model is named, or the device does not exist.
     """
+    free_memory()  # an adapted base has reference cycles, and this one may follow another
     device = pick_device(config.device)
     if device.type == "cpu":
         limit_processor()

@@ -60,7 +60,7 @@ FREE_ROWS = 1_000_000
 
 QUOTES = "Close it; a quote inside a text is written twice, in a quoted field"
 
-csv.field_size_limit(MAX_LINE)
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # of the process: never lowered
 
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 

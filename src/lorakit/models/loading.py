@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -71,6 +72,12 @@ NEW_WEIGHTS = "Newly initialised weights"
 """Start of the notice about `Base.new_weights`."""
 _WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
 """Tasks for which a checkpoint may lack the head; it is then initialised and trained."""
+
+_QUIET = threading.Lock()
+_quiet_blocks = 0
+"""Number of open blocks of `_quiet` in this process."""
+_restore: Callable[[], None]
+"""Ends the silence that the first of them began."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -250,7 +257,26 @@ def _check_arguments(task: str, num_labels: int | None) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the reports and progress bars of transformers; important facts become notices."""
+    """Silence the reports and progress bars of transformers; important facts become notices.
+
+    The settings belong to the process: the first of several open blocks changes them and the last one restores them.
+    """
+    global _quiet_blocks, _restore
+    with _QUIET:
+        if not _quiet_blocks:
+            _restore = _silence()
+        _quiet_blocks += 1
+    try:
+        yield
+    finally:
+        with _QUIET:
+            _quiet_blocks -= 1
+            if not _quiet_blocks:
+                _restore()
+
+
+def _silence() -> Callable[[], None]:
+    """Silence transformers, and return a function that restores its settings."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -264,13 +290,14 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     if downloads:  # transformers has just disabled these too, but downloads can take minutes
         enable_progress_bars()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
         (enable_progress_bars if downloads else disable_progress_bars)()
+
+    return restore
 
 
 @contextmanager

@@ -115,18 +115,24 @@ def in_own_thread(action: Callable[[], T]) -> T:
     future: Future[T] = Future()
     context = copy_context()
 
-    def run() -> None:
+    def run(future: Future[T]) -> None:
         try:
             future.set_result(context.run(action))
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            del future  # see below
 
     # A daemon, so that Ctrl-C does not wait for it.
-    thread = threading.Thread(target=run, name="lorakit-passing", daemon=True)
+    thread = threading.Thread(target=run, args=(future,), name="lorakit-passing", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.2)  # on Windows, Ctrl-C does not interrupt a join without a timeout
-    return future.result()
+    try:
+        return future.result()
+    finally:
+        # An error's traceback has these frames: a cycle would keep the tensors of the failed action.
+        del future
 
 
 def _core_of(cpu: int) -> str:

@@ -46,6 +46,9 @@ from lorakit.serving.reports import find_report
 
 T = TypeVar("T")
 
+_Files = tuple[tuple[str, int, int, int], ...]
+"""Path, inode, size and time of modification of each file."""
+
 _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
 _READ = 4
@@ -125,8 +128,8 @@ class AdapterStore:
         self._lock = threading.Lock()
         """Guards the tables below, for moments only: never while a file is read or the model changes."""
         self._entries: dict[str, _Entry] = {}
-        self._removed: set[str] = set()
-        """Names of folders in the root that `remove` has withdrawn."""
+        self._removed: dict[str, _Files] = {}
+        """The files in folders of the root that `remove` has withdrawn, by name."""
         self.freed: Callable[[], None] = lambda: None
         """Called, in any thread, when adapters may have become idle; not by an `acquire` that fails."""
         self._pinned = frozenset(pinned)
@@ -142,7 +145,12 @@ class AdapterStore:
         """Return the names of all adapters that can be requested, sorted."""
         found = set(folders.adapters_in(self.root)) if self.root is not None else set()
         with self._lock:
-            found -= self._removed
+            removed = {**self._removed}
+        for name in found & removed.keys():
+            with suppress(AdapterFileError):  # it changes at this moment
+                if _files_of(AdapterSource(f"{self.root}/{name}")) == removed[name]:
+                    found.discard(name)
+        with self._lock:
             entries = {n: e.source for n, e in self._entries.items() if n not in found}
         return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
 
@@ -152,15 +160,16 @@ class AdapterStore:
         An entry whose files are gone stays, because a folder is missing for a moment while another replaces it.
         """
         with self._lock:
-            entry, is_removed = self._entries.get(name), name in self._removed
+            entry, removed = self._entries.get(name), self._removed.get(name)
         if entry is not None and _serves(entry.source):
             return entry
-        source = None if is_removed else self._folder(name)
-        if source is None:
+        source = self._folder(name)
+        if source is None or (removed is not None and _files_of(source) == removed):
             raise self._unknown(name)
         with self._lock:
             found = self._entries.get(name)
-            if found is entry and name not in self._removed:  # no other thread was faster
+            if found is entry and self._removed.get(name) is removed:  # no other thread was faster
+                self._removed.pop(name, None)
                 found = self._entries[name] = _Entry(source)
         if found is None:
             raise self._unknown(name)
@@ -258,7 +267,7 @@ class AdapterStore:
                 if not replace and self._entries.get(name) is not before:
                     raise _taken(name)  # another thread was faster
                 self._entries[name] = entry
-                self._removed.discard(name)
+                self._removed.pop(name, None)
                 self._retain()
         finally:
             self._loaded.give_back(*filter(None, [loaded]))
@@ -282,17 +291,20 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
 
-        The files stay, and `add` serves them again. A subfolder of the root that gets the name later is served too.
+        The files stay, and only `add` serves them again. Other files that a subfolder of the root has later under that
+        name are served.
 
         Raises:
+            AdapterFileError: Its folder cannot be read.
             UnknownAdapterError: There is no such adapter. A name whose files are gone is withdrawn nevertheless.
         """
-        is_folder = self._folder(name) is not None
+        source = self._folder(name)
+        files = None if source is None else _files_of(source)
         with self._lock:
             entry = self._entries.pop(name, None)
-            is_known = is_folder and name not in self._removed
-            if is_folder:
-                self._removed.add(name)
+            is_known = files is not None and files != self._removed.get(name)
+            if files is not None:
+                self._removed[name] = files
             self._pinned -= {name}
             self._retain()
         self.freed()
@@ -537,6 +549,16 @@ class AdapterStore:
 def _serves(source: Source) -> bool:
     """Return whether an adapter is there. A run is known before it has saved one."""
     return isinstance(source, RunSource) or source.locate() is not None
+
+
+def _files_of(source: Source) -> _Files | None:
+    """Return which files an adapter has now, whatever their rights; None if it is not there.
+
+    Raises:
+        AdapterFileError: Its folder cannot be read.
+    """
+    location = source.locate()
+    return None if location is None else tuple(file[:4] for file in location.state())
 
 
 def _taken(name: str) -> AdapterStateError:

@@ -236,11 +236,17 @@ class Worker(ABC):
             has_changed |= is_change
             if not future.set_running_or_notify_cancel():
                 continue
+            lacks_memory = False
             try:
                 future.set_result(action())
             except BaseException as error:
+                forget_tensors(error)
                 future.set_exception(error)
                 self._require_device()
+                lacks_memory = is_out_of_memory(error)
+            del action, future  # the error's traceback has this frame, and would be in a cycle
+            if lacks_memory:
+                free_memory()
         return has_changed
 
     def _attempt(self, compute: Callable[[], T]) -> T | Exception:

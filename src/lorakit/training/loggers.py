@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,19 @@ class Loggers:
     def __init__(self, run: RunFolder, state: State, processes: Processes) -> None:
         self._metrics = run.metrics
         self._logs = processes.is_first
-        self._loggers = [
-            TensorBoard(run.path, after=state.step)
-            if name == "tensorboard"
-            else WeightsAndBiases(run.path, run.config.as_dict())
-            for name in run.config.loggers
-            if self._logs
-        ]
+        self._run, self._first = run, state.step
+        self._loggers: list[TensorBoard | WeightsAndBiases] = []
 
     def __enter__(self) -> Loggers:
+        with ExitStack() as opened:
+            opened.push(self)  # if one cannot be opened, those before it are closed
+            for name in self._run.config.loggers if self._logs else ():
+                self._loggers.append(
+                    TensorBoard(self._run.path, after=self._first)
+                    if name == "tensorboard"
+                    else WeightsAndBiases(self._run.path, self._run.config.as_dict())
+                )
+            opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import traceback
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -383,3 +385,33 @@ def test_a_sound_file_is_not_called_damaged_when_the_system_lacks_something(
 def test_names_with_a_null_byte():
     with pytest.raises(AdapterFileError, match="does not exist"):
         formats.read("a\0b")
+
+
+def test_two_threads_leave_the_warnings_of_the_process(tmp_path: Path, monkeypatch) -> None:
+    """Without a lock, the second to end restores the silence that the first began."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.bin")
+    load, first, second, done = torch.load, *(threading.Event() for _ in range(3))
+
+    def overlapping(*args, **options):
+        is_first = not first.is_set()
+        (first if is_first else second).set()
+        (second if is_first else done).wait(0.2)
+        return load(*args, **options)
+
+    def read() -> None:
+        read_pickle(tmp_path / "a.bin")
+        done.set()
+
+    def read_later() -> None:
+        first.wait(60)
+        read_pickle(tmp_path / "a.bin")
+
+    monkeypatch.setattr(torch, "load", overlapping)
+    with warnings.catch_warnings():  # restores them for other tests
+        before = [*warnings.filters]
+        threads = [threading.Thread(target=target) for target in (read, read_later)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert warnings.filters == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ _OTHER_KINDS = {
     "__builtin__.bytearray": "a bytearray",
 }
 """What `torch.load` accepts and lorakit does not."""
+_WARNINGS = threading.Lock()
+"""Held while the warnings of the process are silent, so that two threads do not restore each other's silence."""
 _CONVERT = "Convert the file to .safetensors with the software that wrote it, or ask its author to."
 
 
@@ -65,7 +68,7 @@ def read_pickle(path: Path) -> Any:
     try:
         for program in _programs(path):
             _check_program(path, program)
-        with warnings.catch_warnings():
+        with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about kinds of files that are rejected below
             return torch.load(path, map_location="cpu", weights_only=True)
     except AdapterFileError:
