@@ -283,7 +283,7 @@ def test_a_signal_ends_an_evaluation_after_a_batch(
         with pytest.raises(SystemExit):
             train(config)
     assert len(batches) == at
-    assert saved.count(step) == 1
+    assert saved.count(step) == (2 if step == 12 else 1)  # also before the evaluation
     assert saved[-1] == step
     evaluated = (
         [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "validation")] if step else []
@@ -291,6 +291,25 @@ def test_a_signal_ends_an_evaluation_after_a_batch(
     assert evaluated == list(range(0, step, 4))
     train(dataclasses.replace(config, resume=True))
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_last_evaluation_that_fails_leaves_the_weights(tmp_path, base, monkeypatch) -> None:
+    """A task of the user can fail on a text that only a trained model writes."""
+    config = tiny_runs.config(tmp_path, base, max_steps=2)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash_at(patch, validation, "held_out", 2)
+        with pytest.raises(Crash):
+            train(config)
+    assert not (run / "result.json").exists()
+    stored = AdapterFile.read(str(run / "adapter")).stored
+    assert (stored.provenance["step"], stored.provenance["scores"]) == (2, {})
+    trained = adapter_bytes(run)
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(run) == trained
+    assert [record["step"] for record in tiny_runs.metrics(run, "validation")] == [0, 2]
+    sessions = json.loads((run / "environment.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, 2]
 
 
 @pytest.mark.slow

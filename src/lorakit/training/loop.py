@@ -115,7 +115,7 @@ def _train_to_end(
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     if not state.evaluated:  # a new run, or an interruption before or in an evaluation
-        validate(run, job, state, log, show, interruption)
+        _validate(run, job, state, log, show, interruption)
         if state.is_best and not job.is_over(state):
             _save_checkpoint(run, job, state, optimizer)
     if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
@@ -142,7 +142,11 @@ def _train_to_end(
         state.evaluated = not job.evaluates_after(state.step)
         # Little time may be left after a signal: the resumed run evaluates.
         if not state.evaluated and not interruption.requested:
-            validate(run, job, state, log, show, interruption)
+            if job.saves_after(state.step):
+                _save_checkpoint(
+                    run, job, state, optimizer
+                )  # an evaluation can take long, and fail
+            _validate(run, job, state, log, show, interruption)
             release_free_memory()
         if interruption.requested:
             break
@@ -150,6 +154,28 @@ def _train_to_end(
             _save_checkpoint(run, job, state, optimizer)
     job.processes.begin("the end of the run")
     _save_checkpoint(run, job, state, optimizer)
+
+
+def _validate(
+    run: RunFolder,
+    job: Job,
+    state: State,
+    log: Loggers,
+    show: Reporter,
+    interruption: Interruption,
+) -> None:
+    """Call `validate`. If it fails in a run of one process, write the trained adapter to adapter/.
+
+    A run cannot resume with a changed file of its task, but a new one can start from the adapter.
+    """
+    try:
+        validate(run, job, state, log, show, interruption)
+    except DivergenceError:
+        raise
+    except Exception:
+        if state.step and job.processes.count == 1:  # others could not take part
+            job.save_adapter(run.adapter, dataclasses.replace(state, scores={}))
+        raise
 
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:

@@ -181,9 +181,9 @@ class Job:
         return bool(self.scored) and (step % every == 0 or step == self.step_plan.total)
 
     def saves_after(self, step: int) -> bool:
-        """Return whether a checkpoint is due after `step` finished steps; the last one is always written."""
+        """Return whether a checkpoint is due after `step` finished steps."""
         every = self.config.checkpoints.every or self.step_plan.steps_per_epoch
-        return step % every == 0 and step < self.step_plan.total
+        return step % every == 0 or step == self.step_plan.total
 
     @cached_property
     def base_record(self) -> BaseRecord:
