@@ -222,6 +222,29 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize(("batch", "stopped"), [(0, 2), (1, 3)])
+def test_a_signal_gives_up_a_step_before_its_last_batch(
+    tmp_path, base, monkeypatch, capsys, batch: int, stopped: int
+) -> None:
+    """A step of many batches takes minutes, and a killer waits for seconds."""
+    config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig(every=100))
+    train(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    original = optimizer_steps.keyed_noise
+
+    def signalling(job, inputs, step, number):
+        if (step, number) == (2, batch):
+            signal.raise_signal(signal.SIGTERM)
+        return original(job, inputs, step, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer_steps, "keyed_noise", signalling)
+        with pytest.raises(SystemExit):
+            train(config)
+    assert f"Stopped at step {stopped}. Resume" in capsys.readouterr().err
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [4, 12, STEPS]

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
+from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
 from lorakit.training import checkpoint
@@ -27,7 +27,7 @@ from lorakit.training.divergence import (
 )
 from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
-from lorakit.training.interruption import Interruption
+from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
 from lorakit.training.noise import own_generators, require_keyed_noise
@@ -125,7 +125,15 @@ def _train_to_end(
             break
         job.processes.begin(f"step {state.step + 1}")
         began, processor_began = time.perf_counter(), time.process_time()
-        done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
+        try:
+            done = optimizer_step(job, optimizer, examples, state.step, interruption)
+        except Interrupted:  # the resumed run repeats the step
+            break
+        except LorakitError as error:
+            # An example does not fit into memory. With gradient_checkpointing the run can go on from here.
+            if job.processes.count == 1 and not isinstance(error, DivergenceError):
+                _save_checkpoint(run, job, state, optimizer)
+            raise
         interruption.agree(done.signals)
         state.advance(
             done.loss,
