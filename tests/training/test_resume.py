@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -33,7 +34,7 @@ from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import read_settings
-from lorakit.training.setup import Job
+from lorakit.training.setup import Job, prepare
 
 STEPS = 18
 
@@ -582,6 +583,14 @@ def test_a_run_that_stopped_early_does_not_go_on(tmp_path, base) -> None:
     storage.write_record(path, {**record, "stopped_early": True})
     with pytest.raises(ConfigurationError, match=r"stopped early .*from_adapter"):
         train(dataclasses.replace(config, max_steps=9, resume=True))
+
+
+def test_a_long_epoch_has_checkpoints(tmp_path, base) -> None:
+    job = prepare(settings(tmp_path, base, checkpoints=CheckpointConfig()))
+    job.step_plan = SimpleNamespace(steps_per_epoch=1200, total=1250)
+    assert [step for step in range(1, 1251) if job.saves_after(step)] == [500, 1000, 1250]
+    job.step_plan.steps_per_epoch = 400
+    assert [step for step in range(1, 1251) if job.saves_after(step)] == [400, 800, 1200, 1250]
 
 
 def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:

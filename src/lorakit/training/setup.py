@@ -61,6 +61,9 @@ T = TypeVar("T")
 ADAPTER = "default"
 """Name of the trained adapter on its model."""
 
+CHECKPOINT_STEPS = 500
+"""Default of checkpoints.every in a long epoch. A kill near its end must not cost the whole epoch."""
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -182,7 +185,9 @@ class Job:
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` finished steps."""
-        every = self.config.checkpoints.every or self.step_plan.steps_per_epoch
+        every = self.config.checkpoints.every or min(
+            self.step_plan.steps_per_epoch, CHECKPOINT_STEPS
+        )
         return step % every == 0 or step == self.step_plan.total
 
     @cached_property
