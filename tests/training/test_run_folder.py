@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 
 from lorakit import storage
-from lorakit.errors import DataError, RunFolderError
+from lorakit.errors import ConfigurationError, DataError, RunFolderError
 from lorakit.storage import lock_folder
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -60,6 +60,18 @@ def test_a_lock_file_that_is_open_does_not_hide_the_error_of_a_new_run(
     (tmp_path / "run" / storage.LOCK_NAME).write_text("")  # the folder can be used
     with pytest.raises(DataError, match=r"missing\.csv"):
         train(config)
+
+
+def test_a_restart_of_torchrun_does_not_overwrite_what_it_has_trained(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.config(tmp_path, base, overwrite=True, max_steps=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(config)  # the first start failed before it wrote anything
+    with pytest.raises(ConfigurationError, match="torchrun has restarted"):
+        train(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train(config)
 
 
 @pytest.mark.slow

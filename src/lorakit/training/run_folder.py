@@ -359,13 +359,14 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
             that `config` neither resumes nor overwrites, or would overwrite together with an input of the new run.
-        ConfigurationError: The run to resume has other settings.
+        ConfigurationError: The run to resume has other settings, or `torchrun` has restarted a run that overwrites.
     """
     path = Path(config.output)
     # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
     if config.overwrite:
+        _require_first_start(path)
         _require_inputs_elsewhere(path, config)
     config, dtype_reason = _resolved(config, path)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -431,6 +432,15 @@ def _require_run_or_empty(path: Path) -> None:
         raise RunFolderError(
             f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(others[:3])}. "
             "Choose a new or empty folder as output."
+        )
+
+
+def _require_first_start(path: Path) -> None:
+    """Reject overwriting a run after `torchrun` has restarted its processes: it may be what they have trained."""
+    if (path / CONFIG).exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ConfigurationError(
+            f"torchrun has restarted its processes, and overwrite would delete what they have trained in {path}. Start "
+            "the command with resume (--resume) instead of overwrite; if an older run is there, delete it first."
         )
 
 
