@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
         (checkpoint, "write_safetensors", 1),  # the first file of the first checkpoint
         (checkpoint, "write_safetensors", 6),  # the second file of the third
         (checkpoint.storage, "write_record", 3),
-        (checkpoint.shutil, "rmtree", 1),  # deleting an old checkpoint
+        (shutil, "rmtree", 1),  # deleting an old checkpoint
     ],
 )
 def test_a_crash_elsewhere(
@@ -583,6 +584,31 @@ def test_a_run_that_stopped_early_does_not_go_on(tmp_path, base) -> None:
     storage.write_record(path, {**record, "stopped_early": True})
     with pytest.raises(ConfigurationError, match=r"stopped early .*from_adapter"):
         train(dataclasses.replace(config, max_steps=9, resume=True))
+
+
+@pytest.mark.parametrize("is_due", [True, False])
+def test_patience_that_ends_with_the_last_step(tmp_path, base, monkeypatch, is_due) -> None:
+    """A longer run would have stopped there only if it evaluates there too."""
+    evaluation = HeldOutConfig(every=1 if is_due else 2, patience=1)
+    config = tiny_runs.config(tmp_path, base, max_steps=3, evaluation=evaluation)
+    held_out, losses = (
+        validation.held_out,
+        iter([9.0, 1.0, 0.5, 2.0] if is_due else [9.0, 1.0, 2.0]),
+    )
+
+    def scored(*args, **kwargs):
+        scores = {**held_out(*args, **kwargs).scores, "loss": next(losses)}
+        return dataclasses.replace(held_out(*args, **kwargs), scores=scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "held_out", scored)
+        assert not train(config).stopped_early
+    more = dataclasses.replace(config, max_steps=4, resume=True)
+    if is_due:
+        with pytest.raises(ConfigurationError, match=r"stopped early .* at step 3.*from_adapter"):
+            train(more)
+    else:
+        assert train(more).steps == 4
 
 
 def test_a_long_epoch_has_checkpoints(tmp_path, base) -> None:

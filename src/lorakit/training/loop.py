@@ -198,6 +198,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
     state = _restore(run, job, optimizer, inputs) if resumes else State(inputs=inputs)
+    _require_patience(run, job, state)
     slow_down(optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
     model_sizes = sizes(job.model, job.parameters)
@@ -219,6 +220,19 @@ def _require_longer(run: RunFolder, job: Job) -> None:
         raise ConfigurationError(
             f"max_steps is {job.step_plan.total}, but the run in {run.path} has {run.extends}, which is {before} "
             "steps. A resumed run can only have more steps: raise max_steps, or start a new run."
+        )
+
+
+def _require_patience(run: RunFolder, job: Job, state: State) -> None:
+    """Reject more steps for a run whose last evaluation would have stopped a longer run too.
+
+    Raises:
+        ConfigurationError: It would.
+    """
+    if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
+        raise ConfigurationError(
+            f"A longer run would have stopped early (evaluation.patience) at step {state.step}, where the run in "
+            f"{run.path} ended. Start a new run from its weights with from_adapter."
         )
 
 

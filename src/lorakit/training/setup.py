@@ -178,6 +178,11 @@ class Job:
         """Return whether the run has made its last step and its evaluation, or was stopped early."""
         return state.stopped_early or (state.step >= self.step_plan.total and state.evaluated)
 
+    def is_out_of_patience(self, state: State) -> bool:
+        """Return whether as many evaluations as `evaluation.patience` have passed without a new best."""
+        patience = self.config.evaluation.patience
+        return patience is not None and state.without_best >= patience
+
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation is due after `step` finished steps."""
         every = self.config.evaluation.every or self.step_plan.steps_per_epoch
