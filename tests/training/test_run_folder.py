@@ -148,6 +148,16 @@ def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
     assert not any(map(Path.exists, leftovers))
 
 
+def test_the_command_that_resumes_on_several_machines(tmp_path: Path, monkeypatch) -> None:
+    run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
+    run.path.mkdir()
+    run.begin(State(), torch.device("cpu"), {})
+    command = f"-m lorakit train --config {run.path / 'config.yaml'} --resume"
+    for here, options in (("16", "--nproc-per-node 16"), ("8", "SAME_OPTIONS")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert run.resume_command(16) == f"torchrun {options} {command}"
+
+
 def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_path: Path) -> None:
     """The report would show the old scores beside the new metrics, and a kill leave a finished run."""
     run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))

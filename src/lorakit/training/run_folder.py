@@ -79,7 +79,7 @@ class RunResult:
     steps: int
     """Optimizer steps of the run."""
     stopped_early: bool
-    """Whether early stopping ended the run."""
+    """Whether early stopping ended the run before its last step."""
     train_loss: float | None
     """Loss of the last step."""
     scores_before: dict[str, float] = field(default_factory=dict)
@@ -209,14 +209,17 @@ class RunFolder:
         self.best = path / BEST
 
     def resume_command(self, processes: int = 1) -> str:
-        """Return the shell command that resumes this run on as many processes of this machine.
+        """Return the shell command that resumes this run on as many processes.
 
-        It has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
+        On several machines, SAME_OPTIONS is in place of the options of `torchrun`, which it does not tell. The command
+        has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
         moved, or a smaller `batch_size`.
         """
         start = ["lorakit"]
         if processes > 1:
-            start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
+            here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
+            options = ["--nproc-per-node", here] if here == str(processes) else ["SAME_OPTIONS"]
+            start = ["torchrun", *options, "-m", "lorakit"]
         then, now = _recorded_and_present(self.path, self.config)
         changed = {name: value for name, _, value in differences(then, now)}
         return resume_command(self.path, changed, start=start)
