@@ -13,7 +13,7 @@ import pytest
 import tiny_runs
 
 from lorakit.cli import main
-from lorakit.cli.report import write_run_report
+from lorakit.cli.report import try_to_write, write_run_report
 from lorakit.cli.train import _summary
 from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import Evaluation
@@ -193,6 +193,16 @@ def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
     status, _, err = call(capsys, "report", tmp_path / "run")
     assert status == 1
     assert 'pip install "lorakit[report]"' in err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(MemoryError(), "MemoryError"), (RuntimeError("no memory"), "no memory")]
+)
+def test_a_report_that_fails_does_not_fail_its_command(error, reason) -> None:
+    def write() -> Path:
+        raise error
+
+    assert try_to_write(write) == f"none. {reason}"
 
 
 @pytest.mark.slow

@@ -491,14 +491,16 @@ def test_a_checkpoint_that_cannot_be_deleted(
 ) -> None:
     weights = {"weight": torch.ones(2)}
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", refuse)
-        for step in (1, 2, 3):
-            checkpoint.save(tmp_path, checkpoint.State(step=step), weights, {}, keep=1)
-        with pytest.raises(RunFolderError, match=r"step-000003': Directory not empty"):
-            checkpoint.delete_after(tmp_path, 2)
+        patch.setattr(shutil, "rmtree", refuse)
+        for step in (1, 2, 3, 4):
+            checkpoint.save(tmp_path, checkpoint.State(step=step), weights, {}, keep=2)
+        with pytest.raises(RunFolderError, match=r"step-000004': Directory not empty"):
+            checkpoint.delete_after(tmp_path, 3)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2  # one for each save that had to delete
-    assert "step-000001' (Directory not empty), " in messages[-1]
+    assert "step-000002' (Directory not empty). " in messages[-1]
+    # What could not be deleted has another name, so nothing takes half of it for a checkpoint.
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-000003"]
     checkpoint.save(tmp_path, checkpoint.State(step=4), weights, {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
@@ -509,15 +511,22 @@ def test_a_kill_during_a_rewind_leaves_no_gap(
     """The newest checkpoint, which has diverged the most, is deleted first: a resumed run reads what is then newest."""
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, checkpoint.State(step=step), {}, {}, keep=3)
-    crash_at(monkeypatch, checkpoint.shutil, "rmtree", 2)
+    crash_at(monkeypatch, shutil, "rmtree", 2)
     with pytest.raises(Crash):
         checkpoint.delete_after(tmp_path, 1)
-    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == [
-        "step-000001",
-        "step-000002",
-    ]
+    assert [path.name for path in checkpoint.checkpoints_in(tmp_path)] == ["step-000001"]
 
 
-def refuse(path: Path) -> None:
+def test_no_checkpoint_is_deleted_if_the_one_before_is_damaged(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, checkpoint.State(step=step), {}, {}, keep=2)
+    flip(tmp_path / "step-000001" / checkpoint.WEIGHTS, -1)
+    with pytest.raises(RunFolderError, match=r"No checkpoint in .* is undamaged"):
+        checkpoint.delete_after(tmp_path, 1)
+    assert (tmp_path / "step-000002").is_dir()
+
+
+def refuse(path: Path, ignore_errors: bool = False) -> None:
     """Fail as `shutil.rmtree` does on NFS, if another program has a file of the folder open."""
-    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+    if not ignore_errors:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))

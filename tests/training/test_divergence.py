@@ -153,10 +153,11 @@ def test_the_loggers_stay_open(tmp_path: Path, base: str, monkeypatch: pytest.Mo
         return SimpleNamespace(
             define_metric=lambda *_, **__: None,
             log=lambda values: opened[-1].append(values["step"]),
-            finish=lambda: opened[-1].append(-1),
+            finish=lambda exit_code: opened[-1].append(-1 - exit_code),
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    wandb = SimpleNamespace(login=lambda: None, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     diverge(monkeypatch, at=5)
     config = settings(tmp_path, base, max_steps=6, evaluation=HeldOutConfig(every=6))
     train(dataclasses.replace(config, loggers=("wandb", "tensorboard")))

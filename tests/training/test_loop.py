@@ -522,10 +522,12 @@ def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypa
     run = SimpleNamespace(
         define_metric=lambda name, step_metric=None: axes.update({name: step_metric}),
         log=lambda values: logged.append((values.pop("step"), values)),
-        finish=lambda: logged.append((-1, {})),
+        finish=lambda exit_code: logged.append((-1 - exit_code, {})),
     )
     opened: dict = {}
-    wandb = SimpleNamespace(init=lambda **settings: opened.update(settings) or run)
+    wandb = SimpleNamespace(
+        login=lambda: None, init=lambda **settings: opened.update(settings) or run
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=2))
     assert opened["name"] == "run"
@@ -536,16 +538,47 @@ def test_weights_and_biases_gets_the_metrics(tmp_path: Path, base: str, monkeypa
     assert {"validation/loss", "validation/perplexity"} == logged[0][1].keys()
 
 
+def test_an_error_of_weights_and_biases_does_not_end_the_run(
+    tmp_path: Path, base: str, monkeypatch, caplog
+) -> None:
+    """Its service process can end. A run that then fails is not marked as finished."""
+    logged, codes = [], []
+
+    def log(values: dict) -> None:
+        logged.append(values["step"])
+        if logged[-1] == 1:
+            raise BrokenPipeError("the service has ended")
+
+    run = SimpleNamespace(
+        define_metric=lambda *_, **__: None,
+        log=log,
+        finish=lambda exit_code: codes.append(exit_code),
+    )
+    wandb = SimpleNamespace(login=lambda: None, init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=3)
+    with monkeypatch.context() as patch:
+        tiny_runs.crash_in_step(patch, 3)
+        with pytest.raises(tiny_runs.Crash):
+            train(config)
+    assert logged == [0, 1]
+    assert codes == [1]
+    (message,) = [r.getMessage() for r in caplog.records if "Weights & Biases" in r.getMessage()]
+    assert "from step 1 on, which metrics.jsonl has: the service has ended." in message
+    assert [record["step"] for record in metrics(tmp_path / "run", "train")] == [1, 2]
+
+
 def test_a_logger_that_does_not_close_leaves_the_run_finished(
     tmp_path: Path, base: str, monkeypatch, caplog
 ) -> None:
     """Weights & Biases without a network."""
 
-    def finish() -> None:
+    def finish(exit_code: int) -> None:
+        assert exit_code == 0
         raise ConnectionError("no route to host")
 
     run = SimpleNamespace(define_metric=lambda *_, **__: None, log=print, finish=finish)
-    wandb = SimpleNamespace(init=lambda **_: run)
+    wandb = SimpleNamespace(login=lambda: None, init=lambda **_: run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = train(tiny_runs.config(tmp_path, base, loggers=("wandb",), max_steps=1))
     assert result.adapter.is_dir()
@@ -571,10 +604,7 @@ def test_a_logger_that_cannot_be_opened_closes_those_before_it(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("way", [{"overwrite": True}, {"resume": True, "max_steps": 2}], ids=str)
-def test_a_logger_that_is_not_installed_leaves_the_old_run(
-    tmp_path, base, monkeypatch, way
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
+def test_a_logger_that_cannot_start_leaves_the_old_run(tmp_path, base, monkeypatch, way) -> None:
     config = tiny_runs.config(tmp_path, base, max_steps=1)
     result = train(config)
 
@@ -583,9 +613,18 @@ def test_a_logger_that_is_not_installed_leaves_the_old_run(
         return {path: path.read_bytes() for path in paths if path.name[0] != "."}
 
     before = files()
-    with pytest.raises(ConfigurationError, match="pip install wandb"):
-        train(dataclasses.replace(config, loggers=("wandb",), **way))
-    assert files() == before
+
+    def login() -> None:
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    for package, message in (
+        (None, "pip install wandb"),
+        (SimpleNamespace(login=login), r"not configured \(no-tty\)\. Run wandb login"),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", package)
+        with pytest.raises(ConfigurationError, match=message):
+            train(dataclasses.replace(config, loggers=("wandb",), **way))
+        assert files() == before
 
 
 def test_a_metric_of_another_task_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:

@@ -313,6 +313,26 @@ def test_a_resumed_run_starts_with_the_smaller_batches(
     assert tiny_runs.adapter_bytes(tmp_path / "run") == tiny_runs.adapter_bytes(limited_run)
 
 
+def test_an_example_that_does_not_fit_leaves_a_checkpoint(
+    tmp_path: Path, dropout_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config(tmp_path, dropout_base, max_steps=3, evaluation=HeldOutConfig(every=100))
+    original = loop.optimizer_step
+    with monkeypatch.context() as patch:
+        limits = limit_runs(patch, tokens=10**6)
+
+        def step(*args: Any) -> Any:
+            limits[0].tokens = 0 if args[3] == 2 else 10**6
+            return original(*args)
+
+        patch.setattr(loop, "optimizer_step", step)
+        with pytest.raises(LorakitError, match=r"during step 3 .*, with one example at a time"):
+            train(whole)
+    train(dataclasses.replace(whole, resume=True, gradient_checkpointing=True))
+    sessions = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, 2]
+
+
 @pytest.mark.slow
 def test_labels_are_predicted_in_halved_batches(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert", "base")

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -33,7 +35,7 @@ from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.run_folder import read_settings
-from lorakit.training.setup import Job
+from lorakit.training.setup import Job, prepare
 
 STEPS = 18
 
@@ -100,7 +102,7 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
         (checkpoint, "write_safetensors", 1),  # the first file of the first checkpoint
         (checkpoint, "write_safetensors", 6),  # the second file of the third
         (checkpoint.storage, "write_record", 3),
-        (checkpoint.shutil, "rmtree", 1),  # deleting an old checkpoint
+        (shutil, "rmtree", 1),  # deleting an old checkpoint
     ],
 )
 def test_a_crash_elsewhere(
@@ -222,6 +224,29 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize(("batch", "stopped"), [(0, 2), (1, 3)])
+def test_a_signal_gives_up_a_step_before_its_last_batch(
+    tmp_path, base, monkeypatch, capsys, batch: int, stopped: int
+) -> None:
+    """A step of many batches takes minutes, and a killer waits for seconds."""
+    config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig(every=100))
+    train(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    original = optimizer_steps.keyed_noise
+
+    def signalling(job, inputs, step, number):
+        if (step, number) == (2, batch):
+            signal.raise_signal(signal.SIGTERM)
+        return original(job, inputs, step, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer_steps, "keyed_noise", signalling)
+        with pytest.raises(SystemExit):
+            train(config)
+    assert f"Stopped at step {stopped}. Resume" in capsys.readouterr().err
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [4, 12, STEPS]
@@ -283,7 +308,7 @@ def test_a_signal_ends_an_evaluation_after_a_batch(
         with pytest.raises(SystemExit):
             train(config)
     assert len(batches) == at
-    assert saved.count(step) == 1
+    assert saved.count(step) == (2 if step == 12 else 1)  # also before the evaluation
     assert saved[-1] == step
     evaluated = (
         [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "validation")] if step else []
@@ -291,6 +316,25 @@ def test_a_signal_ends_an_evaluation_after_a_batch(
     assert evaluated == list(range(0, step, 4))
     train(dataclasses.replace(config, resume=True))
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_last_evaluation_that_fails_leaves_the_weights(tmp_path, base, monkeypatch) -> None:
+    """A task of the user can fail on a text that only a trained model writes."""
+    config = tiny_runs.config(tmp_path, base, max_steps=2)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash_at(patch, validation, "held_out", 2)
+        with pytest.raises(Crash):
+            train(config)
+    assert not (run / "result.json").exists()
+    stored = AdapterFile.read(str(run / "adapter")).stored
+    assert (stored.provenance["step"], stored.provenance["scores"]) == (2, {})
+    trained = adapter_bytes(run)
+    train(dataclasses.replace(config, resume=True))
+    assert adapter_bytes(run) == trained
+    assert [record["step"] for record in tiny_runs.metrics(run, "validation")] == [0, 2]
+    sessions = json.loads((run / "environment.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, 2]
 
 
 @pytest.mark.slow
@@ -540,6 +584,39 @@ def test_a_run_that_stopped_early_does_not_go_on(tmp_path, base) -> None:
     storage.write_record(path, {**record, "stopped_early": True})
     with pytest.raises(ConfigurationError, match=r"stopped early .*from_adapter"):
         train(dataclasses.replace(config, max_steps=9, resume=True))
+
+
+@pytest.mark.parametrize("is_due", [True, False])
+def test_patience_that_ends_with_the_last_step(tmp_path, base, monkeypatch, is_due) -> None:
+    """A longer run would have stopped there only if it evaluates there too."""
+    evaluation = HeldOutConfig(every=1 if is_due else 2, patience=1)
+    config = tiny_runs.config(tmp_path, base, max_steps=3, evaluation=evaluation)
+    held_out, losses = (
+        validation.held_out,
+        iter([9.0, 1.0, 0.5, 2.0] if is_due else [9.0, 1.0, 2.0]),
+    )
+
+    def scored(*args, **kwargs):
+        scores = {**held_out(*args, **kwargs).scores, "loss": next(losses)}
+        return dataclasses.replace(held_out(*args, **kwargs), scores=scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "held_out", scored)
+        assert not train(config).stopped_early
+    more = dataclasses.replace(config, max_steps=4, resume=True)
+    if is_due:
+        with pytest.raises(ConfigurationError, match=r"stopped early .* at step 3.*from_adapter"):
+            train(more)
+    else:
+        assert train(more).steps == 4
+
+
+def test_a_long_epoch_has_checkpoints(tmp_path, base) -> None:
+    job = prepare(settings(tmp_path, base, checkpoints=CheckpointConfig()))
+    job.step_plan = SimpleNamespace(steps_per_epoch=1200, total=1250)
+    assert [step for step in range(1, 1251) if job.saves_after(step)] == [500, 1000, 1250]
+    job.step_plan.steps_per_epoch = 400
+    assert [step for step in range(1, 1251) if job.saves_after(step)] == [400, 800, 1200, 1250]
 
 
 def test_keeps_as_many_checkpoints_as_asked(tmp_path, base) -> None:

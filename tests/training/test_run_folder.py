@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 
 from lorakit import storage
-from lorakit.errors import DataError, RunFolderError
+from lorakit.errors import ConfigurationError, DataError, RunFolderError
 from lorakit.storage import lock_folder
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
@@ -60,6 +60,18 @@ def test_a_lock_file_that_is_open_does_not_hide_the_error_of_a_new_run(
     (tmp_path / "run" / storage.LOCK_NAME).write_text("")  # the folder can be used
     with pytest.raises(DataError, match=r"missing\.csv"):
         train(config)
+
+
+def test_a_restart_of_torchrun_does_not_overwrite_what_it_has_trained(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_runs.config(tmp_path, base, overwrite=True, max_steps=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(config)  # the first start failed before it wrote anything
+    with pytest.raises(ConfigurationError, match="torchrun has restarted"):
+        train(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train(config)
 
 
 @pytest.mark.slow
@@ -134,6 +146,16 @@ def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
         (folder / "weights.safetensors").write_bytes(b"half")
     RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {})
     assert not any(map(Path.exists, leftovers))
+
+
+def test_the_command_that_resumes_on_several_machines(tmp_path: Path, monkeypatch) -> None:
+    run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
+    run.path.mkdir()
+    run.begin(State(), torch.device("cpu"), {})
+    command = f"-m lorakit train --config {run.path / 'config.yaml'} --resume"
+    for here, options in (("16", "--nproc-per-node 16"), ("8", "SAME_OPTIONS")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert run.resume_command(16) == f"torchrun {options} {command}"
 
 
 def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
 from lorakit.configuration import conform
-from lorakit.errors import ConfigurationError, LorakitError, require_suffix
+from lorakit.errors import ConfigurationError, require_suffix
 
 if TYPE_CHECKING:
     from lorakit.reporting import Page
@@ -123,5 +123,5 @@ def try_to_write(write: Callable[[], Path]) -> str:
     """
     try:
         return str(write())
-    except (LorakitError, OSError) as error:
-        return f"none. {error}"
+    except Exception as error:
+        return f"none. {str(error) or type(error).__name__}"  # MemoryError has no text

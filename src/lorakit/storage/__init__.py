@@ -3,6 +3,7 @@
 from lorakit.storage.atomic import (
     atomic_file,
     atomic_folder,
+    delete_folder,
     is_within,
     other_files,
     remove_leftovers,
@@ -40,6 +41,7 @@ __all__ = [
     "StrictJsonError",
     "atomic_file",
     "atomic_folder",
+    "delete_folder",
     "dump_yaml",
     "finite",
     "is_disk_full",

@@ -284,6 +284,23 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             os.close(lock)
 
 
+def delete_folder(path: Path) -> None:
+    """Delete a folder. It is renamed first, so that a kill or an error leaves no half of it under its name.
+
+    `remove_leftovers` removes what is left.
+
+    Raises:
+        OSError: It cannot be renamed, or not be deleted.
+    """
+    temporary = path.with_name(_temporary_name(path))
+    _rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
+def _temporary_name(target: Path) -> str:
+    return f"{_temporary_prefix(target)}{secrets.token_hex(6)}"
+
+
 def _temporary_prefix(target: Path) -> str:
     return f".{target.name}.tmp-"
 
@@ -294,7 +311,7 @@ def _created(target: Path, create: Callable[[Path], object]) -> tuple[Path, int 
     A save of another process that sees the temporary before its lock takes it for abandoned; then create another.
     """
     while True:
-        temporary = target.with_name(f"{_temporary_prefix(target)}{secrets.token_hex(6)}")
+        temporary = target.with_name(_temporary_name(target))
         try:
             create(temporary)
             if fcntl is None:

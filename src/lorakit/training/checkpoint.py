@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +83,7 @@ class State:
     without_best: int = 0
     """Evaluations since the best one."""
     stopped_early: bool = False
-    """Whether early stopping ended the run."""
+    """Whether early stopping ended the run before its last step."""
     losses: list[float] = field(default_factory=list)
     """Losses of the last `KEPT_LOSSES` steps."""
     usual_loss: float = 0.0
@@ -155,6 +154,7 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
+    storage.remove_leftovers(folder)  # of the failures below
     checkpoints = checkpoints_in(folder)
     usable = [path for path in checkpoints if step_of(path) <= state.step]
     kept = usable[-keep:]
@@ -165,7 +165,7 @@ def save(
     for path in checkpoints:
         if path not in kept:
             try:
-                shutil.rmtree(path)
+                storage.delete_folder(path)
             except OSError as error:  # of a file that another program has open, on NFS and Windows
                 failures.append(f"'{path}' ({error.strerror or error})")
     if failures:
@@ -312,15 +312,16 @@ def delete_after(folder: Path, step: int) -> bool:
     """Delete the checkpoints after `step`, unless there is no other; return whether there is one.
 
     Raises:
-        RunFolderError: One cannot be deleted.
+        RunFolderError: All others are damaged, or one cannot be deleted.
     """
     checkpoints = checkpoints_in(folder)
     later = [path for path in checkpoints if step_of(path) > step]
     if len(later) == len(checkpoints):
         return False
+    newest_whole([path for path in checkpoints if path not in later])  # before one is deleted
     for path in reversed(later):
         with storage.writing(path):
-            shutil.rmtree(path)
+            storage.delete_folder(path)
     return True
 
 

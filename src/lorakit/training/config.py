@@ -129,8 +129,8 @@ class CheckpointConfig:
     """Checkpoints, from which an interrupted run resumes and reaches the same weights."""
 
     every: int | None = None
-    """Steps between checkpoints; by default once per epoch. Each best score writes another one, and so do
-    Ctrl-C, SIGTERM and SIGHUP (a closed terminal)."""
+    """Steps between checkpoints; by default once per epoch, and in an epoch of more than 500 steps every 500. Each
+    best score writes another one, and so do Ctrl-C, SIGTERM and SIGHUP (a closed terminal)."""
     keep: int = 2
     """Number of checkpoints to keep; older ones are deleted, except up to two for optimizer.on_divergence rewind. The
     best adapter is saved separately."""

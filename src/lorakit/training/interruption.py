@@ -1,4 +1,4 @@
-"""End a run with a checkpoint when Ctrl-C, SIGTERM or SIGHUP arrives: after the current step, or in an evaluation."""
+"""End a run with a checkpoint when Ctrl-C, SIGTERM or SIGHUP arrives: after the current batch or step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):
-    """An evaluation has ended early, in all processes, because one of them has received a signal."""
+    """A step or an evaluation has ended early, in all processes, because one of them has received a signal."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Interruption:
     SIGHUP means that the terminal was closed. It acts like SIGTERM. A shell and the system both send it, and some
     systems send it after SIGTERM, so another signal may already be recorded.
 
+    A single process gives up its step after the current batch (`check_alone`). The resumed run repeats the step.
     Several processes stop after the same step: the step at whose end all of them learn of the signal (`agree`). In an
     evaluation, a process that has received a signal leaves its part out (`check`), and the others learn of it when they
     gather the parts (`gather`).
@@ -82,7 +83,7 @@ class Interruption:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
     def check(self, *_: object) -> None:
-        """End the current evaluation of all processes if this one has received a signal; called after each batch.
+        """End the evaluation of all processes if this one has received a signal; called after each of its batches.
 
         Raises:
             Interrupted: It has.
@@ -90,6 +91,15 @@ class Interruption:
         received = self.received()
         if any(received):
             self.gather(_Stop(received))
+
+    def check_alone(self) -> None:
+        """End the current step if this process is the only one and has received a signal; called before each batch.
+
+        Raises:
+            Interrupted: It has.
+        """
+        if self._processes.count == 1:
+            self.check()
 
     def gather(self, part: T) -> list[T]:
         """Return the parts of all processes, by rank.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,35 @@ _LOG = logging.getLogger(__name__)
 
 
 def require_loggers(names: Iterable[str]) -> None:
-    """Import the packages of the loggers `names`, before a run changes its folder.
+    """Import the packages of the loggers `names` and log in, before a run changes its folder.
 
     Raises:
-        ConfigurationError: One is not installed.
+        ConfigurationError: One is not installed, or Weights & Biases has no key for its server.
     """
     for name in names:
         try:
-            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+            package = importlib.import_module(
+                "torch.utils.tensorboard" if name == "tensorboard" else name
+            )
         except ImportError:
             raise ConfigurationError(
                 f"loggers has {name}, which is not installed: pip install {name}."
             ) from None
+        if name == "wandb":
+            with _wandb_errors():
+                package.login()  # does nothing if WANDB_MODE is offline or disabled
+
+
+@contextmanager
+def _wandb_errors() -> Iterator[None]:
+    """Raise a ConfigurationError for an error of Weights & Biases, whose classes differ between its versions."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigurationError(
+            f"loggers has wandb, and Weights & Biases does not start: {error}. Run wandb login, set WANDB_MODE to "
+            "offline, or leave out wandb."
+        ) from error
 
 
 class Loggers:
@@ -58,11 +75,11 @@ class Loggers:
             opened.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         for logger in self._loggers:
             # An error here would replace the one that ends the run, or prevent a finished run from saving its adapter.
             try:
-                logger.close()
+                logger.close(failed=error_type is not None)
             except Exception as error:
                 _LOG.warning(
                     "%s may lack the last numbers, which metrics.jsonl has: it did not close (%s).",
@@ -127,7 +144,7 @@ class TensorBoard:
             for name, value in values.items():
                 self._writer.add_scalar(f"{split}/{name}", value, step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close."""
         with storage.writing(self._folder):
             self._writer.close()
@@ -142,17 +159,29 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # type: ignore[import-not-found]
 
-        self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        with _wandb_errors():
+            self._run = wandb.init(name=folder.name, dir=str(folder), config=dict(config))
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        self._has_failed = False
 
     def restart(self, *, after: int) -> None:
         """Do nothing: the chart shows the steps that are repeated, and those before."""
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Log each value as ``split/name``."""
-        self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
+        """Log each value as ``split/name``. After an error, which is logged once, the run goes on without it."""
+        if self._has_failed:
+            return
+        try:
+            self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
+        except Exception as error:  # such as the end of its service process
+            self._has_failed = True
+            _LOG.warning(
+                "Weights & Biases lacks the numbers from step %d on, which metrics.jsonl has: %s.",
+                step,
+                error,
+            )
 
-    def close(self) -> None:
-        """Flush and close."""
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        """Flush and close; a run that failed is marked as such."""
+        self._run.finish(exit_code=int(failed))

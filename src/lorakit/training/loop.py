@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from lorakit.errors import ConfigurationError, DivergenceError, memory_errors
+from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
 from lorakit.training import checkpoint
@@ -27,7 +27,7 @@ from lorakit.training.divergence import (
 )
 from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
-from lorakit.training.interruption import Interruption
+from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import release_free_memory, reset_peak_memory
 from lorakit.training.noise import own_generators, require_keyed_noise
@@ -115,7 +115,7 @@ def _train_to_end(
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     if not state.evaluated:  # a new run, or an interruption before or in an evaluation
-        validate(run, job, state, log, show, interruption)
+        _validate(run, job, state, log, show, interruption)
         if state.is_best and not job.is_over(state):
             _save_checkpoint(run, job, state, optimizer)
     if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
@@ -125,7 +125,15 @@ def _train_to_end(
             break
         job.processes.begin(f"step {state.step + 1}")
         began, processor_began = time.perf_counter(), time.process_time()
-        done = optimizer_step(job, optimizer, examples, state.step, interruption.received)
+        try:
+            done = optimizer_step(job, optimizer, examples, state.step, interruption)
+        except Interrupted:  # the resumed run repeats the step
+            break
+        except LorakitError as error:
+            # An example does not fit into memory. With gradient_checkpointing the run can go on from here.
+            if job.processes.count == 1 and not isinstance(error, DivergenceError):
+                _save_checkpoint(run, job, state, optimizer)
+            raise
         interruption.agree(done.signals)
         state.advance(
             done.loss,
@@ -142,7 +150,10 @@ def _train_to_end(
         state.evaluated = not job.evaluates_after(state.step)
         # Little time may be left after a signal: the resumed run evaluates.
         if not state.evaluated and not interruption.requested:
-            validate(run, job, state, log, show, interruption)
+            # An evaluation can take long, and fail.
+            if job.saves_after(state.step):
+                _save_checkpoint(run, job, state, optimizer)
+            _validate(run, job, state, log, show, interruption)
             release_free_memory()
         if interruption.requested:
             break
@@ -150,6 +161,28 @@ def _train_to_end(
             _save_checkpoint(run, job, state, optimizer)
     job.processes.begin("the end of the run")
     _save_checkpoint(run, job, state, optimizer)
+
+
+def _validate(
+    run: RunFolder,
+    job: Job,
+    state: State,
+    log: Loggers,
+    show: Reporter,
+    interruption: Interruption,
+) -> None:
+    """Call `validate`. If it fails in a run of one process, write the trained adapter to adapter/.
+
+    A run cannot resume with a changed file of its task, but a new one can start from the adapter.
+    """
+    try:
+        validate(run, job, state, log, show, interruption)
+    except DivergenceError:
+        raise
+    except Exception:
+        if state.step and job.processes.count == 1:  # others could not take part
+            job.save_adapter(run.adapter, dataclasses.replace(state, scores={}))
+        raise
 
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
@@ -164,6 +197,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
     state = _restore(run, job, optimizer, inputs) if resumes else State(inputs=inputs)
+    _require_patience(run, job, state)
     slow_down(optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
     model_sizes = sizes(job.model, job.parameters)
@@ -185,6 +219,19 @@ def _require_longer(run: RunFolder, job: Job) -> None:
         raise ConfigurationError(
             f"max_steps is {job.step_plan.total}, but the run in {run.path} has {run.extends}, which is {before} "
             "steps. A resumed run can only have more steps: raise max_steps, or start a new run."
+        )
+
+
+def _require_patience(run: RunFolder, job: Job, state: State) -> None:
+    """Reject more steps for a run whose last evaluation would have stopped a longer run too.
+
+    Raises:
+        ConfigurationError: It would.
+    """
+    if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
+        raise ConfigurationError(
+            f"A longer run would have stopped early (evaluation.patience) at step {state.step}, where the run in "
+            f"{run.path} ended. Start a new run from its weights with from_adapter."
         )
 
 

@@ -79,7 +79,7 @@ class RunResult:
     steps: int
     """Optimizer steps of the run."""
     stopped_early: bool
-    """Whether early stopping ended the run."""
+    """Whether early stopping ended the run before its last step."""
     train_loss: float | None
     """Loss of the last step."""
     scores_before: dict[str, float] = field(default_factory=dict)
@@ -209,14 +209,17 @@ class RunFolder:
         self.best = path / BEST
 
     def resume_command(self, processes: int = 1) -> str:
-        """Return the shell command that resumes this run on as many processes of this machine.
+        """Return the shell command that resumes this run on as many processes.
 
-        It has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
+        On several machines, SAME_OPTIONS is in place of the options of `torchrun`, which it does not tell. The command
+        has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
         moved, or a smaller `batch_size`.
         """
         start = ["lorakit"]
         if processes > 1:
-            start = ["torchrun", "--nproc-per-node", str(processes), "-m", "lorakit"]
+            here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
+            options = ["--nproc-per-node", here] if here == str(processes) else ["SAME_OPTIONS"]
+            start = ["torchrun", *options, "-m", "lorakit"]
         then, now = _recorded_and_present(self.path, self.config)
         changed = {name: value for name, _, value in differences(then, now)}
         return resume_command(self.path, changed, start=start)
@@ -359,13 +362,14 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
             that `config` neither resumes nor overwrites, or would overwrite together with an input of the new run.
-        ConfigurationError: The run to resume has other settings.
+        ConfigurationError: The run to resume has other settings, or `torchrun` has restarted a run that overwrites.
     """
     path = Path(config.output)
     # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
     target = storage.require_free_folder(path, overwrite=True)
     _require_run_or_empty(path)  # before the lock, which is a file in the folder
     if config.overwrite:
+        _require_first_start(path)
         _require_inputs_elsewhere(path, config)
     config, dtype_reason = _resolved(config, path)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -431,6 +435,15 @@ def _require_run_or_empty(path: Path) -> None:
         raise RunFolderError(
             f"{path} is not a run folder: it has no {CONFIG}, but contains {', '.join(others[:3])}. "
             "Choose a new or empty folder as output."
+        )
+
+
+def _require_first_start(path: Path) -> None:
+    """Reject overwriting a run after `torchrun` has restarted its processes: it may be what they have trained."""
+    if (path / CONFIG).exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ConfigurationError(
+            f"torchrun has restarted its processes, and overwrite would delete what they have trained in {path}. Start "
+            "the command with resume (--resume) instead of overwrite; if an older run is there, delete it first."
         )
 
 

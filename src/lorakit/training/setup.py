@@ -61,6 +61,9 @@ T = TypeVar("T")
 ADAPTER = "default"
 """Name of the trained adapter on its model."""
 
+CHECKPOINT_STEPS = 500
+"""Default of checkpoints.every in a long epoch. A kill near its end must not cost the whole epoch."""
+
 
 @dataclass(kw_only=True)
 class Job:
@@ -175,15 +178,22 @@ class Job:
         """Return whether the run has made its last step and its evaluation, or was stopped early."""
         return state.stopped_early or (state.step >= self.step_plan.total and state.evaluated)
 
+    def is_out_of_patience(self, state: State) -> bool:
+        """Return whether as many evaluations as `evaluation.patience` have passed without a new best."""
+        patience = self.config.evaluation.patience
+        return patience is not None and state.without_best >= patience
+
     def evaluates_after(self, step: int) -> bool:
         """Return whether an evaluation is due after `step` finished steps."""
         every = self.config.evaluation.every or self.step_plan.steps_per_epoch
         return bool(self.scored) and (step % every == 0 or step == self.step_plan.total)
 
     def saves_after(self, step: int) -> bool:
-        """Return whether a checkpoint is due after `step` finished steps; the last one is always written."""
-        every = self.config.checkpoints.every or self.step_plan.steps_per_epoch
-        return step % every == 0 and step < self.step_plan.total
+        """Return whether a checkpoint is due after `step` finished steps."""
+        every = self.config.checkpoints.every or min(
+            self.step_plan.steps_per_epoch, CHECKPOINT_STEPS
+        )
+        return step % every == 0 or step == self.step_plan.total
 
     @cached_property
     def base_record(self) -> BaseRecord:

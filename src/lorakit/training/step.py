@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lorakit.compute.objective import SequenceToSequenceLoss
 from lorakit.models.sharding import is_split
 from lorakit.training.divergence import require_finite
-from lorakit.training.interruption import Signals
+from lorakit.training.interruption import Interruption, Signals
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Step
@@ -45,7 +45,7 @@ def optimizer_step(
     optimizer: Optimizer,
     examples: Step,
     step: int,
-    received: Callable[[], Signals] = lambda: (0, 0),
+    interruption: Interruption | None = None,
 ) -> StepResult:
     """Update the weights once. Each process computes its share of the examples and gets the same result.
 
@@ -54,19 +54,22 @@ def optimizer_step(
         optimizer: From `build_optimizer`, over the parameters of `job`.
         examples: The examples of this step, over all processes.
         step: Number of finished steps, which determines the learning rate.
-        received: Returns the signals that this process has received; called once its share is computed.
+        interruption: The signals that this process receives; None for none.
 
     Raises:
+        Interrupted: This is the only process, and it has received a signal before its last batch; the weights are not
+            updated.
         DivergenceError: The loss or the gradient norm is not finite; the weights are not updated.
-        LorakitError: A single example does not fit into memory.
+        LorakitError: A single example does not fit into memory; the weights are not updated.
     """
+    interruption = interruption or Interruption()
     before = job.batch_size.size
     part = job.batch_size.fit(
-        lambda: _compute_share(job, examples, step),
+        lambda: _compute_share(job, examples, step, interruption.check_alone),
         lengths=[len(job.train[i]) for indices in job.share(examples) for i in indices],
         during=f"step {step + 1}",
     )
-    own = (*part, *received(), job.batch_size.size < before)
+    own = (*part, *interruption.received(), job.batch_size.size < before)
     parameters = job.parameters.values()
     split = [p for p in parameters if is_split(p)]  # FSDP2 has summed their gradients
     whole = [p for p in parameters if not is_split(p)]
@@ -89,21 +92,27 @@ def optimizer_step(
     )
 
 
-def _compute_share(job: Job, examples: Step, step: int) -> tuple[float, int, int]:
+def _compute_share(
+    job: Job, examples: Step, step: int, check: Callable[[], None]
+) -> tuple[float, int, int]:
     """Compute the gradients of this process's share of a step; return its loss, tokens and computed tokens."""
     for parameter in job.parameters.values():
         parameter.grad = None  # a failed attempt may have left some
     share = [[job.train[i] for i in indices] for indices in job.share(examples)]
     target_count = sum(job.count_targets(job.train[i]) for i in examples)
     # Each batch is made when it is needed: meanwhile a GPU computes the one before.
-    loss, computed = _accumulate_gradients(job, map(job.collate, share), target_count, step)
+    loss, computed = _accumulate_gradients(job, map(job.collate, share), target_count, step, check)
     if job.config.shard:
         _take_part(job, examples, step)
     return loss, sum(len(example) for batch in share for example in batch), computed
 
 
 def _accumulate_gradients(
-    job: Job, batches: Iterable[Mapping[str, Tensor]], target_count: int, step: int
+    job: Job,
+    batches: Iterable[Mapping[str, Tensor]],
+    target_count: int,
+    step: int,
+    check: Callable[[], None],
 ) -> tuple[float, int]:
     """Run forward and backward on this process's batches of a step.
 
@@ -117,6 +126,7 @@ def _accumulate_gradients(
     inputs = ("input_ids", "labels") if is_encoder_decoder else ("input_ids",)  # of the decoder
     shares, computed = [], 0
     for number, batch in enumerate(batches):
+        check()
         computed += sum(batch[name].numel() for name in inputs)
         with keyed_noise(job, batch, step, number):
             with job.autocast():

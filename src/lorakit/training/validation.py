@@ -73,9 +73,7 @@ def validate(
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
     else:
         state.without_best += 1
-        state.stopped_early = (
-            settings.patience is not None and state.without_best >= settings.patience
-        )
+        state.stopped_early = job.is_out_of_patience(state) and state.step < job.step_plan.total
     show.scores(state, notes)
 
 
