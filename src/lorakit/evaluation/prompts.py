@@ -97,6 +97,8 @@ def _row_prompt(
         raise DataError(f"{row}.")
     found = {field: row.values[column] for field, column in columns.items() if column in row.values}
     fields = {**row.values, **found}
+    for name in conversion.lone_columns(fields) - columns.keys():  # as in training
+        del fields[name]
     is_conversation = "messages" in fields or "conversations" in fields
     if not is_conversation and isinstance(fields.get("prompt"), list):
         fields, is_conversation = {**fields, "messages": fields["prompt"]}, True

@@ -67,6 +67,8 @@ class Completion(TextTask):
         """Return the columns that the prompt and the completion come from."""
         if {"prompt", "completion"} <= set(columns) or not conversion.is_alpaca(columns):
             return super().source_format(columns, rows)
+        for name in conversion.lone_columns(columns):
+            return f"Alpaca's rows with the {name} of data.columns or a template"
         return (
             "Alpaca's instruction, input and output, the first two in Alpaca's prompt (data.task chat uses the chat "
             "template)"
