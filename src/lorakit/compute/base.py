@@ -63,7 +63,7 @@ def open_base(
     count = max(len(task.labels), num_labels or 0)
     base = load_base(
         config.name,
-        task=model_head(task, lambda: _is_encoder_decoder(config)),
+        task=model_head(task, lambda: is_encoder_decoder(config)),
         num_labels=count or None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
@@ -167,16 +167,17 @@ def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
                 )
 
 
-def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelHead:
+def model_head(task: DataTask, encodes: Callable[[], bool]) -> ModelHead:
     """Return the head that a model needs for `task`; only text generation has to know the architecture."""
     if task.kind == "classification":
         return "sequence-classification"
     if task.kind == "regression":
         return "regression"
-    return "seq2seq-lm" if is_encoder_decoder() else "causal-lm"
+    return "seq2seq-lm" if encodes() else "causal-lm"
 
 
-def _is_encoder_decoder(config: BaseConfig) -> bool:
+def is_encoder_decoder(config: BaseConfig) -> bool:
+    """Return whether the base has an encoder and a decoder, by its configuration; False if that cannot be read."""
     try:
         return shape_of(config).is_encoder_decoder
     except BaseModelError:  # loading the model raises a better message
