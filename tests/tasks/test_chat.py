@@ -247,9 +247,18 @@ def test_tool_calls_may_stand_in_place_of_content():
     assert target_text(example, tokenizer) == ["search<|im_end|>"]
 
 
-def test_null_entries_of_parquet_rows_are_ignored():
-    messages = [{**message, "tool_calls": None, "name": None} for message in TURNS]
-    assert encode(messages)[0] == encode(TURNS)[0]
+# Writes tool calls or the content, as templates of Llama 3 and Mistral do.
+CALLS_ONLY = CHAT_TEMPLATE.replace(
+    "message['content']",
+    "(message.tool_calls | tojson if message.tool_calls is defined else message['content'])",
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CALLS_ONLY])
+@pytest.mark.parametrize("calls", [None, []])
+def test_null_entries_of_parquet_rows_and_empty_lists_of_calls_are_ignored(template, calls):
+    messages = [{**message, "tool_calls": calls, "name": None} for message in TURNS]
+    assert encode(messages, template)[0] == encode(TURNS, template)[0]
 
 
 def sharegpt(messages):
@@ -532,6 +541,13 @@ def test_turns_that_the_template_leaves_out_are_rejected(template):
         encode(TURNS, template)
     # Turns after the last target are dropped anyway.
     assert encode(TURNS[:4], template)[0] == encode(TURNS[:3], template)[0]
+
+
+def test_content_that_the_template_leaves_out_beside_tool_calls_is_rejected():
+    call = calling({"city": "Rome"})
+    assert encode([USER, call], CALLS_ONLY)
+    with pytest.raises(BadRow, match=r"content beside tool_calls that .*, or remove the content"):
+        encode([USER, call | {"content": "I search."}], CALLS_ONLY)
 
 
 def test_a_system_text_needs_a_place():

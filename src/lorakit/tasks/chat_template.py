@@ -82,12 +82,16 @@ class ChatTemplate:
             return False
 
     def _require_turns(self, messages: list[Message], tools: list | None) -> None:
-        """Reject turns that the template leaves out. `has_system_role` has tested a first system turn."""
+        """Reject contents that the template leaves out. `has_system_role` has tested a first system turn.
+
+        Templates write those of a user and an assistant, but some none beside tool calls.
+        """
         start = int(messages[0]["role"] == "system")
         probes = {
             i: f"{PROBE}-{i}-"
             for i, message in enumerate(messages[start:], start)
             if message["role"] not in ("user", "assistant")
+            or (message.get("tool_calls") and message["content"].strip())
         }
         if not probes:
             return
@@ -96,9 +100,12 @@ class ChatTemplate:
         for i, probe in probes.items():
             if probe not in text:
                 role = messages[i]["role"]
+                is_call = role == "assistant"
+                found = "content beside tool_calls" if is_call else f"a {role!r} turn"
                 raise bad_messages(
-                    f"has a {role!r} turn that the tokenizer's chat template does not write, so the model would not "
-                    "see it. Use the tokenizer of a model trained with such turns, or remove the turn"
+                    f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
+                    "Use the tokenizer of a model trained with such turns, or remove the "
+                    f"{'content' if is_call else 'turn'}"
                 )
 
     def _require_keys(self, messages: list[Message], tools: list | None) -> None:
