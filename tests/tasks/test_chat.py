@@ -212,12 +212,20 @@ def test_a_greeting_may_be_excluded():
     assert tokenizer.decode(example.input_ids).startswith("<|im_start|>assistant\nNear the park.")
 
 
-def test_a_boundary_inside_a_token_is_rejected():
-    template = WITHOUT_END.replace("'assistant:'", "'assistant: '")  # " p" is one token
-    with pytest.raises(BadRow, match="cannot be split into turns"):
-        encode(
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}], template
-        )
+@pytest.mark.parametrize(
+    "template",
+    [
+        WITHOUT_END.replace("'assistant:'", "'assistant: '"),  # " p" is one token
+        TAGGED.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif"),
+    ],
+    ids=["without tags", "with tags"],
+)
+def test_a_boundary_inside_a_token_is_rejected(template):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}]
+    with pytest.raises(
+        BadRow, match=r"cannot be split .* turn 1 .*\. Remove white space at the st"
+    ):
+        encode(turns, template)
 
 
 def test_truncation_keeps_the_last_turn():
