@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.compute.batching import context_length
+from lorakit.compute.batching import context_length, require_embeddings
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
 from lorakit.errors import BaseModelError, DataError
@@ -106,11 +106,15 @@ def _plain(name: str) -> str:
 def check_context(base: Base, examples: Sequence[Example]) -> None:
     """Reject examples that are longer than the model's context, or than either context of an encoder-decoder.
 
-    An encoder-decoder reads the prompt in its encoder, so all targets must be in the completion.
+    Reject also tokens without an embedding. An encoder-decoder reads the prompt in its encoder, so all targets must be
+    in the completion.
 
     Raises:
-        DataError: An example is too long, or has targets in the prompt. The message has what to change.
+        DataError: An example is too long, or has targets in the prompt or an unknown token. The message has what to
+            change.
     """
+    for example in examples:
+        require_embeddings(base.model, example.input_ids, example.origin)
     context = context_length(base.model)
     if base.model.config.is_encoder_decoder:
         _check_targets(base, examples)

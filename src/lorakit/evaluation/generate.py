@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length, prompt_input, room_after
+from lorakit.compute.batching import context_length, prompt_input, require_embeddings, room_after
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
@@ -97,6 +97,8 @@ def generate(
     ]
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
+    for number, prompt in enumerate(ids, start=1):
+        require_embeddings(model, prompt, f"Prompt {number}")
     encodes = model.config.is_encoder_decoder
     before = [
         own if (is_continuation or isinstance(prompt, str)) and not encodes else []
