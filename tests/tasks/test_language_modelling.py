@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import BOS, tiny_encoder_tokenizer, tiny_sentencepiece, tiny_tokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Completion, PlainText, TooLong
@@ -79,6 +81,15 @@ def test_no_blank_comes_between_prompt_and_completion(prompt, completion) -> Non
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, tiny_encoder_tokenizer()], ids=["BPE", "BERT"])
 def test_other_tokenizers_put_no_blank_first(tokenizer) -> None:
     assert not puts_blank_first(tokenizer)
+
+
+def test_a_vocabulary_without_small_letters_has_its_bos() -> None:
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *"ACGT"])}, []))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    dna = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert encode("AC", "GT", dna).input_ids == [0, 2, 3, 4, 5, 1]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, WITH_BOS], ids=["no bos", "bos"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import DataError
@@ -220,14 +220,22 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Special tokens after a text (eos, in some tokenizers) must not separate prompt and completion.
     """
-    bare = encode_text(tokenizer, "a")
-    full = tokenizer.encode("a", add_special_tokens=True)
+    text = next((text for text in _short_texts(tokenizer) if encode_text(tokenizer, text)), "a")
+    bare = encode_text(tokenizer, text)
+    full = tokenizer.encode(text, add_special_tokens=True)
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]
     raise DataError(
         f"{type(tokenizer).__name__} encodes a text differently when it adds special tokens; use another tokenizer"
     )
+
+
+def _short_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield a letter, then the tokens' texts: the vocabulary of a protein or DNA model may lack the letter."""
+    yield "a"
+    special = set(tokenizer.all_special_ids)
+    yield from (str(tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
