@@ -63,6 +63,28 @@ def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_sentencepiece() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts a blank before a text, and strips one from it, as Llama 2's does."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *bytes_, "\u2581", *map(chr, range(33, 127)), "\u2581" * 2]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("\u2581", "\u2581")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    replaced, stripped = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence(
+        [replaced, decoders.ByteFallback(), decoders.Fuse(), stripped]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 def _byte_level(special_tokens: list[str]) -> Tokenizer:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -215,6 +215,13 @@ def test_the_rows_of_alpaca_have_the_ids_of_training(
     assert prompts == trained_prompts(write(tmp_path / f"rows.{suffix}", INSTRUCTIONS), task)
 
 
+def test_a_lone_prompt_beside_alpacas_columns_is_read_if_it_is_named(tmp_path) -> None:
+    file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [{**INSTRUCTIONS[0], "prompt": "1 2 3"}])
+    (prompt,) = read_prompts(file, Completion)
+    assert "### Instruction:\nAdd." in str(prompt)
+    assert read_prompts(file, Completion, {"prompt": "prompt"}) == ["1 2 3"]
+
+
 @pytest.mark.parametrize("row", TALKS, ids=["system", "history", "sharegpt"])
 def test_the_columns_beside_a_conversation_are_read(trained, prompts, tmp_path, row) -> None:
     file = tiny_runs.write_rows(tmp_path / "rows.jsonl", [row])

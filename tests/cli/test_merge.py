@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     pipeline,
 )
 
@@ -77,6 +78,18 @@ def test_the_base_of_the_adapter_is_used_with_another_dtype(decoder, capsys):
     assert weights.dtype == torch.float32
     # `auto` computes a merged model in the dtype of its file (tests/models/test_dtype_choice.py).
     assert weights.config.lorakit_merged
+
+
+def test_the_merged_model_of_a_chat_adapter_stops_where_turns_ended(decoder, capsys):
+    """The base's own end token may be another one, as in Qwen2.5-0.5B, which is no chat model."""
+    base = lorakit.load_base("base", dtype="float32")
+    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
+    GenerationConfig(eos_token_id=pad).save_pretrained("base")
+    handle = lorakit.attach(base.model, lorakit.LoRA(rank=2))
+    handle.save("chat", provenance={"task": "chat", "labels": []})
+    assert main(["merge", "chat", "merged", *FLOAT32]) == 0
+    assert GenerationConfig.from_pretrained("merged").eos_token_id == [pad, end]
+    assert "ends texts at <|im_end|> too, as in training" in capsys.readouterr().out
 
 
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):

@@ -116,6 +116,15 @@ def test_virtual_tokens_count_towards_the_context(decoder: Base) -> None:
         generate(decoder.model, decoder.tokenizer, [[5] * 55], Decoding(max_new_tokens=4))
 
 
+def test_tokens_without_an_embedding_are_rejected(decoder: Base) -> None:
+    """The tokenizers of some bases have more tokens than the base."""
+    count = decoder.model.config.vocab_size
+    with pytest.raises(DataError, match=f"^file:1 has the token id {count:,}, and the base has"):
+        check_context(decoder, [language([3], [count, 4])])
+    with pytest.raises(DataError, match=f"^Prompt 2 has the token id {count:,}, and the base has"):
+        generate(decoder.model, decoder.tokenizer, [[5], [count]], Decoding(max_new_tokens=4))
+
+
 def test_an_encoder_decoder_trains_the_last_turn_alone() -> None:
     base = base_of("t5", tiny_tokenizer(chat_template=CHAT_TEMPLATE))
     turns = [

@@ -392,18 +392,35 @@ def test_encoder_pairs_from_csv(tmp_path):
 
 
 INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
+ALPACAS = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+    "### Response:\n",
+    "3",
+)
 
 
 def test_alpacas_rows_have_alpacas_prompt(write):
     examples = load(write([INSTRUCTION, {"instruction": "Say hi.", "input": "", "output": "hi"}]))
-    assert examples[0].prompt == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
-        "### Response:\n"
-    )
+    assert (examples[0].prompt, examples[0].completion) == ALPACAS
     assert "### Input" not in examples[1].prompt
-    assert [example.completion for example in examples] == ["3", "hi"]
+    assert examples[1].completion == "hi"
     assert examples.format.startswith("Alpaca's instruction, input and output")
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_lone_prompt_or_completion_beside_alpacas_columns_is_read_if_it_is_named(write, column):
+    """Some files of Alpaca's rows have the whole text, with the answer, in a column `prompt`."""
+    path = write([{**INSTRUCTION, column: "Add. 1 2 3"}])
+    examples = load(path)
+    assert (examples[0].prompt, examples[0].completion) == ALPACAS
+    assert examples.report.unread == [column]
+    assert examples.format.startswith("Alpaca's instruction, input and output")
+    named = load(path, columns={column: column})
+    assert getattr(named[0], column) == "Add. 1 2 3"
+    assert named.report.unread == []
+    assert named.format == f"Alpaca's rows with the {column} of data.columns or a template"
+    assert load(path, prompt_template=f"{{{column}}}")[0].prompt == "Add. 1 2 3"
 
 
 def test_alpacas_rows_are_chat_if_the_task_is(write):

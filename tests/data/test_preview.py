@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_sentencepiece, tiny_tokenizer
 
 from lorakit.data import DataConfig, preview
 from lorakit.errors import DataError
@@ -42,6 +42,13 @@ def test_examples_show_tokens_and_targets(config):
         ("<|im_end|>", True),
     ]
     assert first.origin == f"{config.train}:1"
+
+
+def test_blanks_at_the_start_of_tokens_are_shown(tmp_path):
+    """Decoded alone, SentencePiece's tokens have none."""
+    config = DataConfig(train=write(tmp_path / "train.jsonl", [pair("a", " b c")]))
+    tokens = preview(config, tiny_sentencepiece()).examples[0].tokens
+    assert "".join(token.text for token in tokens if token.target) == " b c</s>"
 
 
 def test_without_training_data_the_first_split_is_shown(config):

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 import transformers
 from random_adapters import randomise
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tiny_sentencepiece, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import lorakit
@@ -31,7 +31,7 @@ def model(tokenizer):
 
 
 class Ids:
-    """A tokenizer that decodes tokens to their ids, since the bytes of a random model may not be text."""
+    """A tokenizer that decodes each token to one character, since the bytes of a random model may not be text."""
 
     def __init__(self, tokenizer) -> None:
         self.eos_token_id = tokenizer.eos_token_id
@@ -41,10 +41,15 @@ class Ids:
     def encode(self, text: str, **settings) -> list[int]:
         return self.tokenizer.encode(text, **settings)
 
-    def batch_decode(self, rows, *, skip_special_tokens: bool) -> list[list[int]]:
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
         special = (self.eos_token_id, self.pad_token_id)
-        return [[i for i in row.tolist() if i not in special] for row in rows]
+        return "".join(chr(i) for i in ids if i not in special)
+
+
+def new_ids(model, tokenizer, *args, **settings) -> list[list[int]]:
+    """Generate, and return token ids in place of texts."""
+    return [[*map(ord, text)] for text in generate(model, Ids(tokenizer), *args, **settings)]
 
 
 def greedy_by_hand(model, tokenizer, prompt: str, steps: int) -> list[int]:
@@ -67,7 +72,7 @@ def test_greedy_equals_the_definition_in_any_batch_and_in_input_order(
     expected = [greedy_by_hand(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(ids) for ids in expected}) == len(PROMPTS)
     decoding = Decoding(max_new_tokens=12, batch_size=batch_size)
-    assert generate(model, Ids(tokenizer), PROMPTS, decoding) == expected
+    assert new_ids(model, tokenizer, PROMPTS, decoding) == expected
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert generate(model, tokenizer, PROMPTS, decoding) == texts
 
@@ -95,23 +100,44 @@ def test_generation_stops_at_any_of_the_models_end_tokens(model, tokenizer) -> N
     ends = model.generation_config.eos_token_id
     try:
         model.generation_config.eos_token_id = [ends, ids[place]]
-        shorter = generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=12))[0]
+        shorter = new_ids(model, tokenizer, PROMPTS, Decoding(max_new_tokens=12))[0]
     finally:
         model.generation_config.eos_token_id = ends
-    assert shorter == ids[: place + 1]
+    assert (
+        shorter == ids[:place]
+    )  # without the end token, which the tokenizer does not call special
 
 
 def test_generation_stops_at_the_tasks_stop_ids_and_when_interrupted(model, tokenizer) -> None:
     ids = greedy_by_hand(model, tokenizer, PROMPTS[0], 12)
     place = next(i for i in range(2, 12) if ids[i] not in ids[:i])
     settings = Decoding(max_new_tokens=12)
-    stopped = generate(model, Ids(tokenizer), PROMPTS[:1], settings, stop_ids=[ids[place]])
-    assert stopped == [ids[: place + 1]]
+    stopped = new_ids(model, tokenizer, PROMPTS[:1], settings, stop_ids=[ids[place]])
+    assert stopped == [ids[:place]]
     checks = iter([False, False, True])
-    stopped = generate(
-        model, Ids(tokenizer), PROMPTS[:1], settings, interrupted=lambda: next(checks)
-    )
+    stopped = new_ids(model, tokenizer, PROMPTS[:1], settings, interrupted=lambda: next(checks))
     assert stopped == [ids[:3]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "continues", "text"),
+    [("text", False, "    return"), ("ids", True, "    return"), ("ids", False, "   return")],
+)
+def test_a_text_that_continues_the_prompt_keeps_its_first_blank(
+    monkeypatch, kind, continues, text
+) -> None:
+    """The decoder of Llama 2's tokenizer strips the blank at the start of a text."""
+    tokenizer, prompt = tiny_sentencepiece(), "def f(x):\n"
+    model = tiny_models.build("llama", vocab_size=len(tokenizer))
+    new = [*tokenizer.encode("    return"), tokenizer.eos_token_id, tokenizer.encode("x")[-1]]
+
+    def generated(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([new])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generated)
+    prompts = [prompt if kind == "text" else tokenizer.encode(prompt)]
+    short = Decoding(max_new_tokens=8)
+    assert generate(model, tokenizer, prompts, short, is_continuation=continues) == [text]
 
 
 def test_draws_follow_their_seed_and_leave_the_random_state(model, tokenizer) -> None:
@@ -138,9 +164,9 @@ def test_every_setting_reaches_the_generation(model, tokenizer) -> None:
     "settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=str
 )
 def test_draws_among_the_likeliest_token_are_greedy(model, tokenizer, settings) -> None:
-    greedy = generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=6))
+    greedy = new_ids(model, tokenizer, PROMPTS, Decoding(max_new_tokens=6))
     drawn = Decoding(max_new_tokens=6, seed=3, **{"temperature": 1.0, **settings})
-    assert generate(model, Ids(tokenizer), PROMPTS, drawn) == greedy
+    assert new_ids(model, tokenizer, PROMPTS, drawn) == greedy
 
 
 @pytest.mark.parametrize(
@@ -152,7 +178,7 @@ def test_draws_among_the_likeliest_token_are_greedy(model, tokenizer, settings) 
     ids=str,
 )
 def test_beams_are_those_of_transformers(model, tokenizer, ours, theirs) -> None:
-    found = generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=8, beams=4, **ours))
+    found = new_ids(model, tokenizer, PROMPTS, Decoding(max_new_tokens=8, beams=4, **ours))
     for prompt, ids in zip(PROMPTS, found, strict=True):
         start = tokenizer(prompt, return_tensors="pt")["input_ids"]
         options = {"max_new_tokens": 8, "num_beams": 4, "do_sample": False, **theirs}
@@ -179,11 +205,11 @@ def test_a_prompt_is_computed_once_for_all_its_beams(arch, tokenizer, monkeypatc
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    found = generate(model, Ids(tokenizer), PROMPTS, search)
+    found = new_ids(model, tokenizer, PROMPTS, search)
     hook.remove()
     assert {rows for rows, tokens in shapes if tokens > 1} == {len(PROMPTS)}
     monkeypatch.setattr(generating, "computed_prompts", lambda *_: None)
-    alone = [generate(model, Ids(tokenizer), [prompt], search) for prompt in PROMPTS]
+    alone = [new_ids(model, tokenizer, [prompt], search) for prompt in PROMPTS]
     assert found == [text for [text] in alone]
 
 
@@ -221,17 +247,16 @@ def test_beams_of_a_model_whose_cache_cannot_be_repeated(tokenizer, config) -> N
     start = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for beams, options in ((3, {}), (1, {"cache": PromptCache()})):
-        found = generate(
+        found = new_ids(
             model,
-            Ids(tokenizer),
+            tokenizer,
             [start[0].tolist()],
             Decoding(max_new_tokens=4, beams=beams),
             **options,
         )
         expected = model.generate(start, num_beams=beams, max_new_tokens=4, **ends)
-        assert found == Ids(tokenizer).batch_decode(
-            expected[:, start.shape[1] :], skip_special_tokens=True
-        )
+        special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert found == [[i for i in expected[0, start.shape[1] :].tolist() if i not in special]]
 
 
 @pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`")
@@ -239,10 +264,8 @@ def test_beams_of_a_model_whose_cache_cannot_be_repeated(tokenizer, config) -> N
 def test_an_ngram_of_the_prompt_may_be_copied_once(model, tokenizer, beams, size) -> None:
     """transformers does not see the ids of prompts that are given as embeddings, so it bans repetitions alone."""
     search = Decoding(max_new_tokens=12, beams=beams, no_repeat_ngram=size)
-    found = generate(model, Ids(tokenizer), PROMPTS, search)
-    assert found != generate(
-        model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=12, beams=beams)
-    )
+    found = new_ids(model, tokenizer, PROMPTS, search)
+    assert found != new_ids(model, tokenizer, PROMPTS, Decoding(max_new_tokens=12, beams=beams))
     for prompt, ids in zip(PROMPTS, found, strict=True):
         start = tokenizer(prompt, return_tensors="pt")["input_ids"]
         expected = model.generate(
@@ -258,7 +281,7 @@ def test_an_ngram_of_the_prompt_may_be_copied_once(model, tokenizer, beams, size
 
 def test_beams_find_a_likelier_text(model, tokenizer) -> None:
     greedy, beams = (
-        generate(model, Ids(tokenizer), PROMPTS, Decoding(max_new_tokens=4, beams=beams))
+        new_ids(model, tokenizer, PROMPTS, Decoding(max_new_tokens=4, beams=beams))
         for beams in (1, 8)
     )
     assert greedy != beams

@@ -17,7 +17,8 @@ import torch
 import lorakit
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, open_adapted
-from lorakit.data import DataConfig
+from lorakit.compute.batching import collator
+from lorakit.data import DataConfig, DataTask
 from lorakit.data.readers import Row, read_jsonl
 from lorakit.errors import (
     AdapterFileError,
@@ -30,6 +31,7 @@ from lorakit.evaluation import predict
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.predict import Predictions
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks.classification import Classification
 from lorakit.training.config import HeldOutConfig
 
 NAMES = ("wet", "dry")
@@ -290,6 +292,27 @@ def test_a_new_head_is_trained_and_saved_beside_the_modules_that_the_user_names(
     stored = AdapterFile.read(str(result.adapter)).stored
     assert {"classifier.weight", "bert.pooler.dense.weight"} <= stored.trained.keys()
     lorakit.predict(settings(tmp_path, [{"text": text} for text in TEXTS], tmp_path))
+
+
+def test_a_decoder_finds_the_padding_of_the_adapters_own_tokenizer(tmp_path) -> None:
+    """It classifies the last token that is no padding. Folders of Trainer have a tokenizer that may pad otherwise."""
+    base = tiny_runs.save_base(tmp_path / "base", "llama", "sequence-classification", num_labels=2)
+    file, model = tmp_path / "adapter", lorakit.load_base(base, task="sequence-classification")
+    lorakit.attach(model.model, lorakit.LoRA(rank=2)).save(file)
+    tokenizer = model.text_tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(file)
+    opened = open_adapted(
+        BaseConfig(name=base, dtype="float32", device="cpu"),
+        AdapterFile.read(str(file)),
+        task=DataTask(name="classification", labels=NAMES),
+    )
+    task = Classification(tokenizer, max_length=64, labels=NAMES)
+    rows = [task.encode_unlabelled({"text": text}) for text in ("a", "a longer text")]
+    batches = [collator(opened)(some) for some in (rows, rows[:1])]
+    with torch.no_grad():
+        both, alone = (opened.model(**{**b, "labels": None}).logits for b in batches)
+    torch.testing.assert_close(both[:1], alone)
 
 
 def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(tmp_path) -> None:

@@ -25,7 +25,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from lorakit.compute.base import _is_encoder_decoder
+from lorakit.compute.base import is_encoder_decoder
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
 from lorakit.models.base_config import BaseConfig
@@ -109,7 +109,7 @@ def test_head_and_activation_of_t5(tmp_path: Path) -> None:
     assert torch.equal(*logits)
     assert model.encoder.embed_tokens.weight is model.shared.weight
     # So a task of text opens it with its own head.
-    assert _is_encoder_decoder(BaseConfig(name=str(path)))
+    assert is_encoder_decoder(BaseConfig(name=str(path)))
 
 
 def test_rope_of_each_type_of_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,22 @@ def test_a_missing_padding_token_is_replaced_by_the_end_token(tmp_path: Path) ->
     assert base.model(**batch).logits.shape == (2, 3)
 
 
+@pytest.mark.parametrize(("configured", "pad"), [(None, 2), (0, 0)])
+def test_a_padding_token_without_an_embedding_is_replaced(tmp_path, configured, pad) -> None:
+    folder = save(tmp_path / "llama", "llama", pad_token="[PAD]", eos_token="[EOS]")
+    edit_config(folder, pad_token_id=configured)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"w{i}" for i in range(99)])  # the model has 99 embeddings
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    base = load_base(folder)
+    assert base.text_tokenizer.pad_token_id == base.model.config.pad_token_id == pad
+    notices = [
+        notice for notice in base.notices if "which has no embedding; [EOS] is used" in notice
+    ]
+    assert len(notices) == (pad == 2)
+
+
 def test_the_tokenizer_uses_the_padding_token_of_the_model(tmp_path: Path) -> None:
     folder = save(tmp_path / "llama", "llama", eos_token="[EOS]")
     edit_config(folder, pad_token_id=0)

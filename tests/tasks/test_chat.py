@@ -212,12 +212,20 @@ def test_a_greeting_may_be_excluded():
     assert tokenizer.decode(example.input_ids).startswith("<|im_start|>assistant\nNear the park.")
 
 
-def test_a_boundary_inside_a_token_is_rejected():
-    template = WITHOUT_END.replace("'assistant:'", "'assistant: '")  # " p" is one token
-    with pytest.raises(BadRow, match="cannot be split into turns"):
-        encode(
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}], template
-        )
+@pytest.mark.parametrize(
+    "template",
+    [
+        WITHOUT_END.replace("'assistant:'", "'assistant: '"),  # " p" is one token
+        TAGGED.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif"),
+    ],
+    ids=["without tags", "with tags"],
+)
+def test_a_boundary_inside_a_token_is_rejected(template):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "pub"}]
+    with pytest.raises(
+        BadRow, match=r"cannot be split .* turn 1 .*\. Remove white space at the st"
+    ):
+        encode(turns, template)
 
 
 def test_truncation_keeps_the_last_turn():
@@ -247,9 +255,18 @@ def test_tool_calls_may_stand_in_place_of_content():
     assert target_text(example, tokenizer) == ["search<|im_end|>"]
 
 
-def test_null_entries_of_parquet_rows_are_ignored():
-    messages = [{**message, "tool_calls": None, "name": None} for message in TURNS]
-    assert encode(messages)[0] == encode(TURNS)[0]
+# Writes tool calls or the content, as templates of Llama 3 and Mistral do.
+CALLS_ONLY = CHAT_TEMPLATE.replace(
+    "message['content']",
+    "(message.tool_calls | tojson if message.tool_calls is defined else message['content'])",
+)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CALLS_ONLY])
+@pytest.mark.parametrize("calls", [None, []])
+def test_null_entries_of_parquet_rows_and_empty_lists_of_calls_are_ignored(template, calls):
+    messages = [{**message, "tool_calls": calls, "name": None} for message in TURNS]
+    assert encode(messages, template)[0] == encode(TURNS, template)[0]
 
 
 def sharegpt(messages):
@@ -532,6 +549,13 @@ def test_turns_that_the_template_leaves_out_are_rejected(template):
         encode(TURNS, template)
     # Turns after the last target are dropped anyway.
     assert encode(TURNS[:4], template)[0] == encode(TURNS[:3], template)[0]
+
+
+def test_content_that_the_template_leaves_out_beside_tool_calls_is_rejected():
+    call = calling({"city": "Rome"})
+    assert encode([USER, call], CALLS_ONLY)
+    with pytest.raises(BadRow, match=r"content beside tool_calls that .*, or remove the content"):
+        encode([USER, call | {"content": "I search."}], CALLS_ONLY)
 
 
 def test_a_system_text_needs_a_place():

@@ -3,11 +3,18 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import BOS, tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import BOS, tiny_encoder_tokenizer, tiny_sentencepiece, tiny_tokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Completion, PlainText, TooLong
-from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.language_modelling import (
+    continuation_text,
+    encode_text,
+    prompt_ids,
+    puts_blank_first,
+)
 
 TOKENIZER = tiny_tokenizer()
 WITH_BOS = tiny_tokenizer(adds_bos=True)
@@ -46,6 +53,43 @@ def test_the_boundary_is_that_of_generation_not_of_the_joined_text():
         joined[: example.prompt_length] != example.prompt_ids
     )  # " p" is one token in the joined text
     assert example.prompt_ids == TOKENIZER(prompt)["input_ids"]
+
+
+CONTINUED = [
+    ('{"answer": "', 'Paris"}'),
+    ("os.", "path"),
+    ("def f(x):\n", "    return x"),
+    ("Answer:", " Paris"),
+    ("Answer: ", "Paris"),
+    ("a", "\n\nb"),
+    ("caf", "é"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), CONTINUED)
+def test_no_blank_comes_between_prompt_and_completion(prompt, completion) -> None:
+    """Llama 2's tokenizer puts one before a text, but the completion continues a text."""
+    tokenizer = tiny_sentencepiece()
+    example = encode(prompt, completion, tokenizer)
+    ids = example.input_ids[example.prompt_length : -1]
+    assert tokenizer.decode([*prompt_ids(tokenizer, prompt), *ids]) == prompt + completion
+    assert continuation_text(tokenizer, example.prompt_ids, ids) == completion
+    other = encode(prompt, completion, tokenizer, is_encoder_decoder=True)
+    assert targets(other)[:-1] == encode_text(tokenizer, completion)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, tiny_encoder_tokenizer()], ids=["BPE", "BERT"])
+def test_other_tokenizers_put_no_blank_first(tokenizer) -> None:
+    assert not puts_blank_first(tokenizer)
+
+
+def test_a_vocabulary_without_small_letters_has_its_bos() -> None:
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *"ACGT"])}, []))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    dna = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert encode("AC", "GT", dna).input_ids == [0, 2, 3, 4, 5, 1]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, WITH_BOS], ids=["no bos", "bos"])

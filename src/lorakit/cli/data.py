@@ -55,10 +55,15 @@ def run(argv: Sequence[str]) -> None:
         argv,
     )
     from lorakit.cli.console import console, print_json
-    from lorakit.compute.base import read_text_tokenizer
+    from lorakit.compute.base import is_encoder_decoder, read_text_tokenizer
     from lorakit.data import preview
 
-    summary = preview(config.data, read_text_tokenizer(config.base), config.examples)
+    summary = preview(
+        config.data,
+        read_text_tokenizer(config.base),
+        config.examples,
+        is_encoder_decoder=is_encoder_decoder(config.base),
+    )
     if config.json:
         print_json(summary.to_dict())
     else:

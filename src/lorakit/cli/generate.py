@@ -151,6 +151,7 @@ def run(argv: Sequence[str]) -> None:
         decoding,
         progress=line and (lambda done: line("prompts answered", done, len(encoded.ids))),
         stop_ids=encoded.stop_ids,
+        is_continuation=encoded.is_continuation,
     )
     texts = [encoded.answer(text) for text in texts]
     if config.output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
@@ -56,8 +57,9 @@ def run(argv: Sequence[str]) -> None:
 
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
-    from lorakit.compute.adapted import AdapterFile, open_adapted
+    from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
+    from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.methods.registry import use_method
     from lorakit.models.dtype_choice import MERGED
     from lorakit.storage.tensors import use_default_mode
@@ -86,6 +88,12 @@ def run(argv: Sequence[str]) -> None:
         handle.merge(keep_base=False)
         return model
 
+    task = recorded_task(adapter)
+    stops = task.type.stop_ids(tokenizer) if task else []
+    new = [token for token in stops if token not in ending_tokens_of_model(model)]
+    if new:  # a chat's end-of-turn token, which a base that is no chat model does not stop at
+        settings: Any = model.generation_config
+        settings.eos_token_id = list(dict.fromkeys([*ending_tokens(model, tokenizer), *new]))
     verdict = judge_merge(base, adapter.stored, merged)
     logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
@@ -94,6 +102,9 @@ def run(argv: Sequence[str]) -> None:
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
     print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
+    if new:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
+        print(f"Its generation_config.json ends texts at {names} too, as in training.")
     for sentence in verdict.sentences():
         print(sentence)
     print(f'Load it with: {type(model).__name__}.from_pretrained("{config.output}")')

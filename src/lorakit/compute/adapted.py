@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.layers import is_inside
-from lorakit.models.loading import NEW_WEIGHTS, Base
+from lorakit.models.loading import NEW_WEIGHTS, Base, set_padding
 from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
@@ -315,11 +315,19 @@ def open_adapted(
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
         replaced = (NEW_WEIGHTS, OTHER_CLASSES) if has_head else NEW_WEIGHTS
         opened.notices = [n for n in opened.notices if not n.startswith(replaced)]
-    for notice in opened.notices:
-        _LOG.warning("%s", visible(f"{opened.source.name}: {notice}"))
+    _log(opened, opened.notices)
     if adapter is not None:
         opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
+    if adapter is not None and adapter.tokenizer is not None:
+        known = len(opened.notices)
+        set_padding(opened)  # a classifier looks for the padding that its tokenizer writes
+        _log(opened, opened.notices[known:])
     return opened
+
+
+def _log(base: Base, notices: Sequence[str]) -> None:
+    for notice in notices:
+        _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
 
 
 def require_new_weights(base: Base, stored: StoredAdapter, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.compute.batching import context_length
+from lorakit.compute.batching import context_length, require_embeddings
 from lorakit.compute.memory import free_memory
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data import DataTask
@@ -65,7 +65,7 @@ def open_base(
     count = max(len(task.labels), num_labels or 0)
     base = load_base(
         config.name,
-        task=model_head(task, lambda: _is_encoder_decoder(config)),
+        task=model_head(task, lambda: is_encoder_decoder(config)),
         num_labels=count or None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
@@ -108,11 +108,15 @@ def _plain(name: str) -> str:
 def check_context(base: Base, examples: Sequence[Example]) -> None:
     """Reject examples that are longer than the model's context, or than either context of an encoder-decoder.
 
-    An encoder-decoder reads the prompt in its encoder, so all targets must be in the completion.
+    Reject also tokens without an embedding. An encoder-decoder reads the prompt in its encoder, so all targets must be
+    in the completion.
 
     Raises:
-        DataError: An example is too long, or has targets in the prompt. The message has what to change.
+        DataError: An example is too long, or has targets in the prompt or an unknown token. The message has what to
+            change.
     """
+    for example in examples:
+        require_embeddings(base.model, example.input_ids, example.origin)
     context = context_length(base.model)
     if base.model.config.is_encoder_decoder:
         _check_targets(base, examples)
@@ -169,16 +173,17 @@ def _check_sides(base: Base, examples: Sequence[Example], context: int) -> None:
                 )
 
 
-def model_head(task: DataTask, is_encoder_decoder: Callable[[], bool]) -> ModelHead:
+def model_head(task: DataTask, encodes: Callable[[], bool]) -> ModelHead:
     """Return the head that a model needs for `task`; only text generation has to know the architecture."""
     if task.kind == "classification":
         return "sequence-classification"
     if task.kind == "regression":
         return "regression"
-    return "seq2seq-lm" if is_encoder_decoder() else "causal-lm"
+    return "seq2seq-lm" if encodes() else "causal-lm"
 
 
-def _is_encoder_decoder(config: BaseConfig) -> bool:
+def is_encoder_decoder(config: BaseConfig) -> bool:
+    """Return whether the base has an encoder and a decoder, by its configuration; False if that cannot be read."""
     try:
         return shape_of(config).is_encoder_decoder
     except BaseModelError:  # loading the model raises a better message

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.compute.model_input import model_examples
 from lorakit.data.batches import IGNORED, collate
 from lorakit.data.packing import pack
+from lorakit.errors import DataError
+from lorakit.models.heads import input_embeddings
 from lorakit.models.loading import Base
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LanguageExample
@@ -99,6 +101,22 @@ def _forced_start(base: Base) -> list[int]:
     generation = getattr(base.model, "generation_config", None)
     forced = getattr(generation, "forced_bos_token_id", None)
     return [] if forced is None else [int(forced)]
+
+
+def require_embeddings(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
+    """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
+
+    The tokenizer of an adapter, and of some bases, has more tokens than the base.
+
+    Raises:
+        DataError: An id is beyond the base's vocabulary.
+    """
+    count = getattr(input_embeddings(model), "num_embeddings", None)
+    if count is not None and max(ids, default=0) >= count:
+        raise DataError(
+            f"{where} has the token id {max(ids):,}, and the base has {count:,} tokens. Leave out the token, which "
+            "only the tokenizer knows."
+        )
 
 
 def room_after(length: int, context: int, *, is_encoder_decoder: bool) -> int:

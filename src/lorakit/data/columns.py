@@ -57,6 +57,8 @@ class ColumnMap:
         unnamed = [name for name in self.columns if name not in self.renamed.values()]
         self.present = {*unnamed, *self.renamed, *self.templates}
         """Fields and columns by which "auto" chooses the task; a column that has become a field counts as that."""
+        chosen = {*config.columns, *self.templates}
+        self.present -= conversion.lone_columns(self.present) - chosen
         # Of a text and a pair of texts, a task reads those that `columns` names.
         named, pair = set(config.columns), set(PAIR)
         other = {"text"} if named & pair else set()
@@ -144,6 +146,8 @@ class ColumnMap:
         fields = {name for template in self.templates.values() for name in template.fields}
         layout = next((own for own in task.layouts if set(own) <= set(self.fields)), ())
         fields.update(layout)
+        if task is Completion:
+            fields.update(set(conversion.PROMPT_COMPLETION) & self.renamed.keys())
         if task is Chat or layout == conversion.ALPACA:
             fields.update(OPTIONAL_FIELDS)
         read = set(map(self.column_of, fields))

@@ -198,11 +198,13 @@ def load_examples(
     *,
     labels: Sequence[str] | None = None,
     reader: RowReader | None = None,
+    is_encoder_decoder: bool = False,
 ) -> ExampleSet:
     """Return the examples of a split.
 
     Every split uses the task and class labels of the training set. Without a training set, they come from the split
-    itself. When an adapter is evaluated, an explicit `task` and `labels` replace them.
+    itself. When an adapter is evaluated, an explicit `task` and `labels` replace them. The model that reads the
+    examples decides `is_encoder_decoder`: its completions are texts of their own.
 
     Raises:
         DataError: The data is missing or empty, its columns fit no task, a label is unknown, or a row is bad or too
@@ -223,6 +225,7 @@ def load_examples(
         truncate=config.too_long == "truncate",
         labels=resolved.labels if labels is None else labels,
         encoding=config.encoding,
+        is_encoder_decoder=is_encoder_decoder,
     )
     report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
     report.unread = columns.unread(task_class)

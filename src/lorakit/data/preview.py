@@ -15,6 +15,7 @@ from lorakit.data.examples import ExampleSet, Report, RowReader, load_examples
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample
+from lorakit.tasks.language_modelling import continuation_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +110,13 @@ class Preview:
         return dataclasses.asdict(self)
 
 
-def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) -> Preview:
+def preview(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 3,
+    *,
+    is_encoder_decoder: bool = False,
+) -> Preview:
     """Return the first `n` examples token by token, and statistics of every configured split.
 
     Rows that would stop a training run do not stop the preview. The reports and a note list them.
@@ -122,7 +129,9 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
     )
     reader = RowReader()
     sets: dict[Split, ExampleSet] = {
-        split: load_examples(lenient, split, tokenizer, reader=reader)
+        split: load_examples(
+            lenient, split, tokenizer, reader=reader, is_encoder_decoder=is_encoder_decoder
+        )
         for split in SPLITS
         if config.source(split) is not None
     }
@@ -141,12 +150,13 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, n: int = 3) 
 
 
 def _preview_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> PreviewExample:
+    ids = example.input_ids
     mask = example.loss_mask if isinstance(example, LanguageExample) else [False] * len(example)
     return PreviewExample(
         origin=example.origin,
         tokens=[
-            Token(id=i, text=_token_text(i, tokenizer), target=target)
-            for i, target in zip(example.input_ids, mask, strict=True)
+            Token(id=token, text=_token_text(tokenizer, ids[:i][-1:], token), target=target)
+            for i, (token, target) in enumerate(zip(ids, mask, strict=True))
         ],
         prompt=example.prompt,
         completion=example.completion,
@@ -155,12 +165,11 @@ def _preview_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pr
     )
 
 
-def _token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = str(tokenizer.decode([token]))
+def _token_text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
+    text = continuation_text(tokenizer, before, [token], special=True)
     # A token may be part of a character. Then its vocabulary entry says more than a replacement character.
-    return (
-        str(tokenizer.convert_ids_to_tokens(token)) if "\N{REPLACEMENT CHARACTER}" in text else text
-    )
+    is_part = not text or "\N{REPLACEMENT CHARACTER}" in text
+    return str(tokenizer.convert_ids_to_tokens(token)) if is_part else text
 
 
 def _split_preview(examples: ExampleSet) -> SplitPreview:

@@ -18,11 +18,12 @@ from lorakit.adapters import handle_of
 from lorakit.compute.adapted import (
     AdapterFile,
     as_recorded,
+    base_of,
     open_adapted,
     recorded_task,
     tokenizer_of_adapted,
 )
-from lorakit.compute.base import check_context
+from lorakit.compute.base import check_context, is_encoder_decoder
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, context_length, prompt_input
 from lorakit.compute.computation import objective_for
@@ -170,7 +171,14 @@ def _read(config: EvaluateConfig) -> _ScoredData:
     if adapter is not None and issubclass(task.type, Labelled):
         _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
     tokenizer = tokenizer_of_adapted(config.base, adapter)
-    loaded = load_examples(data, split, tokenizer, labels=task.labels, reader=reader)
+    loaded = load_examples(
+        data,
+        split,
+        tokenizer,
+        labels=task.labels,
+        reader=reader,
+        is_encoder_decoder=is_encoder_decoder(base_of(config.base, adapter)),
+    )
     examples = loaded.examples
     if task.has_references:
         groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)

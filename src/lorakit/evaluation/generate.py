@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length, prompt_input, room_after
+from lorakit.compute.batching import context_length, prompt_input, require_embeddings, room_after
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
@@ -31,7 +32,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_split
 from lorakit.ops.seeding import seeded
-from lorakit.tasks.language_modelling import prompt_ids
+from lorakit.tasks.language_modelling import continuation_text, prompt_ids
 
 Prompt = str | Sequence[int]
 
@@ -50,8 +51,9 @@ def generate(
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
     cache: PromptCache | None = None,
+    is_continuation: bool = False,
 ) -> list[str]:
-    """Continue each prompt and return only the new text, without special tokens.
+    """Continue each prompt and return only the new text, without special tokens and what follows an end token.
 
     Sorts prompts by length, so that batches have little padding. A decoder is padded on the left, so that each
     continuation starts right after its prompt. One call at a time for each model: it sets the mode and the generation
@@ -69,6 +71,8 @@ def generate(
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
         interrupted: Called after each token; generation ends once it returns True.
         cache: The keys and values of earlier calls with one prompt, which the next call starts from; needs one beam.
+        is_continuation: Whether token ids and the new text are one text, as for a prompt that is a text, so that a
+            space between them belongs to the new text. An answer in a chat is a text of its own.
 
     Raises:
         BaseModelError: The model cannot generate text, for example a classifier, or its output is NaN.
@@ -93,9 +97,17 @@ def generate(
     ]
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
+    for number, prompt in enumerate(ids, start=1):
+        require_embeddings(model, prompt, f"Prompt {number}")
+    encodes = model.config.is_encoder_decoder
+    before = [
+        own if (is_continuation or isinstance(prompt, str)) and not encodes else []
+        for prompt, own in zip(prompts, ids, strict=True)
+    ]
     ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
+    ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
     stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
@@ -110,7 +122,8 @@ def generate(
     def generate_from(first: int) -> None:
         batch = order[first : first + batch_size.size]
         inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
-        start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        # An encoder-decoder starts with one token of its own.
+        start = 1 if encodes else inputs["input_ids"].shape[1]
         past = None
         if cache:
             past = cache.take(model, ids[batch[0]])
@@ -128,9 +141,9 @@ def generate(
         )
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())
-        decoded = tokenizer.batch_decode(outputs[:, start:], skip_special_tokens=True)
-        for i, text in zip(batch, decoded, strict=True):
-            texts[i] = text
+        for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
+            new = itertools.takewhile(lambda token: token not in ends, row)
+            texts[i] = continuation_text(tokenizer, before[i], list(new))
 
     done = 0
     devices = (parameter.device for parameter in model.parameters())

@@ -44,6 +44,8 @@ class EncodedPrompts:
     """Each prompt as it is written to a file: a text, or the messages of a conversation."""
     stop_ids: list[int] = field(default_factory=list)
     """Token ids that end a text, besides eos."""
+    is_continuation: bool = False
+    """Whether each prompt and the text generated from it are one text; a chat's answer is a text of its own."""
     decoding: Mapping[str, Any] | None = None
     """The task's settings of text generation; None without any."""
     answer: Callable[[str], str] = str
@@ -97,6 +99,8 @@ def _row_prompt(
         raise DataError(f"{row}.")
     found = {field: row.values[column] for field, column in columns.items() if column in row.values}
     fields = {**row.values, **found}
+    for name in conversion.lone_columns(fields) - columns.keys():  # as in training
+        del fields[name]
     is_conversation = "messages" in fields or "conversations" in fields
     if not is_conversation and isinstance(fields.get("prompt"), list):
         fields, is_conversation = {**fields, "messages": fields["prompt"]}, True
@@ -155,7 +159,7 @@ def encode_prompts(
         encoded = EncodedPrompts(ids=ids, shown=shown, stop_ids=Chat.stop_ids(tokenizer))
     else:
         ids = [prompt_ids(tokenizer, str(prompt)) for prompt in prompts]
-        encoded = EncodedPrompts(ids=ids, shown=list(prompts))
+        encoded = EncodedPrompts(ids=ids, shown=list(prompts), is_continuation=True)
     encoded.ids[:] = [prompt_input(base.model, tokenizer, prompt) for prompt in ids]
     return encoded
 

@@ -194,7 +194,7 @@ def load_base(
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
-    _set_padding(base)
+    set_padding(base)
     return base
 
 
@@ -409,7 +409,7 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
-def _set_padding(base: Base) -> None:
+def set_padding(base: Base) -> None:
     """Set the padding token of the tokenizer, and the same one in the model's configuration."""
     model, tokenizer = base.model, base.tokenizer
     if tokenizer is None:
@@ -417,16 +417,6 @@ def _set_padding(base: Base) -> None:
             base.notices.append(f"'{base.source.name}' has no tokenizer.")
         return
     config = model.config.get_text_config()
-    if tokenizer.pad_token is None:
-        known = getattr(config, "pad_token_id", None)
-        if known is not None and 0 <= known < len(tokenizer):
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            base.notices.append("The tokenizer has neither a padding nor an end token.")
-            return
-        tokenizer.pad_token = tokenizer.eos_token
-        base.notices.append(f"The tokenizer has no padding token; {tokenizer.eos_token} is used.")
     ids = 1 + max(tokenizer.get_vocab().values())
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", ids)
     if ids > embeddings:
@@ -434,6 +424,20 @@ def _set_padding(base: Base) -> None:
             f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
+    own, problem = tokenizer.pad_token_id, "The tokenizer has no padding token"
+    if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
+        problem = f"The tokenizer pads with token {own}, which has no embedding"
+        tokenizer.pad_token = None
+    if tokenizer.pad_token is None:
+        known = getattr(config, "pad_token_id", None)
+        if known is not None and 0 <= known < min(len(tokenizer), embeddings):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            base.notices.append("The tokenizer has neither a padding nor an end token.")
+            return
+        tokenizer.pad_token = tokenizer.eos_token
+        base.notices.append(f"{problem}; {tokenizer.eos_token} is used.")
     # A classifier skips padding to find the last token of a row, so both must use the same token.
     if (configured := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
         if configured is not None:

@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.compute.base import read_text_tokenizer
+from lorakit.compute.base import is_encoder_decoder, read_text_tokenizer
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import PACKED_STEP, padded_step
 from lorakit.data import DataTask, RowReader, load_examples, task_class_of, task_of
@@ -91,7 +91,14 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     task = task_of(config.data if is_labelled else first, reader=reader)
     tokenizer = read_text_tokenizer(config.base)
     data = dataclasses.replace(first, task=task.name)
-    train = load_examples(data, "train", tokenizer, labels=task.labels, reader=reader)
+    train = load_examples(
+        data,
+        "train",
+        tokenizer,
+        labels=task.labels,
+        reader=reader,
+        is_encoder_decoder=is_encoder_decoder(config.base),
+    )
     plan = step_plan_of(config, train)
     first_epoch = list(itertools.islice(plan.steps(), plan.steps_per_epoch))
     shares = Share(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.compute.batching import collator
+from lorakit.compute.batching import collator, require_embeddings
 from lorakit.errors import DataError
 from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
@@ -74,7 +74,7 @@ class ClassifyingEngine(Worker):
     def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
         """Queue examples (`Classifier.classify`)."""
         for example in examples:
-            self._require_known(example.input_ids)
+            require_embeddings(self.model, example.input_ids, "The text")
         job = _Job(examples, lease)
         with self._changed:
             self._require_open()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.choice import AdapterChoice, Blend
+from lorakit.compute.batching import require_embeddings
 from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError, is_out_of_memory
@@ -86,7 +87,7 @@ class Worker(ABC):
             raise DataError("The prompt is empty; it must have at least one token.")
         if request.max_tokens < 1:
             raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
-        self._require_known(request.prompt)
+        require_embeddings(self.model, request.prompt, "The text")
         if request.max_tokens > self.limits.room_after(len(request.prompt)):
             raise DataError(
                 f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "
@@ -141,21 +142,6 @@ class Worker(ABC):
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
-
-    def _require_known(self, ids: Sequence[int]) -> None:
-        """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
-
-        The tokenizer of an adapter, and of some bases, has more tokens than the base.
-
-        Raises:
-            DataError: An id is beyond the base's vocabulary.
-        """
-        size = self.model.config.get_text_config().vocab_size
-        if max(ids, default=0) >= size:
-            raise DataError(
-                f"The text has the token id {max(ids):,}, and the base has {size:,} tokens. Leave out the token, which "
-                "only the tokenizer knows."
-            )
 
     def _wake(self) -> None:
         with self._changed:

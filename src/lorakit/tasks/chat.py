@@ -110,14 +110,14 @@ class Chat(TextTask):
         # Some templates mark the header of a turn as generated (SmolLM3). The generation prompt includes it.
         prompt = self.template.text(messages[:-1], tools, answer=True)
         prompt_ids = encode_text(self.tokenizer, prompt)
-        has_prompt = ids[: len(prompt_ids)] == prompt_ids
-        prompt_length = len(prompt_ids) if has_prompt else spans[-1][0]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise self.template.start_error(messages, ids, prompt_ids)
         example = LanguageExample(
             input_ids=ids,
             loss_mask=mask,
-            prompt_length=prompt_length,
+            prompt_length=len(prompt_ids),
             prompt=prompt,
-            completion=self._reference(messages[-1], ids[prompt_length:]),
+            completion=self._reference(messages[-1], ids[len(prompt_ids) :]),
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1

@@ -82,12 +82,16 @@ class ChatTemplate:
             return False
 
     def _require_turns(self, messages: list[Message], tools: list | None) -> None:
-        """Reject turns that the template leaves out. `has_system_role` has tested a first system turn."""
+        """Reject contents that the template leaves out. `has_system_role` has tested a first system turn.
+
+        Templates write those of a user and an assistant, but some none beside tool calls.
+        """
         start = int(messages[0]["role"] == "system")
         probes = {
             i: f"{PROBE}-{i}-"
             for i, message in enumerate(messages[start:], start)
             if message["role"] not in ("user", "assistant")
+            or (message.get("tool_calls") and message["content"].strip())
         }
         if not probes:
             return
@@ -96,9 +100,12 @@ class ChatTemplate:
         for i, probe in probes.items():
             if probe not in text:
                 role = messages[i]["role"]
+                is_call = role == "assistant"
+                found = "content beside tool_calls" if is_call else f"a {role!r} turn"
                 raise bad_messages(
-                    f"has a {role!r} turn that the tokenizer's chat template does not write, so the model would not "
-                    "see it. Use the tokenizer of a model trained with such turns, or remove the turn"
+                    f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
+                    "Use the tokenizer of a model trained with such turns, or remove the "
+                    f"{'content' if is_call else 'turn'}"
                 )
 
     def _require_keys(self, messages: list[Message], tools: list | None) -> None:
@@ -184,16 +191,31 @@ class ChatTemplate:
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if stop is None:
-                number = sum(m["role"] == "assistant" for m in messages[: turn + 1])
-                raise bad_messages(
-                    f"cannot be split into turns: the chat template renders the conversation up to "
-                    f"assistant turn {number} differently from the same part of the whole conversation, "
-                    f"{self._difference(ids, upto if has_before else before)}. Set weight 0 on the assistant's turns "
-                    "before the last, end each row with its first assistant turn, or use a chat template with "
-                    "{% generation %} around the assistant's turns"
+                if is_last and not has_before:
+                    raise self.start_error(messages, ids, before)
+                raise self._turn_error(
+                    messages[: turn + 1],
+                    ids,
+                    upto if has_before else before,
+                    "Set weight 0 on the assistant's turns before the last, end each row with its first assistant "
+                    "turn, or use a chat template with {% generation %} around the assistant's turns",
                 )
             spans.append((len(before), stop))
         return ids, spans
+
+    def start_error(self, messages: list[Message], ids: list[int], prompt: list[int]) -> BadRow:
+        """Return the error of a conversation whose last turn does not start where generation does, after `prompt`."""
+        advice = "Remove white space at the start of the turn, or use another chat template"
+        return self._turn_error(messages, ids, prompt, advice)
+
+    def _turn_error(
+        self, messages: list[Message], ids: list[int], part: list[int], advice: str
+    ) -> BadRow:
+        number = sum(m["role"] == "assistant" for m in messages)
+        return bad_messages(
+            f"cannot be split into turns: the chat template renders the conversation up to assistant turn {number} "
+            f"differently from the same part of the whole conversation, {self._difference(ids, part)}. {advice}"
+        )
 
     def _stop(self, ids: list[int], upto: list[int], start: int) -> int | None:
         """Return where the turn that ends `upto` stops in `ids`; None if they write it differently.

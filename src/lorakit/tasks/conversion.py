@@ -47,6 +47,15 @@ def is_alpaca(fields: Collection[str]) -> bool:
     return set(ALPACA) <= set(fields)
 
 
+def lone_columns(columns: Collection[str]) -> set[str]:
+    """Return a prompt without a completion, or the reverse, beside the columns of Alpaca's rows.
+
+    It may be the whole text with the answer, so the task reads it only if `data.columns` names it.
+    """
+    found = set(PROMPT_COMPLETION) & set(columns)
+    return found if is_alpaca(columns) and len(found) == 1 else set()
+
+
 def alpaca_prompt(fields: Fields) -> str:
     """Return the prompt of an Alpaca row, as Stanford Alpaca writes it (Taori et al. 2023).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import DataError
@@ -51,6 +51,9 @@ class Completion(TextTask):
         self.end = end_id(tokenizer)
         # Tokens between prompt and completion; named tasks may insert eos.
         self.before_completion: list[int] = []
+        # The completion of an encoder-decoder is a text of its own.
+        is_text = self.is_encoder_decoder or not puts_blank_first(tokenizer)
+        self._encode_completion = encode_text if is_text else continuation_ids
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
@@ -67,6 +70,8 @@ class Completion(TextTask):
         """Return the columns that the prompt and the completion come from."""
         if {"prompt", "completion"} <= set(columns) or not conversion.is_alpaca(columns):
             return super().source_format(columns, rows)
+        for name in conversion.lone_columns(columns):
+            return f"Alpaca's rows with the {name} of data.columns or a template"
         return (
             "Alpaca's instruction, input and output, the first two in Alpaca's prompt (data.task chat uses the chat "
             "template)"
@@ -88,7 +93,7 @@ class Completion(TextTask):
         # Tokenise prompt and completion separately, because generation appends to the prompt's tokens. The joined
         # text may merge characters across the boundary into a token that generation never sees.
         prompt_ids = self.prompt_ids(prompt)
-        completion_ids = encode_text(self.tokenizer, completion)
+        completion_ids = self._encode_completion(self.tokenizer, completion)
         for ids, column in ((prompt_ids, "prompt"), (completion_ids, "completion")):
             if not ids:
                 raise BadRow("has no tokens in the vocabulary of this tokenizer", column)
@@ -172,19 +177,65 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
+def puts_blank_first(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer puts a blank before a text, as those of Llama 2 and Mistral 7B do."""
+    if "\n" not in str(tokenizer.decode(encode_text(tokenizer, "\n"))):
+        return False  # T5's reads a line feed as a blank, so nothing shows what follows without one
+    return continuation_ids(tokenizer, "a") != encode_text(tokenizer, "a")
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text that continues another one, so without a blank that the tokenizer puts before a text."""
+    before, ids = encode_text(tokenizer, "\n"), encode_text(tokenizer, "\n" + text)
+    if ids[: len(before)] != before:  # the text starts with a line feed that has merged
+        return encode_text(tokenizer, text)
+    return ids[len(before) :]
+
+
+def continuation_text(
+    tokenizer: PreTrainedTokenizerBase,
+    before: Sequence[int],
+    ids: Sequence[int],
+    *,
+    special: bool = False,
+) -> str:
+    """Return the text of tokens that continue others. SentencePiece strips the blank at the start of a text only.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        before: The tokens before them, possibly none.
+        ids: The tokens.
+        special: Whether the text includes special tokens.
+    """
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=not special))
+
+    start, whole = decode([*before]), decode([*before, *ids])
+    return whole[len(start) :] if whole.startswith(start) else decode([*ids])
+
+
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text: usually bos, or nothing.
 
     Special tokens after a text (eos, in some tokenizers) must not separate prompt and completion.
     """
-    bare = encode_text(tokenizer, "a")
-    full = tokenizer.encode("a", add_special_tokens=True)
+    text = next((text for text in _short_texts(tokenizer) if encode_text(tokenizer, text)), "a")
+    bare = encode_text(tokenizer, text)
+    full = tokenizer.encode(text, add_special_tokens=True)
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]
     raise DataError(
         f"{type(tokenizer).__name__} encodes a text differently when it adds special tokens; use another tokenizer"
     )
+
+
+def _short_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield a letter, then the tokens' texts: the vocabulary of a protein or DNA model may lack the letter."""
+    yield "a"
+    special = set(tokenizer.all_special_ids)
+    yield from (str(tokenizer.decode([i])) for i in range(len(tokenizer)) if i not in special)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:

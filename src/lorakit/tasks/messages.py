@@ -95,6 +95,8 @@ def _checked_message(message: Any, number: int, empty_answers: bool) -> Message:
     if "tool_calls" in message:
         message["tool_calls"] = conversion.tool_calls(message["tool_calls"], number)
         message.setdefault("content", "")
+        if not message["tool_calls"]:  # some servers log an empty list, which some templates write
+            del message["tool_calls"]
     content = message.get("content")
     if content is None:
         raise bad_messages(f"has no 'content' in message {number} ({role})")

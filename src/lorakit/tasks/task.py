@@ -170,12 +170,14 @@ class Task(ABC):
         truncate: bool = False,
         labels: Sequence[str] = (),
         encoding: str | None = None,
+        is_encoder_decoder: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate = truncate
         self.labels = tuple(labels)
         self.encoding = encoding or next(iter(self.encodings), "")
+        self.is_encoder_decoder = is_encoder_decoder
 
     @abstractmethod
     def encode(self, fields: Fields) -> Example:

@@ -20,7 +20,12 @@ from transformers import PreTrainedModel
 from lorakit import storage
 from lorakit.adapters import Adapters, attach
 from lorakit.adapters.formats import BaseRecord, base_record
-from lorakit.compute.base import check_context, open_base, read_text_tokenizer
+from lorakit.compute.base import (
+    check_context,
+    is_encoder_decoder,
+    open_base,
+    read_text_tokenizer,
+)
 from lorakit.compute.batch_size import ADVICE, BatchSize
 from lorakit.compute.batching import Collate, collator, target_counter
 from lorakit.compute.computation import Computation, choose_computation, confirm_computation
@@ -364,8 +369,11 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[J
     # The parts of a split base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
     tokenizer = read_text_tokenizer(config.base)
+    encodes = is_encoder_decoder(config.base)
     sets = {
-        split: load_examples(data, split, tokenizer, labels=task.labels, reader=reader)
+        split: load_examples(
+            data, split, tokenizer, labels=task.labels, reader=reader, is_encoder_decoder=encodes
+        )
         for split in ("train", "validation")
         if split == "train" or config.validates
     }
