@@ -66,7 +66,7 @@ def gradient(job: Job, batch_size: int = 12, step: int = 3) -> Tensor:
     batches = [
         job.collate(examples[at : at + batch_size]) for at in range(0, len(examples), batch_size)
     ]
-    steps._accumulate_gradients(job, batches, 7, step)
+    steps._accumulate_gradients(job, batches, 7, step, lambda: None)
     # A block that BART skips has none.
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in job.parameters.values()]
     return torch.cat([g.flatten() for g in gradients])
