@@ -424,7 +424,8 @@ def set_padding(base: Base) -> None:
             f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
-    own, problem = tokenizer.pad_token_id, "The tokenizer has no padding token"
+    own: Any = tokenizer.pad_token_id
+    problem = "The tokenizer has no padding token"
     if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
         problem = f"The tokenizer pads with token {own}, which has no embedding"
         tokenizer.pad_token = None

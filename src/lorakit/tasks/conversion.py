@@ -52,7 +52,7 @@ def lone_columns(columns: Collection[str]) -> set[str]:
 
     It may be the whole text with the answer, so the task reads it only if `data.columns` names it.
     """
-    found = set(PROMPT_COMPLETION) & set(columns)
+    found = set(columns).intersection(PROMPT_COMPLETION)
     return found if is_alpaca(columns) and len(found) == 1 else set()
 
 
