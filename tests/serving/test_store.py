@@ -422,6 +422,23 @@ def test_a_new_folder_of_an_unloaded_name_is_served(store: AdapterStore, root: P
     assert "b" not in store.names()
 
 
+def test_an_adapter_whose_folder_cannot_be_read_is_unloaded(
+    store: AdapterStore, root: Path
+) -> None:
+    """One of its files is a link into a cache that was pruned."""
+    store.acquire("b").release()
+    (root / "b" / "broken.safetensors").symlink_to(root / "missing")
+    store.remove("b")
+    settle(store)
+    assert "b" not in store.names()
+    assert store.handle.names == ()
+    with pytest.raises(UnknownAdapterError):
+        store.acquire("b")
+    store.add("b", "a")
+    with store.acquire("b") as lease:
+        torch.testing.assert_close(answer(store, lease), alone(root / "a"))
+
+
 def test_unloading_after_traffic_returns(store: AdapterStore) -> None:
     for _ in range(20):
         for name in "abcd":

@@ -435,7 +435,7 @@ def set_padding(base: Base) -> None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            base.notices.append("The tokenizer has neither a padding nor an end token.")
+            base.notices.append(f"{problem}, and there is no end token.")
             return
         tokenizer.pad_token = tokenizer.eos_token
         base.notices.append(f"{problem}; {tokenizer.eos_token} is used.")

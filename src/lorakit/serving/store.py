@@ -46,8 +46,8 @@ from lorakit.serving.reports import find_report
 
 T = TypeVar("T")
 
-_Files = tuple[tuple[str, int, int, int], ...]
-"""Path, inode, size and time of modification of each file."""
+_Files = tuple[tuple[str, int, int], ...]
+"""Path, size and time of modification of each file."""
 
 _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
@@ -146,10 +146,7 @@ class AdapterStore:
         found = set(folders.adapters_in(self.root)) if self.root is not None else set()
         with self._lock:
             removed = {**self._removed}
-        for name in found & removed.keys():
-            with suppress(AdapterFileError):  # it changes at this moment
-                if _files_of(AdapterSource(f"{self.root}/{name}")) == removed[name]:
-                    found.discard(name)
+        found = {name for name in found if not self._is_withdrawn(name, removed.get(name))}
         with self._lock:
             entries = {n: e.source for n, e in self._entries.items() if n not in found}
         return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
@@ -164,7 +161,7 @@ class AdapterStore:
         if entry is not None and _serves(entry.source):
             return entry
         source = self._folder(name)
-        if source is None or (removed is not None and _files_of(source) == removed):
+        if source is None or self._is_withdrawn(name, removed):
             raise self._unknown(name)
         with self._lock:
             found = self._entries.get(name)
@@ -174,6 +171,11 @@ class AdapterStore:
         if found is None:
             raise self._unknown(name)
         return found
+
+    def _is_withdrawn(self, name: str, removed: _Files | None) -> bool:
+        """Return whether the root's subfolder of a name has the files `removed`, or cannot be read to compare them."""
+        files = _files_of(AdapterSource(f"{self.root}/{name}")) if removed is not None else None
+        return files is not None and files in ((), removed)
 
     def _folder(self, name: str) -> AdapterSource | None:
         """Return the adapter in the root's subfolder of a name; None if there is none."""
@@ -291,11 +293,11 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
 
-        The files stay, and only `add` serves them again. Other files that a subfolder of the root has later under that
-        name are served.
+        The files stay, and `add` serves them again. So does a new store. Files that are written later into a subfolder
+        of the root with that name are served.
 
         Raises:
-            AdapterFileError: Its folder cannot be read.
+            AdapterFileError: The root cannot be read.
             UnknownAdapterError: There is no such adapter. A name whose files are gone is withdrawn nevertheless.
         """
         source = self._folder(name)
@@ -552,13 +554,15 @@ def _serves(source: Source) -> bool:
 
 
 def _files_of(source: Source) -> _Files | None:
-    """Return which files an adapter has now, whatever their rights; None if it is not there.
+    """Return which files an adapter has now; None if it is not there, () if its folder cannot be read.
 
-    Raises:
-        AdapterFileError: Its folder cannot be read.
+    Rights are left out, and inodes: those of some network file systems change by themselves.
     """
     location = source.locate()
-    return None if location is None else tuple(file[:4] for file in location.state())
+    try:
+        return None if location is None else tuple((f[0], *f[2:4]) for f in location.state())
+    except AdapterFileError:
+        return ()
 
 
 def _taken(name: str) -> AdapterStateError:

@@ -413,9 +413,9 @@ export class Pane {
   }
 }
 
-/** Whether later messages are sent with this turn: an error may have cut its answer. */
+/** Whether later messages are sent with this turn: an error, or Stop before the first text, may have cut its answer. */
 function isWhole({ answer }) {
-  return answer?.error === null;
+  return answer?.error === null && (answer.text !== "" || answer.ended !== "stopped");
 }
 
 function figures(began, first, last, tokens) {
