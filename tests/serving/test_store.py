@@ -427,7 +427,7 @@ def test_an_adapter_whose_folder_cannot_be_read_is_unloaded(
 ) -> None:
     """One of its files is a link into a cache that was pruned."""
     store.acquire("b").release()
-    (root / "b" / "broken.safetensors").symlink_to(root / "missing")
+    (root / "b" / "tokenizer.json").symlink_to(root / "missing")
     store.remove("b")
     settle(store)
     assert "b" not in store.names()

@@ -588,7 +588,7 @@ def test_a_logger_that_does_not_close_leaves_the_run_finished(
 
 def test_a_logger_that_cannot_be_opened_closes_those_before_it(tmp_path: Path, monkeypatch) -> None:
     closed = []
-    opened = SimpleNamespace(close=lambda: closed.append(True))
+    opened = SimpleNamespace(close=lambda *, failed: closed.append(failed))
     monkeypatch.setattr(loggers, "TensorBoard", lambda *_, **__: opened)
 
     def refuse(*_: Any) -> None:

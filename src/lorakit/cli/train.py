@@ -107,9 +107,10 @@ def _summary(result: RunResult) -> str:
 def _recipe(name: str) -> dict[str, Any]:
     """Return the settings of a recipe, and print what they do not express."""
     from lorakit.paper.recipes import recipe
+    from lorakit.training.distributed import started_processes
 
     found = recipe(name)
-    for note in found.notes:
+    for note in found.notes if started_processes().is_first else ():
         print(f"note: recipe {name}: {note}", file=sys.stderr)
     return found.settings
 

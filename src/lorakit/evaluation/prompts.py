@@ -99,8 +99,6 @@ def _row_prompt(
         raise DataError(f"{row}.")
     found = {field: row.values[column] for field, column in columns.items() if column in row.values}
     fields = {**row.values, **found}
-    for name in conversion.lone_columns(fields) - columns.keys():  # as in training
-        del fields[name]
     is_conversation = "messages" in fields or "conversations" in fields
     if not is_conversation and isinstance(fields.get("prompt"), list):
         fields, is_conversation = {**fields, "messages": fields["prompt"]}, True
@@ -109,7 +107,8 @@ def _row_prompt(
             return checked_text(template.render(fields.__getitem__), "prompt")
         # ultrachat_200k has both columns. Its `prompt` is the first question.
         is_chat = is_conversation and task in (None, Chat)
-        if isinstance(fields.get("prompt"), str) and not is_chat:
+        is_read = "prompt" in columns or "prompt" not in conversion.lone_columns(fields)
+        if isinstance(fields.get("prompt"), str) and is_read and not is_chat:
             text = checked_text(fields["prompt"], "prompt")
             if task is not Chat:
                 return text

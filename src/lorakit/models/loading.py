@@ -419,11 +419,12 @@ def set_padding(base: Base) -> None:
     config = model.config.get_text_config()
     ids = 1 + max(tokenizer.get_vocab().values())
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", ids)
-    if ids > embeddings:
-        base.notices.append(
-            f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
-            "Check that they belong together."
-        )
+    mismatch = (
+        f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
+        "Check that they belong together."
+    )
+    if ids > embeddings and mismatch not in base.notices:  # of the base's own tokenizer
+        base.notices.append(mismatch)
     own: Any = tokenizer.pad_token_id
     problem = "The tokenizer has no padding token"
     if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector

@@ -39,6 +39,7 @@ from lorakit.training.run_folder import (
     CHECKPOINTS,
     ENVIRONMENT,
     METRICS,
+    RESULT,
     read_lines,
 )
 
@@ -272,9 +273,9 @@ class Runner:
         """
         record = self.record(run)
         needs_scores = scored and (record is None or record.lacks_scores)
-        # A log is kept where weights are not: on another machine a run is trained again to be scored. Test for
-        # adapter/, which is written after the last step: best/ exists from the first evaluation on.
-        trained = (self.folder / run.name / ADAPTER).exists()
+        # A log is kept where weights are not: on another machine a run is trained again to be scored. Test for both:
+        # an evaluation that fails leaves adapter/ without result.json, and `delete_weights` the reverse.
+        trained = all((self.folder / run.name / name).exists() for name in (ADAPTER, RESULT))
         if record is None or (needs_scores and not trained):
             record = self._train(run)
         if needs_scores and not record.failure:

@@ -38,7 +38,11 @@ class Chat(TextTask):
         """Return the token that ends the assistant's turns in training. It need not be eos."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            return cls(tokenizer, max_length=sys.maxsize).encode({"messages": turns}).input_ids[-1:]
+            chat = cls(tokenizer, max_length=sys.maxsize)
+            # Without the checks of `encode`: the turn may start elsewhere than generation.
+            messages = chat.template.prepared(turns, None)
+            ids, _ = chat._with_ends(*chat.template.assistant_turns(messages, None))
+            return ids[-1:]
         except DataError:  # the template can format prompts but not training examples
             return []
 

@@ -115,6 +115,11 @@ class PlainText(Task):
     layouts = (("text",),)
     condition = ", if it is the only column or data.task is text"
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(tokenizer, **settings)
+        self.start = start_ids(tokenizer)
+        self.end = end_id(tokenizer)
+
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
         """Return whether `text` is the only column. Beside others it may be the input of a classifier."""
@@ -133,7 +138,7 @@ class PlainText(Task):
         The example's prompt is the whole text, since equal prompts stay in one split.
         """
         text = text_field(fields, "text")
-        ids = [*prompt_ids(self.tokenizer, text), end_id(self.tokenizer)]
+        ids = [*with_start(self.start, encode_text(self.tokenizer, text)), self.end]
         truncated = len(ids) > self.max_length
         if truncated and not self.truncate:
             raise TooLong(len(ids), self.max_length)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +155,10 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    storage.remove_leftovers(folder)  # of the failures below
+    for rest in folder.glob(
+        ".step-*"
+    ):  # of the failures below; nothing else writes to a run's folder
+        shutil.rmtree(rest, ignore_errors=True)
     checkpoints = checkpoints_in(folder)
     usable = [path for path in checkpoints if step_of(path) <= state.step]
     kept = usable[-keep:]

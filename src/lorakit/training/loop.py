@@ -131,7 +131,8 @@ def _train_to_end(
             break
         except LorakitError as error:
             # An example does not fit into memory. With gradient_checkpointing the run can go on from here.
-            if job.processes.count == 1 and not isinstance(error, DivergenceError):
+            is_alone = job.processes.count == 1
+            if state.step and is_alone and not isinstance(error, DivergenceError):
                 _save_checkpoint(run, job, state, optimizer)
             raise
         interruption.agree(done.signals)
