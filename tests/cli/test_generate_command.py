@@ -15,6 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 from lorakit.cli import main
 from lorakit.compute.adapted import AdapterFile, base_of, prompt_format
 from lorakit.data import DataConfig, load_examples
+from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.prompts import read_prompts
 from lorakit.models.base_config import BaseConfig
@@ -220,6 +221,7 @@ def test_a_lone_prompt_beside_alpacas_columns_is_read_if_it_is_named(tmp_path) -
     (prompt,) = read_prompts(file, Completion)
     assert "### Instruction:\nAdd." in str(prompt)
     assert read_prompts(file, Completion, {"prompt": "prompt"}) == ["1 2 3"]
+    assert read_prompts(file, Completion, template=Template("Q: {prompt}")) == ["Q: 1 2 3"]
 
 
 @pytest.mark.parametrize("row", TALKS, ids=["system", "history", "sharegpt"])

@@ -228,6 +228,12 @@ def test_a_boundary_inside_a_token_is_rejected(template):
         encode(turns, template)
 
 
+def test_the_end_of_a_turn_is_known_wherever_generation_starts():
+    template = TAGGED.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif")
+    end = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert Chat.stop_ids(tiny_tokenizer(chat_template=template)) == [end]
+
+
 def test_truncation_keeps_the_last_turn():
     whole, tokenizer = encode(TURNS)
     example, _ = encode(TURNS, max_length=25, truncate=True)
