@@ -21,9 +21,9 @@ from lorakit import analysis, storage
 from lorakit.adapters import formats
 from lorakit.analysis import saving
 from lorakit.cli import main
+from lorakit.compute import base as compute_base
 from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation import evaluate
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -208,15 +208,15 @@ def test_peft_loads_what_was_extracted_from_full_fine_tuning(capsys, folder, tmp
 def test_scoring_holds_one_base_at_a_time(capsys, folder, tmp_path, monkeypatch):
     """The adapted base of the first score is gone when the second one is loaded."""
     opened, alive = [], []
-    opening = evaluate.open_adapted
+    loading = compute_base.load_base
 
     def counted(*args: Any, **settings: Any) -> Any:
         alive.append(sum(ref() is not None for ref in opened))
-        base = opening(*args, **settings)
+        base = loading(*args, **settings)
         opened.append(weakref.ref(base.model))
         return base
 
-    monkeypatch.setattr(evaluate, "open_adapted", counted)
+    monkeypatch.setattr(compute_base, "load_base", counted)
     gc.disable()  # a collection by chance would hide it
     try:
         argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5"]

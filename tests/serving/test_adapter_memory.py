@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import shutil
 import tempfile
@@ -274,6 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.files: dict[str, int] = {}
         """Content of each folder."""
         self.withdrawn: set[str] = set()
+        self.seconds = 0
         self.leases: list[tuple[Lease, int]] = []
 
     contents: Path
@@ -294,7 +296,11 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(self.contents / "abcd"[content], folder)
+        self.seconds += 1
+        for file in folder.iterdir():  # a clock may be too coarse to tell two writes apart
+            os.utime(file, (self.seconds, self.seconds))
         self.files[name] = content
+        self.withdrawn.discard(name)
 
     @rule(name=st.sampled_from(NAMES))
     def delete(self, name: str) -> None:

@@ -197,6 +197,6 @@ def as_full(config: TrainConfig) -> TrainConfig:
 
 
 _NO_TOKENIZER: Any = SimpleNamespace(
-    pad_token_id=0, eos_token_id=0, encode=lambda text, **options: []
+    pad_token_id=0, eos_token_id=0, encode=lambda text, **options: [0]
 )
 """The parts of a tokenizer that batches use. It adds no special tokens."""
