@@ -630,6 +630,7 @@ def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverge
     def train(runner, run):
         trained.append((run.rate, run.seed))
         (runner.folder / run.name / "adapter").mkdir(parents=True)
+        (runner.folder / run.name / "result.json").touch()
         failed = diverges and trained[-1] == (1.5e-3, 1)
         record = runs_module.Record(
             data_set="mrpc",
