@@ -77,9 +77,8 @@ def _show(recipe: Any) -> None:
         data = {k: v for k, v in recipe.settings.items() if k in SCORED}
         settings = {**data, **{f"decoding.{k}": v for k, v in recipe.decoding.items()}}
         options = " ".join(f"--{k} {_text(v)}" for k, v in settings.items())
-        folder = (
-            "best" if recipe.origin == "paper" else "adapter"
-        )  # the paper scores the best epoch
+        # The paper scores the best epoch.
+        folder = "best" if recipe.origin == "paper" else "adapter"
         print(f"\nScore its adapter with: lorakit evaluate --adapter out/run/{folder} {options}")
     print()
     for note in recipe.notes:

@@ -115,8 +115,7 @@ def check_context(base: Base, examples: Sequence[Example]) -> None:
         DataError: An example is too long, or has targets in the prompt or an unknown token. The message has what to
             change.
     """
-    for example in examples:
-        require_embeddings(base.model, example.input_ids, example.origin)
+    require_embeddings(base.model, ((e.origin, e.input_ids) for e in examples))
     context = context_length(base.model)
     if base.model.config.is_encoder_decoder:
         _check_targets(base, examples)

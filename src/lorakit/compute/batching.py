@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,20 +103,27 @@ def _forced_start(base: Base) -> list[int]:
     return [] if forced is None else [int(forced)]
 
 
-def require_embeddings(model: PreTrainedModel, ids: Sequence[int], where: str) -> None:
+def require_embeddings(model: PreTrainedModel, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
     """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
 
     The tokenizer of an adapter, and of some bases, has more tokens than the base.
+
+    Args:
+        model: The base.
+        texts: For each text its name in a message, and its token ids.
 
     Raises:
         DataError: An id is beyond the base's vocabulary.
     """
     count = getattr(input_embeddings(model), "num_embeddings", None)
-    if count is not None and max(ids, default=0) >= count:
-        raise DataError(
-            f"{where} has the token id {max(ids):,}, and the base has {count:,} tokens. Leave out the token, which "
-            "only the tokenizer knows."
-        )
+    if count is None:
+        return
+    for where, ids in texts:
+        if max(ids, default=0) >= count:
+            raise DataError(
+                f"{where} has the token id {max(ids):,}, and the base has {count:,} tokens. Leave out the token, which "
+                "only the tokenizer knows."
+            )
 
 
 def room_after(length: int, context: int, *, is_encoder_decoder: bool) -> int:

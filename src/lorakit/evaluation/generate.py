@@ -97,8 +97,7 @@ def generate(
     ]
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
-    for number, prompt in enumerate(ids, start=1):
-        require_embeddings(model, prompt, f"Prompt {number}")
+    require_embeddings(model, ((f"Prompt {n}", prompt) for n, prompt in enumerate(ids, start=1)))
     encodes = model.config.is_encoder_decoder
     before = [
         own if (is_continuation or isinstance(prompt, str)) and not encodes else []

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit.models.processor import limit_kernels, processor_name
+from lorakit.models.shared_setting import SharedSetting
 
 PRECISION = 1e-5
 """Largest relative error of a float32 product. With operands rounded to bfloat16 it is 2e-3."""
 
 _STOCK, _ONEDNN = "none", "bf16"
-
-_lock = threading.Lock()
-_open = 0
-"""Number of open blocks in this process."""
-_is_ours = False
-"""Whether the first of them changed the setting."""
 
 
 @contextmanager
@@ -38,27 +32,23 @@ def faster_float32() -> Iterator[None]:
     The setting belongs to the process: the first of several open blocks changes it and the last one resets it. A
     choice of the user's stays, and so does one that is made inside a block.
     """
-    if not onednn_is_faster():
+    with _PRECISION.changed() if onednn_is_faster() else nullcontext():
         yield
-        return
-    _count(1)
-    try:
-        yield
-    finally:
-        _count(-1)
 
 
-def _count(blocks: int) -> None:
-    """Open a block, or close one."""
-    global _open, _is_ours
-    with _lock:
-        if not _open:
-            _is_ours = _setting() == _STOCK
-            if _is_ours:
-                _set(_ONEDNN)
-        _open += blocks
-        if not _open and _is_ours and _setting() == _ONEDNN:
+def _use_onednn() -> Callable[[], None]:
+    is_ours = _setting() == _STOCK
+    if is_ours:
+        _set(_ONEDNN)
+
+    def restore() -> None:
+        if is_ours and _setting() == _ONEDNN:
             _set(_STOCK)
+
+    return restore
+
+
+_PRECISION = SharedSetting(_use_onednn)
 
 
 @functools.cache
@@ -70,7 +60,7 @@ def onednn_is_faster() -> bool:
         return False
     limit_kernels()  # the library reads its limits at its first product
     x, W = (torch.arange(rows * 512.0).sin().view(rows, 512) for rows in (96, 80))
-    with _lock:
+    with _PRECISION.lock:
         before = _setting()
         _set(_ONEDNN)
         try:

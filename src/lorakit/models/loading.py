@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from lorakit.models.quantising import (
     quantise,
     share_of_experts,
 )
+from lorakit.models.shared_setting import SharedSetting
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
 from lorakit.ops.seeding import seeded
@@ -72,12 +72,6 @@ NEW_WEIGHTS = "Newly initialised weights"
 """Start of the notice about `Base.new_weights`."""
 _WITH_NEW_HEADS: tuple[str, ...] = (*_CLASSIFICATION, "regression")
 """Tasks for which a checkpoint may lack the head; it is then initialised and trained."""
-
-_QUIET = threading.Lock()
-_quiet_blocks = 0
-"""Number of open blocks of `_quiet` in this process."""
-_restore: Callable[[], None]
-"""Ends the silence that the first of them began."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -255,28 +249,8 @@ def _check_arguments(task: str, num_labels: int | None) -> None:
         )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the reports and progress bars of transformers; important facts become notices.
-
-    The settings belong to the process: the first of several open blocks changes them and the last one restores them.
-    """
-    global _quiet_blocks, _restore
-    with _QUIET:
-        if not _quiet_blocks:
-            _restore = _silence()
-        _quiet_blocks += 1
-    try:
-        yield
-    finally:
-        with _QUIET:
-            _quiet_blocks -= 1
-            if not _quiet_blocks:
-                _restore()
-
-
 def _silence() -> Callable[[], None]:
-    """Silence transformers, and return a function that restores its settings."""
+    """Silence the reports and progress bars of transformers; return a function that restores them."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -298,6 +272,9 @@ def _silence() -> Callable[[], None]:
         (enable_progress_bars if downloads else disable_progress_bars)()
 
     return restore
+
+
+_quiet = SharedSetting(_silence).changed
 
 
 @contextmanager

@@ -380,7 +380,7 @@ def _average(comparison: Comparison) -> Iterator[str]:
 def _method_settings(grid: Grid) -> Iterator[str]:
     """Yield the settings of each method in its scored runs, if the records have them."""
     for variant in grid.study.variants:
-        sections = tuple(f"{name}." for name in variant.settings["method"].split("+"))
+        sections = tuple(f"{name}." for name in variant.method_names)
         shown_section = sections[0] if len(sections) == 1 else ""
         records = [r for d in grid.study.data_sets for r in grid.records(d, variant)]
         values = {

@@ -45,8 +45,13 @@ class Variant:
         return sorted({*rates, *ladder[max(at, 0) : at + 1]})
 
     def _rate(self, factor: float) -> float:
-        middle = min(default_rate(SECTIONS[name]()) for name in self.settings["method"].split("+"))
+        middle = min(default_rate(SECTIONS[name]()) for name in self.method_names)
         return float(f"{middle * factor:.1e}")
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """Names of its method, or of the parts of a combined one."""
+        return tuple(self.settings["method"].split("+"))
 
     @property
     def label(self) -> str:

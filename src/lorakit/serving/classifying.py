@@ -73,8 +73,7 @@ class ClassifyingEngine(Worker):
 
     def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
         """Queue examples (`Classifier.classify`)."""
-        for example in examples:
-            require_embeddings(self.model, example.input_ids, "The text")
+        require_embeddings(self.model, (("The text", e.input_ids) for e in examples))
         job = _Job(examples, lease)
         with self._changed:
             self._require_open()

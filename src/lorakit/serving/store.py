@@ -146,7 +146,9 @@ class AdapterStore:
         found = set(folders.adapters_in(self.root)) if self.root is not None else set()
         with self._lock:
             removed = {**self._removed}
-        found = {name for name in found if not self._is_withdrawn(name, removed.get(name))}
+        for name in found & removed.keys():
+            if _is_withdrawn(AdapterSource(f"{self.root}/{name}"), removed[name]):
+                found.discard(name)
         with self._lock:
             entries = {n: e.source for n, e in self._entries.items() if n not in found}
         return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
@@ -161,7 +163,7 @@ class AdapterStore:
         if entry is not None and _serves(entry.source):
             return entry
         source = self._folder(name)
-        if source is None or self._is_withdrawn(name, removed):
+        if source is None or (removed is not None and _is_withdrawn(source, removed)):
             raise self._unknown(name)
         with self._lock:
             found = self._entries.get(name)
@@ -171,11 +173,6 @@ class AdapterStore:
         if found is None:
             raise self._unknown(name)
         return found
-
-    def _is_withdrawn(self, name: str, removed: _Files | None) -> bool:
-        """Return whether the root's subfolder of a name has the files `removed`, or cannot be read to compare them."""
-        files = _files_of(AdapterSource(f"{self.root}/{name}")) if removed is not None else None
-        return files is not None and files in ((), removed)
 
     def _folder(self, name: str) -> AdapterSource | None:
         """Return the adapter in the root's subfolder of a name; None if there is none."""
@@ -551,6 +548,11 @@ class AdapterStore:
 def _serves(source: Source) -> bool:
     """Return whether an adapter is there. A run is known before it has saved one."""
     return isinstance(source, RunSource) or source.locate() is not None
+
+
+def _is_withdrawn(source: Source, removed: _Files) -> bool:
+    """Return whether an adapter has the files `removed`, or cannot be read to compare them."""
+    return _files_of(source) in ((), removed)
 
 
 def _files_of(source: Source) -> _Files | None:

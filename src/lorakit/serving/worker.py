@@ -87,7 +87,7 @@ class Worker(ABC):
             raise DataError("The prompt is empty; it must have at least one token.")
         if request.max_tokens < 1:
             raise DataError(f"max_tokens is {request.max_tokens}; it must be at least 1.")
-        require_embeddings(self.model, request.prompt, "The text")
+        require_embeddings(self.model, [("The text", request.prompt)])
         if request.max_tokens > self.limits.room_after(len(request.prompt)):
             raise DataError(
                 f"The prompt has {len(request.prompt)} tokens; with max_tokens {request.max_tokens} that exceeds the "

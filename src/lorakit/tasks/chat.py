@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.tasks import conversion
-from lorakit.tasks.chat_template import ChatTemplate, Span, Turns
+from lorakit.tasks.chat_template import ChatTemplate, Turns
 from lorakit.tasks.language_modelling import TextTask, encode_text, end_id, fit
 from lorakit.tasks.messages import Message, bad_messages, checked_messages, is_trained
 from lorakit.tasks.task import Fields, LanguageExample, text_field
@@ -41,8 +41,7 @@ class Chat(TextTask):
             chat = cls(tokenizer, max_length=sys.maxsize)
             # Without the checks of `encode`: the turn may start elsewhere than generation.
             messages = chat.template.prepared(turns, None)
-            ids, _ = chat._with_ends(*chat.template.assistant_turns(messages, None))
-            return ids[-1:]
+            return chat._turns(messages, None)[0][-1:]
         except DataError:  # the template can format prompts but not training examples
             return []
 
@@ -105,8 +104,7 @@ class Chat(TextTask):
         if len(messages) == 1:
             raise bad_messages("has no message before the assistant's turn")
         messages = self.template.prepared(messages, tools)
-        ids, spans = self.template.assistant_turns(messages, tools)
-        ids, spans = self._with_ends(ids, spans)
+        ids, spans = self._turns(messages, tools)
         mask = [False] * len(ids)
         for start, stop in spans:
             mask[start:stop] = [True] * (stop - start)
@@ -136,12 +134,13 @@ class Chat(TextTask):
         content = message["content"]
         return text if message.get("tool_calls") or content.strip() in text else content
 
-    def _with_ends(self, ids: list[int], spans: list[Span]) -> Turns:
-        """Cut each turn after its end-of-turn token, and the sequence after the last turn.
+    def _turns(self, messages: list[Message], tools: list | None) -> Turns:
+        """Return the assistant's turns, each cut after its end-of-turn token, and the tokens up to the last turn's.
 
         Templates write a line feed after the end-of-turn token, where generation has already stopped. If the template
         writes no end-of-turn token, eos is appended to the last turn, so that the model learns to stop.
         """
+        ids, spans = self.template.assistant_turns(messages, tools)
         spans = [(start, self._turn_end(ids, start, stop)) for start, stop in spans]
         start, stop = spans[-1]
         ids = ids[:stop]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -115,7 +116,8 @@ def _train_to_end(
 ) -> None:
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     if not state.evaluated:  # a new run, or an interruption before or in an evaluation
-        _validate(run, job, state, log, show, interruption)
+        with _kept_weights(run, job, state):
+            validate(run, job, state, log, show, interruption)
         if state.is_best and not job.is_over(state):
             _save_checkpoint(run, job, state, optimizer)
     if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
@@ -154,7 +156,8 @@ def _train_to_end(
             # An evaluation can take long, and fail.
             if job.saves_after(state.step):
                 _save_checkpoint(run, job, state, optimizer)
-            _validate(run, job, state, log, show, interruption)
+            with _kept_weights(run, job, state):
+                validate(run, job, state, log, show, interruption)
             release_free_memory()
         if interruption.requested:
             break
@@ -164,20 +167,14 @@ def _train_to_end(
     _save_checkpoint(run, job, state, optimizer)
 
 
-def _validate(
-    run: RunFolder,
-    job: Job,
-    state: State,
-    log: Loggers,
-    show: Reporter,
-    interruption: Interruption,
-) -> None:
-    """Call `validate`. If it fails in a run of one process, write the trained adapter to adapter/.
+@contextmanager
+def _kept_weights(run: RunFolder, job: Job, state: State) -> Iterator[None]:
+    """Write the trained adapter to adapter/ if an evaluation inside the block fails, in a run of one process.
 
     A run cannot resume with a changed file of its task, but a new one can start from the adapter.
     """
     try:
-        validate(run, job, state, log, show, interruption)
+        yield
     except DivergenceError:
         raise
     except Exception:
