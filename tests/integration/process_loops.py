@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "training")]
 
+import pytest
 import several_processes
 import torch
 import torch.distributed as dist
@@ -62,6 +63,8 @@ def loop(way: str, root: Path) -> None:
         step(sum(losses) / len(losses))
     if way in SHARDED:
         assert all(is_split(p) for p in adapters.trainable_parameters())
+        with pytest.raises(lorakit.errors.AdapterStateError, match="sharded over processes"):
+            adapters.merge()
     adapters.save(root / way, is_main_process=rank == 0)
     if dist.is_initialized():
         dist.barrier()

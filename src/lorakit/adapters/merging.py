@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
@@ -18,6 +17,7 @@ from lorakit.adapters.installed import adapted_layers, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
+from lorakit.models.sharding import is_split
 
 _LOG = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
     sharded = _sharded(model)
     if sharded is not None:
         raise AdapterStateError(
-            f"'{sharded}' is sharded over processes (FSDP2), which would ignore a merged weight. Save the adapter with "
-            "save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a "
-            "base that is not sharded."
+            f"'{sharded}' is sharded over processes (FSDP2 or ZeRO-3), which would ignore a merged weight. Save the "
+            "adapter with save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and "
+            "merge() on a base that is not sharded."
         )
     for name, reason in unmergeable(model, names):
         raise AdapterStateError(
@@ -199,7 +199,7 @@ def _sharded(model: nn.Module) -> str | None:
         # Between forward and backward FSDP2 may hold plain parameters.
         if isinstance(module, FSDPModule):
             return path or type(module).__name__
-    return next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    return next((name for name, p in model.named_parameters() if is_split(p)), None)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -23,6 +21,7 @@ from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import hidden_parameters
+from lorakit.models.sharding import whole_shape, whole_tensor
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ _Copy = Callable[[Tensor], Tensor]
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
-    with _whole(tensor) as whole:
+    with whole_tensor(tensor) as whole:
         if whole.is_meta:
             raise AdapterStateError(
                 "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on "
@@ -40,24 +39,9 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
         return whole.detach().to("cpu", copy=True).contiguous()
 
 
-@contextmanager
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor with the parts of all processes, if FSDP2 or DeepSpeed's ZeRO-3 has split it."""
-    if isinstance(tensor, DTensor):
-        yield tensor.full_tensor()
-    elif "ds_id" in tensor.__dict__:
-        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
-
-        with GatheredParameters(tensor):
-            yield tensor
-    else:
-        yield tensor
-
-
 def _without_data(tensor: Tensor) -> Tensor:
     """Return a tensor of the same shape and dtype on the meta device."""
-    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed empties what it splits
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def store(

@@ -116,8 +116,27 @@ def _copy_views(block: nn.Module, args: Any, output: Any) -> Any:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Return whether this process holds a part of the tensor."""
-    return isinstance(tensor, DTensor)
+    """Return whether FSDP2 or DeepSpeed's ZeRO-3 has split the tensor over processes."""
+    return isinstance(tensor, DTensor) or "ds_id" in tensor.__dict__
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor with the parts of all processes; DeepSpeed empties what it splits."""
+    return tensor.__dict__.get("ds_shape", tensor.shape)
+
+
+@contextmanager
+def whole_tensor(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor with the parts of all processes. All of them must do so."""
+    if isinstance(tensor, DTensor):
+        yield tensor.full_tensor()
+    elif is_split(tensor):
+        from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+        with GatheredParameters(tensor):
+            yield tensor
+    else:
+        yield tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
+from lorakit.models.sharding import is_split, whole_shape
 from lorakit.models.sources import ModelSource
 from lorakit.models.tokenizer import tokenizer_digest
 
@@ -157,7 +158,7 @@ def base_record(
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        shape = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed empties what it splits
+        shape = whole_shape(weight) if isinstance(weight, Tensor) else weight.shape
         shapes.update(f"{name}\0{tuple(shape)}\0".encode())
     if source is None:
         origin = Origin(
@@ -290,7 +291,7 @@ def hash_weights(
     plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (
         ("meta", _is_meta),
-        ("sharded", _is_sharded),
+        ("sharded", is_split),
         ("quantised", _is_packed),
     ):
         if any(map(applies, plain)):
@@ -340,12 +341,6 @@ def _combine(digest_of: dict[str, bytes]) -> str:
 
 def _is_meta(parameter: Tensor) -> bool:
     return parameter.is_meta
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    is_plain = type(parameter) in (Tensor, nn.Parameter)
-    # DTensor, DeepSpeed. A missing attribute of a tensor is slow to look up.
-    return "ds_id" in parameter.__dict__ or (not is_plain and hasattr(parameter, "full_tensor"))
 
 
 def _is_packed(parameter: Tensor) -> bool:
