@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorakit.configuration import strict
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.methods.method import TrainsModules
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class BottleneckAdapter(TrainsModules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1:
-            raise ConfigurationError(f"size is {self.size}; it must be 1 or more.")
+        require_at_least("size", self.size, 1)
         if min(self.drop_layers, default=0) < 0:
             raise ConfigurationError(
                 f"drop_layers is {self.drop_layers}; blocks are counted from 0, so each must be 0 or more."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorakit.configuration import strict
-from lorakit.errors import ConfigurationError, TargetError
+from lorakit.errors import TargetError, require_at_least
 from lorakit.methods.method import TrainsModules
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ class FullFineTuning(TrainsModules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_layers is not None and self.top_layers < 1:
-            raise ConfigurationError(
-                f"top_layers is {self.top_layers!r}; it must be 1 or more, or None for the whole model."
-            )
+        require_at_least("top_layers", self.top_layers, 1)
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Return the names of all parameters, or of those in the last blocks, with every name of a tied parameter.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorakit.configuration import strict
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.methods.method import TrainsModules
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 
@@ -34,11 +34,7 @@ class _Prefix(TrainsModules):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("prefix_length", "infix_length"):
-            length = getattr(self, name)
-            if length < 0:
-                raise ConfigurationError(f"{name} is {length}; it must be 0 or more.")
-            if length >= INFIX_START - PREFIX_START:
-                raise ConfigurationError(f"{name} is {length}; no model takes so many tokens.")
+            require_at_least(name, getattr(self, name), 0, below=INFIX_START - PREFIX_START)
         if not self.virtual_tokens.total:
             raise ConfigurationError(
                 "prefix_length and infix_length are 0, so there is nothing to train. Set one, for example "

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.configuration import conform, strict
-from lorakit.errors import ConfigurationError, TargetError, nearest
+from lorakit.errors import ConfigurationError, TargetError, nearest, require_at_least
 from lorakit.methods.lora.init import Init
 from lorakit.methods.method import as_names
 
@@ -79,25 +79,11 @@ class LoRA:
             raise ConfigurationError(
                 "targets is empty. Name at least one, for example 'attention.qv'."
             )
-        for name, rank in [("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)]:
-            if rank < 1:
-                raise ConfigurationError(
-                    f"{name} is {rank!r}; it must be a whole number of 1 or more."
-                )
-        for name, alpha in [("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)]:
-            if not math.isfinite(alpha) or alpha == 0:
-                raise ConfigurationError(
-                    f"{name} is {alpha!r}, so the adapter would have no (or no finite) effect. "
-                    "Use a number other than 0; alpha = 2 * rank is a common start."
-                )
+        check_numbers(self, "rank", "alpha", "dropout")
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name):
                 with self._table(name):  # rejects an invalid pattern
                     pass
-        if not 0 <= self.dropout < 1:
-            raise ConfigurationError(
-                f"dropout is {self.dropout!r}; it must be at least 0 and below 1."
-            )
         if self.dora and self.lora_bias:
             raise ConfigurationError(
                 "dora and lora_bias exclude each other: DoRA's magnitudes scale only the weight. Remove one."
@@ -257,6 +243,24 @@ class LoRA:
         return alpha / math.sqrt(rank) if self.scaling == "rslora" else alpha / rank
 
 
-def _entries(name: str, patterns: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the entries of a pattern option, each named as in the user's configuration."""
-    return [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
+def check_numbers(settings: Any, rank: str, alpha: str, dropout: str) -> None:
+    """Check the ranks, the alphas and the dropout in settings of LoRA, which have these names.
+
+    Raises:
+        ConfigurationError: A rank is below 1, an alpha is 0, or the dropout is below 0 or not below 1.
+    """
+    for name, value in _with_pattern(settings, rank, "rank_pattern"):
+        require_at_least(name, value, 1)
+    for name, value in _with_pattern(settings, alpha, "alpha_pattern"):
+        if value == 0:
+            raise ConfigurationError(
+                f"{name} is 0, so the adapter would have no effect. Use another number; alpha = 2 * rank is a common "
+                "start."
+            )
+    require_at_least(dropout, getattr(settings, dropout), 0, below=1)
+
+
+def _with_pattern(settings: Any, name: str, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Yield a setting and the entries of its pattern option, each named as in the user's configuration."""
+    yield name, getattr(settings, name)
+    yield from ((f"{pattern}[{key!r}]", value) for key, value in getattr(settings, pattern).items())

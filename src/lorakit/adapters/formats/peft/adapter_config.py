@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.adapters.formats.layout import parameter_names
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.lora.method import check_numbers
 from lorakit.models.layers import base_modules
 from lorakit.models.patterns import SECONDS, Matcher, PatternTable, endings
 
@@ -91,23 +92,9 @@ class PeftConfig:
     def __post_init__(self) -> None:
         try:
             conform(self)
+            check_numbers(self, "r", "lora_alpha", "lora_dropout")
         except ConfigurationError as error:
             raise AdapterFileError(str(error)) from None
-        ranks, alphas = {"r": self.r}, {"lora_alpha": self.lora_alpha}
-        ranks |= {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
-        alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
-        for name, rank in ranks.items():
-            if rank < 1:
-                raise AdapterFileError(f"{name} is {rank}; it must be a whole number of 1 or more.")
-        for name, alpha in alphas.items():
-            if not math.isfinite(alpha) or alpha == 0:
-                raise AdapterFileError(
-                    f"{name} is {alpha:g}; it must be a finite number other than 0 (0 would disable the adapter)."
-                )
-        if not 0 <= self.lora_dropout < 1:
-            raise AdapterFileError(
-                f"lora_dropout is {self.lora_dropout}; it must be a number of at least 0 and below 1."
-            )
         _ = self._ranks, self._alphas  # rejects an invalid pattern
         for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             names = getattr(self, option)
