@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
@@ -60,12 +61,20 @@ class Choice:
         repeats = (*self.repeats, *(repeat * times for repeat in self.repeats))
         return replace(self, repeats=tuple(dict.fromkeys(repeats)))
 
-    def counts(self, size: int) -> tuple[int, ...]:
-        """Return the number of entries of each of the `blends` on an axis of `size`.
-
-        They do not add up to `size` if the choice does not fit the axis.
-        """
-        return self.tokens or (size // len(self.blends),) * len(self.blends)
+    def runs(self, size: int) -> dict[Blend, list[range]]:
+        """Return the runs of entries of each blend on an axis of `size`; nothing if the choice does not fit it."""
+        counts = self.tokens or (size // len(self.blends),) * len(self.blends)
+        if sum(counts) != size:
+            return {}
+        runs: dict[Blend, list[range]] = {}
+        start = 0
+        for blend, count in zip(self.blends, counts, strict=True):
+            if count:
+                own = runs.setdefault(blend, [])
+                first = own.pop().start if own and own[-1].stop == start else start
+                own.append(range(first, start + count))
+                start += count
+        return runs
 
     def parts(self, size: int, device: torch.device) -> list[tuple[Blend, Entries]]:
         """Return each blend with its entries of an axis of `size`, which holds rows or tokens in order.
@@ -74,25 +83,14 @@ class Choice:
             size: A multiple of the number of rows, where each row has consecutive entries, or the number of tokens.
             device: Device of the indices.
         """
-        counts = self.counts(size)
-        assert sum(counts) == size
-        runs: dict[Blend, list[tuple[int, int]]] = {}
-        start = 0
-        for blend, count in zip(self.blends, counts, strict=True):
-            own = runs.setdefault(blend, [])
-            if own and own[-1][1] == start:
-                own[-1] = own[-1][0], start + count
-            elif count:
-                own.append((start, start + count))
-            start += count
-        parts: list[tuple[Blend, Entries]] = []
-        for blend, own in runs.items():
-            if len(own) == 1:
-                parts.append((blend, slice(*own[0])))
-            elif own:
-                indices = [i for first, last in own for i in range(first, last)]
-                parts.append((blend, torch.tensor(indices, device=device)))
-        return parts
+        runs = self.runs(size)
+        assert runs or not size
+        return [
+            (blend, slice(own[0].start, own[0].stop))
+            if len(own) == 1
+            else (blend, torch.tensor([*chain(*own)], device=device))
+            for blend, own in runs.items()
+        ]
 
 
 BASE = Choice()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ class Stacks:
 
     def _arranged(self, choice: Choice, shape: torch.Size) -> Arrangement | None:
         size = shape.numel()
-        tokens = _tokens_by_blend(choice, size)
+        tokens = {blend: [*chain(*own)] for blend, own in choice.runs(size).items() if blend}
         if not tokens:
             return None
         for blend in tokens:
@@ -391,17 +392,6 @@ class Reading:
             x = take(self._x.flatten(0, -2), gather).to(A.dtype)
             x = self._rows[key] = x.view(len(A), -1, x.shape[-1])
         return x
-
-
-def _tokens_by_blend(choice: Choice, size: int) -> dict[Blend, list[int]]:
-    """Return the tokens of each blend, without those that have none; nothing if the choice does not fit."""
-    tokens: dict[Blend, list[int]] = {}
-    start = 0
-    for blend, count in zip(choice.blends, choice.counts(size), strict=True):
-        if blend and count:
-            tokens.setdefault(blend, []).extend(range(start, start + count))
-        start += count
-    return tokens if start == size else {}
 
 
 def _mask(tokens: Sequence[int], shape: torch.Size, device: torch.device) -> Tensor | None:
