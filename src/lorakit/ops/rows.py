@@ -94,6 +94,8 @@ class _Take(Function):
 
 
 class _Put(Function):
+    """PyTorch's `index_copy` keeps the rows until the backward pass, which needs the indices alone."""
+
     instead = "call the model itself, not lorakit's training loss"
 
     @staticmethod
