@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.formatting import number
+from lorakit.formatting import listed, number
 from lorakit.methods.combined import lora_of
 from lorakit.methods.combined import parts as methods_in
 from lorakit.methods.lora import LoRA
@@ -107,9 +107,7 @@ def _summary(stored: StoredAdapter) -> str:
         rows["Method"] = ", ".join(["LoRA", *options])
         rows["Rank"] = ", ".join(map(str, ranks))
         rows["Scaling"] = ", ".join(f"{scaling:g}" for scaling in scalings)
-        rows["Targets"] = ", ".join(_code(target) for target in method.targets[:8]) + (
-            f" and {len(method.targets) - 8} more" if len(method.targets) > 8 else ""
-        )
+        rows["Targets"] = listed([_code(target) for target in method.targets], 8)
         if method.train_modules:
             rows["Trained in full"] = ", ".join(_code(m) for m in method.train_modules)
         rows["Adapted layers"] = str(len(stored.layers))

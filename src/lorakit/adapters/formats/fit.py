@@ -20,6 +20,7 @@ from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_paren
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
+from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.heads import input_embeddings, output_embeddings
@@ -54,10 +55,10 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
                 )
         expected = expected_layers(stored.peft_config, model)
         if expected is not None and expected != stored.layers.keys():
-            without = sorted(expected - stored.layers.keys())
-            beyond = sorted(stored.layers.keys() - expected)
-            parts = [f"no tensors for {_some(without)}, which they select"] if without else []
-            parts += [f"tensors for {_some(beyond)}, which they do not select"] if beyond else []
+            without = [*map(repr, sorted(expected - stored.layers.keys()))]
+            extra = [*map(repr, sorted(stored.layers.keys() - expected))]
+            parts = [f"no tensors for {listed(without, 1)}, which they select"] if without else []
+            parts += [f"tensors for {listed(extra, 1)}, which they do not select"] if extra else []
             raise AdapterFileError(
                 f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. The "
                 f"file has {' and '.join(parts)}. Load it on the model class it was trained with."
@@ -229,8 +230,3 @@ def _trains(stored: StoredAdapter, name: str, model: nn.Module) -> bool:
     if isinstance(stored.method, LoRA):
         return bool(trained_parents(name, stored)) or is_trained_bias(name, stored, stored.layers)
     return name in stored.method.trained_parameters(model)
-
-
-def _some(paths: list[str]) -> str:
-    more = f" and {len(paths) - 1} more layers" if len(paths) > 1 else ""
-    return f"'{paths[0]}'{more}"

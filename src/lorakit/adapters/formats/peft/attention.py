@@ -22,6 +22,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
+from lorakit.formatting import listed
 from lorakit.methods.lora.forms import AttentionForm
 
 LAST_VERSION = "0.21.2"
@@ -67,7 +68,6 @@ def as_computed(layers: dict[str, StoredLayer], version: Any) -> list[str]:
     for path in paths:
         layer = layers[path]
         layers[path] = replace(layer, scaling=2 * layer.scaling, alpha=2 * layer.alpha)
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     found = (
         f"PEFT {version} adds"
         if version is not None
@@ -75,7 +75,7 @@ def as_computed(layers: dict[str, StoredLayer], version: Any) -> list[str]:
     )
     return [
         f"{found} the change of an nn.MultiheadAttention's output projection twice (W + 2 dW). lorakit computes the "
-        f"same: it doubled alpha of '{paths[0]}'{more}."
+        f"same: it doubled alpha of {listed([*map(repr, paths)], 1)}."
     ]
 
 
@@ -139,9 +139,8 @@ def written_notices(entries: Mapping[str, StoredLayer], attention: set[str]) -> 
     paths = [path for path, B in factors.items() if B.is_meta or B.any()]
     if not paths:
         return []
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return [
         f"PEFT up to {LAST_VERSION} adds the change of an nn.MultiheadAttention's output projection twice. The folder "
-        f"has half of it for '{paths[0]}'{more}, so that these versions compute what lorakit computes; a later PEFT "
-        "may not."
+        f"has half of it for {listed([*map(repr, paths)], 1)}, so that these versions compute what lorakit computes; "
+        "a later PEFT may not."
     ]

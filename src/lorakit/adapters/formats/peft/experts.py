@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from transformers import conversion_mapping
 
+from lorakit.formatting import listed
+
 _TABLES: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
 """Model type -> the type whose names of experts it has. PEFT 0.21 selects by this private table."""
 
@@ -30,8 +32,8 @@ def taken_for_experts(paths: Collection[str], model_type: str | None) -> list[st
     left_out = sorted(path for path in paths if path.rpartition(".")[2] in names)
     if not left_out:
         return []
-    more = f" and {len(left_out) - 1} more layers" if len(left_out) > 1 else ""
     return [
-        f"PEFT with transformers 5 takes '{left_out[0]}'{more} for experts, because of the names. It ignores their "
-        "adapters, or refuses the folder. Load it with lorakit, or merge it: lorakit merge ADAPTER OUTPUT."
+        f"PEFT with transformers 5 takes {listed([*map(repr, left_out)], 1)} for experts, because of the names. It "
+        "ignores their adapters, or refuses the folder. Load it with lorakit, or merge it: lorakit merge ADAPTER "
+        "OUTPUT."
     ]
