@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
-from lorakit.errors import AdapterFileError, WrongBaseError
+from lorakit.configuration import conform, converted
+from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
@@ -96,36 +97,25 @@ class BaseRecord:
         Raises:
             AdapterFileError: A part is missing or of another type.
         """
-        parts: dict[str, Any] = {}
-        for name, kind in _PARTS.items():
-            part = values.get(name) if isinstance(values, Mapping) else None
-            names = [f.name for f in fields(kind)]
-            if (
-                not isinstance(part, Mapping)
-                or part.keys() != set(names)
-                or not all(isinstance(value, str | None) for value in part.values())
-            ):
-                raise AdapterFileError(
-                    f"the record of the base model has no valid '{name}': it holds {part!r}, but texts or null "
-                    f"for {', '.join(names)} were expected."
-                )
-            parts[name] = kind(**part)
-        excluded = values.get("excluded", [])
-        if not isinstance(excluded, list) or not all(isinstance(n, str) for n in excluded):
-            raise AdapterFileError(
-                f"the record of the base model has {excluded!r:.60} as 'excluded'; a list of names was expected."
+        try:
+            known = converted(values, dict[str, Any], "it")
+            optional = ("excluded", "configuration", "tokenizer")
+            record = cls(
+                **{name: known.get(name) for name in _PARTS},
+                **{name: known[name] for name in optional if name in known},
             )
-        for name, kind in (("configuration", dict), ("tokenizer", str)):
-            parts[name] = values.get(name)
-            if not isinstance(parts[name], kind | None):
-                raise AdapterFileError(
-                    f"the record of the base model has {parts[name]!r:.60} as '{name}'; a {kind.__name__} or null was "
-                    "expected."
-                )
-        return cls(**parts, excluded=tuple(excluded))
+            conform(record)
+            for name in _PARTS:
+                conform(getattr(record, name), name)
+        except ConfigurationError as error:
+            raise AdapterFileError(
+                f"the record of the base model has an invalid value: {error}"
+            ) from None
+        return record
 
 
-_PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}
+_PARTS = ("architecture", "source", "weights")
+"""The records in a record."""
 
 
 def base_record(
