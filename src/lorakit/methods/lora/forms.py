@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,10 +41,11 @@ class NotExpressibleError(AdapterFileError):
     """PEFT's format cannot represent an adapter."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class FactorForm:
     """Two matrices A (r, in) and B (out, r), or such a pair for each slice. Subclasses override what differs."""
 
-    kind: str
+    kind: ClassVar[str]
     """Name of the kind of layer in files."""
     weight_name = "weight"
     """Attribute of the adapted layer that holds the changed weight."""
@@ -153,14 +154,11 @@ class FactorForm:
         return A.flatten(1), B.flatten(1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class LinearForm(FactorForm):
     """A linear layer or GPT-2's `Conv1D`, whole or by slices of a fused projection."""
 
     kind = "linear"
     supports_bias = True
-    slices: tuple[RowSlice, ...] = ()
-    transposed: bool = False
 
     @classmethod
     def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> LinearForm:
@@ -186,7 +184,6 @@ class AttentionForm(LinearForm):
         raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
 
 
-@dataclass(frozen=True)
 class EmbeddingForm(FactorForm):
     """An embedding table as a linear map from one-hot ids, W = E^T."""
 
@@ -199,15 +196,12 @@ class EmbeddingForm(FactorForm):
         return matrix.mT.contiguous()
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvForm(FactorForm):
     """PEFT's factors of a convolution: A has the layer's kernel, B is pointwise."""
 
     kind = "conv"
     supports_bias = True
     limits_rank = False
-    groups: int = 1
-    grouped: bool = True
 
     @classmethod
     def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> ConvForm:
@@ -244,15 +238,12 @@ class ConvForm(FactorForm):
         return super().to_loralib(A, B)
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoralibConvForm(FactorForm):
     """loralib's factors of a convolution with a square kernel: ``dW = (B A)`` viewed in the weight's shape."""
 
     kind = "conv-loralib"
     supports_dora = False
     limits_rank = False
-    taps: int = 1
-    weight_shape: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> LoralibConvForm:
