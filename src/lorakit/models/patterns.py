@@ -10,9 +10,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import regex
+
+from lorakit.errors import LorakitError
 
 SECONDS = 5.0
 """CPU time of this thread for all matches of one source."""
@@ -24,6 +27,25 @@ _ANY, _START = "\n", "\0"
 """In a name: any character, and the start of the path. No path contains them."""
 
 V = TypeVar("V")
+
+
+@contextmanager
+def pattern_errors(
+    option: str, error: type[LorakitError], pattern: str = "", where: str = ""
+) -> Iterator[None]:
+    """Raise an `error` that names the option if a pattern is invalid or slow; `where` is its file, as " in FILE"."""
+    try:
+        yield
+    except regex.error as invalid:
+        raise error(
+            f"{option} holds {pattern or invalid.pattern!r:.60}, which is not a valid regular expression: {invalid}. "  # type: ignore[attr-defined]
+            f"Correct it{where}."
+        ) from None
+    except TimeoutError:
+        raise error(
+            f"{option} has regular expressions that take too long to match: all together have {SECONDS:g} seconds. "
+            f"Write simpler ones{where}, or the names of the layers."
+        ) from None
 
 
 class Matcher:

@@ -214,24 +214,13 @@ class LoRA:
         Raises:
             ConfigurationError: A pattern is not a regular expression, or takes too long.
         """
-        import regex
+        from lorakit.models.patterns import Matcher, PatternTable, pattern_errors
 
-        from lorakit.models.patterns import Matcher, PatternTable
-
-        try:
+        with pattern_errors(name, ConfigurationError):
             if name not in self._tables:
                 self._tables[name] = PatternTable(getattr(self, name), Matcher())
             self._tables[name].matcher.restart()
             yield self._tables[name]
-        except regex.error as error:
-            raise ConfigurationError(
-                f"The pattern {error.pattern!r:.60} is not a regular expression: {error}."  # type: ignore[attr-defined]
-            ) from None
-        except TimeoutError:
-            raise ConfigurationError(
-                f"{name} has regular expressions that take too long to match. Write simpler ones, or the names of "
-                "the layers."
-            ) from None
 
     @cached_property
     def _tables(self) -> dict[str, PatternTable[Any]]:

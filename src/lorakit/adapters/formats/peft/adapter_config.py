@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.layers import base_modules
-from lorakit.models.patterns import SECONDS, Matcher, PatternTable, endings
+from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -254,21 +254,9 @@ def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.M
     return linear
 
 
-@contextmanager
-def _valid(option: str, pattern: str | None = None) -> Iterator[None]:
+def _valid(option: str, pattern: str = "") -> AbstractContextManager[None]:
     """Raise an AdapterFileError that names the option if one of its patterns is invalid or takes too long."""
-    try:
-        yield
-    except regex.error as error:
-        raise AdapterFileError(
-            f"{option} holds {pattern or error.pattern!r}, which is not a valid regular expression: {error}. "  # type: ignore[attr-defined]
-            f"Correct it in {CONFIG_NAME}."
-        ) from error
-    except TimeoutError as error:
-        raise AdapterFileError(
-            f"{option} has regular expressions that take too long to match: all patterns of a file have {SECONDS:g} "
-            f"seconds. Write simpler ones in {CONFIG_NAME}, or the names of the layers."
-        ) from error
+    return pattern_errors(option, AdapterFileError, pattern, f" in {CONFIG_NAME}")
 
 
 def _check_supported(options: Mapping[str, Any]) -> None:
