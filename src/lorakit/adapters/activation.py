@@ -189,27 +189,22 @@ class Activation:
     @property
     def now(self) -> Pass:
         """The pass that this thread runs; if it runs none, one that begins now."""
-        innermost = self.running.innermost
-        of_pass = None if innermost is None else innermost.of_pass
-        return Pass(self.choice) if of_pass is None else of_pass
+        return self.running.current or Pass(self.choice)
 
     @property
     def step(self) -> Step | None:
         """The decoding step that this thread runs, if any."""
         if torch.compiler.is_compiling():
             return None
-        innermost = self.running.innermost
-        of_pass = None if innermost is None else innermost.of_pass
-        return None if of_pass is None else of_pass.step
+        current = self.running.current
+        return None if current is None else current.step
 
     @property
     def row_factors(self) -> RowFactors | None:
         """The factors of DoRA that this thread's forward pass may read and add to; None outside a pass."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.running.current is None:
             return None
-        innermost = self.running.innermost
-        is_pass = innermost is not None and innermost.of_pass is not None
-        return self.decoding.row_factors if is_pass else None
+        return self.decoding.row_factors
 
     def moment(self) -> Moment:
         """Return the choice of the running forward pass; in a recomputation, that of the first run.
@@ -360,9 +355,9 @@ class Activation:
 
     def step_of(self, choice: Choice, args: tuple, kwargs: dict[str, Any]) -> Step | None:
         """Return the decoding step of a forward pass that enters the model; the same one for a part of the model."""
-        outer = self.running.innermost
-        if outer is not None and outer.of_pass is not None:
-            return outer.of_pass.step if choice is outer.of_pass.choice else None
+        outer = self.running.current
+        if outer is not None:
+            return outer.step if choice is outer.choice else None
         return self.decoding.begin(choice, args, kwargs, is_active=choice is self.active)
 
     def begin(self, model: nn.Module, of_pass: Pass, frame: FrameType) -> None:

@@ -79,6 +79,12 @@ class RunningPasses:
         entries = self._entries.get(threading.get_ident())
         return entries[-1] if entries else None
 
+    @property
+    def current(self) -> Pass | None:
+        """The pass that this thread runs; None between the passes of a generation."""
+        entries = self._entries.get(threading.get_ident())
+        return entries[-1].of_pass if entries else None
+
     def begin(self, of_pass: Pass, frame: FrameType, *, began_with: object) -> None:
         """Add a forward pass of this thread; `frame` is the Python frame that ends with it."""
         self.drop_interrupted()
