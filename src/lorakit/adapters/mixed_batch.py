@@ -85,8 +85,8 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) ->
             raise adapters.layout.refuse(f"its {name} is a {type(value).__name__}")
     if not x.numel():
         return output
-    if choice.unit == "batch":
-        return _adapt(adapters, call, x, output, choice.whole or ())
+    if choice.whole is not None and (choice.unit == "batch" or of_pass.batch is not None):
+        return _adapt(adapters, call, x, output, choice.whole)  # rows were counted on entry
     axes = x.ndim - _features(layer)
     size = adapters.layout.entries(x, of_pass, axes=axes)
     if choice.whole is not None:

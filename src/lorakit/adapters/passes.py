@@ -81,7 +81,7 @@ class RunningPasses:
 
     @property
     def current(self) -> Pass | None:
-        """The pass that this thread runs; None between the passes of a generation."""
+        """The pass that this thread runs, if any."""
         entries = self._entries.get(threading.get_ident())
         return entries[-1].of_pass if entries else None
 

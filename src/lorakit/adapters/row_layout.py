@@ -60,10 +60,6 @@ class RowLayout:
             AdapterStateError: The layer may see something else than whole rows in order.
         """
         choice = of_pass.choice
-        if choice.whole is not None and of_pass.batch is not None:
-            return (
-                of_pass.batch
-            )  # rows have the same adapters, and were counted when the batch entered
         batches = (of_pass.batch,) if of_pass.batch is not None else choice.rows
         size = x.shape[self.axis] if axes > self.axis else -1
         if choice.whole is not None and size in batches:
