@@ -34,7 +34,7 @@ from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
-from lorakit.models.parameter_swaps import MARK, named_base_parameters
+from lorakit.models.parameter_swaps import MARK, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
@@ -343,10 +343,7 @@ def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
 
 def tied_names(model: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that several layers of the base share."""
-    names: dict[int, list[str]] = {}
-    for name, _, parameter in named_base_parameters(model):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
+    return [names for names, *_ in grouped_base_parameters(model) if len(names) > 1]
 
 
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:

@@ -26,7 +26,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS, base_modules
-from lorakit.models.parameter_swaps import base_parameter, buffers_for, named_base_parameters
+from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 
 _LOG = logging.getLogger(__name__)
@@ -289,21 +289,13 @@ def _merges_an_addition(module: AdapterModule) -> bool:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and tensor of every parameter of the base, as before the first adapter."""
-    yield from ((name, parameter) for name, _, parameter in _each_once(model))
-
-
-def _each_once(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Yield `named_base_parameters` without further names of tied tensors."""
-    seen: set[int] = set()
-    for name, layer, parameter in named_base_parameters(model):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name, layer, parameter
+    for (name, *_), _, parameter in grouped_base_parameters(model):
+        yield name, parameter
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
     """Yield `base_parameters`, each quantised one as a `QuantisedWeight` with the unpacked shape."""
-    for name, layer, parameter in _each_once(model):
+    for (name, *_), layer, parameter in grouped_base_parameters(model):
         yield name, quantised_weight(layer, parameter) or parameter
 
 

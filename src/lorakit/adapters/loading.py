@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats.fingerprint import BaseRecord
-from lorakit.adapters.formats.layout import parameter_names
+from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
@@ -302,7 +302,7 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
     """Reject a parameter trained in full that the model lacks or has in another shape."""
     if not stored.trained:
         return
-    known = parameter_names(model).parameters
+    known = parameters_by_name(model).parameters
     for name, tensor in stored.trained.items():
         if name not in known:
             raise AdapterFileError(

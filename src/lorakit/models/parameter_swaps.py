@@ -274,6 +274,16 @@ def named_base_parameters(
                 yield name, layer, base_parameter(layer, attribute)
 
 
+def grouped_base_parameters(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> list[tuple[list[str], nn.Module, nn.Parameter]]:
+    """Return each tensor of `named_base_parameters` once, with all its names and the layer of the first."""
+    groups: dict[int, tuple[list[str], nn.Module, nn.Parameter]] = {}
+    for name, layer, parameter in named_base_parameters(model, remove_duplicate=remove_duplicate):
+        groups.setdefault(id(parameter), ([], layer, parameter))[0].append(name)
+    return list(groups.values())
+
+
 def _make_plain(layer: nn.Module) -> type[nn.Module]:
     """Turn a quantised layer into an `nn.Linear`, its base class, so that it can use a plain weight.
 

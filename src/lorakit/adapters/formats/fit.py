@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorakit.adapters.export import equals_base
-from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameter_names
+from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameters_by_name
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
@@ -67,7 +67,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
         stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
     if stored.base_copies or stored.trained:
-        names = parameter_names(model)
+        names = parameters_by_name(model)
         if stored.base_copies:
             _sort_base_copies(stored, path, names, _embedding_names(model, names))
         _list_tied(stored, path, model, names.aliases)

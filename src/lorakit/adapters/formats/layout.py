@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lorakit.models.layers import base_modules, is_of_adapter
-from lorakit.models.parameter_swaps import named_base_parameters
+from lorakit.models.parameter_swaps import grouped_base_parameters
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,11 @@ class ParameterNames(NamedTuple):
         return (name,)
 
 
-def parameter_names(model: nn.Module) -> ParameterNames:
+def parameters_by_name(model: nn.Module) -> ParameterNames:
     """Return the parameters of a live model by each of their names, without those of its adapters."""
-    names: dict[int, list[str]] = {}
-    parameters: dict[str, Tensor] = {}
-    for name, _, parameter in named_base_parameters(model, remove_duplicate=False):
-        parameters[name] = parameter.detach()
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {first: tuple(others) for first, *others in names.values() if others}
+    groups = grouped_base_parameters(model, remove_duplicate=False)
+    parameters = {name: tensor.detach() for names, _, tensor in groups for name in names}
+    aliases = {first: tuple(others) for (first, *others), *_ in groups if others}
     return ParameterNames(parameters, aliases)
 
 
@@ -71,7 +68,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
             for key, value in model.state_dict().items()
             if isinstance(value, Tensor) and not is_of_adapter(key)
         },
-        names=parameter_names(model),
+        names=parameters_by_name(model),
         beyond_peft=beyond_peft(model),
         num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.formats.layout import parameter_names
+from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.method import check_numbers
@@ -235,7 +235,7 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
         config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
     targets = {path for path in modules if config.is_target(path)}
     if options.get("ensure_weight_tying"):
-        for first, others in parameter_names(model).aliases.items():
+        for first, others in parameters_by_name(model).aliases.items():
             tied = {name.removesuffix(".weight") for name in (first, *others)}
             targets |= tied if tied & targets else set()
     attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
