@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora import LoRA
-from lorakit.methods.method import Method, TrainsModules
+from lorakit.methods.method import Method, TrainsModules, require_method
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ class Combined(TrainsModules):
     def __post_init__(self) -> None:
         super().__post_init__()
         for method in self.methods:
-            if isinstance(method, type):
-                raise ConfigurationError(
-                    f"Combined has the class {method.__name__}; it needs a method with its settings, for example "
-                    "LoRA(rank=8)."
-                )
+            require_method(method)
         kinds = [type(method).__name__ for method in self.methods]
         if len(kinds) < 2:
             raise ConfigurationError(

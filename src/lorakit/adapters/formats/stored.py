@@ -63,13 +63,6 @@ class StoredAdapter:
         name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
         return name if isinstance(name, str) and name else None
 
-    def setting(self, *names: str) -> Any:
-        """Return a setting of the run that trained it, such as ("base", "dtype"); None if it is not recorded."""
-        value: Any = self.provenance.get("config")
-        for name in names:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return value
-
     def require_no_base_copies(self) -> None:
         """Refuse `base_copies`, which no format can write before a model has shown which of them were trained.
 
