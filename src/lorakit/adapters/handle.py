@@ -150,7 +150,7 @@ class Adapters:
         """
         self._require_attached()
         with self._activation.running.exclusive("activate another adapter", within_own_pass=True):
-            self._refuse_merged("activate another adapter")
+            self._refuse_block_or_merged("activate another adapter")
             chosen = choice_for_batch(choice, self._get)
             self._require_in_place(chosen.names)
             self._set_active(chosen)
@@ -163,7 +163,7 @@ class Adapters:
             AdapterStateError: An adapter is merged, or the handle was detached.
         """
         self._require_attached()
-        self._refuse_while_merged("use the base alone")
+        self._refuse_merged("use the base alone")
         with self._activation.local(BASE):
             yield
 
@@ -186,7 +186,7 @@ class Adapters:
                 number of rows, or a layer sees something else than whole rows in order.
         """
         self._require_attached()
-        self._refuse_while_merged("choose adapters by row")
+        self._refuse_merged("choose adapters by row")
         with self._activation.local(choice_by_row(names, repeat, self._get)):
             yield
 
@@ -210,7 +210,7 @@ class Adapters:
                 number of tokens, or a layer or an adapter mixes tokens.
         """
         self._require_attached()
-        self._refuse_while_merged("choose adapters by token")
+        self._refuse_merged("choose adapters by token")
         choice = replace(choice_by_token(spans, self._get), unchanged=unchanged)
         with self._activation.local(choice):
             yield
@@ -235,7 +235,7 @@ class Adapters:
         """
         self._require_attached()
         with self._activation.running.exclusive("merge"):
-            self._refuse_merged("merge")
+            self._refuse_block_or_merged("merge")
             if not keep_base:
                 self._refuse_open_blocks("merge without the base")
             merged = self._activation.active
@@ -303,7 +303,7 @@ class Adapters:
         The other active adapters stay active with their weights. If there are none, the base alone is active.
         """
         with self._activation.running.exclusive("remove an adapter"):
-            self._refuse_merged("remove an adapter")
+            self._refuse_block_or_merged("remove an adapter")
             adapter = self._get(name)
             if len(self._installed) == 1 and not self._is_kept:
                 self.detach()
@@ -434,7 +434,7 @@ class Adapters:
 
     def check_can_add(self, name: str) -> None:
         """Reject an invalid or taken name, and any addition while an adapter is merged."""
-        self._refuse_merged("add another adapter")
+        self._refuse_block_or_merged("add another adapter")
         if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise ConfigurationError(
                 f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
@@ -620,12 +620,12 @@ class Adapters:
                 "for the end of its block, or close the generator that holds it."
             )
 
-    def _refuse_merged(self, action: str) -> None:
+    def _refuse_block_or_merged(self, action: str) -> None:
         """Raise an AdapterStateError while an adapter is merged, or inside a block; `action` is for the message."""
         self._refuse_inside_block(action)
-        self._refuse_while_merged(action)
+        self._refuse_merged(action)
 
-    def _refuse_while_merged(self, action: str) -> None:
+    def _refuse_merged(self, action: str) -> None:
         if self._activation.merged is not None:
             raise AdapterStateError(
                 f"{', '.join(self.merged)} is merged into the weights. Call unmerge() before you {action}."

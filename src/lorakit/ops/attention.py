@@ -280,7 +280,7 @@ class _MaskedAttention(Function):
     def forward(ctx, query, key, value, blocks, scale, dropout):
         Q = blocks.split(query, key.shape[1])
         out = _empty(Q)
-        draw = _Draw(dropout, blocks, query, key) if dropout else None
+        draw = _KeptWeights(dropout, blocks, query, key) if dropout else None
         saved_P, dropout_masks = [], []
         for group in blocks.groups:
             P = weights = _probabilities(Q[group.blocks], group.gather(key), group.bias, scale)
@@ -346,7 +346,7 @@ def _probabilities(Q: Tensor, K: Tensor, bias: Tensor | None, scale: float) -> T
     return scores.softmax(-1).to(Q.dtype)
 
 
-class _Draw:
+class _KeptWeights:
     """The attention weights that dropout keeps. Within `keyed_dropout.keyed`, they do not depend on the blocks."""
 
     def __init__(self, p: float, blocks: _Blocks, query: Tensor, key: Tensor) -> None:

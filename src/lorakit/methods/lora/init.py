@@ -1,4 +1,4 @@
-"""Initialisations of A."""
+"""The initialisations of A, and the block in which PiSSA decomposes no weight."""
 
 from __future__ import annotations
 

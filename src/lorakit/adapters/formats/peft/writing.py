@@ -31,7 +31,6 @@ from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
-PREFIX = trained.PREFIX
 
 MAGNITUDE = "lora_magnitude_vector"
 B_BIAS = "lora_B.bias"
@@ -49,7 +48,7 @@ class PeftForm:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     layer_keys: dict[str, str] = field(default_factory=dict)
-    """Prefix of the keys of each adapted layer, without `PREFIX`, by path."""
+    """Prefix of the keys of each adapted layer, without `trained.PREFIX`, by path."""
     trained_keys: dict[str, str] = field(default_factory=dict)
     """Key of each parameter trained in full, by name."""
     notices: list[str] = field(default_factory=list)
@@ -154,7 +153,7 @@ def factor_keys(key: str, kind: str, *, dora: bool, lora_bias: bool) -> dict[str
         names["magnitude"] = MAGNITUDE
     if lora_bias:
         names["B_bias"] = B_BIAS
-    return {part: f"{PREFIX}{key}.{name}" for part, name in names.items()}
+    return {part: f"{trained.PREFIX}{key}.{name}" for part, name in names.items()}
 
 
 def layer_keys(key: str, layer: StoredLayer) -> dict[str, str]:
