@@ -23,7 +23,6 @@ from lorakit.analysis import saving
 from lorakit.cli import main
 from lorakit.compute import base as compute_base
 from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
-from lorakit.configuration import setting
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
@@ -125,8 +124,7 @@ def test_the_result_is_used_as_the_original(capsys, folder, tmp_path, record) ->
         before, after = (require_file(path) for path in (original, output))
         assert recorded_task(after) == recorded_task(before)
         assert recorded_data(after) == recorded_data(before)
-        dtype, kept = (setting(f.stored.provenance, "config.base.dtype") for f in (before, after))
-        assert kept == dtype
+        assert after.stored.setting("base", "dtype") == before.stored.setting("base", "dtype")
 
 
 def test_adapters_of_different_formats_have_none_in_common(capsys, folder, tmp_path) -> None:

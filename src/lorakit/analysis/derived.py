@@ -13,7 +13,6 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.compute.adapted import templates_of
 from lorakit.compute.agreement import Agreement
-from lorakit.configuration import setting
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
 
@@ -111,7 +110,7 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     The task, its encoding and its templates are one format of the texts, so they remain together or not at all.
     """
     first = originals[0]
-    dtypes = [setting(original.provenance, "config.base.dtype") for original in originals]
+    dtype = first.setting("base", "dtype")
     kept = {
         key: first.provenance[key]
         for key in ("peft", "data")
@@ -122,8 +121,8 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     if all(_format(other) == _format(first) for other in originals):
         kept |= {key: first.provenance[key] for key in TASK if key in first.provenance}
         config |= {"data": data} if (data := templates_of(first)) else {}
-    if dtypes[0] is not None and all(dtype == dtypes[0] for dtype in dtypes):
-        config["base"] = {"dtype": dtypes[0]}
+    if dtype is not None and all(other.setting("base", "dtype") == dtype for other in originals):
+        config["base"] = {"dtype": dtype}
     return kept | ({"config": config} if config else {})
 
 

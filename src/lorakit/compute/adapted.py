@@ -17,7 +17,6 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import check_base, put_on
 from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
-from lorakit.configuration import setting
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
@@ -140,7 +139,7 @@ def recorded_data(adapter: AdapterFile | None, configured: str | None = None) ->
 
 def templates_of(stored: StoredAdapter) -> dict[str, Any]:
     """Return the settings of the data that later uses of an adapter take from its file, beside task and encoding."""
-    settings = {name: setting(stored.provenance, f"config.data.{name}") for name in _TEMPLATES}
+    settings = {name: stored.setting("data", name) for name in _TEMPLATES}
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -359,8 +358,7 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
         if not base.name:
             raise ConfigurationError("Name a model: --base.name smollm2-135m, or --adapter FOLDER.")
         return base
-    stored = adapter.stored
-    dtype = setting(stored.provenance, "config.base.dtype")
+    stored, dtype = adapter.stored, adapter.stored.setting("base", "dtype")
     if base.dtype == "auto" and dtype in ("float32", "bfloat16"):
         base = dataclasses.replace(base, dtype=dtype)
     if base.name:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored_layer import StoredLayer, check_tensor
+from lorakit.configuration import setting
 from lorakit.errors import AdapterFileError
 from lorakit.methods import Method
 from lorakit.methods.combined import lora_of
@@ -62,6 +63,10 @@ class StoredAdapter:
         recorded = self.provenance.get("peft")
         name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
         return name if isinstance(name, str) and name else None
+
+    def setting(self, *names: str) -> Any:
+        """Return a setting of the run that trained it, such as ("base", "dtype"); None if it is not recorded."""
+        return setting(self.provenance, ".".join(("config", *names)))
 
     def require_no_base_copies(self) -> None:
         """Refuse `base_copies`, which no format can write before a model has shown which of them were trained.
