@@ -43,7 +43,7 @@ class BitFit(TrainsModules):
         biases = [
             name
             for name in parameter_names(model)
-            if "bias" in name.rpartition(".")[2] and not any(is_inside(name, h) for h in heads)
+            if "bias" in name.rpartition(".")[2] and not is_inside(name, *heads)
         ]
         if not biases:
             raise TargetError(

@@ -140,7 +140,7 @@ def with_head(
     named: tuple[str, ...] = getattr(method, "train_modules", ())
     added = [] if any(getattr(part, "train_modules", ()) for part in parts) else [*head]
     for name in sorted(set(new_weights) - set(method.trained_parameters(model))):
-        if not any(is_inside(name, path) for path in added):
+        if not is_inside(name, *added):
             added.append(next((p for p in head if is_inside(name, p)), name.rpartition(".")[0]))
     if not added:
         return method

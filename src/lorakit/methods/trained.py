@@ -57,4 +57,4 @@ def frozen_parameters(model: nn.Module) -> set[str]:
 
 def parameters_below(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return the names of the base's parameters in the modules at `paths`."""
-    return [n for n in parameter_names(model) if any(is_inside(n, path) for path in paths)]
+    return [n for n in parameter_names(model) if is_inside(n, *paths)]

@@ -72,7 +72,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
     return [
         at.path
         for at in modules
-        if why_not_adaptable(at.module) is None and any(is_inside(at.path, root) for root in called)
+        if why_not_adaptable(at.module) is None and is_inside(at.path, *called)
     ]
 
 
@@ -103,7 +103,7 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
         at.path
         for at in modules
         if why_not_adaptable(at.module) is None
-        and (at.module is output or any(is_inside(at.path, head) for head in heads))
+        and (at.module is output or is_inside(at.path, *heads))
         and not is_never_called(at)
     ]
 

@@ -326,9 +326,9 @@ def _find_input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
     return 0, "input"
 
 
-def is_inside(path: str, root: str) -> bool:
-    """Whether ``path`` is the module at ``root`` or below it."""
-    return path == root or path.startswith(f"{root}.")
+def is_inside(path: str, *roots: str) -> bool:
+    """Whether ``path`` is the module at one of the ``roots`` or below it."""
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def parents(path: str) -> list[str]:

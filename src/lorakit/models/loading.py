@@ -349,7 +349,7 @@ def _check_weights(
     def may_be_new(name: str) -> bool:
         # Encoders trained on masked tokens have no pooler; classifiers add one.
         in_pooler = "pooler" in name.split(".") and name not in mismatched
-        return in_pooler or any(is_inside(name, head) for head in heads)
+        return in_pooler or is_inside(name, *heads)
 
     wrong = [name for name in new if not may_be_new(name)]
     if wrong and task == "causal-lm" and is_encoder(model.config):

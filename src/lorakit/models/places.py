@@ -197,7 +197,7 @@ def _further_linear_places(
         and why_not_adaptable(at.module) is None
         and at.path not in taken
         and at.module is not output
-        and not any(is_inside(at.path, head) for head in heads)
+        and not is_inside(at.path, *heads)
         and (architecture_of(at.config) is None or name_in_block(at.path) is not None)
         and not is_never_called(at)
     ]

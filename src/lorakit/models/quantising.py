@@ -170,7 +170,7 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
             continue
         parts = path.split(".")
         in_block = any(part.isdecimal() for part in parts[:-1])
-        if not in_block or excluded & set(parts) or any(is_inside(path, head) for head in heads):
+        if not in_block or excluded & set(parts) or is_inside(path, *heads):
             continue
         # torch's own blocks read the weights of their linear layers in a fast path, without calling them.
         owner = model.get_submodule(".".join(parts[:-1]))

@@ -389,9 +389,7 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
             bases[head_type] = open_base(config.base, DataTask(name=task.name, labels=task.classes))
         model = bases[head_type].model
         heads = classification_head(model)
-        head_size = sum(
-            p.numel() for n, p in model.named_parameters() if any(is_inside(n, h) for h in heads)
-        )
+        head_size = sum(p.numel() for n, p in model.named_parameters() if is_inside(n, *heads))
         for variant in missing:
             run = TableRun(data_set=data_set, variant=variant, rate=1e-3, seed=0)
             method = runner.train_config(run).chosen_method
@@ -400,9 +398,7 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
             except (TargetError, ConfigurationError) as error:
                 counts[variant.key] = ParameterCount(left_out=str(error))
                 continue
-            trained = sum(
-                n for path, n in by_layer.items() if not any(is_inside(path, h) for h in heads)
-            )
+            trained = sum(n for path, n in by_layer.items() if not is_inside(path, *heads))
             counts[variant.key] = ParameterCount(trained=trained, head=head_size)
 
 

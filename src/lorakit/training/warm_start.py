@@ -49,7 +49,7 @@ def warm_start(base: Base, path: str, *, name: str) -> Adapters:
     new, loaded = {}, []
     for parameter, tensor in base.model.named_parameters():
         old = stored.trained.get(parameter, stored.base_copies.get(parameter))
-        in_head = any(is_inside(parameter, head) for head in heads)
+        in_head = is_inside(parameter, *heads)
         if old is None:
             if parameter in base.new_weights:
                 new[parameter] = f"{parameter} {tuple(tensor.shape)}"

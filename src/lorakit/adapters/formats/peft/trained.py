@@ -13,7 +13,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
-from lorakit.models.layers import parents
+from lorakit.models.layers import is_inside, parents
 
 PREFIX = "base_model.model."
 """Prefix of every key in a PEFT file."""
@@ -61,7 +61,7 @@ def assign_keys(
     for tensors in frozen.values():
         form.tensors.update({PREFIX + name: tensor for name, tensor in tensors.items()})
     for name, stored_name in names.items():
-        in_module = any(name.startswith(f"{module}.") for module in modules)
+        in_module = is_inside(name, *modules)
         if not in_module and not is_trained_bias(name, stored, layer_keys):
             raise NotExpressibleError(
                 f"'{name}' is trained, but PEFT saves only biases and whole modules."
