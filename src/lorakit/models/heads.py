@@ -103,7 +103,7 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
         at.path
         for at in modules
         if why_not_adaptable(at.module) is None
-        and (at.module is output or is_inside(at.path, *heads))
+        and (at.module is output or any(is_inside(at.path, head) for head in heads))
         and not is_never_called(at)
     ]
 
