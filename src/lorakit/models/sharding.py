@@ -127,7 +127,7 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 @contextmanager
 def whole_tensor(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor with the parts of all processes. All of them must do so."""
+    """Yield a tensor with the parts of all processes, which have to call this together."""
     if isinstance(tensor, DTensor):
         yield tensor.full_tensor()
     elif is_split(tensor):
