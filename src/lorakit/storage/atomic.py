@@ -31,8 +31,8 @@ except ImportError:  # Windows
     fcntl = None
 
 _OLD_SUFFIX = "-old"
-_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?")
-"""Names of temporaries (`_created`), and of their targets."""
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?", re.DOTALL)
+"""Names of temporaries (`_temporary_name`), and of their targets."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PAUSES = tuple(0.01 * 2**n for n in range(9))
@@ -270,7 +270,7 @@ def _writable(path: str | Path) -> Path:
 def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """Create a file or folder beside the target, yield its path, and remove it at the end."""
     with writing(target):
-        _remove_leftovers(target)
+        _remove_leftovers(target.parent, target.name)
         temporary, lock = _created(target, create)
     try:
         yield temporary
@@ -298,11 +298,7 @@ def delete_folder(path: Path) -> None:
 
 
 def _temporary_name(target: Path) -> str:
-    return f"{_temporary_prefix(target)}{secrets.token_hex(6)}"
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.tmp-"
+    return f".{target.name}.tmp-{secrets.token_hex(6)}"
 
 
 def _created(target: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
@@ -353,17 +349,17 @@ def remove_leftovers(folder: Path) -> None:
         RunFolderError: `folder` cannot be read, or an old folder cannot be renamed back.
     """
     with writing(folder):
-        found = filter(None, map(_TEMPORARY.fullmatch, os.listdir(folder)))
-        for name in {match[1] for match in found}:
-            _remove_leftovers(folder / name)
+        _remove_leftovers(folder)
 
 
-def _remove_leftovers(target: Path) -> None:
-    for name in sorted(os.listdir(target.parent)):
-        if not name.startswith(_temporary_prefix(target)):
+def _remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Remove the temporaries of killed processes; only those of the target named `of`, if it is given."""
+    for name in sorted(os.listdir(folder)):
+        match = _TEMPORARY.fullmatch(name)
+        if match is None or of not in (None, match[1]):
             continue
-        leftover = target.with_name(name)
-        if fcntl is None and name.endswith(_OLD_SUFFIX) and not target.exists():
+        leftover, target, is_old = folder / name, folder / match[1], match[2] is not None
+        if fcntl is None and is_old and not target.exists():
             # If its process still runs, the save there fails, but no content is lost.
             _rename(leftover, target)
             continue
@@ -371,7 +367,7 @@ def _remove_leftovers(target: Path) -> None:
         if lock is None:
             continue
         try:
-            if name.endswith(_OLD_SUFFIX):
+            if is_old:
                 _restore_or_remove(leftover, target)
             else:
                 _remove(leftover)
