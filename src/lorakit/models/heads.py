@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.layers import LocatedModule, base_modules, is_inside, why_not_adaptable
 
@@ -78,10 +77,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
 
 def is_never_called(at: LocatedModule) -> bool:
     """Whether the model uses this layer's weight without calling it, always or in training."""
-    architecture, name = architecture_of(at.config), at.path.rpartition(".")[2]
-    names = architecture.never_called if architecture else ()
-    is_table = isinstance(at.module, nn.Embedding) and (name in names or bool(_called_instead(at)))
-    return is_table or never_calls(at.parent, name)
+    return bool(_called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
 
 
 def _called_instead(at: LocatedModule) -> list[str]:
