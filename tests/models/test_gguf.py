@@ -221,20 +221,6 @@ def test_another_version_of_transformers_converts_again(
     assert config.read_text(encoding="utf-8") == written
 
 
-def test_conversions_of_older_versions_are_removed(
-    tmp_path: Path, llama: LlamaForCausalLM, cache: Path
-) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", llama)
-    folder = module._folder_of(path)
-    digest = folder.name.removesuffix(str(module._CONVERSION))
-    kept = {"other-0123456789abcdef-1", f"{digest}{module._CONVERSION + 1}"}
-    for name in (*kept, f"{digest}{module._CONVERSION - 1}", f"{digest}1-description"):
-        (cache / name).mkdir(parents=True)
-        (cache / name / "config.json").write_text("{}", encoding="utf-8")
-    converted_folder(path)
-    assert {entry.name for entry in cache.iterdir() if entry.is_dir()} == {*kept, folder.name}
-
-
 def test_concurrent_calls_convert_once(
     tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,10 +143,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.save_pretrained(temporary, max_shard_size="1TB")
         _save_tokenizer(tokenizer, temporary)
         write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
-    for older in range(1, _CONVERSION):  # of earlier versions of lorakit, which can make them again
-        name = f"{folder.name.removesuffix(str(_CONVERSION))}{older}"
-        for unused in (name, f"{name}-description"):
-            shutil.rmtree(folder.with_name(unused), ignore_errors=True)
 
 
 def _describe(gguf: Path, folder: Path) -> None:
