@@ -164,7 +164,7 @@ def test_converted_once(
     path = write_gguf(tmp_path / "tiny.gguf", llama)
     folder = converted_folder(path)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+        patch.setattr(module, "_convert", lambda *_, **__: pytest.fail("converted again"))
         assert converted_folder(path) == folder
 
     llama.model.norm.weight.data.mul_(2)
@@ -229,9 +229,9 @@ def test_concurrent_calls_convert_once(
     convert = module._convert
     both = threading.Barrier(2)
 
-    def counting(gguf: Path, folder: Path) -> None:
+    def counting(gguf: Path, folder: Path, *, weights: bool) -> None:
         conversions.append(folder)
-        convert(gguf, folder)
+        convert(gguf, folder, weights=weights)
 
     def convert_concurrently() -> None:
         both.wait()

@@ -81,7 +81,7 @@ def converted_folder(gguf: Path) -> Path:
         RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
-    return cached(folder, _CONVERTED, lambda: _convert(gguf, folder))
+    return cached(folder, _CONVERTED, lambda: _convert(gguf, folder, weights=True))
 
 
 def described_folder(gguf: Path) -> Path:
@@ -97,7 +97,7 @@ def described_folder(gguf: Path) -> Path:
     if is_complete(converted, _CONVERTED):
         return converted
     folder = converted.with_name(f"{converted.name}-description")
-    return cached(folder, _DESCRIPTION, lambda: _describe(gguf, folder))
+    return cached(folder, _DESCRIPTION, lambda: _convert(gguf, folder, weights=False))
 
 
 def conversion_notices(folder: Path) -> list[str]:
@@ -129,32 +129,22 @@ def _require_unchanged(gguf: Path, folder: Path) -> None:
         )
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, *, weights: bool) -> None:
+    """Convert a file into a folder; without `weights`, only its configuration, tokenizer and chat template."""
+    converted: Any
     with _reading(gguf):
         header = read_header(gguf)
-        dtype = _smallest_dtype(gguf, header)
-        _require_room(gguf, header, dtype, folder.parent)
-        model = _read_model(gguf, dtype, header)
-        _require_finite(gguf, model)
-        tokenizer = _read_tokenizer(gguf)
-        _require_unchanged(gguf, folder)
-    notices = _finish_tokenizer(tokenizer, header.settings, model.config)
-    with atomic_folder(folder, overwrite=True) as temporary:
-        model.save_pretrained(temporary, max_shard_size="1TB")
-        _save_tokenizer(tokenizer, temporary)
-        write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
-
-
-def _describe(gguf: Path, folder: Path) -> None:
-    with _reading(gguf):
-        header = read_header(gguf)
-        config = read_config(gguf, header)
-        config.dtype = _smallest_dtype(gguf, header)
+        config = converted = read_config(gguf, header)
+        config.dtype = dtype = _smallest_dtype(gguf, header)
+        if weights:
+            _require_room(gguf, header, dtype, folder.parent)
+            converted = _read_model(gguf, config, header)
+            _require_finite(gguf, converted)
         tokenizer = _read_tokenizer(gguf)
         _require_unchanged(gguf, folder)
     notices = _finish_tokenizer(tokenizer, header.settings, config)
     with atomic_folder(folder, overwrite=True) as temporary:
-        config.save_pretrained(temporary)
+        converted.save_pretrained(temporary, **({"max_shard_size": "1TB"} if weights else {}))
         _save_tokenizer(tokenizer, temporary)
         write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
 
@@ -318,10 +308,9 @@ def _names_in_gguf(header: Header, model: PreTrainedModel) -> set[str]:
     return {name for name in known if name is not None}
 
 
-def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:
+def _read_model(gguf: Path, config: PretrainedConfig, header: Header) -> PreTrainedModel:
     import transformers
 
-    config = read_config(gguf, header)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
@@ -330,7 +319,7 @@ def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedMod
     options: dict[str, Any] = {
         "gguf_file": gguf.name,
         "config": config,
-        "dtype": dtype,
+        "dtype": config.dtype,
         "output_loading_info": True,
     }
     if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights quantised
