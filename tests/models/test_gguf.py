@@ -30,6 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
+from lorakit.models import gguf_tokenizer
 from lorakit.models.gguf import converted_folder, described_folder
 from lorakit.models.loading import Base, load_base
 
@@ -148,7 +149,7 @@ def test_space_before_the_first_word(
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("h", "e"), ("▁", "he")])
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": flag}
-    assert module._finish_tokenizer(tokenizer, metadata, llama.config) == []
+    assert gguf_tokenizer._finish(tokenizer, metadata, llama.config) == []
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.tokenize("he he") == [first, "▁he"]
