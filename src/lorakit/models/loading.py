@@ -184,9 +184,9 @@ def load_base(
                 "tensors and not layers. They need as much memory as before."
             )
     require_exact_layers(model)
-    if source.packaged or source.kind == "gguf":
+    if source.packaged or source.kind != "folder":
         # The path of the weights on this machine means nothing on another one.
-        model.config._name_or_path = source.name
+        model.config._name_or_path, model.config._commit_hash = source.name, source.revision
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     set_padding(base)
     return base
@@ -307,6 +307,8 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {message[:500]}"
         if source.kind == "gguf":
             reason += f". To convert the GGUF file again, delete '{path}'"
+        elif path != source.path_or_id:
+            reason += ". The hub cannot be reached, and its cached copy may be incomplete"
         raise BaseModelError(
             f"'{source.name}' cannot be loaded for the task '{task}': {reason.rstrip('.')}."
         ) from error
