@@ -80,6 +80,11 @@ def is_never_called(at: LocatedModule) -> bool:
     return bool(_called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
 
 
+def is_adaptable(at: LocatedModule) -> bool:
+    """Whether an adapter on this layer has an effect: its kind is supported, and the model calls it."""
+    return why_not_adaptable(at.module) is None and not is_never_called(at)
+
+
 def _called_instead(at: LocatedModule) -> list[str]:
     """Return the embeddings inside the parent of an embedding that are tied to it and called in its place."""
     keys = getattr(at.parent, "_tied_weights_keys", None)  # of a class of transformers
@@ -98,9 +103,8 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
     return [
         at.path
         for at in modules
-        if why_not_adaptable(at.module) is None
-        and (at.module is output or any(is_inside(at.path, head) for head in heads))
-        and not is_never_called(at)
+        if (at.module is output or any(is_inside(at.path, head) for head in heads))
+        and is_adaptable(at)
     ]
 
 
