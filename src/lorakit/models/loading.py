@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
+from lorakit.formatting import listed
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
@@ -362,16 +363,18 @@ def _check_weights(
     if wrong:
         raise BaseModelError(
             f"The checkpoint of '{source.name}' lacks {len(wrong)} of the weights that "
-            f"{type(model).__name__} needs ({_some(wrong)}), so they would be random. It was saved for "
+            f"{type(model).__name__} needs ({listed(wrong, 4)}), so they would be random. It was saved for "
             f"another task than '{task}', or is incomplete."
         )
     notices = []
     if new:
         replaced = " (the checkpoint's has another number of outputs)" if mismatched else ""
-        notices.append(f"{NEW_WEIGHTS} (seed {seed}), to be trained{replaced}: {_some(new)}.")
+        notices.append(f"{NEW_WEIGHTS} (seed {seed}), to be trained{replaced}: {listed(new, 4)}.")
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        notices.append(f"Weights of the checkpoint that this task does not use: {_some(unused)}.")
+        notices.append(
+            f"Weights of the checkpoint that this task does not use: {listed(unused, 4)}."
+        )
     return new, notices
 
 
@@ -381,11 +384,6 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
     decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
 def set_padding(base: Base) -> None:
