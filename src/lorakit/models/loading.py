@@ -20,12 +20,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import locate, read_config
 from lorakit.models.quantised import require_exact_layers
-from lorakit.models.quantising import (
-    check_available,
-    projections_as_stored,
-    quantise,
-    share_of_experts,
-)
+from lorakit.models.quantising import check_available, projections_as_stored, quantise_base
 from lorakit.models.shared_setting import SharedSetting
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
@@ -169,21 +164,7 @@ def load_base(
         if tokenizer is None:
             tokenizer = tokenizer_of(source, path, options)
     if quantisation:
-        experts = share_of_experts(model)
-        count = quantise(model, quantisation, dtypes)
-        # The other weights may map the checkpoint's file: all that was read of it would stay in memory.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                tensor.data = tensor.data.clone()
-        notices.append(
-            f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
-            f"{dtype_name(weights_dtype)}."
-        )
-        if experts:
-            notices.append(
-                f"The experts of this model, {experts:.0%} of its weights, are not quantised, because they are stacked "
-                "tensors and not layers. They need as much memory as before."
-            )
+        notices += quantise_base(model, quantisation, dtypes, weights_dtype)
     require_exact_layers(model)
     if source.packaged or source.kind != "folder":
         # The path of the weights on this machine means nothing on another one.
@@ -402,21 +383,10 @@ def set_padding(base: Base) -> None:
     )
     if ids > embeddings and mismatch not in base.notices:  # of the base's own tokenizer
         base.notices.append(mismatch)
-    own: Any = tokenizer.pad_token_id
-    problem = "The tokenizer has no padding token"
-    if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
-        problem = f"The tokenizer pads with token {own}, which has no embedding"
-        tokenizer.pad_token = None
+    if notice := _set_pad_token(tokenizer, config, embeddings):
+        base.notices.append(notice)
     if tokenizer.pad_token is None:
-        known = getattr(config, "pad_token_id", None)
-        if known is not None and 0 <= known < min(len(tokenizer), embeddings):
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            base.notices.append(f"{problem}, and there is no end token.")
-            return
-        tokenizer.pad_token = tokenizer.eos_token
-        base.notices.append(f"{problem}; {tokenizer.eos_token} is used.")
+        return
     # A classifier skips padding to find the last token of a row, so both must use the same token.
     if (configured := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
         if configured is not None:
@@ -428,3 +398,22 @@ def set_padding(base: Base) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any, embeddings: int) -> str:
+    """Give a tokenizer a padding token that has an embedding; return a notice if it has none of its own, or ""."""
+    own: Any = tokenizer.pad_token_id
+    problem = "The tokenizer has no padding token"
+    if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
+        problem = f"The tokenizer pads with token {own}, which has no embedding"
+        tokenizer.pad_token = None
+    if tokenizer.pad_token is None:
+        known = getattr(config, "pad_token_id", None)
+        if known is not None and 0 <= known < min(len(tokenizer), embeddings):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.pad_token is not None:
+        return ""
+    if tokenizer.eos_token is None:
+        return f"{problem}, and there is no end token."
+    tokenizer.pad_token = tokenizer.eos_token
+    return f"{problem}; {tokenizer.eos_token} is used."
