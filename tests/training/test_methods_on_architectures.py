@@ -21,7 +21,8 @@ from lorakit import (
     PrefixLayer,
 )
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, open_adapted
+from lorakit.compute.adapted import open_adapted
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.model_input import model_prompts
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError

@@ -18,7 +18,8 @@ from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, has
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import read, weight_name
-from lorakit.compute.adapted import AdapterFile, base_of
+from lorakit.compute.adapted import base_of
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.memory import free_memory
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig, as_base_config
