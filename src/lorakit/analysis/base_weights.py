@@ -26,7 +26,8 @@ from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.base_shape import shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
-from lorakit.models.loading import Base, head_of_class, load_base
+from lorakit.models.loading import Base, load_base
+from lorakit.models.model_classes import head_of_class
 from lorakit.models.sources import ModelSource, resolve
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"

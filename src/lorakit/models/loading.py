@@ -19,6 +19,7 @@ from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import locate, read_config
+from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, projections_as_stored, quantise_base
 from lorakit.models.shared_setting import SharedSetting
@@ -27,42 +28,13 @@ from lorakit.models.tokenizer import tokenizer_of
 from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOCATED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[ModelSource, ModelSource]] = (
     WeakKeyDictionary()
 )
 """Sources of the tokenizers that `load_tokenizer` has read, without and with the commit on the hub."""
 
-ModelHead = Literal[
-    "causal-lm",
-    "seq2seq-lm",
-    "masked-lm",
-    "sequence-classification",
-    "regression",
-    "image-classification",
-    "base",
-]
-"""The model's head, by the task it is for."""
-
-_MODEL_CLASSES: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "base": "AutoModel",
-}
-_BY_SUFFIX: dict[str, ModelHead] = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForImageClassification": "image-classification",
-}
-"""Head of a model, by the suffix of its class name."""
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
 NEW_WEIGHTS = "Newly initialised weights"
 """Start of the notice about `Base.new_weights`."""
@@ -174,27 +146,6 @@ def load_base(
     return base
 
 
-def head_of_class(class_name: str, *, is_encoder_decoder: bool) -> ModelHead | None:
-    """Return the head of a model class by its name; None if the name ends in none of the known heads.
-
-    Args:
-        class_name: Name of the class.
-        is_encoder_decoder: Setting of the model. Decoders of images and text, such as Gemma 3, have the suffix of
-            encoder-decoders.
-    """
-    for suffix, head in _BY_SUFFIX.items():
-        if class_name.endswith(suffix):
-            return "causal-lm" if head == "seq2seq-lm" and not is_encoder_decoder else head
-    return None
-
-
-def model_class(task: ModelHead) -> Any:
-    """Return the auto class of transformers for `task`."""
-    import transformers
-
-    return getattr(transformers, _MODEL_CLASSES[task])
-
-
 def load_tokenizer(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -214,9 +165,9 @@ def load_tokenizer(
 
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
-    if task not in _MODEL_CLASSES:
+    if task not in MODEL_CLASSES:
         raise ConfigurationError(
-            f"task '{task}' is not one of {', '.join(_MODEL_CLASSES)}.{nearest(str(task), _MODEL_CLASSES)}"
+            f"task '{task}' is not one of {', '.join(MODEL_CLASSES)}.{nearest(str(task), MODEL_CLASSES)}"
         )
     if num_labels is None:
         return
@@ -357,14 +308,6 @@ def _check_weights(
             f"Weights of the checkpoint that this task does not use: {listed(unused, 4)}."
         )
     return new, notices
-
-
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether the architecture is trained on masked tokens and has no decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
 
 
 def set_padding(base: Base) -> None:
