@@ -1,18 +1,15 @@
 """Atomic writes, checksums and locks for files and folders."""
 
-from lorakit.storage.atomic import (
-    atomic_file,
-    atomic_folder,
-    delete_folder,
+from lorakit.storage.atomic import atomic_file, atomic_folder, delete_folder, remove_leftovers
+from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
+from lorakit.storage.outputs import (
     is_within,
     other_files,
-    remove_leftovers,
     require_free_file,
     require_free_folder,
     require_replaceable,
     visible_names,
 )
-from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
     CHECKSUM,
