@@ -344,7 +344,7 @@ def set_padding(base: Base) -> None:
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any, embeddings: int) -> str:
-    """Give a tokenizer a padding token that has an embedding; return a notice if it has none of its own, or ""."""
+    """Give a tokenizer a padding token that has an embedding; return a notice if it had none, else an empty string."""
     own: Any = tokenizer.pad_token_id
     problem = "The tokenizer has no padding token"
     if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
