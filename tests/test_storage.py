@@ -340,12 +340,12 @@ def test_a_folder_that_a_killed_process_renamed_is_renamed_back_without_locks(
     """Windows cannot lock a folder, so the temporary of a process that may be alive stays."""
     monkeypatch.setattr(atomic, "fcntl", None)
     target = tmp_path / "target"
-    write_tree_at(tmp_path / ".target.tmp-0-old")
-    write_tree_at(tmp_path / ".target.tmp-1")
+    write_tree_at(tmp_path / ".target.tmp-000000000000-old")
+    write_tree_at(tmp_path / ".target.tmp-000000000001")
     with pytest.raises(InjectedError), storage.atomic_folder(target, overwrite=True):
         raise_unexpected()
     assert read_tree(target) == OLD
-    assert sorted(os.listdir(tmp_path)) == [".target.tmp-1", "target"]
+    assert sorted(os.listdir(tmp_path)) == [".target.tmp-000000000001", "target"]
 
 
 def test_temporaries_of_a_living_process_are_left_alone(tmp_path):
@@ -396,15 +396,12 @@ def test_leftovers_of_any_target_are_removed(tmp_path):
 
 
 def test_neighbours_with_similar_names_are_left_alone(tmp_path):
-    for name in (".target.tmp", ".target2.tmp-0", "target.tmp-0"):
+    dead = "tmp-0123456789ab"
+    names = (".target.tmp", ".target.tmp-backup", f".target2.{dead}", f"target.{dead}")
+    for name in names:
         (tmp_path / name).mkdir()
     save_folder(tmp_path / "target")
-    assert sorted(os.listdir(tmp_path)) == [
-        ".target.tmp",
-        ".target2.tmp-0",
-        "target",
-        "target.tmp-0",
-    ]
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "target"])
 
 
 def test_an_existing_folder_needs_overwrite(tmp_path):

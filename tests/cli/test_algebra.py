@@ -22,7 +22,7 @@ from lorakit.adapters import formats
 from lorakit.analysis import saving
 from lorakit.cli import main
 from lorakit.compute import base as compute_base
-from lorakit.compute.adapted import AdapterFile, recorded_data, recorded_task
+from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig

@@ -18,7 +18,7 @@ from transformers import TextStreamer
 import lorakit
 from lorakit.adapters import handle_of
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.errors import AdapterFileError, DataError
 from lorakit.evaluation.conversation import Conversation
 from lorakit.evaluation.decoding import Decoding

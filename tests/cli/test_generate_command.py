@@ -13,7 +13,8 @@ import tiny_runs
 from tiny_tokenizer import tiny_tokenizer
 
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, base_of, prompt_format
+from lorakit.compute.adapted import base_of
+from lorakit.compute.adapter_file import AdapterFile, prompt_format
 from lorakit.data import DataConfig, load_examples
 from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError

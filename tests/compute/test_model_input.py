@@ -12,7 +12,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 from lorakit import PrefixEmbedding, PrefixLayer, attach
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import collator
-from lorakit.compute.model_input import place, place_in_prompt
+from lorakit.compute.model_input import place
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
@@ -43,7 +43,7 @@ def test_prefix_after_bos_and_infix_before_the_completion() -> None:
     placed = place(example, TOKENS, [1])
     assert placed.input_ids == [1, P, P + 1, 7, 8, X, 9, 2]
     assert placed.loss_mask == [False] * 6 + [True] * 2
-    assert placed.prompt_ids == place_in_prompt([1, 7, 8], TOKENS, [1]) == [1, P, P + 1, 7, 8, X]
+    assert placed.prompt_ids == TOKENS.place([1, 7, 8], keep=1) == [1, P, P + 1, 7, 8, X]
     assert example.input_ids == [1, 7, 8, 9, 2]
     assert place(language([7, 8], [9]), TOKENS, [1]).input_ids == [P, P + 1, 7, 8, X, 9]
     assert place(language([], [9]), TOKENS, []).input_ids == [P, P + 1, X, 9]
@@ -162,7 +162,7 @@ def test_generation_equals_whole_passes_in_any_batch(decoder: Base, beams: int) 
     assert together == alone
     if beams == 1:
         for prompt, text in zip(prompts, together, strict=True):
-            ids = place_in_prompt(prompt, adapters.virtual_tokens, [])
+            ids = adapters.virtual_tokens.place(prompt)
             start = len(ids)
             with torch.no_grad():
                 for _ in range(6):

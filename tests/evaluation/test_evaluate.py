@@ -22,7 +22,7 @@ from transformers import (
 
 import lorakit
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.compute.adapted import AdapterFile, as_recorded, recorded_data
+from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_data
 from lorakit.compute.base import open_base
 from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataConfig, DataTask, load_examples

@@ -16,7 +16,8 @@ import torch
 
 import lorakit
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, open_adapted
+from lorakit.compute.adapted import open_adapted
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import collator
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.readers import Row, read_jsonl

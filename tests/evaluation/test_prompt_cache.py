@@ -9,7 +9,7 @@ from tiny_runs import save_base
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import lorakit
-from lorakit.compute.adapted import AdapterFile
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.evaluation.conversation import Conversation
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.compute.adapted import AdapterFile, recorded_task
+from lorakit.compute.adapter_file import AdapterFile, recorded_task
 from lorakit.data import DataTask
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -30,6 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorakit.errors import BaseModelError
 from lorakit.models import gguf as module
+from lorakit.models import gguf_tokenizer
 from lorakit.models.gguf import converted_folder, described_folder
 from lorakit.models.loading import Base, load_base
 
@@ -148,7 +149,7 @@ def test_space_before_the_first_word(
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("h", "e"), ("▁", "he")])
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": flag}
-    assert module._finish_tokenizer(tokenizer, metadata, llama.config) == []
+    assert gguf_tokenizer._finish(tokenizer, metadata, llama.config) == []
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.tokenize("he he") == [first, "▁he"]
@@ -164,7 +165,7 @@ def test_converted_once(
     path = write_gguf(tmp_path / "tiny.gguf", llama)
     folder = converted_folder(path)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+        patch.setattr(module, "_convert", lambda *_, **__: pytest.fail("converted again"))
         assert converted_folder(path) == folder
 
     llama.model.norm.weight.data.mul_(2)
@@ -221,20 +222,6 @@ def test_another_version_of_transformers_converts_again(
     assert config.read_text(encoding="utf-8") == written
 
 
-def test_conversions_of_older_versions_are_removed(
-    tmp_path: Path, llama: LlamaForCausalLM, cache: Path
-) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", llama)
-    folder = module._folder_of(path)
-    digest = folder.name.removesuffix(str(module._CONVERSION))
-    kept = {"other-0123456789abcdef-1", f"{digest}{module._CONVERSION + 1}"}
-    for name in (*kept, f"{digest}{module._CONVERSION - 1}", f"{digest}1-description"):
-        (cache / name).mkdir(parents=True)
-        (cache / name / "config.json").write_text("{}", encoding="utf-8")
-    converted_folder(path)
-    assert {entry.name for entry in cache.iterdir() if entry.is_dir()} == {*kept, folder.name}
-
-
 def test_concurrent_calls_convert_once(
     tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,9 +230,9 @@ def test_concurrent_calls_convert_once(
     convert = module._convert
     both = threading.Barrier(2)
 
-    def counting(gguf: Path, folder: Path) -> None:
+    def counting(gguf: Path, folder: Path, *, weights: bool) -> None:
         conversions.append(folder)
-        convert(gguf, folder)
+        convert(gguf, folder, weights=weights)
 
     def convert_concurrently() -> None:
         both.wait()

@@ -102,7 +102,8 @@ def test_head_and_activation_of_t5(tmp_path: Path) -> None:
     settings = {"attention.key_length": 8, "attention.layer_norm_epsilon": 1e-6}
     settings |= {"rope.dimension_count": None, "rope.freq_base": None}
     path = write_gguf(tmp_path / "tiny.gguf", source, settings=settings)
-    model = module._read_model(path, torch.float32, read_header(path)).eval()
+    header = read_header(path)
+    model = module._read_model(path, read_config(path, header), header).float().eval()
     ids = torch.arange(10)[None]
     with torch.no_grad():
         logits = [each(input_ids=ids, decoder_input_ids=ids).logits for each in (source, model)]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Pr
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
-from lorakit.models import digests, loading
+from lorakit.models import digests, loading, quantising
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.loading import load_base
 from lorakit.models.quantised import (
@@ -300,7 +300,7 @@ def test_projections_are_cast_one_at_a_time(tmp_path, monkeypatch, kind, stored,
         before.append({name: p.dtype for name, p in model.named_parameters()})
         return quantise(model, *arguments)
 
-    monkeypatch.setattr(loading, "quantise", spy)
+    monkeypatch.setattr(quantising, "quantise", spy)
     model = load_base(tmp_path, dtype=kind).model
     weights = dict(quantised_weights(model))
     assert before[0] == {

@@ -10,7 +10,8 @@ import pytest
 from tiny_runs import save_base
 
 from lorakit import LoRA, attach
-from lorakit.compute.adapted import AdapterFile, add_adapter
+from lorakit.compute.adapted import add_adapter
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.errors import AdapterFileError, BaseModelError, LorakitError
 from lorakit.models.loading import load_base, load_tokenizer
 from lorakit.models.tokenizer import read_tokenizer

@@ -23,7 +23,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from lorakit.compute import base as opening
-from lorakit.compute.adapted import AdapterFile
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DataError, LorakitError
 from lorakit.methods.full import FullFineTuning

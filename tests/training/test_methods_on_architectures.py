@@ -21,12 +21,13 @@ from lorakit import (
     PrefixLayer,
 )
 from lorakit.cli import main
-from lorakit.compute.adapted import AdapterFile, open_adapted
-from lorakit.compute.model_input import place_in_prompt, virtual_tokens_of
+from lorakit.compute.adapted import open_adapted
+from lorakit.compute.adapter_file import AdapterFile
+from lorakit.compute.model_input import model_prompts
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError
 from lorakit.models.base_config import BaseConfig
-from lorakit.tasks.language_modelling import prompt_ids, start_ids
+from lorakit.tasks.language_modelling import prompt_ids
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 
@@ -136,9 +137,7 @@ def greedy_without_cache(base: str, adapter: Path, prompt: str) -> str:
     )
     model, tokenizer = opened.model, opened.tokenizer
     assert tokenizer is not None
-    ids = prompt_ids(tokenizer, prompt)
-    if (virtual := virtual_tokens_of(model)).total:
-        ids = place_in_prompt(ids, virtual, start_ids(tokenizer))
+    (ids,) = model_prompts(model, tokenizer, [prompt_ids(tokenizer, prompt)])
     written: list[int] = []
     model.eval()
     with torch.no_grad():

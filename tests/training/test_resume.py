@@ -23,7 +23,8 @@ from tiny_runs import Crash, adapter_bytes, crash_at, crash_in_step
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
-from lorakit.compute.adapted import AdapterFile, base_of
+from lorakit.compute.adapted import base_of
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batch_size import BatchSize
 from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.methods.lora.method import LoRA

@@ -18,14 +18,16 @@ from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, has
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import read, weight_name
-from lorakit.compute.adapted import AdapterFile, base_of
+from lorakit.compute.adapted import base_of
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.memory import free_memory
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.base_shape import shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
-from lorakit.models.loading import Base, head_of_class, load_base
+from lorakit.models.loading import Base, load_base
+from lorakit.models.model_classes import head_of_class
 from lorakit.models.sources import ModelSource, resolve
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.compute.adapted import templates_of
+from lorakit.compute.adapter_file import templates_of
 from lorakit.compute.agreement import Agreement
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.adapters import handle_of
-from lorakit.compute.adapted import ADAPTER, AdapterFile, open_adapted
+from lorakit.compute.adapted import ADAPTER, open_adapted
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import collator, context_length
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.data.batches import IGNORED

@@ -28,7 +28,8 @@ from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.loading import Base, head_of_class
+from lorakit.models.loading import Base
+from lorakit.models.model_classes import head_of_class
 from lorakit.ops.autocast import wide_dtype
 
 

@@ -62,7 +62,8 @@ def run(argv: Sequence[str]) -> None:
         "answer. /adapter NAME|PATH, /base, /reset and /quit change the adapter, start anew and end the chat.",
         argv,
     )
-    from lorakit.compute.adapted import AdapterFile, base_of, open_adapted, text_task
+    from lorakit.compute.adapted import base_of, open_adapted
+    from lorakit.compute.adapter_file import AdapterFile, text_task
     from lorakit.evaluation.conversation import Conversation
     from lorakit.methods.registry import use_method
 
@@ -175,7 +176,7 @@ def _obey(conversation: Conversation, line: str) -> bool:
 
 def _load(conversation: Conversation, name: str) -> None:
     """Activate the adapter with this name, or load it from this path."""
-    from lorakit.compute.adapted import AdapterFile, text_task
+    from lorakit.compute.adapter_file import AdapterFile, text_task
     from lorakit.tasks import Chat
 
     if name in conversation.adapters:

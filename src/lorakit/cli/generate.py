@@ -92,13 +92,8 @@ def run(argv: Sequence[str]) -> None:
     if config.output:  # before the imports of PyTorch, which take seconds
         storage.require_free_file(config.output, overwrite=config.overwrite)
     from lorakit.cli.console import ProgressLine
-    from lorakit.compute.adapted import (
-        AdapterFile,
-        open_adapted,
-        prompt_format,
-        recorded_data,
-        text_task,
-    )
+    from lorakit.compute.adapted import open_adapted
+    from lorakit.compute.adapter_file import AdapterFile, prompt_format, recorded_data, text_task
     from lorakit.data.readers import reader_for
     from lorakit.data.templates import Template
     from lorakit.evaluation.generate import generate

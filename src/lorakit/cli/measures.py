@@ -274,7 +274,8 @@ def _drift(config: DriftConfig) -> Findings:
 def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
     from lorakit.analysis import open_weights
     from lorakit.analysis.deltas import read
-    from lorakit.compute.adapted import AdapterFile, base_of
+    from lorakit.compute.adapted import base_of
+    from lorakit.compute.adapter_file import AdapterFile
 
     stored = read(config.adapter, alpha=config.alpha)
     base = base_of(config.base, AdapterFile(config.adapter, stored))  # its error names the file

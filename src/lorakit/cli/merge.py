@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> None:
 
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
-    from lorakit.compute.adapted import AdapterFile, open_adapted, recorded_task
+    from lorakit.compute.adapted import open_adapted
+    from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.methods.registry import use_method

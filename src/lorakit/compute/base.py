@@ -18,7 +18,8 @@ from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.heads import logits_layer
 from lorakit.models.layers import is_inside
-from lorakit.models.loading import Base, ModelHead, load_base, load_tokenizer
+from lorakit.models.loading import Base, load_base, load_tokenizer
+from lorakit.models.model_classes import ModelHead
 from lorakit.models.processor import limit_processor
 from lorakit.tasks import Example, LanguageExample
 

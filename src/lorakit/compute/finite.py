@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import BaseModelError
+from lorakit.formatting import listed
 
 
 def refuse_nan(model: nn.Module, output: Tensor) -> None:
@@ -17,11 +18,9 @@ def refuse_nan(model: nn.Module, output: Tensor) -> None:
 def why_not_finite(model: nn.Module) -> str:
     """Return why a model's output is not finite, and what to do, as the end of a sentence."""
     weights = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
-    broken = [name for name, p in weights if not p.detach().isfinite().all()]
-    if broken:
-        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    if broken := [f"'{name}'" for name, p in weights if not p.detach().isfinite().all()]:
         return (
-            f"the weight '{broken[0]}'{others} holds NaN or infinity. Download or save the model again, or use another "
+            f"the weight {listed(broken, 1)} holds NaN or infinity. Download or save the model again, or use another "
             "base."
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

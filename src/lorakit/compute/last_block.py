@@ -98,14 +98,8 @@ def last_block(model: nn.Module) -> LastBlock | None:
     located = blocks.parts_by_token(model)
     if located is None:
         return None
-    path, parts = located
-    (stack,) = blocks.stacks(model).values()  # parts_by_token accepts models with one stack only
-    earlier = {
-        id(m)
-        for block_path in stack
-        if block_path != path
-        for m in model.get_submodule(block_path).modules()
-    }
+    (*before, _), parts = located
+    earlier = {id(m) for path in before for m in model.get_submodule(path).modules()}
     return LastBlock(
         parts=tuple(map(model.get_submodule, parts)),
         watched=tuple(m for m in model.modules() if id(m) not in earlier),

@@ -44,7 +44,7 @@ def model_prompts(
     if not tokens.total:
         return prompts
     start = start_ids(tokenizer)
-    return [place_in_prompt(prompt, tokens, start) for prompt in prompts]
+    return [tokens.place(prompt, keep=start_length(prompt, start)) for prompt in prompts]
 
 
 def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
@@ -72,11 +72,6 @@ def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
         types = tokens.place(example.token_type_ids, **lengths, fill=0)
         return replace(example, input_ids=ids, token_type_ids=types)
     return replace(example, input_ids=ids)
-
-
-def place_in_prompt(ids: Sequence[int], tokens: VirtualTokens, start: Sequence[int]) -> list[int]:
-    """Return the token ids of a prompt with prefix and infix, as `place` inserts them into an example."""
-    return tokens.place(ids, keep=start_length(ids, start))
 
 
 def start_length(ids: Sequence[int], start: Sequence[int]) -> int:

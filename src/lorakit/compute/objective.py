@@ -22,7 +22,7 @@ from lorakit.adapters.layer_adapters import output_is_unadapted
 from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
-from lorakit.models.heads import backbone_of
+from lorakit.models.heads import backbone_of, output_embeddings
 from lorakit.ops.dropout import gathers
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.rows import gather_rows
@@ -283,7 +283,7 @@ def loss_paths(model: nn.Module) -> Mapping[HeadPath, str]:
 
 def why_not_fused(model: nn.Module) -> str:
     """Return why hidden states times the head's weight are not the logits of `model`; empty if they are."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = output_embeddings(model)
     if backbone_of(model) is model or head is None:
         return "the model has no separate backbone and head"
     if type(head) is not nn.Linear:

@@ -120,11 +120,10 @@ def try_faster(
 
     Args:
         model: The model to change in place; it stays unchanged if a reason is returned.
-        batch: A padded batch, for which the hidden states of a decoder must not change.
+        batch: A padded batch on the model's device, for which the hidden states of a decoder must not change.
         short: The batch of its `shortened` examples, for which the logits must not change.
         faster: Which layers to install. "attention" is a compiled kernel, so its backward pass is tried too.
     """
-    batch, short = _to(model.device, batch), _to(model.device, short)
     try:
         with evaluating(model):
             before = _outputs(model, batch, short)

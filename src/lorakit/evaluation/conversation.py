@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from lorakit.adapters import handle_of
 from lorakit.adapters.loading import default_name
-from lorakit.compute.adapted import AdapterFile, add_adapter
+from lorakit.compute.adapted import add_adapter
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import context_length, prompt_input, room_after
 from lorakit.compute.model_input import virtual_tokens_of
 from lorakit.errors import DataError

@@ -15,14 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit import storage
 from lorakit.adapters import handle_of
-from lorakit.compute.adapted import (
-    AdapterFile,
-    as_recorded,
-    base_of,
-    open_adapted,
-    recorded_task,
-    tokenizer_of_adapted,
-)
+from lorakit.compute.adapted import base_of, open_adapted, tokenizer_of_adapted
+from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context, is_encoder_decoder
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate, collator, context_length, prompt_input

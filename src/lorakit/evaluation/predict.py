@@ -11,13 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.compute.adapted import (
-    AdapterFile,
-    as_recorded,
-    open_adapted,
-    recorded_task,
-    tokenizer_of_adapted,
-)
+from lorakit.compute.adapted import open_adapted, tokenizer_of_adapted
+from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import collator

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorakit import storage
-from lorakit.compute.adapted import PromptFormat
+from lorakit.compute.adapter_file import PromptFormat
 from lorakit.compute.batching import prompt_input
 from lorakit.data.readers import Problem, Row, lines_of, reader_for, text_lines
 from lorakit.data.templates import Template

@@ -72,15 +72,12 @@ class Architecture:
             other layer uses that dropout.
         output_norm: name of the LayerNorm at the end of a block; None if the block ends with a
             residual sum.
-        never_called: last parts of the paths of embeddings that the model never calls: it only uses
-            their weight, so an adapter on them would have no effect.
     """
 
     model_types: tuple[str, ...]
     layers: Mapping[str, str | Fused]
     dropouts: Mapping[str, str] = field(default_factory=dict)
     output_norm: str | None = None
-    never_called: tuple[str, ...] = ()
 
     def output_norm_of(self, config: Any) -> str | None:
         """Return the name of the LayerNorm at the end of a block of the model that `config` describes."""
@@ -142,7 +139,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         dropouts=_BERT_DROPOUTS,
         output_norm="output.LayerNorm",
-        never_called=("rel_embeddings",),
     ),
     Architecture(
         model_types=("mpnet",),

@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.errors import TargetError
 from lorakit.models.architectures import DOWN, GATE, UP, K, O, Q, V, architecture_of
 from lorakit.models.layers import LocatedModule, is_inside, walk, weight_shape
-from lorakit.models.places import ATTENTION_ROLES, all_places, name_in_block
+from lorakit.models.places import ATTENTION_ROLES, Place, all_places, name_in_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +28,25 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     encoder-decoder two. If the attention of the architecture is not known, the longest list of
     modules counts as the stack. A model without lists of modules has no stack.
     """
+    return _structure(model)[2]
+
+
+def _structure(
+    model: nn.Module,
+) -> tuple[list[LocatedModule], list[Place], dict[str, list[str]]]:
+    """Return the modules of a model, its places with a role, and its `stacks`."""
     modules = list(walk(model))
-    attention = [p.path for p in all_places(model, modules) if p.role in ATTENTION_ROLES]
+    places = list(all_places(model, modules))
+    attention = [place.path for place in places if place.role in ATTENTION_ROLES]
     lists: dict[str, list[str]] = {}
     for path, module, *_ in modules:  # parents come before their children
         if isinstance(module, nn.ModuleList) and not _any_inside([path], *lists):
             lists[path] = [f"{path}.{name}" for name, _ in module.named_children()]
-    with_attention = {
-        path: blocks for path, blocks in lists.items() if _any_inside(attention, path)
-    }
-    if with_attention or not lists:
-        return with_attention
-    longest = max(lists, key=lambda path: len(lists[path]))
-    return {longest: lists[longest]}
+    found = {path: blocks for path, blocks in lists.items() if _any_inside(attention, path)}
+    if lists and not found:
+        longest = max(lists, key=lambda path: len(lists[path]))
+        found = {longest: lists[longest]}
+    return modules, places, found
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -94,17 +100,17 @@ def block_outputs(model: nn.Module) -> list[Site]:
     return sites
 
 
-def parts_by_token(model: nn.Module) -> tuple[str, list[str]] | None:
-    """Return the last block, and its largest modules that process each token independently.
+def parts_by_token(model: nn.Module) -> tuple[list[str], list[str]] | None:
+    """Return the blocks, and the largest modules of the last one that process each token independently.
 
     They contain its output projection and its MLP, but no query, key or value projection. None if the
     architecture's blocks are not known, or if another stack consumes this output.
     """
-    modules = list(walk(model))
-    (blocks,) = by_list.values() if len(by_list := stacks(model)) == 1 else ([],)
+    _, places, by_list = _structure(model)
+    (blocks,) = by_list.values() if len(by_list) == 1 else ([],)
     if not blocks:
         return None
-    places = [p for p in all_places(model, modules) if is_inside(p.path, blocks[-1])]
+    places = [place for place in places if is_inside(place.path, blocks[-1])]
     qkv = [place.path for place in places if place.role in (Q, K, V)]
     parts: dict[str, None] = {}
     for place in places:
@@ -117,15 +123,15 @@ def parts_by_token(model: nn.Module) -> tuple[str, list[str]] | None:
             parts[part] = None
     roles = {place.role for place in places}
     by_token = qkv and {O, DOWN} <= roles and not _any_inside(qkv, *parts)
-    return (blocks[-1], list(parts)) if by_token else None
+    return (blocks, list(parts)) if by_token else None
 
 
 def _projections_by_block(model: nn.Module) -> dict[str, dict[str, str]]:
     """Return path -> role of the output projections of each block, in model order."""
-    modules = list(walk(model))
-    roles = {p.path: p.role for p in all_places(model, modules) if p.role in (O, DOWN)}
+    modules, places, by_list = _structure(model)
+    roles = {place.path: place.role for place in places if place.role in (O, DOWN)}
     known = {at.path for at in modules if architecture_of(at.config) is not None}
-    blocks = [block for stack in stacks(model).values() for block in stack]
+    blocks = [block for stack in by_list.values() for block in stack]
     by_block = {
         block: {path: role for path, role in roles.items() if is_inside(path, block)}
         for block in blocks

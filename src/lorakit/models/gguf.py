@@ -24,10 +24,11 @@ from lorakit.models.cache import cache_folder, cached, is_complete
 from lorakit.models.devices import available_memory
 from lorakit.models.gguf_config import read_config
 from lorakit.models.gguf_header import Header, read_float32, read_header
+from lorakit.models.gguf_tokenizer import read_tokenizer
 from lorakit.storage import atomic_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _CONVERSION = 6
 """Version of the conversion; raise it when the result changes, to ignore older cache entries."""
@@ -46,27 +47,6 @@ _UNUSED = ("rope_freqs", "attn_rot_embd", "rope_factors_long", "rope_factors_sho
 _PATCHED = threading.Lock()
 """Held while `GGUFReader` is replaced, so that two threads do not restore each other's replacement."""
 
-_GPT2_SPLIT = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "trillion"})
-"""llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
-_STARTS_WITH_BOS = frozenset(
-    {
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-        "tekken",
-    }
-)
-"""Pre-tokenizers whose texts llama.cpp starts with bos, unless the file says otherwise."""
-_GPT2_SPLIT_AFTER_DIGITS = frozenset(
-    {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-)
-"""llama.cpp's names of pre-tokenizers that isolate every digit before they split like GPT-2."""
-
 
 def converted_folder(gguf: Path) -> Path:
     """Return a folder with the model, tokenizer and chat template of a GGUF file.
@@ -81,7 +61,7 @@ def converted_folder(gguf: Path) -> Path:
         RunFolderError: the cache is not writable.
     """
     folder = _folder_of(gguf)
-    return cached(folder, _CONVERTED, lambda: _convert(gguf, folder))
+    return cached(folder, _CONVERTED, lambda: _convert(gguf, folder, weights=True))
 
 
 def described_folder(gguf: Path) -> Path:
@@ -97,7 +77,7 @@ def described_folder(gguf: Path) -> Path:
     if is_complete(converted, _CONVERTED):
         return converted
     folder = converted.with_name(f"{converted.name}-description")
-    return cached(folder, _DESCRIPTION, lambda: _describe(gguf, folder))
+    return cached(folder, _DESCRIPTION, lambda: _convert(gguf, folder, weights=False))
 
 
 def conversion_notices(folder: Path) -> list[str]:
@@ -129,37 +109,23 @@ def _require_unchanged(gguf: Path, folder: Path) -> None:
         )
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, *, weights: bool) -> None:
+    """Convert a file into a folder; without `weights`, only its configuration, tokenizer and chat template."""
+    converted: Any
     with _reading(gguf):
         header = read_header(gguf)
-        dtype = _smallest_dtype(gguf, header)
-        _require_room(gguf, header, dtype, folder.parent)
-        model = _read_model(gguf, dtype, header)
-        _require_finite(gguf, model)
-        tokenizer = _read_tokenizer(gguf)
+        config = converted = read_config(gguf, header)
+        config.dtype = dtype = _smallest_dtype(gguf, header)
+        if weights:
+            _require_room(gguf, header, dtype, folder.parent)
+            converted = _read_model(gguf, config, header)
+            _require_finite(gguf, converted)
+        tokenizer, notices = read_tokenizer(gguf, header.settings, config)
         _require_unchanged(gguf, folder)
-    notices = _finish_tokenizer(tokenizer, header.settings, model.config)
     with atomic_folder(folder, overwrite=True) as temporary:
-        model.save_pretrained(temporary, max_shard_size="1TB")
-        _save_tokenizer(tokenizer, temporary)
-        write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
-    for older in range(1, _CONVERSION):  # of earlier versions of lorakit, which can make them again
-        name = f"{folder.name.removesuffix(str(_CONVERSION))}{older}"
-        for unused in (name, f"{name}-description"):
-            shutil.rmtree(folder.with_name(unused), ignore_errors=True)
-
-
-def _describe(gguf: Path, folder: Path) -> None:
-    with _reading(gguf):
-        header = read_header(gguf)
-        config = read_config(gguf, header)
-        config.dtype = _smallest_dtype(gguf, header)
-        tokenizer = _read_tokenizer(gguf)
-        _require_unchanged(gguf, folder)
-    notices = _finish_tokenizer(tokenizer, header.settings, config)
-    with atomic_folder(folder, overwrite=True) as temporary:
-        config.save_pretrained(temporary)
-        _save_tokenizer(tokenizer, temporary)
+        converted.save_pretrained(temporary, **({"max_shard_size": "1TB"} if weights else {}))
+        # Without a file for the chat template, which not every model has: `_DESCRIPTION` cannot list it.
+        tokenizer.save_pretrained(temporary, save_jinja_files=False)
         write_json(temporary / _RECORD, {"file": gguf.name, "notices": notices})
 
 
@@ -190,49 +156,6 @@ def _reading(gguf: Path) -> Iterator[None]:
             f"({type(error).__name__}: {first_line}). If it was copied or downloaded, copy or download "
             "it again."
         ) from error
-
-
-def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-
-
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files that `_DESCRIPTION` lists, without one for the chat template: not every model has one."""
-    tokenizer.save_pretrained(folder, save_jinja_files=False)
-
-
-def _finish_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any], config: PretrainedConfig
-) -> list[str]:
-    """Restore what transformers does not read from the file; return notices."""
-    for name in ("bos", "eos"):  # transformers before 5.19 takes one for the other
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(token, int) and 0 <= token < len(tokenizer):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
-    if metadata.get("tokenizer.ggml.pre") in _STARTS_WITH_BOS:
-        tokenizer.add_bos_token = metadata.get("tokenizer.ggml.add_bos_token", True)
-    if metadata.get("tokenizer.ggml.add_space_prefix") is False:
-        _remove_space_prefix(tokenizer)
-    tokenizer.model_max_length = getattr(
-        config, "max_position_embeddings", tokenizer.model_max_length
-    )
-    return _restore_pre_tokenizer(tokenizer, metadata)
-
-
-def _remove_space_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a SentencePiece tokenizer put no space before the first word, and remove none when it decodes."""
-    from tokenizers import decoders, pre_tokenizers
-
-    backend = cast(Any, tokenizer).backend_tokenizer
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # others never put one
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        # LlamaTokenizer builds both again from this.
-        cast(Any, tokenizer).add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = False
 
 
 def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
@@ -322,10 +245,9 @@ def _names_in_gguf(header: Header, model: PreTrainedModel) -> set[str]:
     return {name for name in known if name is not None}
 
 
-def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedModel:
+def _read_model(gguf: Path, config: PretrainedConfig, header: Header) -> PreTrainedModel:
     import transformers
 
-    config = read_config(gguf, header)
     auto = (
         transformers.AutoModelForSeq2SeqLM
         if config.is_encoder_decoder
@@ -334,7 +256,7 @@ def _read_model(gguf: Path, dtype: torch.dtype, header: Header) -> PreTrainedMod
     options: dict[str, Any] = {
         "gguf_file": gguf.name,
         "config": config,
-        "dtype": dtype,
+        "dtype": config.dtype,
         "output_loading_info": True,
     }
     if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights quantised
@@ -377,47 +299,3 @@ def _restore_row_order(model: PreTrainedModel) -> None:
             heads = model.config.num_attention_heads
             pairs = weight.data.reshape(heads, rows // heads // 2, 2, columns)
             weight.data = pairs.transpose(1, 2).reshape(rows, columns)
-
-
-def _restore_pre_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]
-) -> list[str]:
-    """Restore the pre-tokenizer that the model was trained with; return notices.
-
-    GGUF names it, but transformers knows only some names and splits like GPT-2 for the others. For
-    SmolLM, a space before a digit would then be tokenized differently than in training.
-    """
-    if metadata.get("tokenizer.ggml.model") != "gpt2":
-        return []
-    from tokenizers import pre_tokenizers
-
-    rule = metadata.get("tokenizer.ggml.pre", "default")
-    if rule in _GPT2_SPLIT_AFTER_DIGITS:
-        backend = cast(Any, tokenizer).backend_tokenizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        return []
-    if rule in _GPT2_SPLIT or rule in _rules_of_transformers():
-        return []
-    if rule == "default":  # converters of before May 2024 wrote no name, for Llama 3 and others
-        if metadata["general.architecture"] == "gpt2":
-            return []
-        found = "names no pre-tokenizer, so text is split as for GPT-2"
-    else:
-        found = f"names the pre-tokenizer '{rule}', which lorakit does not know"
-    return [
-        f"This GGUF file {found}: some text may be tokenized differently than in training. Load the original model if "
-        "that matters."
-    ]
-
-
-def _rules_of_transformers() -> frozenset[str]:
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # defined elsewhere in this version
-        return frozenset()
-    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.layers import LocatedModule, base_modules, is_inside, why_not_adaptable
 
@@ -78,10 +77,12 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
 
 def is_never_called(at: LocatedModule) -> bool:
     """Whether the model uses this layer's weight without calling it, always or in training."""
-    architecture, name = architecture_of(at.config), at.path.rpartition(".")[2]
-    names = architecture.never_called if architecture else ()
-    is_table = isinstance(at.module, nn.Embedding) and (name in names or bool(_called_instead(at)))
-    return is_table or never_calls(at.parent, name)
+    return bool(_called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
+
+
+def is_adaptable(at: LocatedModule) -> bool:
+    """Whether an adapter on this layer has an effect: its kind is supported, and the model calls it."""
+    return why_not_adaptable(at.module) is None and not is_never_called(at)
 
 
 def _called_instead(at: LocatedModule) -> list[str]:
@@ -102,9 +103,8 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
     return [
         at.path
         for at in modules
-        if why_not_adaptable(at.module) is None
-        and (at.module is output or any(is_inside(at.path, head) for head in heads))
-        and not is_never_called(at)
+        if (at.module is output or any(is_inside(at.path, head) for head in heads))
+        and is_adaptable(at)
     ]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.models.heads import is_never_called
-from lorakit.models.layers import RowSlice, uncompiled, walk, weight_shape, why_not_adaptable
+from lorakit.models.heads import is_adaptable
+from lorakit.models.layers import RowSlice, uncompiled, walk, weight_shape
 from lorakit.models.places import ROLES, Place, all_places
 
 
@@ -66,11 +66,7 @@ def targets(model: nn.Module) -> TargetList:
     """List the adaptable layers of ``model``: every role with its modules, then layers by name."""
     model = uncompiled(model)
     modules = list(walk(model))
-    shapes = {
-        at.path: weight_shape(at.module)
-        for at in modules
-        if why_not_adaptable(at.module) is None and not is_never_called(at)
-    }
+    shapes = {at.path: weight_shape(at.module) for at in modules if is_adaptable(at)}
     places = [place for place in all_places(model, modules) if place.path in shapes]
     with_role = {place.path for place in places}
     places += [Place(path, "") for path in shapes if path not in with_role]

@@ -12,61 +12,29 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lorakit.errors import BaseModelError, ConfigurationError, LorakitError, nearest
+from lorakit.formatting import listed
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import locate, read_config
+from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
 from lorakit.models.quantised import require_exact_layers
-from lorakit.models.quantising import (
-    check_available,
-    projections_as_stored,
-    quantise,
-    share_of_experts,
-)
+from lorakit.models.quantising import check_available, projections_as_stored, quantise_base
 from lorakit.models.shared_setting import SharedSetting
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
 from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOCATED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[ModelSource, ModelSource]] = (
     WeakKeyDictionary()
 )
 """Sources of the tokenizers that `load_tokenizer` has read, without and with the commit on the hub."""
 
-ModelHead = Literal[
-    "causal-lm",
-    "seq2seq-lm",
-    "masked-lm",
-    "sequence-classification",
-    "regression",
-    "image-classification",
-    "base",
-]
-"""The model's head, by the task it is for."""
-
-_MODEL_CLASSES: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "base": "AutoModel",
-}
-_BY_SUFFIX: dict[str, ModelHead] = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForImageClassification": "image-classification",
-}
-"""Head of a model, by the suffix of its class name."""
 _CLASSIFICATION: tuple[str, ...] = ("sequence-classification", "image-classification")
 NEW_WEIGHTS = "Newly initialised weights"
 """Start of the notice about `Base.new_weights`."""
@@ -168,49 +136,14 @@ def load_base(
         if tokenizer is None:
             tokenizer = tokenizer_of(source, path, options)
     if quantisation:
-        experts = share_of_experts(model)
-        count = quantise(model, quantisation, dtypes)
-        # The other weights may map the checkpoint's file: all that was read of it would stay in memory.
-        for tensor in (*model.parameters(), *model.buffers()):
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                tensor.data = tensor.data.clone()
-        notices.append(
-            f"The weights of {count} projections are quantised to {quantisation} (by bitsandbytes), all others are in "
-            f"{dtype_name(weights_dtype)}."
-        )
-        if experts:
-            notices.append(
-                f"The experts of this model, {experts:.0%} of its weights, are not quantised, because they are stacked "
-                "tensors and not layers. They need as much memory as before."
-            )
+        notices += quantise_base(model, quantisation, dtypes, weights_dtype)
     require_exact_layers(model)
-    if source.packaged or source.kind == "gguf":
+    if source.packaged or source.kind != "folder":
         # The path of the weights on this machine means nothing on another one.
-        model.config._name_or_path = source.name
+        model.config._name_or_path, model.config._commit_hash = source.name, source.revision
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     set_padding(base)
     return base
-
-
-def head_of_class(class_name: str, *, is_encoder_decoder: bool) -> ModelHead | None:
-    """Return the head of a model class by its name; None if the name ends in none of the known heads.
-
-    Args:
-        class_name: Name of the class.
-        is_encoder_decoder: Setting of the model. Decoders of images and text, such as Gemma 3, have the suffix of
-            encoder-decoders.
-    """
-    for suffix, head in _BY_SUFFIX.items():
-        if class_name.endswith(suffix):
-            return "causal-lm" if head == "seq2seq-lm" and not is_encoder_decoder else head
-    return None
-
-
-def model_class(task: ModelHead) -> Any:
-    """Return the auto class of transformers for `task`."""
-    import transformers
-
-    return getattr(transformers, _MODEL_CLASSES[task])
 
 
 def load_tokenizer(
@@ -232,9 +165,9 @@ def load_tokenizer(
 
 
 def _check_arguments(task: str, num_labels: int | None) -> None:
-    if task not in _MODEL_CLASSES:
+    if task not in MODEL_CLASSES:
         raise ConfigurationError(
-            f"task '{task}' is not one of {', '.join(_MODEL_CLASSES)}.{nearest(str(task), _MODEL_CLASSES)}"
+            f"task '{task}' is not one of {', '.join(MODEL_CLASSES)}.{nearest(str(task), MODEL_CLASSES)}"
         )
     if num_labels is None:
         return
@@ -307,6 +240,8 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {message[:500]}"
         if source.kind == "gguf":
             reason += f". To convert the GGUF file again, delete '{path}'"
+        elif path != source.path_or_id:
+            reason += ". The hub cannot be reached, and its cached copy may be incomplete"
         raise BaseModelError(
             f"'{source.name}' cannot be loaded for the task '{task}': {reason.rstrip('.')}."
         ) from error
@@ -360,30 +295,19 @@ def _check_weights(
     if wrong:
         raise BaseModelError(
             f"The checkpoint of '{source.name}' lacks {len(wrong)} of the weights that "
-            f"{type(model).__name__} needs ({_some(wrong)}), so they would be random. It was saved for "
+            f"{type(model).__name__} needs ({listed(wrong, 4)}), so they would be random. It was saved for "
             f"another task than '{task}', or is incomplete."
         )
     notices = []
     if new:
         replaced = " (the checkpoint's has another number of outputs)" if mismatched else ""
-        notices.append(f"{NEW_WEIGHTS} (seed {seed}), to be trained{replaced}: {_some(new)}.")
+        notices.append(f"{NEW_WEIGHTS} (seed {seed}), to be trained{replaced}: {listed(new, 4)}.")
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        notices.append(f"Weights of the checkpoint that this task does not use: {_some(unused)}.")
+        notices.append(
+            f"Weights of the checkpoint that this task does not use: {listed(unused, 4)}."
+        )
     return new, notices
-
-
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether the architecture is trained on masked tokens and has no decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
 
 
 def set_padding(base: Base) -> None:
@@ -402,21 +326,10 @@ def set_padding(base: Base) -> None:
     )
     if ids > embeddings and mismatch not in base.notices:  # of the base's own tokenizer
         base.notices.append(mismatch)
-    own: Any = tokenizer.pad_token_id
-    problem = "The tokenizer has no padding token"
-    if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
-        problem = f"The tokenizer pads with token {own}, which has no embedding"
-        tokenizer.pad_token = None
+    if notice := _set_pad_token(tokenizer, config, embeddings):
+        base.notices.append(notice)
     if tokenizer.pad_token is None:
-        known = getattr(config, "pad_token_id", None)
-        if known is not None and 0 <= known < min(len(tokenizer), embeddings):
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            base.notices.append(f"{problem}, and there is no end token.")
-            return
-        tokenizer.pad_token = tokenizer.eos_token
-        base.notices.append(f"{problem}; {tokenizer.eos_token} is used.")
+        return
     # A classifier skips padding to find the last token of a row, so both must use the same token.
     if (configured := getattr(config, "pad_token_id", None)) != tokenizer.pad_token_id:
         if configured is not None:
@@ -428,3 +341,22 @@ def set_padding(base: Base) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any, embeddings: int) -> str:
+    """Give a tokenizer a padding token that has an embedding; return a notice if it had none, else an empty string."""
+    own: Any = tokenizer.pad_token_id
+    problem = "The tokenizer has no padding token"
+    if own is not None and own >= embeddings:  # many bases have such a token, which needs no vector
+        problem = f"The tokenizer pads with token {own}, which has no embedding"
+        tokenizer.pad_token = None
+    if tokenizer.pad_token is None:
+        known = getattr(config, "pad_token_id", None)
+        if known is not None and 0 <= known < min(len(tokenizer), embeddings):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    if tokenizer.pad_token is not None:
+        return ""
+    if tokenizer.eos_token is None:
+        return f"{problem}, and there is no end token."
+    tokenizer.pad_token = tokenizer.eos_token
+    return f"{problem}; {tokenizer.eos_token} is used."

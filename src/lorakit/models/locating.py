@@ -25,10 +25,12 @@ def locate(
     path, notices = source.path_or_id, []
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
-        commit, reachable = locate_on_hub(source)
+        commit, cached = locate_on_hub(source)
         source = replace(source, revision=commit)
-        options |= {"revision": commit, "local_files_only": not reachable}
-        if not reachable:
+        if cached is None:
+            options["revision"] = commit
+        else:
+            path, options["local_files_only"] = str(cached), True
             notices = ["The hub cannot be reached; the copy in the local cache is used."]
     elif source.kind == "gguf":
         folder = (converted_folder if weights else described_folder)(Path(path))

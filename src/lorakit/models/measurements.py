@@ -41,11 +41,9 @@ def keep_measurement(path: Path, measured: DataclassInstance, identity: Mapping[
     Raises:
         LorakitError: The folder is not writable.
     """
-    with storage.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.atomic_file(path) as temporary:
-            record = {_key(type(measured)): dataclasses.asdict(measured)}
-            storage.write_record(temporary, {**record, "identity": dict(identity)})
+    with storage.atomic_file(path) as temporary:
+        record = {_key(type(measured)): dataclasses.asdict(measured)}
+        storage.write_record(temporary, {**record, "identity": dict(identity)})
 
 
 def _key(kind: type) -> str:

@@ -33,7 +33,7 @@ from lorakit.models.heads import (
     classification_head,
     embedding_paths,
     head_paths,
-    is_never_called,
+    is_adaptable,
     output_embeddings,
 )
 from lorakit.models.layers import (
@@ -194,12 +194,11 @@ def _further_linear_places(
         Place(at.path, "")
         for at in modules
         if is_linear(at.module)
-        and why_not_adaptable(at.module) is None
         and at.path not in taken
         and at.module is not output
         and not is_inside(at.path, *heads)
         and (architecture_of(at.config) is None or name_in_block(at.path) is not None)
-        and not is_never_called(at)
+        and is_adaptable(at)
     ]
 
 
@@ -253,7 +252,7 @@ def names_of_adaptable(modules: Iterable[LocatedModule]) -> list[str]:
     """Return the last part, and the last two, of every adaptable layer's path."""
     names: dict[str, None] = {}
     for at in modules:
-        if why_not_adaptable(at.module) is None and not is_never_called(at):
+        if is_adaptable(at):
             parts = at.path.split(".")
             names |= {".".join(parts[-1:]): None, ".".join(parts[-2:]): None}
     return list(names)

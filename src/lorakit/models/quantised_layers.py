@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -37,13 +38,6 @@ class WholeWeight:
     """Dtype of the original weight, and of the layer's computation."""
     bfloat16: bytes
     """Digest of the original weight rounded to bfloat16."""
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> WholeWeight:
-        """Record a layer's weight before it is quantised."""
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return cls(type(layer), weight.dtype, digest(weight, torch.bfloat16))
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -138,7 +132,8 @@ def _matrix(layer: nn.Module) -> Tensor:
     return W.T.contiguous() if isinstance(layer, Conv1D) else W  # type: ignore[union-attr]
 
 
-def _take_over(quantised: nn.Module, layer: nn.Module) -> None:
+def _take_over(quantised: Any, layer: Any) -> None:
+    W = layer.weight
     quantised.bias = layer.bias
-    quantised.made_from = WholeWeight.of(layer)  # type: ignore[assignment]
+    quantised.made_from = WholeWeight(type(layer), W.dtype, digest(W, torch.bfloat16))
     quantised.train(layer.training)

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import BaseModelError, ConfigurationError, nearest
 from lorakit.models.direct_reads import never_calls
-from lorakit.models.dtypes import QUANTISATIONS, Quantisation
+from lorakit.models.dtypes import QUANTISATIONS, Quantisation, dtype_name
 from lorakit.models.heads import classification_head, output_embeddings
 from lorakit.models.layers import is_inside, is_stacked_experts
 from lorakit.models.quantised import FLAGS, quantised_weights
@@ -110,7 +110,35 @@ def quantise(
     return len(places)
 
 
-def share_of_experts(model: nn.Module) -> float:
+def quantise_base(
+    model: nn.Module,
+    kind: Quantisation,
+    dtypes: Mapping[str, torch.dtype] | None,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Quantise a model that `from_pretrained` has loaded with `dtype`; return notices. `dtypes` and errors: `quantise`.
+
+    The weights that stay as they are no longer map the checkpoint's file.
+    """
+    experts = _share_of_experts(model)
+    count = quantise(model, kind, dtypes)
+    # Of a file that is still mapped, all that was read would stay in memory.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter):
+            tensor.data = tensor.data.clone()
+    notices = [
+        f"The weights of {count} projections are quantised to {kind} (by bitsandbytes), all others are in "
+        f"{dtype_name(dtype)}."
+    ]
+    if experts:
+        notices.append(
+            f"The experts of this model, {experts:.0%} of its weights, are not quantised, because they are stacked "
+            "tensors and not layers. They need as much memory as before."
+        )
+    return notices
+
+
+def _share_of_experts(model: nn.Module) -> float:
     """Return which share of a model's weights are experts in stacked tensors, which `quantise` does not change."""
     experts = {
         id(p): p.numel()

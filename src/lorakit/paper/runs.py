@@ -386,8 +386,6 @@ class Runner:
         )
 
     def _write(self, run: TableRun, record: Record) -> Record:
-        with storage.writing(self._path(run)):
-            self._path(run).parent.mkdir(parents=True, exist_ok=True)
         with storage.atomic_file(self._path(run)) as temporary:
             storage.write_record(temporary, asdict(record))
         return record

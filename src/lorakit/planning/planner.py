@@ -15,7 +15,7 @@ from lorakit.models.base_shape import GPT3, Shape, shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.loading import head_of_class, is_encoder
+from lorakit.models.model_classes import head_of_class, is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic

@@ -18,7 +18,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape
 from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.loading import ModelHead, model_class
+from lorakit.models.model_classes import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
 from lorakit.ops.autocast import no_autocast
 

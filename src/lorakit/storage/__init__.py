@@ -1,18 +1,15 @@
 """Atomic writes, checksums and locks for files and folders."""
 
-from lorakit.storage.atomic import (
-    atomic_file,
-    atomic_folder,
-    delete_folder,
+from lorakit.storage.atomic import atomic_file, atomic_folder, delete_folder, remove_leftovers
+from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
+from lorakit.storage.outputs import (
     is_within,
     other_files,
-    remove_leftovers,
     require_free_file,
     require_free_folder,
     require_replaceable,
     visible_names,
 )
-from lorakit.storage.locking import HOLDER_NAME, LOCK_NAME, lock_folder
 from lorakit.storage.quiet import is_quiet_asked, quiet
 from lorakit.storage.records import (
     CHECKSUM,
@@ -32,42 +29,3 @@ from lorakit.storage.records import (
 from lorakit.storage.refusals import is_disk_full, reading, regular_file, writing
 from lorakit.storage.replaced import read_unchanged
 from lorakit.storage.yaml_files import dump_yaml, parse_yaml, read_yaml
-
-__all__ = [
-    "CHECKSUM",
-    "HOLDER_NAME",
-    "LOCK_NAME",
-    "STRICT_JSON",
-    "StrictJsonError",
-    "atomic_file",
-    "atomic_folder",
-    "delete_folder",
-    "dump_yaml",
-    "finite",
-    "is_disk_full",
-    "is_quiet_asked",
-    "is_within",
-    "json_line",
-    "lock_folder",
-    "other_files",
-    "parse_json",
-    "parse_yaml",
-    "quiet",
-    "read_json",
-    "read_record",
-    "read_unchanged",
-    "read_yaml",
-    "reading",
-    "regular_file",
-    "remove_leftovers",
-    "require_checksum",
-    "require_free_file",
-    "require_free_folder",
-    "require_replaceable",
-    "sha256",
-    "visible_names",
-    "write_json",
-    "write_record",
-    "write_rows",
-    "writing",
-]

@@ -15,15 +15,15 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 from lorakit.errors import RunFolderError
-from lorakit.storage.refusals import full_disk_explained, reading, writing
+from lorakit.storage.outputs import require_free_file, require_free_folder, require_no_mount
+from lorakit.storage.refusals import full_disk_explained, writing
 
 try:
     import fcntl
@@ -31,16 +31,12 @@ except ImportError:  # Windows
     fcntl = None
 
 _OLD_SUFFIX = "-old"
-_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?")
-"""Names of temporaries (`_created`), and of their targets."""
+_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?", re.DOTALL)
+"""Names of temporaries (`_temporary_name`), and of their targets."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PAUSES = tuple(0.01 * 2**n for n in range(9))
 """Seconds between the tries of a rename on Windows, 5 in total."""
-_OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that macOS and Windows add to the folders that a user looks at."""
-_APPLE_DOUBLE = b"\x00\x05\x16\x07"
-"""Start of the files `._NAME` in which macOS keeps attributes of NAME on other disks."""
 
 
 @contextmanager
@@ -58,7 +54,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             point, or cannot be written.
     """
     target = require_free_folder(path, overwrite=overwrite)
-    _require_no_mount(target)
+    require_no_mount(target)
     with (
         full_disk_explained(target),
         _created_parents(target),
@@ -108,113 +104,10 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
             )
 
 
-def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Return the real path of an output folder that can be written. Call this before long work.
-
-    Raises:
-        RunFolderError: As for `atomic_folder`; but a mount point passes, for files that are written in place.
-    """
-    target = _writable(path)
-    with writing(target):
-        if target.exists() and not target.is_dir():
-            raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
-        if target.is_dir() and not overwrite and not all(map(_is_disposable, target.iterdir())):
-            raise RunFolderError(
-                f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
-                "line) to replace it."
-            )
-    return target
-
-
-def require_free_file(path: str | Path, *, overwrite: bool = False, option: str = "") -> Path:
-    """Return the real path of an output file that can be written. Call this before long work.
-
-    Args:
-        path: The file.
-        overwrite: Whether it may exist.
-        option: The option that names the file, if it is not the usual --output.
-
-    Raises:
-        RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is
-            false, or cannot be written.
-    """
-    target = _writable(path)
-    with writing(target):
-        if target.exists() and not target.is_file():
-            kind = "a folder" if target.is_dir() else "a device"
-            raise RunFolderError(f"'{target}' is {kind}, expected a file. Choose another path.")
-        if target.exists() and not overwrite:
-            raise RunFolderError(
-                f"'{target}' already exists. Choose another file{f' ({option} FILE)' if option else ''}, or pass "
-                "overwrite=True (--overwrite on the command line) to replace it."
-            )
-    _require_no_mount(target)
-    return target
-
-
-def require_replaceable(
-    folder: str | Path, what: str, *, written: Collection[str], marks: Collection[str]
-) -> None:
-    """Refuse to overwrite a folder with files other than those that a save of this kind writes.
-
-    Args:
-        folder: The output folder; it may be missing or empty.
-        what: Whose files a save writes, for the message ("an adapter's").
-        written: Patterns of those files, relative to the folder. A star does not match a slash.
-        marks: The folder must have one of these files.
-
-    Raises:
-        RunFolderError: The folder has other files, or none of `marks`, or is a mount point.
-    """
-    folder = Path(os.path.realpath(folder))
-    _require_no_mount(folder)
-    if others := other_files(folder, written=written, marks=marks):
-        raise RunFolderError(
-            f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
-            f"{', '.join(others)}. Choose another folder."
-        )
-
-
-def other_files(folder: Path, *, written: Collection[str], marks: Collection[str]) -> list[str]:
-    """Return up to three files of a folder that overwriting it would delete; see `require_replaceable`.
-
-    Raises:
-        RunFolderError: The folder cannot be read.
-    """
-    with reading(folder, RunFolderError):
-        patterns = written if any((folder / mark).exists() for mark in marks) else ()
-        files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        names = (file.relative_to(folder).as_posix() for file in files if not _is_disposable(file))
-        others = (
-            name
-            for name in names
-            if not any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
-        )
-        return sorted(islice(others, 3))  # the folder may have millions
-
-
 def _free_name(path: Path) -> Path:
     """Return a path beside a file that is not in use: NAME-2.jsonl for NAME.jsonl."""
     numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
     return next(other for other in numbered if not other.exists())
-
-
-def _require_no_mount(target: Path) -> None:
-    """Reject a mount point, such as a volume of a container: no rename can replace it."""
-    if os.path.ismount(target):
-        raise RunFolderError(
-            f"'{target}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
-        )
-
-
-def _is_disposable(path: Path) -> bool:
-    """Return whether a file manager created the file, so that overwriting loses nothing."""
-    if not path.is_file():
-        return False
-    if path.name.startswith("._"):
-        with path.open("rb") as file:
-            return file.read(len(_APPLE_DOUBLE)) == _APPLE_DOUBLE
-    return path.name in _OF_FILE_MANAGERS
 
 
 def copy_mode(source: Path, target: Path) -> None:
@@ -226,51 +119,11 @@ def copy_mode(source: Path, target: Path) -> None:
             raise
 
 
-def visible_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder, without hidden ones and the files of file managers."""
-    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted(entry.name for entry in entries if not _is_disposable(entry))
-
-
-def is_within(path: str | Path, folder: Path) -> bool:
-    """Return whether `path` exists and is `folder` or a file or folder in it.
-
-    Compares what the file system finds, not names: macOS and Windows ignore the case of letters. A link in place of
-    `folder` contains nothing, as deleting it spares its target.
-    """
-    if not (os.path.exists(path) and os.path.lexists(folder)):
-        return False
-    place, found = Path(os.path.realpath(path)), folder.lstat()
-    return any(os.path.samestat(above.stat(), found) for above in (place, *place.parents))
-
-
-def _writable(path: str | Path) -> Path:
-    """Return the real path if this process has permission to write there."""
-    try:
-        target = Path(os.path.realpath(path))
-    except ValueError as error:  # a null byte
-        raise RunFolderError(f"{str(path)!r} is not a valid path: {error}.") from None
-    with writing(target):
-        above = next((parent for parent in target.parents if parent.exists()), target)
-        if not above.is_dir():
-            raise RunFolderError(
-                f"Cannot write '{target}': '{above}' is a file, not a folder. Choose another path."
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise RunFolderError(
-                f"Cannot write '{target}': no permission to write to '{above}'. Choose another path."
-            )
-    return target
-
-
-# --- the steps of a save -------------------------------------------------------------------------
-
-
 @contextmanager
 def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """Create a file or folder beside the target, yield its path, and remove it at the end."""
     with writing(target):
-        _remove_leftovers(target)
+        _remove_leftovers(target.parent, target.name)
         temporary, lock = _created(target, create)
     try:
         yield temporary
@@ -298,11 +151,7 @@ def delete_folder(path: Path) -> None:
 
 
 def _temporary_name(target: Path) -> str:
-    return f"{_temporary_prefix(target)}{secrets.token_hex(6)}"
-
-
-def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.tmp-"
+    return f".{target.name}.tmp-{secrets.token_hex(6)}"
 
 
 def _created(target: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
@@ -353,17 +202,17 @@ def remove_leftovers(folder: Path) -> None:
         RunFolderError: `folder` cannot be read, or an old folder cannot be renamed back.
     """
     with writing(folder):
-        found = filter(None, map(_TEMPORARY.fullmatch, os.listdir(folder)))
-        for name in {match[1] for match in found}:
-            _remove_leftovers(folder / name)
+        _remove_leftovers(folder)
 
 
-def _remove_leftovers(target: Path) -> None:
-    for name in sorted(os.listdir(target.parent)):
-        if not name.startswith(_temporary_prefix(target)):
+def _remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Remove the temporaries of killed processes; only those of the target named `of`, if it is given."""
+    for name in sorted(os.listdir(folder)):
+        match = _TEMPORARY.fullmatch(name)
+        if match is None or of not in (None, match[1]):
             continue
-        leftover = target.with_name(name)
-        if fcntl is None and name.endswith(_OLD_SUFFIX) and not target.exists():
+        leftover, target, is_old = folder / name, folder / match[1], match[2] is not None
+        if fcntl is None and is_old and not target.exists():
             # If its process still runs, the save there fails, but no content is lost.
             _rename(leftover, target)
             continue
@@ -371,7 +220,7 @@ def _remove_leftovers(target: Path) -> None:
         if lock is None:
             continue
         try:
-            if name.endswith(_OLD_SUFFIX):
+            if is_old:
                 _restore_or_remove(leftover, target)
             else:
                 _remove(leftover)

@@ -19,7 +19,7 @@ from lorakit.methods.combined import parts as methods_in
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import describe
 from lorakit.methods.registry import METHODS, unused_sections
-from lorakit.models.loading import head_of_class
+from lorakit.models.model_classes import head_of_class
 from lorakit.models.packaged import PACKAGED_MODELS
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

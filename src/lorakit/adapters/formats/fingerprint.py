@@ -228,7 +228,13 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         return []  # these weights round to those of the training, so they are at least as precise
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
-    same_source = recorded.source.name is not None and recorded.source == live.source
+    revisions = {recorded.source.revision, live.source.revision}
+    # A model that transformers has loaded, not lorakit, has no revision.
+    same_source = (
+        recorded.source.name is not None
+        and recorded.source.name == live.source.name
+        and len(revisions - {None}) < 2
+    )
     if then.bfloat16 is None or now.bfloat16 is None:
         unhashed = now if now.bfloat16 is None else then
         if same_source:
@@ -245,7 +251,7 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     # float32 is rounded to bfloat16 once, in the load or for the hash, so equal weights have equal hashes. Other
     # dtypes round a second time. A local path has no revision: its weights may have been replaced.
     if then.dtype != now.dtype and {then.dtype, now.dtype} != {"float32", "bfloat16"}:
-        if same_source and live.source.revision is not None:
+        if same_source and None not in revisions:
             return [f"{change}, both of {_describe(live)}. Rounded twice, they cannot be compared."]
         reason += f", perhaps only by rounding (load it as in the training, in {then.dtype}, to compare them)"
     raise _wrong_base(recorded, live, reason)

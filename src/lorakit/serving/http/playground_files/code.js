@@ -73,7 +73,9 @@ function lorakit(request, base, dtype) {
   return [
     "import lorakit",
     ...(body.lora ? ["from lorakit.adapters import handle_of"] : []),
-    ...(names.length ? ["from lorakit.compute.adapted import AdapterFile, add_adapter"] : []),
+    ...(names.length
+      ? ["from lorakit.compute.adapted import add_adapter", "from lorakit.compute.adapter_file import AdapterFile"]
+      : []),
     "from lorakit.evaluation.decoding import Decoding",
     "from lorakit.evaluation.generate import generate",
     ...(body.messages
