@@ -119,10 +119,10 @@ def equality(root: Path) -> dict[int, Outcomes]:
                 job = opened(root, processes, **with_data(root, WAYS[way]))
                 assert any(map(is_split, job.model.parameters())) == (count > 1)
                 move(job)
-                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
+                job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
                 if way == "late layer":
                     detach_in_first_step(job)
-                tensors = take_steps(job, optimizer, steps_of(way))
+                tensors = take_steps(job, steps_of(way))
                 save_file(tensors, root / f"{way} {count} {rank}.safetensors")
 
     return {count: run(count, lambda rank, count=count: work(count, rank)) for count in COUNTS}
@@ -198,7 +198,7 @@ def whole_gradients(job: Job) -> int:
         lambda _: kept.append(sum(len(c.reduce_scatter_states) for c in contexts.values()))
     )
     step = next(job.step_plan.steps())
-    optimizer_step(job, build_optimizer(job.parameters, job.config.optimizer, 0.1), step, 0)
+    optimizer_step(job, step, 0)
     return max(kept)
 
 
@@ -210,22 +210,22 @@ def parts(root: Path) -> Outcomes:
             for method in ("lora", "full"):
                 config = run_config(root, f"parts-{method}", method=method, shard=True)
                 with loop.open_run(config, processes) as run_folder:
-                    job, optimizer, state = loop._start(run_folder, processes)
-                    take_steps(job, optimizer, 1)
-                    tensors = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    job, state = loop._start(run_folder, processes)
+                    take_steps(job, 1)
+                    tensors = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for tensor in tensors.values():
                         with torch.no_grad():
                             own_part(tensor).fill_(rank + 1.0 if is_split(tensor) else 9.0)
                     state.step = 1
                     job.save_adapter(run_folder.adapter, state)
-                    loop._save_checkpoint(run_folder, job, state, optimizer)
+                    loop._save_checkpoint(run_folder, job, state)
                     for tensor in tensors.values():
                         with torch.no_grad():
                             own_part(tensor).zero_()
                     checkpoint.restore(
-                        run_folder.checkpoints, job.weights, optimizer, inputs=job.inputs
+                        run_folder.checkpoints, job.weights, job.optimizer, inputs=job.inputs
                     )
-                    loaded = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    loaded = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for name, tensor in loaded.items():
                         expected = rank + 1.0 if is_split(tensor) else 9.0
                         assert (own_part(tensor) == expected).all(), name
@@ -257,8 +257,8 @@ def mixed(root: Path) -> dict[int, Outcomes]:
                     shard=count > 1,
                 )
                 job = prepare(dataclasses.replace(config, base=base), processes)
-                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-3)
-                tensors = take_steps(job, optimizer, 5)
+                job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-3)
+                tensors = take_steps(job, 5)
                 save_file(tensors, root / f"mixed {method} {count} {rank}.safetensors")
 
     return {count: run(count, lambda rank, count=count: work(count, rank)) for count in (1, 2)}

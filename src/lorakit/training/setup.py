@@ -51,6 +51,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
+from lorakit.training.optimizer import build_optimizer
 from lorakit.training.run_folder import set_aside
 from lorakit.training.schedule import Share, StepPlan, rate_factor
 from lorakit.training.sharding import (
@@ -157,6 +158,11 @@ class Job:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimizer updates, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @cached_property
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW over these parameters, with its state."""
+        return build_optimizer(self.parameters, self.config.optimizer, self.config.peak_rate)
 
     @property
     def weights(self) -> dict[str, Tensor]:
