@@ -166,12 +166,15 @@ def nearest_path(path: str | os.PathLike[str]) -> str:
     return f" Did you mean '{found}'?"
 
 
-def require_at_least(name: str, value: float | None, least: float) -> None:
-    """Raise a ConfigurationError unless `value` is None, or finite and at least `least`."""
-    if value is not None and not least <= value < math.inf:  # also rejects NaN
-        raise ConfigurationError(
-            f"{name} is {value!r}; it must be a finite number of {least} or more."
-        )
+def require_at_least(
+    name: str, value: float | None, least: float, *, below: float = math.inf
+) -> None:
+    """Raise a ConfigurationError unless `value` is None, or finite, at least `least` and below `below`."""
+    if value is not None and not least <= value < below:  # also rejects NaN
+        expected = f"a finite number of {least} or more"
+        if below < math.inf:
+            expected = f"at least {least} and below {below}"
+        raise ConfigurationError(f"{name} is {value!r}; it must be {expected}.")
 
 
 def require_suffix(name: str, path: str | None, suffix: str) -> None:
