@@ -194,7 +194,6 @@ class Regression(Labelled):
     @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return Pearson's and Spearman's correlation and the squared error: :func:`lorakit.metrics.regression`."""
-        del settings
         return metrics.regression(outputs, targets(examples))
 
 
