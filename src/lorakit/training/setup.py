@@ -475,11 +475,7 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
         config.seed,
         groups=[example.prompt for example in train] if grouped else None,
     )
-    return StepPlan(
-        sampler,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    return StepPlan(sampler, epochs=config.epochs, max_steps=config.max_steps)
 
 
 def attach_method(
