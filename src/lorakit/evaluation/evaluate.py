@@ -173,7 +173,7 @@ def _read(config: EvaluateConfig) -> _ScoredData:
     )
     examples = loaded.examples
     if task.has_references:
-        groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
+        groups = by_prompt(examples, config.limit)
         examples = [example for group in groups.values() for example in group]
         scored: Groups = list(groups.values())
     else:
@@ -315,7 +315,7 @@ def generated(
     keeps the number of prompts that fit into memory. `count` processes can share the prompts: the one with this `rank`
     answers each `count`-th prompt, and `gather` returns the answers of all.
     """
-    groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
+    groups = by_prompt(examples)
     tokenizer = base.text_tokenizer
     stop_ids = task.stop_ids(tokenizer)
     settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
@@ -396,12 +396,13 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
 
 
 def by_prompt(
-    examples: Sequence[LanguageExample], limit: int | None = None
+    examples: Sequence[Example], limit: int | None = None
 ) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group examples by the tokens to generate from, in order of appearance, and return the first `limit` groups."""
+    """Group the examples of texts by the tokens to generate from, in order of appearance: the first `limit` groups."""
     groups: dict[tuple[int, ...], list[LanguageExample]] = {}
     for example in examples:
-        groups.setdefault(tuple(example.generation_ids), []).append(example)
+        if isinstance(example, LanguageExample):
+            groups.setdefault(tuple(example.generation_ids), []).append(example)
     return dict(list(groups.items())[:limit])
 
 

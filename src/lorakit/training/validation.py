@@ -11,7 +11,6 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
-from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
 from lorakit.training.divergence import ADVICE
 from lorakit.training.events import record_batch_sizes
@@ -127,7 +126,7 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
     """
     settings = job.config.evaluation
     assert job.validation is not None
-    groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
+    groups = list(by_prompt(job.validation).values())
     evaluation = generated(
         job.base,
         [example for group in spread(groups, settings.samples) for example in group],
