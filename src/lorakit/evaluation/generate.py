@@ -108,7 +108,7 @@ def generate(
     settings = generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
-    stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
+    stopping = StoppingCriteriaList([StopIfInterrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     synced = any(map(is_split, model.parameters())) or None  # None: transformers decides
@@ -269,7 +269,7 @@ def ending_tokens_of_model(model: PreTrainedModel) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-class Interrupted(StoppingCriteria):
+class StopIfInterrupted(StoppingCriteria):
     """Ends the generation of all rows once a function returns True."""
 
     def __init__(self, interrupted: Callable[[], bool]) -> None:

@@ -28,7 +28,7 @@ from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
 from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers, require_loggers
-from lorakit.training.memory import release_free_memory, reset_peak_memory
+from lorakit.training.memory import reset_peak_memory, trim_heap
 from lorakit.training.noise import own_generators, require_keyed_noise
 from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
@@ -155,7 +155,7 @@ def _train_to_end(
                 _save_checkpoint(run, job, state)
             with _kept_weights(run, job, state):
                 validate(run, job, state, log, show, interruption)
-            release_free_memory()
+            trim_heap()
         if interruption.requested:
             break
         if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):

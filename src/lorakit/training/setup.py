@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 import torch
@@ -33,6 +33,7 @@ from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
+from lorakit.evaluation.evaluate import evenly_spaced
 from lorakit.extensions import file_of
 from lorakit.formatting import counted
 from lorakit.methods import Method
@@ -62,9 +63,7 @@ from lorakit.training.sharding import (
 )
 from lorakit.training.warm_start import warm_start
 
-T = TypeVar("T")
-
-ADAPTER = "default"
+TRAINED = "default"
 """Name of the trained adapter on its model."""
 
 CHECKPOINT_STEPS = 500
@@ -170,7 +169,7 @@ class Job:
         buffers = {
             name: buffer
             for name, buffer in self.model.named_buffers()
-            if f".adapters.{ADAPTER}." in name
+            if f".adapters.{TRAINED}." in name
         }
         return {**self.parameters, **buffers}
 
@@ -209,7 +208,7 @@ class Job:
     @cached_property
     def base_record(self) -> BaseRecord:
         """The fingerprint of the base, taken once: training leaves the base unchanged."""
-        return self.adapters.base_record(ADAPTER, tokenizer=self.base.tokenizer)
+        return self.adapters.base_record(TRAINED, tokenizer=self.base.tokenizer)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -229,7 +228,7 @@ class Job:
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
         start = self.config.from_adapter
         # Without defaults, so that a setting that a later version adds does not change the digest.
-        described = describe(self.adapters.method(ADAPTER), main=False)
+        described = describe(self.adapters.method(TRAINED), main=False)
         method = hashlib.sha256(described.encode()).hexdigest()
         return {
             "base model": {
@@ -277,7 +276,7 @@ class Job:
             if self.config.shard or self.processes.is_first:
                 self.adapters.save(
                     folder,
-                    ADAPTER,
+                    TRAINED,
                     tokenizer=self.base.tokenizer,
                     provenance=provenance,
                     base=self.base_record,
@@ -303,7 +302,7 @@ class Job:
         dtype, start = dtype_name(self.dtype), self.config.from_adapter
         method = self.config.method
         if start is not None:
-            method = f"{type(self.adapters.method(ADAPTER)).__name__} of {start}"
+            method = f"{type(self.adapters.method(TRAINED)).__name__} of {start}"
         lines.append(
             f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
         )
@@ -422,7 +421,7 @@ def _attached(
         adapters=adapters,
         train=train,
         validation=validation,
-        scored=spread(validation.examples if validation else [], config.evaluation.limit),
+        scored=evenly_spaced(validation.examples if validation else [], config.evaluation.limit),
         step_plan=step_plan_of(config, train),
         processes=processes,
     )
@@ -460,7 +459,7 @@ def autocast_of(
     The copies are float32 (see `attach_method`), and autocast computes their products in `dtype`. Low-rank factors
     need no autocast: `lorakit.ops.lora_linear` casts them.
     """
-    trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
+    trains_base = any(module.trained for module in adapters.modules(TRAINED).values())
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -491,13 +490,13 @@ def attach_method(
     """
     model = base.model
     if method is None and config.from_adapter is not None:
-        adapters = warm_start(base, config.from_adapter, name=ADAPTER)
+        adapters = warm_start(base, config.from_adapter, name=TRAINED)
     else:
         # The head is new and random, so it is trained as well.
         head = [] if task.generates else classification_head(model)
         method = with_head(method or config.chosen_method, model, head, base.new_weights)
-        adapters = attach(model, method, name=ADAPTER, seed=config.seed)
-    for parameter in adapters.trainable_parameters(ADAPTER):
+        adapters = attach(model, method, name=TRAINED, seed=config.seed)
+    for parameter in adapters.trainable_parameters(TRAINED):
         # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
         parameter.data = parameter.data.float()
     # BitFit trains the bias of a LayerNorm in float32, next to a frozen weight in the base's dtype.
@@ -521,10 +520,3 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:  # its earlier name
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """Return `limit` evenly spaced items, since neighbours in a file are often similar."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
