@@ -49,6 +49,7 @@ from lorakit.training.config import HeldOutConfig, TrainConfig
 from lorakit.training.distributed import joined
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
+from lorakit.training.progress import first_lines
 from lorakit.training.setup import Job, prepare
 from lorakit.training.step import optimizer_step
 
@@ -154,7 +155,7 @@ def memory(root: Path) -> Outcomes:
                     "split": sum(4 * p.numel() for p in parameters if is_split(p)),
                     "seeded": [p.sum().item() for p in parameters if not is_split(p)],
                     "share": job.share(next(job.step_plan.steps())),
-                    "line": next(line for line in job.describe() if "split over" in line),
+                    "line": next(line for line in first_lines(job) if "split over" in line),
                 }
                 if method == "full":
                     found[method]["whole gradients"] = whole_gradients(job)

@@ -35,14 +35,12 @@ from lorakit.data.batches import BatchSampler
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evenly_spaced
 from lorakit.extensions import file_of
-from lorakit.formatting import counted
 from lorakit.methods import Method
 from lorakit.methods.lora.init import placeholders
 from lorakit.methods.method import describe, with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.models.sharding import is_split
@@ -55,12 +53,7 @@ from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.run_folder import set_aside
 from lorakit.training.schedule import Share, StepPlan, rate_factor
-from lorakit.training.sharding import (
-    require_splittable,
-    require_support,
-    split_base,
-    split_note,
-)
+from lorakit.training.sharding import require_splittable, require_support, split_base
 from lorakit.training.warm_start import warm_start
 
 TRAINED = "default"
@@ -283,49 +276,6 @@ class Job:
                     overwrite=True,
                     is_main_process=self.processes.is_first,
                 )
-
-    def describe(self) -> list[str]:
-        """Return the lines printed at the start of a run."""
-        lines = [f"base      {self.base.source.name}", f"train     {self.train.report}"]
-        lines.append(f"task      {self.train.task}: {self.train.format}")
-        lines[1:1] = [
-            f"          {note}" for note in (self.base.source.note, *self.base.notices) if note
-        ]
-        if self.validation is not None:
-            part = (
-                ""
-                if len(self.scored) == len(self.validation)
-                else f" ({len(self.scored):,} scored)"
-            )
-            lines.append(f"held out  {self.validation.report}{part}")
-        trained = sum(p.numel() for p in self.parameters.values())
-        dtype, start = dtype_name(self.dtype), self.config.from_adapter
-        method = self.config.method
-        if start is not None:
-            method = f"{type(self.adapters.method(TRAINED)).__name__} of {start}"
-        lines.append(
-            f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
-        )
-        among = f", in {count} processes" if (count := self.processes.count) > 1 else ""
-        lines.append(
-            f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
-            f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
-        )
-        warmup = self.config.optimizer.warmup
-        if warmup > self.step_plan.total:
-            reached = self.rate_factor(self.step_plan.total - 1)
-            lines.append(
-                f"          optimizer.warmup of {warmup:,.0f} steps is longer than the run: the learning rate ends at "
-                f"{reached:.0%} of its peak. To reach the peak, set at most {self.step_plan.total:,}."
-            )
-        if self.config.shard:
-            lines.append(f"          {split_note(self.model, self.processes)}")
-        if self.batch_size.size < self.batch_size.configured:
-            batch = counted(self.batch_size.size, "example")
-            lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
-        if self.computation.note:
-            lines.append(f"loss      {self.computation.note}")
-        return lines
 
     def held_out_objective(self) -> Objective:
         """Return the training loss without label smoothing."""
