@@ -30,9 +30,10 @@ from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import reset_peak_memory, trim_heap
 from lorakit.training.noise import own_generators, require_keyed_noise
+from lorakit.training.opening import open_run
 from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
-from lorakit.training.run_folder import RunFolder, RunResult, open_run
+from lorakit.training.run_folder import RunFolder, RunResult
 from lorakit.training.setup import Job, prepare, step_plan_of
 from lorakit.training.sharding import gathering, whole_in_first
 from lorakit.training.step import optimizer_step
