@@ -171,10 +171,10 @@ def require_at_least(
 ) -> None:
     """Raise a ConfigurationError unless `value` is None, or finite, at least `least` and below `below`."""
     if value is not None and not least <= value < below:  # also rejects NaN
-        expected = f"a finite number of {least} or more"
+        bounds = f"a finite number of {least} or more"
         if below < math.inf:
-            expected = f"at least {least} and below {below}"
-        raise ConfigurationError(f"{name} is {value!r}; it must be {expected}.")
+            bounds = f"at least {least} and below {below}"
+        raise ConfigurationError(f"{name} is {value!r}; it must be {bounds}.")
 
 
 def require_suffix(name: str, path: str | None, suffix: str) -> None:
