@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +50,6 @@ from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, 
 from lorakit.tasks.classification import targets
 from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,13 +404,6 @@ def by_prompt(
         if isinstance(example, LanguageExample):
             groups.setdefault(tuple(example.generation_ids), []).append(example)
     return dict(list(groups.items())[:limit])
-
-
-def evenly_spaced(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """Return `limit` evenly spaced items, since neighbours in a file are often similar."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lorakit.configuration import as_dict
-from lorakit.evaluation.evaluate import Evaluation, evenly_spaced
+from lorakit.data.examples import evenly_spaced
+from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import counted, number
 from lorakit.reporting import measures

@@ -32,8 +32,8 @@ from lorakit.compute.computation import Computation, choose_computation, confirm
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
+from lorakit.data.examples import evenly_spaced
 from lorakit.errors import ConfigurationError
-from lorakit.evaluation.evaluate import evenly_spaced
 from lorakit.extensions import file_of
 from lorakit.methods import Method
 from lorakit.methods.lora.init import placeholders
