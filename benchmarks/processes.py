@@ -29,7 +29,6 @@ from benchmarks.workloads import SEED
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.distributed import Processes, joined
-from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 from lorakit.training.step import optimizer_step
 
@@ -124,12 +123,11 @@ def measure(method: str, threads: int, scratch: Path) -> dict[str, Any] | None:
     )
     with joined("cpu") as processes:
         job = prepare(config, processes)
-        optimizer = build_optimizer(job.parameters, config.optimizer, config.peak_rate)
         times, tokens = [], 0
         for number, examples in zip(range(STEPS), job.step_plan.steps(), strict=False):
             began, summing = time.monotonic(), Timed(Processes.sum_gradients)
             with mock.patch.object(Processes, "sum_gradients", summing.method()):
-                done = optimizer_step(job, optimizer, examples, number)
+                done = optimizer_step(job, examples, number)
             if number >= WARM_UP:
                 times.append((began, summing.began, summing.ended, time.monotonic()))
                 tokens += done.tokens

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.data import Template
+from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError, DataError
 from lorakit.tasks import BadRow
 

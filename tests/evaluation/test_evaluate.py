@@ -398,6 +398,29 @@ def test_a_missing_package_shows_before_the_model_runs(tmp_path, monkeypatch, ki
         evaluate(config)
 
 
+def test_an_error_in_a_score_of_labels_shows_before_the_base_is_loaded(
+    tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "mine.py").write_text("""
+from lorakit.tasks import Classification
+
+class Mine(Classification):
+    name = "mine"
+
+    @classmethod
+    def score(cls, outputs, examples, **settings):
+        assert outputs == [example.label for (example,) in examples] == [1, 0, 1]
+        raise ZeroDivisionError
+""")
+    tiny_runs.save_base(tmp_path / "base", "bert", "base")
+    rows = [{"text": text, "label": label} for text, label in zip("abc", "yny", strict=True)]
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    monkeypatch.setattr(evaluate_module, "open_adapted", lambda *_, **__: pytest.fail("loaded"))
+    data = DataConfig(task=f"{tmp_path / 'mine.py'}:Mine", test=test)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(settings(tmp_path, data=data))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [({"scores": ()}, "scores is empty"), ({"limit": 0}, "limit"), ({"split": "train"}, "split")],

@@ -83,7 +83,7 @@ FAULTS = (
     Fault("yaml", "lorakit.storage.yaml_files:Loader.compose_node", "self._depth > MAX_DEPTH"),
     Fault("yaml", "lorakit.storage.yaml_files:read_yaml", "except yaml.YAMLError"),
     # a byte order mark, a blank line, an exception of the library
-    Fault("jsonl", "lorakit.data.readers:read_jsonl", "number == 1"),
+    Fault("jsonl", "lorakit.data.readers:_open", "file.peek(3)[:3] == codecs.BOM_UTF8"),
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "not line.strip()"),
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "except RecursionError"),
     # the number of fields, a column without a name, an exception of the library

@@ -45,7 +45,6 @@ from lorakit.serving.engine import Sampling
 from lorakit.serving.sampling import Chooser, choose
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
-from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 from lorakit.training.step import optimizer_step
 
@@ -202,11 +201,10 @@ def _waits(folder: Path, arch: str, batches: int) -> tuple[int, int]:
     settings = OptimizerConfig(learning_rate=1e-2)
     config = _config(SECOND, folder, arch, accumulation=batches, optimizer=settings, max_steps=2)
     job = prepare(config)
-    optimizer = build_optimizer(job.parameters, config.optimizer, 1e-2)
     for number, examples in enumerate(job.step_plan.steps()):
         second_device.waits.clear()
         second_device.uploads.clear()
-        optimizer_step(job, optimizer, examples, number)
+        optimizer_step(job, examples, number)
     return len(second_device.waits), len(second_device.uploads) // batches
 
 

@@ -45,7 +45,7 @@ def before_step(number: int, action: Callable[[], object]) -> None:
     original = loop.optimizer_step
 
     def acting(*args: Any) -> Any:
-        if args[3] == number - 1:
+        if args[2] == number - 1:
             action()
         return original(*args)
 

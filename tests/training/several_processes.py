@@ -284,8 +284,8 @@ def equality(root: Path) -> Any:
                 require_keyed_noise(job)
                 job.model.double()
                 move(job.parameters)
-                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
-                tensors = take_steps(job, optimizer, steps_of(name))
+                job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
+                tensors = take_steps(job, steps_of(name))
                 for parameter in job.parameters.values():
                     assert parameter.dtype == torch.float64
                 save_file(tensors, root / f"{name} {count} {rank}.safetensors")
@@ -302,7 +302,7 @@ def move(parameters: Mapping[str, torch.Tensor]) -> None:
             parameter.add_(0.02 * noise)
 
 
-def take_steps(job: Any, optimizer: torch.optim.Optimizer, count: int) -> dict[str, torch.Tensor]:
+def take_steps(job: Any, count: int) -> dict[str, torch.Tensor]:
     """Return the gradients of the first step, the loss of each step, and the weights after the last."""
     found: dict[str, torch.Tensor] = {}
 
@@ -315,7 +315,7 @@ def take_steps(job: Any, optimizer: torch.optim.Optimizer, count: int) -> dict[s
     at_step(1, record)
     losses, shares = [], []
     for number, examples in zip(range(count), job.step_plan.steps(), strict=False):
-        done = steps.optimizer_step(job, optimizer, examples, number)
+        done = steps.optimizer_step(job, examples, number)
         losses.append([done.loss, done.norm, done.tokens])
         shares.append(sum(map(len, job.share(examples))))
     steps.clip_gradients = original
@@ -515,7 +515,7 @@ def nan_at_step(number: int) -> None:
     times = iter([True])
 
     def stepping(*args: Any) -> Any:
-        bad = args[3] + 1 == number and next(times, False)
+        bad = args[2] + 1 == number and next(times, False)
         steps._accumulate_gradients = (
             (lambda *a: (float("nan"), accumulate(*a)[1])) if bad else accumulate
         )

@@ -49,6 +49,7 @@ from lorakit.training.config import HeldOutConfig, TrainConfig
 from lorakit.training.distributed import joined
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
+from lorakit.training.progress import first_lines
 from lorakit.training.setup import Job, prepare
 from lorakit.training.step import optimizer_step
 
@@ -119,10 +120,10 @@ def equality(root: Path) -> dict[int, Outcomes]:
                 job = opened(root, processes, **with_data(root, WAYS[way]))
                 assert any(map(is_split, job.model.parameters())) == (count > 1)
                 move(job)
-                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
+                job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
                 if way == "late layer":
                     detach_in_first_step(job)
-                tensors = take_steps(job, optimizer, steps_of(way))
+                tensors = take_steps(job, steps_of(way))
                 save_file(tensors, root / f"{way} {count} {rank}.safetensors")
 
     return {count: run(count, lambda rank, count=count: work(count, rank)) for count in COUNTS}
@@ -154,7 +155,7 @@ def memory(root: Path) -> Outcomes:
                     "split": sum(4 * p.numel() for p in parameters if is_split(p)),
                     "seeded": [p.sum().item() for p in parameters if not is_split(p)],
                     "share": job.share(next(job.step_plan.steps())),
-                    "line": next(line for line in job.describe() if "split over" in line),
+                    "line": next(line for line in first_lines(job) if "split over" in line),
                 }
                 if method == "full":
                     found[method]["whole gradients"] = whole_gradients(job)
@@ -198,7 +199,7 @@ def whole_gradients(job: Job) -> int:
         lambda _: kept.append(sum(len(c.reduce_scatter_states) for c in contexts.values()))
     )
     step = next(job.step_plan.steps())
-    optimizer_step(job, build_optimizer(job.parameters, job.config.optimizer, 0.1), step, 0)
+    optimizer_step(job, step, 0)
     return max(kept)
 
 
@@ -210,22 +211,22 @@ def parts(root: Path) -> Outcomes:
             for method in ("lora", "full"):
                 config = run_config(root, f"parts-{method}", method=method, shard=True)
                 with loop.open_run(config, processes) as run_folder:
-                    job, optimizer, state = loop._start(run_folder, processes)
-                    take_steps(job, optimizer, 1)
-                    tensors = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    job, state = loop._start(run_folder, processes)
+                    take_steps(job, 1)
+                    tensors = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for tensor in tensors.values():
                         with torch.no_grad():
                             own_part(tensor).fill_(rank + 1.0 if is_split(tensor) else 9.0)
                     state.step = 1
                     job.save_adapter(run_folder.adapter, state)
-                    loop._save_checkpoint(run_folder, job, state, optimizer)
+                    loop._save_checkpoint(run_folder, job, state)
                     for tensor in tensors.values():
                         with torch.no_grad():
                             own_part(tensor).zero_()
                     checkpoint.restore(
-                        run_folder.checkpoints, job.weights, optimizer, inputs=job.inputs
+                        run_folder.checkpoints, job.weights, job.optimizer, inputs=job.inputs
                     )
-                    loaded = {**job.weights, **checkpoint.optimizer_tensors(optimizer)}
+                    loaded = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for name, tensor in loaded.items():
                         expected = rank + 1.0 if is_split(tensor) else 9.0
                         assert (own_part(tensor) == expected).all(), name
@@ -257,8 +258,8 @@ def mixed(root: Path) -> dict[int, Outcomes]:
                     shard=count > 1,
                 )
                 job = prepare(dataclasses.replace(config, base=base), processes)
-                optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-3)
-                tensors = take_steps(job, optimizer, 5)
+                job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-3)
+                tensors = take_steps(job, 5)
                 save_file(tensors, root / f"mixed {method} {count} {rank}.safetensors")
 
     return {count: run(count, lambda rank, count=count: work(count, rank)) for count in (1, 2)}

@@ -49,8 +49,8 @@ def diverge(patch: pytest.MonkeyPatch, at: int, *, above: float = 0.6 * PEAK) ->
     original = loop.optimizer_step
 
     def step(*args: Any) -> Any:
-        optimizer, number = args[1], args[3]
-        peak = optimizer.param_groups[0]["peak"]
+        job, number = args[0], args[2]
+        peak = job.optimizer.param_groups[0]["peak"]
         done = original(*args)
         if number + 1 == at and peak > above:
             require_finite(number, math.nan, 1.0, peak)
@@ -64,7 +64,7 @@ def crash(patch: pytest.MonkeyPatch, at: int) -> None:
     original = loop.optimizer_step
 
     def step(*args: Any) -> Any:
-        if args[3] + 1 == at and args[1].param_groups[0]["peak"] < PEAK:
+        if args[2] + 1 == at and args[0].optimizer.param_groups[0]["peak"] < PEAK:
             raise Crash
         return original(*args)
 
@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(
 
     def step(*args: Any) -> Any:
         done = original(*args)
-        if args[3] + 1 == 6 and args[1].param_groups[0]["peak"] == PEAK:
+        if args[2] + 1 == 6 and args[0].optimizer.param_groups[0]["peak"] == PEAK:
             next(iter(args[0].parameters.values())).data[0] = math.inf
         return done
 
@@ -272,8 +272,8 @@ def test_an_exploded_run_goes_back_to_before_its_first_high_loss(
 
     def step(*args: Any) -> Any:
         done = original(*args)
-        high = args[3] + 1 >= 25 and args[1].param_groups[0]["peak"] == PEAK
-        return dataclasses.replace(done, loss=100 + args[3]) if high else done
+        high = args[2] + 1 >= 25 and args[0].optimizer.param_groups[0]["peak"] == PEAK
+        return dataclasses.replace(done, loss=100 + args[2]) if high else done
 
     config = settings(
         tmp_path,

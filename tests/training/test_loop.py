@@ -36,6 +36,7 @@ from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.loop import train
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import build_optimizer
+from lorakit.training.progress import first_lines
 from lorakit.training.setup import enable_gradient_checkpointing, prepare
 
 CONSTANT = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0, clip=0)
@@ -682,7 +683,7 @@ def test_a_warm_up_beyond_the_last_step_is_said(tmp_path, base) -> None:
     def lines(warmup: float) -> str:
         rate = OptimizerConfig(warmup=warmup)
         job = prepare(tiny_runs.config(tmp_path, base, max_steps=4, optimizer=rate))
-        return "\n".join(job.describe())
+        return "\n".join(first_lines(job))
 
     assert "optimizer.warmup of 20 steps is longer than the run" in lines(20)
     assert "ends at 20% of its peak. To reach the peak, set at most 4." in lines(20)

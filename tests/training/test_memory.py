@@ -13,7 +13,7 @@ import torch
 
 from lorakit.compute.memory import free_memory
 from lorakit.training.loop import train
-from lorakit.training.memory import peak_memory, release_free_memory, reset_peak_memory
+from lorakit.training.memory import peak_memory, reset_peak_memory, trim_heap
 
 CPU = torch.device("cpu")
 BALLAST = 400 * 2**20
@@ -62,7 +62,7 @@ def test_systems_without_glibc_release_nothing(
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", without_glibc)
-    release_free_memory()
+    trim_heap()
 
 
 def test_an_accelerator_other_than_cuda_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import tiny_runs
 import torch
 
 from lorakit.training.config import OptimizerConfig
-from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import Job, prepare
 from lorakit.training.step import optimizer_step
 
@@ -43,7 +42,6 @@ def noisy(folder: Path, base: str) -> Job:
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     base = tiny_runs.save_base(tmp_path / "base")  # without dropout
     job, plain = noisy(tmp_path, base), noisy(tmp_path, base)
-    optimizer = build_optimizer(job.parameters, job.config.optimizer, RATE)
     is_b = {name: name.endswith("lora_B") for name in plain.parameters}
     groups = [
         {"params": [p for name, p in plain.parameters.items() if is_b[name] == b], "lr": RATE}
@@ -52,7 +50,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=DECAY)
     clipped = 0
     for step, examples in enumerate(job.step_plan.steps()):
-        done = optimizer_step(job, optimizer, examples, step)
+        done = optimizer_step(job, examples, step)
         losses = [tiny_runs.summed_loss(plain.model, plain.train[i]) for i in examples]
         loss = sum(value for value, _ in losses) / sum(count for _, count in losses)
         adamw.zero_grad()
@@ -77,9 +75,8 @@ def test_the_tokens_are_those_of_the_examples(arch: str, method: str, tmp_path: 
     """As in the plan: an encoder-decoder's answer counts, and virtual tokens do not."""
     base = tiny_runs.save_base(tmp_path / "base", arch)
     job = prepare(tiny_runs.config(tmp_path, base, method=method, max_steps=1))
-    optimizer = build_optimizer(job.parameters, job.config.optimizer, RATE)
     examples = next(iter(job.step_plan.steps()))
-    done = optimizer_step(job, optimizer, examples, 0)
+    done = optimizer_step(job, examples, 0)
     assert done.tokens == sum(len(job.train[i]) for i in examples)
     if arch == "t5":
         assert done.computed_tokens >= done.tokens

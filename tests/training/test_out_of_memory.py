@@ -104,7 +104,7 @@ def steps(
         for parameter in job.parameters.values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.02 * noise)
-    optimizer = build_optimizer(job.parameters, OptimizerConfig(), 1e-2)
+    job.optimizer = build_optimizer(job.parameters, OptimizerConfig(), 1e-2)
     limited = None if limit is None else limit(job.model)
     found: dict[str, torch.Tensor] = {}
     halved = False
@@ -117,9 +117,9 @@ def steps(
                 found[f"gradient {number} {name}"] = parameter.grad.clone()
             halved = limit is not None
 
-    handle = optimizer.register_step_pre_hook(record)
+    handle = job.optimizer.register_step_pre_hook(record)
     for number, examples in zip(range(count), job.step_plan.steps(), strict=False):
-        done = optimizer_step(job, optimizer, examples, number)
+        done = optimizer_step(job, examples, number)
         found[f"loss {number}"] = torch.tensor([done.loss, done.tokens], dtype=torch.float64)
     handle.remove()
     for name, parameter in job.parameters.items():
@@ -292,7 +292,7 @@ def test_a_resumed_run_starts_with_the_smaller_batches(
     original = loop.optimizer_step
 
     def crash(*args: Any) -> Any:
-        if args[3] == 7:
+        if args[2] == 7:
             raise KeyboardInterrupt
         return original(*args)
 
@@ -322,7 +322,7 @@ def test_an_example_that_does_not_fit_leaves_a_checkpoint(
         limits = limit_runs(patch, tokens=10**6)
 
         def step(*args: Any) -> Any:
-            limits[0].tokens = 0 if args[3] == 2 else 10**6
+            limits[0].tokens = 0 if args[2] == 2 else 10**6
             return original(*args)
 
         patch.setattr(loop, "optimizer_step", step)
@@ -396,8 +396,8 @@ def allocate(module, args, output):
 job.model.get_input_embeddings().register_forward_hook(allocate)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 5 * 2**29, -1))
-optimizer = build_optimizer(job.parameters, OptimizerConfig(), 1e-2)
-done = optimizer_step(job, optimizer, next(iter(job.step_plan.steps())), 0)
+job.optimizer = build_optimizer(job.parameters, OptimizerConfig(), 1e-2)
+done = optimizer_step(job, next(iter(job.step_plan.steps())), 0)
 print(job.batch_size.size, done.loss)
 """
 

@@ -116,6 +116,6 @@ def test_a_slow_machine_runs_one_step(probed, monkeypatch: pytest.MonkeyPatch) -
     _, run = probed
     seen = []
     monkeypatch.setattr(probe, "SECONDS", 0.0)
-    monkeypatch.setattr(probe, "optimizer_step", lambda job, _, batches, step: seen.append(step))
+    monkeypatch.setattr(probe, "optimizer_step", lambda job, examples, step: seen.append(step))
     run()
     assert seen == [0]

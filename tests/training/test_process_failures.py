@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 import pytest
 import tiny_runs
 from scenarios import made_once, outcomes
+from torch.distributed import HashStore
 
 from lorakit.errors import ConfigurationError
+from lorakit.training.process_failures import Peers
 
 FAILING = 1
 
@@ -85,6 +89,26 @@ def test_a_run_that_failed_has_no_half_written_files(root: Path, name: str) -> N
     folder = root / name
     assert not (folder / "result.json").exists()
     assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
+
+
+def test_the_process_with_the_store_does_not_wait_for_an_ended_one(monkeypatch) -> None:
+    """It waits for those that have not read yet why the run ends."""
+    store, timeout = HashStore(), datetime.timedelta(seconds=9)
+    named = "Process 1 of 3 ended in the start of the run"
+    with socket.create_server(("127.0.0.1", 0)) as master, ThreadPoolExecutor(3) as pool:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(master.getsockname()[1]))
+        first, ended, third = pool.map(lambda rank: Peers(store, rank, 3, timeout), range(3))
+        ended.close()
+        assert named in str(first.error(RuntimeError("reset")))
+        began = time.monotonic()
+        closing = pool.submit(first.close)
+        time.sleep(0.2)
+        assert closing.running()
+        assert named in str(third.error(RuntimeError("reset")))
+        closing.result()
+        assert time.monotonic() - began < 1.5
+        third.close()
 
 
 # --- kills and restarts ---------------------------------------------------------------------------

@@ -22,8 +22,8 @@ def reporter(monkeypatch, width: int, **options: Any) -> tuple[Reporter, io.Stri
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(progress, "Console", lambda **_: console)
     monkeypatch.setattr(progress, "peak_memory", lambda _: 449 * 10**6)
+    monkeypatch.setattr(progress, "first_lines", lambda _: [])
     job: Any = SimpleNamespace(
-        describe=lambda: [],
         step_plan=SimpleNamespace(total=3000),
         device=torch.device("cpu"),
         processes=SimpleNamespace(is_first=True),

@@ -19,6 +19,7 @@ from lorakit.models.loading import load_base
 from lorakit.models.quantised import quantised_weights
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
+from lorakit.training.progress import first_lines
 from lorakit.training.setup import prepare
 
 
@@ -66,7 +67,7 @@ def test_a_job_computes_over_quantised_projections(tmp_path, base, kind) -> None
     job = prepare(settings(tmp_path, base, kind))
     assert len(dict(quantised_weights(job.model))) == 14
     assert all(p.dtype == torch.float32 for p in job.parameters.values())
-    lines = "\n".join(job.describe())
+    lines = "\n".join(first_lines(job))
     assert f"14 projections are quantised to {kind}" in lines
     assert f"computed in {str(job.model.dtype).removeprefix('torch.')} on cpu" in lines
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.compute.model_input import model_examples
-from lorakit.data.batches import IGNORED, collate
+from lorakit.data.batches import IGNORED, collate, padded_rows
 from lorakit.data.packing import pack
 from lorakit.errors import DataError
 from lorakit.models.heads import input_embeddings
@@ -86,13 +86,10 @@ def _encoder_decoder_batch(
     start = _forced_start(base)
     inputs = [prompt_input(base.model, base.text_tokenizer, e.prompt_ids) for e in examples]
     targets = [[*start, *e.input_ids[e.prompt_length :]] for e in examples]
-    width, length = max(map(len, inputs)), max(map(len, targets))
     return {
-        "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in inputs]),
-        "attention_mask": torch.tensor(
-            [[*[1] * len(ids), *[0] * (width - len(ids))] for ids in inputs]
-        ),
-        "labels": torch.tensor([[*ids, *[IGNORED] * (length - len(ids))] for ids in targets]),
+        "input_ids": padded_rows(inputs, pad),
+        "attention_mask": padded_rows([[1] * len(ids) for ids in inputs], 0),
+        "labels": padded_rows(targets, IGNORED),
     }
 
 

@@ -18,6 +18,16 @@ MEGABATCH = 50
 """Number of batches that are sorted by length together. More means less padding, fewer a more random order."""
 
 
+def padded_rows(
+    rows: Sequence[Sequence[int]], fill: int, *, width: int = 0, left: bool = False
+) -> Tensor:
+    """Return rows of whole numbers (R, longest row or `width`), int64, filled up on the right or on the left."""
+    width = max(width, *map(len, rows))
+    fills = [[fill] * (width - len(row)) for row in rows]
+    pairs = zip(fills, rows, strict=True) if left else zip(rows, fills, strict=True)
+    return torch.tensor([[*start, *end] for start, end in pairs], dtype=torch.long)
+
+
 def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[str, Tensor]:
     """Pad B examples on the right and return them as one batch.
 
@@ -30,14 +40,9 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
     """
     width = round_up(max(map(len, examples)), step)
 
-    def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        return torch.tensor(
-            [[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long
-        )
-
     batch = {
-        "input_ids": pad([example.input_ids for example in examples], pad_id),
-        "attention_mask": pad([[1] * len(example) for example in examples], 0),
+        "input_ids": padded_rows([e.input_ids for e in examples], pad_id, width=width),
+        "attention_mask": padded_rows([[1] * len(e) for e in examples], 0, width=width),
     }
     language = [example for example in examples if isinstance(example, LanguageExample)]
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
@@ -49,7 +54,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
             ]
             for e in language
         ]
-        batch["labels"] = pad(targets, IGNORED)
+        batch["labels"] = padded_rows(targets, IGNORED, width=width)
     elif len(labelled) == len(examples):
         is_regression = any(isinstance(example.label, float) for example in labelled)
         dtype = torch.float32 if is_regression else torch.long
@@ -58,7 +63,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
             example.token_type_ids for example in labelled if example.token_type_ids is not None
         ]
         if types:
-            batch["token_type_ids"] = pad(types, 0)
+            batch["token_type_ids"] = padded_rows(types, 0, width=width)
     else:
         raise TypeError("the batch mixes examples of several tasks; expected those of one task")
     return batch

@@ -89,10 +89,7 @@ class DataConfig:
                 )
         require_at_least("data.max_length", self.max_length, 2)
         require_at_least("data.limit", self.limit, 1)
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigurationError(
-                f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."
-            )
+        require_at_least("data.validation_fraction", self.validation_fraction, 0, below=1)
         if self.validation_fraction and not self.has("train"):
             raise ConfigurationError(
                 "data.validation_fraction holds out part of data.train, but data.train is not set. Set data.train."

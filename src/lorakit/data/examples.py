@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig, Split
@@ -29,6 +29,8 @@ from lorakit.tasks import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 SHOWN = 5
 """Maximum number of problems in a message. The report has all of them."""
@@ -426,3 +428,10 @@ def _one_side(examples: list[Example], fraction: float, *, held_out: bool) -> li
     count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
     validation = set(prompts[:count])
     return [example for example in examples if (example.prompt in validation) == held_out]
+
+
+def evenly_spaced(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """Return `limit` evenly spaced items, since neighbours in a file are often similar."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

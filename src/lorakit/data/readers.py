@@ -106,8 +106,6 @@ def read_jsonl(path: Path) -> Rows:
     with _open(path) as file:
         for number, line in enumerate(_lines(file, path), start=1):
             origin = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             is_list = number == 1 and line.lstrip().startswith(b"[")
@@ -132,7 +130,7 @@ def read_jsonl(path: Path) -> Rows:
 def read_json(path: Path) -> Rows:
     """Read a list of JSON objects. Many .json files are JSONL: a file that starts with an object is read as such."""
     with _open(path) as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")
+        data = file.read()
     if data.lstrip()[:1] == b"{":
         _reject_single_object(data, path)
         yield from read_jsonl(path)
@@ -212,7 +210,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
     """Read a header line, then one row per record. A quoted field may span lines, but not whole rows of a .tsv file."""
     with _open(path) as file:
         # Bytes that are not UTF-8 become surrogates, so that only their row is rejected.
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         reader = csv.reader(_lines(text, path), delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
@@ -450,12 +448,14 @@ class _Inflated(io.RawIOBase):
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, gzip or not. A read error becomes a DataError that names the file."""
+    """Open a file, gzip or not, and skip a byte order mark. A read error becomes a DataError that names the file."""
     try:
         is_gzip = path.name.lower().endswith(".gz")
         with io.BufferedReader(_Inflated(path), _BUFFER) if is_gzip else path.open("rb") as file:
             if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise DataError(f"{path} is UTF-16. Convert it: iconv -f utf-16 -t utf-8 OLD > NEW")
+            if file.peek(3)[:3] == codecs.BOM_UTF8:
+                file.read(3)
             yield file
     except EOFError:
         raise DataError(f"{path}: the gzip file is truncated; copy or download it again") from None

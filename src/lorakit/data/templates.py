@@ -71,17 +71,11 @@ class Template:
 
     def _text(self, value_of: Callable[[str], object], field: str) -> str:
         try:
-            return as_text(value_of(field), field)
+            value = value_of(field)
         except KeyError:
             raise BadRow("is missing", field) from None
-
-
-def as_text(value: object, column: str) -> str:
-    """Return text, a number or null as text for a template."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
+        if value is None:
+            return ""
+        if not isinstance(value, str | int | float):
+            raise BadRow(f"is {json_type(value)}, expected text", field)
         return str(value)
-    raise BadRow(f"is {json_type(value)}, expected text", column)

@@ -49,8 +49,6 @@ class Decoding:
         for name, value in self._settings().items():
             if name not in ("length_penalty", "top_p"):
                 require_at_least(f"decoding.{name}", value, least.get(name, 0))
-        if self.seed is not None and self.seed >= 2**63:
-            raise ConfigurationError(f"decoding.seed is {self.seed}; it must be below 2^63.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigurationError(
                 f"decoding.top_p is {self.top_p}; it must be above 0 and at most 1."

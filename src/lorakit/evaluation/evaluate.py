@@ -23,7 +23,7 @@ from lorakit.compute.batching import Collate, collator, context_length, prompt_i
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.compute.model_input import start_length, virtual_tokens_of
-from lorakit.compute.objective import ClassificationLoss, LabelLoss, Objective
+from lorakit.compute.objective import LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
 from lorakit.errors import (
@@ -40,16 +40,8 @@ from lorakit.evaluation.generate import generate, generation_config
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import number
 from lorakit.models.loading import Base
-from lorakit.tasks import (
-    TASKS,
-    Completion,
-    Example,
-    Labelled,
-    LabelledExample,
-    LanguageExample,
-    Task,
-    generic_task,
-)
+from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, generic_task
+from lorakit.tasks.classification import targets
 from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
 
@@ -175,7 +167,7 @@ def _read(config: EvaluateConfig) -> _ScoredData:
     )
     examples = loaded.examples
     if task.has_references:
-        groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)], config.limit)
+        groups = by_prompt(examples, config.limit)
         examples = [example for group in groups.values() for example in group]
         scored: Groups = list(groups.values())
     else:
@@ -253,7 +245,7 @@ def held_out(
     collate: Collate,
     *,
     batch_size: BatchSize,
-    task: type[Task] | None = None,
+    task: type[Task] = Completion,
     labels: Sequence[str] = (),
     progress: Progress | None = None,
     rank: int = 0,
@@ -262,9 +254,8 @@ def held_out(
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and the scores that need no generation.
 
-    Language modelling adds the perplexity. Labels add the scores of `task`; without a task, those of classification
-    (accuracy, F1, Matthews correlation) or regression (correlations, mean squared error). Records name the classes if
-    `labels` gives their names, in index order. `count` processes can share the work, as in `computed`.
+    Language modelling adds the perplexity. Labels add the scores of `task`. Records name the classes if `labels` gives
+    their names, in index order. `count` processes can share the work, as in `computed`.
     """
     scored = computed(
         model,
@@ -286,15 +277,16 @@ def held_out(
         return Evaluation(scores={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
     logits = logits_of(scored)
     classes = logits.shape[-1]
-    return _label_evaluation(
-        task
-        or TASKS["classification" if isinstance(objective, ClassificationLoss) else "regression"],
-        loss,
-        (logits.argmax(-1) if classes > 1 else logits.squeeze(-1)).tolist(),
-        [example for example in examples if isinstance(example, LabelledExample)],
-        classes,
-        labels,
-    )
+    answers = (logits.argmax(-1) if classes > 1 else logits.squeeze(-1)).tolist()
+    groups = [[example] for example in examples]
+    scores = _scores(task, answers, groups, classes=classes)
+    outputs: list[dict[str, Any]] = [
+        {"prompt": example.prompt, "output": answer, "label": label}
+        for example, answer, label in zip(examples, answers, targets(groups), strict=True)
+    ]
+    for record in outputs if labels else ():
+        record |= {f"{key}_name": labels[record[key]] for key in ("output", "label")}
+    return Evaluation(scores={"loss": loss, **scores}, outputs=outputs)
 
 
 def generated(
@@ -317,7 +309,7 @@ def generated(
     keeps the number of prompts that fit into memory. `count` processes can share the prompts: the one with this `rank`
     answers each `count`-th prompt, and `gather` returns the answers of all.
     """
-    groups = by_prompt([e for e in examples if isinstance(e, LanguageExample)])
+    groups = by_prompt(examples)
     tokenizer = base.text_tokenizer
     stop_ids = task.stop_ids(tokenizer)
     settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
@@ -398,12 +390,13 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
 
 
 def by_prompt(
-    examples: Sequence[LanguageExample], limit: int | None = None
+    examples: Sequence[Example], limit: int | None = None
 ) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group examples by the tokens to generate from, in order of appearance, and return the first `limit` groups."""
+    """Group the examples of texts by the tokens to generate from, in order of appearance: the first `limit` groups."""
     groups: dict[tuple[int, ...], list[LanguageExample]] = {}
     for example in examples:
-        groups.setdefault(tuple(example.generation_ids), []).append(example)
+        if isinstance(example, LanguageExample):
+            groups.setdefault(tuple(example.generation_ids), []).append(example)
     return dict(list(groups.items())[:limit])
 
 
@@ -442,24 +435,3 @@ def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str | Non
             f"Name the column, for example --data.columns.{target} COLUMN. For rows without it, run lorakit predict "
             f"--adapter {adapter} --data.test {columns.source_name} --output predictions.jsonl."
         )
-
-
-def _label_evaluation(
-    task: type[Task],
-    loss: float,
-    predictions: list[float],
-    examples: list[LabelledExample],
-    classes: int,
-    names: Sequence[str],
-) -> Evaluation:
-    labels = [example.label for example in examples]
-    answers = [int(p) for p in predictions] if task.kind == "classification" else predictions
-    scores = _scores(task, answers, [[example] for example in examples], classes=classes)
-    outputs: list[dict[str, Any]] = [
-        {"prompt": example.prompt, "output": prediction, "label": label}
-        for example, prediction, label in zip(examples, predictions, labels, strict=True)
-    ]
-    if names:
-        for record in outputs:
-            record |= {f"{key}_name": names[record[key]] for key in ("output", "label")}
-    return Evaluation(scores={"loss": loss, **scores}, outputs=outputs)

@@ -27,6 +27,7 @@ from lorakit.compute.batching import context_length, prompt_input, require_embed
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
+from lorakit.data.batches import padded_rows
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
@@ -107,7 +108,7 @@ def generate(
     settings = generation_config(model, tokenizer, decoding, stop_ids)
     _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
     ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
-    stopping = StoppingCriteriaList([Interrupted(interrupted)] if interrupted else [])
+    stopping = StoppingCriteriaList([StopIfInterrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     synced = any(map(is_split, model.parameters())) or None  # None: transformers decides
@@ -268,7 +269,7 @@ def ending_tokens_of_model(model: PreTrainedModel) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-class Interrupted(StoppingCriteria):
+class StopIfInterrupted(StoppingCriteria):
     """Ends the generation of all rows once a function returns True."""
 
     def __init__(self, interrupted: Callable[[], bool]) -> None:
@@ -307,24 +308,15 @@ class NoRepeatedNGrams(LogitsProcessor):
         return self.ban(input_ids[:, self.start :], scores)  # type: ignore[arg-type]
 
 
-def padded(
-    model: PreTrainedModel, prompts: list[list[int]], pad: int | None
-) -> dict[str, torch.Tensor]:
+def padded(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     """Return input_ids and attention_mask (B, longest prompt), padded where the model needs it.
 
     A decoder continues the last token, so its padding is on the left. An encoder such as BART's counts positions from
     the first entry, so its padding is on the right.
     """
-    width = max(map(len, prompts))
-
-    def row(values: list[int], fill: int | None) -> list[int | None]:
-        padding = [fill] * (width - len(values))
-        is_right = model.config.is_encoder_decoder
-        return [*values, *padding] if is_right else [*padding, *values]
-
-    ids = [row(prompt, pad) for prompt in prompts]
-    mask = [row([1] * len(prompt), 0) for prompt in prompts]
+    left = not model.config.is_encoder_decoder
+    mask = [[1] * len(prompt) for prompt in prompts]
     return {
-        "input_ids": torch.tensor(ids, device=model.device),
-        "attention_mask": torch.tensor(mask, device=model.device),
+        "input_ids": padded_rows(prompts, pad, left=left).to(model.device),
+        "attention_mask": padded_rows(mask, 0, left=left).to(model.device),
     }

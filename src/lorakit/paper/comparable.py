@@ -13,7 +13,7 @@ from lorakit.paper.study import StudyData
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment
-from lorakit.training.run_folder import NOT_COMPARED
+from lorakit.training.opening import NOT_COMPARED
 from lorakit.training.setup import prepare
 
 _CHANGE_NO_NUMBER = {*NOT_COMPARED} - {"gradient_checkpointing"}

@@ -30,7 +30,7 @@ from lorakit.planning.shape import base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
 from lorakit.training.config import TrainConfig
 from lorakit.training.setup import (
-    ADAPTER,
+    TRAINED,
     attach_method,
     autocast_of,
     choice_of,
@@ -101,10 +101,10 @@ def simulate(
         source = ModelSource(name=shape.name, path_or_id=shape.name, kind="folder")
         base = Base(model, batches.tokenizer or _NO_TOKENIZER, source)
         adapters = attach_method(base, config, task, method)
-        trained = adapters.trainable_parameters(ADAPTER)
+        trained = adapters.trainable_parameters(TRAINED)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        buffers = [b for m in adapters.modules(ADAPTER).values() for b in m.buffers()]
+        buffers = [b for m in adapters.modules(TRAINED).values() for b in m.buffers()]
         count = total if is_full else sum(p.numel() for p in trained)
         copies = in_all_blocks if is_full else _copied_in(in_blocks)
         model.train()
@@ -114,7 +114,7 @@ def simulate(
             make_faster(model)
         autocast = autocast_of(dtype, adapters, model.device)
     # Outside `planning`, since the checks of a file's content read numbers that are not simulated.
-    file = 4 * count if is_full else adapters.summary(ADAPTER).file_bytes
+    file = 4 * count if is_full else adapters.summary(TRAINED).file_bytes
     selected = batches.fullest_and_middle(packed=computation.packed)
     check_context(base, [*itertools.chain(*selected)])
     fullest, middle = map(collator(base, packed=computation.packed), selected)
@@ -132,7 +132,7 @@ def simulate(
             middle_step = step(middle)
     rows, width = fullest["input_ids"].shape
     return SimulatedRun(
-        method=type(adapters.method(ADAPTER)).__name__,
+        method=type(adapters.method(TRAINED)).__name__,
         trained=count,
         file=file,
         total=total,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lorakit.configuration import as_dict
+from lorakit.data.examples import evenly_spaced
 from lorakit.evaluation.evaluate import Evaluation
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import counted, number
@@ -25,7 +26,6 @@ from lorakit.reporting.page import (
 )
 from lorakit.reporting.run_settings import yaml_text
 from lorakit.reporting.texts import Piece, compared, plain
-from lorakit.training.setup import spread
 
 SHOWN_SAMPLES = 24
 MOST_CLASSES = 20
@@ -92,7 +92,7 @@ def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:
 def _examples(outputs: Sequence[dict[str, Any]]) -> list[Block]:
     if not outputs:
         return []
-    selected = spread(outputs, SHOWN_SAMPLES)
+    selected = evenly_spaced(outputs, SHOWN_SAMPLES)
     labelled = "label" in outputs[0]
     classes = labelled and all(isinstance(record["output"], int) for record in outputs)
     blocks: list[Block] = _confusion(outputs) if labelled else []

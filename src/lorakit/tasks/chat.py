@@ -75,15 +75,13 @@ class Chat(TextTask):
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
         """Yield the row, with messages where it has other fields."""
-        if "messages" in fields:
-            yield fields
-        elif conversion.is_alpaca(fields):
-            answer = {"role": "assistant", "content": text_field(fields, "output")}
-            yield {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
-        elif set(conversion.PROMPT_COMPLETION) <= fields.keys():
-            yield {**fields, "messages": conversion.joined_messages(fields)}
-        else:
-            yield fields
+        if "messages" not in fields:
+            if conversion.is_alpaca(fields):
+                answer = {"role": "assistant", "content": text_field(fields, "output")}
+                fields = {**fields, "messages": [*conversion.alpaca_messages(fields), answer]}
+            elif set(conversion.PROMPT_COMPLETION) <= fields.keys():
+                fields = {**fields, "messages": conversion.joined_messages(fields)}
+        yield fields
 
     def encode(self, fields: Fields) -> LanguageExample:
         """Return the conversation up to its last target: each assistant turn without weight 0 or train false.

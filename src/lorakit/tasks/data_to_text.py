@@ -33,7 +33,6 @@ class DataToText(NamedText):
     @classmethod
     def check_scoring(cls, examples: Groups) -> None:
         """Score one word, so that a missing package raises before generation, not after it."""
-        del examples
         metrics.e2e(["word"], [["word"]], java=False)
         metrics.webnlg(["word"], [["word"]], java=False)
 

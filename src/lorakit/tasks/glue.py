@@ -40,7 +40,6 @@ class _Glue(Labelled):
     @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return GLUE's scores, :func:`lorakit.metrics.glue`; for several development sets also those of each."""
-        del settings
         scores = metrics.glue(cls.name, outputs, targets(examples))
         for part in cls.parts:
             chosen = [i for i, (e,) in enumerate(examples) if e.split == f"validation_{part}"]

@@ -123,13 +123,11 @@ class PlainText(Task):
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
         """Return whether `text` is the only column. Beside others it may be the input of a classifier."""
-        del rows
         return set(columns) == {"text"}
 
     @classmethod
     def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
         """Return what the model learns: the whole text."""
-        del columns, rows
         return "plain text, every token after the first is a target"
 
     def encode(self, fields: Fields) -> LanguageExample:
@@ -157,7 +155,6 @@ class PlainText(Task):
     @classmethod
     def score(cls, outputs: Sequence[Any], examples: Groups, **settings: Any) -> dict[str, float]:
         """Return no scores: only the loss and the perplexity compare a model with plain text."""
-        del outputs, examples, settings
         return {}
 
 

@@ -192,13 +192,11 @@ class Task(ABC):
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
         """Return whether this task reads rows with these columns. `rows` decide if the columns fit several tasks."""
-        del rows
         return any(set(layout) <= set(columns) for layout in cls.layouts)
 
     @classmethod
     def source_format(cls, columns: Collection[str], rows: Iterable[Fields]) -> str:
         """Return the format of rows with these columns in a few words, for the user."""
-        del rows
         return next(
             (" and ".join(layout) for layout in cls.layouts if set(layout) <= set(columns)), ""
         )
@@ -209,7 +207,6 @@ class Task(ABC):
 
         `known` contains the class names that the data set declares, if any.
         """
-        del rows, known
         return cls.classes
 
     def rows(self, fields: Fields) -> Iterable[Fields]:
@@ -255,7 +252,6 @@ class Task(ABC):
     @classmethod
     def stop_ids(cls, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids that end a generated text, besides eos."""
-        del tokenizer
         return []
 
     @classmethod

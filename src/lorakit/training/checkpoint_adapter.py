@@ -13,7 +13,7 @@ from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, WEIGHTS, step_of
 from lorakit.training.run_folder import ADAPTER, BEST, CONFIG
-from lorakit.training.setup import ADAPTER as ADAPTER_NAME
+from lorakit.training.setup import TRAINED
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -53,7 +53,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
     tensors = read_safetensors(path / WEIGHTS, mapped=True)
     try:
         for module, layer in stored.layers.items():
-            prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
+            prefix = f"{module}.{ADAPTERS}.{TRAINED}"
             fields = {
                 field: tensors.pop(f"{prefix}.{name}")
                 for field, name in LAYER_ATTRIBUTES.items()
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
             }
             stored.layers[module] = replace(layer, **fields)  # type: ignore[arg-type]
         for module, own in stored.modules.items():
-            prefix = f"{module}.{ADAPTERS}.{ADAPTER_NAME}"
+            prefix = f"{module}.{ADAPTERS}.{TRAINED}"
             stored.modules[module] = {name: tensors.pop(f"{prefix}.{name}") for name in own}
         # A trained copy replaces the base's parameter during training, so it has the parameter's name.
         stored.trained = {name: tensors.pop(name) for name in stored.trained}

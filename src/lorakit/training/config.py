@@ -87,10 +87,8 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.warmup is {self.warmup}; it must be a share below 1 or a whole number of steps."
             )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigurationError(
-                f"optimizer.betas is {self.betas}; it must be two numbers of at least 0 and below 1."
-            )
+        for beta in self.betas:
+            require_at_least("optimizer.betas", beta, 0, below=1)
 
 
 @strict
@@ -248,14 +246,8 @@ class TrainConfig:
                 f"processes_timeout is {self.processes_timeout}; it must be above 0 and at most {MAX_TIMEOUT:,} "
                 "minutes (a week)."
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigurationError(
-                f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1."
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ConfigurationError(
-                f"seed is {self.seed}; it must be a whole number of 0 or more."
-            )
+        require_at_least("label_smoothing", self.label_smoothing, 0, below=1)
+        require_at_least("seed", self.seed, 0)
         if self.resume and self.overwrite:
             raise ConfigurationError(
                 "resume and overwrite exclude each other: resume continues the run, overwrite deletes it."

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
-import torch
-
 from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
@@ -30,11 +28,12 @@ from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
 from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers, require_loggers
-from lorakit.training.memory import release_free_memory, reset_peak_memory
+from lorakit.training.memory import reset_peak_memory, trim_heap
 from lorakit.training.noise import own_generators, require_keyed_noise
-from lorakit.training.optimizer import build_optimizer, set_rate, slow_down
+from lorakit.training.opening import open_run
+from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
-from lorakit.training.run_folder import RunFolder, RunResult, open_run
+from lorakit.training.run_folder import RunFolder, RunResult
 from lorakit.training.setup import Job, prepare, step_plan_of
 from lorakit.training.sharding import gathering, whole_in_first
 from lorakit.training.step import optimizer_step
@@ -66,7 +65,7 @@ def train(config: TrainConfig) -> RunResult:
             return finished
         processes.on_first(lambda: require_loggers(config.loggers))
         reset_peak_memory()
-        job, optimizer, state = _start(run, processes)
+        job, state = _start(run, processes)
         if state.is_best:
             job.save_adapter(run.best, state)
         with (
@@ -77,13 +76,13 @@ def train(config: TrainConfig) -> RunResult:
             if run.dtype_reason:
                 show.say(f"dtype     {run.config.base.dtype}: {run.dtype_reason}")
             if run.extends:
-                show.say(f"schedule  {_extension(job, optimizer, state, run.extends)}")
+                show.say(f"schedule  {_extension(job, state, run.extends)}")
             while True:
                 try:
-                    _train_to_end(run, job, state, optimizer, interruption, show, log)
+                    _train_to_end(run, job, state, interruption, show, log)
                     break
                 except DivergenceError as error:
-                    state = _rewind(run, job, state, optimizer, error)
+                    state = _rewind(run, job, state, error)
                     show.restart(state)
                     log.restart(state)
         if interruption.requested and not job.is_over(state):
@@ -109,7 +108,6 @@ def _train_to_end(
     run: RunFolder,
     job: Job,
     state: State,
-    optimizer: torch.optim.Optimizer,
     interruption: Interruption,
     show: Reporter,
     log: Loggers,
@@ -119,23 +117,23 @@ def _train_to_end(
         with _kept_weights(run, job, state):
             validate(run, job, state, log, show, interruption)
         if state.is_best and not job.is_over(state):
-            _save_checkpoint(run, job, state, optimizer)
+            _save_checkpoint(run, job, state)
     if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
-        _save_checkpoint(run, job, state, optimizer)
+        _save_checkpoint(run, job, state)
     for examples in job.step_plan.steps(start=state.step):
         if job.is_over(state) or interruption.requested:
             break
         job.processes.begin(f"step {state.step + 1}")
         began, processor_began = time.perf_counter(), time.process_time()
         try:
-            done = optimizer_step(job, optimizer, examples, state.step, interruption)
+            done = optimizer_step(job, examples, state.step, interruption)
         except Interrupted:  # the resumed run repeats the step
             break
         except LorakitError as error:
             # An example does not fit into memory. With gradient_checkpointing the run can go on from here.
             is_alone = job.processes.count == 1
             if state.step and is_alone and not isinstance(error, DivergenceError):
-                _save_checkpoint(run, job, state, optimizer)
+                _save_checkpoint(run, job, state)
             raise
         interruption.agree(done.signals)
         state.advance(
@@ -155,16 +153,16 @@ def _train_to_end(
         if not state.evaluated and not interruption.requested:
             # An evaluation can take long, and fail.
             if job.saves_after(state.step):
-                _save_checkpoint(run, job, state, optimizer)
+                _save_checkpoint(run, job, state)
             with _kept_weights(run, job, state):
                 validate(run, job, state, log, show, interruption)
-            release_free_memory()
+            trim_heap()
         if interruption.requested:
             break
         if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
-            _save_checkpoint(run, job, state, optimizer)
+            _save_checkpoint(run, job, state)
     job.processes.begin("the end of the run")
-    _save_checkpoint(run, job, state, optimizer)
+    _save_checkpoint(run, job, state)
 
 
 @contextmanager
@@ -183,7 +181,7 @@ def _kept_weights(run: RunFolder, job: Job, state: State) -> Iterator[None]:
         raise
 
 
-def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optimizer, State]:
+def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
     is_new = run.config.overwrite or not checkpoint.checkpoints_in(run.checkpoints)
     resumes = processes.from_first(not is_new)
@@ -191,17 +189,16 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, torch.optim.Optim
         job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
         require_keyed_noise(job)
-        optimizer = build_optimizer(job.parameters, run.config.optimizer, run.config.peak_rate)
         inputs = job.inputs
     processes.require_same({"computation": job.computation.note})
-    state = _restore(run, job, optimizer, inputs) if resumes else State(inputs=inputs)
+    state = _restore(run, job, inputs) if resumes else State(inputs=inputs)
     _require_patience(run, job, state)
-    slow_down(optimizer, SLOWDOWN**state.rewinds)
+    slow_down(job.optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
     model_sizes = sizes(job.model, job.parameters)
     # The run folder changes only from here on: a run that fails above leaves an old run intact.
     processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
-    return job, optimizer, state
+    return job, state
 
 
 def _require_longer(run: RunFolder, job: Job) -> None:
@@ -233,13 +230,7 @@ def _require_patience(run: RunFolder, job: Job, state: State) -> None:
         )
 
 
-def _rewind(
-    run: RunFolder,
-    job: Job,
-    diverged: State,
-    optimizer: torch.optim.Optimizer,
-    error: DivergenceError,
-) -> State:
+def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -> State:
     """Restore the newest checkpoint from before the run diverged, and continue with half the learning rate.
 
     Raises:
@@ -255,31 +246,27 @@ def _rewind(
     last_good = last_good_step(diverged, settings.explosion)
     if not job.processes.on_first(lambda: checkpoint.delete_after(run.checkpoints, last_good)):
         raise DivergenceError(f"{error} No checkpoint is old enough to go back to.") from error
-    optimizer.zero_grad()
-    state = _restore(run, job, optimizer, diverged.inputs)
-    slow_down(optimizer, SLOWDOWN)
+    job.optimizer.zero_grad()
+    state = _restore(run, job, diverged.inputs)
+    slow_down(job.optimizer, SLOWDOWN)
     rate = job.config.peak_rate * SLOWDOWN ** (diverged.rewinds + 1)
     line = record_rewind(state, diverged, error, rate)
-    _save_checkpoint(run, job, state, optimizer)
+    _save_checkpoint(run, job, state)
     job.processes.on_first(lambda: run.return_to(state))
     if job.processes.is_first:
         _LOG.warning("%s", line)
     return state
 
 
-def _restore(
-    run: RunFolder, job: Job, optimizer: torch.optim.Optimizer, inputs: checkpoint.Inputs
-) -> State:
+def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
     """Restore the newest checkpoint in all processes."""
     with job.processes.together():
-        state = checkpoint.restore(run.checkpoints, job.weights, optimizer, inputs=inputs)
+        state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=inputs)
     job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
     return state
 
 
-def _save_checkpoint(
-    run: RunFolder, job: Job, state: State, optimizer: torch.optim.Optimizer
-) -> None:
+def _save_checkpoint(run: RunFolder, job: Job, state: State) -> None:
     """Write a checkpoint in the first process, then its adapter to best/ if it is the best so far.
 
     In this order a kill in between loses nothing: a resumed run writes best/ from the checkpoint.
@@ -292,7 +279,7 @@ def _save_checkpoint(
     old = step_to_keep(state.step) if rewinds else None
     weights, of_optimizer = (
         whole_in_first(tensors, job.processes)
-        for tensors in (job.weights, checkpoint.optimizer_tensors(optimizer))
+        for tensors in (job.weights, checkpoint.optimizer_tensors(job.optimizer))
     )
 
     def write() -> None:
@@ -312,10 +299,10 @@ def _save_checkpoint(
         job.save_adapter(run.best, state)
 
 
-def _extension(job: Job, optimizer: torch.optim.Optimizer, state: State, replaced: str) -> str:
+def _extension(job: Job, state: State, replaced: str) -> str:
     """Return how the learning rate continues in a run with more steps than before."""
     total, schedule = job.step_plan.total, job.config.optimizer.schedule
-    rate = set_rate(optimizer, job.rate_factor(state.step))
+    rate = set_rate(job.optimizer, job.rate_factor(state.step))
     text = f"{schedule} over {total} steps, instead of {replaced}; the next step has the rate {rate:.2e}"
     if schedule == "constant" or state.step == 0:
         return f"{text}."

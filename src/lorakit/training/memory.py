@@ -19,7 +19,7 @@ def reset_peak_memory() -> None:
     :func:`peak_memory` returns the mark of the whole process, an upper bound.
     """
     gc.collect()  # modules refer to each other, so the last run's model may still be alive
-    release_free_memory()
+    trim_heap()
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # man 5 proc_pid_clear_refs
     module = accelerator_module()
@@ -29,7 +29,7 @@ def reset_peak_memory() -> None:
             reset(index)
 
 
-def release_free_memory() -> None:
+def trim_heap() -> None:
     """Return freed heap memory to the system, if the C library supports it.
 
     The C library keeps freed memory for later tensors. Cached kernels for other batch sizes fragment the heap, so

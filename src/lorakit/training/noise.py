@@ -25,7 +25,7 @@ from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.seeding import seed_device, seeded
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
-from lorakit.training.setup import ADAPTER, Job
+from lorakit.training.setup import TRAINED, Job
 
 LABELS = 2**24
 """Position of the first label in the key of an example, beyond all positions of its inputs."""
@@ -216,7 +216,7 @@ def _random_states() -> list[Any]:
 
 def _source(job: Job) -> str:
     """Return where noise comes from: the adapter's dropout, or the settings of the base."""
-    modules = job.adapters.modules(ADAPTER).values()
+    modules = job.adapters.modules(TRAINED).values()
     rates = {rate for module in modules if (rate := getattr(module, "dropout", 0.0))}
     settings = job.model.config.get_text_config().to_dict()
     of_base = ", ".join(

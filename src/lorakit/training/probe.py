@@ -14,7 +14,6 @@ from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.loading import Base
 from lorakit.training.config import TrainConfig
 from lorakit.training.noise import own_generators
-from lorakit.training.optimizer import build_optimizer
 from lorakit.training.schedule import Step
 from lorakit.training.setup import Job, assemble
 from lorakit.training.step import optimizer_step
@@ -53,13 +52,12 @@ def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: Exa
 
 
 def _median_seconds(job: Job) -> float:
-    optimizer = build_optimizer(job.parameters, job.config.optimizer, job.config.peak_rate)
     seconds: list[float] = []
     for step, examples in enumerate(_typical_steps(job)[: 1 + STEPS]):
         if sum(seconds) > SECONDS:
             break
         start = time.perf_counter()
-        optimizer_step(job, optimizer, examples, step)
+        optimizer_step(job, examples, step)
         seconds.append(time.perf_counter() - start)
     return median(seconds[1:] or seconds)
 

@@ -97,13 +97,15 @@ class Peers:
         """Close the connections. After a failure, keep the store until the other processes have read it."""
         until = time.monotonic() + CHECKED_FOR
         if self._noticed and self._rank == 0 and not _launcher_has_store():
-            while time.monotonic() < until and not all(map(self._has_an_error, self._others)):
+            while time.monotonic() < until and not all(map(self._is_done, self._others)):
                 time.sleep(0.05)
         for connection in (self._listener, *self._connections.values()):
             connection.close()
 
-    def _has_an_error(self, other: int) -> bool:
-        return self._store.check([f"noticed/{other}"]) or self._store.check([f"failed/{other}"])
+    def _is_done(self, other: int) -> bool:
+        """Return whether another process needs the store no more: it has its error, or has ended."""
+        keys = f"told/{other}", f"failed/{other}"
+        return any(self._store.check([key]) for key in keys) or self._has_ended(other)
 
     def reach(self) -> None:
         """Record that this process is about to communicate.
@@ -130,9 +132,12 @@ class Peers:
     def error(self, raised: Exception) -> LorakitError:
         """Return an error that names the process because of which this one cannot communicate."""
         try:
-            return self._error(first_sentence(raised))
+            error = self._error(first_sentence(raised))
         except RuntimeError:
             return self._without_store()
+        with suppress(RuntimeError):  # the store is gone
+            self._store.set(f"told/{self._rank}", "")
+        return error
 
     def _error(self, reason: str) -> LorakitError:
         self._noticed = True

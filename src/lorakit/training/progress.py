@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lorakit.formatting import duration, number, size, visible
+from lorakit.formatting import counted, duration, number, size, visible
+from lorakit.models.dtypes import dtype_name
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
-from lorakit.training.setup import Job
+from lorakit.training.setup import TRAINED, Job
+from lorakit.training.sharding import split_note
 from lorakit.training.terminal import error_output
 
 PLAIN_INTERVAL = 10.0
@@ -26,7 +28,7 @@ class Reporter:
     """Shows loss, learning rate, tokens per second, time left and peak memory while entered, in the first process."""
 
     def __init__(self, job: Job, state: State) -> None:
-        self._lines = job.describe()
+        self._lines = first_lines(job)
         self._total, self._device = job.step_plan.total, job.device
         self._start = dataclasses.replace(state)
         self._console = Console(stderr=True, file=error_output(), quiet=not job.processes.is_first)
@@ -92,3 +94,41 @@ class Reporter:
         """Show the scores of an evaluation, and notes on them."""
         text = "  ".join(f"{name} {number(value)}" for name, value in state.scores.items())
         self.say(f"step {state.step}/{self._total}  validation: {text}  ({', '.join(notes)})")
+
+
+def first_lines(job: Job) -> list[str]:
+    """Return the lines printed at the start of a run."""
+    lines = [f"base      {job.base.source.name}", f"train     {job.train.report}"]
+    lines.append(f"task      {job.train.task}: {job.train.format}")
+    lines[1:1] = [f"          {note}" for note in (job.base.source.note, *job.base.notices) if note]
+    if job.validation is not None:
+        part = "" if len(job.scored) == len(job.validation) else f" ({len(job.scored):,} scored)"
+        lines.append(f"held out  {job.validation.report}{part}")
+    trained = sum(p.numel() for p in job.parameters.values())
+    dtype, start = dtype_name(job.dtype), job.config.from_adapter
+    method = job.config.method
+    if start is not None:
+        method = f"{type(job.adapters.method(TRAINED)).__name__} of {start}"
+    lines.append(
+        f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {job.device}"
+    )
+    among = f", in {count} processes" if (count := job.processes.count) > 1 else ""
+    lines.append(
+        f"steps     {job.step_plan.total:,} of {job.config.batch_size} x {job.config.accumulation} examples, "
+        f"{job.step_plan.steps_per_epoch:,} per epoch{among}"
+    )
+    warmup = job.config.optimizer.warmup
+    if warmup > job.step_plan.total:
+        reached = job.rate_factor(job.step_plan.total - 1)
+        lines.append(
+            f"          optimizer.warmup of {warmup:,.0f} steps is longer than the run: the learning rate ends at "
+            f"{reached:.0%} of its peak. To reach the peak, set at most {job.step_plan.total:,}."
+        )
+    if job.config.shard:
+        lines.append(f"          {split_note(job.model, job.processes)}")
+    if job.batch_size.size < job.batch_size.configured:
+        batch = counted(job.batch_size.size, "example")
+        lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
+    if job.computation.note:
+        lines.append(f"loss      {job.computation.note}")
+    return lines

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lorakit.compute.batch_size import BatchSize
+from lorakit.data.batches import BatchSampler
 from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
@@ -47,20 +48,14 @@ class StepPlan:
     mean over its targets.
 
     Args:
-        sampler: Returns the steps of an epoch.
+        sampler: Samples the steps of an epoch.
         epochs: Length of the run, in passes over the data.
         max_steps: Length of the run, in steps; overrides `epochs`.
     """
 
-    def __init__(
-        self,
-        sampler: Callable[[int], list[Step]],
-        *,
-        epochs: float,
-        max_steps: int | None,
-    ) -> None:
+    def __init__(self, sampler: BatchSampler, *, epochs: float, max_steps: int | None) -> None:
         self._sampler = sampler
-        self.steps_per_epoch = len(sampler(0))
+        self.steps_per_epoch = len(sampler)
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def steps(self, start: int = 0) -> Iterator[Step]:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 import torch
@@ -32,16 +32,15 @@ from lorakit.compute.computation import Computation, choose_computation, confirm
 from lorakit.compute.objective import Objective, RegressionLoss
 from lorakit.data import DataTask, ExampleSet, RowReader, load_examples, task_of
 from lorakit.data.batches import BatchSampler
+from lorakit.data.examples import evenly_spaced
 from lorakit.errors import ConfigurationError
 from lorakit.extensions import file_of
-from lorakit.formatting import counted
 from lorakit.methods import Method
 from lorakit.methods.lora.init import placeholders
 from lorakit.methods.method import describe, with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-from lorakit.models.dtypes import dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.models.sharding import is_split
@@ -51,19 +50,13 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
 from lorakit.training.mixed_precision import cast_mixed_norms
+from lorakit.training.optimizer import build_optimizer
 from lorakit.training.run_folder import set_aside
 from lorakit.training.schedule import Share, StepPlan, rate_factor
-from lorakit.training.sharding import (
-    require_splittable,
-    require_support,
-    split_base,
-    split_note,
-)
+from lorakit.training.sharding import require_splittable, require_support, split_base
 from lorakit.training.warm_start import warm_start
 
-T = TypeVar("T")
-
-ADAPTER = "default"
+TRAINED = "default"
 """Name of the trained adapter on its model."""
 
 CHECKPOINT_STEPS = 500
@@ -158,13 +151,18 @@ class Job:
         """The parameters that the optimizer updates, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @cached_property
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW over these parameters, with its state."""
+        return build_optimizer(self.parameters, self.config.optimizer, self.config.peak_rate)
+
     @property
     def weights(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint: the trained ones, and the frozen factors that PiSSA subtracts."""
         buffers = {
             name: buffer
             for name, buffer in self.model.named_buffers()
-            if f".adapters.{ADAPTER}." in name
+            if f".adapters.{TRAINED}." in name
         }
         return {**self.parameters, **buffers}
 
@@ -203,7 +201,7 @@ class Job:
     @cached_property
     def base_record(self) -> BaseRecord:
         """The fingerprint of the base, taken once: training leaves the base unchanged."""
-        return self.adapters.base_record(ADAPTER, tokenizer=self.base.tokenizer)
+        return self.adapters.base_record(TRAINED, tokenizer=self.base.tokenizer)
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -223,7 +221,7 @@ class Job:
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
         start = self.config.from_adapter
         # Without defaults, so that a setting that a later version adds does not change the digest.
-        described = describe(self.adapters.method(ADAPTER), main=False)
+        described = describe(self.adapters.method(TRAINED), main=False)
         method = hashlib.sha256(described.encode()).hexdigest()
         return {
             "base model": {
@@ -271,56 +269,13 @@ class Job:
             if self.config.shard or self.processes.is_first:
                 self.adapters.save(
                     folder,
-                    ADAPTER,
+                    TRAINED,
                     tokenizer=self.base.tokenizer,
                     provenance=provenance,
                     base=self.base_record,
                     overwrite=True,
                     is_main_process=self.processes.is_first,
                 )
-
-    def describe(self) -> list[str]:
-        """Return the lines printed at the start of a run."""
-        lines = [f"base      {self.base.source.name}", f"train     {self.train.report}"]
-        lines.append(f"task      {self.train.task}: {self.train.format}")
-        lines[1:1] = [
-            f"          {note}" for note in (self.base.source.note, *self.base.notices) if note
-        ]
-        if self.validation is not None:
-            part = (
-                ""
-                if len(self.scored) == len(self.validation)
-                else f" ({len(self.scored):,} scored)"
-            )
-            lines.append(f"held out  {self.validation.report}{part}")
-        trained = sum(p.numel() for p in self.parameters.values())
-        dtype, start = dtype_name(self.dtype), self.config.from_adapter
-        method = self.config.method
-        if start is not None:
-            method = f"{type(self.adapters.method(ADAPTER)).__name__} of {start}"
-        lines.append(
-            f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {self.device}"
-        )
-        among = f", in {count} processes" if (count := self.processes.count) > 1 else ""
-        lines.append(
-            f"steps     {self.step_plan.total:,} of {self.config.batch_size} x {self.config.accumulation} examples, "
-            f"{self.step_plan.steps_per_epoch:,} per epoch{among}"
-        )
-        warmup = self.config.optimizer.warmup
-        if warmup > self.step_plan.total:
-            reached = self.rate_factor(self.step_plan.total - 1)
-            lines.append(
-                f"          optimizer.warmup of {warmup:,.0f} steps is longer than the run: the learning rate ends at "
-                f"{reached:.0%} of its peak. To reach the peak, set at most {self.step_plan.total:,}."
-            )
-        if self.config.shard:
-            lines.append(f"          {split_note(self.model, self.processes)}")
-        if self.batch_size.size < self.batch_size.configured:
-            batch = counted(self.batch_size.size, "example")
-            lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")
-        if self.computation.note:
-            lines.append(f"loss      {self.computation.note}")
-        return lines
 
     def held_out_objective(self) -> Objective:
         """Return the training loss without label smoothing."""
@@ -416,7 +371,7 @@ def _attached(
         adapters=adapters,
         train=train,
         validation=validation,
-        scored=spread(validation.examples if validation else [], config.evaluation.limit),
+        scored=evenly_spaced(validation.examples if validation else [], config.evaluation.limit),
         step_plan=step_plan_of(config, train),
         processes=processes,
     )
@@ -454,7 +409,7 @@ def autocast_of(
     The copies are float32 (see `attach_method`), and autocast computes their products in `dtype`. Low-rank factors
     need no autocast: `lorakit.ops.lora_linear` casts them.
     """
-    trains_base = any(module.trained for module in adapters.modules(ADAPTER).values())
+    trains_base = any(module.trained for module in adapters.modules(TRAINED).values())
     if dtype == torch.float32 or not trains_base:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -469,11 +424,7 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
         config.seed,
         groups=[example.prompt for example in train] if grouped else None,
     )
-    return StepPlan(
-        sampler,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    return StepPlan(sampler, epochs=config.epochs, max_steps=config.max_steps)
 
 
 def attach_method(
@@ -489,13 +440,13 @@ def attach_method(
     """
     model = base.model
     if method is None and config.from_adapter is not None:
-        adapters = warm_start(base, config.from_adapter, name=ADAPTER)
+        adapters = warm_start(base, config.from_adapter, name=TRAINED)
     else:
         # The head is new and random, so it is trained as well.
         head = [] if task.generates else classification_head(model)
         method = with_head(method or config.chosen_method, model, head, base.new_weights)
-        adapters = attach(model, method, name=ADAPTER, seed=config.seed)
-    for parameter in adapters.trainable_parameters(ADAPTER):
+        adapters = attach(model, method, name=TRAINED, seed=config.seed)
+    for parameter in adapters.trainable_parameters(TRAINED):
         # Copies of base tensors have the base's dtype, in which small updates would round to nothing.
         parameter.data = parameter.data.float()
     # BitFit trains the bias of a LayerNorm in float32, next to a frozen weight in the base's dtype.
@@ -519,10 +470,3 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:  # its earlier name
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
-    """Return `limit` evenly spaced items, since neighbours in a file are often similar."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lorakit.compute.objective import SequenceToSequenceLoss
 from lorakit.models.sharding import is_split
@@ -42,7 +41,6 @@ class StepResult:
 
 def optimizer_step(
     job: Job,
-    optimizer: Optimizer,
     examples: Step,
     step: int,
     interruption: Interruption | None = None,
@@ -51,7 +49,6 @@ def optimizer_step(
 
     Args:
         job: The run.
-        optimizer: From `build_optimizer`, over the parameters of `job`.
         examples: The examples of this step, over all processes.
         step: Number of finished steps, which determines the learning rate.
         interruption: The signals that this process receives; None for none.
@@ -76,11 +73,11 @@ def optimizer_step(
     sums = job.processes.sum_gradients(whole, [*own, *split_gradients(split)])
     loss, (tokens, computed, *signals, halved) = sums[0], map(int, sums[1 : len(own)])
     square = settle_split_gradients(split, sums[len(own) :])
-    rate = set_rate(optimizer, job.rate_factor(step))
-    norm = clip_gradients(optimizer, job.config.optimizer.clip, square)
+    rate = set_rate(job.optimizer, job.rate_factor(step))
+    norm = clip_gradients(job.optimizer, job.config.optimizer.clip, square)
     require_finite(step, loss, norm, rate)
-    optimizer.step()
-    optimizer.zero_grad()
+    job.optimizer.step()
+    job.optimizer.zero_grad()
     return StepResult(
         loss=loss,
         rate=rate,

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lorakit.data.examples import evenly_spaced
 from lorakit.errors import DivergenceError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
 from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
-from lorakit.tasks import LanguageExample
 from lorakit.training.checkpoint import State
 from lorakit.training.divergence import ADVICE
 from lorakit.training.events import record_batch_sizes
@@ -19,7 +19,7 @@ from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.loggers import Loggers
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder
-from lorakit.training.setup import Job, spread
+from lorakit.training.setup import Job
 
 
 def validate(
@@ -127,10 +127,10 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
     """
     settings = job.config.evaluation
     assert job.validation is not None
-    groups = list(by_prompt([e for e in job.validation if isinstance(e, LanguageExample)]).values())
+    groups = list(by_prompt(job.validation).values())
     evaluation = generated(
         job.base,
-        [example for group in spread(groups, settings.samples) for example in group],
+        [example for group in evenly_spaced(groups, settings.samples) for example in group],
         Decoding(max_new_tokens=settings.max_new_tokens),
         batch_size=job.evaluation_batch_size,
         task=job.task,
