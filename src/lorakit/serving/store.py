@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -33,13 +34,11 @@ from lorakit.serving.engine import Holders, Lease, Receipt
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
 from lorakit.serving.loaded import (
-    ANY_ADAPTER,
     Loaded,
     LoadedAdapters,
     StoreStats,
     Tokenizer,
-    common_head,
-    common_tokenizer,
+    require_blendable,
 )
 from lorakit.serving.preparing import base_labels, prepare
 from lorakit.serving.reports import find_report
@@ -55,6 +54,8 @@ _READ = 4
 """Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
 _NAMED = 20
 """Names that an error lists."""
+_ANY: Any = SimpleNamespace(method=None, scales=True)
+"""An adapter that can be blended, to validate a choice before its adapters are loaded."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class AdapterStore:
             AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
             StoreFullError: Adapters in use hold the memory.
         """
-        weights = dict(choice_for_batch(choice, lambda name: ANY_ADAPTER).blends[0])
+        weights = dict(choice_for_batch(choice, lambda _: _ANY).blends[0])
         if not weights:
             return self._lease_of_base()
         held: dict[str, Loaded] = {}
@@ -337,8 +338,7 @@ class AdapterStore:
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
             checked = self.handle.blend(blend)
-            tokenizer = common_tokenizer(held)
-            outputs, labels = common_head(held)
+            require_blendable(held)
         except BaseException:
             self._loaded.give_back(*held.values())
             raise
@@ -347,10 +347,12 @@ class AdapterStore:
             self._loaded.give_back(*held.values())
             self.freed()
 
-        task = next(iter(held.values())).task
+        one, holders = next(iter(held.values())), Holders(release)
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        return Lease(checked, receipt, tokenizer, labels, outputs, task, Holders(release))
+        return Lease(
+            checked, receipt, one.tokenizer.tokenizer, one.labels, one.outputs, one.task, holders
+        )
 
     def _lease_of_base(self) -> Lease:
         if self.base.new_weights:
