@@ -25,6 +25,8 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary, nearest
+from lorakit.formatting import listed
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
 from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
@@ -52,8 +54,6 @@ _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
 _READ = 4
 """Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
-_NAMED = 20
-"""Names that an error lists."""
 _ANY: Any = SimpleNamespace(method=None, scales=True)
 """An adapter that can be blended, to validate a choice before its adapters are loaded."""
 
@@ -188,10 +188,7 @@ class AdapterStore:
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         names = self.names()
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        known = (
-            f"The known ones are {', '.join(names[:_NAMED])}{more}" if names else "None is known"
-        )
+        known = f"The known ones are {listed(names)}" if names else "None is known"
         return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
 
     def add(
@@ -521,7 +518,7 @@ class AdapterStore:
             "digest": self.base_digest,
             "kind": kind,
             "chat": self._has_template,
-            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.base.model.dtype),
         }
 
     @property
