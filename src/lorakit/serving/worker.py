@@ -270,12 +270,6 @@ class Worker(ABC):
 
     @torch.no_grad()
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
-        if not 1 <= start <= len(tokens):
-            raise DataError(f"start is {start}; it must be from 1 to the number of tokens.")
-        if len(tokens) - start > self.limits.room_after(start):
-            raise DataError(
-                f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
-            )
         new = torch.tensor(tokens[start:], device=self.model.device)
         values: list[float] = []
         with self._by_row([lease]):
