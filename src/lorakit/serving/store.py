@@ -560,8 +560,10 @@ def _files_of(source: Source) -> _Files | None:
     Rights are left out, and inodes: those of some network file systems change by themselves.
     """
     location = source.locate()
+    if location is None:
+        return None
     try:
-        return None if location is None else tuple((f[0], *f[2:4]) for f in location.state())
+        return tuple((file.path, file.size, file.modified) for file in location.state())
     except AdapterFileError:
         return ()
 
