@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -326,7 +326,7 @@ class Whole:
     """An answer that has ended."""
 
     text: str = ""
-    tokens: tuple[Token, ...] = ()
+    tokens: list[Token] = field(default_factory=list)
     reason: FinishReason = "stop"
 
 
@@ -337,19 +337,15 @@ async def collect(generation: Generation) -> list[Whole]:
         ApiError: An answer ended with an error.
     """
     answers = [Whole() for _ in generation.requests]
-    texts: list[list[str]] = [[] for _ in answers]
-    tokens: list[list[Token]] = [[] for _ in answers]
     try:
         async for index, event in generation.events():
             if isinstance(event, Piece):
-                texts[index].append(event.text)
-                tokens[index] += event.tokens
+                answers[index].text += event.text
+                answers[index].tokens += event.tokens
             elif event.reason in ("stop", "length"):  # `events` raises for others
                 answers[index].reason = event.reason
     finally:
         generation.cancel()
-    for answer, parts, own in zip(answers, texts, tokens, strict=True):
-        answer.text, answer.tokens = "".join(parts), tuple(own)
     return answers
 
 
