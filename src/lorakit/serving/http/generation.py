@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from lorakit.serving.engine import (
     End,
     Event,
     GenerationRequest,
+    Holders,
     Lease,
     Piece,
     QueueFullError,
@@ -205,9 +205,7 @@ class Generation:
         self._ids: list[list[int]] = [[] for _ in requests]
         """Tokens of each answer so far."""
         self._reserved = 0
-        self._lock = threading.Lock()
-        self._open = 1
-        """Answers that have not ended, and 1 while they are submitted."""
+        """Tokens that the key has reserved, less those of the answers that have ended."""
 
     def start(self) -> None:
         """Submit an engine request for each answer.
@@ -215,26 +213,24 @@ class Generation:
         Raises:
             ApiError: The queue is full, the engine accepts no requests, or one exceeds a limit.
         """
+        holders = Holders(self._finish)
+        ended = submitted = holders.add()
         try:
             most = self.prompt_tokens + sum(r.max_tokens for r in self.requests)
             self._record.key.reserve_tokens(most)
             self._reserved = most
             for index, request in enumerate(self.requests):
-                with self._lock:
-                    self._open += 1
-                try:
-                    ticket = self._serving.engine.submit(request, partial(self._deliver, index))
-                except BaseException:
-                    self._close()
-                    raise
-                self._tickets.append(ticket)
+                ended = holders.add()
+                deliver = partial(self._deliver, index, ended)
+                self._tickets.append(self._serving.engine.submit(request, deliver))
         except BaseException as error:
+            ended()  # of the request that the engine has not accepted
             self.cancel()
             if isinstance(error, QueueFullError):
                 raise busy(self._serving) from None
             raise
         finally:
-            self._close()
+            submitted()
 
     async def in_worker(self, work: Callable[[], T]) -> T:
         """Run a function in a worker thread, such as one that decodes thousands of tokens, if a token is reported."""
@@ -293,8 +289,8 @@ class Generation:
             prompt_tokens_details=PromptTokens(cached_tokens=cached),
         )
 
-    def _deliver(self, index: int, event: Event) -> None:
-        """Take an event, in the engine's thread."""
+    def _deliver(self, index: int, ended: Callable[[], None], event: Event) -> None:
+        """Take an event, in the engine's thread. Call `ended` after the last one."""
         with suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(
                 self._events.put_nowait, (index, time.monotonic(), event)
@@ -305,20 +301,16 @@ class Generation:
             self._serving.metrics.tokens(
                 self._record.model, generated=event.completion_tokens, cached=cached
             )
-            self._close(event.completion_tokens)
+            self._reserved -= event.completion_tokens
+            ended()
 
-    def _close(self, generated: int = 0) -> None:
-        """Note that an answer has ended, or that all are submitted."""
-        with self._lock:
-            self._open -= 1
-            self._reserved -= generated if self._reserved else 0
-            is_last = self._open == 0
-        if is_last:
-            if self._tickets:
-                self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
-                self._reserved -= self.prompt_tokens
-            self._record.key.give_back_tokens(max(self._reserved, 0))
-            self._serving.release(self.lease)
+    def _finish(self) -> None:
+        """Give back the tokens that were not used, and release the lease."""
+        if self._tickets:
+            self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
+            self._reserved -= self.prompt_tokens
+        self._record.key.give_back_tokens(max(self._reserved, 0))
+        self._serving.release(self.lease)
 
 
 @dataclass
