@@ -31,8 +31,16 @@ from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_at_most
 from lorakit.serving.http.prompts import special_stops
-from lorakit.serving.http.schemas import ChatRequest, Generating
-from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
+from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
+from lorakit.serving.http.state import (
+    RequestRecord,
+    Serving,
+    admitted,
+    busy,
+    guarded,
+    record_of,
+    serving_of,
+)
 
 T = TypeVar("T")
 
@@ -53,23 +61,16 @@ class Settings:
     top_logprobs: int | None
 
 
-def checked_settings(
-    serving: Serving,
-    body: Generating,
-    *,
-    max_tokens: int | None,
-    max_tokens_name: str,
-    top_logprobs: int | None,
-    top_logprobs_name: str,
-    prompts: int = 1,
-) -> Settings:
+def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) -> Settings:
     """Return the settings of a request within the server's limits.
 
     Raises:
         ApiError: A field exceeds a limit.
     """
     limits, answers = serving.settings.limits, body.n or 1
-    require_at_most(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
+    (length, max_tokens), (likely, top_logprobs) = body.most_tokens, body.likely
+    prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    require_at_most(length, max_tokens or 0, limits.max_tokens, "max_tokens")
     require_at_most(
         "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
     )
@@ -78,9 +79,7 @@ def checked_settings(
         require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
-    require_at_most(
-        top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs"
-    )
+    require_at_most(likely, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
@@ -99,29 +98,22 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 async def begin(
-    request: Request,
-    serving: Serving,
-    record: RequestRecord,
-    body: Generating,
-    settings: Settings,
-    encode: Callable[[Lease], Prompts],
-    *,
-    continues: bool,
+    request: Request, body: CompletionRequest | ChatRequest, encode: Callable[[Lease], Prompts]
 ) -> Generation:
     """Acquire the adapters, encode the prompts, and submit an engine request for each answer.
-
-    `continues` says whether an answer continues the text of its prompt.
 
     Raises:
         ApiError: The request cannot be answered. Then nothing is leased.
     """
+    serving, record = serving_of(request), record_of(request)
+    settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
     admitted(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
             require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
-        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        field = "messages" if is_chat else "prompt"
         sampling = settings.sampling
         stop_ids |= special_stops(lease.tokenizer, settings.stop)
         requests = [
@@ -135,7 +127,7 @@ async def begin(
                 stop=settings.stop,
                 stop_ids=stop_ids,
                 top_logprobs=settings.top_logprobs,
-                is_continuation=continues and not serving.engine.limits.is_encoder_decoder,
+                is_continuation=not is_chat and not serving.engine.limits.is_encoder_decoder,
             )
             for p, ids in enumerate(prompts)
             for k in range(settings.answers)
