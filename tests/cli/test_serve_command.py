@@ -222,6 +222,7 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
         return SimpleNamespace(name="b", engine=engine, store=store, classifier=None, worker=worker)
 
     def answer(app: Any, listener: Any, **_: Any) -> None:
+        seen["app"] = app
         one = Receipt("digest", (("sql", "a" * 64, 1.0),))
         blend = Receipt("digest", (("sql", "a" * 64, 0.5), ("e2e", "b" * 64, 0.5)))
         for receipt in (one, blend, Receipt("digest")):
@@ -229,12 +230,9 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
         seen["report"](one, Verdict(one, (-1.0, -2.0), (-1.5, -2.0), bound=0.3))
 
     monkeypatch.setattr("lorakit.serving.opening.open_all", open_all)
-    monkeypatch.setattr(
-        "lorakit.serving.http.app.create_app", lambda *_, **named: seen.update(named)
-    )
     monkeypatch.setattr("lorakit.serving.http.running.run", answer)
     serve._serve(ServeConfig(), None, None)  # type: ignore[arg-type]
-    page = seen["metrics"].page().decode()
+    page = seen["app"].state.serving.metrics.page().decode()
     for name in ("sql", "(blend)", "b"):
         assert f'verified_answers_total{{adapter="{name}",result="skipped"}} 1.0' in page
     assert 'verified_answers_total{adapter="sql",result="passed"} 1.0' in page

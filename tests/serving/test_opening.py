@@ -15,7 +15,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.serving import cards, folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.engine import Limits
-from lorakit.serving.folders import Location, digests_of
+from lorakit.serving.folders import FileState, Location, digests_of
 from lorakit.serving.http.errors import without_folders
 from lorakit.serving.opening import _base, _cards, _memory_notice, _task, sources
 from lorakit.serving.serve_config import ServeConfig
@@ -102,8 +102,8 @@ def test_the_start_says_what_fits_into_memory(sizes, cache_tokens, expected) -> 
 def test_the_size_of_a_followed_run_is_that_of_its_checkpoint(made, tmp_path) -> None:
     location = Location(str(made / "a"), str(tmp_path / "step-3"))
     files = Location(location.folder).state()
-    assert sum(name.endswith(".safetensors") for name, *_ in files) == 1
-    checkpoint = (f"{location.checkpoint}/weights.safetensors", 0, 700, 0, 0)
+    assert sum(file.path.endswith(".safetensors") for file in files) == 1
+    checkpoint = FileState(f"{location.checkpoint}/weights.safetensors", 0, 700, 0, 0)
     assert read_card(location, (*files, checkpoint)).size == 700
 
 
@@ -120,10 +120,10 @@ def test_paths_of_windows_are_read_alike(made, tmp_path, monkeypatch) -> None:
     card, digests = read_card(location, state), digests_of(location, state)
     assert (card.chat, card.size) == (True, (folder / TENSORS).stat().st_size)
 
-    names = {path: path.removeprefix(f"{folder}/").replace("/", "\\") for path, *_ in state}
+    names = {f.path: f.path.removeprefix(f"{folder}/").replace("/", "\\") for f in state}
     for path, name in names.items():
         shutil.copy(path, f"{folder}\\{name}")  # on other systems the name of a file
-    windows = tuple((f"{folder}\\{names[path]}", *rest) for path, *rest in state)
+    windows = tuple(f._replace(path=f"{folder}\\{names[f.path]}") for f in state)
     for module in (cards, folders):
         monkeypatch.setattr(module, "os", SimpleNamespace(path=ntpath, sep="\\"))
     assert read_card(location, windows) == card

@@ -353,6 +353,15 @@ def test_items_are_removed_wherever_they_wait():
         queue.take("a3")
 
 
+def test_an_item_that_is_cancelled_while_others_are_removed_stays():
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a2", "b1"):
+        queue.put(item[0], item)
+    asked: list[str] = []
+    assert queue.remove_where(lambda item: asked.append(item) or len(asked) > 1) == ["b1"]
+    assert ([*queue], len(queue)) == (["a2"], 1)
+
+
 def decoded(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

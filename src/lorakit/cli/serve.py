@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from lorakit.serving.engine import Receipt
     from lorakit.serving.http.keys import KeyRing
-    from lorakit.serving.http.metrics import Metrics
     from lorakit.serving.opening import Opened
     from lorakit.serving.verification import Verdict
 
@@ -63,9 +62,7 @@ def require_packages() -> None:
         )
 
 
-def app_of(
-    config: ServeConfig, opened: Opened, keys: KeyRing | None, metrics: Metrics | None = None
-) -> FastAPI:
+def app_of(config: ServeConfig, opened: Opened, keys: KeyRing | None) -> FastAPI:
     """Return the application with the options of `config`."""
     from lorakit.serving.http.app import create_app
 
@@ -75,20 +72,19 @@ def app_of(
         config.http_settings(opened.name),
         keys=keys,
         classifier=opened.classifier,
-        metrics=metrics,
     )
 
 
 def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -> int:
     from lorakit.models.processor import in_own_thread
-    from lorakit.serving.http.metrics import Metrics, model_label
+    from lorakit.serving.http.metrics import model_label
     from lorakit.serving.http.running import run as run_server
     from lorakit.serving.opening import open_all
 
     failed: list[Verdict] = []
 
     def report(receipt: Receipt, verdict: Verdict | None) -> None:
-        metrics.verified(model_label(receipt, opened.name), verdict)
+        app.state.serving.metrics.verified(model_label(receipt, opened.name), verdict)
         if verdict is not None and not verdict.agrees and config.verify_stops and not failed:
             failed.append(verdict)
             if not app.state.serving.is_draining:  # a second signal would cut the running answers
@@ -96,8 +92,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
                 signal.raise_signal(signal.SIGTERM)
 
     opened = in_own_thread(lambda: open_all(config, report))
-    metrics = Metrics(opened.engine.load, opened.store.stats)
-    app = app_of(config, opened, keys, metrics)
+    app = app_of(config, opened, keys)
     logging.getLogger("lorakit").setLevel(logging.INFO)
     opened.worker.start()
     try:

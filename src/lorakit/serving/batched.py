@@ -28,10 +28,10 @@ from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import SCORED_ROWS, Worker
+from lorakit.serving.worker import SCORED_ROWS, WholeBatches
 
 
-class BatchedEngine(Worker):
+class BatchedEngine(WholeBatches):
     """See the module.
 
     Args:
@@ -63,30 +63,6 @@ class BatchedEngine(Worker):
             notice,
             bound,
         )
-        self._batch: list[Answer] = []
-
-    def _running(self) -> Sequence[Answer]:
-        return [answer for answer in self._batch if not answer.has_ended]
-
-    def _end_cancelled(self) -> None:
-        super()._end_cancelled()
-        for answer in self._running():
-            if answer.is_cancelled:
-                answer.end("cancelled")
-
-    def _advance(self) -> bool:
-        with self._changed:
-            while len(self._batch) < self.limits.running and len(self._waiting):
-                answer = next(self._waiting.turns())
-                if not self._fits([*self._batch, answer]):
-                    break
-                self._waiting.take(answer)
-                self._batch.append(answer)
-        if not self._batch:
-            return False
-        self._compute(self._batch)
-        self._batch = []
-        return True
 
     def _fits(self, batch: Sequence[Answer]) -> bool:
         """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""

@@ -49,10 +49,10 @@ def read_card(location: Location, state: State) -> Card:
     """
     folder = Path(location.folder)
     chat = _has_template(location, state)
-    tensors = [entry for entry in state if entry[0].endswith((".safetensors", ".bin"))]
+    tensors = [file for file in state if file.path.endswith((".safetensors", ".bin"))]
     # A checkpoint replaces the tensors of the folder that describes them.
     start = os.path.join(location.path, "")
-    size = sum(length for path, _, length, *_ in tensors if path.startswith(start))
+    size = sum(file.size for file in tensors if file.path.startswith(start))
     if not os.path.lexists(folder / lorakit_json.NAME):
         options = storage.read_json(folder / peft.CONFIG_NAME)
         return Card(
@@ -122,7 +122,7 @@ def _has_template(location: Location, state: State) -> bool | None:
     if not location.has_tokenizer:
         return None
     own_file = os.path.join(location.folder, CHAT_TEMPLATE_FILE)
-    if any(path == own_file and length for path, _, length, *_ in state):
+    if any(file.path == own_file and file.size for file in state):
         return True
     return bool(storage.read_json(Path(location.folder, TOKENIZER_CONFIG)).get("chat_template"))
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -42,8 +42,18 @@ LONGEST_NAME = 200
 LARGEST_OTHER = 1 << 28
 """Most bytes of a file without tensors."""
 
-State = tuple[tuple[str, int, int, int, int], ...]
-"""Path, inode, size, time of modification and of change of each file."""
+
+class FileState(NamedTuple):
+    """A file with what changes when it is written again. Times are in nanoseconds."""
+
+    path: str
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+State = tuple[FileState, ...]
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ def require_within(location: Location, root: Path) -> None:
     Raises:
         AdapterFileError: A path leads outside through a symbolic link or ``..``.
     """
-    for path in (location.folder, *(name for name, *_ in location.state())):
+    for path in (location.folder, *(file.path for file in location.state())):
         if not is_within(path, root):
             raise AdapterFileError(
                 f"'{path}' leads outside '{root}', so it is not served. Copy the files into that folder (cp -rL "
@@ -191,12 +201,12 @@ def require_size(state: State, most: int) -> None:
     Raises:
         AdapterFileError: A file is larger.
     """
-    for path, _, length, *_ in state:
-        allowed = most if path.endswith((".safetensors", ".bin")) else LARGEST_OTHER
-        if length > allowed:
+    for file in state:
+        allowed = most if file.path.endswith((".safetensors", ".bin")) else LARGEST_OTHER
+        if file.size > allowed:
             raise AdapterFileError(
-                f"'{path}' is {size(length)}, and more than {size(allowed)} is not read. Check the file, or raise "
-                "--adapter_memory."
+                f"'{file.path}' is {size(file.size)}, and more than {size(allowed)} is not read. Check the file, or "
+                "raise --adapter_memory."
             )
 
 
@@ -208,7 +218,7 @@ def digests_of(location: Location, state: State) -> Digests:
     """
     whole, tokenizer = hashlib.sha256(), hashlib.sha256()
     start = os.path.join(location.folder, "")
-    for path, *_ in state:
+    for path in (file.path for file in state):
         name = path.removeprefix(start)  # a checkpoint's path stays whole
         name = name.replace(os.sep, "/") if name != path else os.path.basename(path)
         with storage.reading(path, AdapterFileError):
@@ -229,7 +239,7 @@ def settled(source: Source) -> tuple[Location, State] | None:
     if location is None:
         return None
     state = location.state()
-    newest = max((changed for *_, changed in state), default=0)
+    newest = max((file.changed for file in state), default=0)
     age = time.time_ns() - newest
     if age < _RESOLUTION:
         time.sleep(min(_RESOLUTION - age, 2 * _RESOLUTION) / 1e9)
@@ -244,7 +254,7 @@ def unchanged(location: Location, state: State) -> bool:
         return False
 
 
-def _states(folder: str) -> Iterator[tuple[str, int, int, int, int]]:
+def _states(folder: str) -> Iterator[FileState]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if not _counts(entry.name):
@@ -256,9 +266,9 @@ def _states(folder: str) -> Iterator[tuple[str, int, int, int, int]]:
                 yield _stat(entry.path)
 
 
-def _stat(path: str) -> tuple[str, int, int, int, int]:
+def _stat(path: str) -> FileState:
     found = os.stat(path)
-    return path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return FileState(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @functools.lru_cache(1000)

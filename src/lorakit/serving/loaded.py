@@ -274,37 +274,21 @@ class LoadedAdapters:
                 self._garbage += [other for other in leaving if other not in gone]
 
 
-# --- blends ----------------------------------------------------------------------------------------------
+def require_blendable(held: Mapping[str, Loaded]) -> None:
+    """Reject a blend of adapters that read different tokens or give different answers.
 
-
-class _AnyAdapter:
-    """An adapter that can be blended, to validate a choice before its adapters are loaded."""
-
-    method, scales = None, True
-
-
-ANY_ADAPTER = _AnyAdapter()
-
-
-def common_tokenizer(held: Mapping[str, Loaded]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the adapters of a blend."""
+    Raises:
+        AdapterStateError: Two adapters differ.
+    """
     (first, one), *others = held.items()
     for name, other in others:
+        pair = f"'{first}' and '{name}'"
         if other.tokenizer.digest != one.tokenizer.digest:
             raise AdapterStateError(
-                f"'{first}' and '{name}' have different tokenizers, so a prompt has no common tokens for a blend of "
-                "them. Request them one by one."
+                f"{pair} have different tokenizers, so a prompt has no common tokens for a blend of them. Request them "
+                "one by one."
             )
-    return one.tokenizer.tokenizer
-
-
-def common_head(held: Mapping[str, Loaded]) -> tuple[int | None, tuple[str, ...]]:
-    """Return number and names of the logits of the adapters of a blend."""
-    (first, one), *others = held.items()
-    for name, other in others:
         if (other.outputs, other.labels) != (one.outputs, one.labels):
             raise AdapterStateError(
-                f"'{first}' and '{name}' predict different labels, so a blend of them has no meaning. Request them one "
-                "by one."
+                f"{pair} predict different labels, so a blend of them has no meaning. Request them one by one."
             )
-    return one.outputs, one.labels

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -166,27 +167,19 @@ class Step:
         """The windows of the layers computed so far."""
         size = storage.size
         tokens = [token for part in parts for token in part.tokens]
-        positions = [p for part in parts for p in range(part.past, part.past + len(part.tokens))]
-        pages = [
-            part.pages[p // size]
-            for part in parts
-            for p in range(part.past, part.past + len(part.tokens))
+        spots = [
+            (part, p) for part in parts for p in range(part.past, part.past + len(part.tokens))
         ]
+        positions = [p for _, p in spots]
+        pages = [part.pages[p // size] for part, p in spots]
+        ends = [*accumulate(len(part.tokens) for part in parts)]
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
-        self.last = torch.tensor(self._ends(parts), device=device) - 1
+        self.last = torch.tensor(ends, device=device) - 1
         """Position of each request's last token in the row."""
         self._new = storage.row_numbers(torch.tensor(pages, device=device), self.position_ids[0])
         self.groups = list(self._groups([part for part in parts if len(part.tokens) == 1]))
         self.runs = list(self._runs(parts))
-
-    @staticmethod
-    def _ends(parts: Sequence[Part]) -> list[int]:
-        ends, end = [], 0
-        for part in parts:
-            end += len(part.tokens)
-            ends.append(end)
-        return ends
 
     def _groups(self, parts: list[Part]) -> Iterator[_Group]:
         """Yield groups of requests, in order, whose lengths are similar."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lorakit.compute.batching import attention_windows, context_length
+from lorakit.compute.mode import evaluating
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.serving.paged_attention import (
     NAME,
@@ -48,7 +49,8 @@ def checked_storage(model: PreTrainedModel, cache_bytes: int, size: int) -> Page
     missing = [n for n in ("position_ids", "logits_to_keep") if n not in arguments]
     if missing:
         raise UnsupportedModelError(f"its forward method does not take {' and '.join(missing)}")
-    layers, heads, width = _shape(model)
+    with evaluating(model):
+        layers, heads, width = _shape(model)
     dtype = model.dtype
     bytes_per_page = 2 * layers * size * heads * width * dtype.itemsize
     pages = cache_bytes // bytes_per_page
@@ -58,11 +60,11 @@ def checked_storage(model: PreTrainedModel, cache_bytes: int, size: int) -> Page
             f"the cache of {cache_bytes:,} bytes holds {pages * size} tokens, and {least * size} are needed"
         )
     make = (size, layers, heads, width, dtype, model.device)
-    _check(model, PagedStorage(least, *make))
+    with evaluating(model):
+        _check(model, PagedStorage(least, *make))
     return PagedStorage(pages, *make)
 
 
-@torch.no_grad()
 def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
     """Return the number of layers, of key heads, and the width of a head, from a forward pass of one token."""
     try:
@@ -77,14 +79,12 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
     return len(cache.layers), int(first[1]), int(first[3])
 
 
-@torch.no_grad()
 def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
     """Compute prompts in two chunks and a next token, together and each alone without pages."""
-    was_training, stock = model.training, model.config._attn_implementation or "sdpa"
+    stock = model.config._attn_implementation
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
-    model.eval()
     try:
         ids = (torch.tensor([prompt], device=model.device) for prompt in prompts)
         expected = torch.stack([model(input_ids=i, use_cache=False).logits[0, -1] for i in ids])
@@ -96,7 +96,6 @@ def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
         raise UnsupportedModelError(f"a trial failed ({type(error).__name__}: {error})") from error
     finally:
         model.set_attn_implementation(stock)
-        model.train(was_training)
     _require_windows(model, windows)
     difference = float((found - expected).float().norm() / expected.float().norm())
     if not difference <= LARGEST_DIFFERENCE.get(model.dtype, LARGEST_OF_SHORT):

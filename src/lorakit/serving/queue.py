@@ -44,11 +44,12 @@ class FairQueue(Generic[T]):
         raise ValueError("the item is not the first of its key")
 
     def remove_where(self, condition: Callable[[T], bool]) -> list[T]:
-        """Remove and return all items that meet a condition."""
+        """Remove and return all items that meet a condition, which may change meanwhile in another thread."""
         removed = [item for item in self if condition(item)]
         if removed:
+            gone = {id(item) for item in removed}
             for key, line in list(self._lines.items()):
-                kept = deque(item for item in line if not condition(item))
+                kept = deque(item for item in line if id(item) not in gone)
                 if kept:
                     self._lines[key] = kept
                 else:

@@ -15,6 +15,24 @@ from lorakit.serving.http.settings import HttpLimits, HttpSettings
 DEMO = "out/demo"
 """Run folder of `lorakit demo`, whose adapter is served if neither an adapter nor a base is named."""
 
+_AT_LEAST = {
+    0: ("max_stops", "max_stop_length", "max_top_logprobs", "max_blend", "verify", "port"),
+    0.001: ("max_seconds", "max_body_seconds"),
+    1: (
+        "max_running",
+        "max_queue",
+        "max_body",
+        "max_tokens",
+        "max_choices",
+        "max_messages",
+        "max_inputs",
+        "max_prompt_tokens",
+        "max_requests",
+    ),
+    2: ("num_labels",),
+}
+_AT_MOST = {"verify": 1, "port": 65535}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(HttpLimits):
@@ -70,33 +88,12 @@ class ServeConfig(HttpLimits):
 
     def __post_init__(self) -> None:
         conform(self)
-        for name in (
-            "max_running",
-            "max_queue",
-            "max_body",
-            "max_tokens",
-            "max_choices",
-            "max_messages",
-            "max_inputs",
-        ):
-            require_at_least(name, getattr(self, name), 1)
-        for name in (
-            "max_stops",
-            "max_stop_length",
-            "max_top_logprobs",
-            "max_blend",
-            "verify",
-            "port",
-        ):
-            require_at_least(name, getattr(self, name), 0)
-        require_at_least("num_labels", self.num_labels, 2)
-        for name in ("max_prompt_tokens", "max_requests"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("max_seconds", "max_body_seconds"):
-            require_at_least(name, getattr(self, name), 0.001)
-        if self.verify > 1 or self.port > 65535:
-            name, most = ("verify", 1) if self.verify > 1 else ("port", 65535)
-            raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at most {most}.")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                require_at_least(name, getattr(self, name), least)
+        for name, most in _AT_MOST.items():
+            if (value := getattr(self, name)) > most:
+                raise ConfigurationError(f"{name} is {value}; it must be at most {most}.")
         for name in ("adapter_memory", "cache_memory"):
             bytes_of(name, getattr(self, name))
         if self.verify_stops and not self.verify:

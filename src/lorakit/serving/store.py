@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -24,6 +25,8 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary, nearest
+from lorakit.formatting import listed
+from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
 from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
@@ -33,13 +36,11 @@ from lorakit.serving.engine import Holders, Lease, Receipt
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
 from lorakit.serving.loaded import (
-    ANY_ADAPTER,
     Loaded,
     LoadedAdapters,
     StoreStats,
     Tokenizer,
-    common_head,
-    common_tokenizer,
+    require_blendable,
 )
 from lorakit.serving.preparing import base_labels, prepare
 from lorakit.serving.reports import find_report
@@ -53,8 +54,8 @@ _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
 _READ = 4
 """Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
-_NAMED = 20
-"""Names that an error lists."""
+_ANY: Any = SimpleNamespace(method=None, scales=True)
+"""An adapter that can be blended, to validate a choice before its adapters are loaded."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,7 @@ class AdapterStore:
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         names = self.names()
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        known = (
-            f"The known ones are {', '.join(names[:_NAMED])}{more}" if names else "None is known"
-        )
+        known = f"The known ones are {listed(names)}" if names else "None is known"
         return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
 
     def add(
@@ -326,7 +324,7 @@ class AdapterStore:
             AdapterStateError: A batch of several adapters cannot use it, or the adapters cannot be blended.
             StoreFullError: Adapters in use hold the memory.
         """
-        weights = dict(choice_for_batch(choice, lambda name: ANY_ADAPTER).blends[0])
+        weights = dict(choice_for_batch(choice, lambda _: _ANY).blends[0])
         if not weights:
             return self._lease_of_base()
         held: dict[str, Loaded] = {}
@@ -337,8 +335,7 @@ class AdapterStore:
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
             checked = self.handle.blend(blend)
-            tokenizer = common_tokenizer(held)
-            outputs, labels = common_head(held)
+            require_blendable(held)
         except BaseException:
             self._loaded.give_back(*held.values())
             raise
@@ -347,10 +344,12 @@ class AdapterStore:
             self._loaded.give_back(*held.values())
             self.freed()
 
-        task = next(iter(held.values())).task
+        one, holders = next(iter(held.values())), Holders(release)
         adapters = tuple((name, held[name].digest, weight) for name, weight in weights.items())
         receipt = Receipt(self.base_digest, adapters)
-        return Lease(checked, receipt, tokenizer, labels, outputs, task, Holders(release))
+        return Lease(
+            checked, receipt, one.tokenizer.tokenizer, one.labels, one.outputs, one.task, holders
+        )
 
     def _lease_of_base(self) -> Lease:
         if self.base.new_weights:
@@ -519,7 +518,7 @@ class AdapterStore:
             "digest": self.base_digest,
             "kind": kind,
             "chat": self._has_template,
-            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.base.model.dtype),
         }
 
     @property
@@ -561,8 +560,10 @@ def _files_of(source: Source) -> _Files | None:
     Rights are left out, and inodes: those of some network file systems change by themselves.
     """
     location = source.locate()
+    if location is None:
+        return None
     try:
-        return None if location is None else tuple((f[0], *f[2:4]) for f in location.state())
+        return tuple((file.path, file.size, file.modified) for file in location.state())
     except AdapterFileError:
         return ()
 

@@ -45,7 +45,7 @@ FAILED = "The engine has failed. Restart the server; its log has the reason."
 
 
 class Worker(ABC):
-    """What both engines share (`lorakit.serving.engine.Engine`).
+    """What the engines share (`lorakit.serving.engine.Engine`).
 
     Args:
         model: The base. Nothing else may compute with it until `close`.
@@ -68,7 +68,8 @@ class Worker(ABC):
         self._ends = frozenset(ending_tokens_of_model(model))
         self.notice = "; ".join(notice for notice in notices if notice) or None
         self.steps = self.tokens = 0
-        self._waiting: FairQueue[Answer] = FairQueue()
+        self._waiting: FairQueue[Any] = FairQueue()
+        """Answers, or texts to classify. Both have `is_cancelled`, `has_ended`, `end` and `fail`."""
         self._actions: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
@@ -127,8 +128,8 @@ class Worker(ABC):
         """Return what the engine does now (`Engine.load`)."""
         return Load(
             is_alive=self._thread.is_alive() and not self._has_failed,
-            running=self._running_count(),
-            waiting=len(self._waiting),
+            running=len(self._running()),
+            waiting=self._waiting_count(),
             cache_used=self._cache_used(),
             steps=self.steps,
             tokens=self.tokens,
@@ -142,6 +143,10 @@ class Worker(ABC):
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _waiting_count(self) -> int:
+        """Return the number of requests that wait."""
+        return len(self._waiting)
 
     def _wake(self) -> None:
         with self._changed:
@@ -160,8 +165,8 @@ class Worker(ABC):
         """Compute a step or a batch; return whether there was anything to do."""
 
     @abstractmethod
-    def _running(self) -> Sequence[Answer]:
-        """Return the answers that are computed now."""
+    def _running(self) -> Sequence[Any]:
+        """Return what was taken from the queue and has not ended."""
 
     def _end_cancelled(self) -> None:
         """End the cancelled ones of the waiting answers, and in a subclass of the running ones."""
@@ -169,12 +174,6 @@ class Worker(ABC):
             cancelled = self._waiting.remove_where(lambda answer: answer.is_cancelled)
         for answer in cancelled:
             answer.end("cancelled")
-
-    def _has_waiting(self) -> bool:
-        return len(self._waiting) > 0
-
-    def _running_count(self) -> int:
-        return len(self._running())
 
     def _cache_used(self) -> float:
         return 0.0
@@ -185,11 +184,11 @@ class Worker(ABC):
                 while not self._is_closing:
                     if self._run_actions():
                         with self._changed:
-                            self._changed.wait_for(self._has_waiting, FOLLOWED)
+                            self._changed.wait_for(lambda: self._waiting, FOLLOWED)
                     self._end_cancelled()
                     if not self._advance():
                         with self._changed:
-                            if not (self._actions or self._has_waiting() or self._is_closing):
+                            if not (self._actions or self._waiting or self._is_closing):
                                 self._changed.wait(1.0)
         except BaseException:  # nobody else would see it
             _LOG.exception("The engine has failed.")
@@ -270,12 +269,6 @@ class Worker(ABC):
 
     @torch.no_grad()
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
-        if not 1 <= start <= len(tokens):
-            raise DataError(f"start is {start}; it must be from 1 to the number of tokens.")
-        if len(tokens) - start > self.limits.room_after(start):
-            raise DataError(
-                f"The text has {len(tokens)} tokens; the context is {self.limits.context}."
-            )
         new = torch.tensor(tokens[start:], device=self.model.device)
         values: list[float] = []
         with self._by_row([lease]):
@@ -291,6 +284,44 @@ class Worker(ABC):
         options = {"logits_to_keep": len(tokens) - start + 1} if accepts else {}
         scores = self.model(input_ids=ids, use_cache=False, **options).logits[0]
         yield from scores[start - len(tokens) - 1 : -1].split(SCORED_ROWS)
+
+
+class WholeBatches(Worker):
+    """A worker that computes a batch to its end before it takes the next one."""
+
+    _batch: Sequence[Any] = ()
+
+    def _running(self) -> Sequence[Any]:
+        return [item for item in self._batch if not item.has_ended]
+
+    def _end_cancelled(self) -> None:
+        super()._end_cancelled()
+        for item in self._running():
+            if item.is_cancelled:
+                item.end("cancelled")
+
+    def _advance(self) -> bool:
+        self._batch = batch = list[Any]()
+        with self._changed:
+            while len(batch) < self.limits.running and self._waiting:
+                item = next(self._waiting.turns())
+                if not self._fits([*batch, item]):
+                    break
+                self._waiting.take(item)
+                batch.append(item)
+        if not batch:
+            return False
+        self._compute(batch)
+        self._batch = ()
+        return True
+
+    def _fits(self, batch: Sequence[Any]) -> bool:
+        """Return whether a batch can be computed."""
+        return True
+
+    @abstractmethod
+    def _compute(self, batch: list[Any]) -> None:
+        """Compute and end all of a batch."""
 
 
 def choice_of(blend: Blend) -> AdapterChoice:

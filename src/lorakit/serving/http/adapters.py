@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from lorakit.errors import LorakitError
 from lorakit.serving.errors import EngineStoppedError, StoreFullError, UnknownAdapterError
-from lorakit.serving.http.answers import Loaded, Model, Models
+from lorakit.serving.http.answers import LoadAnswer, Model, Models
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import ApiError, unknown_model, without_folders
 from lorakit.serving.http.keys import Key
@@ -58,7 +58,7 @@ async def get_model(request: Request, model: str) -> Model:
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
+async def load_adapter(request: Request, body: LoadRequest) -> LoadAnswer:
     """Offer an adapter from a folder under the server's folder of adapters."""
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
@@ -87,11 +87,11 @@ async def load_adapter(request: Request, body: LoadRequest) -> Loaded:
             raise ApiError(400, message, param="lora_path", code="cannot_be_served") from error
 
     await asyncio.wrap_future(serving.loaders.submit(add))
-    return Loaded(id=name, status="loaded")
+    return LoadAnswer(id=name, status="loaded")
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_adapter(request: Request, body: UnloadRequest) -> Loaded:
+async def unload_adapter(request: Request, body: UnloadRequest) -> LoadAnswer:
     """Offer an adapter no more. Requests in flight finish with it; then its memory is free."""
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
@@ -107,7 +107,7 @@ async def unload_adapter(request: Request, body: UnloadRequest) -> Loaded:
     except UnknownAdapterError:
         known = await serving.in_worker(partial(serving.models, key))
         raise unknown_model(name, known, "lora_name") from None
-    return Loaded(id=name, status="unloaded")
+    return LoadAnswer(id=name, status="unloaded")
 
 
 def _require_operator(serving: Serving, key: Key, name: str) -> None:

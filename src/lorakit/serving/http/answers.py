@@ -26,7 +26,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokens
 
 
-class Answer(BaseModel):
+class AnswerBody(BaseModel):
     """What every answer has."""
 
     id: str
@@ -63,7 +63,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class Completion(Answer):
+class Completion(AnswerBody):
     """Answers to prompts. In a stream, each event holds a part."""
 
     object: Literal["text_completion"] = "text_completion"
@@ -115,7 +115,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class Chat(Answer):
+class Chat(AnswerBody):
     """Answers to a conversation."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -142,7 +142,7 @@ class ChatPart(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(Answer):
+class ChatChunk(AnswerBody):
     """An event of a stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -165,7 +165,7 @@ class ClassifyRow(BaseModel):
     """Probability of every class; empty for a score."""
 
 
-class ClassifyAnswer(Answer):
+class ClassifyAnswer(AnswerBody):
     """Predictions, in the order of the inputs."""
 
     object: Literal["list"] = "list"
@@ -197,7 +197,7 @@ class Models(BaseModel):
     data: list[Model]
 
 
-class Loaded(BaseModel):
+class LoadAnswer(BaseModel):
     """An adapter was loaded or unloaded."""
 
     id: str

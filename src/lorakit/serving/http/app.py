@@ -52,7 +52,6 @@ def create_app(
     *,
     keys: KeyRing | None = None,
     classifier: Classifier | None = None,
-    metrics: Metrics | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -62,7 +61,6 @@ def create_app(
         settings: What is allowed.
         keys: The API keys; None answers everyone.
         classifier: Computes classes and scores; None for a base that generates text.
-        metrics: The series to fill, for a caller that fills some of its own; None makes new ones.
     """
     app = FastAPI(
         title="lorakit",
@@ -79,7 +77,7 @@ def create_app(
         settings=settings,
         keys=keys,
         classifier=classifier,
-        metrics=metrics or Metrics(engine.load, store.stats),
+        metrics=Metrics(engine.load, store.stats),
     )
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)

@@ -22,7 +22,7 @@ from lorakit.serving.http.answers import (
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.errors import require_at_most
 from lorakit.serving.http.form import Form
-from lorakit.serving.http.generation import Prompts, begin, checked_settings
+from lorakit.serving.http.generation import Prompts, begin
 from lorakit.serving.http.logprobs import chat_logprobs
 from lorakit.serving.http.prompts import encode_chat
 from lorakit.serving.http.schemas import ChatRequest
@@ -35,25 +35,16 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/chat/completions", response_model=Chat, responses=STREAM)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with the base, an adapter, or a blend of adapters."""
-    serving, record = serving_of(request), record_of(request)
+    serving = serving_of(request)
     most = serving.settings.limits.max_messages
     require_at_most("messages", len(body.messages), most, "max_messages", "messages")
-    is_new_name = body.max_completion_tokens is not None
-    settings = checked_settings(
-        serving,
-        body,
-        max_tokens=body.most_tokens,
-        max_tokens_name="max_completion_tokens" if is_new_name else "max_tokens",
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        top_logprobs_name="top_logprobs",
-    )
 
     def encode(lease: Lease) -> Prompts:
         ids, stop_ids = encode_chat(lease.tokenizer, body.messages, serving.engine.limits.context)
         return [ids], stop_ids
 
-    generation = await begin(request, serving, record, body, settings, encode, continues=False)
-    return await _Form(generation, body, f"chatcmpl-{record.id}").answer(request)
+    generation = await begin(request, body, encode)
+    return await _Form(generation, body, f"chatcmpl-{record_of(request).id}").answer(request)
 
 
 class _Form(Form[ChatRequest, ChatLogprobs]):

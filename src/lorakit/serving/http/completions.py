@@ -13,7 +13,7 @@ from lorakit.serving.engine import End, Lease, Token
 from lorakit.serving.http.answers import Completion, CompletionChoice, CompletionLogprobs
 from lorakit.serving.http.body import StrictRoute
 from lorakit.serving.http.form import Form
-from lorakit.serving.http.generation import Prompts, begin, checked_settings
+from lorakit.serving.http.generation import Prompts, begin
 from lorakit.serving.http.logprobs import completion_logprobs
 from lorakit.serving.http.prompts import encode_prompt
 from lorakit.serving.http.schemas import CompletionRequest
@@ -26,24 +26,14 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/completions", response_model=Completion, responses=STREAM)
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """Continue texts with the base, an adapter, or a blend of adapters."""
-    serving, record = serving_of(request), record_of(request)
-    prompts = body.prompts
-    settings = checked_settings(
-        serving,
-        body,
-        max_tokens=body.max_tokens or 16,
-        max_tokens_name="max_tokens",
-        top_logprobs=body.logprobs,
-        top_logprobs_name="logprobs",
-        prompts=len(prompts),
-    )
+    context = serving_of(request).engine.limits.context
 
     def encode(lease: Lease) -> Prompts:
-        context = serving.engine.limits.context
-        return [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts], frozenset()
+        ids = [encode_prompt(lease.tokenizer, prompt, context) for prompt in body.prompts]
+        return ids, frozenset()
 
-    generation = await begin(request, serving, record, body, settings, encode, continues=True)
-    return await _Form(generation, body, f"cmpl-{record.id}").answer(request)
+    generation = await begin(request, body, encode)
+    return await _Form(generation, body, f"cmpl-{record_of(request).id}").answer(request)
 
 
 class _Form(Form[CompletionRequest, CompletionLogprobs]):

@@ -82,7 +82,10 @@ class ApiError(HTTPException):
     @property
     def content(self) -> dict[str, Any]:
         """The body of the answer."""
-        return error_content(self.status_code, self.detail, self.param, self.code)
+        types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        status, message = self.status_code, self.detail
+        kind = "server_error" if status >= 500 else types.get(status, "invalid_request_error")
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class ClientGone(ApiError):
@@ -90,15 +93,6 @@ class ClientGone(ApiError):
 
     def __init__(self) -> None:
         super().__init__(499, "The client closed the connection.")
-
-
-def error_content(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return the body of an error."""
-    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = "server_error" if status >= 500 else types.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_answer(error: ApiError) -> JSONResponse:
@@ -178,8 +172,9 @@ async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
         ),
     }
     message, code = reasons.get(error.status_code, (str(error.detail), None))
-    content = error_content(error.status_code, message, code=code)
-    return JSONResponse(content, error.status_code, headers=error.headers)
+    own = ApiError(error.status_code, message, code=code)
+    own.headers = error.headers  # of 405, Allow
+    return error_answer(own)
 
 
 async def answer_validation_error(_: Request, error: Exception) -> JSONResponse:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +18,7 @@ from lorakit.serving.engine import (
     End,
     Event,
     GenerationRequest,
+    Holders,
     Lease,
     Piece,
     QueueFullError,
@@ -31,8 +31,16 @@ from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
 from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_at_most
 from lorakit.serving.http.prompts import special_stops
-from lorakit.serving.http.schemas import ChatRequest, Generating
-from lorakit.serving.http.state import RequestRecord, Serving, admitted, busy, guarded
+from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
+from lorakit.serving.http.state import (
+    RequestRecord,
+    Serving,
+    admitted,
+    busy,
+    guarded,
+    record_of,
+    serving_of,
+)
 
 T = TypeVar("T")
 
@@ -53,23 +61,16 @@ class Settings:
     top_logprobs: int | None
 
 
-def checked_settings(
-    serving: Serving,
-    body: Generating,
-    *,
-    max_tokens: int | None,
-    max_tokens_name: str,
-    top_logprobs: int | None,
-    top_logprobs_name: str,
-    prompts: int = 1,
-) -> Settings:
+def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) -> Settings:
     """Return the settings of a request within the server's limits.
 
     Raises:
         ApiError: A field exceeds a limit.
     """
     limits, answers = serving.settings.limits, body.n or 1
-    require_at_most(max_tokens_name, max_tokens or 0, limits.max_tokens, "max_tokens")
+    (length, max_tokens), (likely, top_logprobs) = body.most_tokens, body.likely
+    prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    require_at_most(length, max_tokens or 0, limits.max_tokens, "max_tokens")
     require_at_most(
         "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
     )
@@ -78,9 +79,7 @@ def checked_settings(
         require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
-    require_at_most(
-        top_logprobs_name, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs"
-    )
+    require_at_most(likely, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
@@ -99,29 +98,22 @@ def derived_seed(seed: int, index: int) -> int:
 
 
 async def begin(
-    request: Request,
-    serving: Serving,
-    record: RequestRecord,
-    body: Generating,
-    settings: Settings,
-    encode: Callable[[Lease], Prompts],
-    *,
-    continues: bool,
+    request: Request, body: CompletionRequest | ChatRequest, encode: Callable[[Lease], Prompts]
 ) -> Generation:
     """Acquire the adapters, encode the prompts, and submit an engine request for each answer.
-
-    `continues` says whether an answer continues the text of its prompt.
 
     Raises:
         ApiError: The request cannot be answered. Then nothing is leased.
     """
+    serving, record = serving_of(request), record_of(request)
+    settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
     admitted(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
             require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
-        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        field = "messages" if is_chat else "prompt"
         sampling = settings.sampling
         stop_ids |= special_stops(lease.tokenizer, settings.stop)
         requests = [
@@ -135,7 +127,7 @@ async def begin(
                 stop=settings.stop,
                 stop_ids=stop_ids,
                 top_logprobs=settings.top_logprobs,
-                is_continuation=continues and not serving.engine.limits.is_encoder_decoder,
+                is_continuation=not is_chat and not serving.engine.limits.is_encoder_decoder,
             )
             for p, ids in enumerate(prompts)
             for k in range(settings.answers)
@@ -205,9 +197,7 @@ class Generation:
         self._ids: list[list[int]] = [[] for _ in requests]
         """Tokens of each answer so far."""
         self._reserved = 0
-        self._lock = threading.Lock()
-        self._open = 1
-        """Answers that have not ended, and 1 while they are submitted."""
+        """Tokens that the key has reserved, less those of the answers that have ended."""
 
     def start(self) -> None:
         """Submit an engine request for each answer.
@@ -215,26 +205,24 @@ class Generation:
         Raises:
             ApiError: The queue is full, the engine accepts no requests, or one exceeds a limit.
         """
+        holders = Holders(self._finish)
+        ended = submitted = holders.add()
         try:
             most = self.prompt_tokens + sum(r.max_tokens for r in self.requests)
             self._record.key.reserve_tokens(most)
             self._reserved = most
             for index, request in enumerate(self.requests):
-                with self._lock:
-                    self._open += 1
-                try:
-                    ticket = self._serving.engine.submit(request, partial(self._deliver, index))
-                except BaseException:
-                    self._close()
-                    raise
-                self._tickets.append(ticket)
+                ended = holders.add()
+                deliver = partial(self._deliver, index, ended)
+                self._tickets.append(self._serving.engine.submit(request, deliver))
         except BaseException as error:
+            ended()  # of the request that the engine has not accepted
             self.cancel()
             if isinstance(error, QueueFullError):
                 raise busy(self._serving) from None
             raise
         finally:
-            self._close()
+            submitted()
 
     async def in_worker(self, work: Callable[[], T]) -> T:
         """Run a function in a worker thread, such as one that decodes thousands of tokens, if a token is reported."""
@@ -293,8 +281,8 @@ class Generation:
             prompt_tokens_details=PromptTokens(cached_tokens=cached),
         )
 
-    def _deliver(self, index: int, event: Event) -> None:
-        """Take an event, in the engine's thread."""
+    def _deliver(self, index: int, ended: Callable[[], None], event: Event) -> None:
+        """Take an event, in the engine's thread. Call `ended` after the last one."""
         with suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(
                 self._events.put_nowait, (index, time.monotonic(), event)
@@ -305,20 +293,16 @@ class Generation:
             self._serving.metrics.tokens(
                 self._record.model, generated=event.completion_tokens, cached=cached
             )
-            self._close(event.completion_tokens)
+            self._reserved -= event.completion_tokens
+            ended()
 
-    def _close(self, generated: int = 0) -> None:
-        """Note that an answer has ended, or that all are submitted."""
-        with self._lock:
-            self._open -= 1
-            self._reserved -= generated if self._reserved else 0
-            is_last = self._open == 0
-        if is_last:
-            if self._tickets:
-                self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
-                self._reserved -= self.prompt_tokens
-            self._record.key.give_back_tokens(max(self._reserved, 0))
-            self._serving.release(self.lease)
+    def _finish(self) -> None:
+        """Give back the tokens that were not used, and release the lease."""
+        if self._tickets:
+            self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
+            self._reserved -= self.prompt_tokens
+        self._record.key.give_back_tokens(max(self._reserved, 0))
+        self._serving.release(self.lease)
 
 
 @dataclass
@@ -326,7 +310,7 @@ class Whole:
     """An answer that has ended."""
 
     text: str = ""
-    tokens: tuple[Token, ...] = ()
+    tokens: list[Token] = field(default_factory=list)
     reason: FinishReason = "stop"
 
 
@@ -337,19 +321,15 @@ async def collect(generation: Generation) -> list[Whole]:
         ApiError: An answer ended with an error.
     """
     answers = [Whole() for _ in generation.requests]
-    texts: list[list[str]] = [[] for _ in answers]
-    tokens: list[list[Token]] = [[] for _ in answers]
     try:
         async for index, event in generation.events():
             if isinstance(event, Piece):
-                texts[index].append(event.text)
-                tokens[index] += event.tokens
+                answers[index].text += event.text
+                answers[index].tokens += event.tokens
             elif event.reason in ("stop", "length"):  # `events` raises for others
                 answers[index].reason = event.reason
     finally:
         generation.cancel()
-    for answer, parts, own in zip(answers, texts, tokens, strict=True):
-        answer.text, answer.tokens = "".join(parts), tuple(own)
     return answers
 
 

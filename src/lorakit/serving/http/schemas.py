@@ -186,6 +186,16 @@ class CompletionRequest(Generating):
         return self
 
     @property
+    def most_tokens(self) -> tuple[str, int | None]:
+        """The field that limits the new tokens of an answer, and its value."""
+        return "max_tokens", self.max_tokens or 16
+
+    @property
+    def likely(self) -> tuple[str, int | None]:
+        """The field with the number of the most likely tokens to report, and its value; None reports no tokens."""
+        return "logprobs", self.logprobs
+
+    @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str) or _is_ids(self.prompt):
@@ -305,9 +315,15 @@ class ChatRequest(Generating):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
-        """New tokens of an answer; None without a limit of the client."""
-        return self.max_completion_tokens or self.max_tokens
+    def most_tokens(self) -> tuple[str, int | None]:
+        """The field that limits the new tokens of an answer, and its value; None leaves it to the server."""
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return name, self.max_completion_tokens or self.max_tokens
+
+    @property
+    def likely(self) -> tuple[str, int | None]:
+        """The field with the number of the most likely tokens to report, and its value; None reports no tokens."""
+        return "top_logprobs", (self.top_logprobs or 0) if self.logprobs else None
 
 
 class ClassifyRequest(Strict):
