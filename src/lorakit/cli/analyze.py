@@ -31,10 +31,6 @@ def run(argv: Sequence[str]) -> None:
     config: Any = parse(
         measure.options, f"analyze {name}", f"{measure.about}.", rest, *measure.subjects
     )
-    if config.method is not None:
-        from lorakit.methods.registry import use_method
-
-        use_method(config.method)
     config.require_writable()
     findings = measure.find(config)
     _write(name, config, findings)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorakit.compute.adapted_config import AdaptedConfig, AdapterFileConfig
 from lorakit.errors import require_suffix
-from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +43,21 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Written):
+class Shown(Written, AdapterFileConfig):
     """Options of measures that read adapter files."""
 
     alpha: float | None = None
     """alpha of a loralib file, which does not store it."""
-    method: str | None = None
-    """Custom method of an adapter: path/to/file.py:Class."""
     layers: bool = False
     """Print one line per matrix instead of one per kind of layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnBase(Shown):
+class OnBase(Shown, AdaptedConfig):
     """Options of measures that also read the weights of the base."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
     only: str | None = None
     """Analyze only the matrices whose names match this regular expression."""
 
@@ -120,19 +114,13 @@ class IntrudersConfig(OnBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftConfig(Written):
+class DriftConfig(Written, AdaptedConfig):
     """Options of `lorakit analyze drift`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT)."""
     text: str
     """UTF-8 text file. Each non-blank line is one text."""
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     limit: int | None = None
     """Number of texts to read, from the start. null reads all."""
     max_length: int = 512

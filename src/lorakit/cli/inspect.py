@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.parsing import parse
+from lorakit.compute.adapted_config import AdapterFileConfig
 
 if TYPE_CHECKING:
     from lorakit.adapters.formats.stored import StoredAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(AdapterFileConfig):
     """Options of `lorakit inspect`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), or a loralib file."""
     alpha: float | None = None
     """alpha of a loralib file, which does not store it. Default: 1."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     layers: bool = False
     """Print one line per layer instead of one per kind of layer."""
     json: bool = False
@@ -50,10 +49,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import formats
     from lorakit.cli.console import console, print_json
     from lorakit.methods.method import describe as described_method
-    from lorakit.methods.registry import use_method
 
-    if config.method is not None:
-        use_method(config.method)
     assumes_alpha = config.alpha is None and Path(config.adapter).is_file()
     stored = formats.read(config.adapter, alpha=1.0 if assumes_alpha else config.alpha)
     if assumes_alpha:
