@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.measures import MEASURES, Findings
@@ -33,13 +34,13 @@ def run(argv: Sequence[str]) -> None:
     )
     config.require_writable()
     findings = measure.find(config)
-    _write(name, config, findings)
+    written = config.write(findings.draw, partial(_page, name, config, findings))
     if config.json:
         from lorakit.cli.console import print_json
 
         print_json(findings.facts)
     else:
-        _print(config, findings)
+        _print(config, findings, written)
 
 
 def _overview() -> str:
@@ -51,30 +52,25 @@ def _overview() -> str:
     )
 
 
-def _write(name: str, config: Any, findings: Findings) -> None:
-    """Write the figure and the report, if set."""
+def _page(name: str, config: Any, findings: Findings, command: str) -> Any:
+    """Return the report; `command` reproduces it."""
     from lorakit.analysis.report import measure_page
-    from lorakit.reporting import drawing
-    from lorakit.training.environment import command
 
-    if config.plot is not None:
-        drawing.save(findings.draw(), config.plot)
-    if config.report is not None:
-        measure_page(
-            name,
-            about=MEASURES[name].about,
-            subjects=[getattr(config, subject) for subject in MEASURES[name].subjects],
-            lines=findings.lines,
-            heading=findings.caption and f"{findings.caption}.",
-            rows=findings.rows,
-            what=findings.what,
-            drawn=[findings.draw()],
-            notices=findings.facts["notices"],
-            command=command(),
-        ).write(config.report)
+    return measure_page(
+        name,
+        about=MEASURES[name].about,
+        subjects=[getattr(config, subject) for subject in MEASURES[name].subjects],
+        lines=findings.lines,
+        heading=findings.caption and f"{findings.caption}.",
+        rows=findings.rows,
+        what=findings.what,
+        drawn=[findings.draw()],
+        notices=findings.facts["notices"],
+        command=command,
+    )
 
 
-def _print(config: Any, findings: Findings) -> None:
+def _print(config: Any, findings: Findings, written: list[str]) -> None:
     from lorakit.cli.console import console
     from lorakit.cli.layer_table import layer_table
 
@@ -90,7 +86,5 @@ def _print(config: Any, findings: Findings) -> None:
         out.print(table)
     for notice in findings.facts["notices"]:
         out.print(visible(f"note: {notice}"), markup=False)
-    if config.plot is not None:
-        out.print(f"Figure in {config.plot}.", markup=False)
-    if config.report is not None:
-        out.print(f"Report in {config.report}.", markup=False)
+    for line in written:
+        out.print(line, markup=False)

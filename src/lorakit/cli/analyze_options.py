@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lorakit.compute.adapted_config import AdaptedConfig, AdapterFileConfig
 from lorakit.errors import require_suffix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """Output files and formats of a measure."""
+class OutputFiles:
+    """Output files of a command, and their formats."""
 
     json: bool = False
     """Print JSON."""
@@ -41,9 +42,23 @@ class Written:
         if self.plot is not None or self.report is not None:
             drawing.require_drawing()
 
+    def write(self, draw: Callable[[], Any], page: Callable[..., Any]) -> list[str]:
+        """Write the figure and the report, if set; return a sentence for each. `page` takes a `command`."""
+        from lorakit.reporting import drawing
+        from lorakit.training.environment import command
+
+        written = []
+        if self.plot is not None:
+            drawing.save(draw(), self.plot)
+            written.append(f"Figure in {self.plot}.")
+        if self.report is not None:
+            page(command=command()).write(self.report)
+            written.append(f"Report in {self.report}.")
+        return written
+
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Written, AdapterFileConfig):
+class Shown(OutputFiles, AdapterFileConfig):
     """Options of measures that read adapter files."""
 
     alpha: float | None = None
@@ -114,7 +129,7 @@ class IntrudersConfig(OnBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftConfig(Written, AdaptedConfig):
+class DriftConfig(OutputFiles, AdaptedConfig):
     """Options of `lorakit analyze drift`."""
 
     adapter: str
