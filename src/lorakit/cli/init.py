@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 from lorakit import storage
@@ -44,7 +44,7 @@ LAYOUTS = (
 class InitConfig:
     """Options of `lorakit init`."""
 
-    data: DataConfig
+    data: DataConfig = field(default_factory=lambda: DataConfig(too_long="truncate"))
     """The training data, whose columns determine the task."""
     file: str = "run.yaml"
     """The file to write."""
@@ -71,7 +71,6 @@ def run(argv: Sequence[str]) -> None:
         "labels or scores.",
         argv,
         "data.train",
-        defaults={"data.too_long": "truncate"},
     )
     storage.require_free_file(config.file, overwrite=config.overwrite, option="--file")
     rows = RowReader().read(config.data, "train")

@@ -31,7 +31,6 @@ def parse(
     text: str,
     argv: Sequence[str],
     *positional: str,
-    defaults: Mapping[str, Any] | None = None,
     preset: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None,
     unused: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
 ) -> Config:
@@ -48,7 +47,6 @@ def parse(
         argv: Arguments after the command's name.
         positional: Fields that arguments without an option name set, in this order. A last field that takes a list
             gets all remaining arguments.
-        defaults: Values by dotted name that replace the defaults of the class.
         preset: An option that is no field and that no YAML file can set, and a function from its value to the values
             that it stands for, by dotted name. Files and arguments override them.
         unused: From the options in `argv`, the options or sections that a file or the preset may have but that have no
@@ -70,9 +68,9 @@ def parse(
         chosen = typed.pop(preset_name)
         sources.append((f"{preset_name} {chosen}", values_of(chosen), {}))
     sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
-    values = dict(defaults or {})
+    values: dict[str, Any] = {}
     without_effect = tuple(unused(typed)) if unused else ()
-    source_of: dict[str, str | None] = dict.fromkeys(values)
+    source_of: dict[str, str | None] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
         ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
