@@ -84,7 +84,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
             )
     if missing := missing_options(config_class, values):
         section = missing[0].rpartition(".")[0]
-        if section and any(name.startswith(f"{section}.") for name in values):
+        if section and _inside(section, values):
             raise ConfigurationError(
                 f"Options of {section} require {missing[0]}. Add --{missing[0]}, or remove all --{section} options."
             )

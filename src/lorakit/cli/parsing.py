@@ -13,7 +13,7 @@ import yaml
 
 from lorakit import storage
 from lorakit.cli.config_files import read_options, shortest_names
-from lorakit.cli.option_names import ROWS, suggestion
+from lorakit.cli.option_names import ROWS, suggestion, unknown_options
 from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import listed
@@ -144,7 +144,7 @@ def _typed(
     names: list[str] = []
     files: list[str] = []
     free: list[str] = []
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -154,7 +154,7 @@ def _typed(
         flag, equals, text = word.partition("=")
         option, key = _option(flag, options, sections_of(config_class), command)
         if option is None:
-            unknown.append(flag)
+            unknown[flag] = suggestion(flag.lstrip("-"), options, command)
             while words and not _OPTION.match(words[0]):  # its values
                 words.pop(0)
             continue
@@ -168,13 +168,8 @@ def _typed(
             by_entry.add(option.name)
             value = {**values.get(option.name, {}), key: value}
         values[option.name] = value
-    if unknown:  # all of them: a command line of another library has several
-        lines = [
-            f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
-            for flag in unknown
-        ]
-        first, *more = [*lines[:-1], f"{lines[-1]} --help lists the options."]
-        raise ConfigurationError(first, *(f"  {line}" for line in more))
+    if unknown:
+        raise unknown_options(unknown)
     by_position = _of_positions(free, options, positional, command)
     _require_once([*names, *by_position], options)
     return files, {**by_position, **values}, by_entry
