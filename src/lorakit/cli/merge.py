@@ -58,6 +58,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
+    from lorakit.models.dtypes import dtype_name
     from lorakit.storage.tensors import use_default_mode
 
     storage.require_replaceable(
@@ -95,7 +96,7 @@ def run(argv: Sequence[str]) -> None:
         model.save_pretrained(temporary)
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
-    print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
+    print(f"Merged model in {config.output} ({dtype_name(model.dtype)}).")
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         print(f"Its generation_config.json ends texts at {names} too, as in training.")
