@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.help import entry
 from lorakit.cli.measures import MEASURES, Findings
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, nearest
@@ -44,8 +45,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _overview() -> str:
-    width = max(map(len, MEASURES))
-    lines = "\n".join(f"  {name:<{width}}  {one.about}" for name, one in MEASURES.items())
+    column = max(map(len, MEASURES)) + 4
+    lines = "\n".join(entry(name, one.about, column) for name, one in MEASURES.items())
     return (
         "usage: lorakit analyze MEASURE ADAPTER [OTHER] [--option VALUE ...]\n\n"
         f"Analyze adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."

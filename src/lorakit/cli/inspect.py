@@ -100,7 +100,7 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
     from lorakit.formatting import size, visible
 
     # Print names and texts of a downloaded file literally, never as rich markup.
-    console.print(method, style="bold", markup=False, highlight=False)
+    console.print(method, style="bold", markup=False)
     console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
     if facts["layers"]:
         rows = {
@@ -118,7 +118,7 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
         for name, shape in facts["modules"].items()
     )
     for key, count in counts.items():
-        console.print(visible(f"{count} x {key}"), markup=False, highlight=False)
+        console.print(visible(f"{count} x {key}"), markup=False)
     for name, shape in facts["trained"].items():
         console.print(visible(f"trained in full: {name} {tuple(shape)}"), markup=False)
     if facts["base"]:
@@ -128,9 +128,9 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
     for key, value in facts["provenance"].items():
         if text := _recorded(key, value):
             shown = text if len(text) < 200 else text[:197] + "..."
-            console.print(visible(f"{key}: {shown}"), markup=False, highlight=False)
+            console.print(visible(f"{key}: {shown}"), markup=False)
     for notice in facts["notices"]:
-        console.print(visible(f"note: {notice}"), markup=False, highlight=False)
+        console.print(visible(f"note: {notice}"), markup=False)
 
 
 def _recorded(key: str, value: Any) -> str:
