@@ -85,6 +85,17 @@ def setting(settings: Mapping[str, Any], name: str) -> Any:
     return value
 
 
+def default_of(field: Field[Any]) -> Any:
+    """Return the default of a field; MISSING if it is required."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """Return the settings of a configuration that differ from their defaults, by name."""
+    values = ((field, getattr(config, field.name)) for field in fields(config))
+    return {field.name: value for field, value in values if value != default_of(field)}
+
+
 def conform(config: Any, section: str = "") -> None:
     """Convert every field of a configuration to its annotated type. Call it in `__post_init__`.
 
@@ -98,7 +109,7 @@ def conform(config: Any, section: str = "") -> None:
     Raises:
         ConfigurationError: A value has another type, or is not one of the choices.
     """
-    hints = _hints(type(config))
+    hints = hints_of(type(config))
     for field in fields(config):
         path = f"{section}.{field.name}" if section else field.name
         value = converted(getattr(config, field.name), hints[field.name], path)
@@ -132,7 +143,8 @@ def converted(value: Any, annotation: Any, path: str, names: Names = PYTHON) -> 
         raise ConfigurationError(error.message(names)) from None
 
 
-_hints = functools.cache(get_type_hints)
+hints_of = functools.cache(get_type_hints)
+"""Returns the types of the fields of a dataclass, by name."""
 
 
 class _WrongType(Exception):
@@ -312,7 +324,7 @@ def _instead(name: str, known: Mapping[str, Field]) -> str:
         return f" Its name in lorakit is '{ours}'."
     if not ours:
         kinds = {key: field.default_factory for key, field in known.items()}
-        having = [key for key, kind in kinds.items() if is_dataclass(kind) and name in _hints(kind)]
+        having = [k for k, kind in kinds.items() if is_dataclass(kind) and name in hints_of(kind)]
         section, ours = (having[0], name) if having else ("", "")
     if section in known:
         return f" Its name in lorakit is {section}.{ours}: write {section}=dict({ours}=...)."

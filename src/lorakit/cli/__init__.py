@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import shutil
 import stat
 import sys
 import textwrap
@@ -148,27 +147,22 @@ def _is_file(stream: IO[str]) -> bool:
 
 
 def _overview() -> str:
+    from lorakit.cli.help import entry, line_width
+
     column = max(map(len, COMMANDS)) + 4
-    width = max(shutil.get_terminal_size((120, 24)).columns, 2 * column)
-    commands = [
-        textwrap.fill(
-            text, width, initial_indent=f"  {name}".ljust(column), subsequent_indent=" " * column
-        )
-        for name, text in COMMANDS.items()
-    ]
     return "\n".join(
         [
             f"lorakit {__version__}: low-rank adaptation of large language models",
             "",
             "usage: lorakit COMMAND [--config FILE.yaml] [--option VALUE ...]",
             "",
-            *commands,
+            *(entry(name, text, column) for name, text in COMMANDS.items()),
             "",
             textwrap.fill(
                 "A YAML file can set every option except --recipe, under the same name; one file can serve all "
                 "commands. 'lorakit COMMAND --help' shows the options that matter, '--help all' the others too. Start "
                 "with 'lorakit demo'.",
-                min(width, 120),
+                line_width(),
             ),
         ]
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.help import entry
 from lorakit.cli.measures import MEASURES, Findings
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, nearest
@@ -31,54 +33,45 @@ def run(argv: Sequence[str]) -> None:
     config: Any = parse(
         measure.options, f"analyze {name}", f"{measure.about}.", rest, *measure.subjects
     )
-    if config.method is not None:
-        from lorakit.methods.registry import use_method
-
-        use_method(config.method)
     config.require_writable()
     findings = measure.find(config)
-    _write(name, config, findings)
+    written = config.write(findings.draw, partial(_page, name, config, findings))
     if config.json:
         from lorakit.cli.console import print_json
 
         print_json(findings.facts)
     else:
-        _print(config, findings)
+        _print(config, findings, written)
 
 
 def _overview() -> str:
-    width = max(map(len, MEASURES))
-    lines = "\n".join(f"  {name:<{width}}  {one.about}" for name, one in MEASURES.items())
+    column = max(map(len, MEASURES)) + 4
+    lines = "\n".join(entry(name, one.about, column) for name, one in MEASURES.items())
     return (
         "usage: lorakit analyze MEASURE ADAPTER [OTHER] [--option VALUE ...]\n\n"
         f"Analyze adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."
     )
 
 
-def _write(name: str, config: Any, findings: Findings) -> None:
-    """Write the figure and the report, if set."""
+def _page(name: str, config: Any, findings: Findings, command: str) -> Any:
+    """Return the report; `command` reproduces it."""
     from lorakit.analysis.report import measure_page
-    from lorakit.reporting import drawing
-    from lorakit.training.environment import command
 
-    if config.plot is not None:
-        drawing.save(findings.draw(), config.plot)
-    if config.report is not None:
-        measure_page(
-            name,
-            about=MEASURES[name].about,
-            subjects=[getattr(config, subject) for subject in MEASURES[name].subjects],
-            lines=findings.lines,
-            heading=findings.caption and f"{findings.caption}.",
-            rows=findings.rows,
-            what=findings.what,
-            drawn=[findings.draw()],
-            notices=findings.facts["notices"],
-            command=command(),
-        ).write(config.report)
+    return measure_page(
+        name,
+        about=MEASURES[name].about,
+        subjects=[getattr(config, subject) for subject in MEASURES[name].subjects],
+        lines=findings.lines,
+        heading=findings.caption and f"{findings.caption}.",
+        rows=findings.rows,
+        what=findings.what,
+        drawn=[findings.draw()],
+        notices=findings.facts["notices"],
+        command=command,
+    )
 
 
-def _print(config: Any, findings: Findings) -> None:
+def _print(config: Any, findings: Findings, written: list[str]) -> None:
     from lorakit.cli.console import console
     from lorakit.cli.layer_table import layer_table
 
@@ -94,7 +87,5 @@ def _print(config: Any, findings: Findings) -> None:
         out.print(table)
     for notice in findings.facts["notices"]:
         out.print(visible(f"note: {notice}"), markup=False)
-    if config.plot is not None:
-        out.print(f"Figure in {config.plot}.", markup=False)
-    if config.report is not None:
-        out.print(f"Report in {config.report}.", markup=False)
+    for line in written:
+        out.print(line, markup=False)

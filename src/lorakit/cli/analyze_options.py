@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from lorakit.compute.adapted_config import AdaptedConfig, AdapterFileConfig
 from lorakit.errors import require_suffix
-from lorakit.models.base_config import BaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """Output files and formats of a measure."""
+class OutputFiles:
+    """Output files of a command, and their formats."""
 
     json: bool = False
     """Print JSON."""
@@ -41,29 +42,37 @@ class Written:
         if self.plot is not None or self.report is not None:
             drawing.require_drawing()
 
+    def write(self, draw: Callable[[], Any], page: Callable[..., Any]) -> list[str]:
+        """Write the figure and the report, if set; return a sentence for each. `page` takes a `command`."""
+        from lorakit.reporting import drawing
+        from lorakit.training.environment import command
+
+        written = []
+        if self.plot is not None:
+            drawing.save(draw(), self.plot)
+            written.append(f"Figure in {self.plot}.")
+        if self.report is not None:
+            page(command=command()).write(self.report)
+            written.append(f"Report in {self.report}.")
+        return written
+
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Written):
+class Shown(OutputFiles, AdapterFileConfig):
     """Options of measures that read adapter files."""
 
     alpha: float | None = None
     """alpha of a loralib file, which does not store it."""
-    method: str | None = None
-    """Custom method of an adapter: path/to/file.py:Class."""
     layers: bool = False
     """Print one line per matrix instead of one per kind of layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnBase(Shown):
+class OnBase(Shown, AdaptedConfig):
     """Options of measures that also read the weights of the base."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
     only: str | None = None
     """Analyze only the matrices whose names match this regular expression."""
 
@@ -120,19 +129,13 @@ class IntrudersConfig(OnBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DriftConfig(Written):
+class DriftConfig(OutputFiles, AdaptedConfig):
     """Options of `lorakit analyze drift`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT)."""
     text: str
     """UTF-8 text file. Each non-blank line is one text."""
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     limit: int | None = None
     """Number of texts to read, from the start. null reads all."""
     max_length: int = 512

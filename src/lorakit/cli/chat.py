@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
+from lorakit.compute.adapted_config import AdaptedConfig
 from lorakit.errors import ConfigurationError, DataError, LorakitError, nearest
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import visible
-from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from lorakit.evaluation.conversation import Conversation
@@ -25,17 +25,13 @@ COMMANDS = ("/adapter", "/base", "/reset", "/quit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(AdaptedConfig):
     """Options of `lorakit chat`."""
 
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
     adapter: str | None = None
     """Adapter folder. Omit to chat with the base model. /adapter loads others."""
     allow_other_base: bool = False
     """Allow adapters of a base other than this one."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     system: str | None = None
     """Text of a system turn at the start of the conversation. If the chat template has no system role, it starts the
     first user message."""
@@ -43,6 +39,7 @@ class ChatConfig:
     """Greedy or sampling; in a chat, up to 512 tokens per answer by default."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.decoding.beams or 1) > 1:
             raise ConfigurationError(
                 f"decoding.beams is {self.decoding.beams}, but answers are printed as they are generated, which needs "
@@ -65,10 +62,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import base_of, open_adapted
     from lorakit.compute.adapter_file import AdapterFile, text_task
     from lorakit.evaluation.conversation import Conversation
-    from lorakit.methods.registry import use_method
 
-    if config.method is not None:
-        use_method(config.method)
     file = AdapterFile.read(config.adapter)
     task = text_task(file)
     # The conversation adds adapters.

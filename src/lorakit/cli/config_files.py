@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import storage
-from lorakit.cli.option_names import OTHER_NAMES, suggestion
+from lorakit.cli.option_names import OTHER_NAMES, suggestion, unknown_options
 from lorakit.cli.options import options_of, sections_of
 from lorakit.errors import ConfigurationError
 
@@ -33,27 +33,27 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     content = _read(path)
     own, sections = options_of(config_class), sections_of(config_class)
     values = _by_name(path, content, sections)
-    if values.keys() <= own.keys() | sections.keys():
+    known = own.keys() | sections.keys()
+    if values.keys() <= known:
         return values, {}
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = _by_name(path, content, {**every_section, **sections})
     is_of_run = not _options_of_training_only().isdisjoint(values)
     of_run = _options_of_the_run(config_class) if is_of_run else set()
-    unknown = []
+    unknown = {}
     for name in values:
-        if name in own or name in sections or name in of_run:
+        if name in known or name in of_run:
             continue
         if name == typed_only:
             raise ConfigurationError(
                 f"{path}: --{name} works only on the command line; a YAML file cannot set it."
             )
         if name not in every or _means_own(name, own):
-            unknown.append(f"unknown option '{name}'.{suggestion(name, own, dashes='')}")
-    if unknown:  # all of them: a file of another library has dozens
-        first, *more = [*unknown[:-1], f"{unknown[-1]} --help lists the options."]
-        raise ConfigurationError(f"{path}: {first}", *(f"  {line}" for line in more))
-    used = {n: v for n, v in values.items() if n not in of_run and (n in own or n in sections)}
+            unknown[name] = suggestion(name, own, dashes="")
+    if unknown:
+        raise unknown_options(unknown, f"{path}: ")
+    used = {name: value for name, value in values.items() if name in known - of_run}
     return used, {name: value for name, value in values.items() if name not in used}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
+from lorakit.configuration import changed
 from lorakit.errors import RunFolderError, require_at_least
 from lorakit.formatting import shell_command
 from lorakit.methods.lora import LoRA
@@ -133,9 +134,8 @@ def _serving(config: DemoConfig) -> list[str]:
     """Return the arguments of `lorakit serve` for the adapter of a demo, on a free port."""
     base = [
         text
-        for f in fields(BaseConfig)
-        if (value := getattr(config.base, f.name)) != f.default
-        for text in (f"--base.{f.name}", str(value))
+        for name, value in changed(config.base).items()
+        for text in (f"--base.{name}", str(value))
     ]
     served = ["--follow", f"demo={config.output}", "--port", "0"]
     return [*base, *served, "--open", "true", "--prompt", EXAMPLE]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorakit.cli.algebra import ResultConfig, finish
 from lorakit.cli.parsing import parse
@@ -48,22 +49,13 @@ def run(argv: Sequence[str]) -> None:
     check_output(config.output, overwrite=config.overwrite)
     check_scoring(config)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
-    with StatusLine() as show:
-        extracted = extract_adapter(
-            config.base,
-            config.tuned,
-            targets=tuple(targets),
-            train_modules=tuple(config.train_modules),
-            rank=config.rank,
-            energy=config.energy,
-            progress=show,
-        )
-    settings = {
-        "command": "extract",
-        "base": config.base.name,
+    settings: dict[str, Any] = {
         "targets": targets,
         "train_modules": config.train_modules,
         "rank": config.rank,
         "energy": config.energy,
     }
-    finish(extracted, config, [config.tuned], settings, config.base)
+    with StatusLine() as show:
+        extracted = extract_adapter(config.base, config.tuned, **settings, progress=show)
+    recorded = {"command": "extract", "base": config.base.name, **settings}
+    finish(extracted, config, [config.tuned], recorded, config.base)

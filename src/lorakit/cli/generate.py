@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
+from lorakit.compute.adapted_config import AdaptedConfig
 from lorakit.errors import ConfigurationError, require_suffix
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import visible
-from lorakit.models.base_config import BaseConfig
 
 if TYPE_CHECKING:
     from lorakit.evaluation.prompts import Prompt
@@ -32,17 +32,11 @@ class PromptDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(AdaptedConfig):
     """Options of `lorakit generate`."""
 
-    base: BaseConfig | None = None
-    """The base model. Default: the base recorded in the adapter."""
     adapter: str | None = None
     """Adapter folder. Omit to use the base model."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     prompt: str | None = None
     """The prompt."""
     file: str | None = None
@@ -66,6 +60,7 @@ class GenerateConfig:
     """Greedy, sampling or beam search. Unset fields take the named task's values (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         chosen = {"chat": self.chat, "raw": self.raw, "data.task": self.data != PromptDataConfig()}
         formats = [name for name, on in chosen.items() if on]
         if len(formats) > 1:
@@ -98,12 +93,9 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.data.templates import Template
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
-    from lorakit.methods.registry import use_method
     from lorakit.tasks import Chat, Completion
     from lorakit.tasks.chat_template import ChatTemplate
 
-    if config.method is not None:
-        use_method(config.method)
     adapter = AdapterFile.read(config.adapter)
     text_task(adapter)  # rejects an adapter that generates no text
     named = None if config.data.task == "auto" else config.data.task

@@ -112,15 +112,13 @@ def show_help(
             for option in members:
                 brief = len(shown) < len(options)
                 text = _description(option, required=option.name in required, brief=brief)
-                print(_entry(f"--{option.name}", text))
+                print(entry(f"--{option.name}", text))
     print()
-    print(_entry("--config FILE.yaml", "Read options from a YAML file. Arguments override it."))
+    print(entry("--config FILE.yaml", "Read options from a YAML file. Arguments override it."))
     if len(shown) < len(options):
         hidden = len(options) - len(shown)
         print(
-            _entry(
-                "--help all", f"Show all options, also the other {hidden}, with their full text."
-            )
+            entry("--help all", f"Show all options, also the other {hidden}, with their full text.")
         )
 
 
@@ -150,8 +148,9 @@ def line_width() -> int:
     return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
-def _entry(flag: str, text: str) -> str:
-    column = COLUMN if line_width() >= 70 else 6
+def entry(flag: str, text: str, column: int = COLUMN) -> str:
+    """Return a line of a list, and those below it: the text starts at `column`."""
+    column = column if line_width() >= 70 else 6
     lines = textwrap.wrap(text, max(line_width() - column, 20)) or [""]
     if len(flag) > column - 4:
         lines = ["", *lines]

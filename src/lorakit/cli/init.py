@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorakit import storage
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
+from lorakit.configuration import changed
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
@@ -44,7 +45,7 @@ LAYOUTS = (
 class InitConfig:
     """Options of `lorakit init`."""
 
-    data: DataConfig
+    data: DataConfig = field(default_factory=lambda: DataConfig(too_long="truncate"))
     """The training data, whose columns determine the task."""
     file: str = "run.yaml"
     """The file to write."""
@@ -71,7 +72,6 @@ def run(argv: Sequence[str]) -> None:
         "labels or scores.",
         argv,
         "data.train",
-        defaults={"data.too_long": "truncate"},
     )
     storage.require_free_file(config.file, overwrite=config.overwrite, option="--file")
     rows = RowReader().read(config.data, "train")
@@ -138,10 +138,10 @@ def _file(
     """
     train, output = data.source("train"), _output(data)
     base = {"name": "smollm2-135m" if task.generates else "minilm-l6"}
-    base = base if config.base is None else _changed(config.base)
+    base = base if config.base is None else changed(config.base)
     held_out = {} if data.has("validation") else {"validation_fraction": 0.1}
     settings: dict[str, object] = {"train": train, "task": task.name, **held_out}
-    settings |= {"max_length": data.max_length, **_changed(data)}
+    settings |= {"max_length": data.max_length, **changed(data)}
     notes = [f"labels: {', '.join(task.labels)}"] if task.labels else []
     if unread:
         notes.append(f"columns that no field reads: {', '.join(unread)}")
@@ -184,13 +184,6 @@ optimizer:
 # evaluation:
 #   patience: 3  # stop after 3 evaluations without a better one
 """
-
-
-def _changed(config: BaseConfig | DataConfig) -> dict[str, object]:
-    """Return the settings that differ from their defaults."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(config)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _lines(settings: Mapping[str, object]) -> str:

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.parsing import parse
+from lorakit.compute.adapted_config import AdapterFileConfig
 
 if TYPE_CHECKING:
     from lorakit.adapters.formats.stored import StoredAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(AdapterFileConfig):
     """Options of `lorakit inspect`."""
 
     adapter: str
     """Adapter folder (lorakit or PEFT), or a loralib file."""
     alpha: float | None = None
     """alpha of a loralib file, which does not store it. Default: 1."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     layers: bool = False
     """Print one line per layer instead of one per kind of layer."""
     json: bool = False
@@ -50,10 +49,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import formats
     from lorakit.cli.console import console, print_json
     from lorakit.methods.method import describe as described_method
-    from lorakit.methods.registry import use_method
 
-    if config.method is not None:
-        use_method(config.method)
     assumes_alpha = config.alpha is None and Path(config.adapter).is_file()
     stored = formats.read(config.adapter, alpha=1.0 if assumes_alpha else config.alpha)
     if assumes_alpha:
@@ -104,7 +100,7 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
     from lorakit.formatting import size, visible
 
     # Print names and texts of a downloaded file literally, never as rich markup.
-    console.print(method, style="bold", markup=False, highlight=False)
+    console.print(method, style="bold", markup=False)
     console.print(f"{facts['parameters']:,} parameters, {size(facts['bytes'])}")
     if facts["layers"]:
         rows = {
@@ -122,7 +118,7 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
         for name, shape in facts["modules"].items()
     )
     for key, count in counts.items():
-        console.print(visible(f"{count} x {key}"), markup=False, highlight=False)
+        console.print(visible(f"{count} x {key}"), markup=False)
     for name, shape in facts["trained"].items():
         console.print(visible(f"trained in full: {name} {tuple(shape)}"), markup=False)
     if facts["base"]:
@@ -132,9 +128,9 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
     for key, value in facts["provenance"].items():
         if text := _recorded(key, value):
             shown = text if len(text) < 200 else text[:197] + "..."
-            console.print(visible(f"{key}: {shown}"), markup=False, highlight=False)
+            console.print(visible(f"{key}: {shown}"), markup=False)
     for notice in facts["notices"]:
-        console.print(visible(f"note: {notice}"), markup=False, highlight=False)
+        console.print(visible(f"note: {notice}"), markup=False)
 
 
 def _recorded(key: str, value: Any) -> str:

@@ -11,10 +11,10 @@ from lorakit.cli.analyze_options import (
     DriftConfig,
     IntrudersConfig,
     OnBase,
+    OutputFiles,
     PairConfig,
     SimilarityConfig,
     SpectrumConfig,
-    Written,
 )
 from lorakit.formatting import number, percentage
 
@@ -47,7 +47,7 @@ class Measure:
 
     about: str
     """What it measures, for help and reports."""
-    options: type[Written]
+    options: type[OutputFiles]
     """Class of its options."""
     subjects: tuple[str, ...]
     """Options that name what is measured; arguments set them in this order."""

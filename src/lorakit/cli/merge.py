@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
+from lorakit.compute.adapted_config import AdaptedConfig
 from lorakit.errors import RunFolderError
 from lorakit.models.base_config import BaseConfig
 
@@ -19,7 +20,7 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(AdaptedConfig):
     """Options of `lorakit merge`."""
 
     adapter: str
@@ -29,10 +30,6 @@ class MergeConfig:
     base: BaseConfig | None = None
     """The base model; its dtype is that of the merged model. By default the base that the adapter records, in dtype
     auto. base.dtype float32 alone merges into that base without rounding."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     overwrite: bool = False
     """Replace an existing output folder."""
 
@@ -61,8 +58,8 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
-    from lorakit.methods.registry import use_method
     from lorakit.models.dtype_choice import MERGED
+    from lorakit.models.dtypes import dtype_name
     from lorakit.storage.tensors import use_default_mode
 
     storage.require_replaceable(
@@ -71,8 +68,6 @@ def run(argv: Sequence[str]) -> None:
         written=(*MODEL_FILES, *TOKENIZER_FILES),
         marks=("config.json",),
     )
-    if config.method is not None:
-        use_method(config.method)
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
     base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
@@ -102,7 +97,7 @@ def run(argv: Sequence[str]) -> None:
         model.save_pretrained(temporary)
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
-    print(f"Merged model in {config.output} ({str(model.dtype).removeprefix('torch.')}).")
+    print(f"Merged model in {config.output} ({dtype_name(model.dtype)}).")
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
         print(f"Its generation_config.json ends texts at {names} too, as in training.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from lorakit.errors import closest
+from lorakit.errors import ConfigurationError, closest
 from lorakit.other_names import OTHER_NAMES
 
 ROWS = {
@@ -15,6 +15,13 @@ ROWS = {
 """Command: the option that names the file of rows it reads."""
 
 _NAMES_OF_ROWS = ("file", "files", "input", "inputs", "input_file", "data.train", "data.test")
+
+
+def unknown_options(suggestions: Mapping[str, str], source: str = "") -> ConfigurationError:
+    """Return the error about all unknown names, each with its suggestion: those of another library are many."""
+    lines = [f"unknown option '{name}'.{text}" for name, text in suggestions.items()]
+    first, *more = [*lines[:-1], f"{lines[-1]} --help lists the options."]
+    return ConfigurationError(f"{source}{first}", *(f"  {line}" for line in more))
 
 
 def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: str = "--") -> str:

@@ -11,9 +11,9 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
-from lorakit.configuration import YAML, converted
+from lorakit.configuration import YAML, converted, default_of, hints_of
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import resume_command
 
@@ -84,7 +84,7 @@ def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
             )
     if missing := missing_options(config_class, values):
         section = missing[0].rpartition(".")[0]
-        if section and any(name.startswith(f"{section}.") for name in values):
+        if section and _inside(section, values):
             raise ConfigurationError(
                 f"Options of {section} require {missing[0]}. Add --{missing[0]}, or remove all --{section} options."
             )
@@ -113,9 +113,9 @@ def _build(config_class: type[Config], values: Mapping[str, Any], prefix: str, b
     for field, annotation in _fields(config_class):
         name = prefix + field.name
         section = _section(annotation)
-        is_required = _default(field) is MISSING  # of its options only those in `values` are set
+        is_required = default_of(field) is MISSING  # of its options only those in `values` are set
         if section is not None and (is_required or _inside(name, values)):
-            settings[field.name] = _build(section, values, f"{name}.", _default(field))
+            settings[field.name] = _build(section, values, f"{name}.", default_of(field))
         elif name in values:
             settings[field.name] = converted(values[name], annotation, name, YAML)
     if dataclasses.is_dataclass(base) and not isinstance(base, type):
@@ -128,7 +128,7 @@ def missing_options(config_class: type, values: Mapping[str, Any], prefix: str =
     missing = []
     for field, annotation in _fields(config_class):
         name = prefix + field.name
-        default = _default(field)
+        default = default_of(field)
         section = _section(annotation)
         if section is None:
             missing += [name] if default is MISSING and name not in values else []
@@ -144,7 +144,7 @@ def _options(config_class: type, prefix: str, base: Any) -> Iterator[Option]:
     """Yield the options of a section, with the values of `base`, its default, as their defaults."""
     texts = _texts(config_class)
     for field, annotation in _fields(config_class):
-        name, default = prefix + field.name, getattr(base, field.name, _default(field))
+        name, default = prefix + field.name, getattr(base, field.name, default_of(field))
         if (section := _section(annotation)) is not None:
             yield from _options(section, f"{name}.", default)
         else:
@@ -152,11 +152,8 @@ def _options(config_class: type, prefix: str, base: Any) -> Iterator[Option]:
 
 
 def _fields(config_class: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = _hints(config_class)
+    hints = hints_of(config_class)
     return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
-
-
-_hints = functools.cache(get_type_hints)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -167,10 +164,6 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 def _section(annotation: Any) -> type | None:
     """Return the configuration class of a section; None for other fields."""
     return next((kind for kind in _kinds(annotation) if dataclasses.is_dataclass(kind)), None)  # type: ignore[return-value]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _inside(section: str, values: Mapping[str, Any]) -> bool:

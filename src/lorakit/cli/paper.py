@@ -188,15 +188,13 @@ def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
     """Return a console table: the published rows, then the measured rows in bold."""
-    from rich.markup import escape
-
-    from lorakit.cli.console import table
+    from lorakit.cli.console import literal, table
 
     result = table(head, body[:published], left=2)
     if published:
         result.add_row()
     for row in body[published:]:
-        result.add_row(*map(escape, row), style="bold")
+        result.add_row(*map(literal, row), style="bold")
     return result
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from lorakit import storage
 from lorakit.cli.config_files import read_options, shortest_names
-from lorakit.cli.option_names import ROWS, suggestion
+from lorakit.cli.option_names import ROWS, suggestion, unknown_options
 from lorakit.cli.options import Option, build, missing_options, options_of, sections_of
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import listed
@@ -31,7 +31,6 @@ def parse(
     text: str,
     argv: Sequence[str],
     *positional: str,
-    defaults: Mapping[str, Any] | None = None,
     preset: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None,
     unused: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
 ) -> Config:
@@ -48,7 +47,6 @@ def parse(
         argv: Arguments after the command's name.
         positional: Fields that arguments without an option name set, in this order. A last field that takes a list
             gets all remaining arguments.
-        defaults: Values by dotted name that replace the defaults of the class.
         preset: An option that is no field and that no YAML file can set, and a function from its value to the values
             that it stands for, by dotted name. Files and arguments override them.
         unused: From the options in `argv`, the options or sections that a file or the preset may have but that have no
@@ -70,9 +68,9 @@ def parse(
         chosen = typed.pop(preset_name)
         sources.append((f"{preset_name} {chosen}", values_of(chosen), {}))
     sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
-    values = dict(defaults or {})
+    values: dict[str, Any] = {}
     without_effect = tuple(unused(typed)) if unused else ()
-    source_of: dict[str, str | None] = dict.fromkeys(values)
+    source_of: dict[str, str | None] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
         ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
@@ -146,7 +144,7 @@ def _typed(
     names: list[str] = []
     files: list[str] = []
     free: list[str] = []
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -156,7 +154,7 @@ def _typed(
         flag, equals, text = word.partition("=")
         option, key = _option(flag, options, sections_of(config_class), command)
         if option is None:
-            unknown.append(flag)
+            unknown[flag] = suggestion(flag.lstrip("-"), options, command)
             while words and not _OPTION.match(words[0]):  # its values
                 words.pop(0)
             continue
@@ -170,13 +168,8 @@ def _typed(
             by_entry.add(option.name)
             value = {**values.get(option.name, {}), key: value}
         values[option.name] = value
-    if unknown:  # all of them: a command line of another library has several
-        lines = [
-            f"unknown option '{flag}'.{suggestion(flag.lstrip('-'), options, command)}"
-            for flag in unknown
-        ]
-        first, *more = [*lines[:-1], f"{lines[-1]} --help lists the options."]
-        raise ConfigurationError(first, *(f"  {line}" for line in more))
+    if unknown:
+        raise unknown_options(unknown)
     by_position = _of_positions(free, options, positional, command)
     _require_once([*names, *by_position], options)
     return files, {**by_position, **values}, by_entry

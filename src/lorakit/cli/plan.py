@@ -6,9 +6,10 @@ import dataclasses
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from lorakit.cli.analyze_options import Written
+from lorakit.cli.analyze_options import OutputFiles
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
@@ -26,7 +27,7 @@ MADE_UP = "made-up"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(TrainConfig):
+class PlanConfig(OutputFiles, TrainConfig):
     """Options of `lorakit plan`, including those of `lorakit train` (data and output are optional)."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -47,10 +48,6 @@ class PlanConfig(TrainConfig):
     """Print JSON, with sizes in bytes."""
     plot: str | None = None
     """Plot the memory by part and the time per step to this file (.png, .svg or .pdf)."""
-    report: str | None = None
-    """Write an HTML report of the plan to this file (.html)."""
-    overwrite: bool = False
-    """Replace an existing report."""
 
     def __post_init__(self) -> None:
         if not self.data.has("train"):
@@ -104,29 +101,21 @@ def run(argv: Sequence[str]) -> None:
 def _run(config: PlanConfig) -> None:
     from lorakit.cli.console import StatusLine, console, print_json
 
-    files = Written(plot=config.plot, report=config.report, overwrite=config.overwrite)
-    files.require_writable()
+    config.require_writable()
     with StatusLine() as status:
         prediction = _plan(config, status)
-    if config.plot is not None:
-        from lorakit.planning.report import memory_figure
-        from lorakit.reporting import drawing
+    from lorakit.planning.report import memory_figure, plan_page
 
-        drawing.save(memory_figure(prediction), config.plot)
-    if config.report is not None:
-        from lorakit.planning.report import plan_page
-        from lorakit.training.environment import command
-
-        plan_page(prediction, config.run, command=command()).write(config.report)
+    written = config.write(
+        partial(memory_figure, prediction), partial(plan_page, prediction, config.run)
+    )
     if config.json:
         print_json(prediction.as_dict())
         return
     out = console()
     _print(out, prediction)
-    if config.plot is not None:
-        out.print(f"Figure in {config.plot}.", markup=False)
-    if config.report is not None:
-        out.print(f"Report in {config.report}.", markup=False)
+    for line in written:
+        out.print(line, markup=False)
 
 
 def _plan(config: PlanConfig, status: StatusLine) -> Plan:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
-from lorakit.configuration import conform
+from lorakit.compute.adapted_config import AdapterFileConfig
 from lorakit.errors import ConfigurationError, require_suffix
 
 if TYPE_CHECKING:
@@ -18,22 +18,20 @@ COMPARISON = "comparison.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(AdapterFileConfig):
     """Options of `lorakit report`."""
 
     runs: tuple[str, ...]
     """Run folders. Several runs are compared in one report."""
     output: str | None = None
     """The report. Default: report.html in the run folder, or ./comparison.html for several runs."""
-    method: str | None = None
-    """Custom method of the adapters: path/to/file.py:Class."""
     figures: str | None = None
     """Also write every figure to this folder, as PNG and SVG."""
     overwrite: bool = False
     """Replace an existing output and figures. Always replaces report.html in the run folder."""
 
     def __post_init__(self) -> None:
-        conform(self)
+        super().__post_init__()
         if not self.runs:
             raise ConfigurationError("runs is empty; give a run folder: lorakit report RUN.")
         if len({Path(run).resolve() for run in self.runs}) < len(self.runs):
@@ -54,12 +52,9 @@ def run(argv: Sequence[str]) -> None:
         "runs",
     )
     from lorakit import storage
-    from lorakit.methods.registry import use_method
     from lorakit.reporting.drawing import require_drawing
     from lorakit.training.run_folder import REPORT
 
-    if config.method is not None:
-        use_method(config.method)
     require_drawing()
     one = len(config.runs) == 1
     own = one and config.output is None

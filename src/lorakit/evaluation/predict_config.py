@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorakit.configuration import conform, strict
+from lorakit.compute.adapted_config import AdaptedConfig
+from lorakit.configuration import strict
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least, require_suffix
-from lorakit.methods.registry import use_method
-from lorakit.models.base_config import BaseConfig
 
 
 @strict
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(AdaptedConfig):
     """Settings of `lorakit predict`, which applies a trained classifier or regressor to rows without labels."""
 
     data: DataConfig
@@ -22,21 +21,13 @@ class PredictConfig:
     """Adapter folder. It records the task and its labels."""
     output: str
     """Write each row with its prediction to this .jsonl file. Classes also have their probabilities."""
-    base: BaseConfig | None = None
-    """The base model; by default the base that the adapter records."""
-    allow_other_base: bool = False
-    """Allow a base other than the one recorded in the adapter."""
-    method: str | None = None
-    """Custom method of the adapter: path/to/file.py:Class."""
     batch_size: int = 16
     """Rows per forward pass."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def __post_init__(self) -> None:
-        conform(self)
-        if self.method is not None:
-            use_method(self.method)
+        super().__post_init__()
         if self.data.test is None:
             raise ConfigurationError(
                 "data.test is not set; set it to the rows to predict, for example --data.test new.csv."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from lorakit.configuration import conform
+from lorakit.configuration import conform, default_of
 from lorakit.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def describe(method: Method, *, main: bool = True) -> str:
     settings = []
     for name, field in fields.items():
         value = getattr(method, name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default or name in shown:
+        if value != default_of(field) or name in shown:
             settings.append(f"{name}={_described(value, main)}")
     return f"{type(method).__name__}({', '.join(settings)})"
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.configuration import as_dict, conform, strict
+from lorakit.configuration import as_dict, changed, conform, strict
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.score import DIRECTIONS
@@ -255,11 +254,7 @@ class TrainConfig:
         self._check_shard()
         self._check_method()
         self._check_task()
-        used = [
-            f"evaluation.{setting.name}"
-            for setting in dataclasses.fields(HeldOutConfig)
-            if getattr(self.evaluation, setting.name) != setting.default
-        ]
+        used = [f"evaluation.{name}" for name in changed(self.evaluation)]
         if used and not self.validates:
             raise ConfigurationError(
                 f"{', '.join(used)} needs validation data. Set data.validation to a file, or hold out part of the "
