@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -69,6 +70,20 @@ class Runs:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', key)}.json"
+
+
+def process_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a process that :meth:`Runs.run` starts, to which its module adds its own arguments."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--result", type=Path, required=True, help="JSON file to write")
+    return parser
+
+
+def write_result(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Write the results of this process to the file of ``--result``."""
+    args.result.write_text(json.dumps(figures), encoding="utf-8")
 
 
 def runs_of(part: str, row: str, quick: bool) -> Runs:

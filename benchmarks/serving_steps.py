@@ -7,9 +7,7 @@ python -m benchmarks.serving_steps throughput --dtype bfloat16 --result FILE    
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import random
 import time
@@ -23,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import report
 from benchmarks.latency import ratio
-from benchmarks.runs import Runs
+from benchmarks.runs import Runs, process_parser, write_result
 from benchmarks.serving_load import (
     Answer,
     Request,
@@ -362,15 +360,14 @@ def run() -> None:
     """Measure one group in this process."""
     from benchmarks.serving import prepare_setup
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     setup = prepare_setup(args.dtype, adapter_names(SWAPPED))
     rows = GROUPS[args.group](setup, args.quick)
-    args.result.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    write_result(args, {"rows": rows})
     os._exit(0)  # the threads of the systems do not end by themselves
 
 

@@ -9,13 +9,10 @@ python -m benchmarks.table1 --result FILE    one process
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks import report
 from benchmarks.latency import Times, in_turn, ratio
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from benchmarks.workloads import SEED
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
@@ -136,10 +133,9 @@ def measure(setting: Setting, models: dict[str, PreTrainedModel], steps: int, se
 
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     base = gpt2_medium()
     models: dict[str, PreTrainedModel] = {
@@ -149,7 +145,7 @@ def run() -> None:
     for setting in SETTINGS:
         steps = setting.quick_steps if args.quick else setting.steps
         figures[setting.name] = measure(setting, models, steps, args.seed)
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------
