@@ -87,7 +87,7 @@ def main(*, quick: bool) -> None:
     record: dict[str, Any] = {"machine": report.machine(), "rows": {}}
     for workload in (w for w in WORKLOADS if w.name in ROWS[: 1 if quick else None]):
         runs = runs_of("profile", workload.name, quick)
-        prepared = prepare_once(workload, runs.folder / "examples", workload.base, workload.updates)
+        prepared = prepare_once(workload, runs, workload.updates)
         run = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
         record["rows"][workload.name] = {"title": workload.title, "seconds": run["seconds"]}
         report.say(f"  {workload.name}: {sum(run['seconds'].values()):.1f} s")

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ class Runs:
         path = self._path(key)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def run(self, key: str, *command: str, **extra: Any) -> dict[str, Any]:
+    def run(
+        self, key: str, *command: str, sample: Callable[[], dict[str, Any]] = dict
+    ) -> dict[str, Any]:
         """Run ``python -m COMMAND --result FILE`` in a separate process, unless its results are cached.
 
         Args:
             key: Name of the run within its row.
             command: A module that writes its results as JSON to the file of ``--result``, and its arguments.
-            extra: Values to add to the results of the process.
+            sample: Called before the process; its values are added to the results.
 
         Raises:
             RuntimeError: The process failed. The message ends with its stderr.
@@ -49,6 +52,7 @@ class Runs:
             return figures
         result = self.folder / "unfinished.json"
         result.unlink(missing_ok=True)
+        sampled = sample()
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", *command, "--result", str(result)],
@@ -63,7 +67,7 @@ class Runs:
                 f"{' '.join(command)} failed with exit status {done.returncode}:\n{done.stderr[-3000:]}"
             )
         figures = json.loads(result.read_text(encoding="utf-8"))
-        figures |= {**extra, "process_seconds": time.perf_counter() - began}
+        figures |= {**sampled, "process_seconds": time.perf_counter() - began}
         result.write_text(json.dumps(figures), encoding="utf-8")
         os.replace(result, self._path(key))
         return figures

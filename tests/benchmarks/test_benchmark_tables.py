@@ -141,17 +141,14 @@ def test_the_rounds_of_a_row(name: str, quick: bool, monkeypatch: pytest.MonkeyP
     ran: list[str] = []
 
     class Runs:
-        def cached(self, key: str) -> None:
-            return None
-
-        def run(self, key: str, *command: str, **sample: float) -> dict[str, Any]:
+        def run(self, key: str, *command: str, sample: Any) -> dict[str, Any]:
             ran.append(key)
             seconds = 2.1 if "bf16 weights" in key else 5.0
             if (
                 "weights and autocast" in key
             ):  # the fastest, but for a slow moment in the first round
                 seconds = 2.2 if key.startswith("0") else 2.0
-            return run(seconds, **sample) | {"process_seconds": 9.0}
+            return run(seconds, **sample()) | {"process_seconds": 9.0}
 
     def machine(prepared: object) -> SimpleNamespace:
         limit = {"dtype": "float32", "tokens": [1], "operations": [1], "bytes": [1], "counts": []}
