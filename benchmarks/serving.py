@@ -125,7 +125,7 @@ def prepare_setup(dtype: str, names: Sequence[str]) -> Setup:
     folder.mkdir(parents=True, exist_ok=True)
     base = endless_base(BASE_MODEL, folder / BASE_MODEL)
     write_adapters(folder / "adapters", names, AutoConfig.from_pretrained(base))
-    return Setup(base, folder / "adapters", dtype, torch.get_num_threads(), tuple(names))
+    return Setup(base, folder / "adapters", dtype, torch.get_num_threads())
 
 
 def measure(
