@@ -11,7 +11,6 @@ from typing import Any, Literal
 from lorakit import storage
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
-from lorakit.models.devices import pick_device
 from lorakit.paper.comparable import digests_of, other_settings
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
@@ -23,10 +22,8 @@ from lorakit.paper.runs import (
     Say,
     TableRun,
     column_of,
-    device_name,
     require_measure,
 )
-from lorakit.training.environment import environment
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 
@@ -170,16 +167,7 @@ def _require_made_here(runner: Runner, run: TableRun) -> None:
         return
     config = runner.train_config(run)
     inputs = digests_of(config)  # first: opening the base can lower the number of threads
-    here = environment(pick_device(config.base.device))
-    now = replace(
-        held,
-        inputs=inputs,
-        processor=here["processor"],
-        device=device_name(here["device"]),
-        threads=[here["threads"]],
-        versions=here["versions"],
-        source=runner.source,
-    )
+    now = replace(held, inputs=inputs, **runner.conditions())
     if changed := list(_differences(held, now, other_settings(held.settings, config))):
         raise ConfigurationError(
             f"'{runner.config.folder}' holds a repetition of {run.name} that was made under other conditions: "
