@@ -136,7 +136,7 @@ def _preview(config: PaperConfig) -> None:
     from lorakit.paper.grid import preview
     from lorakit.paper.report import parameters
 
-    grid = preview(config, _say)
+    grid = preview(config)
     head = ["data", "method", "parameters", "rates", "runs", "steps", "memory", "time per run"]
     body = []
     for data_set in grid.study.data_sets:

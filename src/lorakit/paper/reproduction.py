@@ -89,7 +89,7 @@ def reproduce(
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
     require_measure(config, amplification)
-    recorded = recorded_grid(_recorded(config), say)
+    recorded = recorded_grid(_recorded(config))
     cells = list(recorded.cells())  # one, or none
     records = {record.seed: record for cell in cells for record in recorded.records(*cell)}
     _, _, seed = _row(config)
@@ -97,7 +97,7 @@ def reproduce(
     if not records or not records.keys() >= set(wanted):
         raise ConfigurationError(
             f"The log '{config.log}' has no scored run {config.reproduce}. Its rows and their seeds: "
-            f"{'; '.join(_scored_rows(config, say)) or 'none'}."
+            f"{'; '.join(_scored_rows(config)) or 'none'}."
         )
     ((data_set, variant),) = cells
     own = replace(recorded.config, log=None)
@@ -152,9 +152,9 @@ def _recorded(config: PaperConfig) -> PaperConfig:
     return row
 
 
-def _scored_rows(config: PaperConfig, say: Say) -> Iterator[str]:
+def _scored_rows(config: PaperConfig) -> Iterator[str]:
     """Yield each row of the log that has scored runs, with their seeds."""
-    grid = recorded_grid(recorded_config(config.log_folder), say)
+    grid = recorded_grid(recorded_config(config.log_folder))
     for data_set, variant in grid.cells():
         if records := grid.records(data_set, variant):
             yield f"{data_set.key}/{variant.key} {', '.join(str(r.seed) for r in records)}"
