@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import report
-from benchmarks.latency import ratio
+from benchmarks.latency import ratio, shuffled
 from benchmarks.runs import Runs, process_parser, write_result
 from benchmarks.serving_load import (
     Answer,
@@ -64,17 +63,13 @@ def ratio_row(
     return row(measure, median(found), "x", target, **interval, times=times)
 
 
-def in_turn(
+def run_in_turn(
     trials: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every trial once in each round, in random order."""
-    order = random.Random(0)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in trials}
-    for _ in range(rounds):
-        names = list(trials)
-        order.shuffle(names)
-        for name in names:
-            found[name].append(trials[name]())
+    for _, name in shuffled(trials, rounds):
+        found[name].append(trials[name]())
     return found
 
 
@@ -122,7 +117,7 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
             "engine": saturate(plain, count, (), 10 + count),
             "generate": saturate(static, count, (), 10 + count),
         }
-        found = in_turn(trials, rounds)
+        found = run_in_turn(trials, rounds)
         rows.append(
             ratio_row(
                 f"base alone, {count} requests: engine / static batch of generate",
@@ -132,7 +127,7 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
         )
     count = min(32, max(concurrent))
     saturate(full, 4, names, 2)()
-    found = in_turn(
+    found = run_in_turn(
         {
             "base": saturate(plain, count, (), 3),
             "base, loaded": saturate(full, count, (), 3),
@@ -197,10 +192,10 @@ def steps(setup: Setup, quick: bool) -> list[Row]:
         return time.perf_counter()
 
     trials = {"base": trial("base", [None] * ROWS), "mixed": trial("mixed", names)}
-    in_turn(trials, 1)
+    run_in_turn(trials, 1)
     for kind in times:
         times[kind] = {name: [] for name in trials}  # the first round warmed up
-    in_turn(trials, 2 if quick else 12)
+    run_in_turn(trials, 2 if quick else 12)
     rows = []
     for kind, title in (("step", "decoding step"), ("prefill", f"prefill of {PROMPT} tokens")):
         mixed, base = (times[kind][name] for name in ("mixed", "base"))
