@@ -177,8 +177,7 @@ class Record:
 
 def column_of(score: str) -> str:
     """Return the name of a score without the mark that it was computed without Java."""
-    # Older records have the mark inside: "METEOR (without Java) seen".
-    return score.replace(WITHOUT_JAVA, "")
+    return score.removesuffix(WITHOUT_JAVA)
 
 
 class Runner:
