@@ -25,13 +25,16 @@ from benchmarks import report
 from benchmarks.workloads import WORKLOADS
 from lorakit import storage
 
-PARTS = {
+DEFAULT = {
     "training": "benchmarks.training",
     "inference": "benchmarks.inference",
     "mixed": "benchmarks.mixed_batch",
     "table1": "benchmarks.table1",
     "adapter": "benchmarks.adapter",
     "merge": "benchmarks.merge_drift",
+}
+
+ASKED_FOR = {
     "compiled": "benchmarks.compiled",
     "dtypes": "benchmarks.dtypes",
     "float32": "benchmarks.float32",
@@ -41,21 +44,12 @@ PARTS = {
     "processes": "benchmarks.processes",
     "profile": "benchmarks.profile",
 }
+"""Parts that run only if named, so that the default fits into an hour."""
+
+PARTS = DEFAULT | ASKED_FOR
 
 COMMANDS = {"soak": "benchmarks.soak", "page": "benchmarks.page_use"}
 """Long trials with options of their own."""
-
-ASKED_FOR = (
-    "compiled",
-    "dtypes",
-    "float32",
-    "planner",
-    "accuracy",
-    "serving",
-    "processes",
-    "profile",
-)
-"""Parts that run only if named, so that the default fits into an hour."""
 
 
 def main() -> None:
@@ -86,7 +80,7 @@ def main() -> None:
     # Use local files only, so that no network request affects a measurement.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parts = args.parts or [name for name in PARTS if name not in ASKED_FOR]
+    parts = args.parts or list(DEFAULT)
     if args.rows and parts != ["training"]:
         parser.error("--rows selects rows of the training tables: use training --rows ROW")
     places = [f"training/{row}" for row in args.rows] or parts

@@ -8,9 +8,7 @@ python -m benchmarks.adapter lorakit --result FILE    one process
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import nn
 
 import lorakit
 from benchmarks import report
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import load_base
@@ -68,9 +66,8 @@ LIBRARIES = {"lorakit": of_lorakit, "PEFT": of_peft}
 
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("library", choices=LIBRARIES)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     model = load_base(BASE_MODEL).model
     figures = {}
@@ -80,7 +77,7 @@ def run() -> None:
             began = time.perf_counter()
             step()
             figures[name] = time.perf_counter() - began
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------

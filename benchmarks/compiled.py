@@ -33,7 +33,7 @@ def main(*, quick: bool) -> None:
         # Batch lengths differ, so several of the first updates compile again.
         workload = dataclasses.replace(workload, warmup=6, updates=6 if quick else 12)
         runs = runs_of("compiled", workload.name, quick)
-        prepared = prepare_once(workload, runs.folder / "examples", workload.base, workload.updates)
+        prepared = prepare_once(workload, runs, workload.updates)
         figures: dict[str, list[dict[str, Any]]] = {}
         for number in range(1 if quick else ROUNDS):
             for system in SYSTEMS:

@@ -32,17 +32,14 @@ def main(*, quick: bool) -> None:
     for workload in (w for w in WORKLOADS if w.name in ROWS):
         runs = runs_of("dtypes", workload.name, quick)
         updates = workload.quick_updates or 2 if quick else workload.updates
-        prepared = prepare_once(workload, runs.folder / "examples", workload.base, updates)
+        prepared = prepare_once(workload, runs, updates)
         machines = {dtype: Machine(prepared, dtype) for dtype in DTYPES}
         figures: dict[str, list[dict[str, Any]]] = {}
         for number in range(1 if quick else ROUNDS):
             for dtype in DTYPES:
-                key = f"{number} {dtype}"
-                run = runs.cached(key)
-                if run is None:
-                    system = System(dtype, "lorakit_train", (("dtype", dtype),))
-                    command = system.command(prepared.folder, held_out=False)
-                    run = runs.run(key, *command, **machines[dtype].sample())
+                system = System(dtype, "lorakit_train", (("dtype", dtype),))
+                command = system.command(prepared.folder, held_out=False)
+                run = runs.run(f"{number} {dtype}", *command, sample=machines[dtype].sample)
                 figures.setdefault(dtype, []).append(run)
                 report.say(f"  {workload.name}, {dtype:<9} {speed(run):>8,.0f} tokens/s")
         record["rows"][workload.name] = {

@@ -9,14 +9,12 @@ python -m benchmarks.inference --dtype bfloat16 --result FILE    one process
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 import lorakit
 from benchmarks import report
 from benchmarks.latency import Times, in_turn, operations, ratio
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED
 from lorakit.models.dtype_choice import compute_dtype
@@ -47,6 +45,7 @@ QUICK_STEPS = {"prefill": 4, "decode": 20}
 FEWEST = 8
 """Steps that the interval of a median needs: that of four covers 88 %."""
 
+DTYPES = ("bfloat16", "float32")
 BASE = "base"
 TARGET_NAMES = {"attention.qv": "q and v", "all-linear": "all linear layers"}
 LIMITS = {
@@ -82,7 +81,7 @@ def _lorakit(base: PreTrainedModel, targets: str, *, merged: bool = False) -> nn
     model = copy.deepcopy(base)
     method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets=targets)
     handle = lorakit.attach(model, method, seed=SEED)
-    _fill_lora_b(model)
+    fill_lora_b(model)
     if merged:
         handle.merge()
     return model.eval()
@@ -93,16 +92,17 @@ def _peft(base: PreTrainedModel, targets: str, **options: Any) -> nn.Module:
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=TARGETS[targets]
     )
     model = get_peft_model(copy.deepcopy(base), config, **options)
-    _fill_lora_b(model)
+    fill_lora_b(model)
     return model.eval()
 
 
-def _fill_lora_b(model: nn.Module) -> None:
-    """Fill lora_B, which starts at zero, with random values like those of a trained adapter."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
-    for path, parameter in model.named_parameters():
-        if "lora_B" in path:
-            parameter.data.normal_(std=0.02, generator=generator)
+def fill_lora_b(model: nn.Module, names: Sequence[str] = ("default",)) -> None:
+    """Fill each adapter's lora_B, which starts at zero, with random values of its own, like those after training."""
+    for i, name in enumerate(names):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED + i)
+        for path, parameter in model.named_parameters():
+            if "lora_B" in path and name in path.split("."):
+                parameter.data.normal_(std=0.02, generator=generator)
 
 
 def prefill_call(model: nn.Module, prompt: torch.Tensor) -> Callable[[], object]:
@@ -120,12 +120,16 @@ def decode_call(
     return partial(model, input_ids=prompts[:, -1:], past_key_values=cache, use_cache=True)
 
 
-def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[str, Any]:
-    """Build the models in random order, and time their interleaved steps."""
+def frozen_base(dtype: str) -> PreTrainedModel:
+    """Return the base, frozen as by an adapter: PyTorch computes products with trainable weights in another shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(BASE_MODEL, dtype=dtype).model.to(device)  # type: ignore[arg-type]
-    # Freeze the base as an adapter does: PyTorch computes products with trainable weights in another shape.
-    base.requires_grad_(False)
+    return base.requires_grad_(False)
+
+
+def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[str, Any]:
+    """Build the models in random order, and time their interleaved steps."""
+    base = frozen_base(dtype)
     builders = list(variants(base).items())
     random.Random(seed).shuffle(builders)
     models = {name: build() for name, build in builders}
@@ -133,7 +137,7 @@ def measure(dtype: str, steps: dict[str, int], seed: int, trace: bool) -> dict[s
 
     def tokens(rows: int, length: int) -> torch.Tensor:
         shape = (rows, length)
-        return torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
+        return torch.randint(base.config.vocab_size, shape, generator=generator).to(base.device)
 
     prompt, prompts = tokens(1, PROMPT), tokens(BATCH, CONTEXT)
     calls = {
@@ -161,19 +165,24 @@ def compare_to_base(traces: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     }
 
 
+def step_parser(doc: str | None) -> ArgumentParser:
+    """Return the parser of a process that times steps."""
+    parser = process_parser(doc)
+    parser.add_argument("--dtype", default="auto")
+    for kind, count in STEPS.items():
+        parser.add_argument(f"--{kind}", type=int, default=count, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prefill", type=int, default=STEPS["prefill"], help="steps")
-    parser.add_argument("--decode", type=int, default=STEPS["decode"], help="steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = step_parser(__doc__)
     parser.add_argument("--trace", action="store_true", help="also count the operations")
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     steps = {"prefill": args.prefill, "decode": args.decode}
     figures = measure(args.dtype, steps, args.seed, args.trace)
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------
@@ -215,20 +224,30 @@ def measured(part: str, module: str, quick: bool, first: Sequence[str] = ()) -> 
     return record
 
 
-def sections(record: dict[str, Any]) -> Iterator[report.Section]:
-    """Yield the tables."""
-    dtypes = [name for name in record if name in ("bfloat16", "float32")]
-    titles = {
-        "prefill": f"Prefill of {PROMPT} tokens",
-        "decode": f"Decode step, {BATCH} rows after {CONTEXT} tokens",
-    }
-    for dtype in dtypes:
+def step_sections(record: dict[str, Any], titles: dict[str, str]) -> Iterator[report.Section]:
+    """Yield a table for each dtype and kind of step.
+
+    Args:
+        record: The figures of :func:`measured`.
+        titles: The title of each kind of step.
+    """
+    for dtype in (name for name in record if name in DTYPES):
         for kind, title in titles.items():
             yield report.Section(
                 f"{title}: {record['base']}, {dtype}",
                 latencies([run[kind] for run in record[dtype]], kind),
             )
-    counts = operation_counts(record[dtypes[0]][0]["operations"])
+
+
+def sections(record: dict[str, Any]) -> Iterator[report.Section]:
+    """Yield the tables."""
+    titles = {
+        "prefill": f"Prefill of {PROMPT} tokens",
+        "decode": f"Decode step, {BATCH} rows after {CONTEXT} tokens",
+    }
+    yield from step_sections(record, titles)
+    dtype = next(name for name in record if name in DTYPES)
+    counts = operation_counts(record[dtype][0]["operations"])
     yield report.Section("Operations counted by the profiler", counts)
 
 

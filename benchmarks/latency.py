@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,26 +22,30 @@ Times = dict[str, list[float]]
 """Seconds of each step, by model."""
 
 
+def shuffled(names: Iterable[str], rounds: int, seed: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield the number of each round with every name, in a new random order each round."""
+    generator, order = random.Random(seed), list(names)
+    for number in range(rounds):
+        generator.shuffle(order)
+        yield from ((number, name) for name in order)
+
+
 @torch.no_grad()
 def in_turn(
     calls: Mapping[str, Callable[[], object]], steps: int, *, warmup: int = 2, seed: int = 0
 ) -> Times:
     """Time every call once in each of `steps` steps, after `warmup` untimed steps."""
-    generator = random.Random(seed)
-    names = list(calls)
-    times: Times = {name: [] for name in names}
+    times: Times = {name: [] for name in calls}
     gc.collect()
     gc.disable()  # a collection would slow down a random model
     try:
-        for step in range(warmup + steps):
-            generator.shuffle(names)
-            for name in names:
-                began = time.perf_counter()
-                calls[name]()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if step >= warmup:
-                    times[name].append(time.perf_counter() - began)
+        for step, name in shuffled(calls, warmup + steps, seed):
+            began = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if step >= warmup:
+                times[name].append(time.perf_counter() - began)
     finally:
         gc.enable()
     return times

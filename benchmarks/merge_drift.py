@@ -8,13 +8,10 @@ python -m benchmarks.merge_drift lorakit --dtype bfloat16 --cycles 1000 --result
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit
 from benchmarks import report
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 
 ADAPTERS = 8
 CYCLES, QUICK_CYCLES = 1000, 100
@@ -124,15 +121,14 @@ LIBRARIES = {"lorakit": of_lorakit, "PEFT": of_peft}
 
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("library", choices=LIBRARIES)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--cycles", type=int, default=CYCLES)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     figures = LIBRARIES[args.library](getattr(torch, args.dtype), args.cycles)
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------

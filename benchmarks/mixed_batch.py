@@ -8,18 +8,15 @@ python -m benchmarks.mixed_batch --dtype bfloat16 --result FILE    one process
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import lorakit
@@ -27,19 +24,20 @@ from benchmarks import report
 from benchmarks.inference import (
     ALPHA,
     BASE,
-    BASE_MODEL,
     CONTEXT,
     RANK,
-    STEPS,
     decode_call,
-    latencies,
+    fill_lora_b,
+    frozen_base,
     measured,
+    step_parser,
+    step_sections,
 )
 from benchmarks.latency import in_turn
+from benchmarks.runs import write_result
 from benchmarks.systems.peft_trainer import TARGETS
 from benchmarks.workloads import SEED
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.loading import load_base
 
 ROWS, LENGTH = 8, 64
 NAMES = [f"adapter{i}" for i in range(ROWS)]
@@ -68,12 +66,18 @@ def variants(base: PreTrainedModel) -> dict[str, Callable[[], Run]]:
     return builders
 
 
-def _lorakit(base: PreTrainedModel, *, mixed: bool) -> Run:
+def _attached(base: PreTrainedModel) -> tuple[PreTrainedModel, lorakit.Adapters]:
+    """Return a copy of the base with all adapters, and its handle."""
     model = copy.deepcopy(base).eval()
     method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
     for name in NAMES:
         handle = lorakit.attach(model, method, name=name, seed=SEED)
-    _fill_lora_b(model)
+    fill_lora_b(model, NAMES)
+    return model, handle
+
+
+def _lorakit(base: PreTrainedModel, *, mixed: bool) -> Run:
+    model, handle = _attached(base)
     if not mixed:
         handle.activate(NAMES[0])
         return model
@@ -93,18 +97,9 @@ def _peft(base: PreTrainedModel, *, mixed: bool, **options: Any) -> Run:
     assert isinstance(model, PeftModel)
     for name in NAMES[1:]:
         model.add_adapter(name, config, **options)
-    _fill_lora_b(model)
+    fill_lora_b(model, NAMES)
     model.eval()
     return partial(model, adapter_names=NAMES) if mixed else model
-
-
-def _fill_lora_b(model: nn.Module) -> None:
-    """Fill each adapter's lora_B, which starts at zero, with values of its own."""
-    for i, name in enumerate(NAMES):
-        generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED + i)
-        for path, parameter in model.named_parameters():
-            if "lora_B" in path and name in path.split("."):
-                parameter.data.normal_(std=0.02, generator=generator)
 
 
 @torch.no_grad()
@@ -114,11 +109,7 @@ def check_rows(base: PreTrainedModel, prompts: Tensor) -> float:
     Raises:
         AssertionError: It exceeds the rounding of the dtype, or the adapters do not differ.
     """
-    model = copy.deepcopy(base).eval()
-    method = lorakit.LoRA(rank=RANK, alpha=ALPHA, targets="all-linear")
-    for name in NAMES:
-        handle = lorakit.attach(model, method, name=name, seed=SEED)
-    _fill_lora_b(model)
+    model, handle = _attached(base)
     with handle.per_sample(NAMES):
         mixed = model(input_ids=prompts, logits_to_keep=1).logits.float()
     alone = []
@@ -135,14 +126,12 @@ def check_rows(base: PreTrainedModel, prompts: Tensor) -> float:
 
 def measure(dtype: str, steps: dict[str, int], seed: int) -> dict[str, Any]:
     """Build the models in random order, and time their interleaved steps."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(BASE_MODEL, dtype=dtype).model.to(device)  # type: ignore[arg-type]
-    base.requires_grad_(False)
+    base = frozen_base(dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> Tensor:
         shape = (ROWS, length)
-        return torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
+        return torch.randint(base.config.vocab_size, shape, generator=generator).to(base.device)
 
     difference = check_rows(base, tokens(16))
     builders = list(variants(base).items())
@@ -162,15 +151,9 @@ def measure(dtype: str, steps: dict[str, int], seed: int) -> dict[str, Any]:
 
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--prefill", type=int, default=STEPS["prefill"], help="steps")
-    parser.add_argument("--decode", type=int, default=STEPS["decode"], help="steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, required=True)
-    args = parser.parse_args()
+    args = step_parser(__doc__).parse_args()
     figures = measure(args.dtype, {"prefill": args.prefill, "decode": args.decode}, args.seed)
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------
@@ -189,12 +172,7 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
         "prefill": f"Prefill of {ROWS} rows of {LENGTH} tokens",
         "decode": f"Decode step, {ROWS} rows after {CONTEXT} tokens",
     }
-    for dtype in (name for name in record if name in ("bfloat16", "float32")):
-        for kind, title in titles.items():
-            yield report.Section(
-                f"{title}: {record['base']}, {dtype}",
-                latencies([run[kind] for run in record[dtype]], kind),
-            )
+    yield from step_sections(record, titles)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ read the same clock, so the time until the last process begins the sum is waitin
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 import lorakit
 from benchmarks import report
 from benchmarks.examples import shared_data
-from benchmarks.runs import Runs, runs_of
+from benchmarks.runs import Runs, process_parser, runs_of, write_result
 from benchmarks.workloads import SEED
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import OptimizerConfig, TrainConfig
@@ -176,12 +174,11 @@ def _parts(times: Sequence[tuple[float, float, float, float]]) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = process_parser(__doc__)
     parser.add_argument("--method", choices=METHODS.values(), required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         figures = measure(args.method, args.threads, Path(folder))
     if figures is not None:
-        args.result.write_text(json.dumps(figures), encoding="utf-8")
+        write_result(args, figures)

@@ -9,8 +9,6 @@ vocabulary for the head, the rank of the adapter for the low-rank products.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import report
 from benchmarks.examples import Prepared
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from benchmarks.systems import load_model, lorakit_train
 from benchmarks.training import prepare_once
 from benchmarks.workloads import WORKLOADS
@@ -89,7 +87,7 @@ def main(*, quick: bool) -> None:
     record: dict[str, Any] = {"machine": report.machine(), "rows": {}}
     for workload in (w for w in WORKLOADS if w.name in ROWS[: 1 if quick else None]):
         runs = runs_of("profile", workload.name, quick)
-        prepared = prepare_once(workload, runs.folder / "examples", workload.base, workload.updates)
+        prepared = prepare_once(workload, runs, workload.updates)
         run = runs.run("lorakit", "benchmarks.profile", str(prepared.folder))
         record["rows"][workload.name] = {"title": workload.title, "seconds": run["seconds"]}
         report.say(f"  {workload.name}: {sum(run['seconds'].values()):.1f} s")
@@ -111,12 +109,7 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = process_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
-    args.result.write_text(
-        json.dumps({"seconds": measure(Prepared.read(args.folder))}), encoding="utf-8"
-    )
+    write_result(args, {"seconds": measure(Prepared.read(args.folder))})

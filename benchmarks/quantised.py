@@ -10,7 +10,6 @@ import argparse
 import copy
 import logging
 import os
-import random
 import tempfile
 import time
 import warnings
@@ -23,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
+
+from benchmarks.latency import shuffled
 
 BASE = "smollm2-135m"
 SHAPES = {(576, 576): 2, (576, 192): 2, (576, 1536): 2, (1536, 576): 1}
@@ -133,9 +134,8 @@ def measure_layers(rows: int, rounds: int) -> Table:
             both = error(layer.train(), x), error(layer.eval(), x)
             errors[name] = [max(pair) for pair in zip(errors[name], both, strict=True)]
         times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in layers}
-        for _ in range(rounds):
-            for name in random.sample(list(layers), len(layers)):
-                times[name].append(timed(layers[name], x, upstream))
+        for _, name in shuffled(layers, rounds):
+            times[name].append(timed(layers[name], x, upstream))
         for name, rows_of_times in times.items():
             medians = [count * median(step) for step in zip(*rows_of_times, strict=True)]
             seconds[name] = [sum(pair) for pair in zip(seconds[name], medians, strict=True)]

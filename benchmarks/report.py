@@ -92,15 +92,13 @@ def work(quick: bool) -> Path:
     return RESULTS / "work" / ("quick" if quick else "full")
 
 
-def write(
-    part: str, record: dict[str, Any], sections: Sequence[tuple[Any, ...]], quick: bool
-) -> None:
+def write(part: str, record: dict[str, Any], sections: Sequence[Section], quick: bool) -> None:
     """Write the results of a part as JSON and its tables as Markdown.
 
     Args:
         part: Name of the files.
         record: All results.
-        sections: One :class:`Section` per table.
+        sections: The tables.
         quick: Whether this is a quick run.
     """
     target = folder(quick)
@@ -110,33 +108,33 @@ def write(
             file.write_text(text, encoding="utf-8")
 
 
-def publish(
-    part: str, record: dict[str, Any], sections: Iterable[tuple[Any, ...]], quick: bool
-) -> None:
+def publish(part: str, record: dict[str, Any], sections: Iterable[Section], quick: bool) -> None:
     """Write the results of a part, and print its tables. See :func:`write`."""
     tables = list(sections)
     write(part, record, tables, quick)
     show(tables)
 
 
-def markdown(sections: Sequence[tuple[Any, ...]]) -> str:
+def markdown(sections: Iterable[Section]) -> str:
     """Return sections in Markdown, with headings of level 3, after a line about the machine."""
     blocks = [f"*{in_words(machine())}*"]
-    for title, content, *notes in sections:
+    for title, content, note in sections:
         file = io.StringIO()
         Console(file=file, width=1000, color_system=None).print(content)
         # rich pads every line to the width of the table, and adds empty lines.
         lines = [line.strip() for line in file.getvalue().splitlines()]
-        blocks += [f"### {title}", "\n".join(line for line in lines if line), *filter(None, notes)]
+        blocks += [f"### {title}", "\n".join(line for line in lines if line)]
+        if note:
+            blocks.append(note)
     return "\n\n".join(blocks) + "\n"
 
 
-def show(sections: Sequence[tuple[Any, ...]]) -> None:
+def show(sections: Iterable[Section]) -> None:
     """Print sections on the console."""
-    for title, content, *notes in sections:
+    for title, content, note in sections:
         console.print(f"\n{title}", style="bold", markup=False)
         console.print(content)
-        for note in filter(None, notes):
+        if note:
             say(note)
 
 

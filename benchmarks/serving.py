@@ -10,21 +10,19 @@ python -m benchmarks.serving generate --settings '{"mode": "mixed"}' --cases '[[
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import report, serving_steps
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from benchmarks.serving_load import System, closed_loop, figures, open_loop
 from benchmarks.serving_workload import (
     ANSWER,
@@ -127,7 +125,7 @@ def prepare_setup(dtype: str, names: Sequence[str]) -> Setup:
     folder.mkdir(parents=True, exist_ok=True)
     base = endless_base(BASE_MODEL, folder / BASE_MODEL)
     write_adapters(folder / "adapters", names, AutoConfig.from_pretrained(base))
-    return Setup(base, folder / "adapters", dtype, torch.get_num_threads(), tuple(names))
+    return Setup(base, folder / "adapters", dtype, torch.get_num_threads())
 
 
 def measure(
@@ -170,14 +168,13 @@ def measure(
 
 def run() -> None:
     """Measure one system in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("module", help="a module of benchmarks.systems.serving")
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--cases", type=json.loads, required=True)
     parser.add_argument("--size", type=json.loads, default={})
     parser.add_argument("--capacity", type=float, default=0.0, help="requests per second")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     cases = [Case(*case) for case in args.cases]
     names = adapter_names(max(case.adapters for case in cases))
@@ -194,7 +191,7 @@ def run() -> None:
             found = {"name": system.name, "trials": trials}
         finally:
             system.stop()
-    args.result.write_text(json.dumps(found), encoding="utf-8")
+    write_result(args, found)
     os._exit(0)  # an abandoned batch of generate would otherwise go on
 
 

@@ -45,16 +45,13 @@ class Answer:
     sent: float = math.nan
     times: list[float] = field(default_factory=list)
     """When each token arrived."""
-    ids: list[int | None] = field(default_factory=list)
-    """The tokens, or None where a system reports texts only."""
     ended: float | None = None
     error: str | None = None
     on_end: Any = field(default=None, repr=False)
 
-    def token(self, token: int | None = None) -> None:
+    def token(self) -> None:
         """Record a token that has arrived."""
         self.times.append(time.perf_counter())
-        self.ids.append(token)
 
     def end(self, error: str | None = None) -> None:
         """Record the end of the answer, or the kind of its error. Later calls do nothing."""
@@ -186,7 +183,6 @@ def figures(trial: Trial) -> dict[str, Any]:
     tokens = sum(len(a.times) for a in answers)
     return {
         "requests": len(answers),
-        "chosen": len({a.request.adapter for a in answers}),
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,

@@ -7,11 +7,8 @@ python -m benchmarks.serving_steps throughput --dtype bfloat16 --result FILE    
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +19,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import report
-from benchmarks.latency import ratio
-from benchmarks.runs import Runs
+from benchmarks.latency import ratio, shuffled
+from benchmarks.runs import Runs, process_parser, write_result
 from benchmarks.serving_load import (
     Answer,
     Request,
@@ -66,17 +63,13 @@ def ratio_row(
     return row(measure, median(found), "x", target, **interval, times=times)
 
 
-def in_turn(
+def run_in_turn(
     trials: Mapping[str, Callable[[], dict[str, Any]]], rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every trial once in each round, in random order."""
-    order = random.Random(0)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in trials}
-    for _ in range(rounds):
-        names = list(trials)
-        order.shuffle(names)
-        for name in names:
-            found[name].append(trials[name]())
+    for _, name in shuffled(trials, rounds):
+        found[name].append(trials[name]())
     return found
 
 
@@ -124,7 +117,7 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
             "engine": saturate(plain, count, (), 10 + count),
             "generate": saturate(static, count, (), 10 + count),
         }
-        found = in_turn(trials, rounds)
+        found = run_in_turn(trials, rounds)
         rows.append(
             ratio_row(
                 f"base alone, {count} requests: engine / static batch of generate",
@@ -134,7 +127,7 @@ def throughput(setup: Setup, quick: bool) -> list[Row]:
         )
     count = min(32, max(concurrent))
     saturate(full, 4, names, 2)()
-    found = in_turn(
+    found = run_in_turn(
         {
             "base": saturate(plain, count, (), 3),
             "base, loaded": saturate(full, count, (), 3),
@@ -199,10 +192,10 @@ def steps(setup: Setup, quick: bool) -> list[Row]:
         return time.perf_counter()
 
     trials = {"base": trial("base", [None] * ROWS), "mixed": trial("mixed", names)}
-    in_turn(trials, 1)
+    run_in_turn(trials, 1)
     for kind in times:
         times[kind] = {name: [] for name in trials}  # the first round warmed up
-    in_turn(trials, 2 if quick else 12)
+    run_in_turn(trials, 2 if quick else 12)
     rows = []
     for kind, title in (("step", "decoding step"), ("prefill", f"prefill of {PROMPT} tokens")):
         mixed, base = (times[kind][name] for name in ("mixed", "base"))
@@ -362,15 +355,14 @@ def run() -> None:
     """Measure one group in this process."""
     from benchmarks.serving import prepare_setup
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     setup = prepare_setup(args.dtype, adapter_names(SWAPPED))
     rows = GROUPS[args.group](setup, args.quick)
-    args.result.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    write_result(args, {"rows": rows})
     os._exit(0)  # the threads of the systems do not end by themselves
 
 

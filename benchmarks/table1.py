@@ -9,13 +9,10 @@ python -m benchmarks.table1 --result FILE    one process
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks import report
 from benchmarks.latency import Times, in_turn, ratio
-from benchmarks.runs import runs_of
+from benchmarks.runs import process_parser, runs_of, write_result
 from benchmarks.workloads import SEED
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
@@ -32,6 +29,7 @@ from lorakit.methods.method import Method
 from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.paper.latency import adapted
+from lorakit.paper.published import published
 
 ROUNDS = 3
 BASE, MERGED = "fine-tuned model", "LoRA, merged"
@@ -49,9 +47,6 @@ class Setting:
     length: int
     sizes: dict[str, int]
     """Bottleneck width of each adapter, inferred from the paper's number of parameters."""
-    parameters: str
-    paper: dict[str, str]
-    """Slow-down in the paper."""
     steps: int
     quick_steps: int
 
@@ -75,13 +70,11 @@ class Setting:
         return {BASE: None, MERGED: LoRA(rank=4, alpha=32, targets="attention.qv"), **adapters}
 
 
-SETTINGS = (
+SETTINGS = (  # in the order of the paper's columns
     Setting(
         batch=32,
         length=512,
         sizes={"AdapterL": 8, "AdapterH": 5},
-        parameters="0.5M",
-        paper={"AdapterL": "+2.2 %", "AdapterH": "+3.0 %"},
         steps=3,
         quick_steps=2,
     ),
@@ -89,8 +82,6 @@ SETTINGS = (
         batch=16,
         length=256,
         sizes={"AdapterL": 224, "AdapterH": 112},
-        parameters="11M",
-        paper={"AdapterL": "+5.0 %", "AdapterH": "+8.4 %"},
         steps=8,
         quick_steps=5,
     ),
@@ -98,8 +89,6 @@ SETTINGS = (
         batch=1,
         length=128,
         sizes={"AdapterL": 224, "AdapterH": 112},
-        parameters="11M",
-        paper={"AdapterL": "+20.7 %", "AdapterH": "+30.3 %"},
         steps=14,
         quick_steps=8,
     ),
@@ -136,10 +125,9 @@ def measure(setting: Setting, models: dict[str, PreTrainedModel], steps: int, se
 
 def run() -> None:
     """Measure in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = process_parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
     base = gpt2_medium()
     models: dict[str, PreTrainedModel] = {
@@ -149,7 +137,7 @@ def run() -> None:
     for setting in SETTINGS:
         steps = setting.quick_steps if args.quick else setting.steps
         figures[setting.name] = measure(setting, models, steps, args.seed)
-    args.result.write_text(json.dumps(figures), encoding="utf-8")
+    write_result(args, figures)
 
 
 # --- the part ----------------------------------------------------------------------------------------
@@ -177,13 +165,14 @@ def main(*, quick: bool) -> None:
 
 def latencies(times: dict[str, list[Times]]) -> Table:
     """Return a table with the time, the slow-down and the paper's slow-down of each method in each setting."""
-    headings = []
-    for setting in SETTINGS:
-        headings += [f"{setting.name}, adapters of {setting.parameters}", "paper"]
+    paper, headings = published("table1"), []
+    sizes = paper.row("AdapterL").setting.split(", ")
+    for setting, parameters in zip(SETTINGS, sizes, strict=True):
+        headings += [f"{setting.name}, adapters of {parameters}", "paper"]
     table = report.table("method", *headings)
     for name in METHODS:
         cells = []
-        for setting in SETTINGS:
+        for setting, column in zip(SETTINGS, paper.columns, strict=True):
             pooled = {
                 model: [t for process in times[setting.name] for t in process[model]]
                 for model in (name, BASE)
@@ -195,7 +184,11 @@ def latencies(times: dict[str, list[Times]]) -> Table:
                     f"{100 * (r - 1):+.1f}" for r in (slower.middle, slower.low, slower.high)
                 ]
                 cell += f" ({percent[0]} %; {percent[1]} to {percent[2]})"
-            cells += [cell, setting.paper.get(name, "")]
+            printed = ""
+            if name in ADAPTERS:
+                base, adapter = (paper.row(row).cells[column].value for row in ("FT, LoRA", name))
+                printed = f"{100 * (adapter / base - 1):+.1f} %"
+            cells += [cell, printed]
         table.add_row(name, *cells)
     return table
 

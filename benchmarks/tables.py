@@ -25,7 +25,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of each page; a log without a scored run has none."""
     for log in sorted(path.parent for path in (RESULTS / "runs").glob("*/grid.json")):
         config = replace(recorded_config(log), data=PaperDataConfig(root="DATA"))
-        comparison = compare(recorded_grid(config, lambda _: None))
+        comparison = compare(recorded_grid(config))
         if any(row.cells for row in comparison.own):
             yield RESULTS / f"{log.name}.md", markdown(comparison)
 

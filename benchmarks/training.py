@@ -125,19 +125,20 @@ def main(*, quick: bool, rows: Sequence[str] = ()) -> None:
             runs = runs_of("training", workload.name, quick)
             base = large if large and workload.task == "completion" else workload.base
             updates = (workload.quick_updates or 2) if quick else workload.updates
-            prepared = prepare_once(workload, runs.folder / "examples", base, updates)
+            prepared = prepare_once(workload, runs, updates, base)
             record[workload.name] = measure(prepared, runs, quick=quick)
             # Write after each row, so that a failing row does not lose an hour of work.
             report.write("training", record, sections(record), quick)
             report.show(sections({workload.name: record[workload.name]}))
 
 
-def prepare_once(workload: Workload, folder: Path, base: str, updates: int) -> Prepared:
-    """Prepare the examples of a row, unless the cached runs have the same examples.
+def prepare_once(workload: Workload, runs: Runs, updates: int, base: str = "") -> Prepared:
+    """Prepare the examples of a row for `base`, or for its own, unless the cached runs have the same examples.
 
     Raises:
         RuntimeError: The cached runs have other settings.
     """
+    folder = runs.folder / "examples"
     if (folder / "examples.json").exists():
         prepared = Prepared.read(folder)
         if prepared.workload == workload and prepared.updates == updates:
@@ -145,7 +146,7 @@ def prepare_once(workload: Workload, folder: Path, base: str, updates: int) -> P
         raise RuntimeError(
             f"The cached runs of '{workload.name}' have other settings. Start again without --resume."
         )
-    return prepare(workload, folder, base=base, updates=updates)
+    return prepare(workload, folder, base=base or workload.base, updates=updates)
 
 
 def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
@@ -164,11 +165,8 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     peers = [*pefts, *trls]
     for number in range(rounds):
         for system in (OURS, *peers, *extra):
-            key = f"{number} {system.name}"
-            run = runs.cached(key)
-            if run is None:
-                command = system.command(prepared.folder, held_out=number == 0)
-                run = runs.run(key, *command, **machine.sample())
+            command = system.command(prepared.folder, held_out=number == 0)
+            run = runs.run(f"{number} {system.name}", *command, sample=machine.sample)
             figures.setdefault(system.name, []).append(run)
             report.say(
                 f"  {number + 1}/{rounds}  {system.name:<46} {speed(run):>8,.0f} tokens/s "

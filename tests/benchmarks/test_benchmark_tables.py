@@ -141,17 +141,14 @@ def test_the_rounds_of_a_row(name: str, quick: bool, monkeypatch: pytest.MonkeyP
     ran: list[str] = []
 
     class Runs:
-        def cached(self, key: str) -> None:
-            return None
-
-        def run(self, key: str, *command: str, **sample: float) -> dict[str, Any]:
+        def run(self, key: str, *command: str, sample: Any) -> dict[str, Any]:
             ran.append(key)
             seconds = 2.1 if "bf16 weights" in key else 5.0
             if (
                 "weights and autocast" in key
             ):  # the fastest, but for a slow moment in the first round
                 seconds = 2.2 if key.startswith("0") else 2.0
-            return run(seconds, **sample) | {"process_seconds": 9.0}
+            return run(seconds, **sample()) | {"process_seconds": 9.0}
 
     def machine(prepared: object) -> SimpleNamespace:
         limit = {"dtype": "float32", "tokens": [1], "operations": [1], "bytes": [1], "counts": []}
@@ -178,7 +175,9 @@ def test_the_rounds_of_a_row(name: str, quick: bool, monkeypatch: pytest.MonkeyP
 def test_sections_become_headings_tables_and_notes() -> None:
     made = report.table("system", "tokens/s")
     made.add_row("ours", "12")
-    text = report.markdown([report.Section("A [title]", made, "A note."), ("Another", made)])
+    text = report.markdown(
+        [report.Section("A [title]", made, "A note."), report.Section("Another", made)]
+    )
     blocks = text.rstrip("\n").split("\n\n")
     assert blocks[0] == f"*{report.in_words(report.machine())}*"
     assert [blocks[1], blocks[3], blocks[4]] == ["### A [title]", "A note.", "### Another"]
@@ -224,7 +223,7 @@ def test_table_1_with_the_paper_beside() -> None:
         "AdapterH": [2.0, 4.0],
     }
     text = report.markdown(
-        [("Table 1", table1.latencies({s.name: [process] for s in table1.SETTINGS}))]
+        [report.Section("Table 1", table1.latencies({s.name: [process] for s in table1.SETTINGS}))]
     )
     assert cells(text, table1.BASE)[1] == "1,500.0"
     assert cells(text, table1.MERGED)[1:3] == ["1,500.0 (+0.0 %; +0.0 to +0.0)", ""]
@@ -234,10 +233,10 @@ def test_table_1_with_the_paper_beside() -> None:
 
 def test_adapter_and_merge_tables() -> None:
     steps = [{"attach": 0.01 * i, "save": 0.02, "load": 0.03} for i in (1, 9, 2)]
-    text = report.markdown([("", adapter.durations({"lorakit": steps}))])
+    text = report.markdown([report.Section("", adapter.durations({"lorakit": steps}))])
     assert cells(text, "lorakit")[1:] == ["20 (10 to 90)", "20 (20 to 20)", "30 (30 to 30)"]
     runs = [{"changed": 1234, "largest": 0.5, "exact": None, "seconds": 0.002}]
-    text = report.markdown([("", merge_drift.drift({"bfloat16": {"PEFT": runs}}))])
+    text = report.markdown([report.Section("", merge_drift.drift({"bfloat16": {"PEFT": runs}}))])
     assert cells(text, "bfloat16, PEFT")[1:] == ["1,234", "0.5", "-", "2.00"]
 
 

@@ -28,11 +28,13 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, commands: list[list[str]]) -> None:
-    first = runs.Runs(tmp_path).run("0 PEFT, float32", "benchmarks.run", "peft", rate=3.0)
+    samples = iter([{"rate": 3.0}])
+    command = ("0 PEFT, float32", "benchmarks.run", "peft")
+    first = runs.Runs(tmp_path).run(*command, sample=lambda: next(samples))
     assert first["number"] == 1
     assert first["rate"] == 3.0
     assert commands[0][1:5] == ["-m", "benchmarks.run", "peft", "--result"]
-    assert runs.Runs(tmp_path).run("0 PEFT, float32", "benchmarks.run", "peft") == first
+    assert runs.Runs(tmp_path).run(*command, sample=lambda: next(samples)) == first
     assert runs.Runs(tmp_path).cached("0 PEFT, float32") == first
     assert runs.Runs(tmp_path).run("1 PEFT, float32", "benchmarks.run", "peft")["number"] == 2
 

@@ -64,8 +64,8 @@ class Fake:
     def _answer(self, request: Request, answer: Answer) -> None:
         with self._lock:
             self._running -= 1
-        for token in range(request.tokens - (request.adapter == "short")):
-            answer.token(token)
+        for _ in range(request.tokens - (request.adapter == "short")):
+            answer.token()
         if request.adapter != "endless":
             answer.end("Broken" if request.adapter == "broken" else None)
 

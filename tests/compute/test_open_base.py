@@ -41,7 +41,7 @@ def test_an_earlier_model_is_freed_before_the_next_is_loaded(
     monkeypatch.setattr(opening, "load_base", load)
     monkeypatch.setattr(base_weights, "load_base", load)
     config = tiny_models.build("llama").config
-    monkeypatch.setattr(base_weights, "config_of", lambda _: config)
+    monkeypatch.setattr(base_weights, "_config_of", lambda _: config)
     gc.collect()
     gc.disable()
     try:

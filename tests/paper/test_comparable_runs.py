@@ -98,5 +98,5 @@ def test_a_seed_from_another_base_of_the_same_name_is_refused(one_run, monkeypat
     with pytest.raises(ConfigurationError, match="base model has other content"):
         call(seeds=2)
     # Another processor initialises the head with other last bits.
-    monkeypatch.setattr(comparable, "device_name", lambda _: "cpu (AVX2)")
+    monkeypatch.setattr(runs_module, "device_name", lambda _: "cpu (AVX2)")
     assert call(seeds=2) == 2

@@ -42,7 +42,7 @@ def compared(tmp_path: Path) -> Callable[..., Comparison]:
             **changes,
         )
         counts = {method: ParameterCount(trained=1) for method in values}
-        grid = Grid(config, GridSetup(counts={task: counts}), lambda _: None)
+        grid = Grid(config, GridSetup(counts={task: counts}))
         for data_set, variant in grid.cells():
             for run in grid.trials(data_set, variant):
                 grid.runner._write(run, _record(run, {}))
@@ -155,7 +155,7 @@ def test_the_published_average_is_as_printed_or_noted(tmp_path, tasks, averages,
     )
     count = ParameterCount(trained=1)
     counts = {d.key: {"full": count, "lora": count} for d in config.study.data_sets}
-    comparison = compare(Grid(config, GridSetup(counts=counts), lambda _: None))
+    comparison = compare(Grid(config, GridSetup(counts=counts)))
     found = {row.label: str(row.cells["Avg"]) for row in comparison.published[:5]}
     assert averages.items() <= found.items()
     page = markdown(comparison)
@@ -283,7 +283,7 @@ def test_the_page_has_the_settings_of_both_methods_of_a_combination(tmp_path):
         table="table15", tasks=("mnli",), methods=(key,), seeds=1, output=str(tmp_path)
     )
     counts = {"mnli": {key: ParameterCount(trained=1)}}
-    grid = Grid(config, GridSetup(counts=counts), lambda _: None)
+    grid = Grid(config, GridSetup(counts=counts))
     ((data_set, variant),) = grid.cells()
     for run in grid.trials(data_set, variant):
         settings = recorded_settings(grid.runner.train_config(run))

@@ -454,7 +454,7 @@ def test_every_run_has_the_dtype_of_the_first(
             (run, *_) = grid.trials(*next(grid.cells()))
             assert grid.runner.settings(run)["base.dtype"] == "bfloat16"
     assert [line for line in lines if "faster" in line] == ["bfloat16: it is faster"]
-    assert grid_module.preview(config, silent).config.base.dtype == "bfloat16"
+    assert grid_module.preview(config).config.base.dtype == "bfloat16"
 
 
 @pytest.mark.slow

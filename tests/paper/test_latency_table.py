@@ -54,7 +54,7 @@ def test_the_paper_s_rows_and_ours(decoder, tmp_path, monkeypatch):
     result = latency.run_latency(config, lambda text: None)
     assert [(t.batch, t.length) for t in result.timings[::4]] == [(4, 16), (2, 8), (1, 8)]
     assert all(t.passes == 4 for t in result.timings)
-    cells = {row[1]: {*row[3:]} for row in result.rows[-4:]}
+    cells = {row[1]: {*row[3:]} for row in result.measured}
     assert cells == {
         "FT": {"10.0 ± 0.0 (+0.0%)"},
         "LoRA merged": {"11.0 ± 0.0 (+10.0%)"},

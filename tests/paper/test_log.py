@@ -32,7 +32,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def open_log(log: Path) -> None:
-    compare(recorded_grid(recorded_config(log), lambda _: None))
+    compare(recorded_grid(recorded_config(log)))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_limit_near_the_size_of_the_set_is_kept_and_told(table2, data, limit, 
         assert len(load_examples(settings, "train", tokenizer)) == trained
         page = markdown(compare(grid))
     assert f"train on the same rows, drawn at random once: {trained} of mrpc." in page
-    planned = preview(replace(config, output=f"{config.output}-new"), lambda _: None).setup
+    planned = preview(replace(config, output=f"{config.output}-new")).setup
     assert (planned.rows, planned.held_out) == (grid.setup.rows, grid.setup.held_out)
 
 
@@ -57,7 +57,7 @@ def test_a_log_keeps_its_held_out_share(table2):
 
 @pytest.mark.slow
 def test_a_dry_run_predicts_the_steps_of_a_set_smaller_than_the_limit(table2):
-    grid = preview(table2(limit=500, epochs=3, methods=("lora",)), lambda _: None)
+    grid = preview(table2(limit=500, epochs=3, methods=("lora",)))
     assert _predicted(grid, *next(grid.cells()))[0] == str(3 * 4)  # 54 rows, in batches of 16
 
 

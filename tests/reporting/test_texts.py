@@ -62,11 +62,6 @@ def test_special_tokens_are_those_of_the_tokenizer() -> None:
     assert with_special(pieces, []) == pieces
 
 
-def test_without_a_record_common_special_tokens_are_recognised() -> None:
-    found = with_special(plain("<|im_start|>user [SEP] if a <b> and <i>"), None)
-    assert [p.text for p in found if p.special] == ["<|im_start|>", "[SEP]"]
-
-
 def test_changed_words_keep_their_mark() -> None:
     pieces = (Piece("<s>", changed=True), Piece("</s>"))
     assert with_special(pieces, ["<s>", "</s>"]) == (pieces[0], Piece("</s>", special=True))

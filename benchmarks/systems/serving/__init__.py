@@ -17,8 +17,6 @@ class Setup:
     dtype: str
     """Dtype of the weights, for systems that have a choice."""
     threads: int
-    names: tuple[str, ...] = ()
-    """All adapters of the benchmark."""
 
 
 class UnavailableError(Exception):

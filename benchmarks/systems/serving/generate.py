@@ -119,9 +119,9 @@ class _Streamer(BaseStreamer):
         if not self._saw_prompts:  # generate puts the prompts first
             self._saw_prompts = True
             return
-        for (request, answer), token in zip(self._batch, value.tolist(), strict=True):
+        for request, answer in self._batch:
             if len(answer.times) < request.tokens:
-                answer.token(token)
+                answer.token()
                 if len(answer.times) == request.tokens:
                     answer.end()
 

@@ -191,7 +191,7 @@ class LlamaCpp:
             elif message.get("end"):
                 self._answers.pop(message["id"]).end(message.get("error"))
             else:
-                self._answers[message["id"]].token(message["token"])
+                self._answers[message["id"]].token()
         self._failure = "the process of llama.cpp ended"
         self._ready.release()
         for answer in list(self._answers.values()):

@@ -108,8 +108,8 @@ class LorakitEngine:
                 error = type(event.error).__name__ if event.error else event.reason
                 self._end(answer, error if failed else None)
             else:
-                for token in event.tokens:
-                    answer.token(token.id)
+                for _ in event.tokens:
+                    answer.token()
 
         job = GenerationRequest(
             prompt=request.prompt,

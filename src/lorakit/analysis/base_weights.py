@@ -140,27 +140,34 @@ def read_weights(base: BaseConfig | str, names: Iterable[str] = ()) -> Weights:
     weights = _open_safetensors(base)
     if weights is not None and all(name in weights for name in names):
         return weights
-    return _weights_of(load_float32(base, (config_of(base).architectures or [""])[0]))
+    return _weights_of(load_float32(base))
 
 
-def load_float32(base: BaseConfig, class_name: str) -> Base:
-    """Load a whole model in float32, with the head of the model class `class_name`; no head for an unknown suffix.
+def load_float32(base: BaseConfig, class_name: str | None = None) -> Base:
+    """Load a whole model in float32, with the head of a model class; no head for an unknown suffix.
+
+    Args:
+        base: The model.
+        class_name: Name of the class; None is the first one that the configuration of the model names.
 
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
     free_memory()  # an adapted base has reference cycles, and this one may follow another
-    is_pair = config_of(base).is_encoder_decoder
+    config = _config_of(base)
+    if class_name is None:
+        class_name = (config.architectures or [""])[0]
+    head = head_of_class(class_name, is_encoder_decoder=config.is_encoder_decoder)
     return load_base(
         base.name,
-        task=head_of_class(class_name, is_encoder_decoder=is_pair) or "base",
+        task=head or "base",
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
     )
 
 
-def config_of(base: BaseConfig) -> Any:
+def _config_of(base: BaseConfig) -> Any:
     """Return the transformers configuration of a model, which names the class of the model.
 
     Raises:
@@ -248,7 +255,7 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         return None
-    config = config_of(base)
+    config = _config_of(base)
     if not isinstance(config, model_class.config_class):  # type: ignore[arg-type]
         name = (config.architectures or [type(config).__name__])[0]
         other = ArchitectureRecord(class_name=name, model_type=config.model_type, shapes="")

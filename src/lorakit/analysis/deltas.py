@@ -226,13 +226,16 @@ def notices(stored: StoredAdapter) -> list[str]:
     biases = sum(layer.B_bias is not None for layer in stored.layers.values())
     if biases:
         sentences.append(f"B has a bias in {biases} layers (lora_bias), which B A does not cover.")
-    if stored.trained:
-        names = list(stored.trained)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        sentences.append(
-            f"{len(names)} parameters are also trained in full: {', '.join(names[:3])}{more}."
-        )
-    return sentences
+    return [*sentences, *trained_notices(stored)]
+
+
+def trained_notices(stored: StoredAdapter) -> list[str]:
+    """Return the sentence about the parameters that are trained in full, if there are any."""
+    if not stored.trained:
+        return []
+    names = list(stored.trained)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{len(names)} parameters are also trained in full: {', '.join(names[:3])}{more}."]
 
 
 def parts_of(layer: StoredLayer) -> list[Factors]:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import attach, formats, handle_of
+from lorakit.adapters import attach, formats
 from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
-from lorakit.analysis.base_weights import config_of, load_float32, read_weights
+from lorakit.analysis.base_weights import load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
@@ -54,6 +54,7 @@ def extract(
     return decompose(_difference(base, tuned), rank).truncate(rank, energy)
 
 
+@torch.no_grad()
 def extract_adapter(
     base: BaseConfig | str,
     tuned: str | Path,
@@ -88,11 +89,13 @@ def extract_adapter(
     base = as_base_config(base)
     show = progress or (lambda _: None)
     show("reading the base")
-    loaded = load_float32(base, (config_of(base).architectures or [""])[0])
+    loaded = load_float32(base)
     model = loaded.model
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
     method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
-    template = attach(model, method, name="extracted").stored()
+    handle = attach(model, method, name="extracted")
+    template = handle.stored()
+    handle.detach()
     targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
     weights, notices = _tuned_weights(model, base, tuned, targeted)
     layers, results, unchanged = {}, {}, []
@@ -173,7 +176,6 @@ def _difference(base: Tensor, tuned: Tensor) -> Tensor:
     return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
 
 
-@torch.no_grad()
 def _agreement(
     loaded: Base, adapter: StoredAdapter, weights: Mapping[str, Tensor]
 ) -> Agreement | None:
@@ -186,9 +188,6 @@ def _agreement(
     head = head_of_class(type(model).__name__, is_encoder_decoder=is_pair)
     if tokenizer is None or head is None:
         return None
-    handle = handle_of(model)
-    assert handle is not None
-    handle.detach()
     own = dict(model.named_parameters(remove_duplicate=False))
     if any(name in weights and weights[name].shape != own[name].shape for name in own):
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.base_weights import Weights
-from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, notices, read
+from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, read, trained_notices
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.spectrum import require_share
 from lorakit.errors import ConfigurationError
@@ -208,8 +208,7 @@ def adapter_intruders(
         W = base_matrix(stored, delta, weights)
         layers[name] = intruders(W, delta.added_to(W), top=top, threshold=threshold)
     # Intruders include DoRA's magnitudes, so only the notice on trained parameters applies.
-    trained = notices(stored)[-1:] if stored.trained else []
-    return AdapterIntruders(layers=layers, notices=[*trained, *weights.notices])
+    return AdapterIntruders(layers=layers, notices=[*trained_notices(stored), *weights.notices])
 
 
 def _validate(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:

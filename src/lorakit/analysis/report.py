@@ -60,7 +60,7 @@ def measure_page(
         title=" and ".join("/".join(Path(subject).parts[-2:]) for subject in subjects),
         subtitle=about,
         summary=lines,
-        sections=[section for section in sections if section.blocks],
+        sections=sections,
     )
 
 

@@ -56,7 +56,7 @@ def _latency(config: PaperConfig) -> None:
             )
         return
     result = run_latency(config, say=_say)
-    console().print(_table(result.head, result.rows, 3))
+    console().print(_table(result.head, result.published, result.measured))
     for path in (result.page, result.data):
         print(path)
 
@@ -67,10 +67,9 @@ def _run(config: PaperConfig) -> None:
     from lorakit.paper.run_table import run_table
 
     result = run_table(config, say=_say, amplification=_amplification)
-    head, body, published = rows(result.comparison)
     study = result.comparison.grid.study
     console().print(f"\n{study.table.title}\n", markup=False)
-    console().print(_table(head, body, published))
+    console().print(_table(*rows(result.comparison)))
     for path in (result.page, result.data, result.figure, result.report):
         if path is not None:
             print(path)
@@ -89,7 +88,7 @@ def _reproduce(config: PaperConfig) -> None:
         ]
         for s in result.scores
     ]
-    console().print(_table(head, body, len(body)))
+    console().print(_table(head, body))
     if not result.differences:
         print("\nEqual processor, threads, software and inputs: all scores must be equal.")
     for difference in result.differences:
@@ -136,7 +135,7 @@ def _preview(config: PaperConfig) -> None:
     from lorakit.paper.grid import preview
     from lorakit.paper.report import parameters
 
-    grid = preview(config, _say)
+    grid = preview(config)
     head = ["data", "method", "parameters", "rates", "runs", "steps", "memory", "time per run"]
     body = []
     for data_set in grid.study.data_sets:
@@ -156,7 +155,7 @@ def _preview(config: PaperConfig) -> None:
                     *_predicted(grid, data_set, variant),
                 ]
             body.append(row + [""] * (len(head) - len(row)))
-    console().print(_table(head, body, len(body)))
+    console().print(_table(head, body))
     print(f"\n{grid.finished} of {grid.total} runs are finished, in {config.folder}")
 
 
@@ -186,14 +185,16 @@ def _predicted(grid: Grid, data_set: StudyData, variant: Variant) -> list[str]:
     return [f"{steps:,}", memory, duration(steps * seconds)]
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], published: int):
-    """Return a console table: the published rows, then the measured rows in bold."""
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], measured: Sequence[Sequence[str]] = ()
+):
+    """Return a console table: the rows, then the measured ones in bold."""
     from lorakit.cli.console import literal, table
 
-    result = table(head, body[:published], left=2)
-    if published:
+    result = table(head, rows, left=2)
+    if rows:
         result.add_row()
-    for row in body[published:]:
+    for row in measured:
         result.add_row(*map(literal, row), style="bold")
     return result
 

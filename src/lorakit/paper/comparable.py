@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorakit.configuration import as_dict, differences, flat_settings
 from lorakit.errors import ConfigurationError
-from lorakit.models.devices import pick_device
-from lorakit.paper.runs import Record, Runner, TableRun, changed_settings, device_name
+from lorakit.paper.runs import Record, Runner, TableRun, changed_settings
 from lorakit.paper.study import StudyData
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
-from lorakit.training.environment import environment
 from lorakit.training.opening import NOT_COMPARED
 from lorakit.training.setup import prepare
 
@@ -30,9 +29,11 @@ def require_comparable(
     """
     # A diverged run has no inputs.
     known = [(run, record) for run, record in recorded if record.inputs]
-    here = _machine(runner)
+    if not known:
+        return
+    here = _machine_of(replace(known[0][1], **runner.conditions()))
     known.sort(key=lambda pair: _machine_of(pair[1]) != here)
-    inputs = digests_of(runner.train_config(known[0][0])) if known else {}
+    inputs = digests_of(runner.train_config(known[0][0]))
     has_head = task_type(data_set.task).kind != "text"
     for run, record in known:
         digests = dict(record.inputs)
@@ -60,12 +61,6 @@ def require_comparable(
 def digests_of(config: TrainConfig) -> dict[str, str]:
     """Return the digests of the data and the base that a run would train on now, by name."""
     return {name: source["sha256"] for name, source in prepare(config).inputs.items()}
-
-
-def _machine(runner: Runner) -> tuple[str, str, str | None]:
-    """Return the processor, the device and the torch of this process."""
-    here = environment(pick_device(runner.config.base.device))
-    return here["processor"], device_name(here["device"]), here["versions"]["torch"]
 
 
 def _machine_of(record: Record) -> tuple[str, str, str | None]:

@@ -34,12 +34,12 @@ def comparison_figure(comparison: Comparison) -> Figure | None:
 def table_page(comparison: Comparison) -> Page:
     """Return the page of a table: published and measured rows, the figure, LoRA's differences and the command."""
     grid = comparison.grid
-    head, body, published = rows(comparison)
-    table: list[list[Cell]] = [[" ".join(row[:2]), *row[2:]] for row in body]
+    head, *parts = rows(comparison)
+    published, measured = ([[" ".join(row[:2]), *row[2:]] for row in part] for part in parts)
     columns = ("Model and method", *head[2:])
     blocks: list[Block] = [
-        Table(caption="Published in the paper.", columns=columns, rows=table[:published]),
-        Table(caption="Measured here.", columns=columns, rows=table[published:]),
+        Table(caption="Published in the paper.", columns=columns, rows=published),
+        Table(caption="Measured here.", columns=columns, rows=measured),
     ]
     if (figure := comparison_figure(comparison)) is not None:
         blocks.append(figure)

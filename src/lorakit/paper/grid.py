@@ -50,9 +50,9 @@ class Grid:
     """An opened grid; see :func:`open_grid`."""
 
     def __init__(
-        self, config: PaperConfig, setup: GridSetup, say: Say, amplification: Measure | None = None
+        self, config: PaperConfig, setup: GridSetup, amplification: Measure | None = None
     ) -> None:
-        self.config, self.setup, self.say = config, setup, say
+        self.config, self.setup = config, setup
         self.study: Study = config.study
         self.runner = Runner(config, setup, amplification)
 
@@ -183,11 +183,12 @@ class Grid:
         """Number of finished training runs."""
         return len(self.all_records())
 
-    def run(self, after_each: Callable[[], object]) -> None:
+    def run(self, after_each: Callable[[], object], say: Say = print) -> None:
         """Execute every unfinished run: the trials and the first seed, then the other seeds.
 
         Args:
             after_each: Called whenever a cell has a new record.
+            say: Receives progress, one line per call.
 
         Raises:
             LorakitError: A run cannot be trained or scored. What can be checked is checked before the first run.
@@ -199,17 +200,17 @@ class Grid:
             self._require_comparable(data_set)
         for seed in range(self.config.seeds):
             for cell in self.cells():
-                self._finish_seed(cell, seed)
+                self._finish_seed(cell, seed, say)
                 after_each()
 
-    def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int) -> None:
+    def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int, say: Say) -> None:
         """Train and score a cell's seeds up to this one. Each new score can change the choice of the rate."""
         while (run := self._next_run(cell, seed)) is not None:
             # Train all first: only the runs of the chosen rate are scored.
-            self._finish(run, scored=self.runner.record(run) is not None)
+            self._finish(run, say, scored=self.runner.record(run) is not None)
         runs = self.scored_runs(*cell)
         if not runs:
-            self.say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
+            say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
         elif not self.config.keep_weights:
             # Another seed can make another rate the best, so until the last one, unscored runs keep their weights.
             is_last = seed == self.config.seeds - 1
@@ -227,12 +228,12 @@ class Grid:
                 return run
         return None
 
-    def _finish(self, run: TableRun, *, scored: bool) -> None:
+    def _finish(self, run: TableRun, say: Say, *, scored: bool) -> None:
         if self.runner.record(run) is None:
-            self.say(f"[{self.finished + 1}/{self.total}] {run.name}")
+            say(f"[{self.finished + 1}/{self.total}] {run.name}")
         record = self.runner.finish(run, scored=scored)
         if record.failure:
-            self.say(f"{run.name}: {record.failure}")
+            say(f"{run.name}: {record.failure}")
 
     def _require_comparable(self, data_set: StudyData) -> None:
         """Reject recorded runs on a data set that are not comparable with a new one."""
@@ -291,7 +292,7 @@ def open_grid(
             setup.dtype = base.dtype
             if reason:
                 say(f"{base.dtype}: {reason}")
-        grid = Grid(_with_dtype(config, setup), setup, say, amplification)
+        grid = Grid(_with_dtype(config, setup), setup, amplification)
         cells = list(grid.cells())
         if not cells:
             reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}
@@ -320,14 +321,14 @@ def _require_grid_or_empty(folder: Path, config: PaperConfig, option: str) -> No
         )
 
 
-def recorded_grid(config: PaperConfig, say: Say) -> Grid:
+def recorded_grid(config: PaperConfig) -> Grid:
     """Return the grid of a log with the values that it fixed, also for a part of its data sets and methods.
 
     Raises:
         LorakitError: As for `read_log`.
     """
     _, setup = read_log(config.log_folder)
-    return Grid(_with_dtype(config, setup), setup, say)
+    return Grid(_with_dtype(config, setup), setup)
 
 
 def _with_dtype(config: PaperConfig, setup: GridSetup) -> PaperConfig:
@@ -335,7 +336,7 @@ def _with_dtype(config: PaperConfig, setup: GridSetup) -> PaperConfig:
     return replace(config, base=replace(config.base, dtype=setup.dtype))  # type: ignore[arg-type]
 
 
-def preview(config: PaperConfig, say: Say) -> Grid:
+def preview(config: PaperConfig) -> Grid:
     """Return the grid that `open_grid` would open, without writing a file.
 
     Raises:
@@ -345,7 +346,7 @@ def preview(config: PaperConfig, say: Say) -> Grid:
     for data_set in config.study.data_sets:
         draw_training_data(config, data_set, setup, write=False)
     _count_parameters(config, setup)
-    return Grid(_with_dtype(config, setup) if setup.dtype else config, setup, say)
+    return Grid(_with_dtype(config, setup) if setup.dtype else config, setup)
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class LatencyResult:
     page: Path
     data: Path
     head: list[str]
-    rows: list[list[str]]
-    """The published rows, then the measured ones."""
+    published: list[list[str]]
+    measured: list[list[str]]
 
 
 def run_latency(config: PaperConfig, say: Say = print) -> LatencyResult:
@@ -217,7 +217,9 @@ def _write(config: PaperConfig, timings: tuple[Timing, ...]) -> LatencyResult:
         "timings": [asdict(t) for t in timings],
     }
     page, data = write(config, text, record)
-    return LatencyResult(timings=timings, page=page, data=data, head=head, rows=rows + measured)
+    return LatencyResult(
+        timings=timings, page=page, data=data, head=head, published=rows, measured=measured
+    )
 
 
 def _reduced(timing: Timing, setting: tuple[int, int, float]) -> str:

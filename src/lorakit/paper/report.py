@@ -38,7 +38,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [
         f"# {title(comparison)}",
         _introduction(comparison),
-        _table(comparison),
+        table(*rows(comparison)),
         *_differences(comparison),
         *_trials(comparison),
         *_computing_time(comparison.grid),
@@ -90,8 +90,8 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], int]:
-    """Return the table as text: the header, the rows, and the number of published rows, which come first."""
+def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Return the table as text: the header, the published rows and the measured rows."""
     head = ["model", "method", "parameters", *comparison.columns]
     published = [
         [
@@ -111,7 +111,7 @@ def rows(comparison: Comparison) -> tuple[list[str], list[list[str]], int]:
         ]
         for row in comparison.own
     ]
-    return head, published + measured, len(published)
+    return head, published, measured
 
 
 def parameters(count: int | None) -> str:
@@ -154,11 +154,6 @@ def _statistic(grid: Grid) -> str:
     if grid.study.table.statistic == "median":
         return f"median of {seeds} seeds, in brackets their mean ± their standard deviation (n - 1)"
     return f"mean of {seeds} seeds ± their standard deviation (n - 1)"
-
-
-def _table(comparison: Comparison) -> str:
-    head, body, published = rows(comparison)
-    return table(head, body[:published], measured=body[published:])
 
 
 def table(

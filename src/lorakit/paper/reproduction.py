@@ -11,7 +11,6 @@ from typing import Any, Literal
 from lorakit import storage
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
-from lorakit.models.devices import pick_device
 from lorakit.paper.comparable import digests_of, other_settings
 from lorakit.paper.grid import draw_training_data, recorded_grid
 from lorakit.paper.log import GRID, recorded_config
@@ -23,10 +22,8 @@ from lorakit.paper.runs import (
     Say,
     TableRun,
     column_of,
-    device_name,
     require_measure,
 )
-from lorakit.training.environment import environment
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 
@@ -92,7 +89,7 @@ def reproduce(
         LorakitError: As for `lorakit.paper.run_table.run_table`.
     """
     require_measure(config, amplification)
-    recorded = recorded_grid(_recorded(config), say)
+    recorded = recorded_grid(_recorded(config))
     cells = list(recorded.cells())  # one, or none
     records = {record.seed: record for cell in cells for record in recorded.records(*cell)}
     _, _, seed = _row(config)
@@ -100,7 +97,7 @@ def reproduce(
     if not records or not records.keys() >= set(wanted):
         raise ConfigurationError(
             f"The log '{config.log}' has no scored run {config.reproduce}. Its rows and their seeds: "
-            f"{'; '.join(_scored_rows(config, say)) or 'none'}."
+            f"{'; '.join(_scored_rows(config)) or 'none'}."
         )
     ((data_set, variant),) = cells
     own = replace(recorded.config, log=None)
@@ -155,9 +152,9 @@ def _recorded(config: PaperConfig) -> PaperConfig:
     return row
 
 
-def _scored_rows(config: PaperConfig, say: Say) -> Iterator[str]:
+def _scored_rows(config: PaperConfig) -> Iterator[str]:
     """Yield each row of the log that has scored runs, with their seeds."""
-    grid = recorded_grid(recorded_config(config.log_folder), say)
+    grid = recorded_grid(recorded_config(config.log_folder))
     for data_set, variant in grid.cells():
         if records := grid.records(data_set, variant):
             yield f"{data_set.key}/{variant.key} {', '.join(str(r.seed) for r in records)}"
@@ -170,16 +167,7 @@ def _require_made_here(runner: Runner, run: TableRun) -> None:
         return
     config = runner.train_config(run)
     inputs = digests_of(config)  # first: opening the base can lower the number of threads
-    here = environment(pick_device(config.base.device))
-    now = replace(
-        held,
-        inputs=inputs,
-        processor=here["processor"],
-        device=device_name(here["device"]),
-        threads=[here["threads"]],
-        versions=here["versions"],
-        source=runner.source,
-    )
+    now = replace(held, inputs=inputs, **runner.conditions())
     if changed := list(_differences(held, now, other_settings(held.settings, config))):
         raise ConfigurationError(
             f"'{runner.config.folder}' holds a repetition of {run.name} that was made under other conditions: "

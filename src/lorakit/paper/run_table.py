@@ -47,7 +47,7 @@ def run_table(
     """
     drawing.require_drawing()  # fail now, not after hours of runs
     with open_grid(config, say, amplification) as grid:
-        grid.run(after_each=lambda: _write_tables(compare(grid)))
+        grid.run(lambda: _write_tables(compare(grid)), say)
         comparison = compare(grid)
         plot = None
         if (figure := comparison_figure(comparison)) is not None:

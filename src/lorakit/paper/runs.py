@@ -23,6 +23,7 @@ from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.processor import processor_name
 from lorakit.paper.grid_setup import GridSetup
@@ -31,7 +32,7 @@ from lorakit.paper.resampling import as_lines, of_lines
 from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
-from lorakit.training.environment import versions
+from lorakit.training.environment import environment, versions
 from lorakit.training.loop import train
 from lorakit.training.run_folder import (
     ADAPTER,
@@ -176,8 +177,7 @@ class Record:
 
 def column_of(score: str) -> str:
     """Return the name of a score without the mark that it was computed without Java."""
-    # Older records have the mark inside: "METEOR (without Java) seen".
-    return score.replace(WITHOUT_JAVA, "")
+    return score.removesuffix(WITHOUT_JAVA)
 
 
 class Runner:
@@ -234,6 +234,17 @@ class Runner:
     def train_config(self, run: TableRun) -> TrainConfig:
         """Return the configuration of a run."""
         return TrainConfig(**nested(self.settings(run)))
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the fields of a record that describe this process: processor, device, threads, versions and source."""
+        here = environment(pick_device(self.config.base.device))
+        return {
+            "processor": here["processor"],
+            "device": device_name(here["device"]),
+            "threads": [here["threads"]],
+            "versions": here["versions"],
+            "source": self.source,
+        }
 
     def record(self, run: TableRun) -> Record | None:
         """Return the record of a run; None if the run has not finished.

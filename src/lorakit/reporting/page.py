@@ -86,7 +86,7 @@ class Sample:
 
 def sample(record: Mapping[str, Any], answers: Sequence[tuple[str, Sequence[Piece]]]) -> Sample:
     """Return the sample of a record, with the special tokens of its prompt and answers in pieces of their own."""
-    tokens = record.get("special_tokens")
+    tokens = record.get("special_tokens", ())
     prompt = plain(str(record.get("prompt")).rstrip("\n"))
     return Sample(
         prompt=with_special(prompt, tokens),

@@ -76,16 +76,12 @@ class RunRecord:
     @property
     def sizes(self) -> Mapping[str, int]:
         """Parameter counts and byte sizes that the run recorded; empty if it recorded none."""
-        for session in reversed(self.sessions):
-            if isinstance(sizes := session.get("sizes"), Mapping):
-                return sizes
-        return {}
+        return self.sessions[-1].get("sizes", {}) if self.sessions else {}
 
     @property
     def command(self) -> str | None:
         """The command that started the run."""
-        command = self.sessions[0].get("command") if self.sessions else None
-        return command if isinstance(command, str) else None
+        return self.sessions[0].get("command") if self.sessions else None
 
     @property
     def is_deleted(self) -> bool:
@@ -101,8 +97,7 @@ class RunRecord:
     @property
     def best_step(self) -> int | None:
         """The step of the best validation score; None if the run has none or is not finished."""
-        step = (self.result or {}).get("best_step")
-        return step if isinstance(step, int) else None
+        return (self.result or {}).get("best_step")
 
     @property
     def never_improved(self) -> bool:
@@ -204,25 +199,20 @@ def read_run(folder: str | Path) -> RunRecord:
             f"'{folder / CONFIG}' is not the configuration of a run. Use the output folder of `lorakit train`."
         )
     metrics = [record for _, record in read_lines(folder / METRICS)]
-    sessions = _record(folder / ENVIRONMENT).get("sessions", [])
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))
     adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
     return RunRecord(
         folder=folder,
         config=config,
         result=_record(folder / RESULT) or None,
-        sessions=[s for s in sessions if isinstance(s, Mapping)],
+        sessions=_record(folder / ENVIRONMENT).get("sessions", []),
         train=[record for record in metrics if record.get("split") == "train"],
         validation=[record for record in metrics if record.get("split") == "validation"],
         samples=[record for _, record in read_lines(folder / SAMPLES)],
-        events=[e for e in _record(folder / EVENTS).get("events", []) if isinstance(e, Mapping)],
+        events=_record(folder / EVENTS).get("events", []),
         provenance=_mapping(adapter.get("provenance")),
         base=_mapping(adapter.get("base")),
-        predicted={
-            name: float(value)
-            for name, value in _record(folder / PREDICTION).items()
-            if isinstance(value, (int, float))
-        },
+        predicted=_record(folder / PREDICTION),
         adapter_bytes=sum(path.stat().st_size for path in weights) if weights else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lorakit.configuration import setting
 from lorakit.formatting import duration, percentage, rounded_count, shell_command, size
@@ -266,13 +266,12 @@ def _origin(run: RunRecord) -> list[Block]:
     blocks.append(Table(caption="The base model.", columns=("Fact", "Value"), rows=rows))
     if run.sessions:
         last = run.sessions[-1]
-        versions = last.get("versions")
         facts = [
             ("Processor", last.get("processor")),
             ("Device", last.get("device")),
             ("Threads", last.get("threads")),
             ("System", last.get("platform")),
-            *((versions or {}).items() if isinstance(versions, Mapping) else ()),
+            *last.get("versions", {}).items(),
         ]
         dates = ", ".join(str(session.get("started", "")) for session in run.sessions)
         times = "once" if len(run.sessions) == 1 else f"{len(run.sessions)} times"

@@ -14,12 +14,6 @@ START, END = 240, 360
 COMPARED = 6_000
 """Most characters of two texts together that are compared: the time grows with the product of their lengths."""
 
-_LIKELY_SPECIAL = re.compile(
-    r"(<\|[^|<>\s]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|mask|start_of_turn|end_of_turn)>"
-    r"|\[(?:CLS|SEP|PAD|UNK|MASK)\])"
-)
-"""Special tokens of common tokenizers, for runs that did not record those of theirs."""
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -57,20 +51,17 @@ def compared(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, .
     return tuple(left), tuple(right)
 
 
-def with_special(pieces: Sequence[Piece], tokens: Sequence[str] | None) -> tuple[Piece, ...]:
+def with_special(pieces: Sequence[Piece], tokens: Sequence[str]) -> tuple[Piece, ...]:
     """Return the pieces with special tokens in pieces of their own, except inside changed ones.
 
     Args:
         pieces: The pieces of a text.
-        tokens: The special tokens of the tokenizer; None recognises those of common tokenizers.
+        tokens: The special tokens of the tokenizer.
     """
-    if tokens is None:
-        pattern = _LIKELY_SPECIAL
-    elif tokens:
-        longest_first = sorted(tokens, key=len, reverse=True)
-        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-    else:
+    if not tokens:
         return tuple(pieces)
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
     split: list[Piece] = []
     for piece in pieces:
         if piece.changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lorakit.paper.method_settings import bottleneck, lora
 from lorakit.paper.recipe import Family
 
 _AVERAGED = "The paper reports the median over 5 seeds of the best epoch of each run."
@@ -15,7 +16,6 @@ _BATCH = (
 )
 _GPUS = "A batch covers all processes of the script: batch_size per process, one accumulation step per process."
 
-_LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _ADAM: dict[str, Any] = {
     "optimizer.schedule": "linear",
     "optimizer.betas": (0.9, 0.999),
@@ -24,12 +24,10 @@ _ADAM: dict[str, Any] = {
 }
 
 _TABLE9 = "Table 9"
-_ROBERTA_PAPER = {**_LORA_QV, "lora.rank": 8, "lora.init": "gaussian", "optimizer.warmup": 0.06}
+_ROBERTA_PAPER = {"lora.init": "gaussian", "optimizer.warmup": 0.06}
 _ROBERTA_CODE = {
-    **_LORA_QV,
+    **lora(8, "attention.qv", alpha=16),
     **_ADAM,
-    "lora.rank": 8,
-    "lora.alpha": 16,
     "lora.init": "kaiming",
     "optimizer.warmup": 0.06,
     "optimizer.weight_decay": 0.1,
@@ -42,7 +40,7 @@ _ROBERTA = (
         method="lora",
         origin="paper",
         source=_TABLE9,
-        settings={**_ROBERTA_PAPER, "lora.alpha": 8, "data.max_length": 512},
+        settings={**lora(8, "attention.qv", alpha=8), **_ROBERTA_PAPER, "data.max_length": 512},
         tasks="""
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         batch_size              | 16   | 16   | 16   | 32   | 32   | 16   | 32   | 16
@@ -73,7 +71,7 @@ _ROBERTA = (
         method="lora",
         origin="paper",
         source=_TABLE9,
-        settings={**_ROBERTA_PAPER, "lora.alpha": 16},
+        settings={**lora(8, "attention.qv", alpha=16), **_ROBERTA_PAPER},
         tasks="""
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         batch_size              | 4    | 4    | 4    | 4    | 4    | 4    | 8    | 8
@@ -106,7 +104,12 @@ _ROBERTA = (
         method="lora-restricted",
         origin="paper",
         source=f"{_TABLE9} (†)",
-        settings={**_ROBERTA_PAPER, "lora.alpha": 16, "data.max_length": 128, "batch_size": 4},
+        settings={
+            **lora(8, "attention.qv", alpha=16),
+            **_ROBERTA_PAPER,
+            "data.max_length": 128,
+            "batch_size": 4,
+        },
         tasks="""
                                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
         epochs                  | 10   | 10   | 20   | 20   | 10   | 20   | 20   | 10
@@ -117,7 +120,6 @@ _ROBERTA = (
 )
 
 _BOTTLENECK: dict[str, Any] = {
-    "method": "bottleneck",
     "data.max_length": 128,
     "batch_size": 32,
     "optimizer.warmup": 0.06,
@@ -130,7 +132,7 @@ def _adapter(method: str, kind: str, size: int, tasks: str, *notes: str) -> Fami
         method=method,
         origin="paper",
         source=f"{_TABLE9} (†)",
-        settings={**_BOTTLENECK, "bottleneck.kind": kind, "bottleneck.size": size},
+        settings={**bottleneck(kind, size), **_BOTTLENECK},
         tasks=tasks,
         notes=(_AVERAGED, _HEAD, *notes),
     )
@@ -148,8 +150,7 @@ def _adapter_script(method: str, kind: str, size: int, activation: str) -> Famil
             "optimizer.warmup": 0.1,
             "optimizer.weight_decay": 0.0,
             "seed": 0,
-            "bottleneck.kind": kind,
-            "bottleneck.size": size,
+            **bottleneck(kind, size),
             "bottleneck.activation": activation,
         },
         tasks="""
@@ -215,9 +216,7 @@ _DEBERTA = (
         origin="paper",
         source="Table 10",
         settings={
-            **_LORA_QV,
-            "lora.rank": 8,
-            "lora.alpha": 8,
+            **lora(8, "attention.qv", alpha=8),
             "lora.init": "gaussian",
             "optimizer.warmup": 0.1,
         },
@@ -244,10 +243,8 @@ _DEBERTA = (
         origin="code",
         source="microsoft/LoRA, examples/NLU, deberta_v2_xxlarge_*.sh",
         settings={
-            **_LORA_QV,
+            **lora(16, "attention.qv", alpha=32),
             **_ADAM,
-            "lora.rank": 16,
-            "lora.alpha": 32,
             "lora.init": "gaussian",
             "seed": 0,
         },

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakit.paper.method_settings import bottleneck, lora
 from lorakit.paper.recipe import Family
 
-_LORA_QV: dict[str, Any] = {"method": "lora", "lora.targets": ("attention.qv",)}
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}
 _BASE_DROPOUT = "The code sets the model's own dropout to 0; a run keeps the base's."
 _AVERAGED = "The paper reports the mean over 3 seeds of the best epoch of each run."
@@ -19,9 +19,7 @@ def _gpt2_paper(model: str) -> Family:
         origin="paper",
         source="Table 11",
         settings={
-            **_LORA_QV,
-            "lora.rank": 4,
-            "lora.alpha": 32,
+            **lora(4, "attention.qv", alpha=32),
             "lora.init": "gaussian",
             "batch_size": 8,
             "epochs": 5,
@@ -55,9 +53,7 @@ _GPT2 = (
         origin="code",
         source="microsoft/LoRA, examples/NLG, README and src",
         settings={
-            **_LORA_QV,
-            "lora.rank": 4,
-            "lora.alpha": 32,
+            **lora(4, "attention.qv", alpha=32),
             "lora.dropout": 0.1,
             "lora.init": "kaiming",
             "batch_size": 8,
@@ -118,7 +114,7 @@ _GPT2_PRIOR = (
     ),
     _prior(
         "lin-11m",
-        {"method": "bottleneck", "bottleneck.kind": "lin", "bottleneck.size": 224},
+        bottleneck("lin", 224),
         """
                                 | e2e_nlg | webnlg | dart
         optimizer.learning_rate | 5e-5    | 5e-5   | 5e-5
@@ -129,7 +125,7 @@ _GPT2_PRIOR = (
     ),
     _prior(
         "lin-0.4m",
-        {"method": "bottleneck", "bottleneck.kind": "lin", "bottleneck.size": 6},
+        bottleneck("lin", 6),
         """
                                 | e2e_nlg | webnlg | dart
         optimizer.learning_rate | 8e-5    | 5e-5   | 8e-5
