@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -343,9 +342,10 @@ def test_the_code_of_a_request_gives_its_answer(
             opened.page.click("#tab-openai")
             python = opened.page.text_content("#code-text")
             opened.page.locator("#code-dialog [data-closes]").click()
-            answer = json.loads(run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)]))
+            command = ["bash", "-c", curl.replace("curl ", "curl -s ", 1)]
+            answer = json.loads(subprocess.check_output(command, timeout=60))
             assert answer["choices"][0]["message"]["content"] == shown
-            assert run([sys.executable, "-c", python]).startswith(shown)
+            assert printed(python).startswith(shown)
 
 
 @pytest.mark.parametrize("mode", ["chat", "text"])
@@ -371,10 +371,7 @@ def test_lorakit_in_python_computes_the_answer(
             opened.page.locator("#code-dialog [data-closes]").click()
             for name, place in (("base", "base"), ("path/to/", "adapters/")):
                 code = code.replace(f'("{name}', f'("{text}/{place}')
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(code, {})
-            assert printed.getvalue() == f"{shown}\n"
+            assert printed(code) == f"{shown}\n"
         opened.page.click("#settings summary")
         opened.page.fill("#temperature", "0.5")
         opened.page.fill("#top_k", "9")
@@ -385,9 +382,10 @@ def test_lorakit_in_python_computes_the_answer(
         assert f"Decoding(max_new_tokens={MOST}, temperature=0.5, top_k=9, seed={SEED})" in code
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
+def printed(python: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(python, {})
+    return output.getvalue()
 
 
 def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: Site) -> None:
@@ -472,8 +470,7 @@ def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> Non
 # --- everybody can use it ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_accessible_and_nothing_overflows(
     browser: Browser, site: Site, width: int, scheme: str
 ) -> None:
