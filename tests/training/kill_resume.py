@@ -51,7 +51,7 @@ WRITES = "wax+"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--instants", type=int, default=20, help="kills at drawn instants")
-    parser.add_argument("--every", type=int, default=1, help="try every n-th step of saving only")
+    parser.add_argument("--every", type=int, default=1, help="try every n-th step of a save only")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--folder", type=Path, default=None, help="where runs are written")
     options = parser.parse_args()
