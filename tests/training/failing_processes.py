@@ -89,13 +89,12 @@ def killed(root: Path) -> Any:
         if rank == 2:
             before_step(3, lambda: time.sleep(1.5))
 
-    return {
-        "computing": failing(root, "killed", in_one(lambda: before_step(3, kill))).outcomes(),
-        "waiting": failing(root, "killed-waiting", while_waiting).outcomes(),
-        "first": failing(
-            root, "killed-first", in_one(lambda: before_step(3, kill), rank=0)
-        ).outcomes(),
+    started = {
+        "computing": failing(root, "killed", in_one(lambda: before_step(3, kill))),
+        "waiting": failing(root, "killed-waiting", while_waiting),
+        "first": failing(root, "killed-first", in_one(lambda: before_step(3, kill), rank=0)),
     }
+    return {name: run.outcomes() for name, run in started.items()}
 
 
 def raised(root: Path) -> Any:
@@ -104,12 +103,11 @@ def raised(root: Path) -> Any:
         "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         "bug": ValueError("a bug\nin two lines"),
     }
-    return {
-        name: failing(
-            root, f"raised-{name}", in_one(lambda e=error: before_step(3, fail(e)))
-        ).outcomes()
+    started = {
+        name: failing(root, f"raised-{name}", in_one(lambda e=error: before_step(3, fail(e))))
         for name, error in errors.items()
     }
+    return {name: run.outcomes() for name, run in started.items()}
 
 
 def hung(root: Path) -> Any:
