@@ -92,8 +92,8 @@ def test_a_run_that_failed_has_no_half_written_files(root: Path, name: str) -> N
 
 @pytest.mark.slow
 def test_runs_whose_processes_are_killed_resume_to_the_same_bytes(root: Path) -> None:
-    """One process, all, the launcher, and one that is started again; by hand, `killed_processes.py` kills more."""
-    assert "all 4 runs resumed to the same bytes" in (root / "printed.txt").read_text()
+    """One process and the launcher; by hand, `killed_processes.py` has more victims."""
+    assert "all 2 runs resumed to the same bytes" in (root / "printed.txt").read_text()
 
 
 @pytest.mark.slow
