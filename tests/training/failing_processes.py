@@ -129,13 +129,14 @@ def hung(root: Path) -> Any:
 
 
 def undisturbed(root: Path) -> Any:
-    """Train on two processes; the test of restarts repeats this run with torchrun."""
+    """Train on two processes that split the base; the test of restarts repeats this run with torchrun."""
     config = run_config(
         root,
         "undisturbed",
-        epochs=8,
-        evaluation=HeldOutConfig(every=40),
-        checkpoints=CheckpointConfig(every=20, keep=1),
+        epochs=4,
+        evaluation=HeldOutConfig(every=20),
+        checkpoints=CheckpointConfig(every=10, keep=1),
+        shard=True,
     )
     return several_processes.run(2, lambda _: train(config))
 
