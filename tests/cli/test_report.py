@@ -66,6 +66,7 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     assert status == 0
     assert f"report   {tmp_path / 'run' / 'report.html'}" in out
     assert "\n2 steps in " in out
+    assert "note     2 steps are few; raise --max_steps (now 2) if the scores are low\n" in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h1>run</h1>" in page
     predicted = json.loads((tmp_path / "run" / "prediction.json").read_text())
@@ -120,8 +121,6 @@ def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> Non
 def test_a_short_run_names_the_options_for_more_steps(
     capsys, folder, tmp_path, monkeypatch
 ) -> None:
-    _, out, _ = call(capsys, *train(folder, tmp_path / "first"))
-    assert "note     2 steps are few; raise --max_steps (now 2) if the scores are low\n" in out
     by_epochs = ["null" if word == "2" else word for word in train(folder, tmp_path / "second")]
     _, out, _ = call(capsys, *by_epochs, "--epochs", "0.5")
     assert "few; raise --epochs (now 0.5) or --max_steps if the scores are low\n" in out
