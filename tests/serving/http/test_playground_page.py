@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from playground_site import (
     site_of,
     until,
 )
+from served import wait_for
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -138,14 +138,8 @@ def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -
         assert "Stopped." in base.text_content()
         assert 0 < len(stopped) < len(site.chat("base", "The river", **alone))
         assert site.chat("base", "The river", **alone).startswith(stopped)
-        wait_until_idle(site)
-
-
-def wait_until_idle(site: Site) -> None:
-    until = time.monotonic() + 10
-    while site.opened.engine.load().running or site.opened.store.stats().leases:
-        assert time.monotonic() < until, "the engine still computes a stopped answer"
-        time.sleep(0.02)
+        engine, store = site.opened.engine, site.opened.store
+        wait_for(lambda: not engine.load().running and not store.stats().leases)
 
 
 def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None:
