@@ -8,13 +8,14 @@ that a lost one changes the output.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 99
 PAD, BOS, EOS = 0, 1, 2
@@ -330,6 +331,13 @@ def example_batch(
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Return the logits of `example_batch`."""
     return model(**example_batch(model.config.model_type, model)).logits
+
+
+def logits_with_cache(model: Any, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Return the logits of tokens that continue a cache."""
+    known = inspect.signature(inspect.unwrap(model.forward)).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # renamed within transformers 5
+    return model(input_ids=ids, use_cache=True, **{name: cache}).logits
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import logits_with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -45,24 +45,17 @@ def layer_by_layer() -> Iterator[None]:
         yield
 
 
-def run(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Return the logits of tokens that continue a cache."""
-    known = inspect.signature(inspect.unwrap(model.forward)).parameters
-    name = "cache" if "cache" in known else "past_key_values"
-    return model(input_ids=ids, use_cache=True, **{name: cache}).logits
-
-
 def steps(adapters: Adapters, change: Change | None = None, *, before: int = 3) -> Tensor:
     """Return the logits of decoding steps after a prompt, with a change between two of them."""
     model: Any = adapters.model
     cache = DynamicCache(config=model.config)
     logits = []
     with torch.no_grad():
-        run(model, PROMPT, cache)
+        logits_with_cache(model, PROMPT, cache)
         for number in range(2 * before):
             if number == before and change:
                 change(adapters)
-            logits.append(run(model, NEXT, cache).double())
+            logits.append(logits_with_cache(model, NEXT, cache).double())
     return torch.stack(logits)
 
 
@@ -350,10 +343,10 @@ def test_gradients_of_a_step():
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for _ in range(4):
-            run(model, NEXT, cache)
+            logits_with_cache(model, NEXT, cache)
     assert stacked_layers(adapters)
     with torch.enable_grad():
-        run(model, NEXT, cache).sum().backward()
+        logits_with_cache(model, NEXT, cache).sum().backward()
     assert all(p.grad is not None for p in adapters.trainable_parameters())
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
-from tiny_models import tensors_of
+from tiny_models import logits, tensors_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -47,11 +47,6 @@ def expand(model: PreTrainedModel, arch: str = "llama", **settings: Any) -> Any:
     return whole
 
 
-def logits(model: PreTrainedModel, arch: str = "llama") -> Tensor:
-    with torch.no_grad():
-        return model(**tiny_models.example_batch(arch, model)).logits
-
-
 def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     now = model.state_dict()
     assert now.keys() == before.keys()
@@ -79,19 +74,19 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_an_adapter_acts_as_on_the_expanded_base(arch: str, method: LoRA, kind: str) -> None:
     """Fused projections (gpt2, phi3), Conv1D (gpt2), norms and singular vectors of W_q."""
     model = base(arch, kind)
-    whole, before = expand(model, arch), logits(model, arch)
+    whole, before = expand(model, arch), logits(model)
     adapters, twins = attach(model, method, seed=0), attach(whole, method, seed=0)
-    torch.testing.assert_close(logits(model, arch), before, **TOLERANCE)
+    torch.testing.assert_close(logits(model), before, **TOLERANCE)
     randomise(adapters)
     randomise(twins)
     if method.init == "pissa":  # singular vectors are determined up to their sign
         twins.modules()
         for path, module in adapters.modules().items():
             twins.modules()[path].load_state_dict(module.state_dict())
-    expected = logits(whole, arch)
-    torch.testing.assert_close(logits(model, arch), expected, **TOLERANCE)
+    expected = logits(whole)
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
     adapters.merge()
-    torch.testing.assert_close(logits(model, arch), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_gradients_are_those_of_the_expanded_base(kind: str) -> None:
@@ -273,7 +268,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
     adapters = attach(model, LoRA(targets="attention.qv"), seed=0)
     randomise(adapters, scale=0.1)
     adapters.merge()
-    merged = logits(model, arch)
+    merged = logits(model)
     adapters.unmerge()
     with caplog.at_level(logging.WARNING, "lorakit"):
         adapters.merge(keep_base=False)
@@ -287,7 +282,7 @@ def test_a_merged_model_is_an_ordinary_one(arch, kind, dtype, tmp_path, caplog) 
     for name, module in model.named_modules():
         assert vars(module).keys() <= vars(ordinary.get_submodule(name)).keys(), name
     if dtype == torch.float32:
-        torch.testing.assert_close(logits(model, arch), merged, **TOLERANCE)
+        torch.testing.assert_close(logits(model), merged, **TOLERANCE)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert_same_state(again, tensors_of(model))
@@ -299,12 +294,12 @@ def test_save_pretrained_writes_the_adapted_model_whole(arch, kind, merged, tmp_
     model = base(arch, kind)
     adapters = attach(model, LoRA(targets="attention.qv"))
     randomise(adapters)
-    expected, held = logits(model, arch), len(dict(quantised_weights(model)))
+    expected, held = logits(model), len(dict(quantised_weights(model)))
     if merged:
         adapters.merge()
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
-    torch.testing.assert_close(logits(again, arch), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-3, atol=1e-3)
     assert not dict(quantised_weights(again))
     if merged:
         adapters.unmerge()

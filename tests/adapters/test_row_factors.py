@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import inspect
 import pickle
 import threading
 import weakref
@@ -16,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import logits_with_cache
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import DynamicCache
@@ -75,23 +75,16 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[LoRALayer]:
     return found
 
 
-def run(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Return the logits of the last token of each row; the tokens continue a cache."""
-    known = inspect.signature(inspect.unwrap(model.forward)).parameters
-    name = "cache" if "cache" in known else "past_key_values"
-    return model(input_ids=ids, use_cache=True, **{name: cache}).logits[:, -1:]
-
-
 def steps(adapters: Adapters, change: Change | None = None, *, rows: int = 1) -> Tensor:
     """Return the logits of a prompt's last token and of 4 steps, with a change between two of them."""
     model: Any = adapters.model
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        logits = [run(model, PROMPT.repeat(rows, 1), cache)]
+        logits = [logits_with_cache(model, PROMPT.repeat(rows, 1), cache)[:, -1:]]
         for number in range(4):
             if number == 2 and change:
                 change(adapters)
-            logits.append(run(model, NEXT.repeat(rows, 1), cache))
+            logits.append(logits_with_cache(model, NEXT.repeat(rows, 1), cache)[:, -1:])
     return torch.stack([each.double() for each in logits])
 
 
@@ -348,7 +341,9 @@ def test_rows_with_a_trained_copy_of_the_weight() -> None:
         randomise(adapters, "other", seed=2)
         cache = DynamicCache(config=model.config)
         with reference, torch.no_grad(), adapters.per_sample(["default", "other"]):
-            logits = [run(model, ids, cache) for ids in (PROMPT, NEXT, NEXT, NEXT)]
+            logits = [
+                logits_with_cache(model, ids, cache)[:, -1:] for ids in (PROMPT, NEXT, NEXT, NEXT)
+            ]
         found.append(torch.stack(logits))
     assert torch.equal(*found)
 

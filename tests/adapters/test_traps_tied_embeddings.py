@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
+from tiny_models import logits
 from torch import Tensor, nn
 from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedModel
 
@@ -29,11 +30,6 @@ def adapt(model: PreTrainedModel, **options) -> Adapters:
     adapters = attach(model, LoRA(rank=2, alpha=3, targets="embedding", **options))
     randomise(adapters, scale=0.1)
     return adapters
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(**tiny_models.example_batch(model.config.model_type, model)).logits
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

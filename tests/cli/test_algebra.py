@@ -20,7 +20,6 @@ import lorakit
 from lorakit import analysis, storage
 from lorakit.adapters import formats
 from lorakit.analysis import saving
-from lorakit.cli import main
 from lorakit.compute import base as compute_base
 from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
 from lorakit.errors import ConfigurationError
@@ -56,12 +55,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(capsys, *argv) -> tuple[int, str, str]:
-    status = main([*map(str, argv)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 def logits(folder: Path, *adapters: tuple[Path, float]) -> torch.Tensor:
     loaded = lorakit.load_base(folder / "base", dtype="float32")
     batch = loaded.tokenizer("The river pub serves food.", return_tensors="pt")
@@ -72,8 +65,8 @@ def logits(folder: Path, *adapters: tuple[Path, float]) -> torch.Tensor:
         return loaded.model(**batch).logits
 
 
-def test_compress(capsys, folder, tmp_path):
-    status, out, err = run(capsys, "compress", folder / "one", tmp_path / "small", "--rank", "2")
+def test_compress(call, folder, tmp_path):
+    status, out, err = call("compress", folder / "one", tmp_path / "small", "--rank", "2")
     assert (status, err) == (0, "")
     assert "model.layers.*.self_attn.q_proj" in out
     stored = formats.read(tmp_path / "small")
@@ -115,11 +108,11 @@ FORMATS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("record", FORMATS, ids=lambda record: record["task"])
-def test_the_result_is_used_as_the_original(capsys, folder, tmp_path, record) -> None:
+def test_the_result_is_used_as_the_original(call, folder, tmp_path, record) -> None:
     original = with_record(folder, tmp_path / "original", **record)
     for words in (["compress", "--rank", "2"], ["combine"], ["combine", "--weights", "[2]"]):
         output = tmp_path / f"{words[0]}-{len(words)}"
-        status, _, err = run(capsys, words[0], original, "--output", output, *words[1:])
+        status, _, err = call(words[0], original, "--output", output, *words[1:])
         assert (status, err) == (0, "")
         before, after = (require_file(path) for path in (original, output))
         assert recorded_task(after) == recorded_task(before)
@@ -127,22 +120,22 @@ def test_the_result_is_used_as_the_original(capsys, folder, tmp_path, record) ->
         assert after.stored.setting("base", "dtype") == before.stored.setting("base", "dtype")
 
 
-def test_adapters_of_different_formats_have_none_in_common(capsys, folder, tmp_path) -> None:
+def test_adapters_of_different_formats_have_none_in_common(call, folder, tmp_path) -> None:
     """Half a format, such as a task without the encoding of either, would be another one."""
     inputs = [
         with_record(folder, tmp_path / encoding, task="e2e_nlg", encoding=encoding)
         for encoding in ("prompt", "paper")
     ]
-    status, _, err = run(capsys, "combine", *inputs, "--output", tmp_path / "sum")
+    status, _, err = call("combine", *inputs, "--output", tmp_path / "sum")
     assert (status, err) == (0, "")
     assert recorded_task(require_file(tmp_path / "sum")) is None
 
 
-def test_combine(capsys, folder, tmp_path):
+def test_combine(call, folder, tmp_path):
     # `lorakit train` saves each adapter in a folder of this name.
     run_adapter = shutil.copytree(folder / "two", tmp_path / "second" / "adapter")
     argv = ["combine", folder / "one", run_adapter, "--output", tmp_path / "sum"]
-    status, _, err = run(capsys, *argv, "--weights", "[0.7, -0.2]")
+    status, _, err = call(*argv, "--weights", "[0.7, -0.2]")
     assert (status, err) == (0, "")
     expected = logits(folder, (folder / "one", 0.7), (folder / "two", -0.2))
     torch.testing.assert_close(
@@ -154,14 +147,14 @@ def test_combine(capsys, folder, tmp_path):
     assert stored.provenance["error"] == 0
 
 
-def test_combine_one_is_the_same_files(capsys, folder, tmp_path):
-    status, _, _ = run(capsys, "combine", folder / "one", "--output", tmp_path / "same")
+def test_combine_one_is_the_same_files(call, folder, tmp_path):
+    status, _, _ = call("combine", folder / "one", "--output", tmp_path / "same")
     assert status == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "same" / name).read_bytes() == (folder / "one" / name).read_bytes()
 
 
-def test_extract(capsys, folder, tmp_path, monkeypatch):
+def test_extract(call, folder, tmp_path, monkeypatch):
     argv = [
         "extract",
         folder / "tuned",
@@ -173,7 +166,7 @@ def test_extract(capsys, folder, tmp_path, monkeypatch):
     ]
     with monkeypatch.context() as patch:
         patch.setattr(sys.stderr, "isatty", lambda: True)
-        status, out, err = run(capsys, *argv)
+        status, out, err = call(*argv)
     assert status == 0
     stages = [line.removesuffix("\033[K") for line in err.split("\r")]
     assert stages[1] == "reading the base ..."
@@ -186,26 +179,26 @@ def test_extract(capsys, folder, tmp_path, monkeypatch):
     )
     assert formats.read(tmp_path / "found").base is not None
     assert "token differs from the fine-tuned model's in none of " in " ".join(out.split())
-    _, out, err = run(capsys, *argv[:-1], "1", "--overwrite", "--json")
+    _, out, err = call(*argv[:-1], "1", "--overwrite", "--json")
     assert err == ""
     found = json.loads(out)["agreement"]
     assert found["predicts"] == "token"
     assert 0 < found["changed"] <= found["predictions"]
 
 
-def test_peft_loads_what_was_extracted_from_full_fine_tuning(capsys, folder, tmp_path):
+def test_peft_loads_what_was_extracted_from_full_fine_tuning(call, folder, tmp_path):
     model = lorakit.load_base(folder / "base", dtype="float32").model
     handle = lorakit.attach(model, lorakit.FullFineTuning(), name="full")
     randomise(handle, scale=0.1)
     handle.save(tmp_path / "full")
     assert not (tmp_path / "full" / "adapter_config.json").exists()
     argv = ["extract", tmp_path / "full", tmp_path / "found", "--base.name", folder / "base"]
-    assert run(capsys, *argv, "--rank", "2")[0] == 0
+    assert call(*argv, "--rank", "2")[0] == 0
     assert (tmp_path / "found" / "adapter_config.json").exists()
 
 
 @pytest.mark.slow
-def test_scoring_holds_one_base_at_a_time(capsys, folder, tmp_path, monkeypatch):
+def test_scoring_holds_one_base_at_a_time(call, folder, tmp_path, monkeypatch):
     """The adapted base of the first score is gone when the second one is loaded."""
     opened, alive = [], []
     loading = compute_base.load_base
@@ -221,16 +214,15 @@ def test_scoring_holds_one_base_at_a_time(capsys, folder, tmp_path, monkeypatch)
     try:
         argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5"]
         data = ["--data.test", folder / "test.jsonl", "--base.name", folder / "base"]
-        assert run(capsys, *argv, *data)[0] == 0
+        assert call(*argv, *data)[0] == 0
     finally:
         gc.enable()
     assert alive == [0, 0]
 
 
-def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
+def test_results_are_scored_beside_their_inputs(call, folder, tmp_path):
     argv = ["compress", folder / "one", tmp_path / "small", "--energy", "0.5", "--json", "true"]
-    status, out, _ = run(
-        capsys,
+    status, out, _ = call(
         *argv,
         "--data.test",
         folder / "test.jsonl",
@@ -248,8 +240,7 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
     card = (tmp_path / "small" / "README.md").read_text()
     assert "## Scores" in card
 
-    status, out, _ = run(
-        capsys,
+    status, out, _ = call(
         "evaluate",
         "--adapter",
         tmp_path / "small",
@@ -268,7 +259,7 @@ def test_results_are_scored_beside_their_inputs(capsys, folder, tmp_path):
 
 @pytest.mark.parametrize("command", ["compress", "combine"])
 def test_an_input_that_a_training_replaces_meanwhile(
-    capsys, folder, tmp_path, monkeypatch, command
+    call, folder, tmp_path, monkeypatch, command
 ) -> None:
     """The record, and the scores of the input, are of the tensors that the result comes from."""
     shutil.copytree(folder / "one", tmp_path / "best")
@@ -284,7 +275,7 @@ def test_an_input_that_a_training_replaces_meanwhile(
     monkeypatch.setattr(analysis, name, compute_meanwhile)
     monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
     argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
-    status, _, err = run(capsys, *argv, "--data.test", folder / "test.jsonl")
+    status, _, err = call(*argv, "--data.test", folder / "test.jsonl")
     assert (status, err) == (0, "")
     used = folder / "one" / "adapter_model.safetensors"
     (origin,) = formats.read(tmp_path / "small").provenance["made_from"]
@@ -322,11 +313,11 @@ def test_one_path_as_inputs_is_an_error(folder, tmp_path) -> None:
             analysis.save(small, tmp_path / "small", inputs=path, settings={})
 
 
-def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
+def test_names_of_inputs_are_no_markup(call, folder, tmp_path):
     named = tmp_path / "[red]one"
     shutil.copytree(folder / "one", named)
-    status, out, _ = run(
-        *(capsys, "compress", named, tmp_path / "small", "--rank", "1", "--scores", "[loss]"),
+    status, out, _ = call(
+        *("compress", named, tmp_path / "small", "--rank", "1", "--scores", "[loss]"),
         *("--data.test", folder / "test.jsonl", "--base.name", folder / "base"),
     )
     assert status == 0
@@ -334,13 +325,13 @@ def test_names_of_inputs_are_no_markup(capsys, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
+def test_a_checkpoint_counts_as_an_adapter(call, tmp_path):
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig())
     run_folder = train(config).folder
     step = run_folder / "checkpoints" / "step-000004"
-    status, out, _ = run(
-        *(capsys, "compress", step, tmp_path / "small", "--rank", "2", "--json", "true"),
+    status, out, _ = call(
+        *("compress", step, tmp_path / "small", "--rank", "2", "--json", "true"),
         *("--data.test", tmp_path / "validation.jsonl", "--scores", "[loss]"),
     )
     assert status == 0
@@ -358,13 +349,13 @@ def test_a_checkpoint_counts_as_an_adapter(capsys, tmp_path):
     assert (tmp_path / "small" / "tokenizer_config.json").exists()
 
 
-def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
+def test_what_peft_cannot_load_stays_so(call, tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, dilation=2))
     handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="0"), name="a")
     randomise(handle)
     handle.save(tmp_path / "one")
     assert not (tmp_path / "one" / "adapter_config.json").exists()
-    status, out, _ = run(capsys, "compress", tmp_path / "one", tmp_path / "small", "--rank", "1")
+    status, out, _ = call("compress", tmp_path / "one", tmp_path / "small", "--rank", "1")
     assert status == 0
     assert not (tmp_path / "small" / "adapter_config.json").exists()
     assert "Only lorakit can load this folder" in out
@@ -410,11 +401,11 @@ def test_what_peft_cannot_load_stays_so(capsys, tmp_path):
         (["compress", "{one}", "{base}", "--rank", "2", "--overwrite", "true"], "not an adapter's"),
     ],
 )
-def test_a_wrong_call_is_one_clear_message(capsys, folder, tmp_path, argv, message):
+def test_a_wrong_call_is_one_clear_message(call, folder, tmp_path, argv, message):
     names = {name: folder / name for name in ("one", "two", "base", "tuned")} | {
         "out": tmp_path / "out"
     }
-    status, _, err = run(capsys, *(word.format(**names) for word in argv))
+    status, _, err = call(*(word.format(**names) for word in argv))
     assert status == 1
     assert message in err
     assert "Traceback" not in err

@@ -43,12 +43,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(capsys, *argv) -> tuple[int, str, str]:
-    status = main(["analyze", *map(str, argv)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 def calls(folder: Path) -> dict[str, list]:
     return {
         "spectrum": ["spectrum", folder / "one"],
@@ -86,9 +80,9 @@ def found(monkeypatch) -> list[Findings]:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_prints_a_table_and_draws_a_figure(capsys, folder, tmp_path, measure, found):
+def test_every_measure_prints_a_table_and_draws_a_figure(call, folder, tmp_path, measure, found):
     figure = tmp_path / f"{measure}.png"
-    status, out, err = run(capsys, *calls(folder)[measure], "--plot", figure)
+    status, out, err = call("analyze", *calls(folder)[measure], "--plot", figure)
     assert (status, err) == (0, "")
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert f"Figure in {figure}."[:40] in out.replace("\n", "")
@@ -103,8 +97,8 @@ def test_every_measure_prints_a_table_and_draws_a_figure(capsys, folder, tmp_pat
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_prints_json(capsys, folder, measure, found):
-    status, out, _ = run(capsys, *calls(folder)[measure], "--json", "true")
+def test_every_measure_prints_json(call, folder, measure, found):
+    status, out, _ = call("analyze", *calls(folder)[measure], "--json", "true")
     assert status == 0
     assert json.loads(out) == found[0].facts
 
@@ -230,46 +224,48 @@ def test_each_number_stands_under_its_heading(monkeypatch, measure):
     assert findings.lines[: len(LINES[measure])] == LINES[measure]
 
 
-def test_positions_with_equal_contexts_are_rows_of_their_own(capsys, folder, tmp_path):
+def test_positions_with_equal_contexts_are_rows_of_their_own(call, folder, tmp_path):
     """A line is repeated, and its pieces count as one text."""
     (tmp_path / "text.txt").write_text("the price of the food is high " * 8 + "\nthe food\n" * 2)
     argv = ["drift", folder / "one", tmp_path / "text.txt", *calls(folder)["drift"][3:]]
-    status, out, _ = run(capsys, *argv, "--max_length", "4")
+    status, out, _ = call("analyze", *argv, "--max_length", "4")
     assert status == 0
     assert "predictions on 3 texts" in out
     for place in range(1, 6):
         assert f"{place}. ..." in out
 
 
-def test_an_adapter_that_was_never_trained(capsys, folder, tmp_path):
+def test_an_adapter_that_was_never_trained(call, folder, tmp_path):
     model = lorakit.load_base(folder / "base", dtype="float32").model
     lorakit.attach(model, lorakit.LoRA(rank=2, targets="mlp"), name="a").save(tmp_path / "fresh")
-    status, out, _ = run(capsys, "spectrum", tmp_path / "fresh", "--report", tmp_path / "p.html")
+    status, out, _ = call(
+        "analyze", "spectrum", tmp_path / "fresh", "--report", tmp_path / "p.html"
+    )
     assert status == 0
     assert "The adapter is zero everywhere: it was never trained." in out
     assert "keeps" not in out
     assert "zero everywhere" in (tmp_path / "p.html").read_text()
 
 
-def test_a_line_for_each_matrix(capsys, folder):
-    _, grouped, _ = run(capsys, "spectrum", folder / "one")
-    _, each, _ = run(capsys, "spectrum", folder / "one", "--layers", "true")
+def test_a_line_for_each_matrix(call, folder):
+    _, grouped, _ = call("analyze", "spectrum", folder / "one")
+    _, each, _ = call("analyze", "spectrum", folder / "one", "--layers", "true")
     assert "model.layers.0.self_attn.q_proj" not in grouped
     for block in (0, 1):
         assert f"model.layers.{block}.self_attn.q_proj" in each
 
 
-def test_the_paper_s_figures(capsys, folder, tmp_path):
+def test_the_paper_s_figures(call, folder, tmp_path):
     for side in "AB":
         figure = tmp_path / f"similarity-{side}.svg"
         argv = ["similarity", folder / "one", folder / "two", "--only", "[qv]_proj", "--side", side]
-        status, out, _ = run(capsys, *argv, "--plot", figure)
+        status, out, _ = call("analyze", *argv, "--plot", figure)
         assert status == 0
         assert "gate_proj" not in out
         assert "<svg" in figure.read_text()
     figure = tmp_path / "figure8.svg"
     argv = ["amplification", folder / "one", "--base_directions", "0.2", "--plot", figure]
-    assert run(capsys, *argv)[0] == 0
+    assert call("analyze", *argv)[0] == 0
     # 0.2 of the base's 32 directions are 6; the adapter has 2. Inputs have the width 64 or 32.
     labels = re.findall(r'aria-label="([^"]*): heat map of φ, (\d+) by (\d+)', figure.read_text())
     levels = {"down_proj": "0.09375", "gate_proj": "0.1875"}
@@ -312,29 +308,29 @@ def test_help(capsys):
         (["drift", "{one}", "{one}"], "cannot be read"),
     ],
 )
-def test_a_wrong_call_is_one_clear_message(capsys, folder, argv, message):
-    status, _, err = run(
-        capsys, *(word.format(one=folder / "one", base=folder / "base") for word in argv)
+def test_a_wrong_call_is_one_clear_message(call, folder, argv, message):
+    status, _, err = call(
+        "analyze", *(word.format(one=folder / "one", base=folder / "base") for word in argv)
     )
     assert status == 1
     assert message in err
     assert "Traceback" not in err
 
 
-def test_figures_without_what_draws_them(capsys, folder, tmp_path, monkeypatch):
+def test_figures_without_what_draws_them(call, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     for option in ("plot", "report"):
         target = tmp_path / f"x.{'png' if option == 'plot' else 'html'}"
-        status, out, err = run(capsys, "spectrum", folder / "one", f"--{option}", target)
+        status, out, err = call("analyze", "spectrum", folder / "one", f"--{option}", target)
         assert (status, out) == (1, "")  # rejected before the computation
         assert 'pip install "lorakit[report]"' in err
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure, found):
+def test_every_measure_writes_a_page(call, folder, tmp_path, measure, found):
     page = tmp_path / "page.html"
     argv = [*calls(folder)[measure], "--report", page]
-    status, out, err = run(capsys, *argv)
+    status, out, err = call("analyze", *argv)
     assert (status, err) == (0, "")
     assert f"Report in {page}."[:40] in out.replace("\n", "")
     text = html.unescape(page.read_text())
@@ -348,5 +344,5 @@ def test_every_measure_writes_a_page(capsys, folder, tmp_path, measure, found):
     if measure == "drift":  # the line that introduces the table is its caption, not a finding
         assert "<caption>Largest changes.</caption>" in text
         assert "Largest changes:" not in text
-    status, _, err = run(capsys, *argv)
+    status, _, err = call("analyze", *argv)
     assert (status, "already exists" in err) == (1, True)

@@ -14,22 +14,16 @@ from lorakit.methods.registry import SECTIONS
 from lorakit.training.config import TrainConfig
 
 
-def run(capsys, *argv):
-    status = main(argv)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_overview_names_every_command(capsys):
-    status, out, _ = run(capsys)
+def test_overview_names_every_command(call):
+    status, out, _ = call()
     assert status == 0
     for command in COMMANDS:
         assert f"\n  {command} " in out
 
 
-def test_a_misspelt_command_is_corrected(capsys):
+def test_a_misspelt_command_is_corrected(call):
     for words in (["trian"], ["help", "trian"]):
-        status, _, err = run(capsys, *words)
+        status, _, err = call(*words)
         assert status == 2
         assert "Did you mean 'train'?" in err
 
@@ -76,40 +70,38 @@ def test_every_command_has_help_with_a_text_for_each_option(capsys, command):
     ],
     ids=["misspelt option", "rank 0", "missing argument", "no prompt", "no steps"],
 )
-def test_a_wrong_call_is_one_clear_message(capsys, argv, message):
-    status, out, err = run(capsys, *argv)
+def test_a_wrong_call_is_one_clear_message(call, argv, message):
+    status, out, err = call(*argv)
     assert status == 1
     assert not out
     assert message in err
     assert "Traceback" not in err
 
 
-def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(capsys, tmp_path):
+def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(call, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("lora:\n  rnk: 4\n")
-    status, _, err = run(
-        capsys, "train", "--config", str(config), "--output", str(tmp_path / "out")
-    )
+    status, _, err = call("train", "--config", str(config), "--output", str(tmp_path / "out"))
     assert status == 1
     assert "rnk" in err
     assert "Did you mean 'lora.rank'?" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_during_the_imports(capsys, monkeypatch):
+def test_ctrl_c_during_the_imports(call, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lorakit.cli.import_module", interrupted)
-    assert run(capsys, "train") == (130, "", "\nlorakit train: interrupted.\n")
+    assert call("train") == (130, "", "\nlorakit train: interrupted.\n")
 
 
-def test_the_option_that_no_yaml_file_can_set(capsys, tmp_path):
+def test_the_option_that_no_yaml_file_can_set(call, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("recipe: roberta-base/mrpc/lora\n")
-    status, _, err = run(capsys, "train", "--config", str(config), "--output", str(tmp_path))
+    status, _, err = call("train", "--config", str(config), "--output", str(tmp_path))
     assert (status, "--recipe works only on the command line" in err) == (1, True)
-    assert "A YAML file can set every option except --recipe" in run(capsys, "--help")[1]
+    assert "A YAML file can set every option except --recipe" in call("--help")[1]
 
 
 def test_version_and_module_entry_point_do_not_wait_for_pytorch():

@@ -54,18 +54,13 @@ def runs(folder) -> list[Path]:
     return found
 
 
-def call(capsys, *argv) -> tuple[int, str, str]:
-    status = main([str(word) for word in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.mark.slow
-def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
-    status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
+def test_training_ends_in_a_report(call, folder, tmp_path) -> None:
+    status, out, _ = call(*train(folder, tmp_path / "run"))
     assert status == 0
     assert f"report   {tmp_path / 'run' / 'report.html'}" in out
     assert "\n2 steps in " in out
+    assert "note     2 steps are few; raise --max_steps (now 2) if the scores are low\n" in out
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h1>run</h1>" in page
     predicted = json.loads((tmp_path / "run" / "prediction.json").read_text())
@@ -76,8 +71,8 @@ def test_training_ends_in_a_report(capsys, folder, tmp_path) -> None:
     assert "seed: 5" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_report_is_an_html_file(capsys) -> None:
-    status, _, err = call(capsys, "report", "run", "--output", "comparison")
+def test_a_report_is_an_html_file(call) -> None:
+    status, _, err = call("report", "run", "--output", "comparison")
     assert status == 1
     assert "output is 'comparison'; it must be a file name that ends in .html." in err
 
@@ -95,44 +90,40 @@ def test_the_summary_says_what_packing_saves(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_resuming_says_what_it_did(capsys, folder, tmp_path, monkeypatch) -> None:
+def test_resuming_says_what_it_did(call, folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    status, out, _ = call(*train(folder, Path("run"), "--resume"))
     assert status == 0
     assert out.startswith(f"--resume: no run in {tmp_path / 'run'}, so a new one starts\n")
     assert "nothing was trained" not in out
-    _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    _, out, _ = call(*train(folder, Path("run"), "--resume"))
     longer = "run was finished, so nothing was trained; a higher --max_steps makes it longer\n"
     assert out.startswith(longer)
-    status, _, err = call(capsys, *train(folder, Path("run"), "--resume", "--epochs", "9"))
+    status, _, err = call(*train(folder, Path("run"), "--resume", "--epochs", "9"))
     assert status == 1
     assert "epochs was 3.0 and is 9.0" in err
     assert "--resume; a higher --max_steps makes it longer)" in err
     Path("run", "result.json").unlink()
     shutil.rmtree(Path("run", "checkpoints"))
-    _, out, _ = call(capsys, *train(folder, Path("run"), "--resume"))
+    _, out, _ = call(*train(folder, Path("run"), "--resume"))
     assert out.startswith(
         f"--resume: the run in {tmp_path / 'run'} has no checkpoint, so it starts"
     )
 
 
 @pytest.mark.slow
-def test_a_short_run_names_the_options_for_more_steps(
-    capsys, folder, tmp_path, monkeypatch
-) -> None:
-    _, out, _ = call(capsys, *train(folder, tmp_path / "first"))
-    assert "note     2 steps are few; raise --max_steps (now 2) if the scores are low\n" in out
+def test_a_short_run_names_the_options_for_more_steps(call, folder, tmp_path, monkeypatch) -> None:
     by_epochs = ["null" if word == "2" else word for word in train(folder, tmp_path / "second")]
-    _, out, _ = call(capsys, *by_epochs, "--epochs", "0.5")
+    _, out, _ = call(*by_epochs, "--epochs", "0.5")
     assert "few; raise --epochs (now 0.5) or --max_steps if the scores are low\n" in out
     monkeypatch.setattr("lorakit.cli.train.FEW_STEPS", 2)
-    _, out, _ = call(capsys, *train(folder, tmp_path / "third"))
+    _, out, _ = call(*train(folder, tmp_path / "third"))
     assert "adapter  " in out
     assert "few" not in out
 
 
 @pytest.mark.slow
-def test_a_run_that_only_got_worse_says_so(capsys, folder, tmp_path, monkeypatch) -> None:
+def test_a_run_that_only_got_worse_says_so(call, folder, tmp_path, monkeypatch) -> None:
     """Its best adapter is worse than the base, and scores of 2 texts say that they are of 2."""
     losses = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(
@@ -140,7 +131,7 @@ def test_a_run_that_only_got_worse_says_so(capsys, folder, tmp_path, monkeypatch
     )
     options = ["--evaluation.every", "1", "--evaluation.samples", "2"]
     options += ["--evaluation.max_new_tokens", "2"]
-    status, out, err = call(capsys, *train(folder, tmp_path / "run", *options))
+    status, out, err = call(*train(folder, tmp_path / "run", *options))
     assert status == 0
     note = "(4 examples, texts of 2 samples, best so far, but worse than before training)"
     assert err.count(note) == 2
@@ -181,16 +172,16 @@ def test_a_command_is_told_as_it_would_be_typed(monkeypatch, argv, command) -> N
 
 @pytest.mark.slow
 def test_a_finished_run_is_kept_where_its_report_cannot_be_drawn(
-    capsys, folder, tmp_path, monkeypatch
+    call, folder, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    status, out, _ = call(capsys, *train(folder, tmp_path / "run"))
+    status, out, _ = call(*train(folder, tmp_path / "run"))
     assert status == 0
     assert "report   none." in out
     assert 'pip install "lorakit[report]"' in out
     assert (tmp_path / "run" / "result.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
-    status, _, err = call(capsys, "report", tmp_path / "run")
+    status, _, err = call("report", tmp_path / "run")
     assert status == 1
     assert 'pip install "lorakit[report]"' in err
 
@@ -206,9 +197,9 @@ def test_a_report_that_fails_does_not_fail_its_command(error, reason) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> None:
+def test_the_report_of_a_run_can_be_written_again(call, runs, tmp_path) -> None:
     before = (runs[0] / "report.html").read_text()
-    status, out, _ = call(capsys, "report", runs[0], "--figures", tmp_path / "figures")
+    status, out, _ = call("report", runs[0], "--figures", tmp_path / "figures")
     assert status == 0
     assert (runs[0] / "report.html").read_text() == before
     names = {path.name for path in (tmp_path / "figures").iterdir()}
@@ -223,47 +214,47 @@ def test_the_report_of_a_run_can_be_written_again(capsys, runs, tmp_path) -> Non
         "--figures",
         tmp_path / "figures",
     ]
-    status, _, err = call(capsys, *argv)
+    status, _, err = call(*argv)
     assert (status, "01-curves.png' already exists" in err) == (1, True)
     assert (tmp_path / "figures" / "01-curves.png").read_bytes() == drawn
     assert not (tmp_path / "page.html").exists()
-    assert call(capsys, *argv, "--overwrite")[0] == 0
+    assert call(*argv, "--overwrite")[0] == 0
     assert (tmp_path / "figures" / "01-curves.png").read_bytes() != drawn
 
 
 @pytest.mark.slow
-def test_a_prediction_is_kept_beside_the_run(capsys, runs, tmp_path) -> None:
+def test_a_prediction_is_kept_beside_the_run(call, runs, tmp_path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     seconds = json.loads((run / "result.json").read_text())["seconds"]
     assert write_run_report(run, predicted={"seconds": 2 * seconds}) == str(run / "report.html")
-    assert call(capsys, "report", run)[0] == 0
+    assert call("report", run)[0] == 0
     assert "0.50" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_two_runs_are_compared(capsys, runs, tmp_path) -> None:
+def test_two_runs_are_compared(call, runs, tmp_path) -> None:
     target = tmp_path / "pages" / "both.html"
     argv = ["report", *runs, "--output", target]
-    assert call(capsys, *argv)[0] == 0
+    assert call(*argv)[0] == 0
     page = target.read_text()
     assert "The runs differ in seed." in page
-    status, _, err = call(capsys, *argv)
+    status, _, err = call(*argv)
     assert status == 1
     assert "already exists" in err
-    assert call(capsys, *argv, "--overwrite", "true")[0] == 0
+    assert call(*argv, "--overwrite", "true")[0] == 0
 
 
 @pytest.mark.slow
-def test_a_run_whose_adapter_was_deleted_is_a_finished_run(capsys, runs, tmp_path) -> None:
+def test_a_run_whose_adapter_was_deleted_is_a_finished_run(call, runs, tmp_path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "run"))
     shutil.rmtree(run / "adapter")
-    status, _, err = call(capsys, "report", run)
+    status, _, err = call("report", run)
     assert (status, err) == (0, "")
     page = (run / "report.html").read_text()
     assert "The trained weights were deleted." in page
     assert "is not finished" not in page
     both = tmp_path / "both.html"
-    assert call(capsys, "report", run, runs[1], "--output", both)[0] == 0
+    assert call("report", run, runs[1], "--output", both)[0] == 0
     cells = re.findall(
         r"Adapter file</th>(?:<td[^>]*>([^<]*)</td>)(?:<td[^>]*>([^<]*)</td>)", both.read_text()
     )
@@ -280,22 +271,22 @@ def test_a_run_whose_adapter_was_deleted_is_a_finished_run(capsys, runs, tmp_pat
         (["{one}", "--outptu", "x"], "--output"),
     ],
 )
-def test_a_wrong_call_is_one_clear_message(capsys, runs, argv, message) -> None:
-    status, _, err = call(capsys, "report", *(word.format(one=runs[0]) for word in argv))
+def test_a_wrong_call_is_one_clear_message(call, runs, argv, message) -> None:
+    status, _, err = call("report", *(word.format(one=runs[0]) for word in argv))
     assert status == 1
     assert message in err
     assert "Traceback" not in err
 
 
 @pytest.mark.slow
-def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_path) -> None:
+def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path) -> None:
     output = tmp_path / "scores.jsonl"
     argv = [
         *("evaluate", "--adapter", runs[0] / "adapter", "--base.name", folder / "base"),
         *("--base.dtype", "float32", "--data.test", folder / "validation.jsonl"),
         *("--decoding.max_new_tokens", "4", "--output", output),
     ]
-    status, out, err = call(capsys, *argv)
+    status, out, err = call(*argv)
     assert status == 0
     assert f"report   {output.with_suffix('.html')}" in out
     assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
@@ -313,18 +304,18 @@ def test_evaluation_with_an_output_ends_in_a_report(capsys, folder, runs, tmp_pa
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
-    status, _, err = call(capsys, *argv)  # rejected before evaluation, like the output itself
+    status, _, err = call(*argv)  # rejected before evaluation, like the output itself
     assert (status, "scores.html' already exists" in err) == (1, True)
 
 
-def test_labels_are_counted_against_predictions(capsys, tmp_path) -> None:
+def test_labels_are_counted_against_predictions(call, tmp_path) -> None:
     base = tiny_runs.save_base(tmp_path / "base", "bert")
     names = ("dry", "wet")
     labelled = [{**row, "label": names[row["label"]]} for row in tiny_runs.labelled(12)]
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
-    status, out, err = call(capsys, *argv, "--base.dtype", "float32")
+    status, out, err = call(*argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
     assert "on 12 examples of the test data\n" in out
     page = output.with_suffix(".html").read_text()

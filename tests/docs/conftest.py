@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -16,22 +17,35 @@ DEEP = {"docs/guides/what-was-learned.md": 15}
 """Layers of the bases on pages that select a layer by its number; elsewhere two."""
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return a folder of tiny models with a number of layers: a cache of the hub, and those with a short name."""
+
+    @cache
+    def write(layers: int) -> Path:
+        folder = tmp_path_factory.mktemp("models")
+        for hub_id, arch in made.HUB.items():
+            made.save_to_cache(folder / "hub", hub_id, arch, layers)
+        for name, arch in made.PACKAGED.items():
+            made.save_base(folder / name, arch, layers)
+        return folder
+
+    return write
+
+
 @pytest.fixture
 def reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant_products: None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    instant_products: None,
+    models: Callable[[int], Path],
 ) -> Callable[[str], Path]:
     """Enter an empty folder as the reader of a page, with tiny models and data sets under the names of real ones."""
 
     def enter(page: str) -> Path:
-        layers = DEEP.get(page, 2)
-        for hub_id, arch in made.HUB.items():
-            made.save_to_cache(tmp_path / "hub", hub_id, arch, layers)
-        packages = {
-            name: made.save_base(tmp_path / "packages" / name, arch, layers)
-            for name, arch in made.PACKAGED.items()
-        }
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(PackagedModel, "path", lambda model: packages[model.alias])
+        bases = models(DEEP.get(page, 2))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(bases / "hub"))
+        monkeypatch.setattr(PackagedModel, "path", lambda model: bases / model.alias)
         monkeypatch.setattr(datasets, "load_dataset", made.load_dataset)
         # Every run would be planned, and METEOR would start Java: tests of the command and of metrics do.
         monkeypatch.setattr("lorakit.cli.train._planned", lambda *_: ("planned  not here", PLANNED))

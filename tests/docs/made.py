@@ -37,7 +37,7 @@ PACKAGED = {"smollm2-135m": "llama", "minilm-l6": "bert", "mpnet-base": "mpnet"}
 COMMIT = "0" * 40
 
 
-def save_base(folder: Path, arch: str, layers: int) -> Path:
+def save_base(folder: Path, arch: str, layers: int) -> None:
     """Write a tiny model, 128 wide so that rank 64 fits, and its tokenizer as a model folder."""
     encoder = arch in tiny_models.ENCODERS
     tokenizer = tiny_encoder_tokenizer() if encoder else tiny_tokenizer()
@@ -54,7 +54,6 @@ def save_base(folder: Path, arch: str, layers: int) -> Path:
     model = tiny_models.build(arch, head, vocab_size=len(tokenizer), **sizes)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def save_to_cache(cache: Path, hub_id: str, arch: str, layers: int) -> None:

@@ -16,13 +16,13 @@ NOT_RUN = {
     "PYTHONPATH=$PWD/examples serve run": "runs until a signal; test_ray_replicas.py starts its application",
     "modules=": "run by test_serving_guide.py",
     "vllm serve": "needs a GPU",
-    "torchrun": "starts processes; test_several_processes_guide.py checks and runs it",
+    "torchrun": "starts processes; test_several_processes_guide.py checks it",
     "accelerate launch": "starts processes; tests/integration/test_process_loops.py runs it",
 }
 """Commands that are not run, by their start, with the reason."""
 
 SHOWN = {
-    ("README.md", "lorakit demo --max_steps 4 --test_texts 4 --test_loss 16"): (
+    ("README.md", "lorakit demo --max_steps 2 --test_texts 2 --test_loss 4"): (
         "before",
         "The adapter is",
     ),

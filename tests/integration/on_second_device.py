@@ -94,8 +94,7 @@ def _config(device: str, folder: Path, arch: str = "llama", **settings: Any) -> 
         str(base),
         output=str(folder / f"run-{device[:3]}"),
         base=BaseConfig(name=str(base), dtype="float32", device=device),
-        epochs=1,
-        **settings,
+        **{"max_steps": 4, **settings},
     )
 
 
@@ -112,10 +111,10 @@ def _trained(arch: str = "llama", **settings: Any) -> Scenario:
 
 
 def _resumed(device: str, folder: Path) -> Any:
-    """Stop after the first half, and train the rest from the checkpoint."""
-    config = _config(device, folder, lora=LoRA(dropout=0.1))
+    """Stop in step 4, and train on from the checkpoint of step 3."""
+    config = _config(device, folder, lora=LoRA(dropout=0.1), max_steps=5)
     with pytest.MonkeyPatch.context() as patch:
-        tiny_runs.crash_in_step(patch, 6)
+        tiny_runs.crash_in_step(patch, 4)
         with pytest.raises(tiny_runs.Crash):
             train(config)
     return list(train(replace(config, resume=True)).scores.values())
@@ -146,7 +145,7 @@ def _served(kind: type[Any]) -> Scenario:
         )
         with running(kind(_adapted(device), TOKENIZER)) as engine:
             sent = [
-                send(engine, prompt, PlainLease(blend, TOKENIZER), 10, sampling=sampling)
+                send(engine, prompt, PlainLease(blend, TOKENIZER), 6, sampling=sampling)
                 for sampling in samplings
                 for prompt, blend in zip(PROMPTS, BLENDS, strict=True)
             ]
@@ -162,7 +161,7 @@ def _generated(device: str, folder: Path) -> Any:
     texts = []
     for blend in BLENDS:
         handle.activate(dict(blend) or None)
-        for decoding in (Decoding(max_new_tokens=8), Decoding(max_new_tokens=8, beams=3)):
+        for decoding in (Decoding(max_new_tokens=5), Decoding(max_new_tokens=5, beams=3)):
             texts += generate(model, TOKENIZER, PROMPTS, decoding)
     return texts
 

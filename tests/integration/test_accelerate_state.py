@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from random_adapters import randomise
-from torch import Tensor, nn
+from tiny_models import logits
 
 from lorakit import FullFineTuning, LoRA, attach
 from lorakit.methods.method import Method
@@ -20,11 +20,6 @@ CASES: dict[str, tuple[str, Method]] = {
     "biases, tied table": ("gpt2", LoRA(rank=2, bias="all", train_modules="wte")),
     "full, tied": ("gpt2", FullFineTuning()),
 }
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(torch.arange(3, 17).view(2, 7)).logits
 
 
 @pytest.mark.parametrize("case", CASES)

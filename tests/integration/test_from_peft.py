@@ -8,7 +8,8 @@ import peft
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
+from tiny_models import logits
+from torch import nn
 
 import lorakit
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
@@ -21,11 +22,6 @@ pytestmark = [
 ]
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(torch.arange(3, 17).view(2, 7)).logits
 
 
 def peft_model(**settings) -> peft.PeftModel:

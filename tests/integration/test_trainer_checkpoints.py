@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from tiny_models import assert_same_tensors, tensors_of
+from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -64,11 +64,6 @@ def trainer(model: PreTrainedModel, folder: Path, **settings) -> Trainer:
     )
 
 
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model.eval()(torch.arange(3, 17).view(2, 7)).logits
-
-
 class StopAt(TrainerCallback):
     """Ends a run early, as if it were killed after its checkpoint."""
 
@@ -88,7 +83,7 @@ def test_checkpoints_load_and_resume(case: str, tmp_path: Path) -> None:
     model, adapters = adapted(arch, method)
     trainer(model, tmp_path / "whole").train()
     expected = tensors_of(model)
-    adapted_logits = logits(model)
+    adapted_logits = logits(model.eval())
     assert (adapted_logits - base).abs().max() > 1e-2
 
     loaded = type(model).from_pretrained(
@@ -104,7 +99,7 @@ def test_checkpoints_load_and_resume(case: str, tmp_path: Path) -> None:
     assert any(not torch.equal(t, expected[n]) for n, t in tensors_of(interrupted).items())
     trainer(resumed, tmp_path / "parts").train(resume_from_checkpoint=True)
     assert_same_tensors(tensors_of(resumed), expected)
-    assert torch.equal(logits(resumed), adapted_logits)
+    assert torch.equal(logits(resumed.eval()), adapted_logits)
 
     for handle, of in ((adapters, model), (resumed_adapters, resumed)):
         handle.detach()

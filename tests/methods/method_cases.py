@@ -100,8 +100,12 @@ CASES: dict[str, Case] = {
         "roberta", PrefixLayer(prefix_length=2, train_modules="classifier"), merges=False
     ),
 }
-COMPILED = {"bitfit gpt2": 1, "houlsby llama": 1, "prefix layer gpt2": 2}
-"""One case of each kind, with its number of blocks, because compiling takes seconds. A first block has no vectors."""
+COMPILED = [
+    ("bitfit gpt2", 1, "aot_eager"),
+    ("houlsby llama", 1, "aot_eager"),
+    ("prefix layer gpt2", 2, "eager"),  # a first block has no vectors
+]
+"""One case of each kind, with its number of blocks and its backend, because compiling takes seconds."""
 
 
 QUICK = (

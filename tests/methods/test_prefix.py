@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import warnings
 
@@ -12,7 +11,7 @@ import tiny_models
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from random_adapters import randomise
-from tiny_models import tensors_of
+from tiny_models import logits_with_cache, tensors_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -133,14 +132,11 @@ def test_what_the_cache_holds_is_what_whole_passes_compute(arch: str) -> None:
     randomise(adapters, scale=0.5)
     ids = placed(adapters.virtual_tokens, keep=1, prompt=5)
     cache, pieces = DynamicCache(config=model.config), []
-    # Renamed within transformers 5.
-    known = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"
     for piece in ids.split(
         [4, 5, 1, 1], dim=1
     ):  # the infix comes in the second, words alone in the others
         with torch.no_grad():
-            pieces.append(model(input_ids=piece, **{name: cache}, use_cache=True).logits)
+            pieces.append(logits_with_cache(model, piece, cache))
     torch.testing.assert_close(torch.cat(pieces, 1), logits(model, ids), atol=1e-5, rtol=1e-5)
 
 

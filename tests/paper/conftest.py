@@ -9,6 +9,7 @@ import tiny_runs
 from made_data import pairs, write
 
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.run_table import run_table
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +46,21 @@ def table2(encoder: str, data: Path, tmp_path: Path) -> Callable[..., PaperConfi
         return PaperConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tables that several tests read: only the first of them makes the runs."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def logged_table(table2: Callable[..., PaperConfig], kept: Path) -> PaperConfig:
+    """A finished table that keeps a log and no weights."""
+    log, output = str(kept / "log"), str(kept / "out")
+    config = table2(log=log, output=output, keep_weights=False, limit=30)
+    run_table(config, lambda _: None)
+    return config
 
 
 @pytest.fixture(autouse=True)

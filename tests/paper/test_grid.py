@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from lorakit.paper.grid_setup import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
+from lorakit.paper.runs import Record, Runner, TableRun
 from lorakit.tasks import TASKS
 
 
@@ -45,10 +47,35 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in records}
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tables that several tests read: only the first of them makes the runs."""
-    return tmp_path_factory.mktemp("kept")
+def made_up(run: TableRun, held_out: float, **fields: Any) -> Record:
+    """Return the record of a run that was not made."""
+    return Record(
+        data_set=run.data_set.key,
+        variant=run.variant.key,
+        rate=run.rate,
+        seed=run.seed,
+        held_out={"accuracy": held_out},
+        **fields,
+    )
+
+
+def make_up(
+    monkeypatch: pytest.MonkeyPatch,
+    held_out: Callable[[TableRun], float | None],
+    score: Callable[[TableRun], float] = lambda _: 0.5,
+) -> None:
+    """Replace training and scoring with made-up scores. A run without a held-out score is trained."""
+    original = Runner._train
+
+    def train(runner: Runner, run: TableRun) -> Record:
+        found = held_out(run)
+        return original(runner, run) if found is None else runner._write(run, made_up(run, found))
+
+    def scored(_: Runner, run: TableRun) -> dict[str, Any]:
+        return {"scores": {"accuracy": score(run), "f1": score(run)}}
+
+    monkeypatch.setattr(Runner, "_train", train)
+    monkeypatch.setattr(Runner, "_score", scored)
 
 
 @pytest.fixture
@@ -215,11 +242,11 @@ def test_a_failure_midway_keeps_what_was_done_and_the_same_call_goes_on(
 
 @pytest.mark.slow
 def test_a_killed_process_loses_no_finished_run(table2, tmp_path):
-    config = table2(seeds=2, trials=2, epochs=3)
+    config = table2()
     words = [
         *(sys.executable, "-m", "lorakit", "paper", "table2", "--base.name", config.base.name),
         *("--tasks", "mrpc", "--methods", "bitfit,lora", "--seeds", "2", "--trials", "2"),
-        *("--epochs", "3", "--data.root", config.data.root, "--output", config.output),
+        *("--epochs", "1", "--data.root", config.data.root, "--output", config.output),
         *("--base.dtype", "float32", "--base.device", "cpu"),
     ]
     folder = tmp_path / "out"
@@ -359,17 +386,17 @@ def test_a_diverged_run_has_its_time_and_curve_and_no_checkpoints(table2, monkey
 @pytest.mark.slow
 def test_a_seed_with_which_training_diverges_is_told(table2, monkeypatch):
     """Its number is missing, no other seed replaces it, and the page reports it."""
-    config, real = (
-        table2(tasks=("mrpc", "rte"), methods=("lora",), seeds=3, trials=1),
-        (runs_module.train),
-    )
 
     def diverging(settings):
-        if settings.seed == 1 and "mrpc" in settings.output:
-            raise DivergenceError("Training diverged at step 3")
-        return real(settings)
+        raise DivergenceError("Training diverged at step 3")
 
     monkeypatch.setattr(runs_module, "train", diverging)
+    make_up(
+        monkeypatch,
+        lambda run: None if (run.data_set.key, run.seed) == ("mrpc", 1) else 0.5,
+        lambda run: 0.5 + run.seed**2 / 10,
+    )
+    config = table2(tasks=("mrpc", "rte"), methods=("lora",), seeds=3, trials=1)
     found = run_table(config, silent)
     cells = found.comparison.own[0].cells
     assert list(cells["MRPC"].seeds) == [0, 2]
@@ -398,16 +425,6 @@ def test_a_method_that_does_not_fit_the_base_is_left_out_with_its_reason(table2,
     assert [bool(row.cells) for row in found.comparison.own] == [False, True]
 
 
-@pytest.mark.slow
-def test_weights_go_where_they_are_not_kept_and_the_scores_stay(table2, tmp_path):
-    config = table2(keep_weights=False)
-    run_table(config, silent)
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
-    before = results(tmp_path / "out")
-    run_table(config, silent)
-    assert results(tmp_path / "out") == before
-
-
 def test_parameters_are_counted_without_the_new_head(table2):
     with open_grid(table2(methods=("full", "lora")), silent) as grid:
         counts = grid.setup.counts["mrpc"]
@@ -420,10 +437,11 @@ def test_parameters_are_counted_without_the_new_head(table2):
 
 
 @pytest.mark.slow
-def test_spread_and_verdict_follow_from_the_seeds(table2):
-    config = table2(seeds=3, trials=1)
-    run_table(config, silent)
-    with open_grid(config, silent) as grid:
+def test_spread_and_verdict_follow_from_the_seeds(table2, monkeypatch):
+    scores = {"bitfit": (0.4, 0.55, 0.5), "lora": (0.6, 0.5, 0.7)}
+    make_up(monkeypatch, lambda _: 0.5, lambda run: scores[run.variant.key][run.seed])
+    with open_grid(table2(seeds=3, trials=1), silent) as grid:
+        grid.run(after_each=lambda: None)
         found = compare(grid)
     (difference,) = found.differences
     bitfit, lora = (row.cells["MRPC"] for row in found.own)
@@ -458,16 +476,18 @@ def test_every_run_has_the_dtype_of_the_first(
 
 
 @pytest.mark.slow
-def test_a_grid_continues_from_its_log_on_another_machine(table2, data, tmp_path, monkeypatch):
-    log = tmp_path / "log"
-    found = run_table(table2(log=str(log), keep_weights=False, limit=30), silent)
+def test_a_grid_continues_from_its_log_on_another_machine(
+    logged_table, data, tmp_path, monkeypatch
+):
+    log = logged_table.log_folder
+    assert not list(logged_table.folder.rglob("*.safetensors"))
     files = [path for path in log.rglob("*") if path.is_file() and path.name[0] != "."]
     assert len(files) == 1 + 2 * 3
     for path in files:
         assert path.stat().st_size < 8000
         text = path.read_text(encoding="utf-8")
         assert str(data) not in text
-        assert str(tmp_path / "out") not in text
+        assert str(logged_table.folder) not in text
     record = storage.read_record(log / "runs/mrpc/lora/rate-0.0005-seed-1.json", RunFolderError)
     assert record["settings"]["optimizer.learning_rate"] == 5e-4
     assert record["settings"]["seed"] == 1
@@ -478,26 +498,28 @@ def test_a_grid_continues_from_its_log_on_another_machine(table2, data, tmp_path
     assert record["processor_seconds"] > 0
 
     monkeypatch.setattr(runs_module, "train", lambda config: pytest.fail("trained again"))
-    again = table2(log=str(log), keep_weights=False, limit=30, output=str(tmp_path / "other"))
-    moved = run_table(again, silent)
+    before = results(log)
+    found = run_table(logged_table, silent)
+    moved = run_table(replace(logged_table, output=str(tmp_path / "other")), silent)
     assert moved.page.read_bytes() == found.page.read_bytes()
+    assert results(log) == before
 
 
 def test_the_computing_time_of_a_run_is_that_of_training_and_scoring(table2, monkeypatch):
     def train(runner, run):
-        record = runs_module.Record(
+        record = Record(
             data_set="mrpc", variant="lora", rate=run.rate, seed=0, processor_seconds=100.0
         )
         return runner._write(run, record)
 
     clock = iter((7.0, 9.5))  # scoring takes 2.5 seconds
     monkeypatch.setattr(runs_module, "time", SimpleNamespace(process_time=lambda: next(clock)))
-    monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
+    monkeypatch.setattr(Runner, "_train", train)
+    monkeypatch.setattr(Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
     config = table2(methods=("lora",), seeds=1, trials=1)
     ((data_set,), (variant,)) = config.study.data_sets, config.study.variants
-    run = runs_module.TableRun(data_set=data_set, variant=variant, rate=5e-4, seed=0)
-    record = runs_module.Runner(config, GridSetup()).finish(run, scored=True)
+    run = TableRun(data_set=data_set, variant=variant, rate=5e-4, seed=0)
+    record = Runner(config, GridSetup()).finish(run, scored=True)
     assert record.processor_seconds == 102.5
 
 
@@ -519,11 +541,9 @@ def test_a_run_interrupted_after_its_first_evaluation_is_not_scored(table2, tmp_
         table2(log=str(tmp_path / "log"), methods=("lora",), trials=1, seeds=1), silent
     ) as grid:
         (run,) = grid.trials(*next(grid.cells()))
-        record = runs_module.Record(
-            data_set="mrpc", variant="lora", rate=run.rate, seed=0, held_out={"accuracy": 0.8}
-        )
+        record = made_up(run, 0.8)
         grid.runner._write(run, record)
-        monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
+        monkeypatch.setattr(Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
 
         def interrupted(settings):
             (Path(settings.output) / "best").mkdir(parents=True, exist_ok=True)
@@ -538,25 +558,11 @@ def test_a_run_interrupted_after_its_first_evaluation_is_not_scored(table2, tmp_
 
 def test_all_seeds_have_one_rate_if_training_a_trial_again_changes_the_choice(table2, monkeypatch):
     """The log has unscored trials of another machine. Here the best one scores lower on held-out data."""
-
-    def record(run, score):
-        return runs_module.Record(
-            data_set="mrpc",
-            variant="lora",
-            rate=run.rate,
-            seed=run.seed,
-            held_out={"accuracy": score},
-        )
-
-    def train(runner, run):
-        return runner._write(run, record(run, 0.799))
-
-    monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.9}})
+    make_up(monkeypatch, lambda _: 0.799, lambda _: 0.9)
     with open_grid(table2(methods=("lora",), trials=3), silent) as grid:
         (cell,) = grid.cells()
         for run, score in zip(grid.trials(*cell), (0.80, 0.81, 0.79), strict=True):
-            grid.runner._write(run, record(run, score))
+            grid.runner._write(run, made_up(run, score))
         assert grid.chosen_rate(*cell) == 5e-4
         grid.run(after_each=lambda: None)
         assert grid.chosen_rate(*cell) == 1.7e-4
@@ -572,15 +578,7 @@ def test_all_seeds_have_one_rate_if_training_a_trial_again_changes_the_choice(ta
     ],
 )
 def test_more_rates_are_tried_while_the_best_is_outermost(table2, monkeypatch, best, tried):
-    def train(runner, run):
-        far = abs(math.log(run.rate / best))
-        record = runs_module.Record(
-            data_set="mrpc", variant="lora", rate=run.rate, seed=0, held_out={"accuracy": -far}
-        )
-        return runner._write(run, record)
-
-    monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5}})
+    make_up(monkeypatch, lambda run: -abs(math.log(run.rate / best)))
     with open_grid(table2(methods=("lora",), seeds=1, trials=3, widen=True), silent) as grid:
         grid.run(after_each=lambda: None)
         ((data_set, variant),) = grid.cells()
@@ -592,20 +590,11 @@ def test_more_rates_are_tried_while_the_best_is_outermost(table2, monkeypatch, b
 def test_short_trials_choose_the_rate_of_full_runs(table2, monkeypatch):
     def train(runner, run):
         epochs = runner.train_config(run).epochs
-        record = runs_module.Record(
-            data_set="mrpc",
-            variant="lora",
-            rate=run.rate,
-            seed=run.seed,
-            held_out={"accuracy": run.rate if epochs == 0.5 else 1 - run.rate},
-            settings={"epochs": epochs},
-        )
-        return runner._write(run, record)
+        held_out = run.rate if epochs == 0.5 else 1 - run.rate
+        return runner._write(run, made_up(run, held_out, settings={"epochs": epochs}))
 
-    monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(
-        runs_module.Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5, "f1": 0.5}}
-    )
+    monkeypatch.setattr(Runner, "_train", train)
+    monkeypatch.setattr(Runner, "_score", lambda *_: {"scores": {"accuracy": 0.5, "f1": 0.5}})
     config = table2(methods=("lora",), seeds=2, trials=3, epochs=2.0, trial_epochs=0.5)
     with open_grid(config, silent) as grid:
         grid.run(after_each=lambda: None)
@@ -632,7 +621,7 @@ def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverge
         (runner.folder / run.name / "adapter").mkdir(parents=True)
         (runner.folder / run.name / "result.json").touch()
         failed = diverges and trained[-1] == (1.5e-3, 1)
-        record = runs_module.Record(
+        record = Record(
             data_set="mrpc",
             variant="lora",
             rate=run.rate,
@@ -646,8 +635,8 @@ def test_a_rate_that_one_seed_favours_is_not_chosen(table2, monkeypatch, diverge
         scored.append((run.rate, run.seed))
         return {"scores": {"accuracy": 0.5, "f1": 0.5}}
 
-    monkeypatch.setattr(runs_module.Runner, "_train", train)
-    monkeypatch.setattr(runs_module.Runner, "_score", score)
+    monkeypatch.setattr(Runner, "_train", train)
+    monkeypatch.setattr(Runner, "_score", score)
     config = table2(methods=("lora",), seeds=3, trials=3, widen=True, keep_weights=False)
     with open_grid(config, silent) as grid:
         (cell,) = grid.cells()

@@ -38,19 +38,10 @@ def silent(text: str) -> None:
     """Discard progress."""
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """The folder of a table with a log; only the first test makes its runs."""
-    return tmp_path_factory.mktemp("kept")
-
-
 @pytest.fixture
-def logged(table2, kept, tmp_path):
+def logged(logged_table, tmp_path):
     """A copy of the log of a finished table, and the call that repeats one of its rows."""
-    log, output = str(kept / "log"), str(kept / "out")
-    config = table2(log=log, output=output, keep_weights=False, limit=30)
-    run_table(config, silent)
-    shutil.copytree(log, tmp_path / "log")
+    shutil.copytree(logged_table.log_folder, tmp_path / "log")
 
     def call(row: str, **changes) -> PaperConfig:
         # Only the table, the log and the place of the data are named; all else is recorded.
@@ -58,7 +49,7 @@ def logged(table2, kept, tmp_path):
             table="table2",
             log=str(tmp_path / "log"),
             reproduce=row,
-            data=config.data,
+            data=logged_table.data,
             output=str(tmp_path / "again"),
             **changes,
         )

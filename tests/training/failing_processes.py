@@ -89,13 +89,12 @@ def killed(root: Path) -> Any:
         if rank == 2:
             before_step(3, lambda: time.sleep(1.5))
 
-    return {
-        "computing": failing(root, "killed", in_one(lambda: before_step(3, kill))).outcomes(),
-        "waiting": failing(root, "killed-waiting", while_waiting).outcomes(),
-        "first": failing(
-            root, "killed-first", in_one(lambda: before_step(3, kill), rank=0)
-        ).outcomes(),
+    started = {
+        "computing": failing(root, "killed", in_one(lambda: before_step(3, kill))),
+        "waiting": failing(root, "killed-waiting", while_waiting),
+        "first": failing(root, "killed-first", in_one(lambda: before_step(3, kill), rank=0)),
     }
+    return {name: run.outcomes() for name, run in started.items()}
 
 
 def raised(root: Path) -> Any:
@@ -104,12 +103,11 @@ def raised(root: Path) -> Any:
         "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         "bug": ValueError("a bug\nin two lines"),
     }
-    return {
-        name: failing(
-            root, f"raised-{name}", in_one(lambda e=error: before_step(3, fail(e)))
-        ).outcomes()
+    started = {
+        name: failing(root, f"raised-{name}", in_one(lambda e=error: before_step(3, fail(e))))
         for name, error in errors.items()
     }
+    return {name: run.outcomes() for name, run in started.items()}
 
 
 def hung(root: Path) -> Any:
@@ -131,13 +129,14 @@ def hung(root: Path) -> Any:
 
 
 def undisturbed(root: Path) -> Any:
-    """Train on two processes; the test of restarts repeats this run with torchrun."""
+    """Train on two processes that split the base; the test of restarts repeats this run with torchrun."""
     config = run_config(
         root,
         "undisturbed",
-        epochs=8,
-        evaluation=HeldOutConfig(every=40),
-        checkpoints=CheckpointConfig(every=20, keep=1),
+        epochs=4,
+        evaluation=HeldOutConfig(every=20),
+        checkpoints=CheckpointConfig(every=10, keep=1),
+        shard=True,
     )
     return several_processes.run(2, lambda _: train(config))
 
@@ -145,7 +144,7 @@ def undisturbed(root: Path) -> Any:
 def kills(root: Path) -> Any:
     """Kill runs under torchrun's agent, and resume them. The seed's instants are in the middle of a run."""
     trial = killed_processes.Trial(root / "kills", epochs=2)
-    trial.run(kills=4, victims=killed_processes.VICTIMS, seed=291)
+    trial.run(kills=2, victims=("one", "launcher"), seed=749)
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {

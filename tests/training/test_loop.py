@@ -292,7 +292,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path, ba
         base,
         epochs=20,
         optimizer=OptimizerConfig(learning_rate=0.3, schedule="constant", warmup=0),
-        evaluation=HeldOutConfig(every=2, patience=3),
+        evaluation=HeldOutConfig(every=1, patience=3),
     )
     result = train(config)
     scores = metrics(tmp_path / "run", "validation")[1:]

@@ -1,4 +1,4 @@
-"""Every method on two encoders and two decoders by commands: train, stop, resume, evaluate and generate."""
+"""Every method on encoders and decoders by commands: train, stop, resume, evaluate and generate."""
 
 from __future__ import annotations
 
@@ -63,8 +63,17 @@ METHODS = {
 
 DECODERS = ("gpt2", "llama")
 ENCODERS = ("roberta", "deberta-v2")
-CASES = [(pair[i % 2], name) for i, name in enumerate(METHODS) for pair in (DECODERS, ENCODERS)]
-"""Every method on a decoder and on an encoder. Neighbours in METHODS, of one kind, get different ones."""
+SIDES = {
+    **dict.fromkeys(("top layer", "houlsby", "lora and prefix embedding"), (DECODERS,)),
+    **dict.fromkeys(("lin", "pfeiffer"), (ENCODERS,)),
+}
+"""Variants that run on one kind of architecture, because other variants of their method run on the other."""
+CASES = [
+    (pair[i % 2], name)
+    for i, name in enumerate(METHODS)
+    for pair in SIDES.get(name, (DECODERS, ENCODERS))
+]
+"""Architectures and methods. Neighbours in METHODS, of one kind, get different ones."""
 
 TOKENS = 3
 """Number of generated tokens."""

@@ -116,8 +116,8 @@ def test_the_process_with_the_store_does_not_wait_for_an_ended_one(monkeypatch) 
 
 @pytest.mark.slow
 def test_runs_whose_processes_are_killed_resume_to_the_same_bytes(root: Path) -> None:
-    """One process, all, the launcher, and one that is started again; by hand, `killed_processes.py` kills more."""
-    assert "all 4 runs resumed to the same bytes" in (root / "printed.txt").read_text()
+    """One process and the launcher; by hand, `killed_processes.py` has more victims."""
+    assert "all 2 runs resumed to the same bytes" in (root / "printed.txt").read_text()
 
 
 @pytest.mark.slow
@@ -126,26 +126,27 @@ def test_torchrun_restarts_a_run_to_the_same_bytes(root: Path, tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = f"-m torch.distributed.run --nproc-per-node 2 --max-restarts 3 --master-port {port}"
+    torchrun = Path(sys.executable).with_name("torchrun")
+    options = f"--nproc-per-node 2 --max-restarts 3 --master-port {port}"
     command = f"-m lorakit train --config {root}/undisturbed/config.yaml --output {run} --resume"
     with subprocess.Popen(
-        [sys.executable, *torchrun.split(), *command.split()],
+        [torchrun, *options.split(), *command.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not (run / "checkpoints" / "step-000020").exists() and process.poll() is None:
+        while not (run / "checkpoints" / "step-000010").exists() and process.poll() is None:
             time.sleep(0.005)
         with suppress(FileNotFoundError):  # the run has ended, so the test fails below
             os.kill(int((run / ".lock-holder").read_text().split()[0]), signal.SIGKILL)
         output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert output.count("80 steps in ") == 1
+    assert output.count("40 steps in ") == 1
     assert "in 2 processes" in errors
     assert (run / "report.html").exists()
     sessions = json.loads((run / "environment.json").read_text())["sessions"]
     assert len(sessions) == 2
-    assert sessions[1]["from_step"] >= 20
+    assert sessions[1]["from_step"] >= 10
     for which in ("adapter", "best"):
         assert tiny_runs.adapter_bytes(run, which) == tiny_runs.adapter_bytes(
             root / "undisturbed", which

@@ -41,11 +41,11 @@ def settings(folder, base, kind, **overrides):
 def test_a_killed_run_resumes_to_the_same_bytes(
     tmp_path, base, monkeypatch, kind, checkpointing
 ) -> None:
-    config = settings(tmp_path, base, kind, gradient_checkpointing=checkpointing, max_steps=9)
+    config = settings(tmp_path, base, kind, gradient_checkpointing=checkpointing, max_steps=5)
     train(config)
     other = dataclasses.replace(config, output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_in_step(patch, 5)
+        crash_in_step(patch, 4)
         with pytest.raises(Crash):
             train(other)
     train(dataclasses.replace(other, resume=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shlex
 import shutil
 import signal
@@ -77,12 +76,8 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert not leftovers
 
 
-SEED = 20
-DRAWN = random.Random(SEED).sample(range(1, STEPS + 1), 2)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("step", sorted({1, STEPS, *DRAWN}), ids=lambda s: f"seed{SEED}-step{s}")
+@pytest.mark.parametrize("step", [1, STEPS])
 def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) -> None:
     config = settings(tmp_path, base)
     with monkeypatch.context() as patch:
@@ -98,10 +93,8 @@ def test_a_crash_in_a_step(tmp_path, base, undisturbed, monkeypatch, step: int) 
     ("module", "function", "call"),
     [
         (validation, "held_out", 1),  # before the first step
-        (validation, "held_out", 3),
         (validation, "generated", 2),
         (checkpoint, "write_safetensors", 1),  # the first file of the first checkpoint
-        (checkpoint, "write_safetensors", 6),  # the second file of the third
         (checkpoint.storage, "write_record", 3),
         (shutil, "rmtree", 1),  # deleting an old checkpoint
     ],
@@ -283,7 +276,7 @@ def test_an_interrupted_run_evaluates_when_it_resumes(
 @pytest.mark.parametrize(
     ("step", "work"),
     # At 12 a checkpoint is due too.
-    [(0, "generation"), (4, "scoring"), (12, "scoring"), (12, "generation")],
+    [(0, "generation"), (4, "scoring"), (12, "scoring")],
 )
 def test_a_signal_ends_an_evaluation_after_a_batch(
     tmp_path, base, undisturbed, monkeypatch, step: int, work: str
@@ -339,7 +332,7 @@ def test_a_last_evaluation_that_fails_leaves_the_weights(tmp_path, base, monkeyp
 
 
 @pytest.mark.slow
-def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatch) -> None:
+def test_an_ignored_signal_stays_ignored(tmp_path, base, monkeypatch) -> None:
     original = optimizer_steps.clip_gradients
     monkeypatch.setattr(
         optimizer_steps,
@@ -348,10 +341,9 @@ def test_an_ignored_signal_stays_ignored(tmp_path, base, undisturbed, monkeypatc
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        train(settings(tmp_path, base))
+        assert train(settings(tmp_path, base, max_steps=2)).steps == 2
     finally:
         signal.signal(signal.SIGINT, before)
-    assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
@@ -359,7 +351,7 @@ def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
     settings = {
         "epochs": 20,
         "optimizer": OptimizerConfig(learning_rate=0.3, schedule="constant", warmup=0),
-        "evaluation": HeldOutConfig(every=2, patience=3),
+        "evaluation": HeldOutConfig(every=1, patience=3),
     }
     result = train(tiny_runs.config(tmp_path, base, **settings))
     assert result.stopped_early
@@ -377,10 +369,11 @@ def test_early_stopping_survives_a_crash(tmp_path, base, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(init="pissa", dropout=0.1), LoRA(dora=True, dropout=0.1)])
 def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None:
-    train(tiny_runs.config(tmp_path, base, lora=lora))
-    config = tiny_runs.config(tmp_path, base, lora=lora, output=str(tmp_path / "other"))
+    config = tiny_runs.config(tmp_path, base, lora=lora, max_steps=6)
+    train(config)
+    config = dataclasses.replace(config, output=str(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        crash_in_step(patch, 8)
+        crash_in_step(patch, 5)
         with pytest.raises(Crash):
             train(config)
     # The checkpoint has the singular vectors, and they are not computed again.
@@ -388,24 +381,6 @@ def test_other_kinds_of_adapter(tmp_path, base, monkeypatch, lora: LoRA) -> None
         patch.setattr(torch.linalg, "svd", None)
         train(dataclasses.replace(config, resume=True))
     assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_full_fine_tuning(tmp_path, base, monkeypatch) -> None:
-    train(tiny_runs.config(tmp_path, base, method="full"))
-    config = tiny_runs.config(tmp_path, base, method="full", output=str(tmp_path / "other"))
-    with monkeypatch.context() as patch:
-        crash_in_step(patch, 8)
-        with pytest.raises(Crash):
-            train(config)
-    train(dataclasses.replace(config, resume=True))
-    assert adapter_bytes(tmp_path / "other") == adapter_bytes(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_resume_of_nothing_starts_from_the_beginning(tmp_path, base, undisturbed) -> None:
-    train(dataclasses.replace(settings(tmp_path, base), resume=True))
-    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
@@ -417,14 +392,12 @@ def half_a_run(folder: Path, base: str, monkeypatch) -> TrainConfig:
     return dataclasses.replace(config, resume=True)
 
 
-def test_an_unfinished_run_is_refused_without_resume(tmp_path, base, monkeypatch) -> None:
+def test_an_unfinished_run_refuses_a_new_run_and_other_settings(
+    tmp_path, base, monkeypatch
+) -> None:
     config = half_a_run(tmp_path, base, monkeypatch)
     with pytest.raises(RunFolderError, match=r"unfinished run.*resume.*overwrite"):
         train(dataclasses.replace(config, resume=False))
-
-
-def test_resume_with_other_settings_names_them(tmp_path, base, monkeypatch) -> None:
-    config = half_a_run(tmp_path, base, monkeypatch)
     other = dataclasses.replace(config, batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-3))
     with pytest.raises(ConfigurationError) as raised:
         train(other)
@@ -639,14 +612,14 @@ def test_killed_processes_resume_to_the_same_bytes(tmp_path) -> None:
     """Short form of kill_resume.py: SIGKILL at random instants and between the writes of a save."""
     script = Path(__file__).with_name("kill_resume.py")
     done = subprocess.run(
-        [sys.executable, script, "--instants", "4", "--every", "40", "--folder", tmp_path],
+        [sys.executable, script, "--instants", "2", "--every", "80", "--folder", tmp_path],
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed" in done.stdout
-    assert "killed 4 runs at drawn instants" in done.stdout
+    assert "killed 2 runs at drawn instants" in done.stdout
 
 
 @pytest.mark.slow

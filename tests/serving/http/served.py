@@ -30,7 +30,8 @@ class Served:
     store: FakeStore
     client: TestClient
     server: Server | None = None
-    """Of `live`."""
+    thread: threading.Thread | None = None
+    """These two are of `live`."""
 
     def post(self, path: str, **body: Any) -> Any:
         return self.client.post(path, json=body)
@@ -104,6 +105,7 @@ def live() -> Iterator[Callable[[Served], str]]:
             served.server = server = Server(config, served.app.state.serving)
             thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
             thread.start()
+            served.thread = thread
             wait_for(lambda: server.started)
 
             def stop() -> None:

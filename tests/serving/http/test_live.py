@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -368,21 +367,15 @@ import os; os._exit(0)
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[[], tuple[subprocess.Popen[str], str]]]:
-    """Start a server whose answers end once it has read a line."""
-    with contextlib.ExitStack() as stack:
-
-        def start() -> tuple[subprocess.Popen[str], str]:
-            command = [sys.executable, "-c", textwrap.dedent(SERVER)]
-            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-            process = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
-            stack.callback(process.kill)
-            assert process.stdout is not None
-            port = process.stdout.readline().strip()
-            assert port, process.communicate()[1]
-            return process, f"http://127.0.0.1:{port}"
-
-        yield start
+def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server whose answers end once it has read a line, and its address."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", SERVER], text=True, **pipes) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        assert port, process.communicate()[1]
+        yield process, f"http://127.0.0.1:{port}"
+        process.kill()
 
 
 def is_ending(connection: socket.socket) -> bool:
@@ -391,11 +384,9 @@ def is_ending(connection: socket.socket) -> bool:
 
 
 @pytest.mark.slow
-def test_a_signal_finishes_what_runs_and_refuses_the_rest(
-    connect: Connect, start_server: Any
-) -> None:
+def test_a_signal_finishes_what_runs_and_refuses_the_rest(connect: Connect, server: Any) -> None:
     """Also what is computed and still read by its client, for a minute."""
-    process, address = start_server()
+    process, address = server
     running_one, slow = connect(address), connect(address)
     running_one.sendall(request({**BODY, "model": "sql", "stream": True}))
     assert running_one.recv(10_000)
@@ -463,15 +454,18 @@ def test_a_request_that_waits_for_its_adapter_at_the_signal_is_answered(
         wait_for(lambda: own.server.should_exit)
 
 
-@pytest.mark.slow
-def test_a_second_signal_ends_at_once(connect: Connect, start_server: Any) -> None:
-    process, address = start_server()
+def test_a_second_signal_ends_at_once(connect: Connect, serve: Serve, live: Live) -> None:
+    served = serve()
+    served.engine.pause = threading.Event()
+    address = live(served)
     connection = connect(address)
     connection.sendall(request({**BODY, "stream": True}))
     assert connection.recv(10_000)
-    process.send_signal(signal.SIGTERM)
+    assert served.server is not None
+    assert served.thread is not None
+    served.server.handle_exit(signal.SIGTERM, None)
     wait_for(lambda: is_ending(connect(address)))
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert served.thread.is_alive()
+    served.server.handle_exit(signal.SIGINT, None)
+    served.thread.join(10)
+    assert not served.thread.is_alive()

@@ -7,8 +7,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from playground_site import (
     site_of,
     until,
 )
+from served import wait_for
 
 pytestmark = pytest.mark.slow  # each test opens pages
 
@@ -139,14 +138,8 @@ def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -
         assert "Stopped." in base.text_content()
         assert 0 < len(stopped) < len(site.chat("base", "The river", **alone))
         assert site.chat("base", "The river", **alone).startswith(stopped)
-        wait_until_idle(site)
-
-
-def wait_until_idle(site: Site) -> None:
-    until = time.monotonic() + 10
-    while site.opened.engine.load().running or site.opened.store.stats().leases:
-        assert time.monotonic() < until, "the engine still computes a stopped answer"
-        time.sleep(0.02)
+        engine, store = site.opened.engine, site.opened.store
+        wait_for(lambda: not engine.load().running and not store.stats().leases)
 
 
 def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None:
@@ -343,9 +336,10 @@ def test_the_code_of_a_request_gives_its_answer(
             opened.page.click("#tab-openai")
             python = opened.page.text_content("#code-text")
             opened.page.locator("#code-dialog [data-closes]").click()
-            answer = json.loads(run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)]))
+            command = ["bash", "-c", curl.replace("curl ", "curl -s ", 1)]
+            answer = json.loads(subprocess.check_output(command, timeout=60))
             assert answer["choices"][0]["message"]["content"] == shown
-            assert run([sys.executable, "-c", python]).startswith(shown)
+            assert printed(python).startswith(shown)
 
 
 @pytest.mark.parametrize("mode", ["chat", "text"])
@@ -371,10 +365,7 @@ def test_lorakit_in_python_computes_the_answer(
             opened.page.locator("#code-dialog [data-closes]").click()
             for name, place in (("base", "base"), ("path/to/", "adapters/")):
                 code = code.replace(f'("{name}', f'("{text}/{place}')
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(code, {})
-            assert printed.getvalue() == f"{shown}\n"
+            assert printed(code) == f"{shown}\n"
         opened.page.click("#settings summary")
         opened.page.fill("#temperature", "0.5")
         opened.page.fill("#top_k", "9")
@@ -385,9 +376,10 @@ def test_lorakit_in_python_computes_the_answer(
         assert f"Decoding(max_new_tokens={MOST}, temperature=0.5, top_k=9, seed={SEED})" in code
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
+def printed(python: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(python, {})
+    return output.getvalue()
 
 
 def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: Site) -> None:
@@ -472,8 +464,7 @@ def test_classes_side_by_side(browser: Browser, classes: Path, live: Any) -> Non
 # --- everybody can use it ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_accessible_and_nothing_overflows(
     browser: Browser, site: Site, width: int, scheme: str
 ) -> None:
