@@ -194,19 +194,6 @@ def test_scores_with_and_without_java_are_not_compared(then, now, told):
     assert Reproduction(scores=scores, differences=differences).holds
 
 
-def test_an_older_name_of_a_score_is_compared():
-    old = replace(RECORD, scores={"METEOR (without Java) seen": 0.4})
-    new = replace(RECORD, scores={"METEOR seen (without Java)": 0.4})
-    run = TableRun(
-        data_set=STUDIES["table14"].data_sets[0],
-        variant=STUDIES["table14"].variants[0],
-        rate=1e-3,
-        seed=0,
-    )
-    assert [score.verdict for score in _compared(run, old, new, [old])] == ["equal"]
-    assert not list(_differences(old, new, ()))
-
-
 @pytest.mark.slow
 def test_an_edited_score_and_another_processor_are_told(logged, tmp_path, capsys):
     (path,) = (tmp_path / "log" / "runs" / "mrpc" / "lora").glob("*-seed-1.json")
