@@ -81,7 +81,7 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
 
 def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
     """Compute prompts in two chunks and a next token, together and each alone without pages."""
-    stock = model.config._attn_implementation
+    stock = model.config._attn_implementation or "sdpa"
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     prompts = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
