@@ -19,9 +19,9 @@ from test_decoding import (
     load_state_dict,
     new_parameter,
     new_scaling,
-    run,
     there_and_back,
 )
+from tiny_models import logits_with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -71,11 +71,11 @@ def in_one_batch(
     cache = DynamicCache(config=model.config)
     logits = []
     with torch.no_grad():
-        run(model, ids(len(batches[0]), 5), cache)
+        logits_with_cache(model, ids(len(batches[0]), 5), cache)
         for step, rows in enumerate(batches):
             change(step)
             with adapters.per_sample(rows):
-                logits.append(run(model, ids(len(rows), 1, seed=step), cache)[:, -1])
+                logits.append(logits_with_cache(model, ids(len(rows), 1, seed=step), cache)[:, -1])
     return torch.stack(logits)
 
 
@@ -87,12 +87,12 @@ def alone(adapters: Adapters, batches: Sequence[Rows]) -> Tensor:
         for row in range(len(batches[0])):
             cache = DynamicCache(config=model.config)
             adapters.activate(None)
-            run(model, ids(len(batches[0]), 5)[row : row + 1], cache)
+            logits_with_cache(model, ids(len(batches[0]), 5)[row : row + 1], cache)
             logits = []
             for step, rows in enumerate(batches):
                 adapters.activate(rows[row])
                 x = ids(len(rows), 1, seed=step)[row : row + 1]
-                logits.append(run(model, x, cache)[0, -1])
+                logits.append(logits_with_cache(model, x, cache)[0, -1])
             results.append(torch.stack(logits))
     adapters.activate(None)
     return torch.stack(results, dim=1)

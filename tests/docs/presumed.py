@@ -22,7 +22,7 @@ NOT_RUN = {
 """Commands that are not run, by their start, with the reason."""
 
 SHOWN = {
-    ("README.md", "lorakit demo --max_steps 2 --test_texts 2 --test_loss 4"): (
+    ("README.md", "lorakit demo --max_steps 2 --test_texts 3 --test_loss 4"): (
         "before",
         "The adapter is",
     ),
