@@ -155,9 +155,8 @@ def load_float32(base: BaseConfig, class_name: str | None = None) -> Base:
     """
     free_memory()  # an adapted base has reference cycles, and this one may follow another
     config = _config_of(base)
-    if class_name is None:
-        class_name = (config.architectures or [""])[0]
-    head = head_of_class(class_name, is_encoder_decoder=config.is_encoder_decoder)
+    named = (config.architectures or [""])[0] if class_name is None else class_name
+    head = head_of_class(named, is_encoder_decoder=config.is_encoder_decoder)
     return load_base(
         base.name,
         task=head or "base",
