@@ -128,6 +128,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 def main_of_process() -> None:
+    # Not `runs.process_parser`: its imports would count as memory.
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cell", type=json.loads)
     parser.add_argument("--result", type=Path, required=True)

@@ -25,6 +25,7 @@ from benchmarks.examples import shared_data
 from benchmarks.runs import Runs, process_parser, runs_of, write_result
 from benchmarks.workloads import SEED
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtypes import dtype_name
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.distributed import Processes, joined
 from lorakit.training.setup import prepare
@@ -140,7 +141,7 @@ def measure(method: str, threads: int, scratch: Path) -> dict[str, Any] | None:
         "trained_bytes": trained,
         # What a ring sends: all parts but one, for the sum and for the result.
         "sent": 2 * (processes.count - 1) * trained // processes.count,
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": dtype_name(job.dtype),
     }
 
 

@@ -171,7 +171,8 @@ def require_at_least(
 ) -> None:
     """Raise a ConfigurationError unless `value` is None, or finite, at least `least` and below `below`."""
     if value is not None and not least <= value < below:  # also rejects NaN
-        bounds = f"a finite number of {least} or more"
+        kind = "whole" if isinstance(value, int) else "finite"
+        bounds = f"a {kind} number of {least} or more"
         if below < math.inf:
             bounds = f"at least {least} and below {below}"
         raise ConfigurationError(f"{name} is {value!r}; it must be {bounds}.")

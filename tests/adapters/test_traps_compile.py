@@ -100,7 +100,7 @@ def test_choice_rows_and_merge_after_compilation() -> None:
 
 @pytest.mark.slow
 def test_trained_modules_and_rows_under_compilation() -> None:
-    model, compiled, base = compiled_llama("eager")
+    model, compiled, base = compiled_llama("aot_eager")
     adapters = attach(model, LoRA(rank=2, targets="attention.q", train_modules="lm_head"))
     randomise(adapters)
     adapted = logits(model)

@@ -165,11 +165,11 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"length": 0}, "length is 0; it must be a finite number of 2 or more"),
-        ({"processes": 0}, "processes is 0; it must be a finite number of 1 or more"),
+        ({"length": 0}, "length is 0; it must be a whole number of 2 or more"),
+        ({"processes": 0}, "processes is 0; it must be a whole number of 1 or more"),
         (
             {"length": 8, "target_tokens": 0},
-            "target_tokens is 0; it must be a finite number of 1 or more",
+            "target_tokens is 0; it must be a whole number of 1 or more",
         ),
         ({"target_tokens": 4}, "target_tokens counts tokens of length"),
     ],

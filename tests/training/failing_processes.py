@@ -142,9 +142,9 @@ def undisturbed(root: Path) -> Any:
 
 
 def kills(root: Path) -> Any:
-    """Kill runs under torchrun's agent, and resume them. The seed's instants are in the middle of a run."""
+    """Kill runs under torchrun's agent, and resume them. At both instants of this seed a run trains."""
     trial = killed_processes.Trial(root / "kills", epochs=2)
-    trial.run(kills=2, victims=("one", "launcher"), seed=749)
+    trial.run(kills=3, victims=("one", "restarted", "launcher"), seed=SEED)
 
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {

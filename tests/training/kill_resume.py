@@ -80,7 +80,7 @@ class Trial:
         print(f"a run takes {duration:.2f} s and {total} steps of saving", flush=True)
 
         draw = random.Random(seed)
-        steps = range(1 + draw.randrange(every), total + 1, every)
+        steps = range(1 + draw.randrange(min(every, total)), total + 1, every)
         killed = tries = 0
         while killed < instants:
             tries += 1

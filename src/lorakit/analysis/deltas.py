@@ -234,8 +234,7 @@ def trained_notices(stored: StoredAdapter) -> list[str]:
     if not stored.trained:
         return []
     names = list(stored.trained)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{len(names)} parameters are also trained in full: {', '.join(names[:3])}{more}."]
+    return [f"{len(names)} parameters are also trained in full: {listed(names, 3)}."]
 
 
 def parts_of(layer: StoredLayer) -> list[Factors]:

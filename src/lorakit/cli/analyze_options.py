@@ -19,7 +19,7 @@ class OutputFiles:
     plot: str | None = None
     """Write a figure to this file (.png, .svg or .pdf)."""
     report: str | None = None
-    """Write an HTML report with figure, numbers and findings to this file (.html)."""
+    """Write an HTML report to this file (.html)."""
     overwrite: bool = False
     """Replace an existing report."""
 

@@ -259,6 +259,7 @@ def _score(base: Base, test: ExampleSet, size: Size) -> Evaluation:
         test.examples[: size.test_loss],
         collator(base),
         batch_size=BatchSize(16),
+        task=TEXT.type,
     )
     decoding = Decoding(max_new_tokens=32, batch_size=24)
     text = generated(base, test.examples[: size.test_texts], decoding)

@@ -60,7 +60,6 @@ class GenerateConfig(AdaptedConfig):
     """Greedy, sampling or beam search. Unset fields take the named task's values (E2E: 10 beams)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         chosen = {"chat": self.chat, "raw": self.raw, "data.task": self.data != PromptDataConfig()}
         formats = [name for name, on in chosen.items() if on]
         if len(formats) > 1:
@@ -70,6 +69,7 @@ class GenerateConfig(AdaptedConfig):
         if (self.prompt is None) == (self.file is None):
             raise ConfigurationError("Set either prompt (--prompt TEXT) or file (--file PATH).")
         require_suffix("output", self.output, ".jsonl")
+        super().__post_init__()  # may import PyTorch
 
 
 CONFIGS = (GenerateConfig,)

@@ -135,7 +135,7 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}"
     names, model = opened.store.names(), opened.base.model
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     print(
         visible(
             f"lorakit serve: {address}, base {opened.name} ({dtype}, {model.device}), {opened.engine.name} "

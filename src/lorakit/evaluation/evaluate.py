@@ -245,7 +245,7 @@ def held_out(
     collate: Collate,
     *,
     batch_size: BatchSize,
-    task: type[Task] = Completion,
+    task: type[Task],
     labels: Sequence[str] = (),
     progress: Progress | None = None,
     rank: int = 0,

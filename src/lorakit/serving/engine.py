@@ -271,7 +271,8 @@ class Engine(Protocol):
     def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
         """Return the log-probabilities of ``tokens[start:]``, each given all tokens before it, computed alone.
 
-        The result also serves as the reference of `Token.logprob`: nothing else is in its forward passes.
+        `start` is at least 1, and the tokens fit the context. The result also serves as the reference of
+        `Token.logprob`: nothing else is in its forward passes.
         """
         ...
 

@@ -53,7 +53,9 @@ class Labelled(Task):
     @classmethod
     def check_scoring(cls, examples: Groups) -> None:
         """Score the labels themselves. All of them: a score may need two classes."""
-        cls.score(targets(examples), examples)
+        labels = targets(examples)
+        classes = 1 + max(map(int, labels)) if cls.kind == "classification" else 1
+        cls.score(labels, examples, classes=classes)
 
     def encode_unlabelled(self, fields: Fields) -> LabelledExample:
         """Return the example of a row to predict. Its label is 0 and has no meaning."""

@@ -86,8 +86,8 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.warmup is {self.warmup}; it must be a share below 1 or a whole number of steps."
             )
-        for beta in self.betas:
-            require_at_least("optimizer.betas", beta, 0, below=1)
+        for index, beta in enumerate(self.betas):
+            require_at_least(f"optimizer.betas[{index}]", beta, 0, below=1)
 
 
 @strict

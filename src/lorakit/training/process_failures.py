@@ -105,7 +105,7 @@ class Peers:
     def _is_done(self, other: int) -> bool:
         """Return whether another process needs the store no more: it has its error, or has ended."""
         keys = f"told/{other}", f"failed/{other}"
-        return any(self._store.check([key]) for key in keys) or self._has_ended(other)
+        return any(self._store.check([key]) for key in keys) or self._is_closed(other)
 
     def reach(self) -> None:
         """Record that this process is about to communicate.
@@ -178,13 +178,15 @@ class Peers:
 
     def _has_ended(self, other: int) -> bool:
         """Return whether another process has ended without noticing that a third one has."""
+        return self._is_closed(other) and not self._store.check([f"noticed/{other}"])
+
+    def _is_closed(self, other: int) -> bool:
         try:
-            closed = self._connections[other].recv(1) == b""
+            return self._connections[other].recv(1) == b""
         except BlockingIOError:
-            closed = False
+            return False
         except OSError:
-            closed = True
-        return closed and not self._store.check([f"noticed/{other}"])
+            return True
 
     def _is_late(self, other: int) -> bool:
         return self._store.add(f"reached/{other}", 0) < self._reached

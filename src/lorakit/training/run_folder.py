@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its lock, and its result.
+"""The folder of a run: its files and its result.
 
 =================  ===================================================================================
 config.yaml        every setting, also defaults; ``--config`` with this file repeats the run

@@ -108,7 +108,7 @@ def test_merging_is_advised_only_where_peft_can_merge(option: str):
         ({"peft_type": None}, "has no peft_type"),
         ({"peft_type": "IA3"}, "of type 'IA3'; lorakit reads only LORA"),
         ({"peft_type": ["LORA"]}, r"of type \['LORA'\]"),
-        ({"r": 0}, "r is 0; it must be a finite number of 1 or more"),
+        ({"r": 0}, "r is 0; it must be a whole number of 1 or more"),
         ({"r": -8}, "r is -8"),
         ({"r": 8.0}, "r is 8.0"),
         ({"r": True}, "r is True"),

@@ -26,10 +26,10 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/v1/completions", response_model=Completion, responses=STREAM)
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """Continue texts with the base, an adapter, or a blend of adapters."""
-    context = serving_of(request).engine.limits.context
+    prompts, context = body.prompts, serving_of(request).engine.limits.context
 
     def encode(lease: Lease) -> Prompts:
-        ids = [encode_prompt(lease.tokenizer, prompt, context) for prompt in body.prompts]
+        ids = [encode_prompt(lease.tokenizer, prompt, context) for prompt in prompts]
         return ids, frozenset()
 
     generation = await begin(request, body, encode)

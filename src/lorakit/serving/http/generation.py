@@ -321,15 +321,18 @@ async def collect(generation: Generation) -> list[Whole]:
         ApiError: An answer ended with an error.
     """
     answers = [Whole() for _ in generation.requests]
+    texts: list[list[str]] = [[] for _ in answers]
     try:
         async for index, event in generation.events():
             if isinstance(event, Piece):
-                answers[index].text += event.text
+                texts[index].append(event.text)
                 answers[index].tokens += event.tokens
             elif event.reason in ("stop", "length"):  # `events` raises for others
                 answers[index].reason = event.reason
     finally:
         generation.cancel()
+    for answer, parts in zip(answers, texts, strict=True):
+        answer.text = "".join(parts)
     return answers
 
 
