@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lorakit.errors import BaseModelError
 from lorakit.models.sources import ModelSource, did_you_mean
 
 
-def locate_on_hub(source: ModelSource) -> tuple[str | None, Path | None]:
-    """Return the model's commit, and if the hub is unreachable the folder of that commit in the local cache.
+def locate_on_hub(source: ModelSource) -> tuple[str | None, bool]:
+    """Return the model's commit, and whether the hub is reachable: if not, it is the commit in the local cache.
 
     One request distinguishes a wrong name from a network failure; ``from_pretrained`` would retry
     for half a minute. Model and tokenizer then come from the same commit.
@@ -29,7 +30,7 @@ def locate_on_hub(source: ModelSource) -> tuple[str | None, Path | None]:
 
     name, revision = source.path_or_id, source.revision
     try:
-        return HfApi().model_info(name, revision=revision, timeout=20).sha, None
+        return HfApi().model_info(name, revision=revision, timeout=20).sha, True
     except GatedRepoError as error:
         raise BaseModelError(
             f"'{name}' on the hub is gated. Accept its terms at https://huggingface.co/{name} and log "
@@ -49,8 +50,7 @@ def locate_on_hub(source: ModelSource) -> tuple[str | None, Path | None]:
     except Exception as error:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if isinstance(cached, str):
-            folder = Path(cached).parent
-            return folder.name, folder
+            return Path(cached).parent.name, False
         if isinstance(error, OfflineModeIsEnabled):
             reason = "HF_HUB_OFFLINE disables the hub"
         elif isinstance(error, HfHubHTTPError):
@@ -61,3 +61,13 @@ def locate_on_hub(source: ModelSource) -> tuple[str | None, Path | None]:
             f"'{name}' is not a short name, not a local path and not in the local cache, and {reason}."
             f"{did_you_mean(name)}"
         ) from error
+
+
+def files_on_hub(name: str, commit: str | None, *, reachable: bool) -> list[str]:
+    """Return the names of a model's files on the hub; without the hub, those in the local cache."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if reachable:
+        return HfApi().list_repo_files(name, revision=commit)
+    cached = try_to_load_from_cache(name, "config.json", revision=commit)
+    return os.listdir(Path(cached).parent) if isinstance(cached, str) else []

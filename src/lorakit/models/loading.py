@@ -138,9 +138,9 @@ def load_base(
     if quantisation:
         notices += quantise_base(model, quantisation, dtypes, weights_dtype)
     require_exact_layers(model)
-    if source.packaged or source.kind != "folder":
+    if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.
-        model.config._name_or_path, model.config._commit_hash = source.name, source.revision
+        model.config._name_or_path = source.name
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     set_padding(base)
     return base
@@ -240,8 +240,6 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {message[:500]}"
         if source.kind == "gguf":
             reason += f". To convert the GGUF file again, delete '{path}'"
-        elif path != source.path_or_id:
-            reason += ". The hub cannot be reached, and its cached copy may be incomplete"
         raise BaseModelError(
             f"'{source.name}' cannot be loaded for the task '{task}': {reason.rstrip('.')}."
         ) from error

@@ -25,12 +25,10 @@ def locate(
     path, notices = source.path_or_id, []
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
-        commit, cached = locate_on_hub(source)
+        commit, reachable = locate_on_hub(source)
         source = replace(source, revision=commit)
-        if cached is None:
-            options["revision"] = commit
-        else:
-            path, options["local_files_only"] = str(cached), True
+        options |= {"revision": commit, "local_files_only": not reachable}
+        if not reachable:
             notices = ["The hub cannot be reached; the copy in the local cache is used."]
     elif source.kind == "gguf":
         folder = (converted_folder if weights else described_folder)(Path(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import BaseModelError, LorakitError
+from lorakit.models.hub import files_on_hub
 from lorakit.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
     advice = "restore its files from the model's source."
     if source.kind == "hub":
         commit = f" --revision {source.revision}" if source.revision else ""
-        advice = f"run: hf download {source.path_or_id}{commit} --force-download"
+        advice = f"run: hf download {path}{commit} --force-download"
     elif source.kind == "gguf":
         advice = f"delete '{path}' to convert the GGUF file again."
     return (
@@ -75,13 +76,12 @@ def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
 
 def _has_tokenizer(path: str, options: Mapping[str, Any]) -> bool:
     """Return whether a folder or a hub id has files of a tokenizer."""
-    from huggingface_hub import HfApi
-
     if Path(path).is_dir():
         names = os.listdir(path)
     else:
+        commit, reachable = options["revision"], not options["local_files_only"]
         try:
-            names = HfApi().list_repo_files(path, revision=options["revision"])
+            names = files_on_hub(path, commit, reachable=reachable)
         except Exception:  # the connection was lost, which also explains the first error
             return True
     return any(fnmatch(name, pattern) for name in names for pattern in _FILES)
