@@ -186,8 +186,8 @@ def _errors(row: dict[str, Any], how: str = "predicted") -> tuple[float, float]:
     """Return the relative errors of the predicted memory and time."""
     memory, _, seconds = _measured(row)
     chosen = row[how]["chosen"]
-    # What is measured excludes the interpreter.
-    predicted = chosen["memory"]["total"] - chosen["memory"]["interpreter"]
+    # What is measured excludes the interpreter, as older records of plans do too.
+    predicted = chosen["memory"]["total"] - chosen["memory"].get("interpreter", 0)
     return predicted / memory - 1, chosen["seconds"] / seconds - 1
 
 

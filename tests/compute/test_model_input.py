@@ -12,7 +12,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 from lorakit import PrefixEmbedding, PrefixLayer, attach
 from lorakit.compute.base import check_context
 from lorakit.compute.batching import collator
-from lorakit.compute.model_input import place
+from lorakit.compute.model_input import model_prompts, place
 from lorakit.compute.objective import LanguageModellingLoss
 from lorakit.errors import DataError
 from lorakit.evaluation.decoding import Decoding
@@ -47,6 +47,16 @@ def test_prefix_after_bos_and_infix_before_the_completion() -> None:
     assert example.input_ids == [1, 7, 8, 9, 2]
     assert place(language([7, 8], [9]), TOKENS, [1]).input_ids == [P, P + 1, 7, 8, X, 9]
     assert place(language([], [9]), TOKENS, []).input_ids == [P, P + 1, X, 9]
+
+
+def test_a_prompt_to_continue_keeps_bos_before_the_prefix() -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    base = base_of("llama", tokenizer)
+    attach(base.model, PrefixLayer(prefix_length=2, infix_length=1))
+    prompt = tokenizer("river")["input_ids"]
+    assert prompt[0] == tokenizer.bos_token_id
+    placed = [prompt[0], P, P + 1, *prompt[1:], X]
+    assert model_prompts(base.model, tokenizer, [prompt]) == [placed]
 
 
 def test_what_a_classifier_reads_ends_with_the_infix() -> None:

@@ -130,7 +130,7 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
             is_known=is_known,
             is_flattened=getattr(config, "model_type", None) in _FLATTENING,
             is_table=is_table,
-            is_read_directly=(is_table and (not is_known or path.endswith(_READ_DIRECTLY)))
+            is_read_directly=(is_table and not is_known)
             or never_calls(around[-2], path.rpartition(".")[2]),
             refused=_why_refused(model, path, config),
         )
@@ -139,9 +139,6 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
 
 _FLATTENING = ("opt",)
 """Architectures that pass all tokens of a batch in one axis to some layers."""
-
-_READ_DIRECTLY = ("rel_embeddings",)
-"""Tables whose weight known architectures read without calling them (DeBERTa-v2)."""
 
 _READ_POSITIONS = {"deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj")}
 """Layers that architectures also call with a table of positions, whose length may equal that of the batch."""

@@ -23,6 +23,7 @@ from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.formatting import listed
 from lorakit.methods.lora.layer import dora_factor
 from lorakit.models.layers import natural
 from lorakit.ops.autocast import wide_dtype

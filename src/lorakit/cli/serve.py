@@ -132,6 +132,8 @@ def _listener(config: ServeConfig) -> socket.socket:
 
 def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None:
     """Print where the server is, what it serves, and a command to try. Open the playground if asked."""
+    from lorakit.models.dtypes import dtype_name
+
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}"
     names, model = opened.store.names(), opened.base.model

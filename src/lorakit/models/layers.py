@@ -91,6 +91,29 @@ class RowSlice:
         return f"rows {self.offset}:{last} of every {self.stride}"
 
 
+def base_modules(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield `model.named_modules()` without the adapters, in time that does not depend on their number."""
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if remove_duplicate:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        yield path, module
+        if not module._modules:
+            continue
+        start = f"{path}." if path else ""
+        pending += [
+            (start + name, child)
+            for name, child in reversed(list(module._modules.items()))  # another thread may add one
+            if child is not None and not isinstance(child, AdapterSlot)
+        ]
+
+
 class LocatedModule(NamedTuple):
     """A module of a model with its path, its configuration and the module around it."""
 
@@ -102,15 +125,13 @@ class LocatedModule(NamedTuple):
     parent: nn.Module
 
 
-def walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[LocatedModule]:
-    """Yield every module of ``model`` below the root in model order, without adapters; shared ones once by default."""
+def walk(model: nn.Module) -> Iterator[LocatedModule]:
+    """Yield every module of ``model`` below the root once, in model order, without adapters."""
     seen = {id(model)}
 
     def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
         for name, child in list(parent._modules.items()):  # another thread may add one
-            if child is None or isinstance(child, AdapterSlot):
-                continue
-            if remove_duplicate and id(child) in seen:
+            if child is None or id(child) in seen or isinstance(child, AdapterSlot):
                 continue
             seen.add(id(child))
             governing = _configuration(child) or config
@@ -118,15 +139,6 @@ def walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Located
             yield from descend(child, f"{prefix}{name}.", governing)
 
     yield from descend(model, "", _configuration(model))
-
-
-def base_modules(
-    model: nn.Module, *, remove_duplicate: bool = True
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `model.named_modules()` without the adapters, in time that does not depend on their number."""
-    yield "", model
-    for at in walk(model, remove_duplicate=remove_duplicate):
-        yield at.path, at.module
 
 
 def _configuration(module: nn.Module) -> Any:

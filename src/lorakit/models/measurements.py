@@ -41,7 +41,7 @@ def keep_measurement(path: Path, measured: DataclassInstance, identity: Mapping[
     Raises:
         LorakitError: The folder is not writable.
     """
-    with storage.atomic_file(path) as temporary:
+    with storage.writing(path), storage.atomic_file(path) as temporary:
         record = {_key(type(measured)): dataclasses.asdict(measured)}
         storage.write_record(temporary, {**record, "identity": dict(identity)})
 

@@ -24,6 +24,7 @@ from lorakit.models.sharding import (
     own_part,
     reached,
     split_blocks,
+    whole_tensor,
 )
 from lorakit.training.distributed import COMMAND, Processes
 from lorakit.training.process_failures import CHECKED_FOR
@@ -133,9 +134,9 @@ def whole_in_first(tensors: Mapping[str, Tensor], processes: Processes) -> dict[
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        whole = tensor.detach().full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
-        if processes.is_first:
-            found[name] = whole.cpu() if is_split(tensor) else whole
+        with whole_tensor(tensor.detach()) as whole:
+            if processes.is_first:
+                found[name] = whole.cpu() if is_split(tensor) else tensor
     return found
 
 

@@ -317,8 +317,8 @@ def set_in(*keys):
         ),
         (set_in("trained", {"head.weight": "absent"}), "the trained 'head.weight': the tensor file has no 'absent'"),
         (set_in("repeated", 7), "does not match"),
-        (set_in("base", {"architecture": {}}), "architecture needs class_name"),
-        (set_in("base", []), "record of the base model has an invalid value"),
+        (set_in("base", {"architecture": {}}), "no valid 'architecture'"),
+        (set_in("base", []), "no valid 'architecture'"),
         (set_in("provenance", ["x"]), "does not match"),
     ],
 )  # fmt: skip

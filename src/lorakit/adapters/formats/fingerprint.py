@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
-from lorakit.configuration import conform, converted
-from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
+from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
@@ -97,25 +96,36 @@ class BaseRecord:
         Raises:
             AdapterFileError: A part is missing or of another type.
         """
-        try:
-            known = converted(values, dict[str, Any], "it")
-            optional = ("excluded", "configuration", "tokenizer")
-            record = cls(
-                **{name: known.get(name) for name in _PARTS},
-                **{name: known[name] for name in optional if name in known},
-            )
-            conform(record)
-            for name in _PARTS:
-                conform(getattr(record, name), name)
-        except ConfigurationError as error:
+        parts: dict[str, Any] = {}
+        for name, kind in _PARTS.items():
+            part = values.get(name) if isinstance(values, Mapping) else None
+            names = [f.name for f in fields(kind)]
+            if (
+                not isinstance(part, Mapping)
+                or part.keys() != set(names)
+                or not all(isinstance(value, str | None) for value in part.values())
+            ):
+                raise AdapterFileError(
+                    f"the record of the base model has no valid '{name}': it holds {part!r}, but texts or null "
+                    f"for {', '.join(names)} were expected."
+                )
+            parts[name] = kind(**part)
+        excluded = values.get("excluded", [])
+        if not isinstance(excluded, list) or not all(isinstance(n, str) for n in excluded):
             raise AdapterFileError(
-                f"the record of the base model has an invalid value: {error}"
-            ) from None
-        return record
+                f"the record of the base model has {excluded!r:.60} as 'excluded'; a list of names was expected."
+            )
+        for name, kind in (("configuration", dict), ("tokenizer", str)):
+            parts[name] = values.get(name)
+            if not isinstance(parts[name], kind | None):
+                raise AdapterFileError(
+                    f"the record of the base model has {parts[name]!r:.60} as '{name}'; a {kind.__name__} or null was "
+                    "expected."
+                )
+        return cls(**parts, excluded=tuple(excluded))
 
 
-_PARTS = ("architecture", "source", "weights")
-"""The records in a record."""
+_PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}
 
 
 def base_record(
@@ -228,13 +238,7 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         return []  # these weights round to those of the training, so they are at least as precise
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
-    revisions = {recorded.source.revision, live.source.revision}
-    # A model that transformers has loaded, not lorakit, has no revision.
-    same_source = (
-        recorded.source.name is not None
-        and recorded.source.name == live.source.name
-        and len(revisions - {None}) < 2
-    )
+    same_source = recorded.source.name is not None and recorded.source == live.source
     if then.bfloat16 is None or now.bfloat16 is None:
         unhashed = now if now.bfloat16 is None else then
         if same_source:
@@ -251,7 +255,7 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     # float32 is rounded to bfloat16 once, in the load or for the hash, so equal weights have equal hashes. Other
     # dtypes round a second time. A local path has no revision: its weights may have been replaced.
     if then.dtype != now.dtype and {then.dtype, now.dtype} != {"float32", "bfloat16"}:
-        if same_source and None not in revisions:
+        if same_source and live.source.revision is not None:
             return [f"{change}, both of {_describe(live)}. Rounded twice, they cannot be compared."]
         reason += f", perhaps only by rounding (load it as in the training, in {then.dtype}, to compare them)"
     raise _wrong_base(recorded, live, reason)

@@ -243,8 +243,8 @@ def check_numbers(settings: Any, rank: str, alpha: str, dropout: str) -> None:
     for name, value in _with_pattern(settings, alpha, "alpha_pattern"):
         if value == 0:
             raise ConfigurationError(
-                f"{name} is 0, so the adapter would have no effect. Use another number; alpha = 2 * rank is a common "
-                "start."
+                f"{name} is 0, so the adapter would have no effect. A trained adapter has another number; for a new "
+                "one, alpha = 2 * rank is a common start."
             )
     require_at_least(dropout, getattr(settings, dropout), 0, below=1)
 
