@@ -392,7 +392,7 @@ def test_a_signal_finishes_what_runs_and_refuses_the_rest(connect: Connect, serv
     assert running_one.recv(10_000)
     slow.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
     received = len(slow.recv(10))
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     wait_for(lambda: is_ending(connect(address)))
     late = connect(address)
     late.sendall(request(BODY))
