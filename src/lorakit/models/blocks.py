@@ -160,4 +160,4 @@ def _is_read_directly(modules: dict[str, LocatedModule], path: str) -> bool:
 
 
 def _any_inside(paths: list[str], *roots: str) -> bool:
-    return any(is_inside(path, root) for path in paths for root in roots)
+    return any(is_inside(path, *roots) for path in paths)

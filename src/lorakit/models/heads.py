@@ -103,8 +103,7 @@ def head_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
     return [
         at.path
         for at in modules
-        if (at.module is output or any(is_inside(at.path, head) for head in heads))
-        and is_adaptable(at)
+        if (at.module is output or is_inside(at.path, *heads)) and is_adaptable(at)
     ]
 
 
