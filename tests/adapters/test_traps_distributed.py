@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_the_size_of_a_sharded_adapter_is_that_of_its_file(
 @pytest.mark.parametrize("stage", ["sharded", "before backward"])
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["lora", "with trained copies"])
 def test_merge_into_a_sharded_model_is_refused(
-    stage: str, options: dict, process_group: None
+    stage: str, options: dict, process_group: None, tmp_path: Path
 ) -> None:
     """FSDP2 computes with its own shards, so the merged weights would be ignored."""
     model = tiny_models.build("gpt2")
@@ -191,9 +192,11 @@ def test_merge_into_a_sharded_model_is_refused(
     expected = model(IDS).logits
     if stage == "sharded":
         expected.sum().backward()
-    for merge in (adapters.merge, adapters.require_mergeable):
+    save = partial(model.save_pretrained, tmp_path / "saved")  # it would save the merged weights
+    for merge in (adapters.merge, adapters.require_mergeable, save):
         with pytest.raises(AdapterStateError, match=r"sharded over processes.*lorakit merge"):
             merge()
+    assert not (tmp_path / "saved").exists()
     assert not adapters.merged
     assert adapters.active == {"default": 1.0}
     assert torch.equal(model(IDS).logits, expected)

@@ -27,6 +27,7 @@ from lorakit import storage
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
+    require_whole,
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
@@ -53,14 +54,16 @@ def save_pretrained(
     The written weights are never quantised, also for a quantised base, because merged weights are not.
 
     Raises:
-        AdapterStateError: Called inside `per_sample`, where rows have different weights. Or `push_to_hub` is set and
-            an active adapter cannot be merged, so the base would be pushed without it.
+        AdapterStateError: Called inside `per_sample`, where rows have different weights, or on a model that is sharded
+            over processes. Or `push_to_hub` is set and an active adapter cannot be merged, so the base would be pushed
+            without it.
     """
     adapted = list(adapted_layers(model))
     if not adapted:  # detached, and a wrapper of the user's still calls this
         if state_dict is not None:
             kwargs["state_dict"] = state_dict
         return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
+    require_whole(model)
     names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
     unmerged, _ = next(unmergeable(model, names), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):

@@ -28,6 +28,7 @@ from lorakit.models.heads import backbone_of
 from lorakit.models.layers import ADAPTERS, base_modules
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
+from lorakit.models.sharding import sharded_part
 
 _LOG = logging.getLogger(__name__)
 
@@ -240,6 +241,16 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdap
         child = module._modules.get(ADAPTERS)
         if isinstance(child, LayerAdapters):
             yield path, module, child
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise an AdapterStateError if the model is sharded over processes, which would ignore a merged weight."""
+    if (sharded := sharded_part(model)) is not None:
+        raise AdapterStateError(
+            f"'{sharded}' is sharded over processes (FSDP2 or ZeRO-3), so no adapter can be merged into the weights, "
+            "as merge and save_pretrained do. Save the adapter with adapters.save(folder), and merge it into a whole "
+            "model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a base that is not sharded."
+        )
 
 
 def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:

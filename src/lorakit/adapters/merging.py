@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.export import tied_names, unties
-from lorakit.adapters.installed import adapted_layers, unmergeable
+from lorakit.adapters.installed import adapted_layers, require_whole, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import become_whole, make_whole, quantised_weight
-from lorakit.models.sharding import is_split
 
 _LOG = logging.getLogger(__name__)
 
@@ -180,26 +178,11 @@ def _restore_hooks(model: nn.Module) -> None:
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise an AdapterStateError if one of these adapters cannot be merged: it would change the model's function."""
-    sharded = _sharded(model)
-    if sharded is not None:
-        raise AdapterStateError(
-            f"'{sharded}' is sharded over processes (FSDP2 or ZeRO-3), which would ignore a merged weight. Save the "
-            "adapter with save(folder), and merge it into a whole model: `lorakit merge FOLDER OUTPUT`, or load() and "
-            "merge() on a base that is not sharded."
-        )
+    require_whole(model)
     for name, reason in unmergeable(model, names):
         raise AdapterStateError(
             f"'{name}' cannot be merged: {reason}. Use it unmerged, with activate()."
         )
-
-
-def _sharded(model: nn.Module) -> str | None:
-    """Return the name of a module or parameter that is sharded over processes; None if the model is whole."""
-    for path, module in model.named_modules():
-        # Between forward and backward FSDP2 may hold plain parameters.
-        if isinstance(module, FSDPModule):
-            return path or type(module).__name__
-    return next((name for name, p in model.named_parameters() if is_split(p)), None)
 
 
 def unmerge(model: nn.Module) -> None:

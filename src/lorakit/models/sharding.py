@@ -120,6 +120,15 @@ def is_split(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or "ds_id" in tensor.__dict__
 
 
+def sharded_part(model: nn.Module) -> str | None:
+    """Return the name of a module or parameter that is sharded over processes; None if the model is whole."""
+    for path, module in model.named_modules():
+        # Between forward and backward FSDP2 may hold plain parameters.
+        if isinstance(module, FSDPModule):
+            return path or type(module).__name__
+    return next((name for name, p in model.named_parameters() if is_split(p)), None)
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Return the shape of a tensor with the parts of all processes; DeepSpeed empties what it splits."""
     return tensor.__dict__.get("ds_shape", tensor.shape)
