@@ -276,14 +276,21 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
 
 def throughput(systems: Sequence[dict[str, Any]]) -> Any:
     """Return the table of the saturated trials."""
-    counts = sorted({t["adapters"] for s in systems for t in saturated(s)})
-    headings = ["base alone" if n == 0 else f"{n} adapter{'s' * (n > 1)}" for n in counts]
-    table = report.table("system", *headings)
+    chosen = {t["adapters"]: t["chosen"] for s in systems for t in saturated(s)}
+    counts = sorted(chosen)
+    table = report.table("system", *(_adapters(n, chosen[n]) for n in counts))
     for system in systems:
         by_count = {t["adapters"]: t for t in saturated(system)}
         if by_count:
             table.add_row(system["name"], *(_rate(by_count.get(n)) for n in counts))
     return table
+
+
+def _adapters(count: int, chosen: int) -> str:
+    """Return the heading of the trials with so many loaded adapters, of which requests name `chosen`."""
+    if count == 0:
+        return "base alone"
+    return f"{count} adapter{'s' * (count > 1)}" + (f", {chosen} used" if chosen < count else "")
 
 
 def _rate(trial: dict[str, Any] | None) -> str:

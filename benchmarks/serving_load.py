@@ -166,7 +166,7 @@ def _collect(ended: queue.SimpleQueue[Answer], count: int, until: float) -> bool
 def figures(trial: Trial) -> dict[str, Any]:
     """Return the measures of a trial, for JSON.
 
-    `lost` counts answers without an end, `short` those with fewer tokens than requested and no error. Latencies are of
+    `chosen` counts the adapters that the requests name, the base too. `lost` counts answers without an end, `short` those with fewer tokens than requested and no error. Latencies are of
     complete answers, in seconds; a lost answer counts with the time until the run gave up, because leaving it out would
     flatter a system that never answers.
     """
@@ -183,6 +183,7 @@ def figures(trial: Trial) -> dict[str, Any]:
     tokens = sum(len(a.times) for a in answers)
     return {
         "requests": len(answers),
+        "chosen": len({a.request.adapter for a in answers}),
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,

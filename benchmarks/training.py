@@ -1,7 +1,7 @@
 """Training speed, memory and loss of lorakit, PEFT, TRL, loralib and full fine-tuning.
 
-Every run is a separate process. The systems of a row alternate, round after round, so that a slow phase of the
-machine affects all. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT in float32 and
+Every run is a separate process. The systems of a row take turns in a random order, round after round, so that a slow
+phase of the machine affects all. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT in float32 and
 the settings that may be the fastest. TRL's default runs once, because it is the slowest. Each run starts with a sample
 of the matmul rate and of the memory bandwidth of the machine.
 """
@@ -9,6 +9,7 @@ of the matmul rate and of the memory bandwidth of the machine.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -164,7 +165,10 @@ def measure(prepared: Prepared, runs: Runs, *, quick: bool) -> dict[str, Any]:
     figures: dict[str, list[dict[str, Any]]] = {}
     peers = [*pefts, *trls]
     for number in range(rounds):
-        for system in (OURS, *peers, *extra):
+        systems = [OURS, *peers, *extra]
+        # A disturbance with the period of a round then hits other systems each time.
+        random.Random(number).shuffle(systems)
+        for system in systems:
             command = system.command(prepared.folder, held_out=number == 0)
             run = runs.run(f"{number} {system.name}", *command, sample=machine.sample)
             figures.setdefault(system.name, []).append(run)

@@ -57,9 +57,7 @@ def comparison(row: Row) -> Table:
             label,
             f"{median(speeds):,.0f}",
             f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-            f"{times_as_fast(row, name, row['default']):.2f}",
-            f"{times_as_fast(row, name, row['best']):.2f}",
-            *(f"{times_as_fast(row, name, peer):.2f}" for peer in row["trl_best"]),
+            *(compared(row, name, peer) for peer in (row["default"], row["best"], *row["trl_best"])),
             # The limit applies to LoRA only: full fine-tuning needs half as many products again.
             "" if name.startswith("full") else f"{median(speeds) / lowest:.0%}",
             f"{median(run['memory'] for run in runs) / 1e6:,.0f}",
@@ -73,10 +71,22 @@ def comparison(row: Row) -> Table:
     return table
 
 
+def compared(row: Row, name: str, other: str) -> str:
+    """Return the speed ratio of two systems, and its range over the rounds."""
+    found = ratios(row, name, other)
+    text, lowest, highest = (f"{value:.2f}" for value in (median(found), min(found), max(found)))
+    return text if lowest == highest else f"{text} ({lowest} to {highest})"
+
+
 def times_as_fast(row: Row, name: str, other: str) -> float:
     """Return the speed ratio of two systems: the median of the ratios within each round that ran both."""
+    return median(ratios(row, name, other))
+
+
+def ratios(row: Row, name: str, other: str) -> list[float]:
+    """Return the speed ratio of two systems within each round that ran both."""
     pairs = zip(row["runs"][name], row["runs"][other], strict=False)
-    return median(speed(run) / speed(other_run) for run, other_run in pairs)
+    return [speed(run) / speed(other_run) for run, other_run in pairs]
 
 
 def samples(row: Row, name: str) -> list[float]:

@@ -20,6 +20,7 @@ def trial(adapters: int, share: float | None, rate: float, **changes: Any) -> di
         "tokens_per_second": rate,
         "requests_per_second": rate / 40,
         "requests": 20,
+        "chosen": max(1, min(adapters, 20)),
         "first_token": found,
         "between_tokens": found,
         "errors": {},

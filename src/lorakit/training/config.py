@@ -194,7 +194,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the target probability that is spread evenly over all tokens or classes."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, up to two thirds more time."""
     compile: bool = False
     """Compile the model's blocks with torch.compile, which delays the start by a minute or more. For GPUs and
     long runs; on CPUs it gained 7 % with examples of similar lengths and lost 39 % with others."""
