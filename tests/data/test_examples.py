@@ -5,7 +5,7 @@ import re
 
 import datasets
 import pytest
-from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, DataTask, load_examples, task_of
 from lorakit.data.examples import RowReader
@@ -370,6 +370,35 @@ def test_a_held_out_fraction_divides_the_distinct_inputs(write):
     assert (train.report.held_out, validation.report.held_out) == (12, 48)
     shuffled = load(write(rows[::-1]), "validation", validation_fraction=0.2)
     assert {example.prompt for example in shuffled} == inside  # independent of the order of rows
+
+
+def test_the_same_conversations_are_held_out_on_another_day(write):
+    """A chat template may write the date (Llama 3.2); another base has another template."""
+
+    def conversation(n):
+        call = {"id": str(n), "function": {"name": "look", "arguments": {}}}
+        return [
+            {"role": "user", "content": f"river {n // 2}"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "park"},
+            {"role": "assistant", "content": f"pub {n}"},
+        ]
+
+    path = write([{"messages": conversation(n)} for n in range(40)])
+    prompts, origins = [], []
+    for day in ("28 July", "29 July"):
+        template = f"{{{{ 'Today is {day}. ' }}}}{CHAT_TEMPLATE}{{# tool_calls #}}"
+        held_out = load(
+            path,
+            "validation",
+            tokenizer=tiny_tokenizer(chat_template=template),
+            validation_fraction=0.2,
+        )
+        prompts.append(held_out[0].prompt)
+        origins.append([example.origin for example in held_out])
+    assert prompts[0] != prompts[1]
+    assert origins[0] == origins[1]
+    assert len(origins[0]) == 8  # 4 inputs, each twice: an id of a call makes no other input
 
 
 def test_sets_can_be_indexed_and_sliced(write):

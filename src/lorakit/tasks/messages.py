@@ -58,6 +58,18 @@ def bad_messages(problem: str) -> BadRow:
     return BadRow(problem, "messages")
 
 
+def key_of(messages: list[Message], tools: list[Any] | None) -> str:
+    """Return a text that is the same for the same messages and tools, whatever chat template renders them.
+
+    It leaves out what may differ between copies of a conversation, such as the ids of its tool calls.
+    """
+    turns = [
+        [m["role"], m["content"], *(c.get("function", c) for c in m.get("tool_calls", ()))]
+        for m in messages
+    ]
+    return json.dumps([turns, tools], sort_keys=True, default=str)
+
+
 def is_trained(message: Message) -> bool:
     """Return whether the loss includes an assistant's message: OpenAI's `weight` and axolotl's `train` exclude it."""
     return bool(message.get("weight", True) and message.get("train", True))

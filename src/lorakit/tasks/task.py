@@ -38,6 +38,12 @@ class Example:
     split: str = ""
     """Split of the row: its name on the hub, or the file name without suffixes."""
     truncated: bool = False
+    key: str = ""
+    """What identifies the input. Examples with the same key are in the same split. By default `prompt`; that of a chat
+    depends on the tokenizer, and on the day if the template writes a date."""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or self.prompt
 
     def __len__(self) -> int:
         return len(self.input_ids)
