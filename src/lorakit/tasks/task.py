@@ -164,7 +164,8 @@ class Task(ABC):
     scored_split: ClassVar[Literal["validation", "test"]] = "test"
     """Default split of `lorakit evaluate`: the split of the published scores."""
     classes: ClassVar[tuple[str, ...]] = ()
-    """Class names in index order, if the task defines them. A label is then a name or an index."""
+    """Class names in index order, if the task defines them. A label is then a name or an index; only a name if names
+    are numbers other than their indices."""
     derived: ClassVar[tuple[str, ...]] = ()
     """Fields that `rows` adds to those of the data. Templates can use them."""
 
