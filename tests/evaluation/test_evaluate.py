@@ -250,6 +250,19 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
     assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
 
 
+def test_a_limit_takes_evenly_spaced_prompts_and_ignores_the_other_rows(trained, tmp_path) -> None:
+    """Neighbours in a file are similar; WebNLG's is sorted by the number of triples."""
+    rows = [{"prompt": f"river {n // 2}:", "completion": f" pub {n}"} for n in range(20)]
+    rows[-1]["completion"] = " pub" * 100  # does not fit into the context of 64 tokens
+    data = DataConfig(test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows))
+    config = settings(trained, data=data, scores=("loss",), limit=5)
+    assert evaluate(config).examples == 10
+    scored = evaluate_module._read(config).examples
+    assert [example.prompt for example in scored[::2]] == [f"river {n}:" for n in (0, 2, 4, 6, 8)]
+    with pytest.raises(LorakitError, match="context"):
+        evaluate(dataclasses.replace(config, limit=None))
+
+
 def test_scores_are_shown_if_the_outputs_cannot_be_written(trained, tmp_path, monkeypatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -26,6 +26,7 @@ from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
+from lorakit.data.examples import evenly_spaced
 from lorakit.errors import (
     ConfigurationError,
     DataError,
@@ -97,7 +98,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         allow_other_base=config.allow_other_base,
         tokenizer=data.tokenizer,
     )
-    check_context(base, data.loaded)
+    check_context(base, data.examples)
     score = functools.partial(
         _score, config, base, task, data.examples, decoding.over(task.type.decoding)
     )
@@ -135,11 +136,10 @@ class _ScoredData:
     task: DataTask
     split: ScoredSplit
     tokenizer: PreTrainedTokenizerBase
-    loaded: Sequence[Example]
-    """All examples of the split."""
     sha256: str
+    """Digest of the split's whole content."""
     examples: Sequence[Example]
-    """The scored ones, in the order of their prompts if text is generated."""
+    """The scored examples, in the order of their prompts if text is generated."""
 
 
 def _read(config: EvaluateConfig) -> _ScoredData:
@@ -165,24 +165,19 @@ def _read(config: EvaluateConfig) -> _ScoredData:
         reader=reader,
         is_encoder_decoder=is_encoder_decoder(base_of(config.base, adapter)),
     )
-    examples = loaded.examples
+    groups: Groups = [[example] for example in loaded]
     if task.has_references:
-        groups = by_prompt(examples, config.limit)
-        examples = [example for group in groups.values() for example in group]
-        scored: Groups = list(groups.values())
-    else:
-        examples = examples[: config.limit]
-        scored = [[example] for example in examples]
+        groups = by_prompt(loaded)
+    groups = evenly_spaced(groups, config.limit)
     if "text" in config.scores or not task.has_references:
-        task.type.check_scoring(scored)
+        task.type.check_scoring(groups)
     return _ScoredData(
         adapter=adapter,
         task=task,
         split=split,
         tokenizer=tokenizer,
-        loaded=loaded.examples,
         sha256=loaded.sha256,
-        examples=examples,
+        examples=[example for group in groups for example in group],
     )
 
 
@@ -313,7 +308,7 @@ def generated(
     tokenizer = base.text_tokenizer
     stop_ids = task.stop_ids(tokenizer)
     settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
-    prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups.values()]
+    prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups]
 
     def answered(done: int) -> None:
         if progress is not None:
@@ -342,10 +337,10 @@ def generated(
             **group[0].gold,
             **_golds(group),
         }
-        for text, group in zip(texts, groups.values(), strict=True)
+        for text, group in zip(texts, groups, strict=True)
     ]
     answers = [record["output"] for record in outputs]
-    scores = _scores(task, answers, list(groups.values()), quick=quick, lowercase=lowercase)
+    scores = _scores(task, answers, groups, quick=quick, lowercase=lowercase)
     return Evaluation(scores=scores, outputs=outputs)
 
 
@@ -389,15 +384,13 @@ def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> li
     return prompt_input(base.model, base.text_tokenizer, ids)
 
 
-def by_prompt(
-    examples: Sequence[Example], limit: int | None = None
-) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group the examples of texts by the tokens to generate from, in order of appearance: the first `limit` groups."""
+def by_prompt(examples: Sequence[Example]) -> list[list[LanguageExample]]:
+    """Group the examples of texts by the tokens to generate from, in order of appearance."""
     groups: dict[tuple[int, ...], list[LanguageExample]] = {}
     for example in examples:
         if isinstance(example, LanguageExample):
             groups.setdefault(tuple(example.generation_ids), []).append(example)
-    return dict(list(groups.items())[:limit])
+    return list(groups.values())
 
 
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:

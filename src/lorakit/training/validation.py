@@ -127,7 +127,7 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
     """
     settings = job.config.evaluation
     assert job.validation is not None
-    groups = list(by_prompt(job.validation).values())
+    groups = by_prompt(job.validation)
     evaluation = generated(
         job.base,
         [example for group in evenly_spaced(groups, settings.samples) for example in group],
