@@ -303,6 +303,25 @@ def test_the_length_of_a_reference_does_not_change_the_prompt(
     assert received == [tokenizer(prompt)["input_ids"][-kept:]]
 
 
+def test_a_prompt_near_the_context_is_cut_like_a_longer_one(trained, tmp_path) -> None:
+    """In a context of 64 tokens, of which the answers need 20."""
+    rows = [{"prompt": "z" * count, "completion": " z"} for count in (30, 50, 58, 100)]
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    data = DataConfig(test=test, max_length=64, too_long="truncate")
+    config = settings(trained, data=data, decoding=Decoding(max_new_tokens=20))
+    assert len(evaluate(config).outputs) == 4
+
+
+def test_a_prompt_without_room_for_an_answer_stops_before_the_losses(trained, tmp_path) -> None:
+    rows = [{"prompt": "z" * count, "completion": " z"} for count in (30, 58)]
+    data = DataConfig(test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows))
+    config = settings(trained, data=data, decoding=Decoding(max_new_tokens=20))
+    with pytest.raises(
+        DataError, match=r"test\.jsonl:2 has 58 tokens; with max_new_tokens 20 that"
+    ):
+        evaluate(config, progress=lambda *_: pytest.fail("scored"))
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a classifier with named labels."""

@@ -35,9 +35,9 @@ from lorakit.errors import (
     RunFolderError,
 )
 from lorakit.evaluation.computed import Progress, computed, logits_of
-from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.generate import generate, generation_config, require_room
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import number
 from lorakit.models.loading import Base
@@ -99,9 +99,10 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         tokenizer=data.tokenizer,
     )
     check_context(base, data.examples)
-    score = functools.partial(
-        _score, config, base, task, data.examples, decoding.over(task.type.decoding)
-    )
+    decoding = decoding.over(task.type.decoding)
+    if "text" in config.scores and task.has_references:  # an error must not come after the losses
+        prompts_of(base, by_prompt(data.examples), decoding.max_new_tokens or NEW_TOKENS)
+    score = functools.partial(_score, config, base, task, data.examples, decoding)
     result = score(progress=progress)
     if config.compare and config.adapter is not None and task.generates:
         handle = handle_of(base.model)
@@ -308,7 +309,7 @@ def generated(
     tokenizer = base.text_tokenizer
     stop_ids = task.stop_ids(tokenizer)
     settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
-    prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups]
+    prompts = prompts_of(base, groups, settings.max_new_tokens)
 
     def answered(done: int) -> None:
         if progress is not None:
@@ -370,14 +371,25 @@ def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
     return {"golds": [*rows.values()]} if len(rows) > 1 and group[0].gold else {}
 
 
-def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
-    """Return the tokens to generate from.
+def prompts_of(
+    base: Base, groups: Sequence[Sequence[LanguageExample]], new_tokens: int
+) -> list[list[int]]:
+    """Return the tokens to generate from for each group of examples with one prompt.
 
-    If `data.max_length` cut an example of the group, they are cut to the model's context instead.
+    Raises:
+        DataError: A prompt leaves no room for the new tokens in the model's context. The message names its row.
     """
+    prompts = [_prompt(base, group, new_tokens) for group in groups]
+    origins = (group[0].origin for group in groups)
+    require_room(base.model, zip(origins, prompts, strict=True), new_tokens)
+    return prompts
+
+
+def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
+    """Return the tokens to generate from, cut to the model's context if `data.too_long` is truncate."""
     ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
     context = context_length(base.model)
-    if context and any(example.truncated for example in group):
+    if context and group[0].may_be_cut:
         room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
         keep = start_length(ids, start_ids(base.text_tokenizer))
         ids = cut_prompt(ids, max(room, 1), keep)

@@ -59,6 +59,8 @@ class LanguageExample(Example):
     """Number of leading tokens from which `completion` is generated."""
     uncut_prompt: list[int] | None = None
     """Token ids of the prompt without the cut that makes room for the completion; None without such a cut."""
+    may_be_cut: bool = False
+    """Whether a prompt that is too long is cut (`data.too_long` is truncate) and not rejected."""
 
     @property
     def prompt_ids(self) -> list[int]:
