@@ -133,7 +133,7 @@ def test_a_run_that_only_got_worse_says_so(call, folder, tmp_path, monkeypatch) 
     options += ["--evaluation.max_new_tokens", "2"]
     status, out, err = call(*train(folder, tmp_path / "run", *options))
     assert status == 0
-    note = "(4 examples, texts of 2 samples, best so far, but worse than before training)"
+    note = "(4 examples, texts of 2 samples, 2 cut at 2 tokens, best so far, but worse than before training)"
     assert err.count(note) == 2
     assert ", best)" not in err
     assert re.search(r"best .*\(step 2; worse than before training\)", out)

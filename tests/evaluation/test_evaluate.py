@@ -40,6 +40,7 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks import Completion
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
 
@@ -320,6 +321,22 @@ def test_a_prompt_without_room_for_an_answer_stops_before_the_losses(trained, tm
         DataError, match=r"test\.jsonl:2 has 58 tokens; with max_new_tokens 20 that"
     ):
         evaluate(config, progress=lambda *_: pytest.fail("scored"))
+
+
+def test_answers_that_are_cut_are_counted(trained, monkeypatch, caplog) -> None:
+    def answers(model, tokenizer, prompts, *_, on_cut, **__):
+        on_cut(1)
+        return ["river\n\npub"] * len(prompts)
+
+    monkeypatch.setattr(evaluate_module, "generate", answers)
+    config = settings(trained, scores=("text",), limit=3)
+    assert evaluate(config).cut == 1
+    assert "decoding.max_new_tokens (4) cut 1 of 3 answers, which lowers their" in caplog.text
+    caplog.clear()
+    first = classmethod(lambda cls, text: text.split("\n\n")[0])  # as the tasks of the paper
+    monkeypatch.setattr(Completion, "answer", first)
+    assert evaluate(config).cut == 0
+    assert caplog.text == ""
 
 
 @pytest.fixture(scope="module")

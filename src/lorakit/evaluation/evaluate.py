@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config, require_room
 from lorakit.evaluation.scoring_config import ScoredSplit
-from lorakit.formatting import number
+from lorakit.formatting import counted, number
 from lorakit.models.loading import Base
 from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, generic_task
 from lorakit.tasks.classification import targets
 from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Evaluation:
     """The same scores of the base without its adapter; empty if they were not computed."""
     examples: int = 0
     """Number of scored examples."""
+    cut: int = 0
+    """Number of generated texts that were cut at the maximum number of new tokens."""
     split: ScoredSplit = "test"
     """Scored split of the data."""
     sha256: str = ""
@@ -104,6 +109,16 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         prompts_of(base, by_prompt(data.examples), decoding.max_new_tokens or NEW_TOKENS)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
     result = score(progress=progress)
+    if result.cut:
+        most = decoding.max_new_tokens or NEW_TOKENS
+        _LOG.warning(
+            "decoding.max_new_tokens (%s) cut %s of %s, which lowers their scores. If the references are longer, raise "
+            "it: --decoding.max_new_tokens %s.",
+            most,
+            result.cut,
+            counted(len(result.outputs), "answer"),
+            2 * most,
+        )
     if config.compare and config.adapter is not None and task.generates:
         handle = handle_of(base.model)
         assert handle is not None
@@ -202,6 +217,7 @@ def _score(
     """Score the model with its active adapter."""
     scores: dict[str, float] = {}
     outputs: list[dict[str, Any]] = []
+    cut = 0
     if "loss" in config.scores or not task.has_references:
         loss = held_out(
             base.model,
@@ -223,8 +239,8 @@ def _score(
             lowercase=config.lowercase,
             progress=progress,
         )
-        scores, outputs = {**scores, **text.scores}, text.outputs
-    return Evaluation(scores=scores, outputs=outputs, examples=len(examples))
+        scores, outputs, cut = {**scores, **text.scores}, text.outputs, text.cut
+    return Evaluation(scores=scores, outputs=outputs, examples=len(examples), cut=cut)
 
 
 def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
@@ -315,6 +331,7 @@ def generated(
         if progress is not None:
             progress("prompts answered", done, len(prompts))
 
+    cut: set[int] = set()
     own = generate(
         base.model,
         tokenizer,
@@ -322,11 +339,15 @@ def generated(
         decoding,
         batch_size=batch_size,
         progress=answered,
+        on_cut=cut.add,
         stop_ids=stop_ids,
     )
-    texts = [""] * len(prompts)
-    for other, answers_of_one in enumerate(gather(own)):
+    # A task may end a text itself, at a blank line: then nothing is missing.
+    cut = {i for i in cut if task.answer(f"{own[i]} a") != task.answer(own[i])}
+    texts, total = [""] * len(prompts), 0
+    for other, (answers_of_one, cut_of_one) in enumerate(gather((own, len(cut)))):
         texts[other::count] = answers_of_one
+        total += cut_of_one
     added = tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]
     outputs = [
@@ -342,7 +363,7 @@ def generated(
     ]
     answers = [record["output"] for record in outputs]
     scores = _scores(task, answers, groups, quick=quick, lowercase=lowercase)
-    return Evaluation(scores=scores, outputs=outputs)
+    return Evaluation(scores=scores, outputs=outputs, cut=total)
 
 
 def _scores(

@@ -48,6 +48,7 @@ def generate(
     *,
     batch_size: BatchSize | None = None,
     progress: Callable[[int], None] | None = None,
+    on_cut: Callable[[int], None] | None = None,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
@@ -68,6 +69,7 @@ def generate(
         batch_size: Overrides that of `decoding`, and keeps the number of prompts that fit into memory. Sampling draws
             other random numbers in batches of another size.
         progress: Called after each batch with the number of finished prompts.
+        on_cut: Called with the place of each prompt whose new text reached max_new_tokens before an end token.
         stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
         interrupted: Called after each token; generation ends once it returns True.
@@ -144,8 +146,10 @@ def generate(
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())
         for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
-            new = itertools.takewhile(lambda token: token not in ends, row)
-            texts[i] = continuation_text(tokenizer, before[i], list(new))
+            new = list(itertools.takewhile(lambda token: token not in ends, row))
+            texts[i] = continuation_text(tokenizer, before[i], new)
+            if on_cut and len(new) == settings.max_new_tokens:
+                on_cut(i)
 
     done = 0
     devices = (parameter.device for parameter in model.parameters())

@@ -101,7 +101,8 @@ def _scores(
         if settings.samples:
             sampled = _sample(run, job, step, {} if job.config.shard else share)
             scores = {**scores, **sampled.scores}
-            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
+            cut = f", {sampled.cut} cut at {settings.max_new_tokens} tokens" if sampled.cut else ""
+            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}{cut}")
     return scores, notes
 
 
