@@ -13,6 +13,7 @@ from lorakit.data.templates import Template
 from lorakit.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
+TURNS = [{"role": role, "content": "x"} for role in ("user", "assistant")]
 PAIRS = [{"prompt": f"The river {n}", "completion": f" pub {n}"} for n in range(20)]
 
 
@@ -35,7 +36,7 @@ def load(train, split="train", *, tokenizer=TOKENIZER, labels=None, **settings):
     ("row", "task"),
     [
         ({"prompt": "a", "completion": "b"}, "completion"),
-        ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "chat"),
+        ({"messages": TURNS}, "chat"),
         ({"conversations": [{"from": f, "value": "x"} for f in ("human", "gpt")]}, "chat"),
         ({"instruction": "a", "input": "", "output": "b"}, "completion"),
         ({"text": "a"}, "text"),
@@ -483,6 +484,32 @@ def test_columns_that_are_not_read_are_said(write) -> None:
     assert str(report).endswith("1 of 1 rows; columns that are not read: system, id")
     assert load(train, task="chat").report.unread == ["id"]
     assert load(train, prompt_template="{system} {prompt}").report.unread == ["id"]
+
+
+@pytest.mark.parametrize(
+    ("task", "missing", "row"),
+    [
+        ("regression", "score", {"text": "a", "label": 1, "score": 0.5}),
+        ("completion", "prompt", {**INSTRUCTION, "prompt": "a", "completion": "b"}),
+        ("chat", "messages", {**INSTRUCTION, "messages": TURNS}),
+    ],
+)
+def test_all_rows_are_read_from_the_same_columns(write, task, missing, row):
+    """Also a row without a value in one of them, which has another layout of the task."""
+    unread = [name for name in row if name in (*INSTRUCTION, "label")]
+    assert load(write([row]), task=task).report.unread == unread
+    with pytest.raises(DataError, match=f":2: '{missing}' is missing"):
+        load(write([row, {**row, missing: None}]), task=task)
+
+
+def test_a_target_that_is_named_comes_before_a_score(write):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": 3.5, "score": 0.7, "stars": 4}]
+    path = write(rows)
+    assert load(path, task="regression")[0].label == 0.7
+    named = load(path, task="regression", columns={"label": "stars"})
+    assert named[0].label == 4
+    assert named.report.unread == ["label", "score"]
+    assert load(path, task="stsb")[0].label == 3.5  # whose layout has no score
 
 
 def test_a_template_is_rendered_once_for_each_row(write, monkeypatch):

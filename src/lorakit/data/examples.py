@@ -247,7 +247,7 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
-        format=task_class.source_format(columns.present, _fields(data, columns)),
+        format=task_class.source_format(columns.fields_of(task_class), _fields(data, columns)),
     )
 
 

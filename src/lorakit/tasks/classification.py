@@ -64,7 +64,7 @@ class Labelled(Task):
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
         """Tokenise the text or the pair of texts. `answer` is the label as text."""
         names = self.texts
-        if not names:  # fields without a value are absent
+        if not names:
             is_pair = "text" not in fields and not fields.keys().isdisjoint(PAIR)
             names = PAIR if is_pair else ("text",)
         texts = [text_field(fields, name) for name in names]
@@ -190,7 +190,8 @@ class Regression(Labelled):
 
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
-        column = "score" if fields.get("score") is not None else "label"
+        named = {name for layout in self.layouts for name in layout}
+        column = "score" if "score" in named & fields.keys() else "label"
         score = number(fields.get(column), column)
         return self._encode(fields, score, str(score))
 
