@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import try_to_write
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.formatting import counted
-    from lorakit.reporting.evaluation_report import answered, evaluation_page
+    from lorakit.reporting.evaluation_report import answered, evaluation_page, scored_part
     from lorakit.training.environment import command
 
     result = evaluate(config, progress=ProgressLine())
@@ -37,7 +37,8 @@ def run(argv: Sequence[str]) -> None:
         print_scores({"adapter": result.scores, "base": result.base_scores})
     else:
         print_scores({"value": result.scores})
-    print(f"on {counted(result.examples, 'example')} of the {result.split} data{answered(result)}")
+    part = scored_part(config, result.split)
+    print(f"on {counted(result.examples, 'example')} of the {part}{answered(result)}")
     if page is not None:
         print(f"outputs  {config.output}")
         print(
