@@ -39,6 +39,8 @@ def run(argv: Sequence[str]) -> None:
         print_scores({"value": result.scores})
     part = scored_part(config, result.split)
     print(f"on {counted(result.examples, 'example')} of the {part}{answered(result)}")
+    if result.f1_class:
+        print(f"f1 is that of class {result.f1_class!r}, the second of two")
     if page is not None:
         print(f"outputs  {config.output}")
         print(

@@ -42,7 +42,7 @@ from lorakit.evaluation.generate import generate, generation_config, require_roo
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import counted, number
 from lorakit.models.loading import Base
-from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, generic_task
+from lorakit.tasks import TASKS, Completion, Example, Labelled, LanguageExample, Task, generic_task
 from lorakit.tasks.classification import targets
 from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
@@ -66,6 +66,8 @@ class Evaluation:
     """Scored split of the data."""
     sha256: str = ""
     """Digest of the data in this split."""
+    f1_class: str = ""
+    """Name of the class whose F1 is the score `f1`; "" unless a task of lorakit has two classes."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
@@ -125,7 +127,13 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle.activate(None)
         compared = score(progress=_renamed(progress, "by the base"))
         result = dataclasses.replace(result, base_scores=compared.scores)
-    result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
+    is_binary = "f1" in result.scores and len(task.labels) == 2 and task.name in TASKS
+    result = dataclasses.replace(
+        result,
+        split=data.split,
+        sha256=data.sha256,
+        f1_class=task.labels[1] if is_binary else "",
+    )
     if config.output is not None:
         try:
             result.write_outputs(config.output, overwrite=config.overwrite)

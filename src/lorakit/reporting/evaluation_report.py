@@ -52,7 +52,10 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         for key, value in result.scores.items()
     ]
     columns = ("Score", "Adapter", "Base") if of_base else ("Score", "Value")
-    table = Table(caption=f"Scores on {part}: {count}.", columns=columns, rows=rows)
+    caption = f"Scores on {part}: {count}."
+    if result.f1_class:
+        caption += f" F1 is that of class {result.f1_class!r}, the second of two."
+    table = Table(caption=caption, columns=columns, rows=rows)
     sections = [
         Section(title="Scores", blocks=[KeyFigures(figures=figures), table]),
         Section(title="Examples", blocks=_examples(result.outputs)),
