@@ -42,7 +42,8 @@ def run(argv: Sequence[str]) -> None:
     if result.f1_class:
         print(f"f1 is that of class {result.f1_class!r}, the second of two")
     if page is not None:
-        print(f"outputs  {config.output}")
+        is_empty = "" if result.outputs else " (empty: the loss needs no generated text)"
+        print(f"outputs  {config.output}{is_empty}")
         print(
             f"report   {try_to_write(lambda: evaluation_page(config, result, command()).write(page))}"
         )
