@@ -35,6 +35,7 @@ from lorakit.errors import (
     WrongBaseError,
 )
 from lorakit.evaluation import evaluate as evaluate_module
+from lorakit.evaluation import inputs
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -291,7 +292,7 @@ def test_the_length_of_a_reference_does_not_change_the_prompt(
     data = DataConfig(
         test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows), max_length=40, too_long="truncate"
     )
-    monkeypatch.setattr(evaluate_module, "context_length", lambda model: context)
+    monkeypatch.setattr(inputs, "context_length", lambda model: context)
 
     def recording(model, tokenizer, prompts, *args, **kwargs):
         received.extend(prompts)

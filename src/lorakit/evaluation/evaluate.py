@@ -20,10 +20,9 @@ from lorakit.compute.adapted import base_of, open_adapted, tokenizer_of_adapted
 from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context, is_encoder_decoder
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import Collate, collator, context_length, prompt_input
+from lorakit.compute.batching import Collate, collator
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
-from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
@@ -38,13 +37,13 @@ from lorakit.errors import (
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.evaluation.generate import generate, generation_config, require_room
+from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.inputs import by_prompt, prompts_of
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import counted, number
 from lorakit.models.loading import Base
 from lorakit.tasks import TASKS, Completion, Example, Labelled, LanguageExample, Task, generic_task
 from lorakit.tasks.classification import targets
-from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
 
 _LOG = logging.getLogger(__name__)
@@ -398,40 +397,6 @@ def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
     """Return `golds` of an input that several rows have, which counts once for each of them (WikiSQL)."""
     rows = {id(e.gold): e.gold for e in group}  # the references of one row share their gold
     return {"golds": [*rows.values()]} if len(rows) > 1 and group[0].gold else {}
-
-
-def prompts_of(
-    base: Base, groups: Sequence[Sequence[LanguageExample]], new_tokens: int
-) -> list[list[int]]:
-    """Return the tokens to generate from for each group of examples with one prompt.
-
-    Raises:
-        DataError: A prompt leaves no room for the new tokens in the model's context. The message names its row.
-    """
-    prompts = [_prompt(base, group, new_tokens) for group in groups]
-    origins = (group[0].origin for group in groups)
-    require_room(base.model, zip(origins, prompts, strict=True), new_tokens)
-    return prompts
-
-
-def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
-    """Return the tokens to generate from, cut to the model's context if `data.too_long` is truncate."""
-    ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
-    context = context_length(base.model)
-    if context and group[0].may_be_cut:
-        room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
-        keep = start_length(ids, start_ids(base.text_tokenizer))
-        ids = cut_prompt(ids, max(room, 1), keep)
-    return prompt_input(base.model, base.text_tokenizer, ids)
-
-
-def by_prompt(examples: Sequence[Example]) -> list[list[LanguageExample]]:
-    """Group the examples of texts by the tokens to generate from, in order of appearance."""
-    groups: dict[tuple[int, ...], list[LanguageExample]] = {}
-    for example in examples:
-        if isinstance(example, LanguageExample):
-            groups.setdefault(tuple(example.generation_ids), []).append(example)
-    return list(groups.values())
 
 
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:

@@ -9,7 +9,8 @@ from typing import Any
 from lorakit.data.examples import evenly_spaced
 from lorakit.errors import DivergenceError, LorakitError
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
+from lorakit.evaluation.evaluate import Evaluation, generated, held_out
+from lorakit.evaluation.inputs import by_prompt
 from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.training.checkpoint import State
