@@ -61,11 +61,12 @@ def bad_messages(problem: str) -> BadRow:
 def key_of(messages: list[Message], tools: list[Any] | None) -> str:
     """Return a text that is the same for the same messages and tools, whatever chat template renders them.
 
-    It leaves out what may differ between copies of a conversation, such as the ids of its tool calls.
+    It leaves out what may differ between copies of a conversation: the ids of tool calls, and empty turns.
     """
     turns = [
         [m["role"], m["content"], *(c.get("function", c) for c in m.get("tool_calls", ()))]
         for m in messages
+        if m["content"].strip() or m.get("tool_calls")
     ]
     return json.dumps([turns, tools], sort_keys=True, default=str)
 
