@@ -36,8 +36,12 @@ def test_validation_data_are_scored_if_there_are_no_test_data(folder, capsys) ->
     held_out = ["--data.validation_fraction", "0.2"]
     assert main([*words, *held_out]) == 0
     unset = capsys.readouterr().out
-    assert "examples of the validation data" in unset
-    assert "the validation split of rows.jsonl" in Path("out.html").read_text()
+    assert "outputs  out.jsonl (empty: the loss needs no generated text)\n" in unset
+    assert "examples of the training data held out by validation_fraction 0.2" in unset
+    assert (
+        "rows.jsonl (training data held out by validation_fraction 0.2, "
+        in Path("out.html").read_text()
+    )
     words += ["--overwrite"]
     assert main([*words, *held_out, "--split", "validation"]) == 0
     assert capsys.readouterr().out == unset

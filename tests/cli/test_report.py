@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -133,7 +134,7 @@ def test_a_run_that_only_got_worse_says_so(call, folder, tmp_path, monkeypatch) 
     options += ["--evaluation.max_new_tokens", "2"]
     status, out, err = call(*train(folder, tmp_path / "run", *options))
     assert status == 0
-    note = "(4 examples, texts of 2 samples, best so far, but worse than before training)"
+    note = "(4 examples, texts of 2 samples, 2 cut at 2 tokens, best so far, but worse than before training)"
     assert err.count(note) == 2
     assert ", best)" not in err
     assert re.search(r"best .*\(step 2; worse than before training\)", out)
@@ -300,7 +301,7 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert float(shown) == pytest.approx(float(loss), abs=6e-4)
     before = json.loads((runs[0] / "result.json").read_text())["scores_before"]
     assert float(of_base) == pytest.approx(before["loss"], abs=6e-4)
-    assert "(4 examples, 4 prompts answered)" in page
+    assert "(test data, 4 examples, 4 prompts answered)" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
@@ -317,8 +318,12 @@ def test_labels_are_counted_against_predictions(call, tmp_path) -> None:
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
     status, out, err = call(*argv, "--base.dtype", "float32")
     assert (status, err.count("Traceback")) == (0, 0), err
-    assert "on 12 examples of the test data\n" in out
-    page = output.with_suffix(".html").read_text()
+    assert out.split("\n")[-5:-3] == [
+        "on 12 examples of the test data",
+        "f1 is that of class 'wet', the second of two",
+    ]
+    page = html.unescape(output.with_suffix(".html").read_text())
+    assert "test data: 12 examples. F1 is that of class 'wet'" in page
     assert "Confusion matrix" in page
     assert "predicted wet" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]

@@ -5,7 +5,7 @@ import re
 
 import datasets
 import pytest
-from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.data import DataConfig, DataTask, load_examples, task_of
 from lorakit.data.examples import RowReader
@@ -13,6 +13,7 @@ from lorakit.data.templates import Template
 from lorakit.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
+TURNS = [{"role": role, "content": "x"} for role in ("user", "assistant")]
 PAIRS = [{"prompt": f"The river {n}", "completion": f" pub {n}"} for n in range(20)]
 
 
@@ -35,7 +36,7 @@ def load(train, split="train", *, tokenizer=TOKENIZER, labels=None, **settings):
     ("row", "task"),
     [
         ({"prompt": "a", "completion": "b"}, "completion"),
-        ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, "chat"),
+        ({"messages": TURNS}, "chat"),
         ({"conversations": [{"from": f, "value": "x"} for f in ("human", "gpt")]}, "chat"),
         ({"instruction": "a", "input": "", "output": "b"}, "completion"),
         ({"text": "a"}, "text"),
@@ -372,6 +373,35 @@ def test_a_held_out_fraction_divides_the_distinct_inputs(write):
     assert {example.prompt for example in shuffled} == inside  # independent of the order of rows
 
 
+def test_the_same_conversations_are_held_out_on_another_day(write):
+    """A chat template may write the date (Llama 3.2); another base has another template."""
+
+    def conversation(n):
+        call = {"id": str(n), "function": {"name": "look", "arguments": {}}}
+        return [
+            {"role": "user", "content": f"river {n // 2}"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "park"},
+            {"role": "assistant", "content": f"pub {n}"},
+        ]
+
+    path = write([{"messages": conversation(n)} for n in range(40)])
+    prompts, origins = [], []
+    for day in ("28 July", "29 July"):
+        template = f"{{{{ 'Today is {day}. ' }}}}{CHAT_TEMPLATE}{{# tool_calls #}}"
+        held_out = load(
+            path,
+            "validation",
+            tokenizer=tiny_tokenizer(chat_template=template),
+            validation_fraction=0.2,
+        )
+        prompts.append(held_out[0].prompt)
+        origins.append([example.origin for example in held_out])
+    assert prompts[0] != prompts[1]
+    assert origins[0] == origins[1]
+    assert len(origins[0]) == 8  # 4 inputs, each twice: an id of a call makes no other input
+
+
 def test_sets_can_be_indexed_and_sliced(write):
     examples = load(write(PAIRS))
     assert list(examples) == examples.examples == examples[:]
@@ -454,6 +484,32 @@ def test_columns_that_are_not_read_are_said(write) -> None:
     assert str(report).endswith("1 of 1 rows; columns that are not read: system, id")
     assert load(train, task="chat").report.unread == ["id"]
     assert load(train, prompt_template="{system} {prompt}").report.unread == ["id"]
+
+
+@pytest.mark.parametrize(
+    ("task", "missing", "row"),
+    [
+        ("regression", "score", {"text": "a", "label": 1, "score": 0.5}),
+        ("completion", "prompt", {**INSTRUCTION, "prompt": "a", "completion": "b"}),
+        ("chat", "messages", {**INSTRUCTION, "messages": TURNS}),
+    ],
+)
+def test_all_rows_are_read_from_the_same_columns(write, task, missing, row):
+    """Also a row without a value in one of them, which has another layout of the task."""
+    unread = [name for name in row if name in (*INSTRUCTION, "label")]
+    assert load(write([row]), task=task).report.unread == unread
+    with pytest.raises(DataError, match=f":2: '{missing}' is missing"):
+        load(write([row, {**row, missing: None}]), task=task)
+
+
+def test_a_target_that_is_named_comes_before_a_score(write):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": 3.5, "score": 0.7, "stars": 4}]
+    path = write(rows)
+    assert load(path, task="regression")[0].label == 0.7
+    named = load(path, task="regression", columns={"label": "stars"})
+    assert named[0].label == 4
+    assert named.report.unread == ["label", "score"]
+    assert load(path, task="stsb")[0].label == 3.5  # whose layout has no score
 
 
 def test_a_template_is_rendered_once_for_each_row(write, monkeypatch):

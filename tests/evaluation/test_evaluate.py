@@ -35,11 +35,13 @@ from lorakit.errors import (
     WrongBaseError,
 )
 from lorakit.evaluation import evaluate as evaluate_module
+from lorakit.evaluation import inputs
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
+from lorakit.tasks import Completion
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
 
@@ -250,6 +252,19 @@ def test_rows_that_share_a_prompt_are_one_input_with_several_references(trained,
     assert first.scores["loss"] != pytest.approx(result.scores["loss"], rel=1e-4)
 
 
+def test_a_limit_takes_evenly_spaced_prompts_and_ignores_the_other_rows(trained, tmp_path) -> None:
+    """Neighbours in a file are similar; WebNLG's is sorted by the number of triples."""
+    rows = [{"prompt": f"river {n // 2}:", "completion": f" pub {n}"} for n in range(20)]
+    rows[-1]["completion"] = " pub" * 100  # does not fit into the context of 64 tokens
+    data = DataConfig(test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows))
+    config = settings(trained, data=data, scores=("loss",), limit=5)
+    assert evaluate(config).examples == 10
+    scored = evaluate_module._read(config).examples
+    assert [example.prompt for example in scored[::2]] == [f"river {n}:" for n in (0, 2, 4, 6, 8)]
+    with pytest.raises(LorakitError, match="context"):
+        evaluate(dataclasses.replace(config, limit=None))
+
+
 def test_scores_are_shown_if_the_outputs_cannot_be_written(trained, tmp_path, monkeypatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -277,7 +292,7 @@ def test_the_length_of_a_reference_does_not_change_the_prompt(
     data = DataConfig(
         test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows), max_length=40, too_long="truncate"
     )
-    monkeypatch.setattr(evaluate_module, "context_length", lambda model: context)
+    monkeypatch.setattr(inputs, "context_length", lambda model: context)
 
     def recording(model, tokenizer, prompts, *args, **kwargs):
         received.extend(prompts)
@@ -288,6 +303,41 @@ def test_the_length_of_a_reference_does_not_change_the_prompt(
     assert record["references"] == [row["completion"].strip() for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(trained / "base")
     assert received == [tokenizer(prompt)["input_ids"][-kept:]]
+
+
+def test_a_prompt_near_the_context_is_cut_like_a_longer_one(trained, tmp_path) -> None:
+    """In a context of 64 tokens, of which the answers need 20."""
+    rows = [{"prompt": "z" * count, "completion": " z"} for count in (30, 50, 58, 100)]
+    test = tiny_runs.write_rows(tmp_path / "test.jsonl", rows)
+    data = DataConfig(test=test, max_length=64, too_long="truncate")
+    config = settings(trained, data=data, decoding=Decoding(max_new_tokens=20))
+    assert len(evaluate(config).outputs) == 4
+
+
+def test_a_prompt_without_room_for_an_answer_stops_before_the_losses(trained, tmp_path) -> None:
+    rows = [{"prompt": "z" * count, "completion": " z"} for count in (30, 58)]
+    data = DataConfig(test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows))
+    config = settings(trained, data=data, decoding=Decoding(max_new_tokens=20))
+    with pytest.raises(
+        DataError, match=r"test\.jsonl:2 has 58 tokens; with max_new_tokens 20 that"
+    ):
+        evaluate(config, progress=lambda *_: pytest.fail("scored"))
+
+
+def test_answers_that_are_cut_are_counted(trained, monkeypatch, caplog) -> None:
+    def answers(model, tokenizer, prompts, *_, on_cut, **__):
+        on_cut(1)
+        return ["river\n\npub"] * len(prompts)
+
+    monkeypatch.setattr(evaluate_module, "generate", answers)
+    config = settings(trained, scores=("text",), limit=3)
+    assert evaluate(config).cut == 1
+    assert "decoding.max_new_tokens (4) cut 1 of 3 answers, which lowers their" in caplog.text
+    caplog.clear()
+    first = classmethod(lambda cls, text: text.split("\n\n")[0])  # as the tasks of the paper
+    monkeypatch.setattr(Completion, "answer", first)
+    assert evaluate(config).cut == 0
+    assert caplog.text == ""
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,19 @@ def test_generation_stops_at_the_tasks_stop_ids_and_when_interrupted(model, toke
     assert stopped == [ids[:3]]
 
 
+def test_texts_without_an_end_token_are_reported_as_cut(model, tokenizer) -> None:
+    ids = greedy_by_hand(model, tokenizer, PROMPTS[0], 12)
+    place = next(i for i in range(2, 12) if ids[i] not in ids[:i])
+    for most in (place, place + 1, 12):
+        cut: list[int] = []
+        settings = Decoding(max_new_tokens=most, batch_size=2)
+        texts = new_ids(
+            model, tokenizer, PROMPTS, settings, stop_ids=[ids[place]], on_cut=cut.append
+        )
+        assert sorted(cut) == [i for i, own in enumerate(texts) if len(own) == most]
+        assert (0 in cut) == (most == place)
+
+
 @pytest.mark.parametrize(
     ("kind", "continues", "text"),
     [("text", False, "    return"), ("ids", True, "    return"), ("ids", False, "   return")],

@@ -223,6 +223,30 @@ def test_runs_are_ranked_only_by_scores_whose_better_direction_is_known(run: Pat
     ]
 
 
+def test_losses_over_other_tokens_are_not_ranked(run: Path) -> None:
+    record = read_run(run)
+    scores = {"loss": 1.0, "perplexity": 2.7, "bleu": 9.0}
+    other = dataclasses.replace(
+        record,
+        label="other",
+        config={**record.config, "batch_size": 3},
+        result={**(record.result or {}), "scores": scores},
+    )
+    data = {**record.config["data"], "prompt_template": "{prompt}?"}
+
+    def ranked(**changes: Any) -> tuple[bool, bool]:
+        summary = comparison_page([record, dataclasses.replace(other, **changes)]).summary
+        assert any(line.startswith("BLEU of 4 samples is best in") for line in summary)
+        loss = any(line.startswith("Loss of 12 examples is best in") for line in summary)
+        return loss, any("means over different tokens" in line for line in summary)
+
+    assert ranked() == (True, False)
+    assert ranked(base={}) == (True, False)  # not recorded
+    assert ranked(base={**record.base, "tokenizer": "0" * 64}) == (False, True)
+    assert ranked(config={**other.config, "data": data}) == (False, True)
+    assert ranked(provenance={**record.provenance, "task": "text"}) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("seed", "digest", "summary"),
     [

@@ -98,10 +98,32 @@ def test_declared_class_names_keep_their_order_and_unseen_classes():
     assert Classification.labels_of(rows, known) == known
 
 
-@pytest.mark.parametrize("values", [[1, 1], []])
-def test_a_single_label_is_rejected(values):
-    with pytest.raises(DataError, match="needs at least two"):
-        Classification.labels_of({"label": label} for label in values)
+@pytest.mark.parametrize("known", [(), ("neg", "pos")])
+@pytest.mark.parametrize("values", [["neg", "neg"], []])
+def test_a_single_label_is_rejected(values, known):
+    """The first rows of a data set that is sorted by label, of which `data.limit` reads no others."""
+    with pytest.raises(DataError, match=r"needs at least two.* raise data\.limit"):
+        Classification.labels_of(({"label": label} for label in values), known)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [
+        (("dry", "wet"), {"dry": 0, "wet": 1, 0: 0, "1": 1, 2: None}),
+        (("1", "2", "3"), {1: 0, 2: 1, "3": 2, 0: None}),
+        (("0", "1", "other"), {0: 0, "1": 1, 2: 2, "other": 2}),
+    ],
+)
+def test_a_name_of_a_class_comes_before_its_index(monkeypatch, classes, labels):
+    monkeypatch.setattr(Classification, "classes", classes)
+    task = Classification(ENCODER, max_length=99, labels=classes)
+    for label, index in labels.items():
+        fields = {"text": "a", "label": label}
+        if index is None:
+            with pytest.raises(UnknownLabel, match="does not have; write one of"):
+                task.encode(fields)
+        else:
+            assert task.encode(fields).label == index
 
 
 def test_an_unknown_label_names_the_known_ones():

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.cli.report import try_to_write
     from lorakit.evaluation.evaluate import evaluate
     from lorakit.formatting import counted
-    from lorakit.reporting.evaluation_report import answered, evaluation_page
+    from lorakit.reporting.evaluation_report import answered, evaluation_page, scored_part
     from lorakit.training.environment import command
 
     result = evaluate(config, progress=ProgressLine())
@@ -37,9 +37,13 @@ def run(argv: Sequence[str]) -> None:
         print_scores({"adapter": result.scores, "base": result.base_scores})
     else:
         print_scores({"value": result.scores})
-    print(f"on {counted(result.examples, 'example')} of the {result.split} data{answered(result)}")
+    part = scored_part(config, result.split)
+    print(f"on {counted(result.examples, 'example')} of the {part}{answered(result)}")
+    if result.f1_class:
+        print(f"f1 is that of class {result.f1_class!r}, the second of two")
     if page is not None:
-        print(f"outputs  {config.output}")
+        is_empty = "" if result.outputs else " (empty: the loss needs no generated text)"
+        print(f"outputs  {config.output}{is_empty}")
         print(
             f"report   {try_to_write(lambda: evaluation_page(config, result, command()).write(page))}"
         )

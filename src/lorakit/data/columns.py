@@ -57,8 +57,9 @@ class ColumnMap:
         unnamed = [name for name in self.columns if name not in self.renamed.values()]
         self.present = {*unnamed, *self.renamed, *self.templates}
         """Fields and columns by which "auto" chooses the task; a column that has become a field counts as that."""
-        chosen = {*config.columns, *self.templates}
-        self.present -= conversion.lone_columns(self.present) - chosen
+        self.chosen = {*config.columns, *self.templates}
+        """Fields that the configuration names."""
+        self.present -= conversion.lone_columns(self.present) - self.chosen
         # Of a text and a pair of texts, a task reads those that `columns` names.
         named, pair = set(config.columns), set(PAIR)
         other = {"text"} if named & pair else set()
@@ -78,7 +79,7 @@ class ColumnMap:
     def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of one row with rendered templates, to infer the task and its labels.
 
-        Missing fields are omitted. `examples` prepares a row for encoding.
+        `examples` prepares a row for encoding.
 
         Raises:
             BadRow: A template cannot be rendered.
@@ -93,15 +94,17 @@ class ColumnMap:
         """
         # A task converts no other fields to those that a template renders.
         to_render = dict.fromkeys(self.templates, "")
-        for fields in task.rows({**to_render, **self._rename(values)}):
+        read = self.fields_of(type(task))
+        own = {name: value for name, value in self._rename(values).items() if name in read}
+        for fields in task.rows({**to_render, **own}):
             texts = self._render({**values, **fields})
             if isinstance(task, NamedText) and "prompt" in texts and "completion" not in texts:
                 texts["completion"] = task.after(texts["prompt"], fields["completion"])
             yield {**fields, **texts}
 
     def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {field: values.get(self.column_of(field)) for field in self.fields}
-        return {field: value for field, value in fields.items() if value is not None}
+        """Return the fields of a row, None where it has no value."""
+        return {field: values.get(self.column_of(field)) for field in self.fields}
 
     def _render(self, values: Mapping[str, Any]) -> dict[str, str]:
         return {
@@ -144,14 +147,27 @@ class ColumnMap:
         if task not in GENERIC.values():
             return []
         fields = {name for template in self.templates.values() for name in template.fields}
-        layout = next((own for own in task.layouts if set(own) <= set(self.fields)), ())
-        fields.update(layout)
-        if task is Completion:
-            fields.update(set(conversion.PROMPT_COMPLETION) & self.renamed.keys())
-        if task is Chat or layout == conversion.ALPACA:
-            fields.update(OPTIONAL_FIELDS)
+        fields |= self.fields_of(task) - self.templates.keys()
         read = set(map(self.column_of, fields))
         return [column for column in self.columns if column not in read]
+
+    def fields_of(self, task: type[Task]) -> set[str]:
+        """Return the fields that `task` reads. Of several layouts in the data it reads one, the same in all rows.
+
+        That is the one of which the configuration names most fields, or else the first.
+        """
+        layouts = [own for own in task.layouts if set(own) <= set(self.fields)]
+        if task not in GENERIC.values() or not layouts:  # rows to predict need no target
+            return set(self.fields)
+        layout = max(layouts, key=lambda own: len(self.chosen.intersection(own)))
+        fields = set(layout)
+        if task is Completion:
+            fields.update(self.chosen.intersection(conversion.PROMPT_COMPLETION))
+        if task is Chat:
+            fields.update(("system", "tools"))
+        if layout == conversion.ALPACA:
+            fields.update(OPTIONAL_FIELDS)
+        return fields.intersection(self.fields)
 
     def has_inputs(self, task: type[Labelled]) -> bool:
         """Return whether the rows have the texts of `task`."""

@@ -236,8 +236,8 @@ def load_examples(
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")
         report.held_out = report.read - report.skipped - len(examples)
     if split == "validation" and (train := reader.by_split.get("train")) is not None:
-        seen = {(example.prompt, example.completion) for example in train}
-        report.in_train = sum((e.prompt, e.completion) in seen for e in examples)
+        seen = {(example.key, example.completion) for example in train}
+        report.in_train = sum((e.key, e.completion) in seen for e in examples)
     reader.by_split[split] = examples
     report.kept = len(examples)
     report.truncated = sum(example.truncated for example in examples)
@@ -247,7 +247,7 @@ def load_examples(
         labels=task.labels,
         report=report,
         sha256=data.sha256,
-        format=task_class.source_format(columns.present, _fields(data, columns)),
+        format=task_class.source_format(columns.fields_of(task_class), _fields(data, columns)),
     )
 
 
@@ -413,21 +413,21 @@ def _listing(problems: Sequence[Problem]) -> list[str]:
 def _one_side(examples: list[Example], fraction: float, *, held_out: bool) -> list[Example]:
     """Return the validation side or the training side of the examples.
 
-    A hash of the input text picks the side. Several references for one input, and repeated rows, therefore stay on
-    one side; on both sides they would make the validation loss too low.
+    A hash of the input's key picks the side. Several references for one input, and repeated rows, therefore stay on
+    one side; on both sides they would make the validation loss too low. An input has the same side in every run.
     """
-    prompts = sorted(
-        {example.prompt for example in examples},
-        key=lambda prompt: hashlib.sha256(prompt.encode()).digest(),
+    keys = sorted(
+        {example.key for example in examples},
+        key=lambda key: hashlib.sha256(key.encode()).digest(),
     )
-    if len(prompts) < 2:
+    if len(keys) < 2:
         raise DataError(
             "data.validation_fraction needs at least two distinct inputs; the data has one. Add rows, or set "
             "data.validation instead."
         )
-    count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
-    validation = set(prompts[:count])
-    return [example for example in examples if (example.prompt in validation) == held_out]
+    count = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
+    validation = set(keys[:count])
+    return [example for example in examples if (example.key in validation) == held_out]
 
 
 def evenly_spaced(items: Sequence[T], limit: int | None) -> Sequence[T]:

@@ -173,8 +173,8 @@ def _token_text(tokenizer: PreTrainedTokenizerBase, before: list[int], token: in
 
 
 def _split_preview(examples: ExampleSet) -> SplitPreview:
-    prompts = Counter(example.prompt for example in examples)
-    pairs = {(example.prompt, example.completion) for example in examples}
+    prompts = Counter(example.key for example in examples)
+    pairs = {(example.key, example.completion) for example in examples}
     masks = [example.loss_mask for example in examples if isinstance(example, LanguageExample)]
     labelled = [example for example in examples if isinstance(example, LabelledExample)]
     counts = Counter(example.completion for example in labelled) if examples.labels else Counter()
@@ -215,13 +215,13 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
 
 
 def _overlap(first: Split, second: Split, sets: dict[Split, ExampleSet]) -> Overlap:
-    prompts = {example.prompt for example in sets[first]}
-    pairs = {(example.prompt, example.completion) for example in sets[first]}
+    prompts = {example.key for example in sets[first]}
+    pairs = {(example.key, example.completion) for example in sets[first]}
     return Overlap(
         first=first,
         second=second,
-        prompts=sum(example.prompt in prompts for example in sets[second]),
-        examples=sum((example.prompt, example.completion) in pairs for example in sets[second]),
+        prompts=sum(example.key in prompts for example in sets[second]),
+        examples=sum((example.key, example.completion) in pairs for example in sets[second]),
     )
 
 

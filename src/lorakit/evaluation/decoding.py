@@ -9,6 +9,9 @@ from typing import Any
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, require_at_least
 
+NEW_TOKENS = 128
+"""Default of max_new_tokens."""
+
 SEARCH = ("beams", "length_penalty")
 """Settings of `Decoding` for beam search only."""
 

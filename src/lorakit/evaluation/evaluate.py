@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,13 @@ from lorakit.compute.adapted import base_of, open_adapted, tokenizer_of_adapted
 from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context, is_encoder_decoder
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import Collate, collator, context_length, prompt_input
+from lorakit.compute.batching import Collate, collator
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
-from lorakit.compute.model_input import start_length, virtual_tokens_of
 from lorakit.compute.objective import LabelLoss, Objective
 from lorakit.data import DataTask, RowReader, load_examples, task_of
 from lorakit.data.columns import ColumnMap
+from lorakit.data.examples import evenly_spaced
 from lorakit.errors import (
     ConfigurationError,
     DataError,
@@ -34,16 +35,18 @@ from lorakit.errors import (
     RunFolderError,
 )
 from lorakit.evaluation.computed import Progress, computed, logits_of
-from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.inputs import by_prompt, prompts_of
 from lorakit.evaluation.scoring_config import ScoredSplit
-from lorakit.formatting import number
+from lorakit.formatting import counted, number
 from lorakit.models.loading import Base
-from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, generic_task
+from lorakit.tasks import TASKS, Completion, Example, Labelled, LanguageExample, Task, generic_task
 from lorakit.tasks.classification import targets
-from lorakit.tasks.language_modelling import cut_prompt, start_ids
 from lorakit.tasks.task import Groups
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,14 @@ class Evaluation:
     """The same scores of the base without its adapter; empty if they were not computed."""
     examples: int = 0
     """Number of scored examples."""
+    cut: int = 0
+    """Number of generated texts that were cut at the maximum number of new tokens."""
     split: ScoredSplit = "test"
     """Scored split of the data."""
     sha256: str = ""
     """Digest of the data in this split."""
+    f1_class: str = ""
+    """Name of the class whose F1 is the score `f1`; "" unless a task of lorakit has two classes."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
@@ -97,18 +104,35 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         allow_other_base=config.allow_other_base,
         tokenizer=data.tokenizer,
     )
-    check_context(base, data.loaded)
-    score = functools.partial(
-        _score, config, base, task, data.examples, decoding.over(task.type.decoding)
-    )
+    check_context(base, data.examples)
+    decoding = decoding.over(task.type.decoding)
+    if "text" in config.scores and task.has_references:  # an error must not come after the losses
+        prompts_of(base, by_prompt(data.examples), decoding.max_new_tokens or NEW_TOKENS)
+    score = functools.partial(_score, config, base, task, data.examples, decoding)
     result = score(progress=progress)
+    if result.cut:
+        most = decoding.max_new_tokens or NEW_TOKENS
+        _LOG.warning(
+            "decoding.max_new_tokens (%s) cut %s of %s, which lowers their scores. If the references are longer, raise "
+            "it: --decoding.max_new_tokens %s.",
+            most,
+            result.cut,
+            counted(len(result.outputs), "answer"),
+            2 * most,
+        )
     if config.compare and config.adapter is not None and task.generates:
         handle = handle_of(base.model)
         assert handle is not None
         handle.activate(None)
         compared = score(progress=_renamed(progress, "by the base"))
         result = dataclasses.replace(result, base_scores=compared.scores)
-    result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
+    is_binary = "f1" in result.scores and len(task.labels) == 2 and task.name in TASKS
+    result = dataclasses.replace(
+        result,
+        split=data.split,
+        sha256=data.sha256,
+        f1_class=task.labels[1] if is_binary else "",
+    )
     if config.output is not None:
         try:
             result.write_outputs(config.output, overwrite=config.overwrite)
@@ -135,11 +159,10 @@ class _ScoredData:
     task: DataTask
     split: ScoredSplit
     tokenizer: PreTrainedTokenizerBase
-    loaded: Sequence[Example]
-    """All examples of the split."""
     sha256: str
+    """Digest of the split's whole content."""
     examples: Sequence[Example]
-    """The scored ones, in the order of their prompts if text is generated."""
+    """The scored examples, in the order of their prompts if text is generated."""
 
 
 def _read(config: EvaluateConfig) -> _ScoredData:
@@ -165,24 +188,19 @@ def _read(config: EvaluateConfig) -> _ScoredData:
         reader=reader,
         is_encoder_decoder=is_encoder_decoder(base_of(config.base, adapter)),
     )
-    examples = loaded.examples
+    groups: Groups = [[example] for example in loaded]
     if task.has_references:
-        groups = by_prompt(examples, config.limit)
-        examples = [example for group in groups.values() for example in group]
-        scored: Groups = list(groups.values())
-    else:
-        examples = examples[: config.limit]
-        scored = [[example] for example in examples]
+        groups = by_prompt(loaded)
+    groups = evenly_spaced(groups, config.limit)
     if "text" in config.scores or not task.has_references:
-        task.type.check_scoring(scored)
+        task.type.check_scoring(groups)
     return _ScoredData(
         adapter=adapter,
         task=task,
         split=split,
         tokenizer=tokenizer,
-        loaded=loaded.examples,
         sha256=loaded.sha256,
-        examples=examples,
+        examples=[example for group in groups for example in group],
     )
 
 
@@ -206,6 +224,7 @@ def _score(
     """Score the model with its active adapter."""
     scores: dict[str, float] = {}
     outputs: list[dict[str, Any]] = []
+    cut = 0
     if "loss" in config.scores or not task.has_references:
         loss = held_out(
             base.model,
@@ -227,8 +246,8 @@ def _score(
             lowercase=config.lowercase,
             progress=progress,
         )
-        scores, outputs = {**scores, **text.scores}, text.outputs
-    return Evaluation(scores=scores, outputs=outputs, examples=len(examples))
+        scores, outputs, cut = {**scores, **text.scores}, text.outputs, text.cut
+    return Evaluation(scores=scores, outputs=outputs, examples=len(examples), cut=cut)
 
 
 def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
@@ -313,12 +332,13 @@ def generated(
     tokenizer = base.text_tokenizer
     stop_ids = task.stop_ids(tokenizer)
     settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
-    prompts = [_prompt(base, group, settings.max_new_tokens) for group in groups.values()]
+    prompts = prompts_of(base, groups, settings.max_new_tokens)
 
     def answered(done: int) -> None:
         if progress is not None:
             progress("prompts answered", done, len(prompts))
 
+    cut: set[int] = set()
     own = generate(
         base.model,
         tokenizer,
@@ -326,11 +346,15 @@ def generated(
         decoding,
         batch_size=batch_size,
         progress=answered,
+        on_cut=cut.add,
         stop_ids=stop_ids,
     )
-    texts = [""] * len(prompts)
-    for other, answers_of_one in enumerate(gather(own)):
+    # A task may end a text itself, at a blank line: then nothing is missing.
+    cut = {i for i in cut if task.answer(f"{own[i]} a") != task.answer(own[i])}
+    texts, total = [""] * len(prompts), 0
+    for other, (answers_of_one, cut_of_one) in enumerate(gather((own, len(cut)))):
         texts[other::count] = answers_of_one
+        total += cut_of_one
     added = tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]
     outputs = [
@@ -342,11 +366,11 @@ def generated(
             **group[0].gold,
             **_golds(group),
         }
-        for text, group in zip(texts, groups.values(), strict=True)
+        for text, group in zip(texts, groups, strict=True)
     ]
     answers = [record["output"] for record in outputs]
-    scores = _scores(task, answers, list(groups.values()), quick=quick, lowercase=lowercase)
-    return Evaluation(scores=scores, outputs=outputs)
+    scores = _scores(task, answers, groups, quick=quick, lowercase=lowercase)
+    return Evaluation(scores=scores, outputs=outputs, cut=total)
 
 
 def _scores(
@@ -373,31 +397,6 @@ def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
     """Return `golds` of an input that several rows have, which counts once for each of them (WikiSQL)."""
     rows = {id(e.gold): e.gold for e in group}  # the references of one row share their gold
     return {"golds": [*rows.values()]} if len(rows) > 1 and group[0].gold else {}
-
-
-def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
-    """Return the tokens to generate from.
-
-    If `data.max_length` cut an example of the group, they are cut to the model's context instead.
-    """
-    ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
-    context = context_length(base.model)
-    if context and any(example.truncated for example in group):
-        room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
-        keep = start_length(ids, start_ids(base.text_tokenizer))
-        ids = cut_prompt(ids, max(room, 1), keep)
-    return prompt_input(base.model, base.text_tokenizer, ids)
-
-
-def by_prompt(
-    examples: Sequence[Example], limit: int | None = None
-) -> dict[tuple[int, ...], list[LanguageExample]]:
-    """Group the examples of texts by the tokens to generate from, in order of appearance: the first `limit` groups."""
-    groups: dict[tuple[int, ...], list[LanguageExample]] = {}
-    for example in examples:
-        if isinstance(example, LanguageExample):
-            groups.setdefault(tuple(example.generation_ids), []).append(example)
-    return dict(list(groups.items())[:limit])
 
 
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.data.batches import padded_rows
 from lorakit.errors import BaseModelError, DataError
-from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_split
 from lorakit.ops.seeding import seeded
@@ -48,6 +48,7 @@ def generate(
     *,
     batch_size: BatchSize | None = None,
     progress: Callable[[int], None] | None = None,
+    on_cut: Callable[[int], None] | None = None,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
@@ -68,6 +69,7 @@ def generate(
         batch_size: Overrides that of `decoding`, and keeps the number of prompts that fit into memory. Sampling draws
             other random numbers in batches of another size.
         progress: Called after each batch with the number of finished prompts.
+        on_cut: Called with the place of each prompt whose new text reached max_new_tokens before an end token.
         stop_ids: Token ids that end a text, besides those of the model and the tokenizer.
         streamer: Receives the tokens of a single prompt as they are generated; needs one beam.
         interrupted: Called after each token; generation ends once it returns True.
@@ -104,9 +106,11 @@ def generate(
         own if (is_continuation or isinstance(prompt, str)) and not encodes else []
         for prompt, own in zip(prompts, ids, strict=True)
     ]
-    ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     settings = generation_config(model, tokenizer, decoding, stop_ids)
-    _check_lengths(model, ids, settings.max_new_tokens, virtual_tokens_of(model).total)
+    require_room(
+        model, ((f"Prompt {n}", own) for n, own in enumerate(ids, start=1)), settings.max_new_tokens
+    )
+    ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
     ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
     stopping = StoppingCriteriaList([StopIfInterrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -142,8 +146,10 @@ def generate(
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())
         for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
-            new = itertools.takewhile(lambda token: token not in ends, row)
-            texts[i] = continuation_text(tokenizer, before[i], list(new))
+            new = list(itertools.takewhile(lambda token: token not in ends, row))
+            texts[i] = continuation_text(tokenizer, before[i], new)
+            if on_cut and len(new) == settings.max_new_tokens:
+                on_cut(i)
 
     done = 0
     devices = (parameter.device for parameter in model.parameters())
@@ -201,23 +207,28 @@ def only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterato
         model.generation_config = previous
 
 
-def _check_lengths(
-    model: PreTrainedModel, ids: list[list[int]], new_tokens: int, virtual: int
+def require_room(
+    model: PreTrainedModel, prompts: Iterable[tuple[str, Sequence[int]]], new_tokens: int
 ) -> None:
     """Reject a prompt that exceeds the model's context together with its new tokens.
 
-    `ids` include the ids of the adapter's virtual tokens, `virtual` in each prompt.
+    Args:
+        model: A model with its active adapter, whose virtual tokens count too.
+        prompts: For each prompt its name in a message, and its token ids.
+        new_tokens: Maximum number of new tokens.
+
+    Raises:
+        DataError: A prompt is too long.
     """
-    context = context_length(model)
+    context, virtual = context_length(model), virtual_tokens_of(model).total
     and_virtual = f" and {virtual} virtual ones" if virtual else ""
-    for number, prompt in enumerate(ids, start=1):
+    for where, prompt in prompts:
         if context and new_tokens > room_after(
-            len(prompt), context, is_encoder_decoder=model.config.is_encoder_decoder
+            len(prompt) + virtual, context, is_encoder_decoder=model.config.is_encoder_decoder
         ):
             raise DataError(
-                f"Prompt {number} has {len(prompt) - virtual} tokens{and_virtual}; with max_new_tokens "
-                f"{new_tokens} that exceeds the model's context of {context}. Shorten the prompt or "
-                "lower max_new_tokens."
+                f"{where} has {len(prompt)} tokens{and_virtual}; with max_new_tokens {new_tokens} that exceeds the "
+                f"model's context of {context}. Shorten the prompt or lower max_new_tokens."
             )
 
 
@@ -238,7 +249,7 @@ def generation_config(
     samples, beams = bool(decoding.temperature), decoding.beams or 1
     penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
     return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens or 128,
+        max_new_tokens=decoding.max_new_tokens or NEW_TOKENS,
         do_sample=samples,
         temperature=decoding.temperature if samples else None,
         top_p=(decoding.top_p or 1.0) if samples else None,

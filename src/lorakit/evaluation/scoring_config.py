@@ -29,7 +29,8 @@ class ScoringConfig:
     """For text generation: the held-out loss, the scores of generated text (BLEU and ROUGE-L, or those of a named
     task), or both. Classification and regression always compute all their scores."""
     limit: int | None = None
-    """Score only the first prompts, this many; null scores all. Rows with the same prompt count once."""
+    """Score only this many prompts, evenly spaced over the file; null scores all. Rows with the same prompt count
+    once."""
     decoding: Decoding | None = None
     """Settings of text generation. Unset ones have the values of the named task; without a task, decoding is greedy."""
     batch_size: int = 16

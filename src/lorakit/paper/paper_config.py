@@ -86,7 +86,7 @@ class PaperConfig:
     """Train on this many rows of each data set, drawn at random once and the same for every run. A row of WebNLG or
     DART has several examples."""
     eval_limit: int | None = None
-    """Score only the first examples or prompts, this many. Default: all."""
+    """Score only this many examples or prompts, evenly spaced over the file. Default: all."""
     decoding: Decoding = field(default_factory=Decoding)
     """Settings of text generation. Unset ones have the values of the task; one beam is greedy."""
     batch_size: int = 16

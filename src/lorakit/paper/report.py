@@ -319,7 +319,9 @@ def own_notes(comparison: Comparison) -> list[str]:
         *_sources(grid),
     ]
     if grid.config.eval_limit:
-        notes.append(f"Only the first {grid.config.eval_limit:,} examples or prompts are scored.")
+        notes.append(
+            f"Only {grid.config.eval_limit:,} examples or prompts are scored, evenly spaced over the file."
+        )
     if beams := grid.config.decoding.beams:
         decoding = "greedily" if beams == 1 else f"with {beams} beams"
         notes.append(f"Text is generated {decoding}.")

@@ -63,10 +63,13 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
     """Return the best run of each score, as far as the runs are comparable, and what differs between them."""
     digests, (_, counts) = {run.validation_data for run in runs}, _scored("loss", runs)
     same_data = len(digests - {None}) < 2 and len({*counts} - {""}) < 2
-    differences = _differences(runs)
+    differences, ranked = _differences(runs), _score_names(runs)
+    other_tokens = "perplexity" in ranked and _have_other_tokens(runs)
+    if other_tokens:
+        ranked = [name for name in ranked if name != "loss"]
     sentences = []
     if same_data and differences.keys() - {"seed"}:
-        sentences = [text for name in _score_names(runs) if (text := _best(name, runs))]
+        sentences = [text for name in ranked if (text := _best(name, runs))]
     if sentences:
         sentences.append(
             "This page cannot show whether a difference between two runs exceeds chance: that requires several seeds "
@@ -81,11 +84,19 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
         sentences.append(
             "Their validation data differs: scores on different data are not comparable."
         )
+    elif other_tokens:
+        sentences.append("Their losses are means over different tokens and are not comparable.")
     if unfinished := [run.name for run in runs if run.result is None]:
         sentences.append(f"Not finished, with the scores so far: {', '.join(unfinished)}.")
     elif differences.keys() == {"seed"} and len({run.data_digests for run in runs}) == 1:
         sentences.append("So differences between their scores are chance.")
     return sentences
+
+
+def _have_other_tokens(runs: Sequence[RunRecord]) -> bool:
+    """Return whether the losses of texts are means over other tokens, as those of other tokenizers and templates."""
+    parts = zip(*(run.tokens_of_loss for run in runs), strict=True)
+    return any(len({str(value) for value in part if value is not None}) > 1 for part in parts)
 
 
 def _best(name: str, runs: Sequence[RunRecord]) -> str:

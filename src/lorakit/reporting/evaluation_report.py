@@ -40,7 +40,7 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         command: The command that ran the evaluation.
     """
     name = config.adapter or (config.base.name if config.base is not None else "")
-    data = _data(config, result.split)
+    data, part = _data(config, result.split), scored_part(config, result.split)
     count = f"{counted(result.examples, 'example')}{answered(result)}"
     of_base = {key: f"base {number(value)}" for key, value in result.base_scores.items()}
     figures = tuple(
@@ -52,7 +52,10 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
         for key, value in result.scores.items()
     ]
     columns = ("Score", "Adapter", "Base") if of_base else ("Score", "Value")
-    table = Table(caption=f"Scores on {result.split} data: {count}.", columns=columns, rows=rows)
+    caption = f"Scores on {part}: {count}."
+    if result.f1_class:
+        caption += f" F1 is that of class {result.f1_class!r}, the second of two."
+    table = Table(caption=caption, columns=columns, rows=rows)
     sections = [
         Section(title="Scores", blocks=[KeyFigures(figures=figures), table]),
         Section(title="Examples", blocks=_examples(result.outputs)),
@@ -67,12 +70,17 @@ def evaluation_page(config: EvaluateConfig, result: Evaluation, command: str = "
     return Page(
         kind="Evaluation",
         title=str(name).rstrip("/"),
-        subtitle=f"{data} · {result.split}",
-        summary=[
-            f"{subject} was evaluated on the {result.split} split of {data} ({count}): {listed}."
-        ],
+        subtitle=f"{data} · {part}",
+        summary=[f"{subject} was evaluated on {data} ({part}, {count}): {listed}."],
         sections=sections,
     )
+
+
+def scored_part(config: EvaluateConfig, split: str) -> str:
+    """Return which data of the configuration is scored: a split, or a share of the training data."""
+    if split == "validation" and (share := config.data.validation_fraction):
+        return f"training data held out by validation_fraction {share:g}"
+    return f"{split} data"
 
 
 def answered(result: Evaluation) -> str:

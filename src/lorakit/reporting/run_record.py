@@ -127,6 +127,15 @@ class RunRecord:
         return (data.get("sha256"), data.get("examples")) if data else None
 
     @property
+    def tokens_of_loss(self) -> tuple[Any, ...]:
+        """What decides over which tokens the loss of text is a mean, besides the data; None where not recorded."""
+        names = ("columns", "prompt_template", "completion_template", "encoding")
+        settings = [setting(self.config, f"data.{name}") for name in names]
+        if setting(self.config, "data.too_long") == "truncate":
+            settings.append(setting(self.config, "data.max_length"))
+        return self.base.get("tokenizer"), self.provenance.get("task"), settings
+
+    @property
     def memorisation(self) -> str:
         """How many validation examples are training examples too, as a sentence; "" if not recorded."""
         data = self.data.get("validation", {})

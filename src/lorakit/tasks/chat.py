@@ -10,7 +10,7 @@ from lorakit.errors import DataError
 from lorakit.tasks import conversion
 from lorakit.tasks.chat_template import ChatTemplate, Turns
 from lorakit.tasks.language_modelling import TextTask, encode_text, end_id, fit
-from lorakit.tasks.messages import Message, bad_messages, checked_messages, is_trained
+from lorakit.tasks.messages import Message, bad_messages, checked_messages, is_trained, key_of
 from lorakit.tasks.task import Fields, LanguageExample, text_field
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Chat(TextTask):
         messages = messages[: trained[-1] + 1]
         if len(messages) == 1:
             raise bad_messages("has no message before the assistant's turn")
+        key = key_of(messages[:-1], tools)
         messages = self.template.prepared(messages, tools)
         ids, spans = self._turns(messages, tools)
         mask = [False] * len(ids)
@@ -118,6 +119,7 @@ class Chat(TextTask):
             prompt_length=len(prompt_ids),
             prompt=prompt,
             completion=self._reference(messages[-1], ids[len(prompt_ids) :]),
+            key=key,
         )
         # In some tokenizers bos is the token that opens every turn (SmolLM2). Then truncation need not keep it.
         starts_with_bos = ids[0] == self.tokenizer.bos_token_id and ids.count(ids[0]) == 1

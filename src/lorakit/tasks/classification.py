@@ -64,7 +64,7 @@ class Labelled(Task):
     def _encode(self, fields: Fields, label: int | float, answer: str) -> LabelledExample:
         """Tokenise the text or the pair of texts. `answer` is the label as text."""
         names = self.texts
-        if not names:  # fields without a value are absent
+        if not names:
             is_pair = "text" not in fields and not fields.keys().isdisjoint(PAIR)
             names = PAIR if is_pair else ("text",)
         texts = [text_field(fields, name) for name in names]
@@ -111,6 +111,9 @@ class Classification(Labelled):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
         self.index = {label: i for i, label in enumerate(self.labels)}
+        digits = ((i, name) for i, name in enumerate(self.classes) if name.isdecimal())
+        # Stars from 1 to 5 are names, so a label 0 is an error and not the name at index 0.
+        self.takes_indices = bool(self.classes) and all(int(name) == i for i, name in digits)
 
     @classmethod
     def reads(cls, columns: Collection[str], rows: Iterable[Fields]) -> bool:
@@ -119,15 +122,13 @@ class Classification(Labelled):
 
     @classmethod
     def labels_of(cls, rows: Iterable[Fields], known: Sequence[str] = ()) -> tuple[str, ...]:
-        """Return the sorted labels of the training set, or `known` if it contains them all."""
+        """Return the sorted labels of the training set, two or more, or `known` if it contains them all."""
         if cls.classes:
             return cls.classes
         names = set()
         for row in rows:
             with suppress(BadRow):  # encode() reports the row with its line
                 names.add(class_name(row.get("label")))
-        if known and names <= set(known):
-            return tuple(known)
         indices = sorted(name for name in names.difference(known) if name.isdecimal())
         if known and indices:  # of the declared names, which would be classes of their own
             raise DataError(
@@ -136,7 +137,12 @@ class Classification(Labelled):
             )
         if len(names) < 2:
             labels = f"only the label {next(iter(names))!r}" if names else "no label"
-            raise DataError(f"the training set has {labels}; classification needs at least two")
+            raise DataError(
+                f"the training set has {labels}; classification needs at least two. Add rows of another label. If "
+                "data.limit leaves them out, raise data.limit"
+            )
+        if names <= set(known):
+            return tuple(known)
         try:
             return tuple(sorted(names, key=lambda name: (int(name), name)))
         except ValueError:
@@ -145,12 +151,14 @@ class Classification(Labelled):
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
         label = class_name(fields.get("label"))
-        if self.classes and label.isdecimal() and int(label) < len(self.classes):
+        is_index = self.takes_indices and label not in self.index and label.isdecimal()
+        if is_index and int(label) < len(self.classes):
             label = self.classes[int(label)]
         if label not in self.index:
             labels = ", ".join(self.labels)
             problem = (
-                f"is {label!r}, which task {self.name} does not have; write one of {labels}, or its index from 0."
+                f"is {label!r}, which task {self.name} does not have; write one of {labels}"
+                f"{', or its index from 0' if self.takes_indices else ''}."
                 if self.classes
                 else f"is {label!r}, which the training set does not have; its labels are {labels}."
             )
@@ -182,7 +190,8 @@ class Regression(Labelled):
 
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
-        column = "score" if fields.get("score") is not None else "label"
+        named = {name for layout in self.layouts for name in layout}
+        column = "score" if "score" in named & fields.keys() else "label"
         score = number(fields.get(column), column)
         return self._encode(fields, score, str(score))
 

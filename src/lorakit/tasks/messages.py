@@ -58,6 +58,19 @@ def bad_messages(problem: str) -> BadRow:
     return BadRow(problem, "messages")
 
 
+def key_of(messages: list[Message], tools: list[Any] | None) -> str:
+    """Return a text that is the same for the same messages and tools, whatever chat template renders them.
+
+    It leaves out what may differ between copies of a conversation: the ids of tool calls, and empty turns.
+    """
+    turns = [
+        [m["role"], m["content"], *(c.get("function", c) for c in m.get("tool_calls", ()))]
+        for m in messages
+        if m["content"].strip() or m.get("tool_calls")
+    ]
+    return json.dumps([turns, tools], sort_keys=True, default=str)
+
+
 def is_trained(message: Message) -> bool:
     """Return whether the loss includes an assistant's message: OpenAI's `weight` and axolotl's `train` exclude it."""
     return bool(message.get("weight", True) and message.get("train", True))

@@ -38,6 +38,12 @@ class Example:
     split: str = ""
     """Split of the row: its name on the hub, or the file name without suffixes."""
     truncated: bool = False
+    key: str = ""
+    """What identifies the input. Examples with the same key are in the same split. By default `prompt`; that of a chat
+    depends on the tokenizer, and on the day if the template writes a date."""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or self.prompt
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,6 +59,8 @@ class LanguageExample(Example):
     """Number of leading tokens from which `completion` is generated."""
     uncut_prompt: list[int] | None = None
     """Token ids of the prompt without the cut that makes room for the completion; None without such a cut."""
+    may_be_cut: bool = False
+    """Whether a prompt that is too long is cut (`data.too_long` is truncate) and not rejected."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -158,7 +166,8 @@ class Task(ABC):
     scored_split: ClassVar[Literal["validation", "test"]] = "test"
     """Default split of `lorakit evaluate`: the split of the published scores."""
     classes: ClassVar[tuple[str, ...]] = ()
-    """Class names in index order, if the task defines them. A label is then a name or an index."""
+    """Class names in index order, if the task defines them. A label is then a name or an index; only a name if names
+    are numbers other than their indices."""
     derived: ClassVar[tuple[str, ...]] = ()
     """Fields that `rows` adds to those of the data. Templates can use them."""
 

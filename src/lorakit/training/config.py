@@ -103,8 +103,9 @@ class HeldOutConfig:
     batch_size: int | None = None
     """Examples per forward pass; by default the batch size of training."""
     metric: str = "loss"
-    """Score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1, matthews; pearson,
-    spearman, mse; or another score that the named task computes during training."""
+    """Score that selects the best adapter: loss; bleu or rouge_l (of the samples); accuracy, f1 (of two classes that of
+    the second in order), matthews; pearson, spearman, mse; or another score that the named task computes during
+    training."""
     patience: int | None = None
     """Stop after this many evaluations in a row without a new best; null disables early stopping."""
     samples: int = 0

@@ -9,7 +9,8 @@ from typing import Any
 from lorakit.data.examples import evenly_spaced
 from lorakit.errors import DivergenceError, LorakitError
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.evaluate import Evaluation, by_prompt, generated, held_out
+from lorakit.evaluation.evaluate import Evaluation, generated, held_out
+from lorakit.evaluation.inputs import by_prompt
 from lorakit.evaluation.score import is_better
 from lorakit.formatting import counted
 from lorakit.training.checkpoint import State
@@ -101,7 +102,8 @@ def _scores(
         if settings.samples:
             sampled = _sample(run, job, step, {} if job.config.shard else share)
             scores = {**scores, **sampled.scores}
-            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}")
+            cut = f", {sampled.cut} cut at {settings.max_new_tokens} tokens" if sampled.cut else ""
+            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}{cut}")
     return scores, notes
 
 
@@ -127,7 +129,7 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
     """
     settings = job.config.evaluation
     assert job.validation is not None
-    groups = list(by_prompt(job.validation).values())
+    groups = by_prompt(job.validation)
     evaluation = generated(
         job.base,
         [example for group in evenly_spaced(groups, settings.samples) for example in group],

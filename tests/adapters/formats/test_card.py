@@ -87,9 +87,10 @@ def test_what_the_card_says():
         "| Targets | `attention.qv` |",
         "| Adapted layers | 4 |",
         f"| Trained parameters | {2 * 4 * (32 + 32 + 32 + 16):,} |",
-        "|  | base model | with the adapter |",
+        "|  | before training | after training |",
         "| loss | 3.500 | 1.235 |",
         "| bleu |  | 60.30 |",
+        "On 4,672 validation examples.\n",
         "| train | e2e.jsonl | 42,061 | `abababababababab…` |",
         "| validation | e2e.jsonl | 4,672 | not recorded |",
         '"learning_rate": 0.001',
@@ -99,6 +100,15 @@ def test_what_the_card_says():
         "vllm serve owner/tiny --revision 0123abc --enable-lora --max-lora-rank 8 \\",
     ):
         assert line in (text.splitlines() if line.startswith("|") else text), line
+
+
+def test_the_card_says_how_many_examples_a_run_scored():
+    stored = live()
+    evaluation = {"limit": 300, "samples": 4}
+    stored.provenance = {**PROVENANCE, "config": {"evaluation": evaluation}}
+    assert "On 300 validation examples. Generated text: 4 samples.\n" in text_of(stored)
+    del stored.provenance["data"]  # of an adapter that is computed from others
+    assert "validation examples" not in text_of(stored)
 
 
 def test_the_settings_leave_out_methods_that_are_not_used():

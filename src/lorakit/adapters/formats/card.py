@@ -13,7 +13,8 @@ from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.formatting import listed, number
+from lorakit.configuration import setting
+from lorakit.formatting import counted, listed, number
 from lorakit.methods.combined import lora_of
 from lorakit.methods.combined import parts as methods_in
 from lorakit.methods.lora import LoRA
@@ -223,9 +224,24 @@ def _scores(provenance: Mapping[str, Any]) -> str:
     if not isinstance(after, Mapping) or not after:
         return ""
     columns = [before, after] if isinstance(before, Mapping) and before else [after]
-    header = ("", "base model", "with the adapter") if len(columns) == 2 else ("", "")
+    # Before its training a classifier has a random head, so that its scores are not those of the base.
+    header = ("", "before training", "after training") if len(columns) == 2 else ("", "")
     rows = [(_plain(k), *(_number(scores.get(k)) for scores in columns)) for k in sorted(after)]
-    return f"## Scores\n\n{_table(header, rows)}"
+    parts = ["## Scores", *_scored_on(provenance), _table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def _scored_on(provenance: Mapping[str, Any]) -> list[str]:
+    """Return the sentence with the number of examples that a run scores; none if it is not recorded."""
+    count = setting(provenance, "data.validation.examples")
+    limit, samples = (setting(provenance, f"config.evaluation.{n}") for n in ("limit", "samples"))
+    if not isinstance(count, int):
+        return []
+    count = min(count, limit) if isinstance(limit, int) else count
+    sentence = f"On {counted(count, 'validation example')}."
+    if isinstance(samples, int) and samples:
+        sentence += f" Generated text: {counted(samples, 'sample')}."
+    return [sentence]
 
 
 def _data(provenance: Mapping[str, Any]) -> str:
