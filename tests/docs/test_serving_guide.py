@@ -23,7 +23,7 @@ from walk import words
 
 from lorakit.cli import serve
 from lorakit.cli.parsing import parse
-from lorakit.serving.engine import Load
+from lorakit.serving.engine import EngineStatus
 from lorakit.serving.http.keys import read_keys
 from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpLimits
@@ -118,11 +118,11 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 def test_every_route_and_series_is_on_the_page() -> None:
     text = pages.read(PAGE)
-    load = Load(True, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
+    status = EngineStatus(True, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
     stats = StoreStats(loaded=0, bytes=0, budget=0, loads=0, evictions=0, leases=0)
     series = {
         f"{family.name}{'_total' if family.type == 'counter' else ''}"
-        for family in Metrics(lambda: load, lambda: stats).registry.collect()
+        for family in Metrics(lambda: status, lambda: stats).registry.collect()
     }
     assert [name for name in series if f"`{name}`" not in text] == []
 

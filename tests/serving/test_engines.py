@@ -279,7 +279,7 @@ def test_an_engine_whose_device_computes_nothing_any_more_ends(kind, during, mon
     with running(engine):
         ends = [answer.wait().end for answer in sent]
         engine._thread.join(5)
-        assert not engine.load().is_alive
+        assert not engine.status().is_alive
     assert {type(end.error) for end in ends} == {EngineStoppedError}
 
 
@@ -412,7 +412,7 @@ def test_a_cancelled_request_ends_and_the_others_go_on(kind):
         assert sent[0].wait().end.reason == "cancelled"
         assert len(sent[0].ids) < 60
         assert sent[1].wait().ids == expected
-        assert engine.load().running == 0
+        assert engine.status().running == 0
 
 
 def test_no_adapter_starves_the_others():
@@ -531,7 +531,7 @@ def test_closing_ends_every_request_with_an_error(kind):
     ends = [answer.wait().end for answer in sent]
     assert all(end.reason in ("error", "length") for end in ends)
     assert any("shut down" in str(end.error) for end in ends)
-    assert not engine.load().is_alive
+    assert not engine.status().is_alive
     with pytest.raises(EngineStoppedError, match="shutting down"):
         send(engine, [5], PlainLease((), TOKENIZER), 3)
 
@@ -552,7 +552,7 @@ def test_a_cancelled_request_does_not_wait_for_its_turn(kind):
         second = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 3)
         second.ticket.cancel()
         assert second.wait().end.reason == "cancelled"
-        assert engine.load().running == 1
+        assert engine.status().running == 1
         first.ticket.cancel()
 
 
@@ -562,7 +562,7 @@ def test_a_dead_thread_is_reported(kind, monkeypatch, caplog):
     monkeypatch.setattr(engine, "_advance", lambda: 1 / 0)
     with running(engine):
         engine._thread.join(60)
-        assert not engine.load().is_alive
+        assert not engine.status().is_alive
         assert "ZeroDivisionError" in caplog.text
         lease = PlainLease((), TOKENIZER)
         for attempt in (lambda: send(engine, [5], lease, 3), lambda: engine.score([5, 6], lease)):

@@ -220,8 +220,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What an engine does now."""
+class EngineStatus:
+    """State and counters of an engine."""
 
     is_alive: bool
     """False once its thread has died; the log says why."""
@@ -276,8 +276,8 @@ class Engine(Protocol):
         """
         ...
 
-    def load(self) -> Load:
-        """Return what the engine does now."""
+    def status(self) -> EngineStatus:
+        """Return the engine's state and counters."""
         ...
 
 

@@ -24,7 +24,14 @@ from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError, is_out_of_memory
 from lorakit.evaluation.generate import ending_tokens_of_model
 from lorakit.serving.answer import Answer
-from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
+from lorakit.serving.engine import (
+    EngineStatus,
+    Event,
+    GenerationRequest,
+    Lease,
+    Limits,
+    QueueFullError,
+)
 from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.queue import FairQueue
 
@@ -124,9 +131,9 @@ class Worker(ABC):
             self._changed.notify()
         return future
 
-    def load(self) -> Load:
-        """Return what the engine does now (`Engine.load`)."""
-        return Load(
+    def status(self) -> EngineStatus:
+        """Return the engine's state and counters (`Engine.status`)."""
+        return EngineStatus(
             is_alive=self._thread.is_alive() and not self._has_failed,
             running=len(self._running()),
             waiting=self._waiting_count(),

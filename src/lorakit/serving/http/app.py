@@ -77,7 +77,7 @@ def create_app(
         settings=settings,
         keys=keys,
         classifier=classifier,
-        metrics=Metrics(engine.load, store.stats),
+        metrics=Metrics(engine.status, store.stats),
     )
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)

@@ -86,8 +86,8 @@ class Serving:
 
     def problem(self) -> str | None:
         """Return why no request can be answered; None if the server is well."""
-        load = self.engine.load()
-        if not load.is_alive:
+        status = self.engine.status()
+        if not status.is_alive:
             return "The engine has stopped. Restart the server; its log has the reason."
         if self.is_draining:
             return "The server is shutting down."
