@@ -216,10 +216,12 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
 
     def open_all(config: ServeConfig, report: Any) -> Any:
         seen["report"] = report
-        worker = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
+        threaded = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
         engine = SimpleNamespace(status=lambda: EngineStatus(True, 0, 0, 0.0, 0, 0))
         store = SimpleNamespace(stats=lambda: StoreStats(0, 0, 0, 0, 0, 0))
-        return SimpleNamespace(name="b", engine=engine, store=store, classifier=None, worker=worker)
+        return SimpleNamespace(
+            name="b", engine=engine, store=store, classifier=None, threaded_engine=threaded
+        )
 
     def answer(app: Any, listener: Any, **_: Any) -> None:
         seen["app"] = app

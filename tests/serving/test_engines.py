@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, M
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
 from lorakit.evaluation.generate import only_settings
-from lorakit.serving import batched, continuous, worker
+from lorakit.serving import batched, continuous, threaded_engine
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
@@ -537,7 +537,7 @@ def test_closing_ends_every_request_with_an_error(kind):
 
 
 def test_a_score_is_not_followed_by_a_wait(kind, monkeypatch):
-    monkeypatch.setattr(worker, "FOLLOWED", 60)
+    monkeypatch.setattr(threaded_engine, "FOLLOWED", 60)
     with running(make(kind, model_with_adapters())) as engine:
         for _ in range(2):
             engine.score([5, 6, 7], PlainLease((), TOKENIZER)).result(20)
@@ -595,7 +595,7 @@ class ActionError(Exception):
 @pytest.mark.parametrize("error", [ActionError, torch.OutOfMemoryError])
 def test_a_failed_action_leaves_no_tensor_behind(error, monkeypatch):
     tensors, freed = [], []
-    monkeypatch.setattr(worker, "free_memory", lambda: freed.append(True))
+    monkeypatch.setattr(threaded_engine, "free_memory", lambda: freed.append(True))
 
     def fail():
         tensor = torch.zeros(2)
@@ -616,7 +616,7 @@ def test_a_failed_action_leaves_no_tensor_behind(error, monkeypatch):
 
 
 def test_the_step_after_an_action_waits_for_the_request_that_needed_it(monkeypatch):
-    monkeypatch.setattr(worker, "FOLLOWED", 30.0)
+    monkeypatch.setattr(threaded_engine, "FOLLOWED", 30.0)
     given = prompts(2)
     with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
         sent = send(engine, given[0], PlainLease((), TOKENIZER), 150, sampling=GREEDY)

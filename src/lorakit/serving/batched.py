@@ -28,10 +28,10 @@ from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import SCORED_ROWS, WholeBatches
+from lorakit.serving.threaded_engine import SCORED_ROWS, StaticBatchEngine
 
 
-class BatchedEngine(WholeBatches):
+class BatchedEngine(StaticBatchEngine):
     """See the module.
 
     Args:

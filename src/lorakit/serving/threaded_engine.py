@@ -51,8 +51,8 @@ FAILED = "The engine has failed. Restart the server; its log has the reason."
 """For clients, so without the reason."""
 
 
-class Worker(ABC):
-    """What the engines share (`lorakit.serving.engine.Engine`).
+class ThreadedEngine(ABC):
+    """Base class of the engines (`lorakit.serving.engine.Engine`): their thread, their queue, and scoring.
 
     Args:
         model: The base. Nothing else may compute with it until `close`.
@@ -293,8 +293,8 @@ class Worker(ABC):
         yield from scores[start - len(tokens) - 1 : -1].split(SCORED_ROWS)
 
 
-class WholeBatches(Worker):
-    """A worker that computes a batch to its end before it takes the next one."""
+class StaticBatchEngine(ThreadedEngine):
+    """An engine that computes a batch to its end before it takes the next one."""
 
     _batch: Sequence[Any] = ()
 
