@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
+from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
 from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.http.errors import (
@@ -26,7 +27,6 @@ from lorakit.serving.http.errors import (
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
-from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ class Serving:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.room = Room()
-        self.store.freed = self.room.freed
+        self.memory_queue = AdapterMemoryQueue()
+        self.store.freed = self.memory_queue.freed
 
     def problem(self) -> str | None:
         """Return why no request can be answered; None if the server is well."""
@@ -189,7 +189,7 @@ class Serving:
         def abandon(future: Future[tuple[Lease, T]]) -> None:
             if future.cancelled() or future.exception() is not None:
                 self._count(-1)
-                self.room.freed()  # it may have held some adapters of a blend
+                self.memory_queue.freed()  # it may have held some adapters of a blend
             else:
                 self.release(future.result()[0])
 
@@ -207,7 +207,7 @@ class Serving:
             names = {*(lora or [model])} - {self.settings.base_name}
             are_pinned = self.store.are_pinned(names)
             pool = self.preparers if are_pinned else self.loaders
-            return await self.room.acquire(attempt, overtakes=are_pinned)
+            return await self.memory_queue.acquire(attempt, overtakes=are_pinned)
         except BaseException:
             self._count(-1)
             raise
