@@ -151,7 +151,7 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
 
     async def ask(model: str, lora: dict[str, float] | None = None) -> None:
         record = RequestRecord("id", 0.0)
-        lease, _ = await serving.leased(record, lambda lease: None, model, lora)
+        lease, _ = await serving.acquire_and_prepare(record, lambda lease: None, model, lora)
         serving.release(lease)
 
     async def play() -> None:
@@ -180,7 +180,9 @@ def test_the_base_and_pinned_adapters_overtake_those_that_wait(
     serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
 
     async def ask(model: str, lora: dict[str, float] | None = None) -> Any:
-        lease, _ = await serving.leased(RequestRecord("id", 0.0), lambda lease: None, model, lora)
+        lease, _ = await serving.acquire_and_prepare(
+            RequestRecord("id", 0.0), lambda lease: None, model, lora
+        )
         return lease
 
     async def play() -> None:
@@ -223,7 +225,7 @@ def test_the_base_and_pinned_adapters_do_not_wait_while_another_is_read(
     monkeypatch.setattr(store, "acquire", counted)
 
     async def ask(model: str, prepare: Any = lambda lease: None) -> None:
-        lease, _ = await serving.leased(RequestRecord("id", 0.0), prepare, model)
+        lease, _ = await serving.acquire_and_prepare(RequestRecord("id", 0.0), prepare, model)
         serving.release(lease)
 
     async def fill(name: str, *args: Any) -> list[asyncio.Task[None]]:

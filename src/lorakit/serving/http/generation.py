@@ -35,10 +35,10 @@ from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
 from lorakit.serving.http.state import (
     RequestRecord,
     Serving,
-    admitted,
     busy,
     guarded,
     record_of,
+    require_capacity,
     serving_of,
 )
 
@@ -107,7 +107,7 @@ async def begin(
     """
     serving, record = serving_of(request), record_of(request)
     settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
-    admitted(serving)
+    require_capacity(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
@@ -135,7 +135,7 @@ async def begin(
         return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        lease, (requests, prompt_tokens) = await serving.leased(
+        lease, (requests, prompt_tokens) = await serving.acquire_and_prepare(
             record, prepare, body.model, body.lora
         )
         generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)

@@ -161,18 +161,17 @@ class Serving:
         """Run a function in a worker thread."""
         return await asyncio.wrap_future(self.workers.submit(work))
 
-    async def leased(
+    async def acquire_and_prepare(
         self,
         record: RequestRecord,
         prepare: Callable[[Lease], T],
         model: str,
         lora: Mapping[str, float] | None = None,
     ) -> tuple[Lease, T]:
-        """Acquire the adapters that a request names and prepare it, in another thread. Count it as computing.
+        """Acquire a request's adapters and prepare the request, in another thread. Count it in `computing`.
 
-        Waits until there is memory for the adapters; the base and pinned ones do not wait for others. If it fails, or
-        nobody waits for it any more, the lease is released and the request no longer counts. Else both are the caller's
-        to do (`release`).
+        Waits until there is memory for the adapters; the base and pinned ones do not wait for others. After an error or
+        a cancellation, the lease is released and the request no longer counts. Otherwise the caller calls `release`.
 
         Raises:
             ApiError: 404 for an unknown model, 400 for an invalid blend.
@@ -212,10 +211,10 @@ class Serving:
             self._count(-1)
             raise
 
-    def lent(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
-        """Return the future of a leased request that `submit` queues.
+    def submit_leased(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
+        """Queue a leased request with `submit`, and return its future.
 
-        The request ends (`release`) with the future, also if nobody waits for it any more; at once if `submit` fails.
+        Calls `release` when the future is done, also if nobody waits for it any more, or at once if `submit` fails.
 
         Raises:
             ApiError: 429 for a full queue.
@@ -288,8 +287,12 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def admitted(serving: Serving) -> None:
-    """Raise an ApiError if no more requests for tokens or classes can be accepted."""
+def require_capacity(serving: Serving) -> None:
+    """Reject a request for tokens or classes that the server cannot accept now.
+
+    Raises:
+        ApiError: 503 if the server is not well, 429 if its queue is full.
+    """
     if problem := serving.problem():
         raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
     if serving.computing >= serving.most_requests:
