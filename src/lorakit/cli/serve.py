@@ -37,8 +37,8 @@ def run(argv: Sequence[str]) -> int:
     config = parse(
         ServeConfig,
         "serve",
-        "Serve a base and many adapters by OpenAI's API, in mixed batches. Each request names its adapter, or a blend "
-        "of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
+        "Serve a base and many adapters with an OpenAI-compatible API, in mixed batches. Each request names its "
+        "adapter, or a blend of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
         argv,
     )
     require_packages()

@@ -365,7 +365,7 @@ def _folder_name(name: str) -> str:
 
 
 class LoadRequest(Strict):
-    """An adapter to offer, as in vLLM."""
+    """An adapter to load, as in vLLM."""
 
     lora_name: Annotated[str, AfterValidator(_folder_name)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -375,6 +375,6 @@ class LoadRequest(Strict):
 
 
 class UnloadRequest(Strict):
-    """An adapter to offer no more. Requests in flight finish with it."""
+    """An adapter to unload. Requests in flight finish with it."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=1000)]
