@@ -32,7 +32,7 @@ from lorakit.serving.threaded_engine import SCORED_ROWS, StaticBatchEngine
 
 
 class BatchedEngine(StaticBatchEngine):
-    """See the module.
+    """Engine that runs `model.generate` on one batch after another.
 
     Args:
         model: A model that generates text.

@@ -64,7 +64,7 @@ class _Row(NamedTuple):
 
 
 class ClassifyingEngine(StaticBatchEngine):
-    """See the module. Implements `Engine`, without text, and `Classifier`.
+    """Engine for classes and scores. Implements `Engine`, without text, and `Classifier`.
 
     Args:
         base: A base with a head of classes or a score.

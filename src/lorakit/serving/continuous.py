@@ -71,7 +71,7 @@ class _Running:
 
 
 class ContinuousEngine(ThreadedEngine):
-    """See the module.
+    """Engine with continuous batching over a paged cache.
 
     Args:
         model: A causal language model.

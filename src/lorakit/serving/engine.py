@@ -1,4 +1,4 @@
-"""What the HTTP layer, the verification and the benchmarks use of an engine.
+"""The interface of an engine: requests, events, leases and limits.
 
 An engine computes requests that each name their adapters, in mixed batches on one base. It runs in a thread of its
 own. All methods of `Engine` return at once and may be called from any thread, also from an event loop.
@@ -54,7 +54,7 @@ def factor(weight: float) -> str:
 
 
 class Holders:
-    """Runs an action once the last of some holders has left.
+    """Reference count that runs an action when the last holder leaves.
 
     Args:
         action: Runs in the thread in which the last one leaves.

@@ -167,20 +167,20 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
     if not (Path(DEMO) / "adapter").is_dir():
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
-            f"{DEMO}, which lorakit serve then offers as 'demo'."
+            f"{DEMO}, which lorakit serve then serves as 'demo'."
         )
     return None, {"demo": DEMO}
 
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
-    """Return what the files of the adapters say; without any adapter yet, the settings of the runs.
+    """Return the cards of the adapters; if there is no adapter yet, the cards of the runs' settings.
 
-    One that is damaged is an error only for those who name it.
+    A damaged adapter is logged and skipped here. Only a request or --pin that names it fails.
     """
     for path in followed.values():
         if not Path(path).exists():
             _LOG.warning(
-                "There is no run at '%s' yet; its adapter is offered once it is there.%s",
+                "There is no run at '%s' yet; its adapter is served once it is there.%s",
                 visible(path),
                 nearest_path(path),
             )

@@ -40,8 +40,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 FOLLOWED = 0.01
-"""Seconds that an engine waits for a request after a change of the adapters. Most changes install the adapter of one
-that is submitted a moment later, and would else wait for a whole step."""
+"""Seconds that an engine waits for a request after a change of the adapters. Most changes install an adapter, and the
+request for it is submitted a moment later. It would otherwise wait for a whole step."""
 
 SCORED_ROWS = 128
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
