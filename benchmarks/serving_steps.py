@@ -188,7 +188,7 @@ def steps(setup: Setup, quick: bool) -> list[Row]:
         return run
 
     def start_time() -> float:
-        wait_until(lambda: system.engine.load().waiting == ROWS)
+        wait_until(lambda: system.engine.status().waiting == ROWS)
         return time.perf_counter()
 
     trials = {"base": trial("base", [None] * ROWS), "mixed": trial("mixed", names)}

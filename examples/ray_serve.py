@@ -87,7 +87,7 @@ class Replica:
             opened.engine, opened.store, settings, keys=keys, classifier=opened.classifier
         )
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
-        opened.worker.start()
+        opened.threaded_engine.start()
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Part]:
         """Yield the parts of an answer. A caller that stops reading cancels the request."""

@@ -26,7 +26,7 @@ import lorakit
 from lorakit.cli import main, serve
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.engine import Load, Receipt
+from lorakit.serving.engine import EngineStatus, Receipt
 from lorakit.serving.loaded import StoreStats
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
@@ -216,10 +216,12 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
 
     def open_all(config: ServeConfig, report: Any) -> Any:
         seen["report"] = report
-        worker = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
-        engine = SimpleNamespace(load=lambda: Load(True, 0, 0, 0.0, 0, 0))
+        threaded = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
+        engine = SimpleNamespace(status=lambda: EngineStatus(True, 0, 0, 0.0, 0, 0))
         store = SimpleNamespace(stats=lambda: StoreStats(0, 0, 0, 0, 0, 0))
-        return SimpleNamespace(name="b", engine=engine, store=store, classifier=None, worker=worker)
+        return SimpleNamespace(
+            name="b", engine=engine, store=store, classifier=None, threaded_engine=threaded
+        )
 
     def answer(app: Any, listener: Any, **_: Any) -> None:
         seen["app"] = app

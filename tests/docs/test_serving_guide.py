@@ -23,7 +23,7 @@ from walk import words
 
 from lorakit.cli import serve
 from lorakit.cli.parsing import parse
-from lorakit.serving.engine import Load
+from lorakit.serving.engine import EngineStatus
 from lorakit.serving.http.keys import read_keys
 from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpLimits
@@ -49,7 +49,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
     more = ["--cache_memory", "20MB", "--allow_loading", "true"]
     config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], *more])
     opened = open_all(config, lambda verdict: None)
-    opened.worker.start()
+    opened.threaded_engine.start()
     app = serve.app_of(config, opened, keys=None)
     with socket.create_server(("127.0.0.1", 0)) as listener, redirect_stdout(StringIO()) as printed:
         serve._greet(config, listener, opened)
@@ -59,7 +59,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", printed.getvalue()
         server.should_exit = True
         thread.join(10)
-    assert opened.worker.close(10)
+    assert opened.threaded_engine.close(10)
 
 
 def shape(value: Any) -> Any:
@@ -118,11 +118,11 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 def test_every_route_and_series_is_on_the_page() -> None:
     text = pages.read(PAGE)
-    load = Load(True, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
+    status = EngineStatus(True, running=0, waiting=0, cache_used=0.0, steps=0, tokens=0)
     stats = StoreStats(loaded=0, bytes=0, budget=0, loads=0, evictions=0, leases=0)
     series = {
         f"{family.name}{'_total' if family.type == 'counter' else ''}"
-        for family in Metrics(lambda: load, lambda: stats).registry.collect()
+        for family in Metrics(lambda: status, lambda: stats).registry.collect()
     }
     assert [name for name in series if f"`{name}`" not in text] == []
 

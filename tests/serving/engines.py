@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import End, Event, GenerationRequest, Token
-from lorakit.serving.worker import Worker
+from lorakit.serving.threaded_engine import ThreadedEngine
 
 TIMEOUT = 60
 
@@ -50,7 +50,11 @@ class Collected:
 
 
 def send(
-    engine: Worker, prompt: Sequence[int], lease: PlainLease, max_tokens: int = 8, **settings: Any
+    engine: ThreadedEngine,
+    prompt: Sequence[int],
+    lease: PlainLease,
+    max_tokens: int = 8,
+    **settings: Any,
 ) -> Collected:
     """Submit a request."""
     collected = Collected()
@@ -60,7 +64,7 @@ def send(
 
 
 @contextmanager
-def running(engine: Worker) -> Iterator[Worker]:
+def running(engine: ThreadedEngine) -> Iterator[ThreadedEngine]:
     """Start an engine, and close it at the end."""
     engine.start()
     try:

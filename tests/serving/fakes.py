@@ -16,10 +16,10 @@ from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 from lorakit.errors import LorakitError
 from lorakit.serving.engine import (
     End,
+    EngineStatus,
     Event,
     GenerationRequest,
     Limits,
-    Load,
     Piece,
     QueueFullError,
     Receipt,
@@ -192,8 +192,8 @@ class FakeEngine:
             threading.Timer(0.01, future.set_result, [score_of(tokens[start:])]).start()
         return future
 
-    def load(self) -> Load:
-        return Load(self.is_alive, 1, 2, 0.5, 10, 20)
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.is_alive, 1, 2, 0.5, 10, 20)
 
 
 def score_of(tokens: Sequence[int]) -> list[float]:

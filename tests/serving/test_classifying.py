@@ -61,7 +61,7 @@ def test_a_request_that_is_cancelled_while_it_waits_leaves_its_place() -> None:
     with pytest.raises(QueueFullError):
         engine.classify([TEXT], lease)
     waiting.cancel()
-    assert engine.load().waiting == 0
+    assert engine.status().waiting == 0
     engine.classify([TEXT], lease)
 
 
@@ -92,5 +92,5 @@ def test_an_engine_whose_device_computes_nothing_any_more_ends(
     with running(engine):
         errors = {type(future.exception(60)) for future in futures}
         engine._thread.join(5)
-        assert not engine.load().is_alive
+        assert not engine.status().is_alive
     assert errors == {EngineStoppedError}

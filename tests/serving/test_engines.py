@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, M
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
 from lorakit.evaluation.generate import only_settings
-from lorakit.serving import batched, continuous, worker
+from lorakit.serving import batched, continuous, threaded_engine
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
@@ -279,7 +279,7 @@ def test_an_engine_whose_device_computes_nothing_any_more_ends(kind, during, mon
     with running(engine):
         ends = [answer.wait().end for answer in sent]
         engine._thread.join(5)
-        assert not engine.load().is_alive
+        assert not engine.status().is_alive
     assert {type(end.error) for end in ends} == {EngineStoppedError}
 
 
@@ -412,7 +412,7 @@ def test_a_cancelled_request_ends_and_the_others_go_on(kind):
         assert sent[0].wait().end.reason == "cancelled"
         assert len(sent[0].ids) < 60
         assert sent[1].wait().ids == expected
-        assert engine.load().running == 0
+        assert engine.status().running == 0
 
 
 def test_no_adapter_starves_the_others():
@@ -531,13 +531,13 @@ def test_closing_ends_every_request_with_an_error(kind):
     ends = [answer.wait().end for answer in sent]
     assert all(end.reason in ("error", "length") for end in ends)
     assert any("shut down" in str(end.error) for end in ends)
-    assert not engine.load().is_alive
+    assert not engine.status().is_alive
     with pytest.raises(EngineStoppedError, match="shutting down"):
         send(engine, [5], PlainLease((), TOKENIZER), 3)
 
 
 def test_a_score_is_not_followed_by_a_wait(kind, monkeypatch):
-    monkeypatch.setattr(worker, "FOLLOWED", 60)
+    monkeypatch.setattr(threaded_engine, "FOLLOWED", 60)
     with running(make(kind, model_with_adapters())) as engine:
         for _ in range(2):
             engine.score([5, 6, 7], PlainLease((), TOKENIZER)).result(20)
@@ -552,7 +552,7 @@ def test_a_cancelled_request_does_not_wait_for_its_turn(kind):
         second = send(engine, [5, 6, 7], PlainLease((), TOKENIZER), 3)
         second.ticket.cancel()
         assert second.wait().end.reason == "cancelled"
-        assert engine.load().running == 1
+        assert engine.status().running == 1
         first.ticket.cancel()
 
 
@@ -562,7 +562,7 @@ def test_a_dead_thread_is_reported(kind, monkeypatch, caplog):
     monkeypatch.setattr(engine, "_advance", lambda: 1 / 0)
     with running(engine):
         engine._thread.join(60)
-        assert not engine.load().is_alive
+        assert not engine.status().is_alive
         assert "ZeroDivisionError" in caplog.text
         lease = PlainLease((), TOKENIZER)
         for attempt in (lambda: send(engine, [5], lease, 3), lambda: engine.score([5, 6], lease)):
@@ -595,7 +595,7 @@ class ActionError(Exception):
 @pytest.mark.parametrize("error", [ActionError, torch.OutOfMemoryError])
 def test_a_failed_action_leaves_no_tensor_behind(error, monkeypatch):
     tensors, freed = [], []
-    monkeypatch.setattr(worker, "free_memory", lambda: freed.append(True))
+    monkeypatch.setattr(threaded_engine, "free_memory", lambda: freed.append(True))
 
     def fail():
         tensor = torch.zeros(2)
@@ -616,7 +616,7 @@ def test_a_failed_action_leaves_no_tensor_behind(error, monkeypatch):
 
 
 def test_the_step_after_an_action_waits_for_the_request_that_needed_it(monkeypatch):
-    monkeypatch.setattr(worker, "FOLLOWED", 30.0)
+    monkeypatch.setattr(threaded_engine, "FOLLOWED", 30.0)
     given = prompts(2)
     with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
         sent = send(engine, given[0], PlainLease((), TOKENIZER), 150, sampling=GREEDY)

@@ -12,7 +12,7 @@ from lorakit.models.processor import in_own_thread
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
 from lorakit.serving.store import AdapterStore
-from lorakit.serving.worker import Worker
+from lorakit.serving.threaded_engine import ThreadedEngine
 
 NAME = "lorakit, engine alone"
 BUDGET = 8 << 30
@@ -29,7 +29,7 @@ class LorakitEngine:
 
     name = NAME
 
-    engine: Worker
+    engine: ThreadedEngine
 
     def __init__(self, setup: Setup, budget: int) -> None:
         base = in_own_thread(lambda: load_base(setup.base, dtype=setup.dtype))  # type: ignore[arg-type]

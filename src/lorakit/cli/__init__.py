@@ -36,7 +36,7 @@ COMMANDS = {
     "score": "Score a file of generated texts with the paper's metrics",
     "generate": "Generate text for a prompt or a file of prompts",
     "chat": "Chat with a base model or an adapter",
-    "serve": "Serve a base and many adapters by OpenAI's API, in mixed batches",
+    "serve": "Serve a base and many adapters with an OpenAI-compatible API, in mixed batches",
     "merge": "Merge an adapter into its base and save the whole model",
     "inspect": "Show the contents of an adapter without loading its base",
     "analyze": "Analyze adapters: spectrum, similarity, amplification, intruders, diff, drift",

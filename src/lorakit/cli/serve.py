@@ -37,8 +37,8 @@ def run(argv: Sequence[str]) -> int:
     config = parse(
         ServeConfig,
         "serve",
-        "Serve a base and many adapters by OpenAI's API, in mixed batches. Each request names its adapter, or a blend "
-        "of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
+        "Serve a base and many adapters with an OpenAI-compatible API, in mixed batches. Each request names its "
+        "adapter, or a blend of several. Ctrl-C or SIGTERM finishes what runs, then ends; a second one ends at once.",
         argv,
     )
     require_packages()
@@ -94,7 +94,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
     opened = in_own_thread(lambda: open_all(config, report))
     app = app_of(config, opened, keys)
     logging.getLogger("lorakit").setLevel(logging.INFO)
-    opened.worker.start()
+    opened.threaded_engine.start()
     try:
         run_server(
             app,
@@ -103,7 +103,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
             access_log=config.access_log,
         )
     finally:
-        opened.worker.close(timeout=10)
+        opened.threaded_engine.close(timeout=10)
     if failed:
         print("lorakit serve: stopped, because an answer failed its verification.", file=sys.stderr)
     return int(bool(failed))

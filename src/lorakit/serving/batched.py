@@ -28,11 +28,11 @@ from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import SCORED_ROWS, WholeBatches
+from lorakit.serving.threaded_engine import SCORED_ROWS, StaticBatchEngine
 
 
-class BatchedEngine(WholeBatches):
-    """See the module.
+class BatchedEngine(StaticBatchEngine):
+    """Engine that runs `model.generate` on one batch after another.
 
     Args:
         model: A model that generates text.

@@ -10,7 +10,7 @@ from lorakit.errors import BaseModelError
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import ContinuousEngine
 from lorakit.serving.paged_attention import UnsupportedModelError
-from lorakit.serving.worker import Worker
+from lorakit.serving.threaded_engine import ThreadedEngine
 
 
 def engine_for(
@@ -19,7 +19,7 @@ def engine_for(
     *,
     cache_bytes: int = 2**30,
     **limits: Any,
-) -> Worker:
+) -> ThreadedEngine:
     """Return an engine for a model: continuous batching where the model can be computed so, else whole batches.
 
     The engine is not started. Its `notice` says why it is the second.

@@ -18,7 +18,7 @@ from lorakit.models.loading import Base
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Ending, Event, GenerationRequest, Lease, Limits, QueueFullError
-from lorakit.serving.worker import WholeBatches
+from lorakit.serving.threaded_engine import StaticBatchEngine
 from lorakit.tasks import LabelledExample
 
 _LOG = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ class _Row(NamedTuple):
             self.job.future.set_exception(error)
 
 
-class ClassifyingEngine(WholeBatches):
-    """See the module. Implements `Engine`, without text, and `Classifier`.
+class ClassifyingEngine(StaticBatchEngine):
+    """Engine for classes and scores. Implements `Engine`, without text, and `Classifier`.
 
     Args:
         base: A base with a head of classes or a score.

@@ -28,7 +28,7 @@ from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
 from lorakit.serving.pages import Key, PagePool, first_key, next_key
 from lorakit.serving.sampling import choose
-from lorakit.serving.worker import SCORED_ROWS, Worker, choice_of
+from lorakit.serving.threaded_engine import SCORED_ROWS, ThreadedEngine, choice_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class _Running:
         return len(self.tokens) - self.past > 1
 
 
-class ContinuousEngine(Worker):
-    """See the module.
+class ContinuousEngine(ThreadedEngine):
+    """Engine with continuous batching over a paged cache.
 
     Args:
         model: A causal language model.
@@ -129,7 +129,7 @@ class ContinuousEngine(Worker):
             self.model.set_attn_implementation(NAME)
 
     def _scores(self, tokens: list[int], start: int) -> Iterator[Tensor]:
-        """Compute a part at a time (`Worker._scores`), with the keys and values of those before."""
+        """Compute a part at a time (`ThreadedEngine._scores`), with the keys and values of those before."""
         ids = torch.tensor([tokens[:-1]], device=self.model.device)
         # One part needs no cache, which is outside the memory for pages.
         # Without the configuration it keeps all keys, also if that names a sliding window that the model ignores.

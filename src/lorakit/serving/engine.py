@@ -1,4 +1,4 @@
-"""What the HTTP layer, the verification and the benchmarks use of an engine.
+"""The interface of an engine: requests, events, leases and limits.
 
 An engine computes requests that each name their adapters, in mixed batches on one base. It runs in a thread of its
 own. All methods of `Engine` return at once and may be called from any thread, also from an event loop.
@@ -54,7 +54,7 @@ def factor(weight: float) -> str:
 
 
 class Holders:
-    """Runs an action once the last of some holders has left.
+    """Reference count that runs an action when the last holder leaves.
 
     Args:
         action: Runs in the thread in which the last one leaves.
@@ -220,8 +220,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What an engine does now."""
+class EngineStatus:
+    """State and counters of an engine."""
 
     is_alive: bool
     """False once its thread has died; the log says why."""
@@ -276,8 +276,8 @@ class Engine(Protocol):
         """
         ...
 
-    def load(self) -> Load:
-        """Return what the engine does now."""
+    def status(self) -> EngineStatus:
+        """Return the engine's state and counters."""
         ...
 
 

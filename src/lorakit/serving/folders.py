@@ -96,7 +96,7 @@ class Location:
 
 
 class Source(Protocol):
-    """What a public name stands for."""
+    """Where the adapter of a public name comes from: a folder, or a training run."""
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""

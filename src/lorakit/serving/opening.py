@@ -23,8 +23,8 @@ from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import Engine, Limits, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
+from lorakit.serving.threaded_engine import ThreadedEngine
 from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
-from lorakit.serving.worker import Worker
 from lorakit.tasks import TASKS
 
 _LOG = logging.getLogger(__name__)
@@ -36,14 +36,15 @@ _KINDS = {name: task.kind for name, task in TASKS.items()} | {"SEQ_CLS": "classi
 
 @dataclass
 class Opened:
-    """What answers requests. Start the worker last."""
+    """What answers requests."""
 
     base: Base
     name: str
     """Name of the base in requests."""
     store: AdapterStore
     engine: Engine
-    worker: Worker
+    threaded_engine: ThreadedEngine
+    """`engine` without its verification. Start it last, and close it at the end."""
     classifier: ClassifyingEngine | None
     memory_notice: str | None = None
     """How many adapters and tokens fit into the memory for them; None if all adapters and a whole context fit."""
@@ -75,14 +76,14 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
     # Adapters bring their heads; the store refuses those that do not.
     for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
-    worker = _worker(base, config, task)
+    threaded_engine = _threaded_engine(base, config, task)
     store = AdapterStore(
         base,
         root,
         budget=bytes_of("adapter_memory", config.adapter_memory),
         followed=followed,
         pinned=config.pin,
-        between_steps=lambda action: worker.between_steps(action).result(),
+        between_steps=lambda action: threaded_engine.between_steps(action).result(),
         allow_other_base=config.allow_other_base,
     )
     name = config.served_name or base.source.name
@@ -90,14 +91,14 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         raise ConfigurationError(
             f"An adapter has the name of the base, '{name}'. Rename its folder, or name the base: --served_name NAME."
         )
-    engine: Engine = worker
-    classifier = worker if isinstance(worker, ClassifyingEngine) else None
+    engine: Engine = threaded_engine
+    classifier = threaded_engine if isinstance(threaded_engine, ClassifyingEngine) else None
     if config.verify:
         bound = bound_for(base.model.dtype)
-        verified = VerifiedEngine(worker, config.verify, bound=bound, report=report)
+        verified = VerifiedEngine(threaded_engine, config.verify, bound=bound, report=report)
         engine = cast(Engine, verified)
-    notice = _memory_notice(config, cards, worker.limits)
-    return Opened(base, name, store, engine, worker, classifier, notice)
+    notice = _memory_notice(config, cards, threaded_engine.limits)
+    return Opened(base, name, store, engine, threaded_engine, classifier, notice)
 
 
 def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> str | None:
@@ -118,7 +119,7 @@ def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> st
     return "; ".join(parts) or None
 
 
-def _worker(base: Base, config: ServeConfig, task: DataTask) -> Worker:
+def _threaded_engine(base: Base, config: ServeConfig, task: DataTask) -> ThreadedEngine:
     limits: dict[str, Any] = {
         "running": config.max_running,
         "queue": config.max_queue,
@@ -166,20 +167,20 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
     if not (Path(DEMO) / "adapter").is_dir():
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
-            f"{DEMO}, which lorakit serve then offers as 'demo'."
+            f"{DEMO}, which lorakit serve then serves as 'demo'."
         )
     return None, {"demo": DEMO}
 
 
 def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
-    """Return what the files of the adapters say; without any adapter yet, the settings of the runs.
+    """Return the cards of the adapters; if there is no adapter yet, the cards of the runs' settings.
 
-    One that is damaged is an error only for those who name it.
+    A damaged adapter is logged and skipped here. Only a request or --pin that names it fails.
     """
     for path in followed.values():
         if not Path(path).exists():
             _LOG.warning(
-                "There is no run at '%s' yet; its adapter is offered once it is there.%s",
+                "There is no run at '%s' yet; its adapter is served once it is there.%s",
                 visible(path),
                 nearest_path(path),
             )

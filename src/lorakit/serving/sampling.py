@@ -42,11 +42,11 @@ class Chooser:
         self.advance()
 
     def draw(self) -> float:
-        """Return the random number in [0, 1) that draws the next token."""
+        """Return the random number in [0, 1) for the next token; the same one until `advance`."""
         return self._point
 
     def advance(self) -> None:
-        """Go on to the token after it. Without this, a step that failed is repeated with the same numbers."""
+        """Draw the number for the following token. A failed step does not call this, so its retry uses the same one."""
         self._point = self._random.random()
 
 

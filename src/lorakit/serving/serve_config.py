@@ -43,7 +43,7 @@ class ServeConfig(HttpLimits):
     served_name: str | None = None
     """Name of the base in requests. Default: its own, such as smollm2-135m-instruct-q4_1."""
     adapters: str | None = None
-    """Folder whose subfolders are adapters or runs; each is offered under its folder's name. Default: without
+    """Folder whose subfolders are adapters or runs; each is served under its folder's name. Default: without
     --follow and --base.name the adapter of lorakit demo, in out/demo."""
     follow: list[str] = field(default_factory=list)
     """Run folders to follow, each as PATH or NAME=PATH. The newest adapter of a run answers while its training goes
@@ -63,21 +63,22 @@ class ServeConfig(HttpLimits):
     health_without_key: bool = False
     """Answer /health without a key, for load balancers that cannot send one."""
     allow_loading: bool = False
-    """Offer the routes that load and unload adapters of the folder. With keys, only operators may use them."""
+    """Enable the routes that load and unload adapters of the folder. With keys, only operators may use them."""
     allow_public: bool = False
     """Listen on an address that other machines can reach without keys. Anyone there can then use the server."""
     num_labels: int | None = None
-    """Most labels of a classifier. Default: the most that the adapters record. PEFT's folders record none."""
+    """Maximum number of labels of a classifier. Default: the largest number that an adapter records. PEFT folders
+    record none."""
     allow_other_base: bool = False
     """Allow adapters that record another base."""
     adapter_memory: str = "1GB"
-    """Most memory for adapters. The least recently used one is unloaded for another."""
+    """Memory for adapters. When it is full, the least recently used idle adapter is unloaded."""
     cache_memory: str = "2GB"
     """Memory for keys and values of running requests."""
     max_running: int = 32
-    """Requests in a batch."""
+    """Maximum number of requests in a batch."""
     max_queue: int = 256
-    """Requests that wait for a place in a batch. One more is answered with 429."""
+    """Maximum number of requests that wait for a place in a batch. Another one gets a 429 answer."""
     verify: float = 0.0
     """Share of the answers of text, 0 to 1, that are computed again by their adapters alone and compared. Failures are
     logged and counted in /metrics."""

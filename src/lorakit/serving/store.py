@@ -60,7 +60,7 @@ _ANY: Any = SimpleNamespace(method=None, scales=True)
 
 @dataclass(frozen=True)
 class _Seen:
-    """The content of an adapter's files in a state."""
+    """What was last read from an adapter's files, and the state of the files then."""
 
     state: State
     digest: str = ""

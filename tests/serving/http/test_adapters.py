@@ -343,7 +343,7 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
 
 def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_module, "MOST_LABELS", 3)
-    metrics = Metrics(FakeEngine().load, FakeStore().stats)
+    metrics = Metrics(FakeEngine().status, FakeStore().stats)
     labels = [metrics.label(f"adapter{number}") for number in range(5)]
     assert labels == ["adapter0", "adapter1", "adapter2", "(other)", "(other)"]
     assert metrics.label("adapter0") == "adapter0"

@@ -249,7 +249,7 @@ def test_they_are_those_of_the_bare_model(text: Path, model: Any, verify: float)
     chosen = {"model": "base", "lora": model} if isinstance(model, dict) else {"model": model}
     sent: list[tuple[list[int], list[int]]] = []
     with served(text, verify=verify) as (client, opened):
-        submit = opened.worker.submit
+        submit = opened.threaded_engine.submit
 
         def recording(asked: Any, deliver: Any) -> Any:
             tokens: list[int] = []
@@ -261,7 +261,7 @@ def test_they_are_those_of_the_bare_model(text: Path, model: Any, verify: float)
 
             return submit(asked, record)
 
-        opened.worker.submit = recording  # type: ignore[method-assign]
+        opened.threaded_engine.submit = recording  # type: ignore[method-assign]
         found, own = [], []
         for path, body in ROUTES.items():
             body = {**body, **chosen, "base_logprobs": True, "seed": 3, "n": 2, "max_tokens": 6}

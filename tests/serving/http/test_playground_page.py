@@ -139,7 +139,7 @@ def test_stop_ends_one_pane_and_the_others_go_on(browser: Browser, site: Site) -
         assert 0 < len(stopped) < len(site.chat("base", "The river", **alone))
         assert site.chat("base", "The river", **alone).startswith(stopped)
         engine, store = site.opened.engine, site.opened.store
-        wait_for(lambda: not engine.load().running and not store.stats().leases)
+        wait_for(lambda: not engine.status().running and not store.stats().leases)
 
 
 def test_a_slider_computes_the_blend_again(browser: Browser, site: Site) -> None:

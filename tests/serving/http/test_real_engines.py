@@ -274,7 +274,7 @@ def test_the_queue_of_a_classifier_is_bounded(
 
         def fill_twice() -> None:
             fill(2, 1)
-            assert engine.load().waiting == 2
+            assert engine.status().waiting == 2
             with pytest.raises(QueueFullError, match="2 requests wait already"):
                 fill(1)
 

@@ -47,12 +47,12 @@ def served(
     )
     opened = open_all(config, report)
     app = serve.app_of(config, opened, keys)
-    opened.worker.start()
+    opened.threaded_engine.start()
     try:
         with TestClient(app, base_url="http://localhost") as client:
             yield client, opened
     finally:
-        assert opened.worker.close(10)
+        assert opened.threaded_engine.close(10)
 
 
 def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ async def get_model(request: Request, model: str) -> Model:
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(request: Request, body: LoadRequest) -> LoadAnswer:
-    """Offer an adapter from a folder under the server's folder of adapters."""
+    """Load an adapter from a folder inside the server's folder of adapters."""
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
     _require_operator(serving, key, name)
@@ -92,7 +92,7 @@ async def load_adapter(request: Request, body: LoadRequest) -> LoadAnswer:
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(request: Request, body: UnloadRequest) -> LoadAnswer:
-    """Offer an adapter no more. Requests in flight finish with it; then its memory is free."""
+    """Unload an adapter. Requests in flight finish with it; then its memory is freed."""
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
     _require_operator(serving, key, name)

@@ -65,7 +65,7 @@ def create_app(
     app = FastAPI(
         title="lorakit",
         version=__version__,
-        description="Many adapters on one base, by OpenAI's API.",
+        description="Many adapters on one base, with an OpenAI-compatible API.",
         docs_url=None,  # the pages load scripts of other sites
         redoc_url=None,
         redirect_slashes=False,  # a redirect repeats the client's Host header
@@ -77,7 +77,7 @@ def create_app(
         settings=settings,
         keys=keys,
         classifier=classifier,
-        metrics=Metrics(engine.load, store.stats),
+        metrics=Metrics(engine.status, store.stats),
     )
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)

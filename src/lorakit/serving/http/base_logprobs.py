@@ -42,8 +42,10 @@ async def base_logprobs(
     """
     # A record of its own: the metrics count the request under its adapters.
     own = RequestRecord(record.id, record.began, record.key)
-    lease, _ = await serving.leased(own, lambda lease: None, serving.settings.base_name)
-    future = serving.lent(
+    lease, _ = await serving.acquire_and_prepare(
+        own, lambda lease: None, serving.settings.base_name
+    )
+    future = serving.submit_leased(
         lease, lambda: serving.engine.score([*prompt, *tokens], lease, start=len(prompt))
     )
     return [finite(value) for value in await asyncio.wrap_future(future)]

@@ -21,7 +21,7 @@ from lorakit.serving.http.errors import ApiError, invalid_value, require_at_most
 from lorakit.serving.http.generation import receipt_headers
 from lorakit.serving.http.prompts import TOKENISING, require_short
 from lorakit.serving.http.schemas import ClassifyRequest
-from lorakit.serving.http.state import admitted, guarded, record_of, serving_of
+from lorakit.serving.http.state import guarded, record_of, require_capacity, serving_of
 from lorakit.tasks import TASKS, BadRow, Classification, Labelled, LabelledExample, Regression
 
 router = APIRouter(route_class=StrictRoute)
@@ -36,7 +36,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
         raise invalid_value("This server generates text; none of its models classifies.", "model")
     rows = body.rows
     require_at_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
-    admitted(serving)
+    require_capacity(serving)
     examples: list[LabelledExample] = []
 
     def prepare(lease: Lease) -> None:
@@ -45,9 +45,9 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
         record.key.reserve_tokens(sum(map(len, examples)))
 
     async def work() -> tuple[Lease, Tensor]:
-        lease, _ = await serving.leased(record, prepare, body.model)
+        lease, _ = await serving.acquire_and_prepare(record, prepare, body.model)
         try:
-            future = serving.lent(lease, lambda: classifier.classify(examples, lease))
+            future = serving.submit_leased(lease, lambda: classifier.classify(examples, lease))
         except BaseException:
             record.key.give_back_tokens(sum(map(len, examples)))
             raise

@@ -35,10 +35,10 @@ from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
 from lorakit.serving.http.state import (
     RequestRecord,
     Serving,
-    admitted,
     busy,
     guarded,
     record_of,
+    require_capacity,
     serving_of,
 )
 
@@ -68,9 +68,10 @@ def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) ->
         ApiError: A field exceeds a limit.
     """
     limits, answers = serving.settings.limits, body.n or 1
-    (length, max_tokens), (likely, top_logprobs) = body.most_tokens, body.likely
+    tokens_field, max_tokens = body.max_tokens_field
+    logprobs_field, top_logprobs = body.top_logprobs_field
     prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
-    require_at_most(length, max_tokens or 0, limits.max_tokens, "max_tokens")
+    require_at_most(tokens_field, max_tokens or 0, limits.max_tokens, "max_tokens")
     require_at_most(
         "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
     )
@@ -79,7 +80,7 @@ def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) ->
         require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
-    require_at_most(likely, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
+    require_at_most(logprobs_field, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
@@ -107,7 +108,7 @@ async def begin(
     """
     serving, record = serving_of(request), record_of(request)
     settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
-    admitted(serving)
+    require_capacity(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
@@ -135,7 +136,7 @@ async def begin(
         return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        lease, (requests, prompt_tokens) = await serving.leased(
+        lease, (requests, prompt_tokens) = await serving.acquire_and_prepare(
             record, prepare, body.model, body.lora
         )
         generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorakit.serving.engine import Load, Receipt
+from lorakit.serving.engine import EngineStatus, Receipt
 from lorakit.serving.loaded import StoreStats
 from lorakit.serving.verification import Verdict
 
@@ -37,7 +37,7 @@ def model_label(receipt: Receipt, base: str) -> str:
 class Metrics:
     """All series of one server, with a registry of their own."""
 
-    def __init__(self, load: Callable[[], Load], stats: Callable[[], StoreStats]) -> None:
+    def __init__(self, status: Callable[[], EngineStatus], stats: Callable[[], StoreStats]) -> None:
         self.registry = CollectorRegistry()
         own = {"namespace": "lorakit", "registry": self.registry}
         self._requests = Counter(
@@ -83,7 +83,7 @@ class Metrics:
         )
         self._labels: set[str] = set()
         self._lock = threading.Lock()
-        self.registry.register(_State(load, stats))
+        self.registry.register(_State(status, stats))
 
     def label(self, adapter: str | None) -> str:
         """Return the label of a model that exists; None is none."""
@@ -140,22 +140,22 @@ class Metrics:
 class _State(Collector):
     """What the engine and the store do at the time of a scrape."""
 
-    def __init__(self, load: Callable[[], Load], stats: Callable[[], StoreStats]) -> None:
-        self._load, self._stats = load, stats
+    def __init__(self, status: Callable[[], EngineStatus], stats: Callable[[], StoreStats]) -> None:
+        self._status, self._stats = status, stats
 
     def collect(self) -> Iterable[Metric]:
         """Yield the series."""
-        load = self._load()
+        status = self._status()
         yield GaugeMetricFamily(
-            "lorakit_engine_alive", "1 while the engine runs", float(load.is_alive)
+            "lorakit_engine_alive", "1 while the engine runs", float(status.is_alive)
         )
-        yield GaugeMetricFamily("lorakit_running_requests", "Requests in the batch", load.running)
-        yield GaugeMetricFamily("lorakit_waiting_requests", "Requests in the queue", load.waiting)
+        yield GaugeMetricFamily("lorakit_running_requests", "Requests in the batch", status.running)
+        yield GaugeMetricFamily("lorakit_waiting_requests", "Requests in the queue", status.waiting)
         yield GaugeMetricFamily(
-            "lorakit_cache_used_ratio", "Share of the cache in use", load.cache_used
+            "lorakit_cache_used_ratio", "Share of the cache in use", status.cache_used
         )
-        yield CounterMetricFamily("lorakit_engine_steps", "Forward passes", load.steps)
-        yield CounterMetricFamily("lorakit_engine_tokens", "Generated tokens", load.tokens)
+        yield CounterMetricFamily("lorakit_engine_steps", "Forward passes", status.steps)
+        yield CounterMetricFamily("lorakit_engine_tokens", "Generated tokens", status.tokens)
         stats = self._stats()
         yield GaugeMetricFamily("lorakit_adapters_loaded", "Adapters in memory", stats.loaded)
         yield GaugeMetricFamily("lorakit_adapter_bytes", "Memory of adapters", stats.bytes)

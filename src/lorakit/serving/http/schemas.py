@@ -186,12 +186,12 @@ class CompletionRequest(Generating):
         return self
 
     @property
-    def most_tokens(self) -> tuple[str, int | None]:
+    def max_tokens_field(self) -> tuple[str, int | None]:
         """The field that limits the new tokens of an answer, and its value."""
         return "max_tokens", self.max_tokens or 16
 
     @property
-    def likely(self) -> tuple[str, int | None]:
+    def top_logprobs_field(self) -> tuple[str, int | None]:
         """The field with the number of the most likely tokens to report, and its value; None reports no tokens."""
         return "logprobs", self.logprobs
 
@@ -315,13 +315,13 @@ class ChatRequest(Generating):
         return self
 
     @property
-    def most_tokens(self) -> tuple[str, int | None]:
+    def max_tokens_field(self) -> tuple[str, int | None]:
         """The field that limits the new tokens of an answer, and its value; None leaves it to the server."""
         name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         return name, self.max_completion_tokens or self.max_tokens
 
     @property
-    def likely(self) -> tuple[str, int | None]:
+    def top_logprobs_field(self) -> tuple[str, int | None]:
         """The field with the number of the most likely tokens to report, and its value; None reports no tokens."""
         return "top_logprobs", (self.top_logprobs or 0) if self.logprobs else None
 
@@ -365,7 +365,7 @@ def _folder_name(name: str) -> str:
 
 
 class LoadRequest(Strict):
-    """An adapter to offer, as in vLLM."""
+    """An adapter to load, as in vLLM."""
 
     lora_name: Annotated[str, AfterValidator(_folder_name)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -375,6 +375,6 @@ class LoadRequest(Strict):
 
 
 class UnloadRequest(Strict):
-    """An adapter to offer no more. Requests in flight finish with it."""
+    """An adapter to unload. Requests in flight finish with it."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=1000)]

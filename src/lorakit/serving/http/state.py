@@ -14,6 +14,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
+from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
 from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
 from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.http.errors import (
@@ -26,7 +27,6 @@ from lorakit.serving.http.errors import (
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
-from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
 
 T = TypeVar("T")
@@ -81,13 +81,13 @@ class Serving:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.room = Room()
-        self.store.freed = self.room.freed
+        self.memory_queue = AdapterMemoryQueue()
+        self.store.freed = self.memory_queue.freed
 
     def problem(self) -> str | None:
         """Return why no request can be answered; None if the server is well."""
-        load = self.engine.load()
-        if not load.is_alive:
+        status = self.engine.status()
+        if not status.is_alive:
             return "The engine has stopped. Restart the server; its log has the reason."
         if self.is_draining:
             return "The server is shutting down."
@@ -161,18 +161,17 @@ class Serving:
         """Run a function in a worker thread."""
         return await asyncio.wrap_future(self.workers.submit(work))
 
-    async def leased(
+    async def acquire_and_prepare(
         self,
         record: RequestRecord,
         prepare: Callable[[Lease], T],
         model: str,
         lora: Mapping[str, float] | None = None,
     ) -> tuple[Lease, T]:
-        """Acquire the adapters that a request names and prepare it, in another thread. Count it as computing.
+        """Acquire a request's adapters and prepare the request, in another thread. Count it in `computing`.
 
-        Waits until there is memory for the adapters; the base and pinned ones do not wait for others. If it fails, or
-        nobody waits for it any more, the lease is released and the request no longer counts. Else both are the caller's
-        to do (`release`).
+        Waits until there is memory for the adapters; the base and pinned ones do not wait for others. After an error or
+        a cancellation, the lease is released and the request no longer counts. Otherwise the caller calls `release`.
 
         Raises:
             ApiError: 404 for an unknown model, 400 for an invalid blend.
@@ -189,7 +188,7 @@ class Serving:
         def abandon(future: Future[tuple[Lease, T]]) -> None:
             if future.cancelled() or future.exception() is not None:
                 self._count(-1)
-                self.room.freed()  # it may have held some adapters of a blend
+                self.memory_queue.freed()  # it may have held some adapters of a blend
             else:
                 self.release(future.result()[0])
 
@@ -207,15 +206,15 @@ class Serving:
             names = {*(lora or [model])} - {self.settings.base_name}
             are_pinned = self.store.are_pinned(names)
             pool = self.preparers if are_pinned else self.loaders
-            return await self.room.acquire(attempt, overtakes=are_pinned)
+            return await self.memory_queue.acquire(attempt, overtakes=are_pinned)
         except BaseException:
             self._count(-1)
             raise
 
-    def lent(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
-        """Return the future of a leased request that `submit` queues.
+    def submit_leased(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
+        """Queue a leased request with `submit`, and return its future.
 
-        The request ends (`release`) with the future, also if nobody waits for it any more; at once if `submit` fails.
+        Calls `release` when the future is done, also if nobody waits for it any more, or at once if `submit` fails.
 
         Raises:
             ApiError: 429 for a full queue.
@@ -288,8 +287,12 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def admitted(serving: Serving) -> None:
-    """Raise an ApiError if no more requests for tokens or classes can be accepted."""
+def require_capacity(serving: Serving) -> None:
+    """Reject a request for tokens or classes that the server cannot accept now.
+
+    Raises:
+        ApiError: 503 if the server is not well, 429 if its queue is full.
+    """
     if problem := serving.problem():
         raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
     if serving.computing >= serving.most_requests:

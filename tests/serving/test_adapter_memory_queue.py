@@ -14,23 +14,23 @@ from own_loop import run
 from stores import LORA, open_base, size_of_one, write_adapter
 
 from lorakit.models.loading import Base
-from lorakit.serving import room
+from lorakit.serving import adapter_memory_queue
+from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
 from lorakit.serving.errors import StoreFullError
 from lorakit.serving.folders import Location
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import THREADS, RequestRecord
 from lorakit.serving.preparing import prepare
-from lorakit.serving.room import Room
 from lorakit.serving.store import AdapterStore
 
 
 class Memory:
-    """Room for two adapters."""
+    """Memory for two adapters."""
 
     def __init__(self, size: int = 2) -> None:
         self.size, self.held, self.order = size, [], []
-        self.room = Room()
+        self.queue = AdapterMemoryQueue()
 
     async def use(self, name: str) -> None:
         async def attempt() -> None:
@@ -38,15 +38,15 @@ class Memory:
                 raise StoreFullError("full")
             self.held.append(name)
 
-        await self.room.acquire(attempt)
+        await self.queue.acquire(attempt)
         self.order.append(name)
 
     def release(self, name: str) -> None:
         self.held.remove(name)
-        self.room.freed()
+        self.queue.freed()
 
 
-async def waiting_in(own: Room, count: int) -> None:
+async def waiting_in(own: AdapterMemoryQueue, count: int) -> None:
     """Wait until as many requests wait for memory."""
     for _ in range(500):
         if len(own._waiting) == count:
@@ -61,7 +61,7 @@ async def settle() -> None:
 
 
 def test_the_first_that_waits_is_the_first_that_is_served(monkeypatch):
-    monkeypatch.setattr(room, "PATIENCE", 0)
+    monkeypatch.setattr(adapter_memory_queue, "PATIENCE", 0)
 
     async def play() -> list[str]:
         memory = Memory()
@@ -104,7 +104,7 @@ def test_one_that_gives_up_lets_the_next_one_try():
     run(play())
 
 
-def test_room_that_becomes_free_during_a_failed_attempt_is_found():
+def test_memory_that_becomes_free_during_a_failed_attempt_is_found():
     async def play() -> None:
         memory = Memory(size=1)
         await memory.use("a")
@@ -115,12 +115,12 @@ def test_room_that_becomes_free_during_a_failed_attempt_is_found():
         async def attempt() -> None:
             attempts.append(len(memory.held))
             if len(attempts) > 1 and memory.held:
-                memory.release(memory.held[0])  # after this attempt has looked for room
+                memory.release(memory.held[0])  # after this attempt has looked for memory
                 await settle()
             if attempts[-1]:
                 raise StoreFullError("full")
 
-        last = asyncio.create_task(memory.room.acquire(attempt))
+        last = asyncio.create_task(memory.queue.acquire(attempt))
         await settle()
         memory.release("a")
         await asyncio.wait_for(asyncio.gather(waiting, last), 5)
@@ -151,14 +151,14 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
 
     async def ask(model: str, lora: dict[str, float] | None = None) -> None:
         record = RequestRecord("id", 0.0)
-        lease, _ = await serving.leased(record, lambda lease: None, model, lora)
+        lease, _ = await serving.acquire_and_prepare(record, lambda lease: None, model, lora)
         serving.release(lease)
 
     async def play() -> None:
         blend = asyncio.create_task(ask("base", {"a": 0.4, "b": 0.3, "c": 0.3}))
         await asyncio.to_thread(begun.wait, 10)
         other = asyncio.create_task(ask("big"))
-        await waiting_in(serving.room, 1)
+        await waiting_in(serving.memory_queue, 1)
         if ends == "is cancelled":
             blend.cancel()
             await asyncio.sleep(0.1)  # the other one tries again, in vain
@@ -175,12 +175,14 @@ def test_the_base_and_pinned_adapters_overtake_those_that_wait(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They hold no memory that another request could have."""
-    monkeypatch.setattr(room, "PATIENCE", 0)
+    monkeypatch.setattr(adapter_memory_queue, "PATIENCE", 0)
     store = AdapterStore(open_base(), root, budget=2 * size_of_one(root), pinned=["a"])
     serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
 
     async def ask(model: str, lora: dict[str, float] | None = None) -> Any:
-        lease, _ = await serving.leased(RequestRecord("id", 0.0), lambda lease: None, model, lora)
+        lease, _ = await serving.acquire_and_prepare(
+            RequestRecord("id", 0.0), lambda lease: None, model, lora
+        )
         return lease
 
     async def play() -> None:
@@ -188,10 +190,10 @@ def test_the_base_and_pinned_adapters_overtake_those_that_wait(
         waiting: list[asyncio.Task[Any]] = []
         for name in "cb":
             waiting.append(asyncio.create_task(ask(name)))
-            await waiting_in(serving.room, len(waiting))
+            await waiting_in(serving.memory_queue, len(waiting))
         for model, lora in (("base", None), ("a", None), ("base", {"a": 0.5})):
             serving.release(await asyncio.wait_for(ask(model, lora), 5))
-        assert len(serving.room._waiting) == 2
+        assert len(serving.memory_queue._waiting) == 2
         serving.release(in_use)
         for task in waiting:
             serving.release(await asyncio.wait_for(task, 5))
@@ -223,7 +225,7 @@ def test_the_base_and_pinned_adapters_do_not_wait_while_another_is_read(
     monkeypatch.setattr(store, "acquire", counted)
 
     async def ask(model: str, prepare: Any = lambda lease: None) -> None:
-        lease, _ = await serving.leased(RequestRecord("id", 0.0), prepare, model)
+        lease, _ = await serving.acquire_and_prepare(RequestRecord("id", 0.0), prepare, model)
         serving.release(lease)
 
     async def fill(name: str, *args: Any) -> list[asyncio.Task[None]]:

@@ -1,4 +1,4 @@
-"""The order in which requests wait for memory for their adapters.
+"""Queue of requests that wait for memory for their adapters.
 
 An adapter that a request uses cannot be unloaded, so a request for another one may have to wait until some have ended.
 """
@@ -17,8 +17,8 @@ from lorakit.serving.errors import StoreFullError
 T = TypeVar("T")
 
 PATIENCE = 1.0
-"""Seconds that the first one waits while newer requests overtake it, because their adapters are loaded. After that they
-wait behind it, or popular adapters would stay in use for ever."""
+"""Seconds that newer requests whose adapters are loaded may overtake the first one of the queue. After that they wait
+behind it. Otherwise popular adapters would stay in use for ever."""
 
 
 @dataclass(eq=False)
@@ -27,8 +27,8 @@ class _Waiter:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Room:
-    """First come, first served, among the requests of one event loop."""
+class AdapterMemoryQueue:
+    """First-come, first-served queue for the requests of one event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiter] = deque()

@@ -24,7 +24,14 @@ from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError, is_out_of_memory
 from lorakit.evaluation.generate import ending_tokens_of_model
 from lorakit.serving.answer import Answer
-from lorakit.serving.engine import Event, GenerationRequest, Lease, Limits, Load, QueueFullError
+from lorakit.serving.engine import (
+    EngineStatus,
+    Event,
+    GenerationRequest,
+    Lease,
+    Limits,
+    QueueFullError,
+)
 from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.queue import FairQueue
 
@@ -33,8 +40,8 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 FOLLOWED = 0.01
-"""Seconds that an engine waits for a request after a change of the adapters. Most changes install the adapter of one
-that is submitted a moment later, and would else wait for a whole step."""
+"""Seconds that an engine waits for a request after a change of the adapters. Most changes install an adapter, and the
+request for it is submitted a moment later. It would otherwise wait for a whole step."""
 
 SCORED_ROWS = 128
 """Tokens whose log-probabilities are computed at once: all of a long text would need gigabytes for the vocabulary."""
@@ -44,8 +51,8 @@ FAILED = "The engine has failed. Restart the server; its log has the reason."
 """For clients, so without the reason."""
 
 
-class Worker(ABC):
-    """What the engines share (`lorakit.serving.engine.Engine`).
+class ThreadedEngine(ABC):
+    """Base class of the engines (`lorakit.serving.engine.Engine`): their thread, their queue, and scoring.
 
     Args:
         model: The base. Nothing else may compute with it until `close`.
@@ -124,9 +131,9 @@ class Worker(ABC):
             self._changed.notify()
         return future
 
-    def load(self) -> Load:
-        """Return what the engine does now (`Engine.load`)."""
-        return Load(
+    def status(self) -> EngineStatus:
+        """Return the engine's state and counters (`Engine.status`)."""
+        return EngineStatus(
             is_alive=self._thread.is_alive() and not self._has_failed,
             running=len(self._running()),
             waiting=self._waiting_count(),
@@ -286,8 +293,8 @@ class Worker(ABC):
         yield from scores[start - len(tokens) - 1 : -1].split(SCORED_ROWS)
 
 
-class WholeBatches(Worker):
-    """A worker that computes a batch to its end before it takes the next one."""
+class StaticBatchEngine(ThreadedEngine):
+    """An engine that computes a batch to its end before it takes the next one."""
 
     _batch: Sequence[Any] = ()
 
