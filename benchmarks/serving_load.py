@@ -166,9 +166,9 @@ def _collect(ended: queue.SimpleQueue[Answer], count: int, until: float) -> bool
 def figures(trial: Trial) -> dict[str, Any]:
     """Return the measures of a trial, for JSON.
 
-    `chosen` counts the adapters that the requests name, the base too. `lost` counts answers without an end, `short` those with fewer tokens than requested and no error. Latencies are of
-    complete answers, in seconds; a lost answer counts with the time until the run gave up, because leaving it out would
-    flatter a system that never answers.
+    `chosen` counts the adapters that the requests name, the base too. `lost` counts answers without an end, `short`
+    those with fewer tokens than requested and no error. Latencies are of complete answers, in seconds; a lost answer
+    counts with the time until the run gave up, because leaving it out would flatter a system that never answers.
     """
     answers = trial.answers
     lost = [a for a in answers if a.ended is None]

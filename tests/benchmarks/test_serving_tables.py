@@ -69,7 +69,7 @@ def record() -> dict[str, Any]:
 def test_tables_of_systems(record: dict[str, Any]) -> None:
     text = report.markdown(list(serving.sections(record)))
     throughput, latency = text.split("### ")[1:3]
-    assert cells(throughput, "system") == ["system", "base alone", "64 adapters"]
+    assert cells(throughput, "system") == ["system", "base alone", "64 adapters, 20 used"]
     assert cells(throughput, "ours") == ["ours", "200 (5.0)", "180 (4.5), 2 errors, 1 short"]
     assert cells(throughput, "theirs") == ["theirs", "", "60 (1.5)"]
     assert cells(latency, "ours") == [
