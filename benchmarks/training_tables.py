@@ -57,7 +57,10 @@ def comparison(row: Row) -> Table:
             label,
             f"{median(speeds):,.0f}",
             f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-            *(compared(row, name, peer) for peer in (row["default"], row["best"], *row["trl_best"])),
+            *(
+                compared(row, name, peer)
+                for peer in (row["default"], row["best"], *row["trl_best"])
+            ),
             # The limit applies to LoRA only: full fine-tuning needs half as many products again.
             "" if name.startswith("full") else f"{median(speeds) / lowest:.0%}",
             f"{median(run['memory'] for run in runs) / 1e6:,.0f}",
