@@ -167,15 +167,15 @@ def require_keyed_noise(job: Job) -> None:
         return
     if job.config.compile:
         raise ConfigurationError(
-            f"compile is true and {_source(job)}: in compiled blocks, its random numbers would depend on the number "
-            f"of processes, here {count}. Set compile to false or the dropout to 0, or train with one process."
+            f"compile is true and {_source(job)}. In compiled blocks, random numbers would depend on the number of "
+            f"processes, here {count}. Set compile to false or the dropout to 0, or train with one process."
         )
     if not (only_keyed and not keys.unknown) and _depends_on_batch(job, examples):
         shapes = ", ".join(str(tuple(shape)) for shape in sorted(keys.unknown)[:3])
-        where = f" on tensors of shape {shapes}" if shapes else " of its own, not torch.nn.Dropout"
+        where = f" for tensors of shape {shapes}" if shapes else " outside torch.nn.Dropout"
         raise ConfigurationError(
-            f"{_source(job)}. It has noise{where}, whose random numbers would depend on the number of processes, here "
-            f"{count}. Set it to 0, or train with one process."
+            f"The model draws random numbers{where}: {_source(job)}. These random numbers would depend on the number "
+            f"of processes, here {count}. Set the dropout to 0, or train with one process."
         )
 
 
@@ -226,4 +226,4 @@ def _source(job: Job) -> str:
     )
     if rates and not of_base:
         return f"lora.dropout is {max(rates)}"
-    return f"The base '{job.base.source.name}' has noise ({of_base or 'not among its settings'})"
+    return f"the base '{job.base.source.name}' has noise ({of_base or 'not among its settings'})"
