@@ -21,7 +21,7 @@ class CombineConfig(OfAdaptersConfig):
     how: Literal["sum", "ties", "dare"] = "sum"
     """sum adds the weight updates exactly. ties and dare edit their entries, then approximate the result."""
     density: float | None = None
-    """The fraction of entries that ties and dare keep, for example 0.2. They need it."""
+    """Fraction of entries that ties and dare keep, for example 0.2. Required for both."""
     seed: int = 0
     """Seed for the entries that dare drops."""
     rank: int | None = None

@@ -296,11 +296,11 @@ def why_not_fused(model: nn.Module) -> str:
 
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Settings of Gemma, RecurrentGemma and xLSTM that cap the logits. On small logits a cap changes little."""
+"""Settings of Gemma, RecurrentGemma and xLSTM that cap the logits. A trial with small logits would not detect a cap."""
 
 
 def _logit_scale(model: nn.Module) -> float:
-    """Return the factor from the head's output to logits, which Granite divides and Cohere multiplies."""
+    """Return the factor between the head's output and the logits: Granite sets a divisor, Cohere a factor."""
     config = _text_config(model)
     if divisor := getattr(config, "logits_scaling", None):
         return 1 / divisor

@@ -61,7 +61,7 @@ class State:
     step: int = 0
     """Finished optimizer steps."""
     evaluated: bool = False
-    """Whether no evaluation is missing: before the first step, or after the latest one if it is due there."""
+    """Whether every evaluation that is due is done: the one before the first step, or after the latest one."""
     tokens: int = 0
     """Tokens of all examples so far, without savings by packing."""
     computed_tokens: int = 0
@@ -144,8 +144,8 @@ def save(
         weights: The trained tensors, whole.
         optimizer: From `optimizer_tensors`, whole.
         keep: How many checkpoints remain.
-        old: If set, the newest checkpoint of this step or an earlier one remains too, and the one after it, which
-            replaces it later.
+        old: A step to rewind to. Keeps the newest checkpoint at or before it, and the next one, which will replace
+            that one as `old` grows.
     """
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:

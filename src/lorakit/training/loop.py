@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> RunResult:
 def _faster_products(config: TrainConfig) -> AbstractContextManager[None]:
     """Return `faster_float32` for a run on a CPU.
 
-    Not with `compile`: the compiler's search for kernels reads a setting that it changes, and torch raises an error.
+    Not with `compile`: torch.compile reads the setting that `faster_float32` changes, and then raises an error.
     """
     if config.compile or pick_device(config.base.device).type != "cpu":
         return nullcontext()
@@ -218,10 +218,10 @@ def _require_longer(run: RunFolder, job: Job) -> None:
 
 
 def _require_patience(run: RunFolder, job: Job, state: State) -> None:
-    """Reject more steps for a run whose last evaluation would have stopped a longer run too.
+    """Reject more steps for a run whose last evaluation would have stopped a longer run early.
 
     Raises:
-        ConfigurationError: It would.
+        ConfigurationError: Early stopping would have ended the longer run at this step.
     """
     if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
         raise ConfigurationError(

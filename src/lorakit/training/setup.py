@@ -112,7 +112,7 @@ class Job:
             size,
             advice=advice,
             process=f"Process {rank} of {count}" if count > 1 else "",
-            # All processes have to run as many passes.
+            # All processes must run equally many passes.
             halves=not self.config.shard,
         )
 
@@ -305,7 +305,7 @@ def prepare(
         # A single process may not need the digests, which take seconds.
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
-    if config.shard:  # from here on, all processes have to run the same passes
+    if config.shard:  # from here on, all processes must run the same passes
         split_base(job.model, job.base_record, pick_device(config.base.device))
     # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
     processes.copy_from_first(t for t in job.weights.values() if not is_split(t))

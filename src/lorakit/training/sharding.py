@@ -89,7 +89,7 @@ def split_base(model: nn.Module, record: BaseRecord, device: torch.device) -> No
 
 @contextmanager
 def gathering(processes: Processes) -> Iterator[None]:
-    """Raise an error about the other processes if they do not take part in a pass of a split model inside.
+    """Replace the error of a failed collective of a sharded model inside by one that names the failed process.
 
     Raises:
         LorakitError: Another process has ended or does not answer.
@@ -100,7 +100,8 @@ def gathering(processes: Processes) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         with processes.communication():
-            time.sleep(CHECKED_FOR)  # until the other processes that have waited are here
+            # The other waiting processes fail too, and record that they came this far: the missing ones are late.
+            time.sleep(CHECKED_FOR)
             raise
 
 
