@@ -91,8 +91,8 @@ def _mark(part: nn.Parameter, _: Tensor) -> None:
     setattr(part, _REACHED, True)
 
 
-def reached(part: nn.Parameter) -> bool:
-    """Return whether a split parameter has got a gradient in this process since the last call.
+def pop_reached(part: nn.Parameter) -> bool:
+    """Return whether a split parameter got a gradient in this process since the last call, and reset that.
 
     The gradient itself does not show it: FSDP2 adds up the parts of all processes, with zeros where there is none.
     """

@@ -19,7 +19,7 @@ from lorakit.compute.objective import Batch, LanguageModellingLoss, tolerance
 from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
-from lorakit.models.sharding import own_part, reached
+from lorakit.models.sharding import own_part, pop_reached
 from lorakit.ops.dropout import CPU, Draw, Keys, token_words
 from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.seeding import seed_device, seeded
@@ -198,7 +198,7 @@ def _gradient(job: Job, examples: Sequence[Example]) -> Tensor:
     ]
     for parameter in parameters:
         parameter.grad = None
-        reached(parameter)  # forget that this pass has reached it
+        pop_reached(parameter)
     return torch.cat([gradient.float().flatten() for gradient in gradients])
 
 

@@ -22,7 +22,7 @@ from lorakit.models.sharding import (
     held_bytes,
     is_split,
     own_part,
-    reached,
+    pop_reached,
     split_blocks,
     whole_tensor,
 )
@@ -111,7 +111,10 @@ def split_gradients(parameters: Sequence[nn.Parameter]) -> list[float]:
     They are the squared norm of all parts, and for each parameter whether this process has contributed to it.
     """
     parts = [own_part(p.grad) for p in parameters if p.grad is not None]
-    return [float(nn.utils.get_total_norm(parts)) ** 2, *(float(reached(p)) for p in parameters)]
+    return [
+        float(nn.utils.get_total_norm(parts)) ** 2,
+        *(float(pop_reached(p)) for p in parameters),
+    ]
 
 
 def settle_split_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[float]) -> float:
