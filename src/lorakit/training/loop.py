@@ -123,7 +123,7 @@ def _train_to_end(
     for examples in job.step_plan.steps(start=state.step):
         if job.is_over(state) or interruption.requested:
             break
-        job.processes.begin(f"step {state.step + 1}")
+        job.processes.set_stage(f"step {state.step + 1}")
         began, processor_began = time.perf_counter(), time.process_time()
         try:
             done = optimizer_step(job, examples, state.step, interruption)
@@ -161,7 +161,7 @@ def _train_to_end(
             break
         if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
             _save_checkpoint(run, job, state)
-    job.processes.begin("the end of the run")
+    job.processes.set_stage("the end of the run")
     _save_checkpoint(run, job, state)
 
 
