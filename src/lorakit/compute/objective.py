@@ -104,7 +104,7 @@ class LanguageModellingLoss:
     ) -> Tensor:
         """Return the last hidden states (N, d) that predict the targets."""
         targets = targets or targets_of(batch)
-        with reading(self.last_block, batch, lambda: targets.read_at):
+        with restricted_last_block(self.last_block, batch, lambda: targets.read_at):
             hidden = backbone_of(model)(
                 **inputs_of(model, batch), use_cache=False
             ).last_hidden_state
@@ -162,7 +162,9 @@ class LabelLoss:
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits (B, outputs), without passing it the labels."""
-        with reading(self.last_block, batch, lambda: _head_positions(model, batch, self.reads)):
+        with restricted_last_block(
+            self.last_block, batch, lambda: _head_positions(model, batch, self.reads)
+        ):
             return model(
                 **{name: value for name, value in batch.items() if name != "labels"}
             ).logits
@@ -197,14 +199,14 @@ class RegressionLoss(LabelLoss):
 Objective = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
 
 
-def reading(
+def restricted_last_block(
     last_block: LastBlock | None, batch: Batch, at: Callable[[], Tensor]
 ) -> AbstractContextManager[None]:
     """Compute the last block only at positions `at()` of the flattened batch, in forward passes in this context."""
     if last_block is None:
         return nullcontext()
     B, T = batch["input_ids"].shape
-    return last_block.reading(at, (B, T))
+    return last_block.restricted_to(at, (B, T))
 
 
 def _head_positions(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> Tensor:
