@@ -23,7 +23,7 @@ from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of, output_embeddings
-from lorakit.ops.dropout import gathers
+from lorakit.ops.dropout import register_gathered
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.rows import gather_rows
 
@@ -93,7 +93,7 @@ class LanguageModellingLoss:
             count = len(batch["input_ids"])
             at = torch.arange(count, device=columns.device)[:, None] * targets.width + columns
             # Dropout before the head sees these tokens only.
-            gathers(at.flatten(), (count, targets.width), (count, len(columns)))
+            register_gathered(at.flatten(), (count, targets.width), (count, len(columns)))
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
             return gather_rows(logits.flatten(0, 1), rows * len(columns) + places)
         logits = model(**inputs, use_cache=False).logits

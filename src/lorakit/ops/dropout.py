@@ -169,8 +169,8 @@ active = _Active()
 """The keys of the batch that is computed. Autograd's threads see them too: they recompute checkpointed blocks."""
 
 
-def gathers(at: Tensor, of: tuple[int, int], shape: tuple[int, int]) -> None:
-    """Give the tokens of a tensor (*shape, F) their keys, until the end of the batch.
+def register_gathered(at: Tensor, of: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Register the dropout keys of a tensor (*shape, F) of gathered tokens, until the end of the batch.
 
     Args:
         at: Indices into the flattened tokens of the batch; as many as the tensor has tokens.
