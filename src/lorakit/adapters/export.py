@@ -27,7 +27,7 @@ from lorakit import storage
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
-    require_whole,
+    require_unsharded,
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
@@ -63,7 +63,7 @@ def save_pretrained(
         if state_dict is not None:
             kwargs["state_dict"] = state_dict
         return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
-    require_whole(model)
+    require_unsharded(model)
     names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
     unmerged, _ = next(unmergeable(model, names), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):

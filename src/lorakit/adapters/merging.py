@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.export import tied_names, unties
-from lorakit.adapters.installed import adapted_layers, require_whole, unmergeable
+from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
@@ -178,7 +178,7 @@ def _restore_hooks(model: nn.Module) -> None:
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise an AdapterStateError if one of these adapters cannot be merged: it would change the model's function."""
-    require_whole(model)
+    require_unsharded(model)
     for name, reason in unmergeable(model, names):
         raise AdapterStateError(
             f"'{name}' cannot be merged: {reason}. Use it unmerged, with activate()."

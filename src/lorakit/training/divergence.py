@@ -9,7 +9,7 @@ from statistics import median
 from torch import Tensor
 
 from lorakit.errors import DivergenceError
-from lorakit.models.sharding import own_part
+from lorakit.models.sharding import local_part
 from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
 
@@ -50,7 +50,7 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
     Raises:
         DivergenceError: A weight is NaN or infinite. A checkpoint of it must not replace a good one.
     """
-    parts = {name: own_part(weight) for name, weight in weights.items()}
+    parts = {name: local_part(weight) for name, weight in weights.items()}
     bad = next(
         (n for n, w in parts.items() if w.is_floating_point() and not w.isfinite().all()), None
     )

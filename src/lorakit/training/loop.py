@@ -35,7 +35,7 @@ from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult
 from lorakit.training.setup import Job, prepare, step_plan_of
-from lorakit.training.sharding import gathering, whole_in_first
+from lorakit.training.sharding import gather_in_first, gathering
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
 
@@ -278,7 +278,7 @@ def _save_checkpoint(run: RunFolder, job: Job, state: State) -> None:
     rewinds = run.config.optimizer.on_divergence == "rewind"
     old = step_to_keep(state.step) if rewinds else None
     weights, of_optimizer = (
-        whole_in_first(tensors, job.processes)
+        gather_in_first(tensors, job.processes)
         for tensors in (job.weights, checkpoint.optimizer_tensors(job.optimizer))
     )
 

@@ -19,7 +19,7 @@ from lorakit.compute.objective import Batch, LanguageModellingLoss, tolerance
 from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
-from lorakit.models.sharding import own_part, pop_reached
+from lorakit.models.sharding import local_part, pop_reached
 from lorakit.ops.dropout import CPU, Draw, Keys, token_words
 from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.seeding import seed_device, seeded
@@ -187,14 +187,14 @@ def _depends_on_batch(job: Job, examples: Sequence[Example]) -> bool:
 
 
 def _gradient(job: Job, examples: Sequence[Example]) -> Tensor:
-    """Return the gradient of all trained parameters, in float32; of split ones, the part of this process."""
+    """Return the gradient of all trained parameters, in float32; of sharded ones, the part of this process."""
     parameters, batch = list(job.parameters.values()), job.collate(examples)
     with keyed_noise(job, batch, step=0):
         with job.autocast():
             loss = job.objective.loss_sum(job.model, batch)
         loss.backward()
     gradients = [
-        own_part(p.grad if p.grad is not None else torch.zeros_like(p)) for p in parameters
+        local_part(p.grad if p.grad is not None else torch.zeros_like(p)) for p in parameters
     ]
     for parameter in parameters:
         parameter.grad = None
