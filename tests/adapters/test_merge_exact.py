@@ -297,7 +297,7 @@ def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(LayerAdapters, "effective_weight", 3), (merging, "make_whole", 0)],
+    [(LayerAdapters, "effective_weight", 3), (merging, "dequantise_model", 0)],
     ids=["between", "end"],
 )
 def test_an_error_within_a_permanent_merge_leaves_no_adapter(

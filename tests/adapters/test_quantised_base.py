@@ -43,7 +43,7 @@ def expand(model: PreTrainedModel, arch: str = "llama", **settings: Any) -> Any:
     whole = tiny_models.build(arch, **settings).to(model.dtype)
     with torch.no_grad():
         for path, weight in quantised_weights(model):
-            whole.get_submodule(path).weight.copy_(weight.whole())
+            whole.get_submodule(path).weight.copy_(weight.dequantised())
     return whole
 
 

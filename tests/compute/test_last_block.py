@@ -84,11 +84,11 @@ def assert_same(objective, model, batch):
         assert (gradients[name] - gradient).norm() <= 1e-5 * scale, name
 
 
-def divides(objective, model, batch):
+def gathers(objective, model, batch):
     """Return whether a forward pass gathers tokens in the last block."""
-    before = objective.last_block.divisions
+    before = objective.last_block.gather_count
     objective.loss_sum(model, batch)
-    return objective.last_block.divisions >= before + 1
+    return objective.last_block.gather_count >= before + 1
 
 
 def tokens_of(linear, call):
@@ -129,7 +129,7 @@ def test_a_text_may_end_with_the_token_of_padding():
     objective = try_last_block(ClassificationLoss(), model, labelled_batch())
     batch = labelled_batch()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    assert divides(objective, model, batch)
+    assert gathers(objective, model, batch)
     assert_same(objective, model, batch)
 
 
@@ -141,7 +141,7 @@ def test_a_decoder_reads_what_predicts_targets(arch, make):
     objective = try_last_block(LanguageModellingLoss(path="fused", note="fused"), model, padded())
     assert objective.last_block is not None
     assert objective.note == "fused; last block too"
-    assert divides(objective, model, batch)
+    assert gathers(objective, model, batch)
     assert_same(objective, model, batch)
 
 
@@ -149,7 +149,7 @@ def test_a_decoder_reads_what_predicts_targets(arch, make):
 def test_every_method_on_a_decoder(method):
     model, batch = adapted("gpt2", "causal-lm", method), packed()
     objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
-    assert divides(objective, model, batch)
+    assert gathers(objective, model, batch)
     assert_same(objective, model, batch)
 
 
@@ -207,11 +207,11 @@ def test_a_batch_without_targets_has_a_loss_of_zero():
 def test_hooks_are_gone_where_the_model_raises():
     model = adapted("llama", "causal-lm", "lora")
     block = last_block(model)
-    with block.reading(lambda: torch.tensor([0]), (1, 4)):
+    with block.restricted_to(lambda: torch.tensor([0]), (1, 4)):
         assert all(part._forward_pre_hooks for part in block.parts)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        block.reading(lambda: torch.tensor([0]), (1, 4)),
+        block.restricted_to(lambda: torch.tensor([0]), (1, 4)),
     ):
         raise RuntimeError("on purpose")
     assert not any(part._forward_pre_hooks for part in block.parts)
@@ -312,7 +312,7 @@ def test_rows_with_adapters_of_their_own_are_computed_in_full():
 def test_blocks_that_are_computed_again_are_computed_as_they_were():
     model = adapted("llama", "causal-lm", "lora")
     enable_gradient_checkpointing(model)
-    assert not last_block(model).divides
+    assert not last_block(model).can_gather
 
 
 def test_chunks_of_a_feed_forward_network_are_computed_in_full():
@@ -324,7 +324,7 @@ def test_chunks_of_a_feed_forward_network_are_computed_in_full():
 def test_a_batch_that_is_read_nearly_whole_is_computed_whole():
     model = adapted("llama", "causal-lm", "lora")
     block = last_block(model)
-    with block.reading(lambda: torch.arange(19), (1, 20)):
+    with block.restricted_to(lambda: torch.arange(19), (1, 20)):
         assert not any(part._forward_pre_hooks for part in block.parts)
 
 
@@ -335,7 +335,7 @@ def test_prefix_methods_divide_too(method):
     examples = [place(e, handle.virtual_tokens, []) for e in EXAMPLES]
     batch = pack(examples, pad_id=0)
     objective = LanguageModellingLoss(path="fused", last_block=last_block(model))
-    assert divides(objective, model, batch)
+    assert gathers(objective, model, batch)
     assert_same(objective, model, batch)
 
 
@@ -343,14 +343,14 @@ def test_norms_whose_bias_alone_is_wide_divide_too():
     model = tiny_models.build("bert", "sequence-classification").bfloat16()
     lorakit.attach(model, lorakit.BitFit(), dtype=torch.float32)
     cast_mixed_norms(model)
-    assert last_block(model).divides
+    assert last_block(model).can_gather
 
 
 def test_compiled_blocks_are_computed_in_full():
     model = adapted("llama", "causal-lm", "lora")
     block = last_block(model)
     compile_blocks(model, backend="eager")
-    with block.reading(lambda: torch.tensor([0]), (1, 4)):
+    with block.restricted_to(lambda: torch.tensor([0]), (1, 4)):
         assert not any(part._forward_pre_hooks for part in block.parts)
 
 

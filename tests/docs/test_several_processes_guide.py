@@ -65,7 +65,7 @@ def require_valid(arguments: list[str], folder: Path) -> TrainConfig:
 
 
 def test_the_commands_are_valid(tmp_path: Path) -> None:
-    """test_process_failures.py starts one that splits the base and resumes."""
+    """test_process_failures.py starts one that shards the base and resumes."""
     configs = [require_valid(words(command)[1:], tmp_path) for command in commands()]
     assert [(config.shard, config.resume) for config in configs] == [
         (False, False),

@@ -62,7 +62,7 @@ def loop(way: str, root: Path) -> None:
         losses = [prepared(**batch, labels=batch["input_ids"]).loss for batch in own]
         step(sum(losses) / len(losses))
     if way in SHARDED:
-        assert all(is_split(p) for p in adapters.trainable_parameters())
+        assert all(is_sharded(p) for p in adapters.trainable_parameters())
         with pytest.raises(lorakit.errors.AdapterStateError, match="sharded over processes"):
             adapters.merge()
     adapters.save(root / way, is_main_process=rank == 0)
@@ -105,7 +105,7 @@ def prepare(way: str, model: Any, adapters: Any) -> tuple[nn.Module, Any]:
     return DistributedDataParallel(model) if way == "ddp" else model, step
 
 
-def is_split(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Return whether a parameter holds only the part of this process."""
     return hasattr(parameter, "full_tensor") or parameter.numel() == 0
 

@@ -52,7 +52,7 @@ def weight_of(layer: nn.Module) -> QuantisedWeight:
 def whole_twin(layer: nn.Module) -> nn.Linear:
     """An ordinary layer with the dequantised weight."""
     twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    twin.weight = nn.Parameter(weight_of(layer).whole(), requires_grad=False)
+    twin.weight = nn.Parameter(weight_of(layer).dequantised(), requires_grad=False)
     twin.bias = None if layer.bias is None else copy.deepcopy(layer.bias)
     return twin
 
@@ -84,7 +84,7 @@ def test_nf4_numbers(dtype: torch.dtype, width: int) -> None:
     # A level times a scale, both in float32.
     np.testing.assert_allclose(quantised.matrix().numpy(), expected, rtol=2**-22)
     assert quantised.matrix().dtype == torch.float32
-    assert quantised.whole().equal(quantised.matrix().to(dtype))
+    assert quantised.dequantised().equal(quantised.matrix().to(dtype))
     assert (quantised.kind, quantised.dtype, quantised.numel()) == ("nf4", dtype, 64 * width)
 
 
@@ -197,7 +197,7 @@ def test_a_model_equals_its_dequantised_twin(arch: str, kind) -> None:
     assert count == len(weights) >= 2
     with torch.no_grad():
         for path, weight in weights.items():
-            twin.get_submodule(path).weight.copy_(weight.whole())
+            twin.get_submodule(path).weight.copy_(weight.dequantised())
         # float32: the maximum error of two layers of width 32.
         torch.testing.assert_close(model(**batch)[0], twin(**batch)[0], rtol=1e-4, atol=1e-4)
     kept = {n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights}

@@ -333,13 +333,13 @@ def test_several_processes_share_a_step(base, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_split_weights(base, tmp_path, method):
+def test_sharded_weights(base, tmp_path, method):
     """Each of two processes holds half of the blocks, and one whole block while it computes."""
     config = tiny_runs.config(tmp_path, base, method=method, batch_size=8, accumulation=1)
-    split = dataclasses.replace(config, shard=True)
+    sharded = dataclasses.replace(config, shard=True)
     whole, half = (
         plan(c, length=64, compare=False, processes=2, machine=MACHINE).chosen
-        for c in (config, split)
+        for c in (config, sharded)
     )
     model = tiny_models.build("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=5)
     blocks = sum(p.numel() for p in model.model.layers.parameters())

@@ -129,7 +129,7 @@ def hung(root: Path) -> Any:
 
 
 def undisturbed(root: Path) -> Any:
-    """Train on two processes that split the base; the test of restarts repeats this run with torchrun."""
+    """Train on two processes that shard the base; the test of restarts repeats this run with torchrun."""
     config = run_config(
         root,
         "undisturbed",

@@ -322,7 +322,7 @@ def take_steps(job: Any, count: int) -> dict[str, torch.Tensor]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a tensor, gathered from all processes if it is split."""
+    """Return a copy of a tensor, gathered from all processes if it is sharded."""
     return getattr(tensor, "full_tensor", tensor.clone)().contiguous()
 
 

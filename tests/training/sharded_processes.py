@@ -1,4 +1,4 @@
-"""Runs whose weights are split over several processes, for `test_sharded_processes.py`.
+"""Runs whose weights are sharded over several processes, for `test_sharded_processes.py`.
 
 By hand::
 
@@ -43,7 +43,7 @@ from lorakit.data import DataConfig
 from lorakit.methods.full import FullFineTuning
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.blocks import blocks_of
-from lorakit.models.sharding import is_split, own_part, split_like
+from lorakit.models.sharding import is_sharded, local_part, shard_like
 from lorakit.training import checkpoint, loop, setup
 from lorakit.training.config import HeldOutConfig, TrainConfig
 from lorakit.training.distributed import joined
@@ -58,11 +58,11 @@ COUNTS = (1, 2, 4)
 several_processes.LIMIT = 150.0
 
 MAIN = ("packed", "full padded")
-NOT_SPLIT = ("grouped", "dropout", "dropout padded")
-"""Ways that are not repeated with split weights. The order of the data does not depend on the weights, and "dropout
+NOT_SHARDED = ("grouped", "dropout", "dropout padded")
+"""Ways that are not repeated with sharded weights. The order of the data does not depend on the weights, and "dropout
 checkpointing" and "dropout classes" draw masks in the same way as the two others."""
 WAYS: dict[str, dict[str, Any]] = {
-    **{name: way for name, way in several_processes.WAYS.items() if name not in NOT_SPLIT},
+    **{name: way for name, way in several_processes.WAYS.items() if name not in NOT_SHARDED},
     "top layer": {"method": "full", "full": FullFineTuning(top_layers=1)},
     "late layer": {"method": "full"},
 }
@@ -83,16 +83,16 @@ def write_models(root: Path) -> None:
 
 
 def opened(root: Path, processes: Any, **settings: Any) -> Job:
-    """Prepare a run in float64, split if it has several processes.
+    """Prepare a run in float64, sharded if it has several processes.
 
     Its computation is tried in float32, like that of one process.
     """
-    split, setup.split_base = setup.split_base, lambda *_: None
+    shard, setup.shard_base = setup.shard_base, lambda *_: None
     job = prepare(run_config(root, "prepared", shard=processes.count > 1, **settings), processes)
-    setup.split_base = split
+    setup.shard_base = shard
     job.model.double()
     if job.config.shard:
-        split(job.model, job.base_record, job.device)
+        shard(job.model, job.base_record, job.device)
     return job
 
 
@@ -102,7 +102,7 @@ def move(job: Job) -> None:
     with torch.no_grad():
         for parameter in job.parameters.values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(split_like(0.02 * noise, parameter))
+            parameter.add_(shard_like(0.02 * noise, parameter))
 
 
 # --- scenarios ------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def equality(root: Path) -> dict[int, Outcomes]:
                 torch.linalg.svd = None  # PiSSA's vectors come from the first process
             for way in ways_on(count):
                 job = opened(root, processes, **with_data(root, WAYS[way]))
-                assert any(map(is_split, job.model.parameters())) == (count > 1)
+                assert any(map(is_sharded, job.model.parameters())) == (count > 1)
                 move(job)
                 job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)
                 if way == "late layer":
@@ -151,11 +151,11 @@ def memory(root: Path) -> Outcomes:
                 parameters = list(job.model.parameters())
                 found[method] = {
                     "held": least_memory_of_tensors(),
-                    "whole": sum(4 * p.numel() for p in parameters if not is_split(p)),
-                    "split": sum(4 * p.numel() for p in parameters if is_split(p)),
-                    "seeded": [p.sum().item() for p in parameters if not is_split(p)],
+                    "whole": sum(4 * p.numel() for p in parameters if not is_sharded(p)),
+                    "sharded": sum(4 * p.numel() for p in parameters if is_sharded(p)),
+                    "seeded": [p.sum().item() for p in parameters if not is_sharded(p)],
                     "share": job.share(next(job.step_plan.steps())),
-                    "line": next(line for line in first_lines(job) if "split over" in line),
+                    "line": next(line for line in first_lines(job) if "sharded over" in line),
                 }
                 if method == "full":
                     found[method]["whole gradients"] = whole_gradients(job)
@@ -184,7 +184,7 @@ def memory_of_tensors() -> int:
         part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
         for tensor in gc.get_objects()
         if issubclass(type(tensor), torch.Tensor)  # others warn about an attribute
-        for part in [own_part(tensor)]
+        for part in [local_part(tensor)]
     }
     return sum(storages.values())
 
@@ -216,25 +216,25 @@ def parts(root: Path) -> Outcomes:
                     tensors = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for tensor in tensors.values():
                         with torch.no_grad():
-                            own_part(tensor).fill_(rank + 1.0 if is_split(tensor) else 9.0)
+                            local_part(tensor).fill_(rank + 1.0 if is_sharded(tensor) else 9.0)
                     state.step = 1
                     job.save_adapter(run_folder.adapter, state)
                     loop._save_checkpoint(run_folder, job, state)
                     for tensor in tensors.values():
                         with torch.no_grad():
-                            own_part(tensor).zero_()
+                            local_part(tensor).zero_()
                     checkpoint.restore(
                         run_folder.checkpoints, job.weights, job.optimizer, inputs=job.inputs
                     )
                     loaded = {**job.weights, **checkpoint.optimizer_tensors(job.optimizer)}
                     for name, tensor in loaded.items():
-                        expected = rank + 1.0 if is_split(tensor) else 9.0
-                        assert (own_part(tensor) == expected).all(), name
-                        assert is_split(tensor) == is_split(tensors[name]), name
-                    split = [name for name, tensor in job.weights.items() if is_split(tensor)]
+                        expected = rank + 1.0 if is_sharded(tensor) else 9.0
+                        assert (local_part(tensor) == expected).all(), name
+                        assert is_sharded(tensor) == is_sharded(tensors[name]), name
+                    sharded = [name for name, tensor in job.weights.items() if is_sharded(tensor)]
                     print(
                         json.dumps(
-                            {"method": method, "trained": list(job.parameters), "split": split}
+                            {"method": method, "trained": list(job.parameters), "sharded": sharded}
                         )
                     )
 
@@ -266,7 +266,7 @@ def mixed(root: Path) -> dict[int, Outcomes]:
 
 
 def whole_runs(root: Path) -> Any:
-    """Train with everything that a run writes, on 1 process, and twice in a script of 2 that split the weights."""
+    """Train with everything that a run writes, on 1 process, and twice in a script of 2 that shard the weights."""
     evaluation = HeldOutConfig(every=5, samples=2, max_new_tokens=3, batch_size=5)
 
     def work(count: int) -> None:
@@ -282,7 +282,7 @@ def whole_runs(root: Path) -> Any:
 
 
 def resumed(root: Path) -> Any:
-    """Stop runs after step 6 of 10, and resume them on another number of processes, split or not."""
+    """Stop runs after step 6 of 10, and resume them on another number of processes, sharded or not."""
     data = DataConfig(train=str(root / "train.jsonl"))
 
     def config(name: str, **settings: Any) -> TrainConfig:
@@ -300,13 +300,13 @@ def resumed(root: Path) -> Any:
     def resuming(name: str, **settings: Any) -> Callable[[int], object]:
         return lambda _: train(config(name, resume=True, **settings))
 
-    stopped = [run(2, stopping("split-whole", shard=True)), run(1, stopping("whole-split"))]
-    shutil.copytree(root / "split-whole", root / "split-split")
+    stopped = [run(2, stopping("sharded-whole", shard=True)), run(1, stopping("whole-sharded"))]
+    shutil.copytree(root / "sharded-whole", root / "sharded-sharded")
     return {
         "stopped": [process for processes in stopped for process in processes],
-        "split-whole": run(1, resuming("split-whole")),
-        "split-split": run(4, resuming("split-split", shard=True)),
-        "whole-split": run(2, resuming("whole-split", shard=True)),
+        "sharded-whole": run(1, resuming("sharded-whole")),
+        "sharded-sharded": run(4, resuming("sharded-sharded", shard=True)),
+        "whole-sharded": run(2, resuming("whole-sharded", shard=True)),
     }
 
 

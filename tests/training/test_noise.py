@@ -153,7 +153,9 @@ def test_other_noise_is_rejected(tmp_path: Path, noise: Callable[[Tensor], Tenso
     job.model.config.attention_dropout = 0.1
     block = job.model.get_submodule("model.layers.0.mlp")
     block.register_forward_hook(lambda module, args, output: noise(output))
-    with pytest.raises(ConfigurationError, match=r"attention_dropout 0\.1.*here 2\. Set it to 0"):
+    with pytest.raises(
+        ConfigurationError, match=r"attention_dropout 0\.1.*here 2\. Set the dropout to 0"
+    ):
         on_two_processes(job)
 
 

@@ -1,4 +1,4 @@
-"""Runs whose weights are split over several processes, against runs of one process.
+"""Runs whose weights are sharded over several processes, against runs of one process.
 
 The runs are in `sharded_processes.py`; one process makes them all.
 """
@@ -33,7 +33,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
 from lorakit.training.distributed import Processes
 from lorakit.training.interruption import EXIT_TO_RESUME
-from lorakit.training.sharding import require_splittable, require_support
+from lorakit.training.sharding import require_shardable, require_support
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,12 @@ def test_a_bfloat16_base_with_float32_copies_and_factors(root: Path, method: str
     for processes in outcomes(root, "mixed").values():
         require_success(processes)
     alone = load_file(root / f"mixed {method} 1 0.safetensors")
-    split = load_file(root / f"mixed {method} 2 0.safetensors")
-    assert split.keys() == alone.keys()
+    sharded = load_file(root / f"mixed {method} 2 0.safetensors")
+    assert sharded.keys() == alone.keys()
     for kind, bound in (("gradient", 0.02), ("weight", 0.02)):
         names = [name for name in alone if name.startswith(kind)]
         expected, found = (
-            torch.cat([tensors[name].flatten() for name in names]) for tensors in (alone, split)
+            torch.cat([tensors[name].flatten() for name in names]) for tensors in (alone, sharded)
         )
         assert found.dtype == torch.float32
         assert (found - expected).norm() <= bound * expected.norm()
@@ -99,18 +99,18 @@ def test_a_whole_run_has_the_numbers_of_one_process(root: Path, method: str) -> 
     """
     for processes in outcomes(root, "whole").values():
         require_success(processes)
-    alone, split = root / f"whole-{method}-1", root / f"whole-{method}-2"
-    (session,) = json.loads((split / "environment.json").read_text())["sessions"]
+    alone, sharded = root / f"whole-{method}-1", root / f"whole-{method}-2"
+    (session,) = json.loads((sharded / "environment.json").read_text())["sessions"]
     assert session["sizes"]["held_bytes"] < 0.9 * session["sizes"]["base_bytes"]
     for kind in ("train", "validation"):
-        expected, found = tiny_runs.metrics(alone, kind), tiny_runs.metrics(split, kind)
+        expected, found = tiny_runs.metrics(alone, kind), tiny_runs.metrics(sharded, kind)
         assert [r["step"] for r in found] == [r["step"] for r in expected]
         for record, other in zip(found, expected, strict=True):
             for name in other.keys() - {"split", "seconds", "computed_tokens"}:
                 assert record[name] == pytest.approx(other[name], rel=1e-5), name
-    assert (split / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+    assert (sharded / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     for which in ("adapter", "best"):
-        require_close_weights(split / which, alone / which)
+        require_close_weights(sharded / which, alone / which)
 
 
 @pytest.mark.slow
@@ -138,10 +138,10 @@ def test_each_process_holds_its_part_of_the_blocks(root: Path, method: str) -> N
     require_success(processes)
     for process in processes:
         found = json.loads(process["output"])[method]
-        expected = found["whole"] + found["split"] / 2
-        assert found["split"] > 2 * found["whole"]
+        expected = found["whole"] + found["sharded"] / 2
+        assert found["sharded"] > 2 * found["whole"]
         assert found["held"] == pytest.approx(expected, abs=1000)
-        assert "weights split over 2 processes: " in found["line"]
+        assert "weights sharded over 2 processes: " in found["line"]
 
 
 @pytest.mark.slow
@@ -169,11 +169,11 @@ def test_saved_files_hold_the_part_of_every_process(root: Path) -> None:
             continue
         found = json.loads(line)
         run = root / f"parts-{found['method']}"
-        assert bool(found["split"]) == (found["method"] == "full")
+        assert bool(found["sharded"]) == (found["method"] == "full")
         (file,) = (run / "adapter").glob("*.safetensors")
         weights = load_file(run / "checkpoints" / "step-000001" / "weights.safetensors")
         state = load_file(run / "checkpoints" / "step-000001" / "optimizer.safetensors")
-        for name in found["split"]:
+        for name in found["sharded"]:
             kept = [
                 load_file(file)[f"trained.{name}"],
                 weights[name],
@@ -198,7 +198,7 @@ def test_a_checkpoint_has_only_trained_tensors(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_another_number_of_processes_split_or_not(root: Path) -> None:
+def test_a_run_resumes_on_another_number_of_processes_sharded_or_not(root: Path) -> None:
     found = outcomes(root, "resumed")
     assert {process["status"] for process in found.pop("stopped")} == {EXIT_TO_RESUME}
     for name, processes in found.items():
@@ -210,7 +210,7 @@ def test_a_run_resumes_on_another_number_of_processes_split_or_not(root: Path) -
 
 
 @pytest.mark.slow
-def test_runs_that_cannot_split_end_with_an_error(root: Path) -> None:
+def test_runs_that_cannot_be_sharded_end_with_an_error(root: Path) -> None:
     ends = outcomes(root, "ends")
     (alone,) = ends["one process"]
     assert alone["status"] == 1
@@ -239,7 +239,7 @@ def test_settings_that_exclude_shard(tmp_path: Path, settings: Any, message: str
         tiny_runs.config(tmp_path, "base", shard=True, **settings)
 
 
-def test_an_older_pytorch_that_cannot_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_pytorch_that_cannot_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Processes(count=2)
     require_support(two)
     monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -247,21 +247,21 @@ def test_an_older_pytorch_that_cannot_split(monkeypatch: pytest.MonkeyPatch) -> 
         require_support(two)
 
 
-def test_models_that_cannot_be_split(tmp_path: Path) -> None:
+def test_models_that_cannot_be_sharded(tmp_path: Path) -> None:
     class WithoutBlocks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(2, 2)
 
-    with pytest.raises(ConfigurationError, match="WithoutBlocks has no list of blocks to split"):
-        require_splittable(WithoutBlocks(), BaseConfig(name="x"))
+    with pytest.raises(ConfigurationError, match="WithoutBlocks has no list of blocks to shard"):
+        require_shardable(WithoutBlocks(), BaseConfig(name="x"))
 
 
 @pytest.mark.slow
-def test_a_quantised_base_cannot_be_split(tmp_path: Path) -> None:
+def test_a_quantised_base_cannot_be_sharded(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     folder = tiny_runs.save_base(tmp_path / "base", hidden_size=64, intermediate_size=64)
     model = load_base(folder, dtype="nf4").model
     attach(model, LoRA(rank=2))
     with pytest.raises(ConfigurationError, match="is quantised to nf4, and quantised weights"):
-        require_splittable(model, BaseConfig(name=folder))
+        require_shardable(model, BaseConfig(name=folder))

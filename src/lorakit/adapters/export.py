@@ -27,7 +27,7 @@ from lorakit import storage
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
-    require_whole,
+    require_unsharded,
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
@@ -63,7 +63,7 @@ def save_pretrained(
         if state_dict is not None:
             kwargs["state_dict"] = state_dict
         return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
-    require_whole(model)
+    require_unsharded(model)
     names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
     unmerged, _ = next(unmergeable(model, names), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):
@@ -178,7 +178,7 @@ def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[
         scales = (f"{path}.SCB", f"{path}.weight_format")
         for other in [k for k in state if k.startswith(f"{key}.") or k in scales]:
             del state[other]
-        state[key] = weight.in_layout(state[key]) if key in replaced else weight.whole().cpu()
+        state[key] = weight.in_layout(state[key]) if key in replaced else weight.dequantised().cpu()
 
 
 def guard_loading(model: nn.Module) -> None:
@@ -306,7 +306,9 @@ def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
             continue
         if f"{start}{ADAPTERS}.{MARK}" in state_dict:  # `keep_base_weights` keeps it
             continue
-        if not (in_file.shape == weight.shape and in_file.to(packed.device).equal(weight.whole())):
+        if not (
+            in_file.shape == weight.shape and in_file.to(packed.device).equal(weight.dequantised())
+        ):
             raise AdapterStateError(
                 f"'{key}' differs from this model's dequantised {weight.kind} weight: the file was saved from another "
                 "base, or from another quantisation of the same one. Load the base that it was saved from."

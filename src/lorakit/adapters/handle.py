@@ -399,7 +399,7 @@ class Adapters:
             base: The base's fingerprint, if `base_record` has been called before; hashing a large base takes seconds.
             overwrite: Replace an existing folder.
             is_main_process: False in all processes but one, which writes. Call `save` in all processes if FSDP2 or
-                DeepSpeed's ZeRO-3 splits the weights: they gather the adapter together.
+                DeepSpeed's ZeRO-3 shards the weights: they gather the adapter together.
 
         Raises:
             RunFolderError: The folder exists, is in use, or the disk is full.

@@ -243,7 +243,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdap
             yield path, module, child
 
 
-def require_whole(model: nn.Module) -> None:
+def require_unsharded(model: nn.Module) -> None:
     """Raise an AdapterStateError if the model is sharded over processes, which would ignore a merged weight."""
     if (sharded := sharded_part(model)) is not None:
         raise AdapterStateError(

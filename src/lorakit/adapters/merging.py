@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.export import tied_names, unties
-from lorakit.adapters.installed import adapted_layers, require_whole, unmergeable
+from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
-from lorakit.models.quantised import become_whole, make_whole, quantised_weight
+from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
             unquantised += change.forget(kept)
         _record_untying(model)
         unquantised += sum(change.forget() for change in changes)
-        others = make_whole(model)
+        others = dequantise_model(model)
     except BaseException:
         if has_begun:
             _LOG.error(
@@ -125,7 +125,7 @@ class _Change:
             quantised = quantised_weight(self.layer, self.adapters.forget(attribute))
             if quantised is not None:
                 assert merged is not None
-                become_whole(quantised, merged.data)
+                dequantise_layer(quantised, merged.data)
                 unquantised += 1
         return unquantised
 
@@ -178,7 +178,7 @@ def _restore_hooks(model: nn.Module) -> None:
 
 def require_mergeable(model: nn.Module, names: Iterable[str]) -> None:
     """Raise an AdapterStateError if one of these adapters cannot be merged: it would change the model's function."""
-    require_whole(model)
+    require_unsharded(model)
     for name, reason in unmergeable(model, names):
         raise AdapterStateError(
             f"'{name}' cannot be merged: {reason}. Use it unmerged, with activate()."

@@ -21,7 +21,7 @@ from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import hidden_parameters
-from lorakit.models.sharding import whole_shape, whole_tensor
+from lorakit.models.sharding import full_shape, full_tensor
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,18 +30,18 @@ _Copy = Callable[[Tensor], Tensor]
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
-    with whole_tensor(tensor) as whole:
-        if whole.is_meta:
+    with full_tensor(tensor) as full:
+        if full.is_meta:
             raise AdapterStateError(
                 "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on "
                 "a base that has its weights."
             )
-        return whole.detach().to("cpu", copy=True).contiguous()
+        return full.detach().to("cpu", copy=True).contiguous()
 
 
 def _without_data(tensor: Tensor) -> Tensor:
     """Return a tensor of the same shape and dtype on the meta device."""
-    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
+    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 def store(

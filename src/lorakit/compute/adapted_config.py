@@ -1,4 +1,4 @@
-"""Settings of everything that reads an adapter, without its base or on it."""
+"""Settings of the commands that read an adapter, alone or on its base."""
 
 from __future__ import annotations
 

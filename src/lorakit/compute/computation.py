@@ -160,7 +160,7 @@ def _structural_objective(
 ) -> Objective:
     """Return the loss of `task` by the cheapest path that the structure allows."""
     block = None if compiled else last_block(model)
-    if block is not None and not block.divides:
+    if block is not None and not block.can_gather:
         block = None
     if task.kind == "regression":
         return RegressionLoss(last_block=block)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
-from lorakit.ops.dropout import gathers
+from lorakit.ops.dropout import register_gathered
 from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 
 MAX_SHARE = 0.9
@@ -34,11 +34,11 @@ class LastBlock:
     watched: tuple[nn.Module, ...]
     """All modules except those of earlier blocks. Hooks on these modules could see that tokens are missing."""
     max_share: float = MAX_SHARE
-    divisions: int = 0
+    gather_count: int = 0
     """Number of inputs that were gathered."""
 
     @property
-    def divides(self) -> bool:
+    def can_gather(self) -> bool:
         """Whether the block can be computed for some tokens only.
 
         It cannot if a hook may mix tokens, if a module splits its input into chunks, if the block is compiled (the
@@ -54,10 +54,10 @@ class LastBlock:
         )
 
     @contextmanager
-    def reading(self, at: Callable[[], Tensor], shape: tuple[int, int]) -> Iterator[None]:
+    def restricted_to(self, at: Callable[[], Tensor], shape: tuple[int, int]) -> Iterator[None]:
         """Compute the block only for the tokens `at()` in forward passes inside this context.
 
-        The block is computed in full if it does not divide, if nearly all tokens are used, or if none is: not every
+        The block is computed in full if it cannot gather, if nearly all tokens are used, or if none is: not every
         kernel supports empty batches.
 
         Args:
@@ -65,7 +65,7 @@ class LastBlock:
             shape: B and T.
         """
         with ExitStack() as handles:
-            if self.divides:
+            if self.can_gather:
                 used, count = at(), shape[0] * shape[1]
                 if 0 < len(used) <= self.max_share * count:
                     self._register(_padded(used, count), shape, handles)
@@ -75,7 +75,7 @@ class LastBlock:
         """Register the hooks of all parts, and their removal in `handles`."""
         if len(at) == shape[0] * shape[1]:
             return  # rounding has added all other tokens
-        gathers(at, shape, (1, len(at)))
+        register_gathered(at, shape, (1, len(at)))
         gather, scatter = partial(_gather, self, at, shape), partial(_scatter, at, shape)
         for part in self.parts:
             handles.enter_context(part.register_forward_pre_hook(gather, with_kwargs=True))
@@ -113,7 +113,7 @@ def _gather(
 
     def gathered(x: Any) -> Any:
         if isinstance(x, Tensor) and x.shape[:2] == shape:
-            block.divisions += 1
+            block.gather_count += 1
             return take_rows(x.flatten(0, 1), at).unsqueeze(0)
         return x
 

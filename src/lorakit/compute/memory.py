@@ -20,9 +20,9 @@ def free_memory() -> None:
 
 
 def forget_tensors(error: BaseException) -> None:
-    """Delete the local variables of the frames that an error has left, for an error that something keeps.
+    """Clear the frames of an error that is kept: their local variables hold the tensors of the failed call.
 
-    The variables hold the tensors of the failed call. The traceback can still be printed.
+    The traceback can still be printed.
     """
     cause: BaseException | None = error
     while cause is not None:

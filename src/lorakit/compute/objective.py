@@ -23,7 +23,7 @@ from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of, output_embeddings
-from lorakit.ops.dropout import gathers
+from lorakit.ops.dropout import register_gathered
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.rows import gather_rows
 
@@ -93,7 +93,7 @@ class LanguageModellingLoss:
             count = len(batch["input_ids"])
             at = torch.arange(count, device=columns.device)[:, None] * targets.width + columns
             # Dropout before the head sees these tokens only.
-            gathers(at.flatten(), (count, targets.width), (count, len(columns)))
+            register_gathered(at.flatten(), (count, targets.width), (count, len(columns)))
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
             return gather_rows(logits.flatten(0, 1), rows * len(columns) + places)
         logits = model(**inputs, use_cache=False).logits
@@ -104,7 +104,7 @@ class LanguageModellingLoss:
     ) -> Tensor:
         """Return the last hidden states (N, d) that predict the targets."""
         targets = targets or targets_of(batch)
-        with reading(self.last_block, batch, lambda: targets.read_at):
+        with restricted_last_block(self.last_block, batch, lambda: targets.read_at):
             hidden = backbone_of(model)(
                 **inputs_of(model, batch), use_cache=False
             ).last_hidden_state
@@ -162,7 +162,9 @@ class LabelLoss:
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits (B, outputs), without passing it the labels."""
-        with reading(self.last_block, batch, lambda: _head_positions(model, batch, self.reads)):
+        with restricted_last_block(
+            self.last_block, batch, lambda: _head_positions(model, batch, self.reads)
+        ):
             return model(
                 **{name: value for name, value in batch.items() if name != "labels"}
             ).logits
@@ -197,14 +199,14 @@ class RegressionLoss(LabelLoss):
 Objective = LanguageModellingLoss | SequenceToSequenceLoss | ClassificationLoss | RegressionLoss
 
 
-def reading(
+def restricted_last_block(
     last_block: LastBlock | None, batch: Batch, at: Callable[[], Tensor]
 ) -> AbstractContextManager[None]:
     """Compute the last block only at positions `at()` of the flattened batch, in forward passes in this context."""
     if last_block is None:
         return nullcontext()
     B, T = batch["input_ids"].shape
-    return last_block.reading(at, (B, T))
+    return last_block.restricted_to(at, (B, T))
 
 
 def _head_positions(model: nn.Module, batch: Batch, reads: Literal["first", "last"]) -> Tensor:
@@ -296,11 +298,11 @@ def why_not_fused(model: nn.Module) -> str:
 
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""Settings of Gemma, RecurrentGemma and xLSTM that cap the logits. On small logits a cap changes little."""
+"""Settings of Gemma, RecurrentGemma and xLSTM that cap the logits. A trial with small logits would not detect a cap."""
 
 
 def _logit_scale(model: nn.Module) -> float:
-    """Return the factor from the head's output to logits, which Granite divides and Cohere multiplies."""
+    """Return the factor between the head's output and the logits: Granite sets a divisor, Cohere a factor."""
     config = _text_config(model)
     if divisor := getattr(config, "logits_scaling", None):
         return 1 / divisor

@@ -152,7 +152,7 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
         batch: A padded batch of examples of different lengths, for which the results must not change.
     """
     block = last_block(model)
-    if block is None or not block.divides:
+    if block is None or not block.can_gather:
         return objective
     if isinstance(objective, LanguageModellingLoss) and objective.path != "fused":
         return objective
@@ -167,7 +167,7 @@ def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
     except Exception:  # models can raise any exception; the full block still works
         return objective
     # If both tokens match, the batch does not show which one the head uses.
-    return matching[0] if len(matching) == 1 and trial_block.divisions else objective
+    return matching[0] if len(matching) == 1 and trial_block.gather_count else objective
 
 
 def _variants(objective: T, block: LastBlock) -> Iterator[tuple[T, str]]:

@@ -46,7 +46,7 @@ def computed(
 
     `count` processes can share the work: the one with this `rank` computes each `count`-th batch, and `gather` returns
     what all of them have computed, in the same order for each. All run as many forward passes, because those of a model
-    that is split over the processes need all of them. A process with fewer batches repeats one, which does not count.
+    that is sharded over the processes need all of them. A process with fewer batches repeats one, which does not count.
     """
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))

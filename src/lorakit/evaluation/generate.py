@@ -31,7 +31,7 @@ from lorakit.data.batches import padded_rows
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
-from lorakit.models.sharding import is_split
+from lorakit.models.sharding import is_sharded
 from lorakit.ops.seeding import seeded
 from lorakit.tasks.language_modelling import continuation_text, prompt_ids
 
@@ -115,7 +115,7 @@ def generate(
     stopping = StoppingCriteriaList([StopIfInterrupted(interrupted)] if interrupted else [])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
-    synced = any(map(is_split, model.parameters())) or None  # None: transformers decides
+    synced = any(map(is_sharded, model.parameters())) or None  # None: transformers decides
     batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
 
     def processors(start: int) -> LogitsProcessorList:

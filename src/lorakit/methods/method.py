@@ -118,10 +118,10 @@ def as_names(setting: str, value: tuple[str, ...] | list[str] | str) -> tuple[st
 def with_head(
     method: Method, model: nn.Module, head: Sequence[str], new_weights: Sequence[str] = ()
 ) -> Method:
-    """Add to the method's ``train_modules`` what would otherwise stay random.
+    """Add the modules with new, random weights to the method's ``train_modules``.
 
-    These are the modules of the task head, unless that setting names modules already, and every module with new
-    weights that the method does not train, such as a pooler.
+    These are the modules of the task head, unless ``train_modules`` names modules already, and every other module with
+    new weights that the method does not train, such as a pooler.
 
     Args:
         method: The method to attach.

@@ -24,8 +24,9 @@ def faster_float32() -> Iterator[None]:
     """Compute float32 products with oneDNN inside the block, if this processor gains from it.
 
     PyTorch multiplies float32 matrices with MKL, which uses its AVX-512 kernels on Intel's processors only. oneDNN uses
-    its own on every processor that has these instructions. PyTorch calls it for float32 only if it may round the
-    operands to bfloat16. It makes use of that on processors with matrix units alone, but a product is compared first.
+    its own on every processor that has these instructions. PyTorch uses oneDNN for float32 only under a setting that
+    permits it to round the operands to bfloat16. oneDNN rounds on processors with matrix units only; a trial product
+    checks that it does not round here.
 
     This is for training. Decoding of many sequences is slower: torch's attention multiplies many small matrices.
 

@@ -68,7 +68,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Of every published model with this scaling: Llama 3.1, 3.2 and 3.3, EXAONE 3.5. Files do not have them."""
+"""Values of all published models with this scaling (Llama 3.1 to 3.3, EXAONE 3.5), which GGUF files do not store."""
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
@@ -142,7 +142,7 @@ def _rotated(config: PretrainedConfig, rope: dict[str, Any]) -> int:
 
 
 def _read_frequencies(gguf: Path, header: Header, config: PretrainedConfig) -> list[str]:
-    """Set Llama 3's scaling of rotary frequencies; return the tensors of divisors that say something else.
+    """Set Llama 3's scaling of rotary frequencies; return the names of divisor tensors that do not match it.
 
     llama.cpp divides each frequency by a number in a tensor of the file. transformers computes these numbers.
     """

@@ -207,7 +207,7 @@ def kind_of_formula(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def trial_input(layer: Any, samples: int = 2) -> Tensor:
-    """Return normal numbers (samples, samples, in) or (samples, in, *size) or, for embeddings, ids (samples, 4)."""
+    """Return random input: (samples, samples, in), (samples, in, *size) for convolutions, or ids (samples, 4)."""
     weight: Tensor = layer.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
     if isinstance(layer, nn.Embedding):

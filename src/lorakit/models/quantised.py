@@ -83,7 +83,7 @@ class QuantisedWeight:
             return functional.int8_vectorwise_dequant(self.packed.data, self._row_scales)
         return expanded_4bit(self.packed.data, state, torch.float32)
 
-    def whole(self) -> Tensor:
+    def dequantised(self) -> Tensor:
         """Return ``W_q`` in the dtype and layout of the original weight."""
         return self.in_layout(self.matrix().to(self.dtype))
 
@@ -173,7 +173,7 @@ def _loaded_library() -> Any:
 # --- dequantising ----------------------------------------------------------------------------------
 
 
-def make_whole(model: nn.Module) -> int:
+def dequantise_model(model: nn.Module) -> int:
     """Dequantise every quantised layer: its weight becomes ``W_q``.
 
     Returns:
@@ -181,21 +181,21 @@ def make_whole(model: nn.Module) -> int:
     """
     weights = [weight for _, weight in quantised_weights(model)]
     for weight in weights:
-        become_whole(weight, weight.matrix())
+        dequantise_layer(weight, weight.matrix())
     for owner, name in _marks(model):
         delattr(owner, name)
     return len(weights)
 
 
-def become_whole(weight: QuantisedWeight, matrix: Tensor) -> None:
+def dequantise_layer(weight: QuantisedWeight, matrix: Tensor) -> None:
     """Dequantise a layer permanently, with an (out, in) `matrix` as its weight."""
     layer: Any = weight.layer
-    whole = weight.in_layout(matrix.to(weight.dtype))
+    dequantised = weight.in_layout(matrix.to(weight.dtype))
     layer.__class__ = nn.Linear
     if weight.stored_transposed:
         layer.__class__, layer.nx, layer.nf = Conv1D, layer.in_features, layer.out_features
         del layer.in_features, layer.out_features
-    layer._parameters["weight"] = nn.Parameter(whole, requires_grad=False)
+    layer._parameters["weight"] = nn.Parameter(dequantised, requires_grad=False)
     for name in layer.__dict__.keys() & _OF_QUANTISED_LAYERS:
         delattr(layer, name)  # `state` can hold the packed numbers
 

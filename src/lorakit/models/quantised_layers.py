@@ -29,7 +29,7 @@ from lorakit.ops.derivatives import Function, apply
 
 
 @dataclass(frozen=True)
-class WholeWeight:
+class OriginalWeight:
     """The properties of an original weight, recorded when it is quantised."""
 
     layer_class: type[nn.Module]
@@ -135,5 +135,5 @@ def _matrix(layer: nn.Module) -> Tensor:
 def _take_over(quantised: Any, layer: Any) -> None:
     W = layer.weight
     quantised.bias = layer.bias
-    quantised.made_from = WholeWeight(type(layer), W.dtype, digest(W, torch.bfloat16))
+    quantised.made_from = OriginalWeight(type(layer), W.dtype, digest(W, torch.bfloat16))
     quantised.train(layer.training)

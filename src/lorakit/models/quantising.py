@@ -52,7 +52,7 @@ def projections_as_stored() -> Iterator[dict[str, torch.dtype]]:
         if planned or threading.get_ident() != thread:
             return planned
         dtypes.clear()  # of a model inside this one
-        for path in (path for paths in places_of_projections(model) for path in paths):
+        for path in (path for paths in projection_paths(model) for path in paths):
             dtypes[path] = model.get_submodule(path).weight.dtype  # type: ignore[assignment]
         names = "|".join(re.escape(f"{path}.weight") for path in dtypes)
         return {f"^(?:{names})$": None} if dtypes else {}
@@ -93,21 +93,21 @@ def quantise(
             f"The weights of this {type(model).__name__} are quantised in its checkpoint already. Leave the dtype "
             "at auto to use them unchanged."
         )
-    places = places_of_projections(model)
-    if not places:
+    projections = projection_paths(model)
+    if not projections:
         raise BaseModelError(
             f"{type(model).__name__} has no linear layer in numbered blocks, so {kind} has nothing to quantise. "
             "Set the dtype to auto, bfloat16 or float32."
         )
-    for first, *others in places:
-        whole: Any = model.get_submodule(first)
+    for first, *others in projections:
+        original: Any = model.get_submodule(first)
         if dtypes and first in dtypes:
-            whole.weight.data = whole.weight.data.to(dtypes[first])
-        layer = layer_class(whole)
+            original.weight.data = original.weight.data.to(dtypes[first])
+        layer = layer_class(original)
         for path in (first, *others):
             model.set_submodule(path, layer)
     _mark(model, kind)
-    return len(places)
+    return len(projections)
 
 
 def quantise_base(
@@ -183,7 +183,7 @@ def _layer_class(kind: str) -> Any:
     return {"nf4": NF4Linear, "int8": Int8Linear}[kind]
 
 
-def places_of_projections(model: nn.Module) -> list[list[str]]:
+def projection_paths(model: nn.Module) -> list[list[str]]:
     """Return the paths of each layer that `quantise` replaces; a shared layer has several."""
     heads = classification_head(model)
     excluded = {
@@ -192,7 +192,7 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
         # T5 and related models cast the input of `wo` to its weight's dtype, which would be an integer.
         "wo",
     }
-    places: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module) not in (nn.Linear, Conv1D) or module is output_embeddings(model):
             continue
@@ -205,10 +205,10 @@ def places_of_projections(model: nn.Module) -> list[list[str]]:
         reads = isinstance(owner, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
         if reads or never_calls(owner, parts[-1]):
             continue
-        places.setdefault(id(module), []).append(path)
+        found.setdefault(id(module), []).append(path)
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return [
-        paths for paths in places.values() if holders[id(model.get_submodule(paths[0]).weight)] == 1
+        paths for paths in found.values() if holders[id(model.get_submodule(paths[0]).weight)] == 1
     ]
 
 

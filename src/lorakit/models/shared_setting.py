@@ -21,7 +21,7 @@ class SharedSetting:
 
     @contextmanager
     def changed(self) -> Iterator[None]:
-        """Open a block."""
+        """Change the setting in a ``with`` block, and restore it when the last open block ends."""
         with self.lock:
             if not self._open:
                 self._restore = self._change()

@@ -370,7 +370,7 @@ class _KeptWeights:
             self._columns = columns[:, None, :, None].expand(B, K, S, 1)
 
     def kept(self, group: _Group, P: Tensor) -> tuple[Tensor, float]:
-        """Return a bool tensor in the shape of the weights `P` (G * K, H / K * b, L), and the factor of the others."""
+        """Return a bool tensor that marks the weights `P` (G * K, H / K * b, L) to keep, and their factor."""
         if self._rows is None:
             if draws_itself(P):
                 return kept(P, self._p)

@@ -22,7 +22,7 @@ STEPS = 2**8 * PERIOD
 CPU = torch.device("cpu")
 
 HEAD = 0xD6E8FEB86659FD93 - 2**64
-"""Distance of the keys of a token in two attention heads."""
+"""Difference between the hash keys of a token in neighbouring attention heads."""
 
 stock_dropout = F.dropout
 """torch's function, which `lorakit.ops.keyed_dropout` replaces during training."""
@@ -95,10 +95,10 @@ class Draw:
 
 @dataclass(eq=False)
 class Keys:
-    """The keys of a batch's tokens, from which the masks of dropout follow, wherever a token is in a batch.
+    """Hash keys of a batch's tokens. A token's dropout masks depend on its key, not on its place in the batch.
 
     The mask of a token is a stream of bits, one for each feature. The mask of its attention weights is a stream for
-    each head, with one bit for the position of each key.
+    each head, with one bit for each position that it attends to.
     """
 
     rows: int
@@ -169,8 +169,8 @@ active = _Active()
 """The keys of the batch that is computed. Autograd's threads see them too: they recompute checkpointed blocks."""
 
 
-def gathers(at: Tensor, of: tuple[int, int], shape: tuple[int, int]) -> None:
-    """Give the tokens of a tensor (*shape, F) their keys, until the end of the batch.
+def register_gathered(at: Tensor, of: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Register the dropout keys of a tensor (*shape, F) of gathered tokens, until the end of the batch.
 
     Args:
         at: Indices into the flattened tokens of the batch; as many as the tensor has tokens.

@@ -110,8 +110,8 @@ class Plan:
     """Optimizer steps of the run; None if the number of examples is unknown."""
     processes: int
     """Processes that share each step. Memory and time are those of the process with the most to compute."""
-    split: bool
-    """Whether they split the weights of the blocks."""
+    sharded: bool
+    """Whether they shard the weights of the blocks."""
     machine: Machine
     loading: int
     """Peak bytes while loading the base; 0 on a GPU. If the file has another dtype, or the base is quantised, both take
@@ -212,7 +212,7 @@ def plan(
         timings=timings,
         sizes=sizes,
         processes=processes,
-        split=config.shard,
+        sharded=config.shard,
     )
     return Plan(
         base=shape.name,
@@ -228,7 +228,7 @@ def plan(
         tokens=batches.tokens,
         steps=batches.steps,
         processes=processes,
-        split=config.shard,
+        sharded=config.shard,
         machine=machine,
         loading=_loading(shape, run, config.base.dtype, dtype) if device.type == "cpu" else 0,
         chosen=predict(run),
@@ -277,12 +277,12 @@ def _predict(
     timings: Timings,
     sizes: int,
     processes: int,
-    split: bool,
+    sharded: bool,
 ) -> Prediction:
     base, whole, copies, gathered = run.base, run.trained, 0, 0
-    if split:
+    if sharded:
         whole, copies = run.trained - run.copies, run.copies // processes
-        # A split run drops the originals of trained copies, and gathers the copies, in float32.
+        # A sharded run drops the originals of trained copies, and gathers the copies, in float32.
         originals = run.copies * run.base // run.total
         gathered = run.blocks - originals + 4 * run.copies
         # A process holds its part, and while a block computes, the whole block.
@@ -308,7 +308,7 @@ def _predict(
     others = processes - 1
     # A ring sends every part of the gradients to all processes but one, once for the sum and once for the result.
     sent = 2 * others * 4 * whole // processes
-    if split:
+    if sharded:
         # Each batch gathers the blocks for the forward and for the backward pass, and adds up the copies' gradients.
         sent += run.batches * others * (2 * gathered + 4 * run.copies) // processes
     return Prediction(
@@ -331,7 +331,7 @@ def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[s
         run: The run.
         processes: Their number.
         whole: Trained parameters that each process holds whole.
-        held: Trained parameters of a process, with its parts of split ones.
+        held: Trained parameters of a process, with its parts of sharded ones.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.

@@ -110,9 +110,9 @@ def sizes_figure(plan: Plan) -> Figure:
 
 def shared_text(plan: Plan) -> str:
     """Return what several processes share and send, as a phrase."""
-    split = " and split the blocks" if plan.split else ""
+    shard = " and shard the blocks" if plan.sharded else ""
     return (
-        f"{plan.processes} processes compute each step{split}; memory and time are those of one. It sends "
+        f"{plan.processes} processes compute each step{shard}; memory and time are those of one. It sends "
         f"{size(plan.chosen.sent)} in a step"
     )
 

@@ -19,7 +19,7 @@ from lorakit.models.base_shape import Shape
 from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.model_classes import ModelHead, model_class
-from lorakit.models.quantising import places_of_projections
+from lorakit.models.quantising import projection_paths
 from lorakit.ops.autocast import no_autocast
 
 _ATEN = torch.ops.aten
@@ -85,7 +85,7 @@ def build(
     if config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = 0
     if base.dtype in QUANTISATIONS:
-        for path, *_ in places_of_projections(model):
+        for path, *_ in projection_paths(model):
             _quantise(model.get_submodule(path), base.dtype)
     return model
 

@@ -52,11 +52,11 @@ class SimulatedRun:
     """Parameters of the base."""
     base: int
     blocks: int
-    """The part of `base` in blocks, which several processes can split."""
+    """The part of `base` in blocks, which several processes can shard."""
     widest_block: int
     """The largest block of `base`."""
     copies: int
-    """Trained parameters that are copies of base tensors in blocks, which are split with them."""
+    """Trained parameters that are copies of base tensors in blocks, which are sharded with them."""
     adapter: int
     """Trained tensors, in float32, and buffers of adapter modules."""
     fullest: Step

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lorakit import storage
 from lorakit.errors import RunFolderError
 from lorakit.models.config_fields import VERSION, changed_fields
-from lorakit.models.sharding import split_like
+from lorakit.models.sharding import shard_like
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class State:
     step: int = 0
     """Finished optimizer steps."""
     evaluated: bool = False
-    """Whether no evaluation is missing: before the first step, or after the latest one if it is due there."""
+    """Whether every evaluation that is due is done: the one before the first step, or after the latest one."""
     tokens: int = 0
     """Tokens of all examples so far, without savings by packing."""
     computed_tokens: int = 0
@@ -141,11 +141,11 @@ def save(
     Args:
         folder: The folder of all checkpoints.
         state: The progress of the run.
-        weights: The trained tensors, whole.
-        optimizer: From `optimizer_tensors`, whole.
+        weights: The trained tensors, not sharded.
+        optimizer: From `optimizer_tensors`, not sharded.
         keep: How many checkpoints remain.
-        old: If set, the newest checkpoint of this step or an earlier one remains too, and the one after it, which
-            replaces it later.
+        old: A step to rewind to. Keeps the newest checkpoint at or before it, and the next one, which will replace
+            that one as `old` grows.
     """
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -211,7 +211,7 @@ def restore(
         )
     with torch.no_grad():
         for name, tensor in weights.items():
-            tensor.copy_(split_like(stored[name], tensor))
+            tensor.copy_(shard_like(stored[name], tensor))
     _restore_optimizer(optimizer, read_safetensors(path / OPTIMIZER, RunFolderError, mapped=True))
     return state
 
@@ -359,6 +359,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         by_name.setdefault(parameter, {})[key] = tensor
     for name, parameter in _named_parameters(optimizer):
         optimizer.state[parameter] = {
-            key: split_like(tensor, parameter if tensor.ndim else tensor).to(parameter.device)
+            key: shard_like(tensor, parameter if tensor.ndim else tensor).to(parameter.device)
             for key, tensor in by_name.get(name, {}).items()
         }

@@ -269,7 +269,7 @@ class TrainConfig:
         }
         for setting in (text for text, is_set in excluded.items() if self.shard and is_set):
             raise ConfigurationError(
-                f"shard is true and {setting}, but only plain weights of uncompiled blocks can be split. Change one "
+                f"shard is true and {setting}, but only plain weights of uncompiled blocks can be sharded. Change one "
                 "of the two settings."
             )
 

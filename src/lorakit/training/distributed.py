@@ -51,10 +51,10 @@ class Processes:
         """Whether this process writes the files of the run and prints its progress."""
         return self.rank == 0
 
-    def begin(self, place: str) -> None:
-        """Note where the run is ("step 3"), for errors."""
+    def set_stage(self, stage: str) -> None:
+        """Set the stage of the run ("step 3") that error messages name."""
         if self.peers is not None:
-            self.peers.place = place
+            self.peers.stage = stage
 
     @contextmanager
     def communication(self) -> Iterator[None]:

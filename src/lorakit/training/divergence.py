@@ -9,7 +9,7 @@ from statistics import median
 from torch import Tensor
 
 from lorakit.errors import DivergenceError
-from lorakit.models.sharding import own_part
+from lorakit.models.sharding import local_part
 from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
 
@@ -50,7 +50,7 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
     Raises:
         DivergenceError: A weight is NaN or infinite. A checkpoint of it must not replace a good one.
     """
-    parts = {name: own_part(weight) for name, weight in weights.items()}
+    parts = {name: local_part(weight) for name, weight in weights.items()}
     bad = next(
         (n for n, w in parts.items() if w.is_floating_point() and not w.isfinite().all()), None
     )
@@ -93,18 +93,18 @@ def exploded(state: State, factor: float) -> bool:
 
 
 def step_to_keep(step: int) -> int:
-    """Return a step to which a run can go back if it diverges after `step`, whenever that is."""
-    # A loss that explodes in the next step was high in the last LASTING - 1.
+    """Return a step that is old enough to rewind to, however soon after `step` the run diverges."""
+    # If the loss explodes at the next step, it has been high for the last LASTING - 1 steps.
     return max(step - LASTING, 0)
 
 
 def last_good_step(state: State, factor: float) -> int:
-    """Return the last step with good weights: one more update, at a lower rate, can lead to another loss.
+    """Return the last step to rewind to: the one before the update that led to the first bad loss.
 
     Args:
         state: The state in which a DivergenceError was raised.
         factor: The setting ``optimizer.explosion``.
     """
     first_bad_loss = state.step - LASTING + 1 if exploded(state, factor) else state.step + 1
-    # The weights after the step before have this loss, and the update of that step made them.
+    # The update of step `first_bad_loss - 1` produced the weights with that loss.
     return first_bad_loss - 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.adapters.installed import base_parameters, base_weights
 from lorakit.formatting import shell_command
 from lorakit.models.processor import processor_name
-from lorakit.models.sharding import held_bytes, is_split
+from lorakit.models.sharding import held_bytes, is_sharded
 
 PACKAGES = ("lorakit", "torch", "transformers", "tokenizers", "safetensors")
 
@@ -56,10 +56,10 @@ def command() -> str:
 def sizes(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the numbers of trained and base parameters, and the base's memory in bytes.
 
-    If the base is split over processes, ``held_bytes`` is the memory of the part in this process.
+    If the base is sharded over processes, ``held_bytes`` is the memory of the part in this process.
     """
     tensors = [parameter for _, parameter in base_parameters(model)]
-    held = {"held_bytes": held_bytes(tensors)} if any(map(is_split, tensors)) else {}
+    held = {"held_bytes": held_bytes(tensors)} if any(map(is_sharded, tensors)) else {}
     return {
         "trained_parameters": sum(parameter.numel() for parameter in trained.values()),
         "base_parameters": sum(weight.shape.numel() for _, weight in base_weights(model)),

@@ -14,8 +14,8 @@ SETTINGS = ("batch_size", "evaluation.batch_size")
 def adopt_batch_sizes(job: Job, state: State) -> None:
     """Continue with the batch sizes that were halved before, because memory had run out.
 
-    On another number of processes, each takes the smallest ones. So it does with split weights, where all processes
-    have to run as many passes.
+    If the number of processes has changed or the weights are sharded, every process takes the smallest sizes: with
+    sharded weights, all processes must run equally many passes.
     """
     stored, rank = state.batch_sizes, job.processes.rank
     alike = job.config.shard or len(stored) != job.processes.count
@@ -23,7 +23,7 @@ def adopt_batch_sizes(job: Job, state: State) -> None:
     for number, (setting, batch_size) in enumerate(
         zip(SETTINGS, (job.batch_size, job.evaluation_batch_size), strict=True)
     ):
-        # An event has the number that its process had then, perhaps among another number of processes.
+        # Of any process: an event records the rank in its session, which may have had another number of processes.
         if any(
             event["event"] == OUT_OF_MEMORY and event["setting"] == setting
             for event in state.events
@@ -47,13 +47,16 @@ def record_batch_sizes(run: RunFolder, job: Job, state: State) -> None:
 
 
 def record_rewind(state: State, diverged: State, error: DivergenceError, rate: float) -> str:
-    """Carry over to `state`, which is restored, what the diverged run knows. Return a line for the user.
+    """Copy batch sizes, best score and events of the diverged run to `state`, and count the rewind.
 
     Args:
         state: The restored state.
         diverged: The state in which the run diverged.
         error: Why.
         rate: The new peak learning rate.
+
+    Returns:
+        A line for the user.
     """
     state.rewinds = diverged.rewinds + 1
     state.batch_sizes = diverged.batch_sizes

@@ -73,7 +73,7 @@ class Interruption:
         return self._agreed is not None
 
     def received(self) -> Signals:
-        """The signal that this process has received."""
+        """Return (1, 0) after SIGINT, (0, 1) after SIGTERM or SIGHUP, and (0, 0) otherwise."""
         return int(self._received == signal.SIGINT), int(self._received == signal.SIGTERM)
 
     def agree(self, received: Signals) -> None:

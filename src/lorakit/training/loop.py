@@ -35,7 +35,7 @@ from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult
 from lorakit.training.setup import Job, prepare, step_plan_of
-from lorakit.training.sharding import gathering, whole_in_first
+from lorakit.training.sharding import gather_in_first, gathering
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate
 
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> RunResult:
 def _faster_products(config: TrainConfig) -> AbstractContextManager[None]:
     """Return `faster_float32` for a run on a CPU.
 
-    Not with `compile`: the compiler's search for kernels reads a setting that it changes, and torch raises an error.
+    Not with `compile`: torch.compile reads the setting that `faster_float32` changes, and then raises an error.
     """
     if config.compile or pick_device(config.base.device).type != "cpu":
         return nullcontext()
@@ -123,7 +123,7 @@ def _train_to_end(
     for examples in job.step_plan.steps(start=state.step):
         if job.is_over(state) or interruption.requested:
             break
-        job.processes.begin(f"step {state.step + 1}")
+        job.processes.set_stage(f"step {state.step + 1}")
         began, processor_began = time.perf_counter(), time.process_time()
         try:
             done = optimizer_step(job, examples, state.step, interruption)
@@ -161,7 +161,7 @@ def _train_to_end(
             break
         if (job.saves_after(state.step) or state.is_best) and not job.is_over(state):
             _save_checkpoint(run, job, state)
-    job.processes.begin("the end of the run")
+    job.processes.set_stage("the end of the run")
     _save_checkpoint(run, job, state)
 
 
@@ -218,10 +218,10 @@ def _require_longer(run: RunFolder, job: Job) -> None:
 
 
 def _require_patience(run: RunFolder, job: Job, state: State) -> None:
-    """Reject more steps for a run whose last evaluation would have stopped a longer run too.
+    """Reject more steps for a run whose last evaluation would have stopped a longer run early.
 
     Raises:
-        ConfigurationError: It would.
+        ConfigurationError: Early stopping would have ended the longer run at this step.
     """
     if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
         raise ConfigurationError(
@@ -278,7 +278,7 @@ def _save_checkpoint(run: RunFolder, job: Job, state: State) -> None:
     rewinds = run.config.optimizer.on_divergence == "rewind"
     old = step_to_keep(state.step) if rewinds else None
     weights, of_optimizer = (
-        whole_in_first(tensors, job.processes)
+        gather_in_first(tensors, job.processes)
         for tensors in (job.weights, checkpoint.optimizer_tensors(job.optimizer))
     )
 

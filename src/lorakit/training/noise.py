@@ -19,7 +19,7 @@ from lorakit.compute.objective import Batch, LanguageModellingLoss, tolerance
 from lorakit.data.batches import IGNORED
 from lorakit.errors import ConfigurationError
 from lorakit.models.compiling import compiled_blocks_idle
-from lorakit.models.sharding import own_part, reached
+from lorakit.models.sharding import local_part, pop_reached
 from lorakit.ops.dropout import CPU, Draw, Keys, token_words
 from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.seeding import seed_device, seeded
@@ -167,15 +167,15 @@ def require_keyed_noise(job: Job) -> None:
         return
     if job.config.compile:
         raise ConfigurationError(
-            f"compile is true and {_source(job)}: in compiled blocks, its random numbers would depend on the number "
-            f"of processes, here {count}. Set compile to false or the dropout to 0, or train with one process."
+            f"compile is true and {_source(job)}. In compiled blocks, random numbers would depend on the number of "
+            f"processes, here {count}. Set compile to false or the dropout to 0, or train with one process."
         )
     if not (only_keyed and not keys.unknown) and _depends_on_batch(job, examples):
         shapes = ", ".join(str(tuple(shape)) for shape in sorted(keys.unknown)[:3])
-        where = f" on tensors of shape {shapes}" if shapes else " of its own, not torch.nn.Dropout"
+        where = f" for tensors of shape {shapes}" if shapes else " outside torch.nn.Dropout"
         raise ConfigurationError(
-            f"{_source(job)}. It has noise{where}, whose random numbers would depend on the number of processes, here "
-            f"{count}. Set it to 0, or train with one process."
+            f"The model draws random numbers{where}: {_source(job)}. These random numbers would depend on the number "
+            f"of processes, here {count}. Set the dropout to 0, or train with one process."
         )
 
 
@@ -187,18 +187,18 @@ def _depends_on_batch(job: Job, examples: Sequence[Example]) -> bool:
 
 
 def _gradient(job: Job, examples: Sequence[Example]) -> Tensor:
-    """Return the gradient of all trained parameters, in float32; of split ones, the part of this process."""
+    """Return the gradient of all trained parameters, in float32; of sharded ones, the part of this process."""
     parameters, batch = list(job.parameters.values()), job.collate(examples)
     with keyed_noise(job, batch, step=0):
         with job.autocast():
             loss = job.objective.loss_sum(job.model, batch)
         loss.backward()
     gradients = [
-        own_part(p.grad if p.grad is not None else torch.zeros_like(p)) for p in parameters
+        local_part(p.grad if p.grad is not None else torch.zeros_like(p)) for p in parameters
     ]
     for parameter in parameters:
         parameter.grad = None
-        reached(parameter)  # forget that this pass has reached it
+        pop_reached(parameter)
     return torch.cat([gradient.float().flatten() for gradient in gradients])
 
 
@@ -226,4 +226,4 @@ def _source(job: Job) -> str:
     )
     if rates and not of_base:
         return f"lora.dropout is {max(rates)}"
-    return f"The base '{job.base.source.name}' has noise ({of_base or 'not among its settings'})"
+    return f"the base '{job.base.source.name}' has noise ({of_base or 'not among its settings'})"

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorakit.models.sharding import is_split, own_part
+from lorakit.models.sharding import is_sharded, local_part
 from lorakit.training.config import OptimizerConfig
 
 
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, peak_rate: float
 ) -> torch.optim.AdamW:
-    """Return AdamW over the named `parameters`, in groups: B or not B, with or without decay, split or whole.
+    """Return AdamW over the named `parameters`, in groups: B or not B, with or without decay, sharded or not.
 
     A group's ``peak`` is its peak learning rate. For B it is `lr_ratio` times that of the other parameters (LoRA+,
     Hayou et al. 2024, equation 6). Vectors have no weight decay: biases, norms, DoRA's magnitudes.
@@ -23,7 +23,7 @@ def build_optimizer(
     for name, parameter in parameters.items():
         is_b, decays = name.endswith("lora_B"), parameter.ndim > 1
         group = groups.setdefault(
-            (is_b, decays, is_split(parameter)),  # one update takes whole or split tensors
+            (is_b, decays, is_sharded(parameter)),  # one update takes sharded tensors or others
             {
                 "params": [],
                 "names": [],
@@ -46,23 +46,23 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return min(group["lr"] for group in optimizer.param_groups)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float, split: float = 0.0) -> float:
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float, square: float = 0.0) -> float:
     """Scale all gradients down to a joint norm of at most `limit` (0: no limit); return the norm before scaling.
 
     Args:
         optimizer: The optimizer of all parameters.
         limit: The largest norm.
-        split: The squared norm of the gradients that are split over processes.
+        square: The squared norm of the gradients that are sharded over processes.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
-    norm = nn.utils.get_total_norm([gradient for gradient in gradients if not is_split(gradient)])
-    if split:
-        norm = torch.hypot(norm.double(), norm.new_tensor(split, dtype=torch.float64).sqrt())
+    norm = nn.utils.get_total_norm([gradient for gradient in gradients if not is_sharded(gradient)])
+    if square:
+        norm = torch.hypot(norm.double(), norm.new_tensor(square, dtype=torch.float64).sqrt())
     if limit and gradients:
         factor = torch.clamp(limit / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        parts = list(map(own_part, gradients))
+        parts = list(map(local_part, gradients))
         torch._foreach_mul_(parts, factor)  # pyright: ignore[reportPrivateImportUsage]
     return float(norm)
 

@@ -68,8 +68,8 @@ class Peers:
     """
 
     def __init__(self, store: Store, rank: int, count: int, timeout: datetime.timedelta) -> None:
-        self.place = "the start of the run"
-        """Where the run is, in words."""
+        self.stage = "the start of the run"
+        """The stage of the run, for messages."""
         self._rank, self._count = rank, count
         self._minutes = timeout.total_seconds() / 60
         self._others = [other for other in range(count) if other != rank]
@@ -126,7 +126,7 @@ class Peers:
         if not isinstance(error, LorakitError):
             message = f"{type(error).__name__}: {message}".splitlines()[0]
         with suppress(RuntimeError):  # the store is gone
-            self._store.set(f"failed/{self._rank}", f"{self.place}: {message}")
+            self._store.set(f"failed/{self._rank}", f"{self.stage}: {message}")
             self._store.check([f"failed/{self._rank}"])  # waits until the store has it
 
     def error(self, raised: Exception) -> LorakitError:
@@ -152,7 +152,7 @@ class Peers:
                     return failure
             if ended := [other for other in self._others if self._has_ended(other)]:
                 return LorakitError(
-                    f"{self._named(ended)} ended in {self.place} ({reason}). Killed processes leave no message. "
+                    f"{self._named(ended)} ended in {self.stage} ({reason}). Killed processes leave no message. "
                     f"{RESUME}"
                 )
             if time.monotonic() >= until:
@@ -161,20 +161,20 @@ class Peers:
         if timed_out:
             late = [other for other in self._others if self._is_late(other)] or [self._rank]
             return LorakitError(
-                f"{self._named(late)} did not reach the end of {self.place} within {self._minutes:g} minutes "
+                f"{self._named(late)} did not reach the end of {self.stage} within {self._minutes:g} minutes "
                 f"(processes_timeout). {RESUME}"
             )
         return LorakitError(
-            f"The connection to another process broke in {self.place} ({reason}). {RESUME}"
+            f"The connection to another process broke in {self.stage} ({reason}). {RESUME}"
         )
 
     def _failure(self, other: int) -> LorakitError | None:
         key = f"failed/{other}"
         if not self._store.check([key]):
             return None
-        place, message = self._store.get(key).decode().split(": ", 1)
+        stage, message = self._store.get(key).decode().split(": ", 1)
         first, *lines = message.splitlines()
-        return LorakitError(f"{self._named([other])} failed in {place}: {first}", *lines)
+        return LorakitError(f"{self._named([other])} failed in {stage}: {first}", *lines)
 
     def _has_ended(self, other: int) -> bool:
         """Return whether another process has ended without noticing that a third one has."""
@@ -198,7 +198,7 @@ class Peers:
     def _without_store(self) -> LorakitError:
         self._noticed = True
         holder = "torchrun, which started this run," if _launcher_has_store() else self._named([0])
-        return LorakitError(f"{holder} has ended or does not answer in {self.place}. {RESUME}")
+        return LorakitError(f"{holder} has ended or does not answer in {self.stage}. {RESUME}")
 
 
 def _launcher_has_store() -> bool:

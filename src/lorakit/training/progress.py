@@ -14,7 +14,7 @@ from lorakit.models.dtypes import dtype_name
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
 from lorakit.training.setup import TRAINED, Job
-from lorakit.training.sharding import split_note
+from lorakit.training.sharding import sharding_note
 from lorakit.training.terminal import error_output
 
 PLAIN_INTERVAL = 10.0
@@ -125,7 +125,7 @@ def first_lines(job: Job) -> list[str]:
             f"{reached:.0%} of its peak. To reach the peak, set at most {job.step_plan.total:,}."
         )
     if job.config.shard:
-        lines.append(f"          {split_note(job.model, job.processes)}")
+        lines.append(f"          {sharding_note(job.model, job.processes)}")
     if job.batch_size.size < job.batch_size.configured:
         batch = counted(job.batch_size.size, "example")
         lines.append(f"memory    {batch} at a time: more did not fit in an earlier session")

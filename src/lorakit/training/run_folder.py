@@ -195,9 +195,9 @@ class RunFolder:
     def resume_command(self, processes: int = 1) -> str:
         """Return the shell command that resumes this run on as many processes.
 
-        On several machines, SAME_OPTIONS is in place of the options of `torchrun`, which it does not tell. The command
-        has the settings of this session that differ from config.yaml, such as the `output` of a folder that was
-        moved, or a smaller `batch_size`.
+        On several machines, the command has the placeholder SAME_OPTIONS: `torchrun` does not pass its options to the
+        processes. The command has the settings of this session that differ from config.yaml, such as the `output` of
+        a folder that was moved, or a smaller `batch_size`.
         """
         start = ["lorakit"]
         if processes > 1:

@@ -43,7 +43,7 @@ from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
-from lorakit.models.sharding import is_split
+from lorakit.models.sharding import is_sharded
 from lorakit.tasks import Example, Task, generic_task, task_type
 from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
@@ -53,7 +53,7 @@ from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.run_folder import set_aside
 from lorakit.training.schedule import Share, StepPlan, rate_factor
-from lorakit.training.sharding import require_splittable, require_support, split_base
+from lorakit.training.sharding import require_shardable, require_support, shard_base
 from lorakit.training.warm_start import warm_start
 
 TRAINED = "default"
@@ -112,7 +112,7 @@ class Job:
             size,
             advice=advice,
             process=f"Process {rank} of {count}" if count > 1 else "",
-            # All processes have to run as many passes.
+            # All processes must run equally many passes.
             halves=not self.config.shard,
         )
 
@@ -305,10 +305,10 @@ def prepare(
         # A single process may not need the digests, which take seconds.
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
-    if config.shard:  # from here on, all processes have to run the same passes
-        split_base(job.model, job.base_record, pick_device(config.base.device))
+    if config.shard:  # from here on, all processes must run the same passes
+        shard_base(job.model, job.base_record, pick_device(config.base.device))
     # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
-    processes.copy_from_first(t for t in job.weights.values() if not is_split(t))
+    processes.copy_from_first(t for t in job.weights.values() if not is_sharded(t))
     return _confirmed(job, task)
 
 
@@ -321,7 +321,7 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[J
     dataclasses.replace(config, data=data)  # checks the settings that fit some tasks only
     resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)  # as `train` did before
     config = dataclasses.replace(config, base=resolved)
-    # The parts of a split base move to the device one after the other.
+    # The parts of a sharded base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
     tokenizer = read_text_tokenizer(config.base)
     encodes = is_encoder_decoder(config.base)
@@ -337,7 +337,7 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[J
     with placeholders() if is_replaced else contextlib.nullcontext():
         job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
     if config.shard:
-        require_splittable(base.model, config.base)
+        require_shardable(base.model, config.base)
     return job, task
 
 

@@ -1,4 +1,4 @@
-"""The setting ``shard``: the weights of the base split over the processes of a run (`lorakit.models.sharding`)."""
+"""The setting ``shard``: the weights of the base sharded over the processes of a run (`lorakit.models.sharding`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.blocks import blocks_of
 from lorakit.models.quantised import QuantisedWeight
 from lorakit.models.sharding import (
+    full_tensor,
     held_bytes,
-    is_split,
-    own_part,
-    reached,
-    split_blocks,
-    whole_tensor,
+    is_sharded,
+    local_part,
+    pop_reached,
+    shard_blocks,
 )
 from lorakit.training.distributed import COMMAND, Processes
 from lorakit.training.process_failures import CHECKED_FOR
@@ -36,10 +36,10 @@ def require_support(processes: Processes) -> None:
     Raises:
         ConfigurationError: With the command that starts several processes, or the version to install.
     """
-    # The newest method that `split_blocks` calls.
+    # The newest method that `shard_blocks` calls.
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigurationError(
-            f"shard is true, but PyTorch {torch.__version__} cannot split weights as lorakit needs it. Install PyTorch "
+            f"shard is true, but PyTorch {torch.__version__} cannot shard weights as lorakit needs it. Install PyTorch "
             "2.13 or newer, or set shard to false (--shard false)."
         )
     if processes.count == 1:
@@ -49,26 +49,26 @@ def require_support(processes: Processes) -> None:
         )
 
 
-def require_splittable(model: nn.Module, base: BaseConfig) -> None:
-    """Reject a base whose weights cannot be split.
+def require_shardable(model: nn.Module, base: BaseConfig) -> None:
+    """Reject a base whose weights cannot be sharded.
 
     Raises:
         ConfigurationError: It has no blocks, or it is quantised.
     """
     if not blocks_of(model):
         raise ConfigurationError(
-            f"shard is true, but {type(model).__name__} has no list of blocks to split. Set it to false."
+            f"shard is true, but {type(model).__name__} has no list of blocks to shard. Set it to false."
         )
     for name, weight in base_weights(model):
         if isinstance(weight, QuantisedWeight):
             raise ConfigurationError(
                 f"shard is true, but '{name}' of '{base.name}' is quantised to {weight.kind}, and quantised weights "
-                "cannot be split. Load the base in bfloat16, or set shard to false (--shard false)."
+                "cannot be sharded. Load the base in bfloat16, or set shard to false (--shard false)."
             )
 
 
-def split_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
-    """Split the weights of a base, with its adapter, over the processes, and drop all whole ones.
+def shard_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
+    """Shard the weights of a base, with its adapter, over the processes, and drop all full copies.
 
     Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only.
 
@@ -80,16 +80,16 @@ def split_base(model: nn.Module, record: BaseRecord, device: torch.device) -> No
     for _, _, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
             adapters.forget(attribute)
-    split_blocks(model, device)
+    shard_blocks(model, device)
     assert record.layout is not None  # it has just been taken
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_split(parameter) or name in record.excluded:
+        if is_sharded(parameter) or name in record.excluded:
             record.layout.names.parameters.pop(name, None)
 
 
 @contextmanager
 def gathering(processes: Processes) -> Iterator[None]:
-    """Raise an error about the other processes if they do not take part in a pass of a split model inside.
+    """Replace the error of a failed collective of a sharded model inside by one that names the failed process.
 
     Raises:
         LorakitError: Another process has ended or does not answer.
@@ -100,25 +100,29 @@ def gathering(processes: Processes) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         with processes.communication():
-            time.sleep(CHECKED_FOR)  # until the other processes that have waited are here
+            # The other waiting processes fail too, and record that they came this far: the missing ones are late.
+            time.sleep(CHECKED_FOR)
             raise
 
 
-def split_gradients(parameters: Sequence[nn.Parameter]) -> list[float]:
-    """Return numbers about this process's parts of gradients, to be summed over the processes.
+def local_gradient_terms(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """Return this process's terms of sums over the processes about the gradients of sharded parameters.
 
-    They are the squared norm of all parts, and for each parameter whether this process has contributed to it.
+    The terms are the squared norm of its parts, and for each parameter whether it has contributed to its gradient.
     """
-    parts = [own_part(p.grad) for p in parameters if p.grad is not None]
-    return [float(nn.utils.get_total_norm(parts)) ** 2, *(float(reached(p)) for p in parameters)]
+    parts = [local_part(p.grad) for p in parameters if p.grad is not None]
+    return [
+        float(nn.utils.get_total_norm(parts)) ** 2,
+        *(float(pop_reached(p)) for p in parameters),
+    ]
 
 
-def settle_split_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[float]) -> float:
+def drop_unreached_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[float]) -> float:
     """Drop the gradients to which no process has contributed; return the squared norm of all.
 
     Args:
-        parameters: The split parameters that are trained.
-        sums: The sums of `split_gradients` over the processes.
+        parameters: The sharded parameters that are trained.
+        sums: The sums of `local_gradient_terms` over the processes.
     """
     square, *counts = sums
     for parameter, count in zip(parameters, counts, strict=True):
@@ -127,23 +131,21 @@ def settle_split_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[fl
     return square
 
 
-def whole_in_first(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Return the tensors with the split ones gathered on the CPU; other processes than the first get no values.
+def gather_in_first(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Return the tensors, gathered on the CPU if they are sharded; an empty dict in all processes but the first.
 
-    All processes have to call it.
+    All processes must call it.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        with whole_tensor(tensor.detach()) as whole:
+        with full_tensor(tensor.detach()) as full:
             if processes.is_first:
-                found[name] = whole.cpu() if is_split(tensor) else tensor
+                found[name] = full.cpu() if is_sharded(tensor) else tensor
     return found
 
 
-def split_note(model: nn.Module, processes: Processes) -> str:
+def sharding_note(model: nn.Module, processes: Processes) -> str:
     """Return what each process holds of the model, for the user."""
     parameters = list(model.parameters())
-    held, whole = held_bytes(parameters), sum(p.numel() * p.element_size() for p in parameters)
-    return (
-        f"weights split over {processes.count} processes: {size(held)} of {size(whole)} in this one"
-    )
+    held, full = held_bytes(parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return f"weights sharded over {processes.count} processes: {size(held)} of {size(full)} in this one"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lorakit.compute.objective import SequenceToSequenceLoss
-from lorakit.models.sharding import is_split
+from lorakit.models.sharding import is_sharded
 from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Interruption, Signals
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Step
 from lorakit.training.setup import Job
-from lorakit.training.sharding import settle_split_gradients, split_gradients
+from lorakit.training.sharding import drop_unreached_gradients, local_gradient_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ def optimizer_step(
     )
     own = (*part, *interruption.received(), job.batch_size.size < before)
     parameters = job.parameters.values()
-    split = [p for p in parameters if is_split(p)]  # FSDP2 has summed their gradients
-    whole = [p for p in parameters if not is_split(p)]
-    sums = job.processes.sum_gradients(whole, [*own, *split_gradients(split)])
+    sharded = [p for p in parameters if is_sharded(p)]  # FSDP2 has summed their gradients
+    unsharded = [p for p in parameters if not is_sharded(p)]
+    sums = job.processes.sum_gradients(unsharded, [*own, *local_gradient_terms(sharded)])
     loss, (tokens, computed, *signals, halved) = sums[0], map(int, sums[1 : len(own)])
-    square = settle_split_gradients(split, sums[len(own) :])
+    square = drop_unreached_gradients(sharded, sums[len(own) :])
     rate = set_rate(job.optimizer, job.rate_factor(step))
     norm = clip_gradients(job.optimizer, job.config.optimizer.clip, square)
     require_finite(step, loss, norm, rate)

@@ -125,7 +125,7 @@ def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
 def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Evaluation:
     """Generate text for some validation prompts, record it in samples.jsonl, and score it.
 
-    The processes share the prompts. If the weights are split, all generate the same texts.
+    The processes share the prompts. If the weights are sharded, all generate the same texts.
     """
     settings = job.config.evaluation
     assert job.validation is not None
@@ -152,5 +152,5 @@ def _share_of(job: Job, interruption: Interruption) -> dict[str, Any]:
     """Return the arguments of an evaluation that all processes share, and that a signal ends."""
     processes = job.processes
     share = {"rank": processes.rank, "count": processes.count, "gather": interruption.gather}
-    # Every pass of a model whose weights are split needs all processes, so none may leave one out.
+    # Every pass of a model whose weights are sharded needs all processes, so none may leave one out.
     return share if job.config.shard else {**share, "progress": interruption.check}

@@ -26,7 +26,7 @@ from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.quantised import KINDS, QuantisedWeight
-from lorakit.models.sharding import is_split, whole_shape
+from lorakit.models.sharding import full_shape, is_sharded
 from lorakit.models.sources import ModelSource
 from lorakit.models.tokenizer import tokenizer_digest
 
@@ -158,7 +158,7 @@ def base_record(
     config: Any = getattr(model, "config", None)
     shapes = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda item: item[0]):
-        shape = whole_shape(weight) if isinstance(weight, Tensor) else weight.shape
+        shape = full_shape(weight) if isinstance(weight, Tensor) else weight.shape
         shapes.update(f"{name}\0{tuple(shape)}\0".encode())
     if source is None:
         origin = Origin(
@@ -291,7 +291,7 @@ def hash_weights(
     plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (
         ("meta", _is_meta),
-        ("sharded", is_split),
+        ("sharded", is_sharded),
         ("quantised", _is_packed),
     ):
         if any(map(applies, plain)):

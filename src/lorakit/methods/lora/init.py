@@ -17,9 +17,9 @@ _DECOMPOSES: ContextVar[bool] = ContextVar("decomposes", default=True)
 
 @contextmanager
 def placeholders() -> Iterator[None]:
-    """Initialise PiSSA with other values inside the block, for a caller that then replaces them.
+    """Skip PiSSA's singular value decompositions inside the block, for a caller that then overwrites the factors.
 
-    A singular value decomposition of each weight takes an hour for billions of parameters.
+    The decompositions take an hour for billions of parameters.
     """
     token = _DECOMPOSES.set(False)
     try:

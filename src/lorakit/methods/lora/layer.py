@@ -27,10 +27,10 @@ from lorakit.ops.dropout import dropout
 from lorakit.ops.lora_linear import require_data
 
 _CHUNK = 1 << 20
-"""Numbers of a weight whose sum with the adapter's product DoRA holds at a time, so that it stays in the caches of a
-CPU. The whole sum of a 4096 x 4096 matrix took ten times as long."""
+"""Elements of ``W + scaling * B A`` that DoRA's norms compute at a time, so that they fit into a CPU's caches. A
+4096 x 4096 matrix at once took ten times as long."""
 _LARGE_CHUNK = 1 << 24
-"""The same on a GPU, where a chunk must be worth the launches of its kernels."""
+"""The same on a GPU, where smaller chunks would spend more time on kernel launches."""
 
 
 class LoRALayer(AdapterModule):
