@@ -43,8 +43,8 @@ class Decoding:
         """Return the decoding step that a forward pass with these arguments is, or None.
 
         A prompt discards the stacks and the row factors. So an edit through `tensor.data`, which PyTorch does not
-        count, acts from the next prompt on. A prompt with a choice by token keeps the stacks, and with the promise
-        `unchanged` the factors too: a server computes such passes between the steps.
+        count, acts from the next prompt on. A prompt with a choice by token keeps the stacks, and with `unchanged` the
+        factors too: a server computes such passes between the steps.
 
         Args:
             choice: The adapters of the pass.
@@ -54,8 +54,8 @@ class Decoding:
         """
         x = None if torch.is_grad_enabled() else _input(args, kwargs)
         is_short = x is not None and x.shape[1:2].numel() <= FEW_TOKENS
-        is_promised = choice.unit == "token" and choice.unchanged
-        if not is_promised and not (is_short and _continues(kwargs)):
+        is_unchanged = choice.unit == "token" and choice.unchanged
+        if not is_unchanged and not (is_short and _continues(kwargs)):
             self.row_factors = RowFactors()
         shape = None if x is None else _shape_of_step(choice, x, kwargs)
         if shape is None:
