@@ -551,13 +551,13 @@ def test_a_detached_handle_keeps_no_stacks() -> None:
 
 
 def test_the_tensors_of_few_blends_are_kept(monkeypatch) -> None:
-    monkeypatch.setattr(stacks, "MOST_SOURCES", 2)
+    monkeypatch.setattr(stacks, "MAX_CACHED_BLENDS", 2)
     adapters = adapted()
     for weight in range(1, 9):
         packed(adapters, ["b", {"a": weight / 4}])
     found = adapters._activation.decoding._stacks
     assert found is not None
-    assert [*found._sources] == [(("b", 1.0),), (("a", 2.0),)]
+    assert [*found._factors] == [(("b", 1.0),), (("a", 2.0),)]
 
 
 def test_blends_that_come_and_go_compute_what_they_compute_alone() -> None:
@@ -612,7 +612,7 @@ def test_loading_and_unloading_leaves_nothing_behind() -> None:
         packed(adapters, ["b", None])
         found = adapters._activation.decoding._stacks
         assert found is not None
-        sizes.append((len(found._known), len(found._of_layer)))
+        sizes.append((len(found._input_dtypes), len(found._of_layer)))
     assert sizes[1:-1] == sizes[2:]
 
 

@@ -109,7 +109,7 @@ def test_a_trained_adapter():
         squares[1] += float(old.norm() ** 2)
     assert made.error == pytest.approx(math.sqrt(squares[0] / squares[1]), rel=1e-4)
     assert made.adapter.method.rank == 1
-    assert made.adapter.parameters == adapter.parameters // 4
+    assert made.adapter.num_parameters == adapter.num_parameters // 4
 
 
 def test_settings_say_what_the_layers_are():

@@ -194,7 +194,7 @@ def test_files(tmp_path: Path):
     tensors = load_file(folder / "adapter_model.safetensors")
     assert tensors["base_model.model.last.lora_B.bias"].shape == (5,)
     stored = formats.read(folder)
-    assert stored.parameters == 2 * (6 + 8) + 2 * (24 + 5) + 8 + 5
+    assert stored.num_parameters == 2 * (6 + 8) + 2 * (24 + 5) + 8 + 5
     assert "B has a bias in 2 layers (lora_bias), which B A does not cover." in notices(stored)
     assert "Bias of B" in (folder / "README.md").read_text()
     with pytest.raises(AdapterFileError, match="which compress and combine do not support"):

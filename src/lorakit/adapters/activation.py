@@ -1,7 +1,7 @@
-"""Who chooses what acts: `activate` for all threads, a block for its thread or task, a checkpoint for its second run.
+"""Which adapters a forward pass uses: those of a checkpoint's first run, of an open block, or of `activate`.
 
-A forward pass fixes its choice when it enters the model (`begin_pass`). The adapted layers read it from
-`Activation.moment`. From the inside out, the choice is that of
+A forward pass fixes its choice when it enters the model (`entry.enter`). The adapted layers read it from
+`Activation.moment`. In order of precedence, the choice is that of
 
 1. the first run, in the recomputation of a checkpointed block (`models/checkpoints.py`);
 2. the innermost open block of this thread or task: `per_sample`, `per_token`, or a running `generate`;
@@ -36,7 +36,7 @@ from lorakit.models.checkpoints import forbid_recomputation, running_checkpoints
 
 
 class Moment(NamedTuple):
-    """What an adapted layer reads in a forward pass."""
+    """The choice and the state of a forward pass, for its adapted layers."""
 
     of_pass: Pass
     state: Any
@@ -64,7 +64,7 @@ _SERIALS = itertools.count()
 
 
 class _Thread(threading.local):
-    """What one thread knows; Dynamo can read it, unlike a context variable."""
+    """State of one thread. Dynamo can trace it, unlike a context variable."""
 
     block: _Block | None = None
     """The innermost block that this thread opened outside asyncio tasks; it may have ended in another thread."""
@@ -74,8 +74,8 @@ class _Thread(threading.local):
 class Activation:
     """The choice of one model's adapters, shared by all of its adapted layers.
 
-    Gradient checkpointing runs a block again in the backward pass, on a GPU in another thread. By then the
-    surroundings may choose other adapters, so `moment` records each first run and returns the record.
+    Gradient checkpointing recomputes a block in the backward pass, on a GPU in another thread. By then other adapters
+    may be active, so `moment` records the choice of the first run and returns it in the recomputation.
     """
 
     active: Choice = BASE
@@ -90,8 +90,8 @@ class Activation:
     """What is merged into the weights, if anything."""
 
     before_gradients: Callable[[nn.Module], None] | None = None
-    """Called with the model before its next pass with gradients: adds hooks that a merge has removed, and a checkpoint
-    needs. It must not refer to the model, because a copy of one layer has this object too."""
+    """Called with the model before its next pass with gradients. Restores the hooks that a merge removed, because
+    checkpoints need them. It must not refer to the model: a copy of one layer has this object too."""
 
     def __post_init__(self) -> None:
         self.running = RunningPasses()
@@ -250,7 +250,7 @@ class Activation:
 
     @contextlib.contextmanager
     def local(self, choice: Choice, *, is_generation: bool = False) -> Iterator[None]:
-        """Let a choice act in this thread or task, for the length of a `with` block.
+        """Use a choice in this thread or task, for the length of a `with` block.
 
         Raises:
             AdapterStateError: The block ended in another thread or task than it began in.
@@ -286,7 +286,7 @@ class Activation:
 
     @contextlib.contextmanager
     def part(self, of_pass: Pass) -> Iterator[None]:
-        """Let the layers inside a layer compute some rows for one adapter."""
+        """Use one adapter in the layers inside a layer that recomputes some rows."""
         if torch.compiler.is_compiling():
             before, self._thread.block = self._thread.block, _Block(self, of_pass.choice, {})
             yield
@@ -299,15 +299,14 @@ class Activation:
     def generation(self, choice: Choice) -> Iterator[None]:
         """Keep a choice for all forward passes of a generation."""
         with contextlib.ExitStack() as stack:
-            if (
-                self.merged is None
-            ):  # merged weights act anyway, and cannot change while the generation runs
+            # Merged weights act anyway, and cannot change while the generation runs.
+            if self.merged is None:
                 stack.enter_context(self.local(choice, is_generation=True))
             stack.enter_context(self.running.within(None))
             yield
 
     def forbid_recomputation(self, action: str, names: frozenset[str] | None = None) -> None:
-        """Let the recomputation of pending checkpoints raise an error, because what they need has left the model.
+        """Make the recomputation of pending checkpoints raise an error: the model can no longer repeat their first run.
 
         Args:
             action: What was done, for the message: "removed", "merged".

@@ -36,7 +36,7 @@ class Choice:
     tokens: tuple[int, ...] = ()
     """Number of tokens in each span, for the unit "token". Tokens are counted row by row over (batch, length)."""
     unchanged: bool = field(default=False, compare=False)
-    """Whether the caller promises that nobody edits the adapters' tensors between two passes with this promise."""
+    """Whether the caller guarantees that adapter tensors are not edited between passes that set this."""
     repeats: tuple[int, ...] = (1,)
     """For the unit "row": how many times a batch may hold each row, one after the other (for beam search)."""
     names: frozenset[str] = field(init=False, compare=False, repr=False)

@@ -1,8 +1,8 @@
 """Decoding steps: a few tokens without gradients.
 
 In such a step the overhead of each operation exceeds its arithmetic. So the adapters of all tokens share batched
-products of stacked matrices (`adapters.stacks`). The first step of a generation learns what the layers read. Later
-steps use the stacks while no tensor of an adapter changes.
+products of stacked matrices (`adapters.stacks`). The first step of a generation records the dtype of each layer's
+input. Later steps use the stacks until a tensor of an adapter changes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from lorakit.adapters.blend_factors import LayerAdaptersLike
 from lorakit.adapters.choice import Choice
 from lorakit.adapters.row_factors import RowFactors
-from lorakit.adapters.sources import Layer
-from lorakit.adapters.stacks import Arrangement, Reading, Stacks
+from lorakit.adapters.stacks import Arrangement, SharedInput, Stacks
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
@@ -35,7 +35,7 @@ class Decoding:
     def __init__(self) -> None:
         self._stacks: Stacks | None = None
         self.row_factors = RowFactors()
-        """What the layers know of DoRA's factors since the last prompt."""
+        """DoRA factors, cached since the last prompt."""
 
     def begin(
         self, choice: Choice, args: tuple, kwargs: dict[str, Any], *, is_active: bool
@@ -43,8 +43,8 @@ class Decoding:
         """Return the decoding step that a forward pass with these arguments is, or None.
 
         A prompt discards the stacks and the row factors. So an edit through `tensor.data`, which PyTorch does not
-        count, acts from the next prompt on. A prompt with a choice by token keeps the stacks, and with the promise
-        `unchanged` the factors too: a server computes such passes between the steps.
+        count, acts from the next prompt on. A prompt with a choice by token keeps the stacks, and with `unchanged` the
+        factors too: a server computes such passes between the steps.
 
         Args:
             choice: The adapters of the pass.
@@ -54,8 +54,8 @@ class Decoding:
         """
         x = None if torch.is_grad_enabled() else _input(args, kwargs)
         is_short = x is not None and x.shape[1:2].numel() <= FEW_TOKENS
-        is_promised = choice.unit == "token" and choice.unchanged
-        if not is_promised and not (is_short and _continues(kwargs)):
+        is_unchanged = choice.unit == "token" and choice.unchanged
+        if not is_unchanged and not (is_short and _continues(kwargs)):
             self.row_factors = RowFactors()
         shape = None if x is None else _shape_of_step(choice, x, kwargs)
         if shape is None:
@@ -79,7 +79,7 @@ class Decoding:
 
 
 class Step:
-    """One decoding step. A layer is known by its child module `adapters`."""
+    """One decoding step. Layers are identified by their child module `adapters`."""
 
     arrangement: Arrangement
     """How the stacks compute the batch."""
@@ -89,14 +89,14 @@ class Step:
         self._stacks = stacks
         self._x: Tensor | None = None
         self._version: int | None = None
-        self._reading: Reading | None = None
+        self._shared: SharedInput | None = None
 
-    def adapt(self, adapters: Layer, x: Tensor, output: Tensor) -> Tensor | None:
-        """Return the layer's output with the effect of its adapters; None if other code must compute it."""
+    def adapt(self, adapters: LayerAdaptersLike, x: Tensor, output: Tensor) -> Tensor | None:
+        """Return the layer's output with the effect of its adapters; None if the stacks cannot compute it."""
         arrangement = self.arrangement
         part = arrangement.parts.get(adapters)
         if part is None:
-            self._stacks.learn(adapters, x)
+            self._stacks.record_dtype(adapters, x)
             return None
         in_order = x.shape[:-1] == arrangement.shape and not adapters.replaced
         if (
@@ -106,10 +106,10 @@ class Step:
         ):
             return None
         version = None if x.is_inference() else x._version
-        if self._reading is None or x is not self._x or version is None or version != self._version:
-            self._reading = Reading(x, arrangement.rows)
+        if self._shared is None or x is not self._x or version is None or version != self._version:
+            self._shared = SharedInput(x, arrangement.rows)
             self._x, self._version = x, version
-        adapted = output + self._reading.delta(part, output.dtype)
+        adapted = output + self._shared.delta(part, output.dtype)
         return adapted if part.tokens is None else torch.where(part.tokens, adapted, output)
 
 

@@ -1,4 +1,4 @@
-"""The ways into a model: a forward pass or a generation fixes the choice of adapters when it begins."""
+"""Hooks that fix the choice of adapters when a forward pass or a generation begins."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ACTIVATION = "_lorakit_activation"
 
 
 def watch(model: nn.Module, activation: Activation) -> None:
-    """Let the calls of a model and of its backbone, and `generate`, fix their choice when they begin."""
+    """Hook a model, its backbone and `generate`, so that each call fixes its choice of adapters at its start."""
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
         module.register_forward_pre_hook(enter, with_kwargs=True)

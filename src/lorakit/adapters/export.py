@@ -101,7 +101,7 @@ def _without_weights(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _configuration_prevents_loading(config: Any, name: str | None) -> Iterator[None]:
-    """Let a model's configuration write itself so that `from_pretrained` fails on the folder.
+    """Make `save_pretrained` write a configuration on which `from_pretrained` fails.
 
     transformers writes it before the weights. So the folder does not load while it has the weights of an earlier save,
     or if the process is killed before the end.
@@ -221,8 +221,8 @@ def check_loading(
 ) -> None:
     """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
 
-    For a quantised weight it replaces the equal dequantised one in `state_dict`. Running statistics of a base are
-    recorded.
+    Replaces dequantised weights in `state_dict` by the packed ones that they equal, and records running statistics of
+    a base.
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
@@ -354,8 +354,8 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """Return whether `state` has different tensors for all names that the base ties.
 
-    Only then may the configuration say that nothing is tied: transformers does not write the names that are still tied,
-    and would initialise them newly. Where it says otherwise, transformers ties no names with different tensors.
+    Only then may `tie_word_embeddings` be cleared: transformers does not save names that are still tied, and without
+    the setting it would initialise them randomly. With the setting, it ties no names whose tensors differ.
     """
     groups = [[state[n].data_ptr() for n in names if n in state] for names in tied_names(model)]
     return bool(groups) and all(len({*group}) == len(group) for group in groups)

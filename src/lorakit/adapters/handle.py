@@ -202,8 +202,8 @@ class Adapters:
         Args:
             spans: Choice and number of tokens of each span, in order. They cover all tokens of the batch
                 (batch, length), row after row, padding included.
-            unchanged: A promise that nobody edits the adapters' tensors between two passes with this promise. A server
-                keeps it, and saves the check of all tensors in each step. Adapters may come and go.
+            unchanged: Skip the check for edited adapter tensors in each decoding step, as a server does. Set it only if
+                no tensor is edited between passes that set it. Adapters may be added and removed.
 
         Raises:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
@@ -452,10 +452,10 @@ class Adapters:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Add or merge adapters in a `with` block, in which no other thread runs the model and the base is bare.
+        """Add or merge adapters in a `with` block, in which no adapter is active and no other thread runs the model.
 
-        The former adapters are active again only after an error. Otherwise the model is left without an active adapter,
-        and the caller activates or merges one. (`disabled` is the block for users.)
+        An error reactivates the former adapters. Otherwise no adapter is active afterwards, and the caller activates
+        or merges one. (`disabled` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
@@ -597,7 +597,7 @@ class Adapters:
                 )
 
     def _report_replaced(self, names: Iterable[str]) -> None:
-        """Warn about replaced layers where the rest can be undone."""
+        """Warn about layers that the user replaced: the caller restores only the others."""
         for name in names:
             if sentence := self._installed[name].replaced_layers(self.model):
                 _LOG.warning("%s The new layer stays as it is.", sentence)
@@ -612,7 +612,7 @@ class Adapters:
             )
 
     def _refuse_open_blocks(self, action: str) -> None:
-        """Raise an AdapterStateError inside a block of any thread: its passes would ignore it without a hook."""
+        """Raise an AdapterStateError while any thread has an open block: without hooks, its passes would ignore it."""
         self._refuse_inside_block(action)
         if self._activation.has_blocks:
             raise AdapterStateError(

@@ -58,7 +58,7 @@ class LayerAdapters(ReplacedParameters):
                 "weights directly. Run one batch for each adapter."
             )
         blend = blend or ()
-        tensors = self.own_parameters(layer, blend)
+        tensors = self.parameters_to_swap(layer, blend)
         layer.__dict__.update(tensors)  # the adapters add to these
         shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
         for attribute in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
@@ -89,23 +89,23 @@ class LayerAdapters(ReplacedParameters):
     def _after_block(self, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
         choice = self.activation.moment().of_pass.choice
         if choice is not self.activation.active and any(
-            self.own_parameters(layer, blend) for blend in choice.blends
+            self.parameters_to_swap(layer, blend) for blend in choice.blends
         ):
             raise self.layout.refuse("it returns several tensors, which trained copies change")
         return (self.after(layer, args, kwargs, output[0]), *output[1:])
 
     def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
-        """Return the modules that act on the output; None if rows differ, or the layer's parameters are others'."""
+        """Return the modules of the active adapters; None if rows use different ones, or parameters need a swap."""
         choice = self.activation.now.choice
-        names = choice.names & self.keys()
+        names, blend = choice.names & self.keys(), choice.whole or ()
         if names and choice.whole is None:
             return None
-        if choice is not self.activation.active and self.own_parameters(layer, choice.whole or ()):
+        if choice is not self.activation.active and self.parameters_to_swap(layer, blend):
             return None
         return [self[name] for name in names]
 
-    def own_parameters(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
-        """Return the layer's parameters under a blend that are not in their place now."""
+    def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
+        """Return the parameters that a blend needs on this layer and that are not in place now."""
         if self.activation.merged:
             return {}
         wanted: dict[str, Tensor] = {a: self.current_base(layer, a) for a in self.replaced}
@@ -116,7 +116,7 @@ class LayerAdapters(ReplacedParameters):
 
     def changes(self, layer: nn.Module, blend: Blend) -> bool:
         """Whether the layer's output has to change for a blend."""
-        return any(name in self for name, _ in blend) or bool(self.own_parameters(layer, blend))
+        return any(name in self for name, _ in blend) or bool(self.parameters_to_swap(layer, blend))
 
     # --- effective weights -------------------------------------------------------------------------
 

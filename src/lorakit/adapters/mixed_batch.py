@@ -30,8 +30,8 @@ from lorakit.ops.lora_segments import Segment, lora_segments
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Adapting(Protocol):
-    """The adapters of one layer (`LayerAdapters`)."""
+class LayerAdaptersLike(Protocol):
+    """What this module uses of `LayerAdapters`, whose import would be circular."""
 
     activation: Activation
     layout: RowLayout
@@ -40,7 +40,7 @@ class Adapting(Protocol):
     def __getitem__(self, key: str) -> AdapterModule: ...
     def __contains__(self, key: str) -> bool: ...
     def keys(self) -> KeysView[str]: ...
-    def own_parameters(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
+    def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
     def changes(self, layer: nn.Module, blend: Blend) -> bool: ...
 
 
@@ -69,7 +69,7 @@ class Call(NamedTuple):
         return args, {name: x if v is self.x else v for name, v in self.kwargs.items()}
 
 
-def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) -> Any:
+def adapt_by_part(adapters: LayerAdaptersLike, call: Call, output: Any, of_pass: Pass) -> Any:
     """Return a layer's output, with the adapters of each row or token on that row or token.
 
     Raises:
@@ -88,7 +88,7 @@ def adapt_by_part(adapters: Adapting, call: Call, output: Any, of_pass: Pass) ->
     if choice.whole is not None and (choice.unit == "batch" or of_pass.batch is not None):
         return _adapt(adapters, call, x, output, choice.whole)  # rows were counted on entry
     axes = x.ndim - _features(layer)
-    size = adapters.layout.entries(x, of_pass, axes=axes)
+    size = adapters.layout.checked_size(x, of_pass, axes=axes)
     if choice.whole is not None:
         return _adapt(adapters, call, x, output, choice.whole)
     if choice.unit == "token":
@@ -143,7 +143,7 @@ def why_not_by_token(
 
 
 def _adapt_parts(
-    adapters: Adapting, call: Call, x: Tensor, output: Tensor, of_pass: Pass
+    adapters: LayerAdaptersLike, call: Call, x: Tensor, output: Tensor, of_pass: Pass
 ) -> Tensor:
     """Apply each part of a choice to its entries of the first axis of `x` and `output`."""
     segments = _segments(adapters, x, of_pass)
@@ -163,7 +163,7 @@ def _adapt_parts(
     return output
 
 
-def _segments(adapters: Adapting, x: Tensor, of_pass: Pass) -> list[Segment] | None:
+def _segments(adapters: LayerAdaptersLike, x: Tensor, of_pass: Pass) -> list[Segment] | None:
     """Return the low-rank products of a choice; None if an adapter has another effect on the layer."""
     if adapters.replaced:
         return None
@@ -182,9 +182,11 @@ def _segments(adapters: Adapting, x: Tensor, of_pass: Pass) -> list[Segment] | N
     ]
 
 
-def _adapt(adapters: Adapting, call: Call, x: Tensor, output: Tensor, blend: Blend) -> Tensor:
+def _adapt(
+    adapters: LayerAdaptersLike, call: Call, x: Tensor, output: Tensor, blend: Blend
+) -> Tensor:
     """Return `output`, the layer's output for `x`, with the effect of one blend."""
-    parameters = adapters.own_parameters(call.layer, blend)
+    parameters = adapters.parameters_to_swap(call.layer, blend)
     if not parameters:
         return _add(adapters, call.layer, x, output, blend)
     if reason := _why_not_computed_again(call.layer, parameters):
@@ -199,7 +201,9 @@ def _adapt(adapters: Adapting, call: Call, x: Tensor, output: Tensor, blend: Ble
         return _add(adapters, layer, x, output, blend)
 
 
-def _add(adapters: Adapting, layer: nn.Module, x: Tensor, output: Tensor, blend: Blend) -> Tensor:
+def _add(
+    adapters: LayerAdaptersLike, layer: nn.Module, x: Tensor, output: Tensor, blend: Blend
+) -> Tensor:
     """Return `output` with the effects of a blend on a layer that has the blend's parameters."""
     for name, weight in blend:
         if name in adapters and not adapters[name].shadows:
@@ -224,7 +228,7 @@ def adapt_by(
 
 
 def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:
-    """Return why calling the layer's forward with other parameters may not give what calling the layer gives."""
+    """Return why the layer's forward with other parameters may differ from a call of the layer; None if it cannot."""
     hooks = (
         *(*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()),
         *(

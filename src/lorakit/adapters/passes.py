@@ -29,7 +29,7 @@ class Pass:
     inputs: frozenset[tuple[int, ...]] = frozenset()
     """Storage and first stride of each tensor that entered the model with one entry for each row."""
     is_part: bool = False
-    """Whether this is no pass of its own: a layer computes some rows again for one adapter."""
+    """Whether this is part of another pass: a layer recomputes some rows for one adapter."""
     step: Step | None = field(default=None, compare=False, repr=False)
     """The decoding step that the pass is, if any."""
     known_parts: dict[Any, list[tuple[Blend, Entries]]] = field(

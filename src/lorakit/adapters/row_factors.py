@@ -34,13 +34,13 @@ class RowFactors:
             return module.adapt(layer, x, output, weight)
         known = self._known.get(module)
         if known is None or known[0] != state:
-            # The state was read first. So a change by another thread meanwhile shows in the next call.
+            # The state was read before the factors: a concurrent change then invalidates them in the next call.
             known = self._known[module] = state, module.row_factors(layer)
         return module.adapt_rows(layer, x, output, known[1])
 
 
 def _state(module: LoRALayer, layer: nn.Module) -> list[Any] | None:
-    """Return what differs after a change of what the factors depend on; None if a change would not show."""
+    """Return a list that changes with what the factors depend on; None if a change could go unnoticed."""
     W = getattr(layer, module.form.weight_name)
     quantised = quantised_weight(layer, W)
     own = (module.lora_A, module.lora_B, module.magnitude, module.initial_A, module.initial_B)

@@ -48,8 +48,10 @@ class RowLayout:
     refused: str | None = None
     """Why the layer sees something else than the rows of the batch, if that is known."""
 
-    def entries(self, x: Tensor, of_pass: Pass, *, axes: int) -> int:
-        """Return the length of the axis of rows, of which each row has an equal stretch; or the number of tokens.
+    def checked_size(self, x: Tensor, of_pass: Pass, *, axes: int) -> int:
+        """Validate a layer's input. Return the size of its row axis, or its number of tokens for a choice by token.
+
+        Each row has an equal, contiguous part of the row axis.
 
         Args:
             x: Input of the layer.
@@ -88,7 +90,7 @@ class RowLayout:
     def is_in_order(self, shape: torch.Size) -> bool:
         """Return whether an input (*shape, in) is certain to hold the tokens of a batch of this shape in order.
 
-        `entries` accepts such an input.
+        `checked_size` accepts such an input.
         """
         ambiguous = len(shape) > 1 and shape[0] == shape[1] > 1
         certain = self.axis == 0 and self.refused is None and not self.is_table
@@ -149,14 +151,14 @@ def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
     parts = path.split(".")
     for i, part in enumerate(parts):
         if part.startswith("expert"):
-            return f"'{'.'.join(parts[:i]) or part}' passes it tokens of its own choice"
+            return f"'{'.'.join(parts[:i]) or part}' routes tokens to it"
     if parts[-1] in _READ_POSITIONS.get(getattr(config, "model_type", ""), ()):
         return "it is also called with a table of positions"
     root = getattr(model, "config", None)
     if getattr(root, "sub_configs", None) and not getattr(root, "is_encoder_decoder", False):
         text: Any = root.get_text_config()  # type: ignore[union-attr]
         if config is not text and model.get_submodule(path) is not output_embeddings(model):
-            return "the images or sounds that it sees are not the rows of the batch"
+            return "its input holds images or audio, whose number can differ from the batch size"
     return None
 
 
@@ -180,7 +182,7 @@ def _entered_the_model(x: Tensor, of_pass: Pass) -> bool:
 
 
 def _identity(x: Tensor) -> tuple[int, int]:
-    """Return what a tensor shares with its views that have the same rows."""
+    """Return a key that is equal for views of one storage with the same stride between rows."""
     return x.untyped_storage()._cdata, x.stride(0)
 
 

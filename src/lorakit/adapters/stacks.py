@@ -19,23 +19,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.blend_factors import BlendFactors, LayerAdaptersLike
 from lorakit.adapters.choice import Blend, Choice, Entries, take
-from lorakit.adapters.sources import Layer, Source
 from lorakit.errors import is_out_of_memory
 
 MANY_TOKENS = 8
 """Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
 bfloat16 product takes half as long as one in float32; with one token of each of eight, twice as long."""
 
-MOST_SOURCES = 256
-"""Blends whose tensors are kept at hand."""
+MAX_CACHED_BLENDS = 256
+"""Maximum number of blends whose `BlendFactors` are cached."""
 
 LARGEST_STACKS = 2**30
-"""The most bytes of all stacks, or `SHARE` if that is more. Further layers compute one adapter after the other."""
+"""Limit on the bytes of all stacks, unless `SHARE` gives more. Layers beyond it compute one adapter after the other."""
 
 SHARE = 2
-"""The most bytes of all stacks, in sizes of the adapters on the model: a slot for each of them, and as many spare
-ones."""
+"""The same limit as a multiple of the bytes of all adapters: one slot for each adapter, and as many spare slots."""
 
 PERIOD = 100
 """Compositions after which stacks that are much too large are dropped."""
@@ -54,7 +53,7 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How the tokens of a batch are in the rows of batched products, as indices on one device."""
+    """Indices, on one device, that gather tokens into the rows of batched products and select the results."""
 
     gathers: tuple[Entries, ...]
     """For each product, the token that each of its rows reads."""
@@ -70,7 +69,7 @@ class Arrangement(NamedTuple):
     """Whether `activate` made the choice, so that trained copies are in place."""
     shape: torch.Size
     """Shape of the batch, (batch, length)."""
-    parts: dict[Layer, Part]
+    parts: dict[LayerAdaptersLike, Part]
     rows: dict[torch.device, Rows] | None
     """None if all tokens have the same adapters. An input of another shape than the batch's can then be read too."""
 
@@ -79,45 +78,47 @@ class Stacks:
     """The stacks of one model."""
 
     def __init__(self) -> None:
-        self._known: dict[Layer, torch.dtype | None] = {}
+        self._input_dtypes: dict[LayerAdaptersLike, torch.dtype | None] = {}
+        """The dtype of each layer's input; None if the layer cannot use stacks."""
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._forget(is_active=False)
 
     def _forget(self, *, is_active: bool) -> None:
         """Drop all matrices, and the layers without adapters."""
-        self._known = {layer: dtype for layer, dtype in self._known.items() if len(layer)}
-        self._is_active, self._read = is_active, {*self._known}
-        self._sources: dict[Blend, Source] = {}
-        self._in_use: list[Source] = []
+        dtypes = self._input_dtypes.items()
+        self._input_dtypes = {adapters: dtype for adapters, dtype in dtypes if len(adapters)}
+        self._is_active, self._read = is_active, {*self._input_dtypes}
+        self._factors: dict[Blend, BlendFactors] = {}
+        self._in_use: list[BlendFactors] = []
         self._arrangement: Arrangement | None = None
-        self._of_layer: dict[Layer, Stack] = {}
+        self._of_layer: dict[LayerAdaptersLike, Stack] = {}
         self._compositions = self._most_rows = 0
         self._build([], 0)
 
     def remove(self, name: str) -> None:
         """Forget an adapter. Its slots are free, but keep their memory."""
-        for blend in [blend for blend in self._sources if name in dict(blend)]:
+        for blend in [blend for blend in self._factors if name in dict(blend)]:
             self._drop(blend)
 
     def _drop(self, blend: Blend) -> None:
-        self._sources.pop(blend, None)
+        self._factors.pop(blend, None)
         self._slots = [None if other == blend else other for other in self._slots]
         self._in_use, self._arrangement = [], None
 
-    def learn(self, layer: Layer, x: Any) -> None:
-        """Note the dtype of a layer's input, from its first call."""
-        if layer not in self._known and isinstance(x, Tensor):
+    def record_dtype(self, adapters: LayerAdaptersLike, x: Any) -> None:
+        """Record the dtype of a layer's input in its first call."""
+        if adapters not in self._input_dtypes and isinstance(x, Tensor):
             is_readable = not (isinstance(x, nn.Parameter) or x.is_nested)
-            self._known[layer] = x.dtype if is_readable else None
+            self._input_dtypes[adapters] = x.dtype if is_readable else None
 
     # --- the composition of a batch ----------------------------------------------------------------------
 
     def arrange(
         self, choice: Choice, shape: torch.Size, user: Any, *, is_active: bool
     ) -> Arrangement | None:
-        """Return how to compute a batch with the adapters as they are now; None if other code must compute it.
+        """Return how the stacks compute a batch; None if each layer must compute its adapters without them.
 
-        Other code also computes a batch whose stacks do not fit into memory.
+        That is so while a step of another thread uses the stacks, and if they do not fit into memory.
 
         Args:
             choice: The adapters of each row or token.
@@ -131,12 +132,12 @@ class Stacks:
             and known.shape == shape
             and known.is_active == is_active
             and (known.choice is choice or known.choice == choice)
-            and len(self._read) == len(self._known)
-            and (choice.unchanged or all(source.is_current() for source in self._in_use))
+            and len(self._read) == len(self._input_dtypes)
+            and (choice.unchanged or all(factors.is_current() for factors in self._in_use))
         ):
             if any(other.thread != user.thread for other in self._users):
                 return None
-            has_changed = is_active != self._is_active or len(self._read) != len(self._known)
+            has_changed = is_active != self._is_active or len(self._read) != len(self._input_dtypes)
             if self._is_too_large() or has_changed:
                 self._forget(is_active=is_active)
             self._arrangement = None
@@ -159,20 +160,20 @@ class Stacks:
         if not tokens:
             return None
         for blend in tokens:
-            source = self._sources.pop(blend, None)
-            if source is None or not (choice.unchanged or source.is_current()):
+            factors = self._factors.pop(blend, None)
+            if factors is None or not (choice.unchanged or factors.is_current()):
                 self._drop(blend)
-                source = Source(blend, self._read, is_active=self._is_active)
-            self._sources[blend] = source  # the most recently used last
-        sources = {blend: self._sources[blend] for blend in tokens}
-        self._in_use = [*sources.values()]
-        layers = {layer for source in self._in_use for layer in source.ranks}
-        layers.difference_update(*(source.others for source in self._in_use))
-        layers = {layer for layer in layers if self._known[layer] is not None}
+                factors = BlendFactors(blend, self._read, is_active=self._is_active)
+            self._factors[blend] = factors  # the most recently used last
+        used = {blend: self._factors[blend] for blend in tokens}
+        self._in_use = [*used.values()]
+        layers = {layer for factors in self._in_use for layer in factors.ranks}
+        layers.difference_update(*(factors.others for factors in self._in_use))
+        layers = {layer for layer in layers if self._input_dtypes[layer] is not None}
         if not self._is_active:
             layers = {layer for layer in layers if layer.layout.is_in_order(shape)}
         ranks = {
-            layer: max(source.ranks.get(layer, 0) for source in self._in_use) for layer in layers
+            layer: max(factors.ranks.get(layer, 0) for factors in self._in_use) for layer in layers
         }
         self._most_rows = max(self._most_rows, len(tokens) * sum(ranks.values()))
         if len(tokens) > len(self._slots) or not all(self._fits(layer) for layer in layers):
@@ -180,7 +181,7 @@ class Stacks:
             spare = len(tokens) if self._slots else 0
             most = max(len(tokens) + spare, len(self._slots))
             self._build(layers, most, least=len(tokens))
-        slots = self._slots_of(tokens)
+        slots = self._assign_slots(tokens)
         layers &= self._of_layer.keys()
         first, *others = tokens
         products, rows = [], None
@@ -195,7 +196,7 @@ class Stacks:
         parts = {}
         for layer in layers:
             stack = self._of_layer[layer]
-            acting = tuple(blend for blend, source in sources.items() if layer in source.ranks)
+            acting = tuple(blend for blend, factors in used.items() if layer in factors.ranks)
             key = acting, stack.device
             if key not in masks:
                 own = [token for blend in acting for token in tokens[blend]]
@@ -213,9 +214,10 @@ class Stacks:
         return Arrangement(choice, self._is_active, shape, parts, rows)
 
     def _is_too_large(self) -> bool:
-        """Return whether the last compositions needed much less, or less than made stacks exceed the memory.
+        """Return, every `PERIOD` compositions, whether the stacks are over four times as large as these needed.
 
-        Blends may have left that had more ranks or were more than those of today.
+        If memory was too short for all layers, any excess counts. Earlier batches may have had more blends or higher
+        ranks.
         """
         self._compositions += 1
         if self._compositions < PERIOD:
@@ -224,12 +226,12 @@ class Stacks:
         # Spare slots are up to half of all.
         return most * (1 if self._left_out else 4) < self._rows
 
-    def _fits(self, layer: Layer) -> bool:
-        """Return whether the blends in use fit into slots of a layer's stack, or have none by lack of memory."""
-        stack = self._of_layer.get(layer)
-        return layer in self._left_out if stack is None else all(map(stack.fits, self._in_use))
+    def _fits(self, adapters: LayerAdaptersLike) -> bool:
+        """Return whether the blends in use fit into a layer's slots; True for a layer left out for lack of memory."""
+        stack = self._of_layer.get(adapters)
+        return adapters in self._left_out if stack is None else all(map(stack.fits, self._in_use))
 
-    def _build(self, layers: Iterable[Layer], count: int, *, least: int = 0) -> None:
+    def _build(self, layers: Iterable[LayerAdaptersLike], count: int, *, least: int = 0) -> None:
         """Build empty stacks for these layers and those that have one, with room for the blends in use.
 
         Args:
@@ -239,12 +241,12 @@ class Stacks:
         """
         stacks = {**self._of_layer}
         for layer in layers:
-            dtype = self._known[layer]
+            dtype = self._input_dtypes[layer]
             assert dtype is not None
             if layer not in stacks:
                 stacks[layer] = Stack(layer, dtype, self._in_use)
-        self._of_layer: dict[Layer, Stack] = {}
-        self._left_out: set[Layer] = set()
+        self._of_layer: dict[LayerAdaptersLike, Stack] = {}
+        self._left_out: set[LayerAdaptersLike] = set()
         for stack in stacks.values():
             stack.make_room(self._in_use)
         wanted = sum(stack.bytes_of(count) for stack in stacks.values())
@@ -265,12 +267,15 @@ class Stacks:
         # Reading the sizes of thousands of small adapters takes longer than a step.
         if wanted <= LARGEST_STACKS:
             return LARGEST_STACKS
-        adapters = [module for layer in self._known for module in layer._modules.values()]
-        tensors = (t for module in adapters for t in (*module.parameters(), *module.buffers()))
+        modules = [m for adapters in self._input_dtypes for m in adapters._modules.values()]
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         return max(LARGEST_STACKS, SHARE * sum(tensor.nbytes for tensor in tensors))
 
-    def _slots_of(self, blends: Iterable[Blend]) -> dict[Blend, int]:
-        """Return a slot with the matrices of each blend, all among the first ones: a step computes those between."""
+    def _assign_slots(self, blends: Iterable[Blend]) -> dict[Blend, int]:
+        """Return a slot for each blend, and write the blends that have none.
+
+        All are among the first slots, because a step computes every slot up to the last one in use.
+        """
         wanted = [*blends]
         reach = min(2 * len(wanted), len(self._slots))
         slots = {blend: i for i, blend in enumerate(self._slots) if blend is not None}
@@ -282,16 +287,16 @@ class Stacks:
                     self._slots[slots[blend]] = None  # it moves
                 found[blend] = next(free)
                 self._write(found[blend], blend)
-        for blend in [*self._sources][: max(len(self._sources) - MOST_SOURCES, 0)]:
-            del self._sources[blend]
+        for blend in [*self._factors][: max(len(self._factors) - MAX_CACHED_BLENDS, 0)]:
+            del self._factors[blend]
         return found
 
     def _write(self, slot: int, blend: Blend) -> None:
-        source = self._sources[blend]
+        factors = self._factors[blend]
         for stack in self._of_layer.values():
             # A stack that is too small is not used by this composition: one that uses it builds a larger one.
-            if stack.fits(source):
-                stack.write(slot, source)
+            if stack.fits(factors):
+                stack.write(slot, factors)
         self._slots[slot] = blend
 
 
@@ -299,30 +304,32 @@ class Stack:
     """The low-rank products of one layer, a slot for each blend.
 
     Args:
-        layer: The layer.
+        adapters: The adapters of the layer.
         input_dtype: The dtype of its input.
-        sources: Blends, of which at least one acts on the layer.
+        blends: Blends, of which at least one acts on the layer.
     """
 
-    def __init__(self, layer: Layer, input_dtype: torch.dtype, sources: Iterable[Source]) -> None:
-        A, B, _ = next(product for source in sources for product in source.products(layer))
-        self.layer, self.device = layer, A.device
+    def __init__(
+        self, adapters: LayerAdaptersLike, input_dtype: torch.dtype, blends: Iterable[BlendFactors]
+    ) -> None:
+        A, B, _ = next(product for factors in blends for product in factors.products(adapters))
+        self.adapters, self.device = adapters, A.device
         self.inputs, self.outputs = A.shape[1], len(B)
         self.dtype = self.input_dtype = input_dtype
         """`dtype` is that of the slots, `input_dtype` that of narrow products."""
         self.rank = 0
         """The largest sum of ranks of a blend."""
 
-    def fits(self, source: Source) -> bool:
+    def fits(self, factors: BlendFactors) -> bool:
         """Return whether a blend fits into a slot."""
-        rank = source.ranks.get(self.layer, 0)
-        return rank <= self.rank and torch.promote_types(source.dtype, self.dtype) == self.dtype
+        rank = factors.ranks.get(self.adapters, 0)
+        return rank <= self.rank and torch.promote_types(factors.dtype, self.dtype) == self.dtype
 
-    def make_room(self, sources: Iterable[Source]) -> None:
+    def make_room(self, blends: Iterable[BlendFactors]) -> None:
         """Make future slots large and wide enough for these blends too."""
-        for source in sources:
-            self.rank = max(self.rank, source.ranks.get(self.layer, 0))
-            self.dtype = torch.promote_types(self.dtype, source.dtype)
+        for factors in blends:
+            self.rank = max(self.rank, factors.ranks.get(self.adapters, 0))
+            self.dtype = torch.promote_types(self.dtype, factors.dtype)
 
     def bytes_of(self, slots: int) -> int:
         """Return the size of a number of slots."""
@@ -334,11 +341,11 @@ class Stack:
         self._A = torch.zeros(slots, self.rank, self.inputs, **options)
         self._B = torch.zeros(slots, self.rank, self.outputs, **options)
 
-    def write(self, slot: int, source: Source) -> None:
-        """Copy the matrices of a blend into a slot."""
+    def write(self, slot: int, factors: BlendFactors) -> None:
+        """Copy the factors of a blend into a slot."""
         A, B = self._A[slot].zero_(), self._B[slot].zero_()
         row = 0
-        for product in source.products(self.layer):
+        for product in factors.products(self.adapters):
             rows = slice(row, row + len(product.A))
             A[rows].copy_(product.A).mul_(product.scaling)
             B[rows].copy_(product.B.T)
@@ -363,15 +370,15 @@ class Stack:
         return A.mT, B
 
 
-class Reading:
-    """What the layers compute that read one tensor (..., in), which does not change meanwhile."""
+class SharedInput:
+    """One input (..., in) of several layers, such as q, k and v, whose rows are gathered once for all of them."""
 
     def __init__(self, x: Tensor, rows: dict[torch.device, Rows] | None) -> None:
         self._x, self._of_device = x, rows
         self._rows: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def delta(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """Return what is added to the output of a layer (..., out)."""
+        """Return the sum of the low-rank products to add to a layer's output, shape (..., out)."""
         A, B = part.matrices[0]
         if self._of_device is None:
             return (self._x.to(A.dtype) @ A @ B).to(dtype)
@@ -453,7 +460,7 @@ def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]
 
 
 def _rows(products: list[_Product], size: int, device: torch.device) -> Rows:
-    """Return where the rows of the products read, and where the results of all tokens are."""
+    """Return the gather index of each product, and the index that selects each token's result."""
     gathers = tuple(_index([t or 0 for t in product.tokens], device) for product in products)
     computed = [token for product in products for token in product.tokens]
     if computed == [*range(size)]:

@@ -59,7 +59,7 @@ class Derived:
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as JSON values."""
         return {
-            "parameters": self.adapter.parameters,
+            "parameters": self.adapter.num_parameters,
             "error": self.error,
             "layers": {
                 path: {**vars(layer), "error": layer.error} for path, layer in self.layers.items()

@@ -82,7 +82,7 @@ def finish(
     }
     out.print(layer_table(rows, each=config.layers, what="layer"))
     out.print(
-        f"{derived.adapter.parameters:,} parameters in {config.output}. Relative error {percentage(derived.error)} "
+        f"{derived.adapter.num_parameters:,} parameters in {config.output}. Relative error {percentage(derived.error)} "
         "(Frobenius norm).",
         markup=False,
     )

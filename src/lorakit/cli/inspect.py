@@ -70,7 +70,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
 
     return {
         "method": repr(stored.method),
-        "parameters": stored.parameters,
+        "parameters": stored.num_parameters,
         "layers": {
             path: {
                 "kind": layer.kind,

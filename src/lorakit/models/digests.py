@@ -95,7 +95,7 @@ def known_digests(tensors: Sequence[Tensor]) -> Digests | None:
 
 
 def _state(tensors: Sequence[Tensor]) -> list[Any] | None:
-    """Return values that differ after a change of a tensor; None if a change could go unnoticed.
+    """Return a list that changes with the tensors; None if it could not detect a change.
 
     Only the first is an object of the model; bitsandbytes makes new tensors of its scales for each reader.
     """

@@ -72,7 +72,7 @@ def test_the_published_file(published):
         "classifier.out_proj.weight": (3, 768),
         "classifier.out_proj.bias": (3,),
     }
-    assert stored.parameters == 294_912 + 592_899
+    assert stored.num_parameters == 294_912 + 592_899
     assert stored.method == lorakit.LoRA(
         rank=8, alpha=16, targets=("query", "value"), train_modules=("classifier",)
     )

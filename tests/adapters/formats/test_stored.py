@@ -136,7 +136,7 @@ def test_counted_are_trained_numbers_alone():
         "b": with_start(linear(6, 8, 2)),
     }
     stored = adapter(layers, trained={"a.bias": numbers(12)})
-    assert stored.parameters == (2 * 2 * 6 + 8 * 2 + 8) + (2 * 6 + 8 * 2) + 12
+    assert stored.num_parameters == (2 * 2 * 6 + 8 * 2 + 8) + (2 * 6 + 8 * 2) + 12
 
 
 def test_a_rank_above_the_width_is_a_notice():

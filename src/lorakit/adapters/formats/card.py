@@ -114,7 +114,7 @@ def _summary(stored: StoredAdapter) -> str:
         rows["Adapted layers"] = str(len(stored.layers))
     else:
         rows["Method"] = _code(describe(method))
-    rows["Trained parameters"] = f"{stored.parameters:,}"
+    rows["Trained parameters"] = f"{stored.num_parameters:,}"
     return _table(("", ""), rows.items())
 
 

@@ -191,7 +191,7 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
 
     Returns:
         Sentences about harmless differences (dtype, quantisation, sharding), and about another tokenizer. Weights that
-        round to the bfloat16 ones of the training are no difference.
+        equal the training's bfloat16 weights after rounding are no difference.
 
     Raises:
         WrongBaseError: The architecture, the weights or the configuration differ.
@@ -226,7 +226,7 @@ def _compare_tokenizers(recorded: BaseRecord, live: BaseRecord) -> list[str]:
 
 
 def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
-    """Compare the hashes. Without hashes the sources decide, and after two roundings a revision that both share."""
+    """Compare the hashes; without hashes, the sources. Weights that were rounded twice pass if the revisions match."""
     then, now = recorded.weights, live.weights
     if then.exact is not None and then.exact == now.exact:
         return []

@@ -37,7 +37,7 @@ _PLAIN = re.compile(
     r"|torch\.(Size|device|bool|(?!Complex)\w+Storage|(bfloat|float|int|uint)\w+)"
     r"|torch\.storage\.(Typed|Untyped)Storage|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
 )
-"""What a file of dense tensors names."""
+"""Globals that the pickle of dense tensors may reference."""
 _OTHER_KINDS = {
     "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no numbers",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
@@ -51,7 +51,7 @@ _OTHER_KINDS = {
     "builtins.bytearray": "a bytearray",  # bytearray(10**10) would fill the memory
     "__builtin__.bytearray": "a bytearray",
 }
-"""What `torch.load` accepts and lorakit does not."""
+"""Globals that `torch.load` accepts and lorakit rejects, with the reason."""
 _WARNINGS = threading.Lock()
 """Held while the warnings of the process are silent, so that two threads do not restore each other's silence."""
 _CONVERT = "Convert the file to .safetensors with the software that wrote it, or ask its author to."

@@ -87,8 +87,8 @@ class StoredAdapter:
         return {f"{path}.{name}": t for path, tensors in modules for name, t in tensors.items()}
 
     @property
-    def parameters(self) -> int:
-        """Number of trained numbers in the file: without PiSSA's start, base norms and base copies."""
+    def num_parameters(self) -> int:
+        """Number of trained parameters in the file: without PiSSA's start, base norms and base copies."""
         factors = [
             t
             for layer in self.layers.values()

@@ -1,4 +1,4 @@
-"""The matrices of one blend of adapters, and whether they are still those that were copied."""
+"""The low-rank factors of one blend of adapters, and a check that they have not changed since they were copied."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Layout(Protocol):
     def is_in_order(self, shape: torch.Size) -> bool: ...
 
 
-class Layer(Protocol):
-    """The adapters of one layer (`LayerAdapters`)."""
+class LayerAdaptersLike(Protocol):
+    """What this module and `stacks` use of `LayerAdapters`, whose import would be circular."""
 
     @property
     def layout(self) -> Layout: ...
@@ -39,72 +39,74 @@ _versions = operator.attrgetter("_version")
 _SETTING = (bool, int, float, str)
 
 
-class Source:
-    """The low-rank products of one blend on each layer, and the state of their tensors when this object was built.
+class BlendFactors:
+    """The low-rank factors of one blend on each layer, and the state of their tensors when this object was built.
 
     Args:
         blend: The adapters.
-        layers: The layers to look at.
+        layers: The layers to read, each as its child module `adapters`.
         is_active: Whether `activate` chose the blend, so that its trained copies are in place.
     """
 
-    def __init__(self, blend: Blend, layers: Iterable[Layer], *, is_active: bool) -> None:
+    def __init__(
+        self, blend: Blend, layers: Iterable[LayerAdaptersLike], *, is_active: bool
+    ) -> None:
         self.dtype = torch.float32
         """The dtype in which the products are computed: wide enough for all factors."""
-        self.ranks: dict[Layer, int] = {}
-        """The sum of ranks on each layer on which nothing but low-rank products acts."""
-        self.others: set[Layer] = set()
-        """The layers on which something else acts."""
-        self._acting: dict[Layer, list[tuple[Any, float]]] = {}
+        self.ranks: dict[LayerAdaptersLike, int] = {}
+        """The sum of ranks on each layer where the blend only adds low-rank products."""
+        self.others: set[LayerAdaptersLike] = set()
+        """The layers where the blend has another effect."""
+        self._acting: dict[LayerAdaptersLike, list[tuple[Any, float]]] = {}
         self._places: list[tuple[dict[str, Any], str]] = []
         parts: list[nn.Module] = []
-        for layer in layers:
-            parts += self._read(layer, blend, is_active)
-        # The check of a step reads thousands of tensors, so it consists of few calls of C functions. Nothing else can
-        # have the identity of an object that is kept.
+        for adapters in layers:
+            parts += self._read(adapters, blend, is_active)
+        # `is_current` checks thousands of tensors in each step, so it maps C functions over lists. Keeping the objects
+        # prevents Python from reusing their identities.
         self._objects = [owner[name] for owner, name in self._places]
         self._owners = [owner for owner, _ in self._places]
         self._names = [name for _, name in self._places]
         self._dicts = [d for part in parts for d in (part._parameters, part._buffers)]
         self._settings = _settings(parts)
         self._values = self._current_values()
-        # Aliases keep the addresses from being used again.
+        # Aliases prevent PyTorch from reusing the addresses.
         self._tensors = [tensor for part in parts for tensor in _tensors(part)]
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._state = self._current_state()
 
-    def _read(self, layer: Layer, blend: Blend, is_active: bool) -> list[nn.Module]:
-        """Read the products on a layer, and return the modules that they are computed from."""
+    def _read(self, adapters: LayerAdaptersLike, blend: Blend, is_active: bool) -> list[nn.Module]:
+        """Read the factors on a layer, and return the modules that they are computed from."""
         acting, rank = [], 0
         places: list[tuple[dict[str, Any], str]] = []
         parts: list[nn.Module] = []
         for name, weight in blend:
-            module = layer._modules.get(name)
+            module = adapters._modules.get(name)
             if module is None or (module.leaves_output and (is_active or not module.trained)):
                 continue
             product = None if module.trained and not is_active else module.low_rank()
             own = [*module.modules(), *module.source]
             if product is None or not all(_is_plain(t) for part in own for t in _tensors(part)):
-                self.others.add(layer)
+                self.others.add(adapters)
                 return []
             acting.append((module, weight))
             rank += len(product.A)
             self.dtype = wide_dtype(product.A, product.B, torch.empty(0, dtype=self.dtype))
             parts += own
-            places.append((layer._modules, name))
+            places.append((adapters._modules, name))
             for part in own:
                 places += [(part._modules, child) for child in part._modules]
                 places += [
                     (part.__dict__, n) for n, v in part.__dict__.items() if isinstance(v, Tensor)
                 ]
         if acting:
-            self._acting[layer], self.ranks[layer] = acting, rank
+            self._acting[adapters], self.ranks[adapters] = acting, rank
         self._places += places
         return parts
 
-    def products(self, layer: Layer) -> Iterator[LowRank]:
+    def products(self, adapters: LayerAdaptersLike) -> Iterator[LowRank]:
         """Yield what the blend adds to a layer's output, each product scaled by its weight."""
-        for module, weight in self._acting.get(layer, ()):
+        for module, weight in self._acting.get(adapters, ()):
             product = module.low_rank()
             yield product._replace(scaling=weight * product.scaling)
 
