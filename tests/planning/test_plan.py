@@ -583,6 +583,26 @@ def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     assert on_gpu.fullest.peak["activations"] > on_cpu.fullest.peak["activations"]
 
 
+def on_gpu(config, length: int, target_tokens: int | None = None):
+    """Return the simulated run on a GPU that this machine may lack."""
+    batches = from_lengths(config, length, target_tokens, labelled=False)
+    cuda = torch.device("cuda")
+    return simulate(config, shape_of(config.base), batches, dtype=torch.bfloat16, device=cuda)
+
+
+@pytest.mark.slow
+def test_attention_on_a_gpu_is_arithmetic(base, tmp_path):
+    """Its fused kernel computes two products forward and five backward, and stores no scores."""
+    config = tiny_runs.config(tmp_path, base, batch_size=1, accumulation=1)
+    layers, width = 5, 32
+    for length in (128, 256):
+        run = on_gpu(config, length)
+        products = run.fullest.work.products.items()
+        attention = sum(p.operations * n for p, n in products if "attention" in p.name)
+        assert run.width >= length - 1
+        assert attention == 14 * run.width**2 * width * layers
+
+
 @pytest.mark.slow
 def test_the_papers_arithmetic():
     text = "\n".join(arithmetic())
