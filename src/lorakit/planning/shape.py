@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -51,11 +51,9 @@ def planning(fake: FakeTensorMode) -> Iterator[None]:
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
     """
-    with (
-        no_collection(),
-        fake,
-        mock.patch.multiple(F, **_REPLACED),
-    ):
+    with no_collection(), fake, ExitStack() as patches:
+        if _grouped_products is not None:
+            patches.enter_context(mock.patch.object(F, "grouped_mm", _one_product))
         yield
 
 
@@ -129,21 +127,7 @@ class _DequantisedWeight:
             output.grad_fn.register_hook(lambda *_: setattr(cls, "weight", None))
 
 
-_attention = F.scaled_dot_product_attention
-_grouped_products = getattr(F, "grouped_mm", None)
-
-
-def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Run attention on fake tensors with the flash kernel, which allocates no score matrix."""
-    # A real model in another thread, or heads that the flash kernel does not support.
-    if not isinstance(query, FakeTensor) or query.shape[-1] != value.shape[-1]:
-        return _attention(query, key, value, *args, **kwargs)
-    group = query.shape[-3] // key.shape[-3]
-    if group > 1:
-        key, value = (x.repeat_interleave(group, -3) for x in (key, value))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+_grouped_products = getattr(F, "grouped_mm", None)  # since torch 2.10
 
 
 def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -157,8 +141,3 @@ def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> 
         return _grouped_products(tokens, weights, *args, **kwargs)
     with no_autocast(tokens):
         return tokens @ weights[0]
-
-
-_REPLACED: dict[str, Any] = {"scaled_dot_product_attention": _flash_attention}
-if _grouped_products is not None:  # since torch 2.10
-    _REPLACED["grouped_mm"] = _one_product
