@@ -22,9 +22,11 @@ from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
+from lorakit.methods.lora import layer as lora_layer
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape, shape_of
+from lorakit.ops import linear_cross_entropy
 from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
@@ -565,6 +567,13 @@ def test_errors_name_the_setting(base, tmp_path):
         )
 
 
+def simulated_on(device: str, config, length: int, target_tokens: int | None = None):
+    """Return the simulated run on a device that this machine may lack."""
+    batches = from_lengths(config, length, target_tokens, labelled=False)
+    settings = {"dtype": torch.bfloat16, "device": torch.device(device)}
+    return simulate(config, shape_of(config.base), batches, **settings)
+
+
 @pytest.mark.slow
 def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
@@ -575,19 +584,8 @@ def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     assert planned.chosen.memory.software == 0
     assert planned.chosen.seconds > 0
     # A GPU computes the model's own layers, which keep more for the backward pass.
-    shape, batches = shape_of(config.base), from_lengths(config, 64, None, labelled=False)
-    on_cpu, on_gpu = (
-        simulate(config, shape, batches, dtype=torch.bfloat16, device=torch.device(name))
-        for name in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (simulated_on(device, config, 64) for device in ("cpu", "cuda"))
     assert on_gpu.fullest.peak["activations"] > on_cpu.fullest.peak["activations"]
-
-
-def on_gpu(config, length: int, target_tokens: int | None = None):
-    """Return the simulated run on a GPU that this machine may lack."""
-    batches = from_lengths(config, length, target_tokens, labelled=False)
-    cuda = torch.device("cuda")
-    return simulate(config, shape_of(config.base), batches, dtype=torch.bfloat16, device=cuda)
 
 
 @pytest.mark.slow
@@ -596,11 +594,30 @@ def test_attention_on_a_gpu_is_arithmetic(base, tmp_path):
     config = tiny_runs.config(tmp_path, base, batch_size=1, accumulation=1)
     layers, width = 5, 32
     for length in (128, 256):
-        run = on_gpu(config, length)
+        run = simulated_on("cuda", config, length)
         products = run.fullest.work.products.items()
         attention = sum(p.operations * n for p, n in products if "attention" in p.name)
         assert run.width >= length - 1
         assert attention == 14 * run.width**2 * width * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_gpu_computes_large_chunks(base, tmp_path, monkeypatch, dora):
+    """The chunks that keep the loss and DoRA in a CPU's cache would be thousands of launches."""
+    lora = lorakit.LoRA(rank=2, dora=dora)
+    config = tiny_runs.config(tmp_path, base, lora=lora, batch_size=1, accumulation=1)
+
+    def calls(device: str) -> int:
+        return simulated_on(device, config, 128, 120).fullest.work.calls
+
+    large = {device: calls(device) for device in ("cpu", "cuda")}
+    if dora:
+        monkeypatch.setattr(lora_layer, "_CHUNK", 64)
+    else:
+        monkeypatch.setattr(linear_cross_entropy, "CACHE_BYTES", 16 * len(tiny_tokenizer()))
+    assert calls("cpu") > large["cpu"]
+    assert calls("cuda") == large["cuda"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,14 +15,17 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
 from lorakit.errors import BaseModelError
+from lorakit.methods.lora import layer as lora_layer
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape
 from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.model_classes import ModelHead, model_class
 from lorakit.models.quantising import places_of_projections
+from lorakit.ops import linear_cross_entropy
 from lorakit.ops.autocast import no_autocast
 
+_CPU = torch.device("cpu")
 _ATEN = torch.ops.aten
 _FILLS = (
     _ATEN.fill_.Scalar,
@@ -46,12 +50,22 @@ def new_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def planning(fake: FakeTensorMode) -> Iterator[None]:
+def planning(fake: FakeTensorMode, device: torch.device = _CPU) -> Iterator[None]:
     """Create fake tensors inside this block, and replace functions whose fake kernels are missing or differ.
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
+
+    Args:
+        fake: The mode of the tensors.
+        device: Device of the planned run. Fake tensors are on the CPU, so for another device this block also raises
+            the limits that keep a CPU's computation in its cache. Results do not depend on them.
     """
     with no_collection(), fake, ExitStack() as patches:
+        if device.type != "cpu":
+            uncached = mock.patch.object(linear_cross_entropy, "CACHE_BYTES", sys.maxsize)
+            patches.enter_context(uncached)
+            large = mock.patch.object(lora_layer, "_CHUNK", lora_layer._LARGE_CHUNK)
+            patches.enter_context(large)
         if _grouped_products is not None:
             patches.enter_context(mock.patch.object(F, "grouped_mm", _one_product))
         yield

@@ -88,7 +88,7 @@ def simulate(
     task = batches.task
     start, fake = config.from_adapter, new_mode()
     method = method_of(config)
-    with planning(fake), _explained(shape.name):
+    with planning(fake, device), _explained(shape.name):
         head = model_head(task, lambda: shape.is_encoder_decoder)
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
@@ -118,7 +118,7 @@ def simulate(
     selected = batches.fullest_and_middle(packed=computation.packed)
     check_context(base, [*itertools.chain(*selected)])
     fullest, middle = map(collator(base, packed=computation.packed), selected)
-    with planning(fake), _explained(shape.name):
+    with planning(fake, device), _explained(shape.name):
         step = partial(
             run_step,
             model,
