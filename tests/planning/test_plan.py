@@ -159,7 +159,8 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
         for step in itertools.islice(job.step_plan.steps(), 9)
         for batch in job.share(step)
     ]
-    for planned in batches.fullest_and_middle(packed=True):
+    *selected, _ = batches.fullest_and_middle(packed=True)
+    for planned in selected:
         assert [example.input_ids for example in planned] in first_epoch
     assert batches.steps == job.step_plan.total == 18
 
@@ -284,10 +285,26 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
     planned = dataclasses.replace(
         from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, labelled=False), batches=batches
     )
-    assert planned.fullest_and_middle(packed=False) == (shared, separate)
-    assert planned.fullest_and_middle(packed=True) == (separate, few)
+    assert planned.fullest_and_middle(packed=False) == (shared, separate, 136 / 120)
+    assert planned.fullest_and_middle(packed=True) == (separate, few, 86 / 80)
     widths = [pack(batch, 0)["input_ids"].numel() for batch in batches]
     assert max(widths) == widths[1]
+
+
+@pytest.mark.slow
+def test_the_time_is_that_of_mean_batches(base, tmp_path, monkeypatch):
+    """Of eight batches, two have ten times the tokens: the median batch would take a third of the mean time."""
+    config = tiny_runs.config(tmp_path, base, accumulation=1)
+    seconds = {}
+    for name, lengths in {"short": [8], "long": [80], "mixed": [8] * 6 + [80] * 2}.items():
+        skewed = dataclasses.replace(
+            from_lengths(config, 8, 4, labelled=False),
+            batches=[language_examples(4, length, length // 2) for length in lengths],
+        )
+        monkeypatch.setattr(planner, "_batches", lambda *_, skewed=skewed: skewed)
+        seconds[name] = plan(config, compare=False, machine=MACHINE).chosen.seconds
+    mean = (6 * seconds["short"] + 2 * seconds["long"]) / 8
+    assert seconds["mixed"] == pytest.approx(mean, rel=0.15)
 
 
 @pytest.mark.slow
@@ -304,10 +321,11 @@ def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
         for step in itertools.islice(job.step_plan.steps(), job.step_plan.steps_per_epoch)
     ]
     computed = [batch for share in shares for batch in share]
-    for planned in batches.fullest_and_middle(packed=True):
+    *selected, _ = batches.fullest_and_middle(packed=True)
+    for planned in selected:
         assert [example.input_ids for example in planned] in computed
     tokens = [max(map(len, batch)) * len(batch) for batch in computed]
-    examples, _ = batches.fullest_and_middle(packed=False)
+    examples, *_ = batches.fullest_and_middle(packed=False)
     fullest = [example.input_ids for example in examples]
     assert max(map(len, fullest)) * len(fullest) == max(tokens)
     assert batches.per_step == max(map(len, shares))

@@ -1,10 +1,11 @@
-"""The batches of a run, of which a plan simulates the largest and the median one, from its data or from lengths."""
+"""The batches of a run, of which a plan simulates the largest and a mean one, from its data or from lengths."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lorakit.compute.base import is_encoder_decoder, read_text_tokenizer
@@ -46,15 +47,21 @@ class Batches:
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example]]:
-        """Return the batch with the most tokens and the batch of median size, packed or padded."""
+    def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example], float]:
+        """Return the batch with the most tokens and the one nearest to the mean, packed or padded.
+
+        The third value is the mean as a multiple of the middle batch's size. Sizes are skewed to the right in most
+        data, so the time of a run is that of mean batches, not of median ones.
+        """
 
         def size(batch: list[Example]) -> tuple[int, int]:
             padded = max(map(len, batch)) * len(batch)
             return shared_once(batch) if packed else padded, sum(map(len, batch))
 
-        ordered = sorted(self.batches, key=size)
-        return ordered[-1], ordered[len(ordered) // 2]
+        sizes = [size(batch)[0] for batch in self.batches]
+        mean = fmean(sizes)
+        middle = min(range(len(sizes)), key=lambda n: abs(sizes[n] - mean))
+        return max(self.batches, key=size), self.batches[middle], mean / sizes[middle]
 
     def sizes(self, *, packed: bool, is_encoder_decoder: bool) -> int:
         """Return the number of different shapes of batches, as `lorakit.compute.batching.collator` makes them.

@@ -317,7 +317,7 @@ def _predict(
         share=run.trained / run.total,
         file_bytes=run.file,
         memory=memory,
-        seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
+        seconds=run.batches * run.mean * machine.seconds(run.middle.work, timings.seconds)
         + held * UPDATE_BYTES / machine.traffic
         + sent / machine.sent,
         sent=sent,
