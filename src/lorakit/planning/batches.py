@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,14 @@ class Batches:
     tokens: int
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    longest: list[Example] = field(default_factory=list)
+    """The longest examples in one batch, which the steps after `batches` may come close to. Empty if they cannot."""
 
     def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example], float]:
-        """Return the batch with the most tokens and the one nearest to the mean, packed or padded.
+        """Return the batch with the most tokens, or the longest examples, and the batch nearest to the mean.
 
-        The third value is the mean as a multiple of the middle batch's size. Sizes are skewed to the right in most
-        data, so the time of a run is that of mean batches, not of median ones.
+        Sizes are those of packed or padded batches. The third value is their mean as a multiple of the middle batch's.
+        Sizes are skewed to the right in most data, so the time of a run is that of mean batches, not of median ones.
         """
 
         def size(batch: list[Example]) -> tuple[int, int]:
@@ -61,7 +64,8 @@ class Batches:
         sizes = [size(batch)[0] for batch in self.batches]
         mean = fmean(sizes)
         middle = min(range(len(sizes)), key=lambda n: abs(sizes[n] - mean))
-        return max(self.batches, key=size), self.batches[middle], mean / sizes[middle]
+        candidates = [*self.batches, self.longest] if self.longest else self.batches
+        return max(candidates, key=size), self.batches[middle], mean / sizes[middle]
 
     def sizes(self, *, packed: bool, is_encoder_decoder: bool) -> int:
         """Return the number of different shapes of batches, as `lorakit.compute.batching.collator` makes them.
@@ -113,6 +117,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
+    # Every epoch sorts other examples together, and later rows have other lengths.
+    longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     whole = train.report.rows < limit or config.data.limit == limit
     lengths = sorted(train.lengths)
     source = (
@@ -133,6 +139,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         per_step=per_step,
         tokens=tokens,
         tokenizer=tokenizer,
+        longest=[] if config.sampling == "grouped" else longest,
     )
 
 
