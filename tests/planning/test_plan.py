@@ -539,6 +539,42 @@ def test_a_quantised_base_takes_the_bytes_of_the_loaded_one(tmp_path, dtype):
     assert planned.chosen.memory.base == pytest.approx(loaded, rel=0.02)
 
 
+def quantised_checkpoint(folder: Path, **settings) -> str:
+    """Save the configuration of a checkpoint that another library has quantised."""
+    config = tiny_models.ARCHITECTURES["llama"]()
+    config.update({"architectures": ["LlamaForCausalLM"], "dtype": torch.float32})
+    config.quantization_config = settings
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "kind"), [("load_in_4bit", "nf4"), ("load_in_8bit", "int8")])
+def test_a_quantised_checkpoint_takes_its_bytes(tmp_path, monkeypatch, option, kind):
+    """Its plan is that of a base that lorakit quantises, without the unquantised file."""
+    monkeypatch.setattr(planner, "compute_dtype", lambda *_: torch.float32)
+
+    def planned(name: str, dtype: str, **settings):
+        base = quantised_checkpoint(tmp_path / name, **settings)
+        config = tiny_runs.config(tmp_path, base)
+        config = dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=dtype))
+        return plan(config, length=32, compare=False, machine=MACHINE)
+
+    bits = {"quant_method": "bitsandbytes", option: True}
+    stored, made = planned("stored", "float32", **bits), planned("made", kind)
+    assert stored.chosen.memory == made.chosen.memory
+    assert stored.loading < made.loading
+    assert stored.note == ""
+    skipped = planned("skipped", "float32", **bits, llm_int8_skip_modules=["lm_head", "mlp"])
+    whole = planned("whole", "float32").chosen.memory
+    assert stored.chosen.memory.base < skipped.chosen.memory.base < whole.base
+    other = planned("other", "float32", quant_method="gptq", bits=4)
+    assert other.chosen.memory.base == whole.base
+    assert other.note == (
+        "its checkpoint is quantised (gptq), but the plan assumes unquantised weights"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("computed", ["bfloat16", "float32"])
 def test_loading_maps_the_unquantised_weights(tmp_path, monkeypatch, computed):

@@ -30,6 +30,7 @@ from lorakit.planning.machine import (
     find_machine,
 )
 from lorakit.planning.products import Timings, time_products
+from lorakit.planning.shape import stored_quantisation
 from lorakit.planning.simulate import SimulatedRun, as_full, simulate
 from lorakit.training.config import TrainConfig
 
@@ -216,7 +217,7 @@ def plan(
     )
     return Plan(
         base=shape.name,
-        note=shape.note,
+        note="; ".join(filter(None, (shape.note, stored_quantisation(shape.config).note))),
         parameters=run.total,
         dtype=config.base.dtype,
         why_dtype=why_dtype,
@@ -242,12 +243,14 @@ def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtyp
     """Return the peak bytes while loading a base: `base_dtype` is that of its weights, `dtype` that of its products.
 
     The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
-    from the mapped weights, one layer after the other.
+    from the mapped weights, one layer after the other, unless the file has them.
     """
     stored = getattr(shape.config, "dtype", None)
     stored = stored if isinstance(stored, torch.dtype) else dtype
     copied = base_dtype in QUANTISATIONS or stored != dtype
-    return INTERPRETER + IMPORTS + run.base + (run.total * stored.itemsize if copied else 0)
+    is_quantised = stored_quantisation(shape.config).kind
+    file = run.base if is_quantised else run.total * stored.itemsize
+    return INTERPRETER + IMPORTS + run.base + (file if copied else 0)
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.errors import BaseModelError
 from lorakit.methods.lora import layer as lora_layer
@@ -96,10 +97,42 @@ def build(
     # Classifiers search for the last token before the padding.
     if config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = 0
-    if base.dtype in QUANTISATIONS:
+    stored = stored_quantisation(config)
+    if kind := base.dtype if base.dtype in QUANTISATIONS else stored.kind:
         for path, *_ in places_of_projections(model):
-            _quantise(model.get_submodule(path), base.dtype)
+            if not stored.skips(path):
+                _quantise(model.get_submodule(path), kind)
     return model
+
+
+@dataclass(frozen=True)
+class StoredQuantisation:
+    """How the weights of a checkpoint are quantised."""
+
+    kind: str = ""
+    """The kind of the planned layers, nf4 or int8; "" for unquantised ones."""
+    skipped: tuple[str, ...] = ()
+    """Names of modules whose weights are not quantised, or parts of their paths."""
+    note: str = ""
+    """What the plan assumes instead of another quantisation, for the user."""
+
+    def skips(self, path: str) -> bool:
+        """Return whether the checkpoint has the layer at `path` unquantised."""
+        return any(f".{name}." in f".{path}." for name in self.skipped)
+
+
+def stored_quantisation(config: PretrainedConfig) -> StoredQuantisation:
+    """Return how the checkpoint of a configuration is quantised."""
+    settings = config.to_dict().get("quantization_config") or {}
+    skipped = tuple(settings.get("llm_int8_skip_modules") or ())
+    for name, kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        if settings.get(name):
+            return StoredQuantisation(kind, skipped)
+    if not settings:
+        return StoredQuantisation()
+    method = settings.get("quant_method", "a method without a name")
+    note = f"its checkpoint is quantised ({method}), but the plan assumes unquantised weights"
+    return StoredQuantisation(note=note)
 
 
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
