@@ -31,7 +31,7 @@ from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
-from lorakit.planning.machine import UPDATE_BYTES, Machine
+from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
 from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
@@ -199,6 +199,8 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
     planned = from_data(config)
     assert planned.task.labels == ("0", "1", "2", "3", "4", "5")
     assert planned.steps is None
+    read = sum(len(example) for batch in planned.batches for example in batch)
+    assert planned.count_tokens() == 3 * read
     decoder = tiny_runs.save_base(tmp_path / "decoder")
     rows = [{"dialogue": "" if i == 3 else f"pub {i}", "summary": "park"} for i in range(15)]
     dialogues = tiny_runs.write_rows(tmp_path / "dialogues.jsonl", rows)
@@ -295,6 +297,21 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
     assert planned.fullest_and_middle(packed=True) == (separate, few, 86 / 80)
     widths = [pack(batch, 0)["input_ids"].numel() for batch in batches]
     assert max(widths) == widths[1]
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_data_set_stay_in_memory(base, tmp_path, monkeypatch):
+    """Their number is that of all rows, also if the plan reads the first ones only."""
+    config = tiny_runs.config(tmp_path, base)
+    tokens = sum(len(example) for batch in from_data(config).batches for example in batch)
+    planned, without = (plan(config, length=n, compare=False, machine=MACHINE) for n in (None, 32))
+    assert planned.chosen.memory.software == 1000 + TOKEN_BYTES * tokens
+    assert planned.loading == without.loading + TOKEN_BYTES * tokens
+    assert without.chosen.memory.software == 1000
+    monkeypatch.setattr(batches_module, "ROWS", 24)
+    assert from_data(config).count_tokens() == pytest.approx(tokens, rel=0.2)
+    limited = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=36))
+    assert from_data(limited).count_tokens() == pytest.approx(tokens / 2, rel=0.2)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ class Batches:
     tokenizer: PreTrainedTokenizerBase | None = None
     longest: list[Example] = field(default_factory=list)
     """The longest examples in one batch, which the steps after `batches` may come close to. Empty if they cannot."""
+    count_tokens: Callable[[], int] = lambda: 0
+    """Returns the tokens of all examples of the data set: counts its rows, and assumes that the first are typical."""
 
     def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example], float]:
         """Return the batch with the most tokens, or the longest examples, and the batch nearest to the mean.
@@ -131,6 +134,14 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     tokens = read // plan.steps_per_epoch
     if not whole:
         tokens = read * config.batch_size * config.accumulation // len(train)
+
+    def count_tokens() -> int:
+        if whole:
+            return read
+        known = reader.read(config.data if is_labelled else first, "train")
+        rows = len(known.rows) if is_labelled else known.count_all()
+        return read * min(rows, config.data.limit or rows) // train.report.rows
+
     return Batches(
         task=task,
         batches=batches,
@@ -140,6 +151,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         tokens=tokens,
         tokenizer=tokenizer,
         longest=[] if config.sampling == "grouped" else longest,
+        count_tokens=count_tokens,
     )
 
 

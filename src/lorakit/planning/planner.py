@@ -25,6 +25,7 @@ from lorakit.planning.machine import (
     IMPORTS,
     INTERPRETER,
     SOFTWARE,
+    TOKEN_BYTES,
     UPDATE_BYTES,
     Machine,
     find_machine,
@@ -57,7 +58,7 @@ class Memory:
     """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
     products make, and cached kernels of products."""
     software: int
-    """The tokenizer and imported libraries except torch; 0 on a GPU."""
+    """The tokenizer, the examples of the data set and imported libraries except torch; 0 on a GPU."""
     interpreter: int
     """The Python interpreter with torch imported; 0 on a GPU."""
 
@@ -183,6 +184,7 @@ def plan(
     config = dataclasses.replace(config, base=base)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
+    examples = TOKEN_BYTES * batches.count_tokens() if device.type == "cpu" else 0
     dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
@@ -212,9 +214,11 @@ def plan(
         device=device,
         timings=timings,
         sizes=sizes,
+        examples=examples,
         processes=processes,
         split=config.shard,
     )
+    loading = examples + _loading(shape, run, config.base.dtype, dtype)
     return Plan(
         base=shape.name,
         note="; ".join(filter(None, (shape.note, stored_quantisation(shape.config).note))),
@@ -231,7 +235,7 @@ def plan(
         processes=processes,
         split=config.shard,
         machine=machine,
-        loading=_loading(shape, run, config.base.dtype, dtype) if device.type == "cpu" else 0,
+        loading=loading if device.type == "cpu" else 0,
         chosen=predict(run),
         full=full and predict(full),
         why_no_full=why,
@@ -240,7 +244,9 @@ def plan(
 
 
 def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype) -> int:
-    """Return the peak bytes while loading a base: `base_dtype` is that of its weights, `dtype` that of its products.
+    """Return the peak bytes while loading a base, without the data set.
+
+    `base_dtype` is the dtype of its weights, `dtype` that of its products.
 
     The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
     from the mapped weights, one layer after the other, unless the file has them.
@@ -279,6 +285,7 @@ def _predict(
     device: torch.device,
     timings: Timings,
     sizes: int,
+    examples: int,
     processes: int,
     split: bool,
 ) -> Prediction:
@@ -304,7 +311,7 @@ def _predict(
         adapter=run.adapter - 4 * (run.trained - held),
         optimizer=8 * held,
         allocator=round(allocator),
-        software=software if device.type == "cpu" else 0,
+        software=software + examples if device.type == "cpu" else 0,
         interpreter=INTERPRETER if device.type == "cpu" else 0,
         **peak,
     )
