@@ -415,6 +415,23 @@ def test_a_copy_of_the_gradients_can_be_the_peak(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_split_copies_can_be_the_peak(base, tmp_path):
+    """The first process gathers them with their means on the CPU, and made them whole before."""
+    config = tiny_runs.config(
+        tmp_path, base, method="full", shard=True, batch_size=2, accumulation=1
+    )
+    planned = plan(config, length=4, compare=False, processes=2, machine=MACHINE)
+    model = tiny_models.build("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=5)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    memory = planned.chosen.memory
+    assert memory.temporary == 12 * blocks
+    assert memory.activations == memory.gradients == 0
+    whole = dataclasses.replace(config, shard=False)
+    usual = plan(whole, length=4, compare=False, processes=2, machine=MACHINE)
+    assert planned.loading - usual.loading == 4 * planned.parameters
+
+
+@pytest.mark.slow
 def test_a_data_set_smaller_than_a_step_has_fewer_batches(base, tmp_path, monkeypatch):
     rows = tiny_runs.write_rows(tmp_path / "few.jsonl", tiny_runs.pairs(6))
     settings = {"data": DataConfig(train=rows, validation=rows), "batch_size": 4}

@@ -218,7 +218,7 @@ def plan(
         processes=processes,
         split=config.shard,
     )
-    loading = examples + _loading(shape, run, config.base.dtype, dtype)
+    loading = examples + _loading(shape, run, config.base.dtype, dtype, split=config.shard)
     return Plan(
         base=shape.name,
         note="; ".join(filter(None, (shape.note, stored_quantisation(shape.config).note))),
@@ -243,10 +243,13 @@ def plan(
     )
 
 
-def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype) -> int:
-    """Return the peak bytes while loading a base, without the data set.
+def _loading(
+    shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype, *, split: bool
+) -> int:
+    """Return the peak bytes while loading a base and attaching the adapter, without the data set.
 
-    `base_dtype` is the dtype of its weights, `dtype` that of its products.
+    `base_dtype` is the dtype of the base's weights, `dtype` that of its products. A run that splits the base does so
+    when the trained parameters are whole.
 
     The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
     from the mapped weights, one layer after the other, unless the file has them.
@@ -256,7 +259,8 @@ def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtyp
     copied = base_dtype in QUANTISATIONS or stored != dtype
     is_quantised = stored_quantisation(shape.config).kind
     file = run.base if is_quantised else run.total * stored.itemsize
-    return INTERPRETER + IMPORTS + run.base + (file if copied else 0)
+    beside = max(file if copied else 0, 4 * run.trained if split else 0)
+    return INTERPRETER + IMPORTS + run.base + beside
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -299,7 +303,9 @@ def _predict(
         widest = run.widest_block * gathered // max(run.blocks, 1)
         base += (run.blocks - originals) // processes + widest - run.blocks
     held = whole + copies
-    peak = _peak(run, processes, whole=whole, held=held)
+    # For a checkpoint, the first process gathers the copies and their means on the CPU.
+    saved = 12 * run.copies if split and device.type == "cpu" else 0
+    peak = _peak(run, processes, whole=whole, held=held, saved=saved)
     step_bytes = sum(peak.values())
     # Every size of a batch has kernels of its own.
     kernels = min(KERNELS, sizes * len(run.middle.work.products))
@@ -334,14 +340,19 @@ def _predict(
     )
 
 
-def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
-    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when processes add their gradients.
+def _peak(
+    run: SimulatedRun, processes: int, *, whole: int, held: int, saved: int
+) -> dict[str, int]:
+    """Return the bytes of a step's tensors at the peak.
+
+    That is in the fullest batch, when the processes add their gradients, or when the first one writes a checkpoint.
 
     Args:
         run: The run.
         processes: Their number.
         whole: Trained parameters that each process holds whole.
         held: Trained parameters of a process, with its parts of split ones.
+        saved: Bytes that the first process gathers for a checkpoint.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.
@@ -350,4 +361,5 @@ def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[s
         return in_batch
     # They travel as one flat copy.
     in_sum = {**dict.fromkeys(KINDS, 0), "gradients": 4 * held, "temporary": 4 * whole}
-    return max(in_batch, in_sum, key=lambda peak: sum(peak.values()))
+    in_checkpoint = {**dict.fromkeys(KINDS, 0), "temporary": saved}
+    return max(in_batch, in_sum, in_checkpoint, key=lambda peak: sum(peak.values()))
