@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 
 from lorakit.cli import main
+from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.models.processor import threads
 from lorakit.planning import machine
 
@@ -78,6 +79,33 @@ def test_processes_share_the_cores(base, capsys, monkeypatch):
     assert "processes" in capsys.readouterr().err
     assert main(["plan", "--base.name", base, "--length", "32", "--shard"]) == 1
     assert "shard is true, but the plan has one process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_uses_its_calibration(base, capsys, tmp_path, monkeypatch):
+    """It is made with the threads of one of the processes, in the dtype that auto chooses for this base."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lorakit.planning.planner.find_machine", machine.find_machine)
+    seen = []
+
+    def calibrate(device, dtype):
+        seen.append((device.type, dtype, torch.get_num_threads()))
+        return machine.Machine(products=1e9, traffic=1e9, draws=1e9, origin="a calibration")
+
+    monkeypatch.setattr("lorakit.planning.calibration.calibrate", calibrate)
+    # For products of usual sizes bfloat16 is faster, but not for those of a tiny base.
+    monkeypatch.setattr("lorakit.models.dtype_choice.choose_dtype", _by_config)
+    arguments = ["plan", "--base.name", base, "--length", "32", "--processes", "2"]
+    with threads(4):
+        assert main([*arguments, "--calibrate", "true"]) == 0
+        assert main(arguments) == 0
+    assert seen == [("cpu", torch.float32, 2)]
+    shown = capsys.readouterr().out
+    assert shown.count("machine  a calibration") == 2
+
+
+def _by_config(device, config=None, *, batch_size=16):
+    return DtypeChoice(torch.bfloat16 if config is None else torch.float32, "made up")
 
 
 @pytest.mark.slow

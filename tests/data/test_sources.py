@@ -42,6 +42,7 @@ def test_several_files_and_patterns_are_read_in_order(folder):
 def test_limit_counts_rows_over_all_files(folder):
     assert numbers(read_source(str(folder / "part-*.jsonl"), limit=3)) == [1, 2, 3]
     assert numbers(read_source(str(folder / "part-*.jsonl"), limit=1)) == [1]
+    assert read_source(str(folder / "part-[ab].jsonl"), limit=1).count_all() == 3
 
 
 def test_the_digest_is_of_all_the_content_whatever_the_limit(folder):

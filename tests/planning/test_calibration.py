@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
 from collections import Counter
 
 import pytest
 import torch
 
 from lorakit.errors import ConfigurationError
+from lorakit.models.processor import threads
 from lorakit.planning import machine
 from lorakit.planning.calibration import MARGIN, MOST, _run_trial, calibrate, fit
 from lorakit.planning.ledger import Work
@@ -107,6 +110,19 @@ def test_a_trial_reports_its_own_memory():
     )
     assert 0 < figures["ready"] < figures["peak"] < figures["ready"] + held.nbytes // 4
     assert figures["seconds"] > 0
+
+
+def test_a_trial_has_the_threads_of_the_plan(monkeypatch):
+    sent = []
+
+    def run(command, *, input, **_):
+        sent.append(json.loads(input))
+        return subprocess.CompletedProcess(command, 0, stdout="{}", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with threads(3):
+        _run_trial({"count": 1})
+    assert sent == [{"count": 1, "threads": 3}]
 
 
 @pytest.mark.slow

@@ -22,14 +22,16 @@ from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
+from lorakit.methods.lora import layer as lora_layer
 from lorakit.models import dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape, shape_of
+from lorakit.ops import linear_cross_entropy
 from lorakit.planning import batches as batches_module
 from lorakit.planning import plan, planner
 from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
-from lorakit.planning.machine import UPDATE_BYTES, Machine
+from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
 from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
@@ -152,13 +154,18 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     config = tiny_runs.config(tmp_path, base, batch_size=batch_size, accumulation=accumulation)
     batches = from_data(config)
     job = prepare(config)
-    first_epoch = [
+    run = [
         [job.train[i].input_ids for i in batch]
-        for step in itertools.islice(job.step_plan.steps(), 9)
+        for step in job.step_plan.steps()
         for batch in job.share(step)
     ]
-    for planned in batches.fullest_and_middle(packed=True):
-        assert [example.input_ids for example in planned] in first_epoch
+    longest, middle, _ = batches.fullest_and_middle(packed=False)
+    assert [example.input_ids for example in middle] in run[: len(run) // 2]  # the first epoch
+    # No later batch is larger.
+    assert len(longest) == batch_size
+    lengths = sorted(map(len, job.train), reverse=True)
+    assert sorted(map(len, longest), reverse=True) == lengths[:batch_size]
+    assert max(map(len, longest)) * batch_size >= max(max(map(len, b)) * len(b) for b in run)
     assert batches.steps == job.step_plan.total == 18
 
 
@@ -192,6 +199,8 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
     planned = from_data(config)
     assert planned.task.labels == ("0", "1", "2", "3", "4", "5")
     assert planned.steps is None
+    read = sum(len(example) for batch in planned.batches for example in batch)
+    assert planned.count_tokens() == 3 * read
     decoder = tiny_runs.save_base(tmp_path / "decoder")
     rows = [{"dialogue": "" if i == 3 else f"pub {i}", "summary": "park"} for i in range(15)]
     dialogues = tiny_runs.write_rows(tmp_path / "dialogues.jsonl", rows)
@@ -210,8 +219,10 @@ def test_prompts_that_return_late_are_seen_in_grouped_batches(tmp_path, monkeypa
         config = tiny_runs.config(
             tmp_path, base, data=data, evaluation=HeldOutConfig(), batch_size=4, sampling=sampling
         )
-        batches = from_data(config).batches
-        prompts[sampling] = {len({example.prompt for example in batch}) for batch in batches}
+        planned = from_data(config)
+        prompts[sampling] = {len({e.prompt for e in batch}) for batch in planned.batches}
+        fullest, *_ = planned.fullest_and_middle(packed=True)
+        prompts[sampling].add(len({example.prompt for example in fullest}))
     assert prompts == {"random": {4}, "grouped": {1}}
 
 
@@ -282,10 +293,44 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
     planned = dataclasses.replace(
         from_lengths(tiny_runs.config(tmp_path, "base"), 8, 4, labelled=False), batches=batches
     )
-    assert planned.fullest_and_middle(packed=False) == (shared, separate)
-    assert planned.fullest_and_middle(packed=True) == (separate, few)
+    assert planned.fullest_and_middle(packed=False) == (shared, separate, 136 / 120)
+    assert planned.fullest_and_middle(packed=True) == (separate, few, 86 / 80)
     widths = [pack(batch, 0)["input_ids"].numel() for batch in batches]
     assert max(widths) == widths[1]
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_data_set_stay_in_memory(base, tmp_path, monkeypatch):
+    """Their number is that of all rows, also if the plan reads the first ones only."""
+    config = tiny_runs.config(tmp_path, base)
+    tokens = sum(len(example) for batch in from_data(config).batches for example in batch)
+    planned, without = (plan(config, length=n, compare=False, machine=MACHINE) for n in (None, 32))
+    assert planned.chosen.memory.software == 1000 + TOKEN_BYTES * tokens
+    assert planned.loading == without.loading + TOKEN_BYTES * tokens
+    assert without.chosen.memory.software == 1000
+    monkeypatch.setattr(batches_module, "ROWS", 24)
+    assert from_data(config).count_tokens() == pytest.approx(tokens, rel=0.2)
+    limited = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=36))
+    assert from_data(limited).count_tokens() == pytest.approx(tokens / 2, rel=0.2)
+
+
+@pytest.mark.slow
+def test_the_time_is_that_of_mean_batches(tmp_path, monkeypatch):
+    """Of eight batches, two have five times the tokens: the median batch would take half of the mean time."""
+    wide = tiny_models.ARCHITECTURES["llama"]()
+    wide.update({"architectures": ["LlamaForCausalLM"], "intermediate_size": 2048})
+    wide.save_pretrained(tmp_path / "base")
+    config = tiny_runs.config(tmp_path, str(tmp_path / "base"), accumulation=1)
+    seconds = {}
+    for name, lengths in {"short": [8], "long": [40], "mixed": [8] * 6 + [40] * 2}.items():
+        skewed = dataclasses.replace(
+            from_lengths(config, 8, 4, labelled=False),
+            batches=[language_examples(4, length, length // 2) for length in lengths],
+        )
+        monkeypatch.setattr(planner, "_batches", lambda *_, skewed=skewed: skewed)
+        seconds[name] = plan(config, compare=False, machine=MACHINE).chosen.seconds
+    mean = (6 * seconds["short"] + 2 * seconds["long"]) / 8
+    assert seconds["mixed"] == pytest.approx(mean, rel=0.1)
 
 
 @pytest.mark.slow
@@ -302,12 +347,12 @@ def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
         for step in itertools.islice(job.step_plan.steps(), job.step_plan.steps_per_epoch)
     ]
     computed = [batch for share in shares for batch in share]
-    for planned in batches.fullest_and_middle(packed=True):
-        assert [example.input_ids for example in planned] in computed
+    _, middle, _ = batches.fullest_and_middle(packed=True)
+    assert [example.input_ids for example in middle] in computed
     tokens = [max(map(len, batch)) * len(batch) for batch in computed]
-    examples, _ = batches.fullest_and_middle(packed=False)
-    fullest = [example.input_ids for example in examples]
-    assert max(map(len, fullest)) * len(fullest) == max(tokens)
+    fullest, *_ = batches.fullest_and_middle(packed=False)
+    assert max(map(len, fullest)) * len(fullest) >= max(tokens)
+    assert len(fullest) == max(map(len, computed))
     assert batches.per_step == max(map(len, shares))
 
 
@@ -370,6 +415,23 @@ def test_a_copy_of_the_gradients_can_be_the_peak(base, tmp_path):
     memory = plan(config, length=4, compare=False, processes=2, machine=MACHINE).chosen.memory
     assert (memory.gradients, memory.temporary) == (memory.adapter, memory.adapter)
     assert memory.activations == 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_sharded_copies_can_be_the_peak(base, tmp_path):
+    """The first process gathers them with their means on the CPU, and made them whole before."""
+    config = tiny_runs.config(
+        tmp_path, base, method="full", shard=True, batch_size=2, accumulation=1
+    )
+    planned = plan(config, length=4, compare=False, processes=2, machine=MACHINE)
+    model = tiny_models.build("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=5)
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    memory = planned.chosen.memory
+    assert memory.temporary == 12 * blocks
+    assert memory.activations == memory.gradients == 0
+    whole = dataclasses.replace(config, shard=False)
+    usual = plan(whole, length=4, compare=False, processes=2, machine=MACHINE)
+    assert planned.loading - usual.loading == 4 * planned.parameters
 
 
 @pytest.mark.slow
@@ -514,6 +576,42 @@ def test_a_quantised_base_takes_the_bytes_of_the_loaded_one(tmp_path, dtype):
     assert planned.chosen.memory.base == pytest.approx(loaded, rel=0.02)
 
 
+def quantised_checkpoint(folder: Path, **settings) -> str:
+    """Save the configuration of a checkpoint that another library has quantised."""
+    config = tiny_models.ARCHITECTURES["llama"]()
+    config.update({"architectures": ["LlamaForCausalLM"], "dtype": torch.float32})
+    config.quantization_config = settings
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "kind"), [("load_in_4bit", "nf4"), ("load_in_8bit", "int8")])
+def test_a_quantised_checkpoint_takes_its_bytes(tmp_path, monkeypatch, option, kind):
+    """Its plan is that of a base that lorakit quantises, without the unquantised file."""
+    monkeypatch.setattr(planner, "compute_dtype", lambda *_: torch.float32)
+
+    def planned(name: str, dtype: str, **settings):
+        base = quantised_checkpoint(tmp_path / name, **settings)
+        config = tiny_runs.config(tmp_path, base)
+        config = dataclasses.replace(config, base=dataclasses.replace(config.base, dtype=dtype))
+        return plan(config, length=32, compare=False, machine=MACHINE)
+
+    bits = {"quant_method": "bitsandbytes", option: True}
+    stored, made = planned("stored", "float32", **bits), planned("made", kind)
+    assert stored.chosen.memory == made.chosen.memory
+    assert stored.loading < made.loading
+    assert stored.note == ""
+    skipped = planned("skipped", "float32", **bits, llm_int8_skip_modules=["lm_head", "mlp"])
+    whole = planned("whole", "float32").chosen.memory
+    assert stored.chosen.memory.base < skipped.chosen.memory.base < whole.base
+    other = planned("other", "float32", quant_method="gptq", bits=4)
+    assert other.chosen.memory.base == whole.base
+    assert other.note == (
+        "its checkpoint is quantised (gptq), but the plan assumes unquantised weights"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("computed", ["bfloat16", "float32"])
 def test_loading_maps_the_unquantised_weights(tmp_path, monkeypatch, computed):
@@ -565,6 +663,13 @@ def test_errors_name_the_setting(base, tmp_path):
         )
 
 
+def simulated_on(device: str, config, length: int, target_tokens: int | None = None):
+    """Return the simulated run on a device that this machine may lack."""
+    batches = from_lengths(config, length, target_tokens, labelled=False)
+    settings = {"dtype": torch.bfloat16, "device": torch.device(device)}
+    return simulate(config, shape_of(config.base), batches, **settings)
+
+
 @pytest.mark.slow
 def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtypes, "_cpu_multiplies_bfloat16", lambda: False)
@@ -575,12 +680,40 @@ def test_an_absent_gpu_is_assumed(base, tmp_path, monkeypatch):
     assert planned.chosen.memory.software == 0
     assert planned.chosen.seconds > 0
     # A GPU computes the model's own layers, which keep more for the backward pass.
-    shape, batches = shape_of(config.base), from_lengths(config, 64, None, labelled=False)
-    on_cpu, on_gpu = (
-        simulate(config, shape, batches, dtype=torch.bfloat16, device=torch.device(name))
-        for name in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (simulated_on(device, config, 64) for device in ("cpu", "cuda"))
     assert on_gpu.fullest.peak["activations"] > on_cpu.fullest.peak["activations"]
+
+
+@pytest.mark.slow
+def test_attention_on_a_gpu_is_arithmetic(base, tmp_path):
+    """Its fused kernel computes two products forward and five backward, and stores no scores."""
+    config = tiny_runs.config(tmp_path, base, batch_size=1, accumulation=1)
+    layers, width = 5, 32
+    for length in (128, 256):
+        run = simulated_on("cuda", config, length)
+        products = run.fullest.work.products.items()
+        attention = sum(p.operations * n for p, n in products if "attention" in p.name)
+        assert run.width >= length - 1
+        assert attention == 14 * run.width**2 * width * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_gpu_computes_large_chunks(base, tmp_path, monkeypatch, dora):
+    """The chunks that keep the loss and DoRA in a CPU's cache would be thousands of launches."""
+    lora = lorakit.LoRA(rank=2, dora=dora)
+    config = tiny_runs.config(tmp_path, base, lora=lora, batch_size=1, accumulation=1)
+
+    def calls(device: str) -> int:
+        return simulated_on(device, config, 128, 120).fullest.work.calls
+
+    large = {device: calls(device) for device in ("cpu", "cuda")}
+    if dora:
+        monkeypatch.setattr(lora_layer, "_CHUNK", 64)
+    else:
+        monkeypatch.setattr(linear_cross_entropy, "CACHE_BYTES", 16 * len(tiny_tokenizer()))
+    assert calls("cpu") > large["cpu"]
+    assert calls("cuda") == large["cuda"]
 
 
 @pytest.mark.slow

@@ -59,6 +59,18 @@ def test_a_product_is_recorded_with_its_layout(compute, name, shapes, operations
     CALLS[name](*made)
 
 
+def test_fused_attention_is_counted_forward_and_backward():
+    with new_mode():
+        query, key, value = (torch.empty(1, n, 8, 4, requires_grad=True) for n in (4, 2, 2))
+        ledger = Ledger([query, key, value])
+        with ledger:
+            many = [x.repeat_interleave(2, 1) for x in (key, value)]
+            torch.nn.functional.scaled_dot_product_attention(query, *many).sum().backward()
+    (segment,) = ledger.segments
+    assert segment.work.operations == 7 * 2 * 4 * 8 * 8 * 4  # two products forward, five backward
+    assert segment.widest == 0
+
+
 def test_work_repeats():
     work = recorded(lambda x, W, y: x[0] @ W.T)
     work += work.times(3)

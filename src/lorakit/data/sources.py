@@ -52,6 +52,16 @@ class DataRows:
     """Class names that a hub data set declares, by column."""
     splits: list[str] = field(default_factory=list)
     """Split of each row: its name on the hub, or the file name without suffixes."""
+    parts: list[_Part] = field(default_factory=list, repr=False)
+    """The files or data sets, to read them again."""
+
+    def count_all(self) -> int:
+        """Count the rows of all parts, also those beyond the limit of `rows`, without keeping them.
+
+        Raises:
+            DataError: A part is unreadable.
+        """
+        return sum(1 for part in self.parts for _ in part.rows())
 
     @property
     def columns(self) -> list[str]:
@@ -109,6 +119,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         else hashlib.sha256("".join(digests).encode()).hexdigest(),
         class_names=class_names,
         splits=splits,
+        parts=parts,
     )
     if len(data.columns) > MAX_COLUMNS:
         raise DataError(

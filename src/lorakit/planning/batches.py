@@ -1,10 +1,13 @@
-"""The batches of a run, of which a plan simulates the largest and the median one, from its data or from lengths."""
+"""The batches of a run, of which a plan simulates the largest and a mean one, from its data or from lengths."""
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lorakit.compute.base import is_encoder_decoder, read_text_tokenizer
@@ -45,16 +48,27 @@ class Batches:
     tokens: int
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    longest: list[Example] = field(default_factory=list)
+    """The longest examples in one batch, which the steps after `batches` may come close to. Empty if they cannot."""
+    count_tokens: Callable[[], int] = lambda: 0
+    """Returns the tokens of all examples of the data set: counts its rows, and assumes that the first are typical."""
 
-    def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example]]:
-        """Return the batch with the most tokens and the batch of median size, packed or padded."""
+    def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example], float]:
+        """Return the batch with the most tokens, or the longest examples, and the batch nearest to the mean.
+
+        Sizes are those of packed or padded batches. The third value is their mean as a multiple of the middle batch's.
+        Sizes are skewed to the right in most data, so the time of a run is that of mean batches, not of median ones.
+        """
 
         def size(batch: list[Example]) -> tuple[int, int]:
             padded = max(map(len, batch)) * len(batch)
             return shared_once(batch) if packed else padded, sum(map(len, batch))
 
-        ordered = sorted(self.batches, key=size)
-        return ordered[-1], ordered[len(ordered) // 2]
+        sizes = [size(batch)[0] for batch in self.batches]
+        mean = fmean(sizes)
+        middle = min(range(len(sizes)), key=lambda n: abs(sizes[n] - mean))
+        candidates = [*self.batches, self.longest] if self.longest else self.batches
+        return max(candidates, key=size), self.batches[middle], mean / sizes[middle]
 
     def sizes(self, *, packed: bool, is_encoder_decoder: bool) -> int:
         """Return the number of different shapes of batches, as `lorakit.compute.batching.collator` makes them.
@@ -106,6 +120,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
+    # Every epoch sorts other examples together, and later rows have other lengths.
+    longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     whole = train.report.rows < limit or config.data.limit == limit
     lengths = sorted(train.lengths)
     source = (
@@ -118,6 +134,14 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     tokens = read // plan.steps_per_epoch
     if not whole:
         tokens = read * config.batch_size * config.accumulation // len(train)
+
+    def count_tokens() -> int:
+        if whole:
+            return read
+        known = reader.read(config.data if is_labelled else first, "train")
+        rows = len(known.rows) if is_labelled else known.count_all()
+        return read * min(rows, config.data.limit or rows) // train.report.rows
+
     return Batches(
         task=task,
         batches=batches,
@@ -126,6 +150,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         per_step=per_step,
         tokens=tokens,
         tokenizer=tokenizer,
+        longest=[] if config.sampling == "grouped" else longest,
+        count_tokens=count_tokens,
     )
 
 

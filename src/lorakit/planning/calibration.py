@@ -47,7 +47,7 @@ MARGIN = 1.1
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Run two short trainings and fit this machine's constants to them.
+    """Run two short trainings with torch's current threads, and fit this machine's constants to them.
 
     Raises:
         ConfigurationError: The device is not a CPU.
@@ -105,7 +105,7 @@ def fit(
 def _run_trial(trial: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "lorakit.planning.trial"],
-        input=json.dumps(trial),
+        input=json.dumps({**trial, "threads": torch.get_num_threads()}),
         capture_output=True,
         text=True,
         errors="replace",

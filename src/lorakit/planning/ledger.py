@@ -25,9 +25,31 @@ Kind = Literal["activations", "gradients", "logits", "temporary"]
 
 KINDS: tuple[Kind, ...] = ("activations", "gradients", "logits", "temporary")
 
+_ATEN = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 _DRAWS = ("bernoulli", "bernoulli_", "native_dropout")
-_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Return the operations of attention: the scores and the weighted values."""
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    return 2 * pairs * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    """Return the operations of attention's gradients, which compute the scores again."""
+    pairs = query.shape[:-1].numel() * key.shape[-2]
+    return 2 * pairs * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+# The kernel that fake tensors on the CPU run, also in a plan for a GPU. torch counts those of GPUs only.
+_FUSED_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_FLOPS = {**flop_registry, _ATEN.addmm_: flop_registry[_ATEN.addmm], **_FUSED_ATTENTION}
 """Functions that count the floating-point operations of a product."""
 
 
@@ -204,7 +226,8 @@ class Ledger(TorchDispatchMode):
             moved += sum(x.nbytes for x in operands)
             product = Product(name, tuple(map(Operand.of, operands)), operations, moved)
             segment.work.products[product] += self.repeated
-            segment.widest = max(segment.widest, *(x.nbytes for x in inputs))
+            if packet not in _FUSED_ATTENTION:  # its kernel reorders no matrix
+                segment.widest = max(segment.widest, *(x.nbytes for x in inputs))
         elif name in _DRAWS:
             segment.work.drawn += self.repeated * max(x.numel() for x in outputs)
         elif allocates or name.endswith("_"):  # a view moves no bytes

@@ -33,6 +33,10 @@ INTERPRETER = 233 * 10**6
 IMPORTS = 165 * 10**6
 """The part of SOFTWARE that is imported before the base is loaded."""
 
+TOKEN_BYTES = 48
+"""Bytes of a token of the data set, whose examples stay in memory: an integer of 32 bytes, and its places in the lists
+of tokens and of targets. Measured: 38."""
+
 SLACK, HALF_SLACK = 0.26, 0.22
 """Freed memory between tensors that the C library keeps, as a share of the step's tensors, in float32 and in 16 bits.
 Measured: 0.15 to 0.36, more for larger tensors."""
@@ -79,7 +83,8 @@ class Machine:
     call: float = CALL_SECONDS
     """Overhead of an operation in PyTorch and Python, in seconds."""
     software: int | None = None
-    """Bytes of the tokenizer, data loading and imported libraries except torch; None means the default."""
+    """Bytes of the tokenizer, data loading and imported libraries except torch; None means the default. The plan adds
+    the examples of the data set."""
     slack: float = HALF_SLACK
     """Freed memory that the allocator keeps, as a share of the step's tensors."""
     packed: float = HALF_PACKED

@@ -25,11 +25,13 @@ from lorakit.planning.machine import (
     IMPORTS,
     INTERPRETER,
     SOFTWARE,
+    TOKEN_BYTES,
     UPDATE_BYTES,
     Machine,
     find_machine,
 )
 from lorakit.planning.products import Timings, time_products
+from lorakit.planning.shape import stored_quantisation
 from lorakit.planning.simulate import SimulatedRun, as_full, simulate
 from lorakit.training.config import TrainConfig
 
@@ -56,7 +58,7 @@ class Memory:
     """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
     products make, and cached kernels of products."""
     software: int
-    """The tokenizer and imported libraries except torch; 0 on a GPU."""
+    """The tokenizer, the examples of the data set and imported libraries except torch; 0 on a GPU."""
     interpreter: int
     """The Python interpreter with torch imported; 0 on a GPU."""
 
@@ -182,6 +184,7 @@ def plan(
     config = dataclasses.replace(config, base=base)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
+    examples = TOKEN_BYTES * batches.count_tokens() if device.type == "cpu" else 0
     dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
@@ -211,12 +214,14 @@ def plan(
         device=device,
         timings=timings,
         sizes=sizes,
+        examples=examples,
         processes=processes,
         sharded=config.shard,
     )
+    loading = examples + _loading(shape, run, config.base.dtype, dtype, sharded=config.shard)
     return Plan(
         base=shape.name,
-        note=shape.note,
+        note="; ".join(filter(None, (shape.note, stored_quantisation(shape.config).note))),
         parameters=run.total,
         dtype=config.base.dtype,
         why_dtype=why_dtype,
@@ -230,7 +235,7 @@ def plan(
         processes=processes,
         sharded=config.shard,
         machine=machine,
-        loading=_loading(shape, run, config.base.dtype, dtype) if device.type == "cpu" else 0,
+        loading=loading if device.type == "cpu" else 0,
         chosen=predict(run),
         full=full and predict(full),
         why_no_full=why,
@@ -238,16 +243,24 @@ def plan(
     )
 
 
-def _loading(shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype) -> int:
-    """Return the peak bytes while loading a base: `base_dtype` is that of its weights, `dtype` that of its products.
+def _loading(
+    shape: Shape, run: SimulatedRun, base_dtype: str, dtype: torch.dtype, *, sharded: bool
+) -> int:
+    """Return the peak bytes while loading a base and attaching the adapter, without the data set.
+
+    `base_dtype` is the dtype of the base's weights, `dtype` that of its products. A run that shards the base does so
+    when the trained parameters are whole.
 
     The file is mapped into memory. Weights in its dtype stay there, others are copies beside it. nf4 and int8 are made
-    from the mapped weights, one layer after the other.
+    from the mapped weights, one layer after the other, unless the file has them.
     """
     stored = getattr(shape.config, "dtype", None)
     stored = stored if isinstance(stored, torch.dtype) else dtype
     copied = base_dtype in QUANTISATIONS or stored != dtype
-    return INTERPRETER + IMPORTS + run.base + (run.total * stored.itemsize if copied else 0)
+    is_quantised = stored_quantisation(shape.config).kind
+    file = run.base if is_quantised else run.total * stored.itemsize
+    beside = max(file if copied else 0, 4 * run.trained if sharded else 0)
+    return INTERPRETER + IMPORTS + run.base + beside
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -276,6 +289,7 @@ def _predict(
     device: torch.device,
     timings: Timings,
     sizes: int,
+    examples: int,
     processes: int,
     sharded: bool,
 ) -> Prediction:
@@ -289,7 +303,9 @@ def _predict(
         widest = run.widest_block * gathered // max(run.blocks, 1)
         base += (run.blocks - originals) // processes + widest - run.blocks
     held = whole + copies
-    peak = _peak(run, processes, whole=whole, held=held)
+    # For a checkpoint, the first process gathers the copies and their means on the CPU.
+    saved = 12 * run.copies if sharded and device.type == "cpu" else 0
+    peak = _peak(run, processes, whole=whole, held=held, saved=saved)
     step_bytes = sum(peak.values())
     # Every size of a batch has kernels of its own.
     kernels = min(KERNELS, sizes * len(run.middle.work.products))
@@ -301,7 +317,7 @@ def _predict(
         adapter=run.adapter - 4 * (run.trained - held),
         optimizer=8 * held,
         allocator=round(allocator),
-        software=software if device.type == "cpu" else 0,
+        software=software + examples if device.type == "cpu" else 0,
         interpreter=INTERPRETER if device.type == "cpu" else 0,
         **peak,
     )
@@ -317,21 +333,26 @@ def _predict(
         share=run.trained / run.total,
         file_bytes=run.file,
         memory=memory,
-        seconds=run.batches * machine.seconds(run.middle.work, timings.seconds)
+        seconds=run.batches * run.mean * machine.seconds(run.middle.work, timings.seconds)
         + held * UPDATE_BYTES / machine.traffic
         + sent / machine.sent,
         sent=sent,
     )
 
 
-def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
-    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when processes add their gradients.
+def _peak(
+    run: SimulatedRun, processes: int, *, whole: int, held: int, saved: int
+) -> dict[str, int]:
+    """Return the bytes of a step's tensors at the peak.
+
+    That is in the fullest batch, when the processes add their gradients, or when the first one writes a checkpoint.
 
     Args:
         run: The run.
         processes: Their number.
         whole: Trained parameters that each process holds whole.
         held: Trained parameters of a process, with its parts of sharded ones.
+        saved: Bytes that the first process gathers for a checkpoint.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.
@@ -340,4 +361,5 @@ def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[s
         return in_batch
     # They travel as one flat copy.
     in_sum = {**dict.fromkeys(KINDS, 0), "gradients": 4 * held, "temporary": 4 * whole}
-    return max(in_batch, in_sum, key=lambda peak: sum(peak.values()))
+    in_checkpoint = {**dict.fromkeys(KINDS, 0), "temporary": saved}
+    return max(in_batch, in_sum, in_checkpoint, key=lambda peak: sum(peak.values()))

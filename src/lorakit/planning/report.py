@@ -26,7 +26,7 @@ PARTS = {
     "logits": "tensors of vocabulary width",
     "temporary": "working memory of single operations at the peak",
     "allocator": "freed memory fragmented between live tensors, and cached kernels",
-    "software": "libraries besides torch, the tokenizer, data loading",
+    "software": "libraries besides torch, the tokenizer, the examples of the data set",
     "interpreter": "Python with torch imported",
 }
 """The parts of the memory, each with a description."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -11,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.errors import BaseModelError
+from lorakit.methods.lora import layer as lora_layer
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape
 from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.model_classes import ModelHead, model_class
 from lorakit.models.quantising import projection_paths
+from lorakit.ops import linear_cross_entropy
 from lorakit.ops.autocast import no_autocast
 
+_CPU = torch.device("cpu")
 _ATEN = torch.ops.aten
 _FILLS = (
     _ATEN.fill_.Scalar,
@@ -46,16 +51,24 @@ def new_mode() -> FakeTensorMode:
 
 
 @contextmanager
-def planning(fake: FakeTensorMode) -> Iterator[None]:
+def planning(fake: FakeTensorMode, device: torch.device = _CPU) -> Iterator[None]:
     """Create fake tensors inside this block, and replace functions whose fake kernels are missing or differ.
 
     The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
+
+    Args:
+        fake: The mode of the tensors.
+        device: Device of the planned run. Fake tensors are on the CPU, so for another device this block also raises
+            the limits that keep a CPU's computation in its cache. Results do not depend on them.
     """
-    with (
-        no_collection(),
-        fake,
-        mock.patch.multiple(F, **_REPLACED),
-    ):
+    with no_collection(), fake, ExitStack() as patches:
+        if device.type != "cpu":
+            uncached = mock.patch.object(linear_cross_entropy, "CACHE_BYTES", sys.maxsize)
+            patches.enter_context(uncached)
+            large = mock.patch.object(lora_layer, "_CHUNK", lora_layer._LARGE_CHUNK)
+            patches.enter_context(large)
+        if _grouped_products is not None:
+            patches.enter_context(mock.patch.object(F, "grouped_mm", _one_product))
         yield
 
 
@@ -84,10 +97,42 @@ def build(
     # Classifiers search for the last token before the padding.
     if config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = 0
-    if base.dtype in QUANTISATIONS:
+    stored = stored_quantisation(config)
+    if kind := base.dtype if base.dtype in QUANTISATIONS else stored.kind:
         for path, *_ in projection_paths(model):
-            _quantise(model.get_submodule(path), base.dtype)
+            if not stored.skips(path):
+                _quantise(model.get_submodule(path), kind)
     return model
+
+
+@dataclass(frozen=True)
+class StoredQuantisation:
+    """How the weights of a checkpoint are quantised."""
+
+    kind: str = ""
+    """The kind of the planned layers, nf4 or int8; "" for unquantised ones."""
+    skipped: tuple[str, ...] = ()
+    """Names of modules whose weights are not quantised, or parts of their paths."""
+    note: str = ""
+    """What the plan assumes instead of another quantisation, for the user."""
+
+    def skips(self, path: str) -> bool:
+        """Return whether the checkpoint has the layer at `path` unquantised."""
+        return any(f".{name}." in f".{path}." for name in self.skipped)
+
+
+def stored_quantisation(config: PretrainedConfig) -> StoredQuantisation:
+    """Return how the checkpoint of a configuration is quantised."""
+    settings = config.to_dict().get("quantization_config") or {}
+    skipped = tuple(settings.get("llm_int8_skip_modules") or ())
+    for name, kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
+        if settings.get(name):
+            return StoredQuantisation(kind, skipped)
+    if not settings:
+        return StoredQuantisation()
+    method = settings.get("quant_method", "a method without a name")
+    note = f"its checkpoint is quantised ({method}), but the plan assumes unquantised weights"
+    return StoredQuantisation(note=note)
 
 
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
@@ -129,21 +174,7 @@ class _DequantisedWeight:
             output.grad_fn.register_hook(lambda *_: setattr(cls, "weight", None))
 
 
-_attention = F.scaled_dot_product_attention
-_grouped_products = getattr(F, "grouped_mm", None)
-
-
-def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Run attention on fake tensors with the flash kernel, which allocates no score matrix."""
-    # A real model in another thread, or heads that the flash kernel does not support.
-    if not isinstance(query, FakeTensor) or query.shape[-1] != value.shape[-1]:
-        return _attention(query, key, value, *args, **kwargs)
-    group = query.shape[-3] // key.shape[-3]
-    if group > 1:
-        key, value = (x.repeat_interleave(group, -3) for x in (key, value))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+_grouped_products = getattr(F, "grouped_mm", None)  # since torch 2.10
 
 
 def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -157,8 +188,3 @@ def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> 
         return _grouped_products(tokens, weights, *args, **kwargs)
     with no_autocast(tokens):
         return tokens @ weights[0]
-
-
-_REPLACED: dict[str, Any] = {"scaled_dot_product_attention": _flash_attention}
-if _grouped_products is not None:  # since torch 2.10
-    _REPLACED["grouped_mm"] = _one_product

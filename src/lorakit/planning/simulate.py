@@ -62,7 +62,9 @@ class SimulatedRun:
     fullest: Step
     """Step of the batch with the most tokens."""
     middle: Step
-    """Step of the batch of median size."""
+    """Step of the batch whose size is nearest to the mean."""
+    mean: float
+    """The mean size of a batch, as a multiple of the middle one's."""
     batches: int
     """Batches of an optimizer step."""
     rows: int
@@ -88,7 +90,7 @@ def simulate(
     task = batches.task
     start, fake = config.from_adapter, new_mode()
     method = method_of(config)
-    with planning(fake), _explained(shape.name):
+    with planning(fake, device), _explained(shape.name):
         head = model_head(task, lambda: shape.is_encoder_decoder)
         model = build(shape, config.base, head, len(task.labels), dtype=dtype)
         size, total = base_bytes(model), sum(p.numel() for p in model.parameters())
@@ -115,10 +117,10 @@ def simulate(
         autocast = autocast_of(dtype, adapters, model.device)
     # Outside `planning`, since the checks of a file's content read numbers that are not simulated.
     file = 4 * count if is_full else adapters.summary(TRAINED).file_bytes
-    selected = batches.fullest_and_middle(packed=computation.packed)
+    *selected, mean = batches.fullest_and_middle(packed=computation.packed)
     check_context(base, [*itertools.chain(*selected)])
     fullest, middle = map(collator(base, packed=computation.packed), selected)
-    with planning(fake), _explained(shape.name):
+    with planning(fake, device), _explained(shape.name):
         step = partial(
             run_step,
             model,
@@ -143,6 +145,7 @@ def simulate(
         adapter=4 * count + sum(buffer.nbytes for buffer in buffers),
         fullest=fullest_step,
         middle=middle_step,
+        mean=mean,
         batches=batches.per_step,
         rows=rows,
         width=width,

@@ -2,8 +2,8 @@
 
 python -m lorakit.planning.trial    reads a trial as JSON from standard input and prints its measurements as JSON
 
-A trial has ``config``, the model's configuration with its ``model_type``; ``dtype``; and the batch: ``count``
-examples of ``length`` tokens with ``targets`` targets.
+A trial has ``config``, the model's configuration with its ``model_type``; ``dtype``; ``threads``, the number of torch's
+threads; and the batch: ``count`` examples of ``length`` tokens with ``targets`` targets.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def build_batch(trial: dict[str, Any]) -> dict[str, Tensor]:
 def main() -> None:
     """Train for a few steps and print the process's memory and the median time of a step."""
     trial = json.load(sys.stdin)
+    torch.set_num_threads(trial["threads"])
     torch.manual_seed(0)
     model = build_model(trial)
     trained = [p for p in model.parameters() if p.requires_grad]
