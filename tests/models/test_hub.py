@@ -67,6 +67,15 @@ def test_a_downloaded_model_loads_again_without_the_hub(
         assert all(torch.equal(w, expected[n]) for n, w in base.model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_an_adapter_beside_the_model_is_not_loaded(hub: SmallHub, model: Path) -> None:
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "organisation/other"}')
+    base = load_base(NAME, dtype="float32")
+    (notice,) = (n for n in base.notices if "also holds an adapter" in n)
+    assert notice.startswith(f"'{NAME}' also holds an adapter (adapter_config.json)")
+    assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
+
+
 def test_a_gated_model(hub: SmallHub, model: Path) -> None:
     """The hub tells everyone what it has, and refuses its files."""
     hub.gated.add(NAME)

@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -303,6 +304,26 @@ def test_weights_that_were_cut_off(llama: Path, kept: int) -> None:
 def test_missing_weights_file(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(BaseModelError, match=r"'tiny-llama' cannot be loaded.*model\.safetensors"):
+        load_base(llama)
+
+
+def test_an_adapter_beside_the_model_is_not_loaded(llama: Path) -> None:
+    """transformers adds it to the model, if PEFT is installed, and does not report missing weights then."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny_models.build("llama"), settings).save_pretrained(llama)
+    (llama / "README.md").unlink()
+    base = load_base(llama, dtype="float32")
+    (notice,) = base.notices
+    assert "'tiny-llama' also holds an adapter (adapter_config.json), which is not loaded" in notice
+    assert base.model.state_dict().keys() == tiny_models.build("llama").state_dict().keys()
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match="lacks 1 of the weights"):
+        load_base(llama)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"is an adapter.*no weights of a model"):
         load_base(llama)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.models.declared_sizes import check_declared
 from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
 from lorakit.models.hub import locate_on_hub
-from lorakit.models.sources import ModelSource
+from lorakit.models.sources import ModelSource, adapter_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +52,11 @@ def locate(source: ModelSource, trust_remote_code: bool, *, weights: bool) -> Lo
             folder = (converted_folder if weights else described_folder)(Path(path))
             path, notices = str(folder), conversion_notices(folder)
         files = os.listdir(path)
+    if adapter := adapter_file(files):
+        notices.append(
+            f"'{source.name}' also holds an adapter ({adapter}), which is not loaded: the weights are the base model's "
+            "own."
+        )
     return Located(source=source, path=path, files=files, options=options, notices=notices)
 
 
