@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from small_hub import COMMIT, SmallHub, small_hub
 from tiny_tokenizer import tiny_tokenizer
 
+import lorakit
 from lorakit.errors import BaseModelError
 from lorakit.models import hub as module
 from lorakit.models.loading import load_base, load_tokenizer
@@ -48,6 +49,8 @@ def test_a_downloaded_model_loads_again_without_the_hub(
     online = load_base(NAME, revision=revision, dtype="float32")
     assert not any("local cache" in notice for notice in online.notices)
     assert online.source.revision == COMMIT
+    record = lorakit.attach(online.model, lorakit.LoRA(rank=2)).base_record()
+    assert (record.source.name, record.source.revision) == (NAME, COMMIT)
 
     hub.status = 503
     for offline, reason in (

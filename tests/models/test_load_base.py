@@ -455,6 +455,7 @@ def test_model_and_tokenizer_load_from_one_commit(
         ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
         ("AutoTokenizer", "organisation/model", "c0ffee", False),
     ]
+    assert base.model.config._commit_hash == "c0ffee"  # an adapter records it
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

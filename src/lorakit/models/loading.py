@@ -142,6 +142,8 @@ def load_base(
     if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
+    if source.revision is not None:  # transformers 5 does not set it, and an adapter records it
+        model.config._commit_hash = source.revision
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     set_padding(base)
     return base
