@@ -327,6 +327,26 @@ def test_an_adapter_beside_the_model_is_not_loaded(llama: Path) -> None:
         load_base(llama)
 
 
+@pytest.mark.slow
+def test_a_pattern_of_mistral_that_splits_texts_wrongly(tmp_path: Path) -> None:
+    """transformers warns of it, for tokenizers of over 100,000 tokens."""
+    tiny_models.build("mistral").save_pretrained(tmp_path)
+    edit_config(tmp_path, transformers_version="4.55.0")
+    backend = Tokenizer(WordLevel({f"w{i}": i for i in range(100_001)}, unk_token="w0"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w1", eos_token="w2"
+    ).save_pretrained(tmp_path)
+
+    def wrong() -> list[str]:
+        return [notice for notice in load_base(tmp_path).notices if "splits some texts" in notice]
+
+    assert len(wrong()) == 1
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fix_mistral_regex": True}))
+    assert wrong() == []
+
+
 def test_config_that_is_no_json(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(BaseModelError, match="not a valid JSON file"):

@@ -336,6 +336,12 @@ def set_padding(base: Base) -> None:
             f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
+    # Where transformers warns, which `_quiet` hides.
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+        found.append(
+            "The tokenizer splits some texts in another way than in the model's training, because it was saved with a "
+            'wrong pattern. Set "fix_mistral_regex" to true in tokenizer_config.json of a local copy.'
+        )
     # The tokenizer of an adapter may be a copy of the base's own one.
     base.notices += [notice for notice in found if notice not in base.notices]
     if notice := _set_pad_token(tokenizer, config, embeddings):
