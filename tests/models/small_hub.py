@@ -27,7 +27,7 @@ class SmallHub:
     Attributes:
         models: Folders by hub id.
         gated: Hub ids whose files this user may not read.
-        status: Status of every answer; None to answer rightly.
+        status: Status of every answer; None for the right answers.
         requests: Paths that were requested.
     """
 

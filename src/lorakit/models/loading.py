@@ -260,7 +260,7 @@ def _load_model(
     """Return the model, and transformers' report of missing, unexpected and mismatched weights."""
     settings = dict(located.options)
     # With PEFT installed, transformers adds an adapter that lies beside the model, and reports the adapter's missing
-    # weights in place of the model's. Its search is led to a folder that does not exist.
+    # weights in place of the model's. Let it search in a folder that does not exist.
     settings["adapter_kwargs"] = {
         "subfolder": "no-adapter",
         "local_files_only": settings.get("local_files_only", False),
