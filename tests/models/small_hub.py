@@ -91,7 +91,7 @@ def small_hub(cache: Path) -> Iterator[SmallHub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     settings = {
         "HF_HUB_OFFLINE": False,

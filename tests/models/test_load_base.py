@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import lorakit
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
 from lorakit.models import hub
@@ -307,12 +308,10 @@ def test_missing_weights_file(llama: Path) -> None:
         load_base(llama)
 
 
-def test_an_adapter_beside_the_model_is_not_loaded(llama: Path) -> None:
+def test_an_adapter_beside_the_model_is_not_loaded(llama: Path, tmp_path: Path) -> None:
     """transformers adds it to the model, if PEFT is installed, and does not report missing weights then."""
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(tiny_models.build("llama"), settings).save_pretrained(llama)
-    (llama / "README.md").unlink()
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2))
+    shutil.copytree(adapters.save(tmp_path / "adapter"), llama, dirs_exist_ok=True)
     base = load_base(llama, dtype="float32")
     (notice,) = base.notices
     assert "'tiny-llama' also holds an adapter (adapter_config.json), which is not loaded" in notice

@@ -190,8 +190,9 @@ def test_a_link_to_a_gguf_file(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "blobs" / ("a" * 64))
     source = resolve(link)
     assert (source.name, source.path_or_id) == ("model.Q4_K_M", str(link))
-    (tmp_path / "latest").symlink_to(link)
-    assert resolve(tmp_path / "latest").kind == "gguf"
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "latest").symlink_to(tmp_path / "model.gguf")
+    assert resolve(tmp_path / "latest").path_or_id == str(tmp_path / "model.gguf")
 
 
 def test_the_folder_of_a_model_in_the_cache_of_the_hub(tmp_path: Path) -> None:
