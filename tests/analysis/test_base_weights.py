@@ -69,6 +69,15 @@ def test_files_in_shards(tmp_path):
         read_weights(BaseConfig(name=str(folder)))
 
 
+def test_an_index_of_an_earlier_save_is_ignored(tmp_path):
+    """`save_pretrained` leaves it beside the new file, which transformers reads."""
+    handle = saved(tmp_path / "base")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = open_weights(BaseConfig(name=str(tmp_path / "base")), handle.stored())
+    assert len(weights) == len(load_file(tmp_path / "base" / "model.safetensors"))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_quantised_weights_are_refused(dtype, tmp_path):
     """Their codes are no weights: the scales are other tensors of the file."""

@@ -96,11 +96,7 @@ FAULTS = (
     Fault("parquet", "lorakit.data.readers:read_parquet", "except UnicodeDecodeError"),
     # a length, damaged files, an exception of the library
     Fault("tokenizer", "lorakit.models.tokenizer:read_tokenizer", "not (whole and length >= 1)"),
-    Fault(
-        "tokenizer",
-        "lorakit.models.tokenizer:tokenizer_of",
-        "_has_tokenizer(path, options)",
-    ),
+    Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "has_files"),
     Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "except Exception"),
     # the work, the size of a product, an exception of the library
     Fault("template", "lorakit.tasks.rendering:_Budget.charge", "self.spent > self.limit"),

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of GGUF files."""
+"""Fixtures of the tests of base models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 from tiny_gguf import tiny_llama
 from transformers import LlamaForCausalLM
+
+from lorakit.models import hub
+
+
+@pytest.fixture(autouse=True)
+def no_answers_of_other_hubs() -> None:
+    """Forget what the hub of an earlier test answered."""
+    hub._locate.cache_clear()
 
 
 @pytest.fixture

@@ -472,6 +472,19 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         load_base(path)
 
 
+def test_a_part_of_a_split_file(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=1)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.zeros((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for part in ("00001", "00002"):
+        with pytest.raises(BaseModelError, match=r"is one of 2 parts of a model\. Join them"):
+            load_base(tmp_path / f"tiny-{part}-of-00002.gguf")
+
+
 def test_a_file_without_some_weights(tmp_path: Path, llama: LlamaForCausalLM) -> None:
     missing = "model.layers.1.mlp.up_proj.weight"
     path = write_gguf(tmp_path / "tiny.gguf", llama, leave_out=missing)

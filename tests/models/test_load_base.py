@@ -15,14 +15,17 @@ import tiny_models
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import lorakit
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
+from lorakit.models import hub
 from lorakit.models.loading import _quiet, load_base, load_tokenizer
 
 
@@ -305,6 +308,44 @@ def test_missing_weights_file(llama: Path) -> None:
         load_base(llama)
 
 
+def test_an_adapter_beside_the_model_is_not_loaded(llama: Path, tmp_path: Path) -> None:
+    """transformers adds it to the model, if PEFT is installed, and does not report missing weights then."""
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2))
+    shutil.copytree(adapters.save(tmp_path / "adapter"), llama, dirs_exist_ok=True)
+    base = load_base(llama, dtype="float32")
+    (notice,) = base.notices
+    assert "'tiny-llama' also holds an adapter (adapter_config.json), which is not loaded" in notice
+    assert base.model.state_dict().keys() == tiny_models.build("llama").state_dict().keys()
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match="lacks 1 of the weights"):
+        load_base(llama)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=r"is an adapter.*no weights of a model"):
+        load_base(llama)
+
+
+@pytest.mark.slow
+def test_a_pattern_of_mistral_that_splits_texts_wrongly(tmp_path: Path) -> None:
+    """transformers warns of it, for tokenizers of over 100,000 tokens."""
+    tiny_models.build("mistral").save_pretrained(tmp_path)
+    edit_config(tmp_path, transformers_version="4.55.0")
+    backend = Tokenizer(WordLevel({f"w{i}": i for i in range(100_001)}, unk_token="w0"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w1", eos_token="w2"
+    ).save_pretrained(tmp_path)
+
+    def wrong() -> list[str]:
+        return [notice for notice in load_base(tmp_path).notices if "splits some texts" in notice]
+
+    assert len(wrong()) == 1
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fix_mistral_regex": True}))
+    assert wrong() == []
+
+
 def test_config_that_is_no_json(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(BaseModelError, match="not a valid JSON file"):
@@ -358,6 +399,23 @@ def hub_raises(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(HfApi, "model_info", model_info)
 
 
+def hub_has(monkeypatch: pytest.MonkeyPatch, names: list[str], commit: str) -> list[str | None]:
+    """Let every model on the hub have these files, at this commit; return the revisions that are asked for."""
+    asked: list[str | None] = []
+
+    def model_info(api: HfApi, name: str, *, revision: str | None, timeout: float) -> Any:
+        asked.append(revision)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def download(name: str, file: str, *, revision: str | None) -> str:
+        return f"snapshots/{revision if revision == COMMIT else commit}/{file}"
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub._locate.cache_clear()
+    return asked
+
+
 def test_offline_and_unknown() -> None:
     with pytest.raises(
         BaseModelError,
@@ -388,7 +446,7 @@ def test_model_and_tokenizer_load_from_one_commit(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+    hub_has(monkeypatch, ["config.json"], "c0ffee")
 
     def from_pretrained(kind: str, make: Any) -> Any:
         def load(path: str, **options: Any) -> Any:
@@ -416,9 +474,11 @@ def test_model_and_tokenizer_load_from_one_commit(
         ("AutoModelForCausalLM", "organisation/model", "c0ffee", False),
         ("AutoTokenizer", "organisation/model", "c0ffee", False),
     ]
+    assert base.model.config._commit_hash == "c0ffee"  # an adapter records it
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NO_HUB = "HF_HUB_OFFLINE disables the hub; the copy in the local cache is used."
 
 
 @pytest.fixture
@@ -432,23 +492,15 @@ def cached(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return snapshot
 
 
-@pytest.mark.parametrize("hub", ["unreachable", "reachable", "lost"])
+@pytest.mark.parametrize("reachable", [False, True])
 def test_a_tokenizer_on_the_hub_that_cannot_be_read(
-    cached: Path, monkeypatch: pytest.MonkeyPatch, hub: str
+    cached: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
 ) -> None:
     """A download that was cut off, or one that fails, does not mean that the model has no tokenizer."""
-    names = [path.name for path in cached.iterdir()]
-
-    def list_repo_files(*_: Any, **__: Any) -> list[str]:
-        if hub == "lost":
-            raise ConnectionError
-        return names
-
-    if hub != "unreachable":
+    if reachable:
+        hub_has(monkeypatch, [path.name for path in cached.iterdir()], COMMIT)
         (cached / "tokenizer.json").unlink()
         (cached / "tokenizer_config.json").unlink()
-        monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
-        monkeypatch.setattr(HfApi, "list_repo_files", list_repo_files)
 
         def from_pretrained(*_: Any, **__: Any) -> None:
             raise OSError("the download failed")
@@ -459,10 +511,11 @@ def test_a_tokenizer_on_the_hub_that_cannot_be_read(
     message = rf"tokenizer of 'organisation/model' cannot be read .* organisation/model --revision {COMMIT} --force"
     with pytest.raises(BaseModelError, match=message):
         load_base("organisation/model", dtype="float32")
-    hub = "reachable" if hub == "lost" else hub
     for path in cached.glob("tokenizer*"):
         path.unlink()
-    names[:] = ["config.json", "model.safetensors"]
+    hub._locate.cache_clear()
+    if reachable:
+        hub_has(monkeypatch, ["config.json", "model.safetensors"], COMMIT)
     assert load_base("organisation/model", dtype="float32").tokenizer is None
 
 
@@ -470,8 +523,24 @@ def test_the_cached_copy_is_used_if_the_hub_is_unreachable(cached: Path) -> None
     base = load_base("organisation/model", dtype="float32")
     assert base.source.name == "organisation/model"
     assert base.source.revision == COMMIT
-    assert base.notices == ["The hub cannot be reached; the copy in the local cache is used."]
+    assert base.notices == [NO_HUB]
     assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
+
+
+def test_a_file_that_is_missing_in_the_cache_may_be_on_the_hub(cached: Path) -> None:
+    may_be = "Its copy in the local cache may be incomplete: connect to the hub"
+    for path in cached.glob("tokenizer*"):
+        path.unlink()
+    base = load_base("organisation/model", dtype="float32")
+    notice = f"'organisation/model' has no tokenizer. {may_be}, and load it once."
+    assert base.notices == [NO_HUB, notice]
+    with pytest.raises(BaseModelError, match=f"needs to read text.*{may_be}"):
+        _ = base.text_tokenizer
+    with pytest.raises(BaseModelError, match=f"has no tokenizer.*{may_be}"):
+        load_tokenizer("organisation/model")
+    (cached / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=rf"OSError: .*model\.safetensors\. {may_be}"):
+        load_base("organisation/model", dtype="float32")
 
 
 def test_the_model_is_of_the_commit_of_a_tokenizer_that_was_read_before(
@@ -479,13 +548,7 @@ def test_the_model_is_of_the_commit_of_a_tokenizer_that_was_read_before(
 ) -> None:
     """The hub may have a newer commit by then, or be reachable again."""
     tokenizer = load_tokenizer("organisation/model")
-    asked: list[str | None] = []
-
-    def model_info(hub: HfApi, name: str, *, revision: str | None, timeout: float) -> Any:
-        asked.append(revision)
-        return SimpleNamespace(sha=revision or "f" * 40)
-
-    monkeypatch.setattr(HfApi, "model_info", model_info)
+    asked = hub_has(monkeypatch, ["config.json"], "f" * 40)
     base = load_base("organisation/model", dtype="float32", tokenizer=tokenizer)
     assert base.tokenizer is tokenizer
     assert base.source.revision == COMMIT

@@ -161,8 +161,10 @@ def test_local_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], r"has no config\.json, so it is not a model folder\.$"),
-        (["adapter_config.json"], "is an adapter, not a base model"),
+        ([], r"has no config\.json, so it is not a base model\.$"),
+        (["adapter_config.json"], "is an adapter, not a base model.*no config.json"),
+        (["lorakit.json"], "is an adapter, not a base model"),
+        (["adapter_config.json", "config.json"], "is an adapter.*no weights of a model"),
         (["b.gguf", "a.gguf"], r"Name the file in it instead: '.*a\.gguf'"),
     ],
 )
@@ -171,6 +173,32 @@ def test_a_folder_that_is_not_a_model(tmp_path: Path, content: list[str], messag
         (tmp_path / name).touch()
     with pytest.raises(BaseModelError, match=message):
         resolve(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_an_adapter_beside_the_weights_of_a_model(tmp_path: Path, weights: str) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "config.json", weights):
+        (tmp_path / name).touch()
+    assert resolve(tmp_path).kind == "folder"
+
+
+def test_a_link_to_a_gguf_file(tmp_path: Path) -> None:
+    """In the hub's cache, files are links to others whose names are hashes."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / ("a" * 64)).write_bytes(b"GGUF")
+    link = tmp_path / "model.Q4_K_M.gguf"
+    link.symlink_to(tmp_path / "blobs" / ("a" * 64))
+    source = resolve(link)
+    assert (source.name, source.path_or_id) == ("model.Q4_K_M", str(link))
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "latest").symlink_to(tmp_path / "model.gguf")
+    assert resolve(tmp_path / "latest").path_or_id == str(tmp_path / "model.gguf")
+
+
+def test_the_folder_of_a_model_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "models--organisation--model").mkdir()
+    with pytest.raises(BaseModelError, match="name its hub id: 'organisation/model'"):
+        resolve(tmp_path / "models--organisation--model")
 
 
 def test_invalid_paths(tmp_path: Path) -> None:
@@ -206,6 +234,19 @@ def test_no_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["a b", "smollm2 135m", "org/na me"])
 def test_invalid_names(name: str) -> None:
     with pytest.raises(BaseModelError, match="expected a hub id"):
+        resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("https://huggingface.co/org/model/tree/main", r"Did you mean 'org/model'\?"),
+        ("org/model@v1", r"Set the revision apart from the name: --base\.revision v1"),
+        ("org/model/file.gguf", r"download it: hf download org/model file\.gguf"),
+    ],
+)
+def test_names_copied_from_elsewhere(name: str, hint: str) -> None:
+    with pytest.raises(BaseModelError, match=hint):
         resolve(name)
 
 

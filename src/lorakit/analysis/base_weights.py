@@ -216,8 +216,10 @@ def _folder(source: ModelSource) -> Path | None:
 
 def _files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, possibly none."""
+    if (folder / _FILE).is_file():  # as transformers: an index beside it is of an earlier save
+        return [folder / _FILE]
     if not (folder / _INDEX).is_file():
-        return [folder / _FILE] if (folder / _FILE).is_file() else []
+        return []
     try:
         weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({folder / Path(name).name for name in weight_map.values()})

@@ -47,9 +47,9 @@ def shape_of(base: BaseConfig) -> Shape:
         config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)
         return Shape(GPT3, note, config)
     source = resolve(base.name, revision=base.revision)
-    source, path, options, _ = locate(source, base.trust_remote_code, weights=False)
+    located = locate(source, base.trust_remote_code, weights=False)
     try:
-        config = read_config(source.name, path, options)
+        config = read_config(located)
     except LorakitError:
         raise
     # A configuration is untrusted input; its readers raise almost any exception.

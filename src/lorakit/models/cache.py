@@ -19,7 +19,8 @@ def cache_folder() -> Path:
     """Return the folder for converted models: ``$LORAKIT_CACHE``, else the user's cache folder."""
     import platformdirs
 
-    return Path(os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit"))
+    folder = os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit")
+    return Path(folder).expanduser()
 
 
 def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:
@@ -38,9 +39,11 @@ def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path
         folder.parent.mkdir(parents=True, exist_ok=True)
         number = zlib.crc32(folder.name.encode()) % _LOCKS
         lock = filelock.FileLock(folder.parent / f".lock-{number}", is_singleton=False).acquire()
-    except OSError as error:
+    # Older versions of filelock raise NotImplementedError on a file system without locks.
+    except (OSError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its file system has no locks"
         raise BaseModelError(
-            f"Cannot write the cache folder '{folder.parent}' ({error.strerror}). Set "
+            f"Cannot write the cache folder '{folder.parent}' ({reason}). Set "
             "LORAKIT_CACHE to a writable folder."
         ) from error
     with lock:

@@ -70,11 +70,15 @@ def read_header(path: Path) -> Header:
 
     Raises:
         BaseModelError: The file is not a GGUF file, or its header cannot be true: a count or length that the file
-            cannot hold, a duplicate name, or a tensor that is unaligned, outside the file or overlaps another.
+            cannot hold, a duplicate name, or a tensor that is unaligned, outside the file or overlaps another. Or
+            the file is one part of a split model.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(_Cursor(data))
+            settings, tensors = _parse(_Cursor(data))
+            _require_whole(path, settings)
+            _check_sizes(settings, tensors)
+            return Header(settings, tensors)
     except ValueError as wrong:  # also of mmap, for an empty file
         raise BaseModelError(
             f"'{path}' is damaged, or of a kind that lorakit cannot read: {wrong}. If it was copied or downloaded, "
@@ -120,7 +124,7 @@ class _Cursor:
         return count
 
 
-def _parse(cursor: _Cursor) -> Header:
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], tuple[TensorEntry, ...]]:
     if cursor.data[:4] != b"GGUF":
         raise ValueError("it does not start with the word GGUF")
     cursor.skip(4, "the header")
@@ -138,9 +142,7 @@ def _parse(cursor: _Cursor) -> Header:
         raise ValueError(f"general.alignment is {alignment!r}; a power of two was expected")
     entries = [_entry(cursor) for _ in range(tensor_count)]
     data_start = -(-cursor.position // alignment) * alignment  # rounded up
-    tensors = _placed(entries, data_start, alignment, len(cursor.data))
-    _check_sizes(settings, tensors)
-    return Header(settings, tensors)
+    return settings, _placed(entries, data_start, alignment, len(cursor.data))
 
 
 def _value(cursor: _Cursor, kind: int, what: str) -> Any:
@@ -220,6 +222,16 @@ def _placed(
         placed[name] = TensorEntry(name, entry.shape, entry.kind, start, entry.bytes)
         end = start + entry.bytes
     return tuple(placed.values())
+
+
+def _require_whole(path: Path, settings: dict[str, Any]) -> None:
+    """Reject a part of a split model: each part has some of the tensors, and only the first has the settings."""
+    parts = settings.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise BaseModelError(
+            f"'{path}' is one of {parts} parts of a model. Join them with: llama-gguf-split --merge FIRST_PART "
+            "MODEL.gguf, and name MODEL.gguf; or name the original model."
+        )
 
 
 def _check_sizes(settings: dict[str, Any], tensors: tuple[TensorEntry, ...]) -> None:

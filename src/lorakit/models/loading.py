@@ -18,7 +18,7 @@ from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
-from lorakit.models.locating import locate, read_config
+from lorakit.models.locating import Located, locate, read_config
 from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
 from lorakit.models.quantised import require_exact_layers
 from lorakit.models.quantising import check_available, projections_as_stored, quantise_base
@@ -70,7 +70,7 @@ class Base:
         if self.tokenizer is None:
             raise BaseModelError(
                 f"'{self.source.name}' has no tokenizer, which lorakit needs to read text. Use a base with a "
-                "tokenizer, or save the tokenizer into its folder."
+                f"tokenizer, or save the tokenizer into its folder.{self.source.if_incomplete}"
             )
         return self.tokenizer
 
@@ -117,12 +117,13 @@ def load_base(
         check_available(quantisation)
     source = resolve(name, revision=revision)
     if tokenizer is not None and tokenizer in _LOCATED:
-        asked, located = _LOCATED[tokenizer]
-        source = located if asked == source else source
+        asked, known = _LOCATED[tokenizer]
+        source = known if asked == source else source
     with _quiet():
-        source, path, options, notices = locate(source, trust_remote_code, weights=True)
-        with _explained(source, path, task):
-            config = read_config(source.name, path, options)
+        located = locate(source, trust_remote_code, weights=True)
+        source, notices = located.source, located.notices
+        with _explained(located, task):
+            config = read_config(located)
             if dtype == "auto":
                 choice = choose_dtype(device, config)
                 dtype = choice.dtype
@@ -130,17 +131,19 @@ def load_base(
                     notices.append(f"The dtype is {dtype_name(choice.dtype)}: {choice.reason}.")
             weights_dtype = compute_dtype(dtype, device)
             with projections_as_stored() if quantisation else nullcontext() as dtypes:
-                model, info = _load_model(path, task, num_labels, weights_dtype, seed, options)
+                model, info = _load_model(located, task, num_labels, weights_dtype, seed)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
         if tokenizer is None:
-            tokenizer = tokenizer_of(source, path, options)
+            tokenizer = tokenizer_of(located)
     if quantisation:
         notices += quantise_base(model, quantisation, dtypes, weights_dtype)
     require_exact_layers(model)
     if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name
+    if source.revision is not None:  # transformers 5 does not set it, and an adapter records it
+        model.config._commit_hash = source.revision
     base = Base(model.eval(), tokenizer, source, notices, new_weights)
     set_padding(base)
     return base
@@ -156,10 +159,13 @@ def load_tokenizer(
     """
     asked = resolve(name, revision=revision)
     with _quiet():
-        source, path, options, _ = locate(asked, trust_remote_code, weights=False)
-        tokenizer = tokenizer_of(source, path, options)
+        located = locate(asked, trust_remote_code, weights=False)
+        tokenizer = tokenizer_of(located)
+    source = located.source
     if tokenizer is None:
-        raise BaseModelError(f"'{source.name}' has no tokenizer. Name a base model that has one.")
+        raise BaseModelError(
+            f"'{source.name}' has no tokenizer. Name a base model that has one.{source.if_incomplete}"
+        )
     _LOCATED[tokenizer] = asked, source
     return tokenizer
 
@@ -211,7 +217,7 @@ _quiet = SharedSetting(_silence).changed
 
 
 @contextmanager
-def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
+def _explained(located: Located, task: str) -> Iterator[None]:
     """Convert exceptions of transformers to a BaseModelError with the cause and, if it is known, the fix."""
     try:
         yield
@@ -219,6 +225,7 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
         raise
     # A checkpoint is untrusted input; its readers raise almost any exception.
     except Exception as error:
+        source = located.source
         message = " ".join(str(error).split())
         if "trust_remote_code" in message:
             reason = (
@@ -237,31 +244,34 @@ def _explained(source: ModelSource, path: str, task: str) -> Iterator[None]:
                 f"its weights file is damaged or cut off ({message}). Download or copy it again"
             )
         else:
-            reason = f"{type(error).__name__}: {message[:500]}"
+            reason = f"{type(error).__name__}: {message[:500].rstrip('.')}"
+            if isinstance(error, OSError) and source.from_cache:
+                reason += f".{source.if_incomplete}"
         if source.kind == "gguf":
-            reason += f". To convert the GGUF file again, delete '{path}'"
+            reason += f". To convert the GGUF file again, delete '{located.path}'"
         raise BaseModelError(
             f"'{source.name}' cannot be loaded for the task '{task}': {reason.rstrip('.')}."
         ) from error
 
 
 def _load_model(
-    path: str,
-    task: ModelHead,
-    num_labels: int | None,
-    dtype: torch.dtype,
-    seed: int,
-    options: dict[str, Any],
+    located: Located, task: ModelHead, num_labels: int | None, dtype: torch.dtype, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' report of missing, unexpected and mismatched weights."""
-    settings = dict(options)
+    settings = dict(located.options)
+    # With PEFT installed, transformers adds an adapter that lies beside the model, and reports the adapter's missing
+    # weights in place of the model's. Let it search in a folder that does not exist.
+    settings["adapter_kwargs"] = {
+        "subfolder": "no-adapter",
+        "local_files_only": settings.get("local_files_only", False),
+    }
     if task == "regression":
         settings |= {"num_labels": 1, "problem_type": "regression"}
     elif num_labels is not None:
         settings["num_labels"] = num_labels
     with seeded(seed, [torch.get_default_device()]):
         return model_class(task).from_pretrained(
-            path,
+            located.path,
             dtype=dtype,
             output_loading_info=True,
             # Replaces a head with another number of classes by a new one; _check_weights rejects
@@ -313,17 +323,27 @@ def set_padding(base: Base) -> None:
     model, tokenizer = base.model, base.tokenizer
     if tokenizer is None:
         if model.main_input_name == "input_ids":
-            base.notices.append(f"'{base.source.name}' has no tokenizer.")
+            base.notices.append(
+                f"'{base.source.name}' has no tokenizer.{base.source.if_incomplete}"
+            )
         return
     config = model.config.get_text_config()
     ids = 1 + max(tokenizer.get_vocab().values())
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", ids)
-    mismatch = (
-        f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
-        "Check that they belong together."
-    )
-    if ids > embeddings and mismatch not in base.notices:  # of the base's own tokenizer
-        base.notices.append(mismatch)
+    found = []
+    if ids > embeddings:
+        found.append(
+            f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
+            "Check that they belong together."
+        )
+    # Where transformers warns, which `_quiet` hides.
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+        found.append(
+            "The tokenizer splits some texts in another way than in the model's training, because it was saved with a "
+            'wrong pattern. Set "fix_mistral_regex" to true in tokenizer_config.json of a local copy.'
+        )
+    # The tokenizer of an adapter may be a copy of the base's own one.
+    base.notices += [notice for notice in found if notice not in base.notices]
     if notice := _set_pad_token(tokenizer, config, embeddings):
         base.notices.append(notice)
     if tokenizer.pad_token is None:

@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.models.declared_sizes import check_declared
 from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
 from lorakit.models.hub import locate_on_hub
-from lorakit.models.sources import ModelSource
+from lorakit.models.sources import ModelSource, adapter_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def locate(
-    source: ModelSource, trust_remote_code: bool, *, weights: bool
-) -> tuple[ModelSource, str, dict[str, Any], list[str]]:
-    """Return the located source, its path or hub id, options for transformers, and notices.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """A base model that transformers can load.
 
-    Without `weights`, a GGUF file is not converted.
+    Attributes:
+        source: The source; for the hub, its revision is the commit.
+        path: The folder or hub id.
+        files: Names of the files there.
+        options: Options of transformers for this path.
+        notices: Sentences for the user.
     """
+
+    source: ModelSource
+    path: str
+    files: Sequence[str]
+    options: dict[str, Any]
+    notices: list[str]
+
+
+def locate(source: ModelSource, trust_remote_code: bool, *, weights: bool) -> Located:
+    """Locate a base model. Without `weights`, a GGUF file is not converted."""
     path, notices = source.path_or_id, []
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.kind == "hub":
-        commit, reachable = locate_on_hub(source)
-        source = replace(source, revision=commit)
-        options |= {"revision": commit, "local_files_only": not reachable}
-        if not reachable:
-            notices = ["The hub cannot be reached; the copy in the local cache is used."]
-    elif source.kind == "gguf":
-        folder = (converted_folder if weights else described_folder)(Path(path))
-        path, notices = str(folder), conversion_notices(folder)
-    return source, path, options, notices
+        found = locate_on_hub(source)
+        source = replace(source, revision=found.commit, from_cache=bool(found.problem))
+        options |= {"revision": found.commit, "local_files_only": source.from_cache}
+        files = found.files
+        if problem := found.problem:
+            notices = [f"{problem[0].upper()}{problem[1:]}; the copy in the local cache is used."]
+    else:
+        if source.kind == "gguf":
+            folder = (converted_folder if weights else described_folder)(Path(path))
+            path, notices = str(folder), conversion_notices(folder)
+        files = os.listdir(path)
+    if adapter := adapter_file(files):
+        notices.append(
+            f"'{source.name}' also holds an adapter ({adapter}), which is not loaded: the weights are the base model's "
+            "own."
+        )
+    return Located(source=source, path=path, files=files, options=options, notices=notices)
 
 
-def read_config(name: str, path: str, options: dict[str, Any]) -> PretrainedConfig:
+def read_config(located: Located) -> PretrainedConfig:
     """Read the configuration of a located model, after a check of its sizes. It can raise almost any exception."""
     from transformers import AutoConfig, PretrainedConfig
 
-    check_declared(name, PretrainedConfig.get_config_dict(path, **options)[0], path)
+    path, options = located.path, located.options
+    check_declared(located.source.name, PretrainedConfig.get_config_dict(path, **options)[0], path)
     return AutoConfig.from_pretrained(path, **options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +14,9 @@ from lorakit import storage
 from lorakit.errors import BaseModelError, nearest, nearest_path
 from lorakit.models.base_config import NO_NAME
 from lorakit.models.packaged import BY_NAME, PackagedModel
+
+_ADAPTER_FILES = ("adapter_config.json", "lorakit.json")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +31,7 @@ class ModelSource:
         revision: branch, tag or commit on the hub; once loaded, the commit.
         note: a sentence with the model that a short name resolved to; empty for other names.
         packaged: whether the weights are in an installed Python package.
+        from_cache: whether the hub cannot be used, so the files are those in its local cache.
     """
 
     name: str
@@ -33,6 +40,16 @@ class ModelSource:
     revision: str | None = None
     note: str = ""
     packaged: bool = False
+    from_cache: bool = False
+
+    @property
+    def if_incomplete(self) -> str:
+        """A sentence for a message about a missing file, if it may only be missing in the local cache; else empty."""
+        if not self.from_cache:
+            return ""
+        return (
+            " Its copy in the local cache may be incomplete: connect to the hub, and load it once."
+        )
 
 
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
@@ -94,45 +111,78 @@ def _resolve_packaged(model: PackagedModel, name: str, revision: str | None) -> 
 
 
 def _resolve_path(path: Path) -> ModelSource:
-    resolved = path.resolve()
-    if resolved.is_dir():
-        _check_model_folder(resolved)
-        return ModelSource(name=resolved.name, path_or_id=str(resolved), kind="folder")
-    if resolved.suffix.lower() == ".gguf":
-        return ModelSource(name=resolved.stem, path_or_id=str(resolved), kind="gguf")
+    if path.is_dir():
+        folder = path.resolve()
+        check_files(str(folder), os.listdir(folder))
+        return ModelSource(name=folder.name, path_or_id=str(folder), kind="folder")
+    # The name of a link counts before that of its target: the hub's cache names the target by its hash.
+    for file in (path.parent.resolve() / path.name, path.resolve()):
+        if file.suffix.lower() == ".gguf":
+            return ModelSource(name=file.stem, path_or_id=str(file), kind="gguf")
     raise BaseModelError(
         f"'{path}' is a file, but a base model is a folder with config.json or a .gguf file. "
         f"Did you mean its folder, '{path.parent}'?"
     )
 
 
-def _check_model_folder(folder: Path) -> None:
-    if (folder / "config.json").is_file():
+def check_files(name: str, files: Iterable[str]) -> None:
+    """Reject a folder or a hub id whose files are not those of a base model.
+
+    Args:
+        name: The folder or hub id.
+        files: Names of its files.
+
+    Raises:
+        BaseModelError: It is an adapter, or has no config.json.
+    """
+    names = set(files)
+    adapter = adapter_file(names)
+    has_weights = any(fnmatch(file, pattern) for file in names for pattern in _WEIGHTS)
+    if "config.json" in names and (has_weights or not adapter):
         return
-    if (folder / "adapter_config.json").is_file():
+    if adapter:
+        missing = "weights of a model" if "config.json" in names else "config.json"
         raise BaseModelError(
-            f"'{folder}' is an adapter, not a base model: it has adapter_config.json and no "
-            "config.json. Name the base it was trained on, then load the adapter onto it."
+            f"'{name}' is an adapter, not a base model: it has {adapter} and no {missing}. Name the base it was "
+            "trained on, then load the adapter onto it."
         )
-    ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-    advice = f" Name the file in it instead: '{folder / ggufs[0]}'." if ggufs else ""
-    raise BaseModelError(f"'{folder}' has no config.json, so it is not a model folder.{advice}")
+    advice = ""
+    if ggufs := sorted(file for file in names if file.lower().endswith(".gguf")):
+        advice = f" Download one of its GGUF files, and name that: hf download {name} {ggufs[0]}"
+        if os.path.isabs(name):
+            advice = f" Name the file in it instead: '{os.path.join(name, ggufs[0])}'."
+    elif cached := re.fullmatch(r"models--(.+)--(.+)", os.path.basename(name)):
+        advice = f" It is in the hub's cache, so name its hub id: '{cached[1]}/{cached[2]}'."
+    raise BaseModelError(f"'{name}' has no config.json, so it is not a base model.{advice}")
+
+
+def adapter_file(files: Iterable[str]) -> str | None:
+    """Return the name of the file that makes a folder or hub id with these files an adapter; None without one."""
+    return next((name for name in _ADAPTER_FILES if name in files), None)
 
 
 def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    address = re.match(r"https?://[^/]+/([^/?#]+/[^/?#]+)", text)
     path_like = text.startswith(("/", "./", "../", "~", "\\")) or text.lower().endswith(".gguf")
-    if path_like or text.count("/") > 1:
+    if not address and (path_like or text.count("/") > 1):
         folder = Path(os.path.expanduser(text)).parent
         missing = "" if folder.is_dir() else f" Neither does its folder, '{folder}'."
+        if on_hub := re.fullmatch(r"(\w[^/]*/[^/]+)/(.+\.gguf)", text, re.IGNORECASE):
+            missing += f" If it is on the hub, download it: hf download {on_hub[1]} {on_hub[2]}"
         raise BaseModelError(f"'{text}' does not exist.{nearest_path(text) or missing}")
     try:
         validate_repo_id(text)
     except HFValidationError:
+        hint = did_you_mean(text)
+        if address:
+            hint = f" Did you mean '{address[1]}'?"
+        elif "@" in text:
+            hint = f" Set the revision apart from the name: --base.revision {text.split('@')[1]}"
         raise BaseModelError(
             f"'{text}' is not a base model: expected a hub id ('organisation/name'), a model folder, "
-            f"a .gguf file, or one of {', '.join(BY_NAME)}.{did_you_mean(text)}"
+            f"a .gguf file, or one of {', '.join(BY_NAME)}.{hint}"
         ) from None
     return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)

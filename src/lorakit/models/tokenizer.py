@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import BaseModelError, LorakitError
-from lorakit.models.hub import files_on_hub
-from lorakit.models.sources import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lorakit.models.locating import Located
 
 _TRIAL = "A river, 12 pubs.\n\tcaf\u00e9 \u4e2d\u6587 \U0001f600"
 """A text with letters, digits, white space, accents, and characters of two to four bytes."""
@@ -29,33 +28,28 @@ _FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 """Names of files that only a model with a tokenizer has."""
 
 
-def tokenizer_of(
-    source: ModelSource, path: str, options: Mapping[str, Any]
-) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of a base model; None if it has none.
-
-    Args:
-        source: The model.
-        path: Its folder or hub id.
-        options: Options of transformers for this path.
 
     Raises:
         BaseModelError: The model has files of a tokenizer, and they cannot be read.
     """
     try:
-        tokenizer = read_tokenizer(path, BaseModelError, **options)
+        tokenizer = read_tokenizer(located.path, BaseModelError, **located.options)
     except LorakitError:
         raise
     # Any exception can mean that there is no tokenizer, or that it is damaged or needs a missing package.
     except Exception as error:
-        if _has_tokenizer(path, options):
-            raise BaseModelError(_unreadable(source, path, error)) from error
+        has_files = any(fnmatch(name, pattern) for name in located.files for pattern in _FILES)
+        if has_files:
+            raise BaseModelError(_unreadable(located, error)) from error
         return None
     # For a folder without tokenizer files, transformers can return one without words.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
-def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
+def _unreadable(located: Located, error: Exception) -> str:
+    source, path = located.source, located.path
     message = " ".join(str(error).split())
     if "trust_remote_code" in message:
         return (
@@ -72,19 +66,6 @@ def _unreadable(source: ModelSource, path: str, error: Exception) -> str:
         f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message[:500].rstrip('.')}). If it "
         f"needs a package, install it; otherwise {advice}"
     )
-
-
-def _has_tokenizer(path: str, options: Mapping[str, Any]) -> bool:
-    """Return whether a folder or a hub id has files of a tokenizer."""
-    if Path(path).is_dir():
-        names = os.listdir(path)
-    else:
-        commit, reachable = options["revision"], not options["local_files_only"]
-        try:
-            names = files_on_hub(path, commit, reachable=reachable)
-        except Exception:  # the connection was lost, which also explains the first error
-            return True
-    return any(fnmatch(name, pattern) for name in names for pattern in _FILES)
 
 
 def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:

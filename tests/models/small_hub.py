@@ -1,0 +1,115 @@
+"""A hub on this machine that serves folders as models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import transformers.utils.hub
+from huggingface_hub import constants
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""The commit of every model, of its branch `main` and its tag `v1`."""
+
+
+class SmallHub:
+    """What the hub serves.
+
+    Attributes:
+        models: Folders by hub id.
+        gated: Hub ids whose files this user may not read.
+        status: Status of every answer; None for the right answers.
+        requests: Paths that were requested.
+    """
+
+    def __init__(self) -> None:
+        self.models: dict[str, Path] = {}
+        self.gated: set[str] = set()
+        self.status: int | None = None
+        self.requests: list[str] = []
+
+    def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+        """Return status, body and headers for a path."""
+        self.requests.append(path)
+        parts = path.strip("/").split("/")
+        is_api = parts[0] == "api"
+        name = "/".join(parts[2:4] if is_api else parts[:2])
+        if self.status is not None:
+            return self.status, b"{}", {}
+        if name not in self.models:
+            return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+        folder = self.models[name]
+        revision = parts[3] if not is_api else parts[5] if len(parts) > 5 else "main"
+        if revision not in ("main", "v1", COMMIT):
+            return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+        if is_api:
+            files = sorted(path.name for path in folder.iterdir())
+            body: Any = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+            if "tree" in parts:  # of the folder itself, or of one inside it, which is empty
+                files = files if len(parts) == 6 else []
+                body = [{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in files]
+            return 200, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        if name in self.gated:
+            return 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Log in."}
+        file = folder.joinpath(*parts[4:])
+        if not file.is_file():
+            return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+        content = file.read_bytes()
+        return 200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}
+
+
+@contextmanager
+def small_hub(cache: Path) -> Iterator[SmallHub]:
+    """Serve a hub, and let the hub client of this process use it, with an empty cache."""
+    hub = SmallHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            status, body, headers = hub.answer(unquote(urlsplit(self.path).path))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    settings = {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_CACHE": str(cache),
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    }
+    huggingface_hub.close_session()  # the client reads the proxies once
+    try:
+        with (
+            mock.patch.multiple(constants, **settings),
+            mock.patch.object(transformers.utils.hub, "_hf_api", None, create=True),
+            mock.patch.dict("os.environ", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"),
+        ):
+            yield hub
+    finally:
+        huggingface_hub.close_session()
+        server.shutdown()
+        server.server_close()
