@@ -157,6 +157,35 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert np.corrcoef(value, y)[0, 1] == pytest.approx(-1, abs=1e-6)
 
 
+def axis_labels(chart) -> list[str]:
+    root = ET.fromstring(drawing.inline_svg(chart, 1))
+    groups = [part for part in root.iter() if "role-axis-label" in part.get("class", "")]
+    return [text.text or "" for group in groups for text in group.iter() if text.text]
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0.6838, "0.6838"), (87.52, "87.52"), (-0.5, "\u22120.5"), (1e-7, "1e-7")]
+)
+@pytest.mark.parametrize("steps", [[0], [0, 40]])
+def test_the_axis_of_a_constant_has_its_number(value, label, steps) -> None:
+    series = [Series(name="a", points=[(step, value) for step in steps])]
+    assert label in axis_labels(line_chart("Accuracy", series, x="step", y="accuracy"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_an_axis_of_whole_numbers_labels_no_halves(count) -> None:
+    steps = [(step, 3 / step) for step in range(1, count + 1)]
+    curve = line_chart("Rate", [Series(name="a", points=steps)], x="step", y="rate", y_format="~e")
+    cells = [[0.5] * count] * count
+    phi = heat_map("phi", cells, x="j", y="i", value="phi")
+    shares = heat_map("share", cells, x="rank", y="", value="share", names=["q"] * count)
+    whole = {str(number) for number in range(1, count + 1)}
+    places = [label for label in axis_labels(curve) if "e" not in label]
+    for found in (places, axis_labels(phi), set(axis_labels(shares)) - {"q"}):
+        assert found
+        assert set(found) <= whole
+
+
 @pytest.mark.parametrize("values", [CURVE, [(a, -b) for a, b in CURVE]])
 @pytest.mark.parametrize("at", [1, 2, 10, 20])
 def test_no_label_of_a_mark_lies_on_a_curve_or_on_another_label(values, at) -> None:
