@@ -405,6 +405,12 @@ def test_long_names_of_series_stay_apart() -> None:
     assert drawn == scale["domain"]
 
 
+def test_a_title_is_no_wider_than_a_page() -> None:
+    chart = heat_map("a long name " * 9, [[0.5]], x="j", y="i", value="phi")
+    (width,) = re.findall(r'viewBox="0 0 (\d+) ', drawing.inline_svg(chart, 1))
+    assert int(width) <= OUTER
+
+
 def test_short_names() -> None:
     assert short_names(["m.0.q", "m.1.q"]) == ["0.q", "1.q"]
     assert short_names(["m.0.q", "m.0.v"]) == ["q", "v"]

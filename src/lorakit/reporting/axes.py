@@ -167,7 +167,7 @@ def rows_height(count: int) -> int:
 
 
 def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dict[str, Spec]:
-    """Return the encoding of cells that are centred on the integers 1 to `count`."""
+    """Return the encoding of cells that are centred on the integers 1 to `count`, from `field`_from to `field`_to."""
     channel = "y" if reverse else "x"
     # Vega draws no ticks for a descending domain, so a flag reverses it.
     scale = {"domain": [0.5, count + 0.5], "reverse": reverse, "nice": False, "zero": False}
@@ -175,11 +175,3 @@ def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dic
         channel: quantitative(f"{field}_from", scale=scale, axis={**axis, **whole_ticks(1, count)}),
         f"{channel}2": {"field": f"{field}_to"},
     }
-
-
-def edges(field: str) -> list[Spec]:
-    """Return the transforms that compute the fields of `between`."""
-    return [
-        {"calculate": f"datum.{field} - 0.5", "as": f"{field}_from"},
-        {"calculate": f"datum.{field} + 0.5", "as": f"{field}_to"},
-    ]
