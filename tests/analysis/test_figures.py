@@ -18,7 +18,7 @@ from lorakit.analysis import figures as drawn
 from lorakit.analysis.amplification import AdapterAmplification, Amplification
 from lorakit.analysis.drift import Drift, PieceDrift
 from lorakit.analysis.intruders import AdapterIntruders, Intruders
-from lorakit.analysis.report import comparison_sections, run_sections
+from lorakit.analysis.report import comparison_sections, measure_page, run_sections
 from lorakit.analysis.spectrum import UNTRAINED, AdapterSpectrum, Spectrum
 from lorakit.formatting import number
 from lorakit.methods.full import FullFineTuning
@@ -180,6 +180,27 @@ def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) 
     assert sum(row[1] for row in section.blocks[2].rows) == len(found.layers)
     (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
     assert [type(block) for block in section.blocks] == [Figure, Figure]
+
+
+@pytest.mark.parametrize(
+    ("subject", "title"), [(".", "e2e/adapter"), ("../../sql", "out/sql"), ("/sql", "sql")]
+)
+def test_the_page_of_a_measure_names_the_folder(tmp_path, monkeypatch, subject, title) -> None:
+    folder = tmp_path / "out" / "e2e" / "adapter"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    page = measure_page(
+        "spectrum",
+        about="",
+        subjects=[subject],
+        lines=[],
+        rows={},
+        what="matrix",
+        drawn=[],
+        notices=[],
+        command="",
+    )
+    assert page.title == title
 
 
 def test_the_page_of_a_run_that_trained_nothing_says_so(tmp_path) -> None:
