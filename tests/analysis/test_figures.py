@@ -117,7 +117,7 @@ def test_the_spectrum_of_a_large_adapter_is_drawn_in_part(count, rank, rows, col
         column = int(cell["j_to"])
         share = number(float(one.energy[column - 1]))
         assert cell["label"] == f"layers.0.q, rank kept {column}: {share}"
-    assert f"layers.{count - 1}.q, rank kept {rank}: 1" in {cell["label"] for cell in cells}
+    assert f"layers.{count - 1}.q, rank kept {rank}: 1.000" in {cell["label"] for cell in cells}
 
 
 def test_intruders_of_a_large_adapter_are_drawn_in_part() -> None:

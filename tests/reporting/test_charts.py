@@ -12,6 +12,7 @@ import pytest
 from browser import HOSTILE
 
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.formatting import number
 from lorakit.reporting import Figure, drawing
 from lorakit.reporting.axes import OUTER, Mark, short_names
 from lorakit.reporting.charts import (
@@ -163,13 +164,11 @@ def axis_labels(chart) -> list[str]:
     return [text.text or "" for group in groups for text in group.iter() if text.text]
 
 
-@pytest.mark.parametrize(
-    ("value", "label"), [(0.6838, "0.6838"), (87.52, "87.52"), (-0.5, "\u22120.5"), (1e-7, "1e-7")]
-)
+@pytest.mark.parametrize("value", [0.6838, 2.345, 87.52, -0.5, 1e-7])
 @pytest.mark.parametrize("steps", [[0], [0, 40]])
-def test_the_axis_of_a_constant_has_its_number(value, label, steps) -> None:
+def test_the_axis_of_a_constant_has_its_number(value, steps) -> None:
     series = [Series(name="a", points=[(step, value) for step in steps])]
-    assert label in axis_labels(line_chart("Accuracy", series, x="step", y="accuracy"))
+    assert number(value) in axis_labels(line_chart("Accuracy", series, x="step", y="accuracy"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
@@ -179,7 +178,7 @@ def test_an_axis_of_whole_numbers_labels_no_halves(count) -> None:
     cells = [[0.5] * count] * count
     phi = heat_map("phi", cells, x="j", y="i", value="phi")
     shares = heat_map("share", cells, x="rank", y="", value="share", names=["q"] * count)
-    whole = {str(number) for number in range(1, count + 1)}
+    whole = {str(rank) for rank in range(1, count + 1)}
     places = [label for label in axis_labels(curve) if "e" not in label]
     for found in (places, axis_labels(phi), set(axis_labels(shares)) - {"q"}):
         assert found

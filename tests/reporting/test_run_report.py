@@ -97,7 +97,8 @@ def test_scores_on_training_rows_are_called_so(
 def test_a_base_is_compared_with_a_smaller_adapter_only(run: Path, times, note) -> None:
     record = read_run(run)
     sizes = {**record.sizes, "base_bytes": int(times * record.adapter_bytes)}
-    text = text_of(run_page(dataclasses.replace(record, sizes=sizes)).render())
+    record = dataclasses.replace(record, sessions=[{**record.sessions[-1], "sizes": sizes}])
+    text = text_of(run_page(record).render())
     assert ("times as large" in text) == (note is not None)
     assert note is None or note in text
 

@@ -156,14 +156,14 @@ def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
     charts = []
     titles = map_titles(list(maps))
     for i, (name, phi) in enumerate(maps.items(), 1):
-        title = f"{titles[name]}, random up to {number(amplification.random_level(name))}"
+        title = f"{titles[name]}, random {number(amplification.random_level(name))}"
         sampled = _sample_rows(phi[:, :columns])
         step = phi.shape[0] / len(sampled)
         y = "i, base weight" if step == 1 else f"i / {step:.3g}, base weight"
         charts.append(_phi_map(title, sampled, largest, x="j, change", y=y, legend=i == len(maps)))
     caption = (
         "φ(i, j) of the input directions: the base weight's leading i and the change's leading j. Each title has the "
-        "level that random directions reach at the last row and column."
+        "level of random directions at the last row and column."
     )
     return Figure(caption=caption, charts=tuple(charts), columns=3, name="base-similarity")
 

@@ -55,7 +55,7 @@ def nominal(field: str, **options: Any) -> Spec:
 def whole_ticks(low: float, high: float) -> Spec:
     """Return a tick at each integer from `low` to `high` if they are few, where Vega would also label halves."""
     integers = range(math.ceil(low), math.floor(high) + 1)
-    return {"values": list(integers)} if len(integers) <= MOST_INTEGERS else {}
+    return {"values": list(integers), "format": "d"} if len(integers) <= MOST_INTEGERS else {}
 
 
 def bar_name(field: str, names: Iterable[str]) -> Spec:

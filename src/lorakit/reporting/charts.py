@@ -112,9 +112,10 @@ def line_chart(
     data_scale = {"zero": False, "nice": True, "type": "linear"}
     scale = data_scale if y_domain is None else {"domain": list(y_domain)}
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
-    if y_format is None and len({b for one in shown for _, b in one.finite()}) == 1:
+    ys = {b for one in shown for _, b in one.finite()}
+    if y_format is None and len(ys) == 1:
         # Vega chooses the decimals of labels by the distance of ticks, and here there is one tick.
-        axis["format"] = "~g"
+        axis |= {"values": list(ys), "labelExpr": f"'{number(*ys)}'"}
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = shortened(one.name for one in shown)
