@@ -413,8 +413,9 @@ def test_a_second_click_on_copy_leaves_its_label(browser: Browser, site: Site) -
         opened.page.click(".code")
         opened.run("void (window.timers = [])")
         opened.run("void (window.setTimeout = (call) => timers.push(call))")
-        opened.page.dblclick("#copy-code")
-        until(opened, "timers.length === 2")
+        for clicks in (1, 2):
+            opened.page.click("#copy-code")
+            until(opened, f"timers.length === {clicks}")
         assert opened.page.text_content("#copy-code") != "Copy"
         opened.run("timers.forEach((call) => call())")
         assert opened.page.text_content("#copy-code") == "Copy"
