@@ -18,11 +18,12 @@ from lorakit.analysis import figures as drawn
 from lorakit.analysis.amplification import AdapterAmplification, Amplification
 from lorakit.analysis.drift import Drift, PieceDrift
 from lorakit.analysis.intruders import AdapterIntruders, Intruders
-from lorakit.analysis.report import comparison_sections, run_sections
-from lorakit.analysis.spectrum import UNTRAINED
+from lorakit.analysis.report import comparison_sections, measure_page, run_sections
+from lorakit.analysis.spectrum import UNTRAINED, AdapterSpectrum, Spectrum
 from lorakit.formatting import number
 from lorakit.methods.full import FullFineTuning
 from lorakit.reporting import Figure
+from lorakit.reporting.axes import OUTER
 from lorakit.reporting.drawing import inline_svg
 
 
@@ -86,6 +87,90 @@ def test_a_figure_of_high_ranks_stays_small() -> None:
     assert "i 64, j 64:" in " ".join(labels(figure))
 
 
+def cells_of(figure: Figure) -> list[dict]:
+    """Return the cells of all heat maps of a figure."""
+    return [
+        cell
+        for chart in figure.charts
+        if "heat map" in chart.alt
+        for cell in chart.spec["layer"][0]["data"]["values"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "rows", "columns"),
+    [(12, 64, 12, 64), (560, 64, 560, 28), (2_500, 8, 2_000, 8)],
+)
+def test_the_spectrum_of_a_large_adapter_is_drawn_in_part(count, rank, rows, columns) -> None:
+    one = Spectrum(torch.linspace(4, 1, rank, dtype=torch.float64))
+    layers = {f"layers.{i}.q": one for i in range(count)}
+    figure = drawn.spectrum_figure(AdapterSpectrum(layers=layers))
+    cells = cells_of(figure)
+    assert len(cells) == rows * columns <= drawn.CELLS
+    note = f"{rows:,} of {count:,} matrices and {columns} of {rank} ranks"
+    assert (note in figure.caption) == (len(cells) < count * rank)
+    # A row goes from the first rank to the last one without gaps, and its numbers are those of its ranks.
+    row = [cell for cell in cells if cell["row"] == 0]
+    assert [cell["j_from"] for cell in row] == [0.5, *(cell["j_to"] for cell in row[:-1])]
+    assert row[-1]["j_to"] == rank + 0.5
+    for cell in row:
+        column = int(cell["j_to"])
+        share = number(float(one.energy[column - 1]))
+        assert cell["label"] == f"layers.0.q, rank kept {column}: {share}"
+    assert f"layers.{count - 1}.q, rank kept {rank}: 1.000" in {cell["label"] for cell in cells}
+
+
+def test_intruders_of_a_large_adapter_are_drawn_in_part() -> None:
+    cosine = torch.tensor([0.75, 0.25] * 32)
+    one = Intruders(singular_values=cosine, cosine=cosine, bound=cosine + 0.1, threshold=0.5)
+    layers = {f"layers.{i}.q": one for i in range(560)}
+    figure = drawn.intruders_figure(AdapterIntruders(layers=layers))
+    assert len(cells_of(figure)) == 560 * 28
+    assert "560 of 560 matrices and 28 of 64 vectors" in figure.caption
+    crosses = figure.charts[0].spec["layer"][1]["data"]["values"]
+    assert {cross["j"] for cross in crosses} == set(range(2, 29, 2))
+
+
+def amplified(names: list[str], phi: torch.Tensor) -> AdapterAmplification:
+    maps, widths = dict.fromkeys(names, phi), dict.fromkeys(names, 768)
+    return AdapterAmplification(layers={}, phi=maps, widths=widths)
+
+
+def test_maps_against_the_base_of_high_ranks_stay_small() -> None:
+    names = [f"layers.{block}.{kind}" for block in range(3) for kind in "qv"]
+    figure = drawn.base_similarity_figure(amplified(names, torch.ones(256, 128)))
+    assert len(figure.charts) == 6
+    assert len(cells_of(figure)) <= drawn.CELLS
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            f"roberta.encoder.layer.{i}.attention.self.{kind}"
+            for i in (0, 11)
+            for kind in ("q", "v")
+        ],
+        ["model.language_model.layers.15.self_attn.q_proj"],
+    ],
+)
+def test_the_titles_of_maps_fit_a_phone(names) -> None:
+    phi = torch.ones(8, 2)
+    adapters = [
+        stored(**{n: linear(A=randn(2, 16, seed=s), B=randn(16, 2, seed=s + 9)) for n in names})
+        for s in (1, 2)
+    ]
+    figures = [
+        drawn.base_similarity_figure(amplified(names, phi)),
+        drawn.similarity_figure(adapter_similarity(*adapters)),
+    ]
+    for chart in (chart for figure in figures for chart in figure.charts):
+        svg = inline_svg(chart, 1)
+        (width,) = re.findall(r'viewBox="0 0 (\d+) ', svg)
+        assert int(width) <= OUTER
+        assert f">{chart.title}</text>" in svg  # not cut
+
+
 def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) -> None:
     for name, seed in (("one", 0), ("two", 1)):
         trained_llama(seed).save(tmp_path / name, "trained")
@@ -95,6 +180,27 @@ def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) 
     assert sum(row[1] for row in section.blocks[2].rows) == len(found.layers)
     (section,) = comparison_sections(tmp_path / "one", tmp_path / "two")
     assert [type(block) for block in section.blocks] == [Figure, Figure]
+
+
+@pytest.mark.parametrize(
+    ("subject", "title"), [(".", "e2e/adapter"), ("../../sql", "out/sql"), ("/sql", "sql")]
+)
+def test_the_page_of_a_measure_names_the_folder(tmp_path, monkeypatch, subject, title) -> None:
+    folder = tmp_path / "out" / "e2e" / "adapter"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    page = measure_page(
+        "spectrum",
+        about="",
+        subjects=[subject],
+        lines=[],
+        rows={},
+        what="matrix",
+        drawn=[],
+        notices=[],
+        command="",
+    )
+    assert page.title == title
 
 
 def test_the_page_of_a_run_that_trained_nothing_says_so(tmp_path) -> None:

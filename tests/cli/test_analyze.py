@@ -270,7 +270,7 @@ def test_the_paper_s_figures(call, folder, tmp_path):
     labels = re.findall(r'aria-label="([^"]*): heat map of φ, (\d+) by (\d+)', figure.read_text())
     levels = {"down_proj": "0.09375", "gate_proj": "0.1875"}
     assert labels == [
-        (f"model.layers.{block}.mlp.{name}, at random up to {level}", "6", "2")
+        (f"{block}.mlp.{name}, random {level}", "6", "2")
         for name, level in levels.items()
         for block in (0, 1)
     ]

@@ -12,6 +12,7 @@ import pytest
 from browser import HOSTILE
 
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.formatting import number
 from lorakit.reporting import Figure, drawing
 from lorakit.reporting.axes import OUTER, Mark, short_names
 from lorakit.reporting.charts import (
@@ -155,6 +156,33 @@ def test_line_points_lie_where_the_numbers_say() -> None:
     assert len(places) == 20
     assert np.corrcoef(step, x)[0, 1] == pytest.approx(1, abs=1e-6)
     assert np.corrcoef(value, y)[0, 1] == pytest.approx(-1, abs=1e-6)
+
+
+def axis_labels(chart) -> list[str]:
+    root = ET.fromstring(drawing.inline_svg(chart, 1))
+    groups = [part for part in root.iter() if "role-axis-label" in part.get("class", "")]
+    return [text.text or "" for group in groups for text in group.iter() if text.text]
+
+
+@pytest.mark.parametrize("value", [0.6838, 2.345, 87.52, -0.5, 1e-7])
+@pytest.mark.parametrize("steps", [[0], [0, 40]])
+def test_the_axis_of_a_constant_has_its_number(value, steps) -> None:
+    series = [Series(name="a", points=[(step, value) for step in steps])]
+    assert number(value) in axis_labels(line_chart("Accuracy", series, x="step", y="accuracy"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_an_axis_of_whole_numbers_labels_no_halves(count) -> None:
+    steps = [(step, 3 / step) for step in range(1, count + 1)]
+    curve = line_chart("Rate", [Series(name="a", points=steps)], x="step", y="rate", y_format="~e")
+    cells = [[0.5] * count] * count
+    phi = heat_map("phi", cells, x="j", y="i", value="phi")
+    shares = heat_map("share", cells, x="rank", y="", value="share", names=["q"] * count)
+    whole = {str(rank) for rank in range(1, count + 1)}
+    places = [label for label in axis_labels(curve) if "e" not in label]
+    for found in (places, axis_labels(phi), set(axis_labels(shares)) - {"q"}):
+        assert found
+        assert set(found) <= whole
 
 
 @pytest.mark.parametrize("values", [CURVE, [(a, -b) for a, b in CURVE]])
@@ -374,6 +402,12 @@ def test_long_names_of_series_stay_apart() -> None:
     assert max(map(len, scale["domain"])) < 40
     drawn = [layer["data"]["values"][0]["series"] for layer in chart.spec["layer"][::2]]
     assert drawn == scale["domain"]
+
+
+def test_a_title_is_no_wider_than_a_page() -> None:
+    chart = heat_map("a long name " * 9, [[0.5]], x="j", y="i", value="phi")
+    (width,) = re.findall(r'viewBox="0 0 (\d+) ', drawing.inline_svg(chart, 1))
+    assert int(width) <= OUTER
 
 
 def test_short_names() -> None:

@@ -121,8 +121,13 @@ def test_arrow_keys_and_taps_reach_every_cell_of_a_heat_map(browser, wide) -> No
             page.keyboard.press(key)
             # Also while a scroll to the focused chart hides the numbers.
             shown.append((page.locator("#tip").text_content() or "").split(":")[0])
+        page.keyboard.press("Control+ArrowDown")  # of the browser
+        assert shown[-1] in (page.locator("#tip").text_content() or "")
         # The cell (2, 3) is empty.
         assert shown == ["i 1, j 1", "i 1, j 2", "i 1, j 3", "i 3, j 3", "i 4, j 3", "i 3, j 3"]
+        page.keyboard.press("Escape")
+        page.keyboard.press("ArrowLeft")
+        assert "i 40, j 8" in (page.locator("#tip").text_content() or "")
         full = "model.layers.5.self_attn.q_proj, rank 2"
         page.locator(f'svg.chart [data-t^="{full}"]').tap()
         assert page.locator("#tip").inner_text().startswith(full)

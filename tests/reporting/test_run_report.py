@@ -93,6 +93,23 @@ def test_scores_on_training_rows_are_called_so(
     )
 
 
+@pytest.mark.parametrize(("times", "note"), [(0.5, None), (1.0, None), (40.0, "40 times as large")])
+def test_a_base_is_compared_with_a_smaller_adapter_only(run: Path, times, note) -> None:
+    record = read_run(run)
+    sizes = {**record.sizes, "base_bytes": int(times * record.adapter_bytes)}
+    record = dataclasses.replace(record, sessions=[{**record.sessions[-1], "sizes": sizes}])
+    text = text_of(run_page(record).render())
+    assert ("times as large" in text) == (note is not None)
+    assert note is None or note in text
+
+
+def test_several_files_of_data_are_named_below_the_title(run: Path) -> None:
+    record = read_run(run)
+    data = {**record.config["data"], "train": ["a.jsonl", "b.jsonl"]}
+    record = dataclasses.replace(record, config={**record.config, "data": data})
+    assert run_page(record).subtitle.endswith(" · a.jsonl, b.jsonl")
+
+
 def test_the_curves_hold_every_step(run: Path) -> None:
     page = html.unescape(run_page(read_run(run)).render())
     for line in (run / "metrics.jsonl").read_text().splitlines():

@@ -34,6 +34,14 @@ def test_the_words_that_differ_are_marked(before, after, marked) -> None:
     assert found == marked
 
 
+def test_texts_of_very_many_words_are_not_compared() -> None:
+    before, after = "a b " * 300, "a c " * 300
+    assert compared(before, after) == (plain(before), plain(after))
+    words = [f"different{i}" for i in range(400)]
+    left, right = compared(" ".join([*words, "before"]), " ".join([*words, "after"]))
+    assert [piece.text for piece in (*left, *right) if piece.changed] == ["before", "after"]
+
+
 def text_of(pieces) -> str:
     return "".join(piece.text for piece in pieces)
 

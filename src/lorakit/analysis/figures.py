@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from lorakit.analysis.similarity import AdapterSimilarity
 from lorakit.analysis.spectrum import ENERGY, AdapterSpectrum
 from lorakit.formatting import number
 from lorakit.reporting import Figure
-from lorakit.reporting.axes import Mark
-from lorakit.reporting.charts import Chart, Series, dot_chart, histogram, line_chart
+from lorakit.reporting.axes import Mark, short_names
+from lorakit.reporting.charts import Chart, Series, dot_chart, histogram, line_chart, shortened
 from lorakit.reporting.heat_maps import heat_map
 
 PANELS = 3
@@ -27,23 +27,28 @@ PANELS = 3
 LARGEST = 64
 """Maximum rows and columns of a similarity map; of higher ranks it shows the leading directions."""
 CELLS = 16_000
-"""Maximum cells of all maps of a figure, so that a page with two figures stays below two megabytes."""
+"""Maximum cells of all maps of a figure, so that it stays below two megabytes."""
+LEAST_COLUMNS = 16
+"""Columns below which a map leaves out matrices instead."""
 
 
 def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
     """Draw the share of the squared norm kept at each rank, for every matrix and for the whole adapter."""
     width = len(spectra.energy)
-    shares = [
-        layer.energy.tolist() + [1.0] * (width - len(layer.energy))
-        for layer in spectra.layers.values()
-    ]
+    layers, most, note = fitted(spectra.layers, width, "ranks")
+    columns = evenly_spaced(width, most)
+    shares = []
+    for layer in layers.values():
+        kept = layer.energy.tolist() + [1.0] * (width - len(layer.energy))
+        shares.append([kept[column] for column in columns])
     each = heat_map(
         "Each matrix: share of the squared norm",
         shares,
         x="rank kept",
         y="",
         value="share",
-        names=list(spectra.layers),
+        names=list(layers),
+        columns=[column + 1 for column in columns],
     )
     suggested = spectra.rank_for(energy)
     # An untrained adapter has no rank to suggest.
@@ -61,7 +66,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
         "Share of the change that a lower rank would keep. A row that is bright from the first column on has one "
         "dominant direction. A row that brightens late uses its full rank."
     )
-    return Figure(caption=caption, charts=(whole, each), name="spectrum")
+    return Figure(caption=caption + note, charts=(whole, each), name="spectrum")
 
 
 def similarity_figure(similarity: AdapterSimilarity, side: str = "A") -> Figure:
@@ -76,14 +81,17 @@ def similarity_figure(similarity: AdapterSimilarity, side: str = "A") -> Figure:
     """
     rows: list[list[tuple[str, Tensor]]] = []
     kinds = list(families(similarity.A if side == "A" else similarity.B).values())[:2]
+    shown: list[dict[str, Any]] = []
     for layers in kinds:
         cells = max(
             min(one.phi.shape[0], LARGEST) * min(one.phi.shape[1], LARGEST)
             for one in layers.values()
         )
-        blocks = spread(layers, max(1, min(PANELS, CELLS // (cells * len(kinds)) - 1)))
+        shown.append(spread(layers, max(1, min(PANELS, CELLS // (cells * len(kinds)) - 1))))
+    titles = map_titles([name for blocks in shown for name in blocks])
+    for blocks in shown:
         first = next(iter(blocks.values()))
-        panels = [(name, one.phi[:LARGEST, :LARGEST]) for name, one in blocks.items()]
+        panels = [(titles[name], one.phi[:LARGEST, :LARGEST]) for name, one in blocks.items()]
         level = first.random[:LARGEST, :LARGEST]
         panels.append((f"random directions, k = {first.width}", level))
         rows.append(panels)
@@ -144,15 +152,18 @@ def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
     kinds = list(families(amplification.phi).values())[:2]
     maps = {name: phi for layers in kinds for name, phi in spread(layers).items()}
     largest = max(float(phi.max()) for phi in maps.values())
+    columns = min(LARGEST, CELLS // (LARGEST * len(maps)))
     charts = []
+    titles = map_titles(list(maps))
     for i, (name, phi) in enumerate(maps.items(), 1):
-        title = f"{name}, at random up to {number(amplification.random_level(name))}"
-        sampled = _sample_rows(phi[:, :LARGEST])
+        title = f"{titles[name]}, random {number(amplification.random_level(name))}"
+        sampled = _sample_rows(phi[:, :columns])
         step = phi.shape[0] / len(sampled)
         y = "i, base weight" if step == 1 else f"i / {step:.3g}, base weight"
         charts.append(_phi_map(title, sampled, largest, x="j, change", y=y, legend=i == len(maps)))
     caption = (
-        "φ(i, j) of the input directions: the base weight's leading i and the change's leading j."
+        "φ(i, j) of the input directions: the base weight's leading i and the change's leading j. Each title has the "
+        "level of random directions at the last row and column."
     )
     return Figure(caption=caption, charts=tuple(charts), columns=3, name="base-similarity")
 
@@ -160,25 +171,27 @@ def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
 def intruders_figure(intruders: AdapterIntruders) -> Figure:
     """Draw each leading singular vector's largest cosine with the base's vectors, and mark the intruders."""
     examined = max(len(layer.cosine) for layer in intruders.layers.values())
+    layers, most, note = fitted(intruders.layers, examined, "vectors")
     cosines, crosses = [], []
-    for row, layer in enumerate(intruders.layers.values()):
-        values = layer.cosine.tolist()
-        cosines.append(values + [math.nan] * (examined - len(values)))
-        crosses += [(row, j) for j, intruder in enumerate(layer.is_intruder.tolist()) if intruder]
+    for row, layer in enumerate(layers.values()):
+        values = layer.cosine[:most].tolist()
+        cosines.append(values + [math.nan] * (most - len(values)))
+        marked = layer.is_intruder[:most].tolist()
+        crosses += [(row, j) for j, intruder in enumerate(marked) if intruder]
     chart = heat_map(
         "Largest cosine with a base vector",
         cosines,
         x="singular vector",
         y="",
         value="cosine",
-        names=list(intruders.layers),
+        names=list(layers),
         crosses=crosses,
     )
     caption = (
         "Largest cosine between each leading singular vector of the adapted weights and the base's vectors. Crosses "
         "mark intruders, which match none of the base's vectors."
     )
-    return Figure(caption=caption, charts=(chart,), name="intruders")
+    return Figure(caption=caption + note, charts=(chart,), name="intruders")
 
 
 def diff_figure(diff: AdapterDiff) -> Figure:
@@ -232,9 +245,33 @@ def drift_figure(drift: Drift) -> Figure:
 def spread(layers: Mapping[str, Any], most: int = PANELS) -> dict[str, Any]:
     """Return up to `most` matrices, evenly spaced from the first to the last."""
     names = list(layers)
-    count = min(most, len(names))
-    indices = {round(i * (len(names) - 1) / max(count - 1, 1)) for i in range(count)}
-    return {names[i]: layers[names[i]] for i in sorted(indices)}
+    return {names[i]: layers[names[i]] for i in evenly_spaced(len(names), most)}
+
+
+def fitted(layers: Mapping[str, Any], columns: int, what: str) -> tuple[dict[str, Any], int, str]:
+    """Return the rows and the number of columns of a map of matrices with at most `CELLS` cells, and a note.
+
+    The note is for the caption: how many of the matrices and of the columns (`what`) are shown, or nothing if all are.
+    """
+    rows = spread(layers, CELLS // min(columns, LEAST_COLUMNS))
+    most = min(columns, CELLS // len(rows))
+    note = (
+        f" The map shows {len(rows):,} of {len(layers):,} matrices and {most} of {columns} {what}."
+    )
+    return rows, most, "" if (len(rows), most) == (len(layers), columns) else note
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return up to `most` evenly spaced numbers from 0 to `count` - 1."""
+    most = min(most, count)
+    return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
+
+
+def map_titles(names: Sequence[str]) -> dict[str, str]:
+    """Return the names of matrices in a form that leaves room for a number in the title of a map."""
+    short = short_names(names)
+    labels = shortened(short)
+    return {name: labels[label] for name, label in zip(names, short, strict=True)}
 
 
 def _sample_rows(phi: Tensor) -> Tensor:

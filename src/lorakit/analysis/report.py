@@ -56,8 +56,10 @@ def measure_page(
     ]
     return Page(
         kind=f"Analysis: {measure}",
-        # The last two parts of each path: every run names its adapter folder `adapter`.
-        title=" and ".join("/".join(Path(subject).parts[-2:]) for subject in subjects),
+        # The last two names of each path: every run names its adapter folder `adapter`.
+        title=" and ".join(
+            "/".join(Path(subject).resolve().parts[1:][-2:]) for subject in subjects
+        ),
         subtitle=about,
         summary=lines,
         sections=sections,

@@ -25,6 +25,8 @@ LONGEST_BAR_NAME, LONGEST_ROW_NAME = 140, 190
 """Width at which names on an axis are cut, in pixels."""
 OUTER = 352
 """Width of a chart in a page with its axes, in pixels: that of a phone's screen without its margins."""
+MOST_INTEGERS = 5
+"""Most integers of an axis that get a tick each."""
 
 VALUE_TEXT: Spec = dict(type="text", align="left", dx=5, color=INK, fontSize=FONT_SIZE, aria=False)
 """The mark of a number at the end of a bar."""
@@ -48,6 +50,12 @@ def quantitative(field: str, **options: Any) -> Spec:
 def nominal(field: str, **options: Any) -> Spec:
     """Return the encoding of a name."""
     return {"field": field, "type": "nominal", **options}
+
+
+def whole_ticks(low: float, high: float) -> Spec:
+    """Return a tick at each integer from `low` to `high` if they are few, where Vega would also label halves."""
+    integers = range(math.ceil(low), math.floor(high) + 1)
+    return {"values": list(integers), "format": "d"} if len(integers) <= MOST_INTEGERS else {}
 
 
 def bar_name(field: str, names: Iterable[str]) -> Spec:
@@ -159,19 +167,11 @@ def rows_height(count: int) -> int:
 
 
 def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dict[str, Spec]:
-    """Return the encoding of cells that are centred on the integers 1 to `count`."""
+    """Return the encoding of cells that are centred on the integers 1 to `count`, from `field`_from to `field`_to."""
     channel = "y" if reverse else "x"
     # Vega draws no ticks for a descending domain, so a flag reverses it.
     scale = {"domain": [0.5, count + 0.5], "reverse": reverse, "nice": False, "zero": False}
     return {
-        channel: quantitative(f"{field}_from", scale=scale, axis=axis),
+        channel: quantitative(f"{field}_from", scale=scale, axis={**axis, **whole_ticks(1, count)}),
         f"{channel}2": {"field": f"{field}_to"},
     }
-
-
-def edges(field: str) -> list[Spec]:
-    """Return the transforms that compute the fields of `between`."""
-    return [
-        {"calculate": f"datum.{field} - 0.5", "as": f"{field}_from"},
-        {"calculate": f"datum.{field} + 0.5", "as": f"{field}_to"},
-    ]

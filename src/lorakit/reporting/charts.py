@@ -32,6 +32,7 @@ from lorakit.reporting.axes import (
     row_axis,
     rows_height,
     short_names,
+    whole_ticks,
 )
 
 Cue = TypeVar("Cue")
@@ -111,10 +112,17 @@ def line_chart(
     data_scale = {"zero": False, "nice": True, "type": "linear"}
     scale = data_scale if y_domain is None else {"domain": list(y_domain)}
     axis: Spec = {"title": None, "tickCount": 5, "minExtent": 38}
+    ys = {b for one in shown for _, b in one.finite()}
+    if y_format is None and len(ys) == 1:
+        # Vega chooses the decimals of labels by the distance of ticks, and here there is one tick.
+        axis |= {"values": list(ys), "labelExpr": f"'{number(*ys)}'"}
     if y_format is not None:
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = shortened(one.name for one in shown)
-    x_axis = {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1}
+    xs = [a for one in shown for a, _ in one.finite()]
+    x_axis: Spec = {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1}
+    if xs and all(a == round(a) for a in xs):
+        x_axis |= whole_ticks(min(xs), max(xs))
     place = {
         "x": quantitative("x", axis=x_axis, scale={"zero": False, "nice": False}),
         "y": quantitative("y", axis=axis, scale=scale),
@@ -156,7 +164,6 @@ def line_chart(
         encoding = {**place, "color": colour, "description": {"field": "label"}}
         layers.append({"data": data, "mark": dot, "encoding": encoding})
     if marks and shown:
-        xs = [a for one in shown for a, _ in one.finite()]
         layers += mark_layers(marks, middle=(min(xs) + max(xs)) / 2)
     spec = {"width": WIDTH, "height": HEIGHT, "layer": layers}
     return Chart(title=title, alt=_line_alt(title, shown, x, y), spec=spec)

@@ -67,6 +67,7 @@ _CONFIG: Spec = {
         "fontSize": 12,
         "fontWeight": 600,
         "offset": 10,
+        "limit": OUTER - 8,  # a wider title is cut: it would widen its map
     },
 }
 

@@ -9,7 +9,6 @@ from lorakit.formatting import number
 from lorakit.reporting.axes import (
     Spec,
     between,
-    edges,
     quantitative,
     row_axis,
     rows_height,
@@ -31,6 +30,7 @@ def heat_map(
     y: str,
     value: str,
     names: Sequence[str] | None = None,
+    columns: Sequence[int] | None = None,
     domain: tuple[float, float] = (0.0, 1.0),
     legend: bool = True,
     crosses: Sequence[tuple[int, int]] = (),
@@ -44,18 +44,26 @@ def heat_map(
         y: Label of the rows.
         value: Label of the values.
         names: Names of the rows; None numbers them from 1.
+        columns: Ascending numbers of the columns; None numbers them from 1. Where numbers are left out, a cell begins
+            at the column before it.
         domain: Least and greatest value of the colour scale.
         legend: Whether to draw the colour scale.
         crosses: Cells (row, column), counted from 0, to mark with a cross. They need `names`.
     """
-    width = max((len(row) for row in rows), default=0)
+    places = columns or range(1, max((len(row) for row in rows), default=0) + 1)
+    width = max(places, default=0)
     # There may be thousands of labels: shorten "j, second adapter" to "j".
     row, column = (axis.split(",")[0] for axis in (y, x))
     row_names = names or [f"{row} {i}" for i in range(1, len(rows) + 1)]
     cells = [
-        {"i": i, "j": j, "v": v, "row": i - 1, "label": f"{name}, {column} {j}: {number(v)}"}
-        for i, (name, values) in enumerate(zip(row_names, rows, strict=True), 1)
-        for j, v in enumerate(values, 1)
+        {
+            "row": i,
+            **{"i_from": i + 0.5, "i_to": i + 1.5, "j_from": before + 0.5, "j_to": j + 0.5},
+            "v": v,
+            "label": f"{name}, {column} {j}: {number(v)}",
+        }
+        for i, (name, values) in enumerate(zip(row_names, rows, strict=True))
+        for before, j, v in zip((0, *places), places, values, strict=False)
         if not math.isnan(v)
     ]
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
@@ -73,7 +81,6 @@ def heat_map(
     layers: list[Spec] = [
         {
             "data": {"values": cells},
-            "transform": edges("j") + ([] if names else edges("i")),
             "mark": {"type": "rect"},
             "encoding": {**across, **down, "color": colour, "description": {"field": "label"}},
         }
@@ -86,6 +93,6 @@ def heat_map(
             {"data": {"values": marks}, "mark": {**cross, "aria": False}, "encoding": place}
         )
     numbers = [cell["v"] for cell in cells]
-    alt = f"{title}: heat map of {value}, {len(rows)} by {width}, {in_words(numbers)}."
+    alt = f"{title}: heat map of {value}, {len(rows)} by {len(places)}, {in_words(numbers)}."
     spec = {"width": wide * width, "height": height, "layer": layers}
     return Chart(title=title, alt=alt, spec=spec, fixed=not names)

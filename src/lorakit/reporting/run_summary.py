@@ -9,6 +9,7 @@ from lorakit.formatting import duration, number, percentage, rounded_count, size
 from lorakit.reporting import measures
 from lorakit.reporting.page import KeyFigure, KeyFigures
 from lorakit.reporting.run_record import RunRecord
+from lorakit.reporting.run_settings import setting_text
 from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND
 
 PEOPLE = ("Matthews", "Pearson", "Spearman")
@@ -17,7 +18,8 @@ PEOPLE = ("Matthews", "Pearson", "Spearman")
 
 def subtitle(run: RunRecord) -> str:
     """Return method, base and data on one line."""
-    parts = [run.method, run.base_name, str(setting(run.config, "data.train") or "")]
+    data = setting(run.config, "data.train")
+    parts = [run.method, run.base_name, setting_text(data) if data else ""]
     return " · ".join(part for part in parts if part)
 
 
@@ -65,8 +67,9 @@ def key_figures(run: RunRecord) -> KeyFigures:
     if not after and (loss := run.points("train", "loss")):
         figures.append(KeyFigure(label="Training loss, last step", value=number(loss[-1][1])))
     if run.adapter_bytes is not None:
-        base = run.sizes.get("base_bytes")
-        note = f"the base is {base / run.adapter_bytes:,.0f} times as large" if base else ""
+        times = run.sizes.get("base_bytes", 0) / run.adapter_bytes
+        # Full fine-tuning writes as much as the base.
+        note = f"the base is {times:,.0f} times as large" if times >= 2 else ""
         figures.append(KeyFigure(label="Adapter file", value=size(run.adapter_bytes), note=note))
     if seconds := run.total("seconds"):
         note = f"{run.tokens_per_second:,.0f} tokens a second"

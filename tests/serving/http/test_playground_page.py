@@ -108,6 +108,8 @@ def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> N
             share = 100 * 2.718281828459045**value
             assert share < 0.1 or f"{share:.1f} %" in shown or f"{share:.0f} %" in shown
         first.focus()
+        opened.page.keyboard.press("Control+ArrowRight")  # of the browser
+        assert opened.run("document.activeElement === document.querySelectorAll('.token')[0]")
         opened.page.keyboard.press("ArrowRight")
         assert opened.run("document.activeElement === document.querySelectorAll('.token')[1]")
         assert opened.page.locator("#tip").is_visible()
@@ -243,9 +245,23 @@ def test_an_invalid_setting_is_told_and_does_not_count(browser: Browser, site: S
         opened.page.fill("#temperature", "9")
         opened.page.keyboard.press("Tab")
         assert "It stays 0." in opened.page.inner_text("#settings-note")
+        assert opened.page.input_value("#temperature") == "0"
         assert opened.run("document.activeElement.id") == "top_p"
         send(opened)
         assert answers(opened) == [site.chat("base", "The river", temperature=0)]
+
+
+def test_a_fraction_between_two_steps_counts(browser: Browser, site: Site) -> None:
+    with playground(browser, site.link("base")) as opened:
+        opened.page.click("#settings summary")
+        for name, value in (("temperature", "0.75"), ("top_p", "0.995"), ("top_k", "1.5")):
+            opened.page.fill(f"#{name}", value)
+            opened.page.keyboard.press("Tab")
+            is_whole = name == "top_k"
+            assert bool(opened.page.inner_text("#settings-note")) == is_whole
+            assert opened.page.input_value(f"#{name}") == ("0" if is_whole else value)
+        send(opened)
+        assert answers(opened) == [site.chat("base", "The river", temperature=0.75, top_p=0.995)]
 
 
 def with_report(text: Path, folder: Path, report: str) -> Path:
@@ -376,6 +392,35 @@ def test_lorakit_in_python_computes_the_answer(
         assert f"Decoding(max_new_tokens={MOST}, temperature=0.5, top_k=9, seed={SEED})" in code
 
 
+def test_code_keeps_the_path_of_the_page(browser: Browser, site: Site) -> None:
+    address = f"{site.address}/lora"
+    with browser.open("about:blank") as opened:
+        opened.page.route(
+            f"{address}/**",
+            lambda route: route.fulfill(
+                response=route.fetch(url=route.request.url.replace("/lora/", "/"))
+            ),
+        )
+        opened.page.goto(site.link("sql").replace(site.address, address))
+        opened.page.locator(".code").click()
+        assert f"curl {address}/v1/chat/completions" in opened.page.text_content("#code-text")
+        opened.page.click("#tab-openai")
+        assert f'base_url="{address}/v1"' in opened.page.text_content("#code-text")
+
+
+def test_a_second_click_on_copy_leaves_its_label(browser: Browser, site: Site) -> None:
+    with playground(browser, site.link("sql")) as opened:
+        opened.page.click(".code")
+        opened.run("void (window.timers = [])")
+        opened.run("void (window.setTimeout = (call) => timers.push(call))")
+        for clicks in (1, 2):
+            opened.page.click("#copy-code")
+            until(opened, f"timers.length === {clicks}")
+        assert opened.page.text_content("#copy-code") != "Copy"
+        opened.run("timers.forEach((call) => call())")
+        assert opened.page.text_content("#copy-code") == "Copy"
+
+
 def printed(python: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(python, {})
@@ -402,6 +447,30 @@ def test_a_blind_vote_hides_the_names_until_it_is_cast(browser: Browser, site: S
         assert rows[1].split()[1:] == ["0", "1"]
 
 
+def test_the_address_tells_no_name_before_the_vote(browser: Browser, site: Site) -> None:
+    with playground(browser, site.link("base", "sql")) as opened:
+        # The panes change places.
+        opened.run("void (crypto.getRandomValues = (numbers) => numbers.fill(0))")
+        opened.page.check("#blind")
+        send(opened)
+        opened.page.fill("#prompt", "next")
+        opened.page.keyboard.press("Tab")
+        assert "model=base&model=sql" in opened.page.url
+        opened.page.click("#vote-buttons button >> nth=0")
+        assert "model=sql&model=base" in opened.page.url
+        assert "prompt=next" in opened.page.url
+
+
+def test_a_model_in_two_panes_has_one_vote(browser: Browser, site: Site) -> None:
+    with playground(browser, site.link("sql", "sql")) as opened:
+        opened.page.check("#blind")
+        send(opened)
+        opened.page.click("#vote-buttons button >> nth=0")
+        opened.page.click("[data-opens=session-dialog]")
+        rows = opened.page.locator("#tally tbody tr").all_inner_texts()
+        assert [row.split() for row in rows] == [["sql", "1", "1"]]
+
+
 def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site: Site) -> None:
     with playground(
         browser, site.link("sql", blend={"e2e": 1.5}, top_k=5, prompt=HOSTILE)
@@ -418,6 +487,19 @@ def test_an_address_brings_back_panes_settings_and_prompt(browser: Browser, site
         assert len(panes(opened)) == 3
         assert opened.page.input_value("#temperature") == "0.7"
         clean(opened, site)
+
+
+def test_new_adapters_are_offered_when_the_page_has_the_focus_again(
+    browser: Browser, text: Path, live: Any, tmp_path: Path
+) -> None:
+    adapters = shutil.copytree(text, tmp_path / "text") / "adapters"
+    with site_of(adapters.parent, live) as site, playground(browser, site.link("sql")) as opened:
+        offered = "[...document.querySelector('.model').options].map(({ value }) => value)"
+        assert "new" not in opened.run(offered)
+        shutil.copytree(adapters / "sql", adapters / "new")
+        opened.run("window.dispatchEvent(new Event('focus'))")
+        until(opened, f"{offered}.includes('new')")
+        assert opened.page.input_value(".model") == "sql"
 
 
 def test_a_card_shows_what_the_server_knows_now(browser: Browser, site: Site) -> None:

@@ -113,6 +113,81 @@ def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site:
         assert answers(opened) == [site.chat("sql", "And the park?")]
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ({"status": 429, "json": {"error": "slow down"}}, "The server answered 429"),
+        ({"status": 502, "json": {"error": {"code": 1}}}, "The server answered 502"),
+        ({"body": 'data: {"error": "slow down"}\n\n'}, "slow down"),
+    ],
+)
+def test_an_error_in_another_form_is_shown(
+    browser: Browser, site: Site, answer: dict[str, Any], shown: str
+) -> None:
+    with playground(browser, site.link("sql")) as opened:
+        opened.page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+        send(opened)
+        assert shown in opened.page.inner_text(".alert")
+        assert "empty" not in opened.page.inner_text(".log")
+
+
+def test_the_login_of_a_proxy_goes_with_requests(browser: Browser, site: Site) -> None:
+    with playground(browser, site.link("sql")) as opened:
+        opened.run("void (document.cookie = 'login=1')")
+        with opened.page.expect_request("**/v1/models") as found:
+            opened.page.click(".card")
+        assert found.value.all_headers()["cookie"] == "login=1"
+
+
+def test_a_link_in_the_tab_of_the_page_opens(browser: Browser, site: Site) -> None:
+    model = "document.querySelector('.model').value"
+    with playground(browser, site.link("sql", top_k=5)) as opened:
+        page = opened.page
+        send(opened)
+        page.fill("#prompt", "typed")
+        page.goto(site.link("base", temperature=0))
+        until(opened, f"{model} === 'base'")
+        assert (page.input_value("#temperature"), page.input_value("#top_k")) == ("0", "0")
+        assert page.input_value("#prompt") == "typed"
+        assert page.locator(".turn").count() == 0
+        page.goto(site.link("e2e", prompt="The river", temperature=0))
+        until(opened, f"{model} === 'e2e'")
+        assert page.input_value("#prompt") == "The river"
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(".turn .answer:not(.waiting)")
+        assert answers(opened) == [site.chat("e2e", "The river", temperature=0)]
+        page.go_back()
+        until(opened, f"{model} === 'base'")
+
+
+def test_a_reader_of_an_earlier_turn_stays_there(browser: Browser, site: Site) -> None:
+    piece = {"choices": [{"delta": {"content": "word\n" * 80}}], "system_fingerprint": "base=1"}
+    stream = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n"
+    top = "document.querySelector('.log').scrollTop"
+    with playground(browser, site.link("base")) as opened:
+        page, held = opened.page, []
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream))
+        send(opened)
+        assert opened.run(top) > 0  # a reader at the end follows it
+        page.unroute("**/v1/chat/completions")
+        page.route("**/v1/chat/completions", lambda route: held.append(route))
+        with page.expect_request("**/v1/chat/completions"):
+            page.fill("#prompt", "And the park?")
+            page.press("#prompt", "Enter")
+        opened.run(f"{top} = 0")
+        opened.run("getSelection().selectAllChildren(document.querySelector('.answer'))")
+        while not held:
+            page.wait_for_timeout(10)
+        held[0].fulfill(body=stream)
+        finish(opened)
+        assert page.locator(".turn").count() == 2
+        assert opened.run(top) == 0
+        assert "word" in opened.run("getSelection().toString()")
+        page.click("#settings summary")
+        page.uncheck("#colours")
+        assert opened.run(top) == 0
+
+
 def test_a_session_comes_back_from_its_file(browser: Browser, site: Site, tmp_path: Path) -> None:
     with playground(browser, site.link("base", blend={"sql": 0.75})) as opened:
         send(opened, HOSTILE)

@@ -71,6 +71,7 @@
     svg.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
     svg.addEventListener("blur", hide);
     svg.addEventListener("keydown", (event) => {
+      if (event.altKey || event.ctrlKey || event.metaKey) return; // Back, in browsers
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       const rows = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (event.key === "Escape") hide();
@@ -80,8 +81,8 @@
       }
       if (!step) return;
       event.preventDefault();
-      const index = marks.indexOf(shown) + step;
-      show(marks[(index + marks.length) % marks.length]);
+      const index = marks.includes(shown) ? marks.indexOf(shown) + step : Math.min(step, 0);
+      show(marks.at(index % marks.length));
     });
   }
   addEventListener("pointerdown", (event) => event.target.closest("svg.chart") || hide());

@@ -23,22 +23,25 @@ async function send(path, options = {}) {
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   let response;
   try {
-    response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
+    // The login of a proxy in front of the server goes with each request, as it did with the page's files.
+    response = await fetch(path, { ...options, headers, credentials: "same-origin", cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server does not answer. Is it still running?");
   }
-  if (!response.ok) throw new ApiError(await errorText(response), response.status);
+  if (!response.ok) throw new ApiError(errorText(await response.text(), response.status), response.status);
   return response;
 }
 
-async function errorText(response) {
-  const text = await response.text();
+/** Return the message of an error in OpenAI's form, and the start of any other, such as a proxy's. */
+function errorText(text, status) {
   try {
-    return JSON.parse(text).error.message;
+    const { message } = JSON.parse(text).error;
+    if (typeof message === "string" && message) return message;
   } catch {
-    return `The server answered ${response.status}: ${text.slice(0, 300)}`;
+    // It is not JSON, or has no error.
   }
+  return `The server answered ${status}: ${text.slice(0, 300)}`;
 }
 
 /** Return all models, the base first. */
@@ -82,7 +85,7 @@ export async function* stream(path, body, signal) {
         const data = event.replace(/^data: /, "");
         if (data === "[DONE]") return;
         const content = JSON.parse(data);
-        if (content.error) throw new ApiError(content.error.message);
+        if (content.error) throw new ApiError(errorText(data, response.status));
         yield content;
       }
     }

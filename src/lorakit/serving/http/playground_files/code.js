@@ -98,7 +98,7 @@ function lorakit(request, base, dtype) {
 
 /** Return a request as code in a language: curl, openai or lorakit. */
 export function code(language, request, { base, dtype, hasKey }) {
-  const address = location.origin;
+  const address = new URL(".", location).href.replace(/\/$/, ""); // with the path below which a proxy has the page
   if (language === "lorakit") return lorakit(request, base, dtype);
   return (language === "curl" ? curl : openai)(request, address, hasKey);
 }

@@ -85,7 +85,7 @@ const page = {
 
 // --- start -------------------------------------------------------------------------------------------
 
-/** Read the models, and at the first success open what the address says. */
+/** Read the models, and at the first success open what the address names. */
 async function start() {
   try {
     await readModels();
@@ -97,20 +97,34 @@ async function start() {
   if (started) return;
   started = true;
   notice("");
-  const found = fromHash(location.hash);
-  const kinds = models.filter((model) => model.parent !== null).map(trainedOn);
-  const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
-  settings = { ...settings, mode: isChat ? "chat" : "text", ...found.settings };
-  settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
+  const found = addressed();
   prompt.value ||= found.prompt; // what was typed while the page loaded stays
-  const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
-  setPanes((found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }))).map((choice) => ({ choice })));
-  showSettings();
+  openState(found);
   if (!page.adapters().length) notice("This server has no adapter yet. Train one with lorakit train, or see lorakit demo.");
 }
 
+/** Return the panes, settings and prompt of the address, with the usual panes if it names none. */
+function addressed() {
+  const found = fromHash(location.hash);
+  const usual = models.filter((model) => !model.details.error && (model.parent !== null || page.kind() === "text")).slice(0, 3);
+  const choices = found.panes.length ? found.panes : usual.map((model) => ({ model: model.id }));
+  return { ...found, panes: choices.map((choice) => ({ choice })) };
+}
+
+/** Open the panes and settings of an address or a session. A setting that it does not have is the usual one. */
+function openState({ panes: found, settings: chosen }) {
+  const kinds = models.filter((model) => model.parent !== null).map(trainedOn);
+  const isChat = models.some((model) => model.details.chat) && !(kinds.length && kinds.every((kind) => kind === "text"));
+  settings = { ...settings, ...DEFAULTS, mode: isChat ? "chat" : "text", ...chosen };
+  settings.max_tokens = Math.min(settings.max_tokens, page.limits().max_tokens);
+  setPanes(found);
+  showSettings();
+}
+
 async function readModels() {
-  models = await listModels();
+  const found = await listModels();
+  if (JSON.stringify(found) === JSON.stringify(models)) return; // lists and sliders in use stay as they are
+  models = found;
   const details = base()?.details ?? {};
   const count = page.adapters().length;
   const facts = [page.base(), details.dtype, details.engine && `${details.engine} engine`, `${count} adapter${count === 1 ? "" : "s"}`];
@@ -155,14 +169,21 @@ function showSettings() {
   at("send").textContent = isText ? { chat: "Send", text: "Continue" }[settings.mode] : "Classify";
 }
 
-/** Read a field. A value that the browser calls invalid does not count, and a note says so without taking the focus. */
+/** Whether a field's value counts. The step of a fraction is for the arrow keys only, so aria-invalid is false there. */
+function isValid({ step, validity: { valid, stepMismatch, rangeUnderflow, rangeOverflow } }) {
+  return valid || (stepMismatch && step < 1 && !rangeUnderflow && !rangeOverflow);
+}
+
+/** Read a field. One that is not valid goes back to what counts, and a note says so without taking the focus. */
 function readField(name) {
   const field = at(name);
-  const isValid = field.checkValidity();
-  field.setAttribute("aria-invalid", String(!isValid));
-  const label = field.parentElement.firstChild.textContent.trim();
-  at("settings-note").textContent = isValid ? "" : `${label}: ${field.validationMessage} It stays ${settings[name] ?? "random"}.`;
-  if (!isValid) return;
+  if (!isValid(field)) {
+    const label = field.parentElement.firstChild.textContent.trim();
+    at("settings-note").textContent = `${label}: ${field.validationMessage} It stays ${settings[name] ?? "random"}.`;
+    field.value = settings[name] ?? "";
+    return;
+  }
+  at("settings-note").textContent = "";
   if (field.type !== "number") settings[name] = field.value;
   else if (field.value !== "") settings[name] = Number(field.value);
   else {
@@ -190,7 +211,8 @@ for (const radio of document.querySelectorAll("[name=mode]")) {
 }
 
 function keepAddress() {
-  if (!started) return;
+  // In a blind vote the order of the models would tell their names.
+  if (!started || panes.some((pane) => pane.letter !== null)) return;
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
   const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
   try {
@@ -353,6 +375,7 @@ function reveal(text) {
     pane.showBlend();
     pane.render();
   }
+  keepAddress();
   at("vote-question").textContent = text;
   at("vote-buttons").replaceChildren();
   at("vote").hidden = false;
@@ -406,7 +429,7 @@ for (const tab of document.querySelectorAll("[data-code]")) {
 }
 
 async function copy(text, button) {
-  const before = button.textContent;
+  button.dataset.label ??= button.textContent; // the text may be that of a click before
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
@@ -414,7 +437,7 @@ async function copy(text, button) {
     button.textContent = "The browser does not allow copying";
   }
   setTimeout(() => {
-    button.textContent = before;
+    button.textContent = button.dataset.label;
   }, 1500);
 }
 at("copy-code").addEventListener("click", (event) => copy(at("code-text").textContent, event.currentTarget));
@@ -544,11 +567,9 @@ at("import").addEventListener("change", async () => {
   if (!file) return;
   try {
     const found = await imported(file);
-    settings = { ...settings, seed: null, ...found.settings };
     endEdit();
     prompt.value = found.prompt;
-    setPanes(found.panes);
-    showSettings();
+    openState(found);
     keepAddress();
     at("session-message").textContent = "The session is open.";
   } catch (error) {
@@ -586,5 +607,16 @@ watchTokens(at("panes"), at("tip"));
 addEventListener("scroll", () => {
   at("tip").hidden = true;
 });
-addEventListener("hashchange", start);
+// A link that is opened in the page's own tab changes the part of the address after # only.
+addEventListener("hashchange", () => {
+  if (!started) return start();
+  const found = addressed();
+  endEdit();
+  prompt.value = found.prompt || prompt.value;
+  openState(found);
+});
+// Adapters come and go while the page is in the background.
+addEventListener("focus", () => {
+  if (started) readModels().catch(() => {});
+});
 start();

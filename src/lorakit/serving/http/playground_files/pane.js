@@ -43,6 +43,7 @@ export class Pane {
     this.page = page;
     this.threads = { chat: [], text: [] }; // of {user, answer}; answer is {text, tokens, seed, fingerprint, ...}
     this.running = null;
+    this.rendered = null; // the turns that the log shows
     this.letter = null; // in a blind vote, what the pane is called
     this.node = template.content.firstElementChild.cloneNode(true);
     const find = (name) => this.node.querySelector(name);
@@ -258,7 +259,7 @@ export class Pane {
     }
     if (this.running !== controller) return; // another answer has begun
     this.running = null;
-    this.render();
+    this.render(Math.max(0, this.turns.length - 1));
     this.page.ended(this);
   }
 
@@ -287,10 +288,10 @@ export class Pane {
         last = performance.now();
         first ||= last;
         chunks += 1;
-        const atEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
+        const { isAtEnd } = this;
         answer.text += text;
         place.append(text);
-        if (atEnd) this.log.scrollTop = this.log.scrollHeight;
+        if (isAtEnd) this.log.scrollTop = this.log.scrollHeight;
         answer.figures = figures(began, first, last, chunks);
         this.showFigures();
       }
@@ -320,7 +321,16 @@ export class Pane {
 
   // --- what is shown ----------------------------------------------------------------------------------
 
-  render() {
+  /** Whether the reader sees the end of the answers, and has not scrolled up. */
+  get isAtEnd() {
+    return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40;
+  }
+
+  /** Show the pane again. Turns before number `first` stay as they are, with what the reader selected in them. */
+  render(first = 0) {
+    const { scrollTop } = this.log;
+    const followsEnd = this.isAtEnd || this.isRunning || this.rendered !== this.turns;
+    this.rendered = this.turns;
     const isBlind = this.letter !== null;
     this.node.setAttribute("aria-label", this.name);
     this.node.querySelector("h2").textContent = this.name;
@@ -328,9 +338,10 @@ export class Pane {
     this.node.querySelector(".choice").classList.toggle("blind", isBlind);
     for (const name of [".model", ".card", ".code", ".again"]) this.node.querySelector(name).hidden = isBlind;
     if (isBlind) this.blendPlace.hidden = true;
-    const turns = this.turns.map((turn, index) => this.#turn(turn, index));
+    const turns = this.turns.slice(first).map((turn, index) => this.#turn(turn, first + index));
     const empty = element("p", { className: "empty", textContent: "No answer yet." });
-    this.log.replaceChildren(...(turns.length ? turns : [empty]));
+    for (const node of [...this.log.children].slice(first)) node.remove();
+    this.log.append(...(turns.length ? turns : [empty]));
     this.log.setAttribute("aria-label", `Answers of ${this.name}`);
     this.log.setAttribute("aria-busy", String(this.isRunning));
     const error = this.turns.at(-1)?.answer?.error;
@@ -340,7 +351,7 @@ export class Pane {
     this.againButton.disabled = !this.turns.length;
     this.#showHint();
     this.showFigures();
-    this.log.scrollTop = this.log.scrollHeight; // once everything around it has its size
+    this.log.scrollTop = followsEnd ? this.log.scrollHeight : scrollTop; // once everything around it has its size
   }
 
   /** Say so if an adapter was trained on the other kind of prompt. */

@@ -131,7 +131,7 @@ export function readTally() {
 /** Record a vote among models for one of them, or for none. */
 export function vote(models, winner) {
   const tally = readTally();
-  for (const model of models) {
+  for (const model of new Set(models)) {
     const { won = 0, shown = 0 } = tally[model] ?? {};
     tally[model] = { won: won + (model === winner ? 1 : 0), shown: shown + 1 };
   }

@@ -92,7 +92,7 @@ export function watchTokens(root, tip) {
   root.addEventListener("scroll", hide, true);
   root.addEventListener("keydown", (event) => {
     const token = tokenOf(event);
-    if (!token) return;
+    if (!token || event.altKey || event.ctrlKey || event.metaKey) return; // Alt with an arrow is Back
     if (event.key === "Escape") return hide();
     const place = token.parentNode;
     const next = {
