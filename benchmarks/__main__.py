@@ -44,7 +44,7 @@ ASKED_FOR = {
     "processes": "benchmarks.processes",
     "profile": "benchmarks.profile",
 }
-"""Parts that run only if named, so that the default fits into an hour."""
+"""Parts that run only if named, because the others take hours already."""
 
 PARTS = DEFAULT | ASKED_FOR
 

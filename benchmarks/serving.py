@@ -276,7 +276,7 @@ def sections(record: dict[str, Any]) -> Iterator[report.Section]:
 
 def throughput(systems: Sequence[dict[str, Any]]) -> Any:
     """Return the table of the saturated trials."""
-    chosen = {t["adapters"]: t["chosen"] for s in systems for t in saturated(s)}
+    chosen = {t["adapters"]: t.get("chosen", t["adapters"]) for s in systems for t in saturated(s)}
     counts = sorted(chosen)
     table = report.table("system", *(_adapters(n, chosen[n]) for n in counts))
     for system in systems:

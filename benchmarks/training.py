@@ -2,8 +2,8 @@
 
 Every run is a separate process. The systems of a row take turns in a random order, round after round, so that a slow
 phase of the machine affects all. The first round runs PEFT and TRL in several settings; later rounds repeat PEFT in
-float32 and the settings that may be the fastest. TRL's default runs once, because it is the slowest. Each run starts
-with a sample of the matmul rate and of the memory bandwidth of the machine.
+float32 and the settings that may be the fastest. So TRL's default, the slowest of its settings, usually runs once.
+Each run starts with a sample of the matmul rate and of the memory bandwidth of the machine.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_other_noise_is_rejected(tmp_path: Path, noise: Callable[[Tensor], Tenso
     block = job.model.get_submodule("model.layers.0.mlp")
     block.register_forward_hook(lambda module, args, output: noise(output))
     with pytest.raises(
-        ConfigurationError, match=r"attention_dropout 0\.1.*here 2\. Set the dropout to 0"
+        ConfigurationError, match=r"attention_dropout 0\.1.*here 2\. Set its rate to 0"
     ):
         on_two_processes(job)
 

@@ -30,7 +30,7 @@ from lorakit.ops.lora_segments import Segment, lora_segments
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class LayerAdaptersLike(Protocol):
+class MixableAdapters(Protocol):
     """What this module uses of `LayerAdapters`, whose import would be circular."""
 
     activation: Activation
@@ -69,7 +69,7 @@ class Call(NamedTuple):
         return args, {name: x if v is self.x else v for name, v in self.kwargs.items()}
 
 
-def adapt_by_part(adapters: LayerAdaptersLike, call: Call, output: Any, of_pass: Pass) -> Any:
+def adapt_by_part(adapters: MixableAdapters, call: Call, output: Any, of_pass: Pass) -> Any:
     """Return a layer's output, with the adapters of each row or token on that row or token.
 
     Raises:
@@ -143,7 +143,7 @@ def why_not_by_token(
 
 
 def _adapt_parts(
-    adapters: LayerAdaptersLike, call: Call, x: Tensor, output: Tensor, of_pass: Pass
+    adapters: MixableAdapters, call: Call, x: Tensor, output: Tensor, of_pass: Pass
 ) -> Tensor:
     """Apply each part of a choice to its entries of the first axis of `x` and `output`."""
     segments = _segments(adapters, x, of_pass)
@@ -163,7 +163,7 @@ def _adapt_parts(
     return output
 
 
-def _segments(adapters: LayerAdaptersLike, x: Tensor, of_pass: Pass) -> list[Segment] | None:
+def _segments(adapters: MixableAdapters, x: Tensor, of_pass: Pass) -> list[Segment] | None:
     """Return the low-rank products of a choice; None if an adapter has another effect on the layer."""
     if adapters.replaced:
         return None
@@ -183,7 +183,7 @@ def _segments(adapters: LayerAdaptersLike, x: Tensor, of_pass: Pass) -> list[Seg
 
 
 def _adapt(
-    adapters: LayerAdaptersLike, call: Call, x: Tensor, output: Tensor, blend: Blend
+    adapters: MixableAdapters, call: Call, x: Tensor, output: Tensor, blend: Blend
 ) -> Tensor:
     """Return `output`, the layer's output for `x`, with the effect of one blend."""
     parameters = adapters.parameters_to_swap(call.layer, blend)
@@ -202,7 +202,7 @@ def _adapt(
 
 
 def _add(
-    adapters: LayerAdaptersLike, layer: nn.Module, x: Tensor, output: Tensor, blend: Blend
+    adapters: MixableAdapters, layer: nn.Module, x: Tensor, output: Tensor, blend: Blend
 ) -> Tensor:
     """Return `output` with the effects of a blend on a layer that has the blend's parameters."""
     for name, weight in blend:

@@ -175,7 +175,7 @@ def require_keyed_noise(job: Job) -> None:
         where = f" for tensors of shape {shapes}" if shapes else " outside torch.nn.Dropout"
         raise ConfigurationError(
             f"The model draws random numbers{where}: {_source(job)}. These random numbers would depend on the number "
-            f"of processes, here {count}. Set the dropout to 0, or train with one process."
+            f"of processes, here {count}. Set its rate to 0, or train with one process."
         )
 
 

@@ -225,23 +225,19 @@ def _scores(provenance: Mapping[str, Any]) -> str:
         return ""
     columns = [before, after] if isinstance(before, Mapping) and before else [after]
     # Before its training a classifier has a random head, so that its scores are not those of the base.
-    header = ("", "before training", "after training") if len(columns) == 2 else ("", "")
+    header = ("", "before training", "this adapter") if len(columns) == 2 else ("", "")
     rows = [(_plain(k), *(_number(scores.get(k)) for scores in columns)) for k in sorted(after)]
-    parts = ["## Scores", *_scored_on(provenance), _table(header, rows)]
-    return "\n\n".join(parts)
+    return f"## Scores\n\n{_scored_on(provenance)}{_table(header, rows)}"
 
 
-def _scored_on(provenance: Mapping[str, Any]) -> list[str]:
-    """Return the sentence with the number of examples that a run scores; none if it is not recorded."""
+def _scored_on(provenance: Mapping[str, Any]) -> str:
+    """Return the sentence with the number of examples that a run scores; "" if it is not recorded."""
     count = setting(provenance, "data.validation.examples")
-    limit, samples = (setting(provenance, f"config.evaluation.{n}") for n in ("limit", "samples"))
+    limit = setting(provenance, "config.evaluation.limit")
     if not isinstance(count, int):
-        return []
+        return ""
     count = min(count, limit) if isinstance(limit, int) else count
-    sentence = f"On {counted(count, 'validation example')}."
-    if isinstance(samples, int) and samples:
-        sentence += f" Generated text: {counted(samples, 'sample')}."
-    return [sentence]
+    return f"On {counted(count, 'validation example')}.\n\n"
 
 
 def _data(provenance: Mapping[str, Any]) -> str:
