@@ -95,7 +95,7 @@ def counted(model, read: torch.Tensor | None = None) -> int:
     at = torch.arange(LENGTH) if read is None else read
     with (
         FlopCounterMode(display=False) as counter,
-        last_block(model).reading(lambda: at, (1, LENGTH)),
+        last_block(model).restricted_to(lambda: at, (1, LENGTH)),
     ):
         hidden = model.model(inputs_embeds=inputs).last_hidden_state
         model.lm_head(hidden[:, at]).sum().backward()
