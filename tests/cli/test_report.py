@@ -293,7 +293,7 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
     assert "4 of 4 prompts answered by the base" in err
     assert out.split()[:3] == ["score", "adapter", "base"]
-    assert "on 4 examples of the test data, 4 prompts answered\n" in out
+    assert "on 4 examples of the test data, 4 prompts answered" in out
     page = output.with_suffix(".html").read_text()
     loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
     number = r'<td class="number">([\d.]+)</td>'
@@ -301,7 +301,7 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert float(shown) == pytest.approx(float(loss), abs=6e-4)
     before = json.loads((runs[0] / "result.json").read_text())["scores_before"]
     assert float(of_base) == pytest.approx(before["loss"], abs=6e-4)
-    assert "(test data, 4 examples, 4 prompts answered)" in page
+    assert "(test data, 4 examples, 4 prompts answered" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
