@@ -309,14 +309,19 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert (status, "scores.html' already exists" in err) == (1, True)
 
 
-def test_labels_are_counted_against_predictions(call, tmp_path) -> None:
+@pytest.mark.parametrize("task", ["classification", "own.py:Own"])
+def test_labels_are_counted_against_predictions(call, tmp_path, monkeypatch, task: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "from lorakit.tasks import Classification\nclass Own(Classification):\n    name = 'own'\n"
+    )
     base = tiny_runs.save_base(tmp_path / "base", "bert")
     names = ("dry", "wet")
     labelled = [{**row, "label": names[row["label"]]} for row in tiny_runs.labelled(12)]
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
-    status, out, err = call(*argv, "--base.dtype", "float32")
+    status, out, err = call(*argv, "--base.dtype", "float32", "--data.task", task)
     assert (status, err.count("Traceback")) == (0, 0), err
     assert out.split("\n")[-5:-3] == [
         "on 12 examples of the test data",
