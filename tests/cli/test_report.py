@@ -293,7 +293,7 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert "4 of 4 examples scored\n" in err  # progress, also without a terminal
     assert "4 of 4 prompts answered by the base" in err
     assert out.split()[:3] == ["score", "adapter", "base"]
-    assert "on 4 examples of the test data, 4 prompts answered\n" in out
+    assert "on 4 examples of the test data, 4 prompts answered" in out
     page = output.with_suffix(".html").read_text()
     loss = next(line.split()[1] for line in out.splitlines() if line.startswith("loss"))
     number = r'<td class="number">([\d.]+)</td>'
@@ -301,7 +301,7 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert float(shown) == pytest.approx(float(loss), abs=6e-4)
     before = json.loads((runs[0] / "result.json").read_text())["scores_before"]
     assert float(of_base) == pytest.approx(before["loss"], abs=6e-4)
-    assert "(test data, 4 examples, 4 prompts answered)" in page
+    assert "(test data, 4 examples, 4 prompts answered" in page
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert page.count('<article class="sample">') == len(records)
     output.unlink()
@@ -309,14 +309,19 @@ def test_evaluation_with_an_output_ends_in_a_report(call, folder, runs, tmp_path
     assert (status, "scores.html' already exists" in err) == (1, True)
 
 
-def test_labels_are_counted_against_predictions(call, tmp_path) -> None:
+@pytest.mark.parametrize("task", ["classification", "own.py:Own"])
+def test_labels_are_counted_against_predictions(call, tmp_path, monkeypatch, task: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "from lorakit.tasks import Classification\nclass Own(Classification):\n    name = 'own'\n"
+    )
     base = tiny_runs.save_base(tmp_path / "base", "bert")
     names = ("dry", "wet")
     labelled = [{**row, "label": names[row["label"]]} for row in tiny_runs.labelled(12)]
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", labelled)
     output = tmp_path / "labels.jsonl"
     argv = ["evaluate", "--base.name", base, "--data.test", rows, "--output", output]
-    status, out, err = call(*argv, "--base.dtype", "float32")
+    status, out, err = call(*argv, "--base.dtype", "float32", "--data.task", task)
     assert (status, err.count("Traceback")) == (0, 0), err
     assert out.split("\n")[-5:-3] == [
         "on 12 examples of the test data",

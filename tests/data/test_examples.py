@@ -14,6 +14,24 @@ from lorakit.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 TURNS = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+OWN = """
+from lorakit.tasks import NamedText, Regression
+
+class Hints(NamedText):
+    name, layouts, encodings, template = "hints", (("q", "a"),), ("prompt",), "{context}:"
+
+    def context(self, fields):
+        return fields["q"] + " " + fields.get("hint", "none").strip()
+
+    def answers(self, fields):
+        return [fields["a"]]
+
+class Stars(Regression):
+    name, layouts = "stars", (("review", "label"),)
+
+    def rows(self, fields):
+        yield {"text": fields["review"], "label": fields["label"], "score": fields["label"] / 5}
+"""
 PAIRS = [{"prompt": f"The river {n}", "completion": f" pub {n}"} for n in range(20)]
 
 
@@ -346,6 +364,11 @@ def test_class_names_of_a_hub_data_set_set_the_order(monkeypatch):
     examples = load("owner/name")
     assert examples.labels == ("yes", "no", "maybe")
     assert [example.label for example in examples] == [0, 1]
+    one_class = dataset.select([0])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: one_class)
+    assert task_of(DataConfig(test="owner/name"), "test").labels == examples.labels
+    with pytest.raises(DataError, match="needs at least two"):
+        task_of(DataConfig(train="owner/name"))
 
 
 def test_no_such_split(write):
@@ -377,7 +400,7 @@ def test_the_same_conversations_are_held_out_on_another_day(write):
     """A chat template may write the date (Llama 3.2); another base has another template."""
 
     def conversation(n):
-        call = {"id": str(n), "function": {"name": "look", "arguments": {}}}
+        call = {"id": str(n), "name": "look", "arguments": {}}
         return [
             {"role": "user", "content": f"river {n // 2}"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -498,8 +521,20 @@ def test_all_rows_are_read_from_the_same_columns(write, task, missing, row):
     """Also a row without a value in one of them, which has another layout of the task."""
     unread = [name for name in row if name in (*INSTRUCTION, "label")]
     assert load(write([row]), task=task).report.unread == unread
-    with pytest.raises(DataError, match=f":2: '{missing}' is missing"):
+    with pytest.raises(DataError, match=f":2: '{missing}' is missing") as error:
         load(write([row, {**row, missing: None}]), task=task)
+    assert f"from the same columns, and these are not read: {', '.join(unread)}." in str(
+        error.value
+    )
+
+
+def test_rows_of_an_own_task_have_the_columns_with_a_value(write, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    hints = [{"q": "a", "a": "b", "hint": "park"}, {"q": "a", "a": "b", "hint": None}]
+    examples = load(write([*hints, {"q": "a", "a": "b"}]), task=f"{tmp_path}/own.py:Hints")
+    assert [example.prompt for example in examples] == ["a park:", "a none:", "a none:"]
+    stars = load(write([{"review": "a", "label": 4}]), task=f"{tmp_path}/own.py:Stars")
+    assert stars[0].label == 0.8
 
 
 def test_a_target_that_is_named_comes_before_a_score(write):

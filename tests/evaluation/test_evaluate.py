@@ -41,6 +41,7 @@ from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
+from lorakit.reporting.evaluation_report import answered
 from lorakit.tasks import Completion
 from lorakit.training.config import OptimizerConfig
 from lorakit.training.loop import train
@@ -322,6 +323,10 @@ def test_a_prompt_without_room_for_an_answer_stops_before_the_losses(trained, tm
         DataError, match=r"test\.jsonl:2 has 58 tokens; with max_new_tokens 20 that"
     ):
         evaluate(config, progress=lambda *_: pytest.fail("scored"))
+    data = dataclasses.replace(data, too_long="truncate")
+    config = settings(trained, data=data, decoding=Decoding(max_new_tokens=64))
+    with pytest.raises(DataError, match=r"test\.jsonl:1 has 30 tokens; with max_new_tokens 64"):
+        evaluate(config)
 
 
 def test_answers_that_are_cut_are_counted(trained, monkeypatch, caplog) -> None:
@@ -331,7 +336,9 @@ def test_answers_that_are_cut_are_counted(trained, monkeypatch, caplog) -> None:
 
     monkeypatch.setattr(evaluate_module, "generate", answers)
     config = settings(trained, scores=("text",), limit=3)
-    assert evaluate(config).cut == 1
+    result = evaluate(config)
+    assert result.cut == 1
+    assert answered(result) == ", 3 prompts answered, 1 cut at max_new_tokens"
     assert "decoding.max_new_tokens (4) cut 1 of 3 answers, which lowers their" in caplog.text
     caplog.clear()
     first = classmethod(lambda cls, text: text.split("\n\n")[0])  # as the tasks of the paper

@@ -22,6 +22,7 @@ import torch
 
 from lorakit import load_base, storage
 from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, RunFolderError
+from lorakit.evaluation.evaluate import Evaluation
 from lorakit.models import dtype_choice
 from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.paper import grid as grid_module
@@ -521,6 +522,16 @@ def test_the_computing_time_of_a_run_is_that_of_training_and_scoring(table2, mon
     run = TableRun(data_set=data_set, variant=variant, rate=5e-4, seed=0)
     record = Runner(config, GridSetup()).finish(run, scored=True)
     assert record.processor_seconds == 102.5
+
+
+def test_a_record_tells_which_examples_were_scored(table2, monkeypatch):
+    monkeypatch.setattr(runs_module, "evaluate", lambda _: Evaluation(sha256="a", cut=3))
+    config = table2(methods=("lora",), seeds=1, trials=1)
+    ((data_set,), (variant,)) = config.study.data_sets, config.study.variants
+    run = TableRun(data_set=replace(data_set, columns=()), variant=variant, rate=5e-4, seed=0)
+    for limit, scored in ((None, "a"), (5, "a 5")):
+        fields = Runner(replace(config, eval_limit=limit), GridSetup())._score(run)
+        assert (fields["scored"], fields["cut"]) == (scored, 3)
 
 
 @pytest.mark.slow

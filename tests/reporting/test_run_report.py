@@ -259,6 +259,8 @@ def test_losses_over_other_tokens_are_not_ranked(run: Path) -> None:
 
     assert ranked() == (True, False)
     assert ranked(base={}) == (True, False)  # not recorded
+    assert other.tokens_of_loss[2] is not None
+    assert dataclasses.replace(other, config={}).tokens_of_loss[2] is None
     assert ranked(base={**record.base, "tokenizer": "0" * 64}) == (False, True)
     assert ranked(config={**other.config, "data": data}) == (False, True)
     assert ranked(provenance={**record.provenance, "task": "text"}) == (False, True)

@@ -79,7 +79,7 @@ class ColumnMap:
     def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of one row with rendered templates, to infer the task and its labels.
 
-        `examples` prepares a row for encoding.
+        Missing fields are omitted. `examples` prepares a row for encoding.
 
         Raises:
             BadRow: A template cannot be rendered.
@@ -94,8 +94,9 @@ class ColumnMap:
         """
         # A task converts no other fields to those that a template renders.
         to_render = dict.fromkeys(self.templates, "")
-        read = self.fields_of(type(task))
-        own = {name: value for name, value in self._rename(values).items() if name in read}
+        own = self._rename(values)
+        if type(task) in GENERIC.values():
+            own = {name: own.get(name) for name in self.fields_of(type(task))}
         for fields in task.rows({**to_render, **own}):
             texts = self._render({**values, **fields})
             if isinstance(task, NamedText) and "prompt" in texts and "completion" not in texts:
@@ -103,8 +104,8 @@ class ColumnMap:
             yield {**fields, **texts}
 
     def _rename(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a row, None where it has no value."""
-        return {field: values.get(self.column_of(field)) for field in self.fields}
+        fields = {field: values.get(self.column_of(field)) for field in self.fields}
+        return {field: value for field, value in fields.items() if value is not None}
 
     def _render(self, values: Mapping[str, Any]) -> dict[str, str]:
         return {

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.data.columns import ColumnMap
@@ -295,7 +296,13 @@ def task_of(
         return DataTask(name=config.task, labels=config.own.task.classes)
     split = "train" if config.has("train") else split
     data = (reader or RowReader()).read(config, split)
-    return _infer_task(config, data, ColumnMap(config, data.columns, data.name))
+    columns = ColumnMap(config, data.columns, data.name)
+    task = columns.task(config.task, _fields(data, columns))
+    declared = data.class_names.get(columns.column_of("label"), ())
+    # A training set needs two labels; rows to score may have fewer.
+    known = () if split == "train" else ({"label": label} for label in declared)
+    labels = task.labels_of(chain(_fields(data, columns), known), declared)
+    return DataTask(name=task.name if config.task == "auto" else config.task, labels=labels)
 
 
 def task_class_of(config: DataConfig, *, reader: RowReader) -> type[Task]:
@@ -309,14 +316,6 @@ def task_class_of(config: DataConfig, *, reader: RowReader) -> type[Task]:
     data = reader.read(config, "train")
     columns = ColumnMap(config, data.columns, data.name)
     return columns.task(config.task, _fields(data, columns))
-
-
-def _infer_task(config: DataConfig, data: DataRows, columns: ColumnMap) -> DataTask:
-    """Return the configured task, or for "auto" the one that fits the columns, with the labels of the rows."""
-    task = columns.task(config.task, _fields(data, columns))
-    declared = data.class_names.get(columns.column_of("label"), ())
-    name = task.name if config.task == "auto" else config.task
-    return DataTask(name=name, labels=task.labels_of(_fields(data, columns), declared))
 
 
 def _fields(data: DataRows, columns: ColumnMap) -> Iterator[dict[str, Any]]:
@@ -364,6 +363,7 @@ def _encode(
                 report.longest = max(report.longest, error.length)
             else:
                 example.origin, example.split = row.origin, split
+                example.may_be_cut = task.truncate
                 valid += 1
                 yield row, example
     stop_at_bad_rows(report, config)
@@ -385,6 +385,10 @@ def stop_at_bad_rows(report: Report, config: DataConfig) -> None:
     """Raise a DataError if rows are invalid and the configuration says stop."""
     if report.bad and config.bad_rows == "stop":
         advice = ["Fix these rows, or set data.bad_rows to skip (--data.bad_rows skip)."]
+        if report.unread and any("is missing" in problem.message for problem in report.bad):
+            advice.append(
+                f"All rows are read from the same columns, and these are not read: {listed(report.unread)}."
+            )
         if any("not UTF-8" in problem.message for problem in report.bad):
             advice.append(
                 "A file in another encoding can be converted: iconv -f latin1 -t utf-8 OLD > NEW."
@@ -414,7 +418,7 @@ def _one_side(examples: list[Example], fraction: float, *, held_out: bool) -> li
     """Return the validation side or the training side of the examples.
 
     A hash of the input's key picks the side. Several references for one input, and repeated rows, therefore stay on
-    one side; on both sides they would make the validation loss too low. An input has the same side in every run.
+    one side; on both sides they would make the validation loss too low. Other templates or rows give other sides.
     """
     keys = sorted(
         {example.key for example in examples},

@@ -137,7 +137,7 @@ class Conversation:
 
     def _new_tokens(self, length: int) -> int:
         """Return the maximum number of new tokens after a prompt of `length` tokens."""
-        wanted, model = self.decoding.max_new_tokens or NEW_TOKENS, self.base.model
+        wanted, model = self.decoding.new_tokens, self.base.model
         context = context_length(model)
         if context is None:
             return wanted

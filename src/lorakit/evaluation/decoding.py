@@ -9,9 +9,6 @@ from typing import Any
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, require_at_least
 
-NEW_TOKENS = 128
-"""Default of max_new_tokens."""
-
 SEARCH = ("beams", "length_penalty")
 """Settings of `Decoding` for beam search only."""
 
@@ -65,6 +62,11 @@ class Decoding:
             raise ConfigurationError(
                 "decoding.temperature and beams exclude each other: sample (beams 1) or search (temperature 0)."
             )
+
+    @property
+    def new_tokens(self) -> int:
+        """Return the maximum number of new tokens, with its default."""
+        return self.max_new_tokens or 128
 
     def over(self, defaults: Mapping[str, Any] | None) -> Decoding:
         """Return these settings, with `defaults` for the unset ones. Sampling ignores defaults of beam search."""

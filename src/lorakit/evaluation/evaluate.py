@@ -35,14 +35,14 @@ from lorakit.errors import (
     RunFolderError,
 )
 from lorakit.evaluation.computed import Progress, computed, logits_of
-from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate, generation_config
 from lorakit.evaluation.inputs import by_prompt, prompts_of
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import counted, number
 from lorakit.models.loading import Base
-from lorakit.tasks import TASKS, Completion, Example, Labelled, LanguageExample, Task, generic_task
+from lorakit.tasks import Completion, Example, Labelled, LanguageExample, Task, generic_task
 from lorakit.tasks.classification import targets
 from lorakit.tasks.task import Groups
 
@@ -66,7 +66,7 @@ class Evaluation:
     sha256: str = ""
     """Digest of the data in this split."""
     f1_class: str = ""
-    """Name of the class whose F1 is the score `f1`; "" unless a task of lorakit has two classes."""
+    """Name of the class whose F1 is the score `f1`; "" unless lorakit computed it for two named classes."""
     outputs: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """One record per prompt or example: prompt, output, references or label, the special tokens in the prompt, and
     the names of classes."""
@@ -107,18 +107,16 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     check_context(base, data.examples)
     decoding = decoding.over(task.type.decoding)
     if "text" in config.scores and task.has_references:  # an error must not come after the losses
-        prompts_of(base, by_prompt(data.examples), decoding.max_new_tokens or NEW_TOKENS)
+        prompts_of(base, by_prompt(data.examples), decoding.new_tokens)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
     result = score(progress=progress)
     if result.cut:
-        most = decoding.max_new_tokens or NEW_TOKENS
         _LOG.warning(
-            "decoding.max_new_tokens (%s) cut %s of %s, which lowers their scores. If the references are longer, raise "
-            "it: --decoding.max_new_tokens %s.",
-            most,
+            "decoding.max_new_tokens (%s) cut %s of %s, which lowers their scores. Raise it if the references are "
+            "longer.",
+            decoding.new_tokens,
             result.cut,
             counted(len(result.outputs), "answer"),
-            2 * most,
         )
     if config.compare and config.adapter is not None and task.generates:
         handle = handle_of(base.model)
@@ -126,13 +124,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle.activate(None)
         compared = score(progress=_renamed(progress, "by the base"))
         result = dataclasses.replace(result, base_scores=compared.scores)
-    is_binary = "f1" in result.scores and len(task.labels) == 2 and task.name in TASKS
-    result = dataclasses.replace(
-        result,
-        split=data.split,
-        sha256=data.sha256,
-        f1_class=task.labels[1] if is_binary else "",
-    )
+    result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
     if config.output is not None:
         try:
             result.write_outputs(config.output, overwrite=config.overwrite)
@@ -222,11 +214,9 @@ def _score(
     progress: Progress | None,
 ) -> Evaluation:
     """Score the model with its active adapter."""
-    scores: dict[str, float] = {}
-    outputs: list[dict[str, Any]] = []
-    cut = 0
+    result = Evaluation()
     if "loss" in config.scores or not task.has_references:
-        loss = held_out(
+        result = held_out(
             base.model,
             objective_for(base, task, examples),
             examples,
@@ -236,7 +226,6 @@ def _score(
             labels=task.labels,
             progress=progress,
         )
-        scores, outputs = loss.scores, loss.outputs
     if "text" in config.scores and task.has_references:
         text = generated(
             base,
@@ -246,8 +235,8 @@ def _score(
             lowercase=config.lowercase,
             progress=progress,
         )
-        scores, outputs, cut = {**scores, **text.scores}, text.outputs, text.cut
-    return Evaluation(scores=scores, outputs=outputs, examples=len(examples), cut=cut)
+        result = dataclasses.replace(text, scores={**result.scores, **text.scores})
+    return dataclasses.replace(result, examples=len(examples))
 
 
 def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
@@ -305,7 +294,10 @@ def held_out(
     ]
     for record in outputs if labels else ():
         record |= {f"{key}_name": labels[record[key]] for key in ("output", "label")}
-    return Evaluation(scores={"loss": loss, **scores}, outputs=outputs)
+    # A task of the user's own may give the name f1 to another score.
+    is_ours = "f1" in scores and task.score.__module__.startswith("lorakit.tasks.")
+    f1_class = labels[1] if is_ours and len(labels) == 2 else ""
+    return Evaluation(scores={"loss": loss, **scores}, outputs=outputs, f1_class=f1_class)
 
 
 def generated(

@@ -29,7 +29,7 @@ from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.data.batches import padded_rows
 from lorakit.errors import BaseModelError, DataError
-from lorakit.evaluation.decoding import NEW_TOKENS, Decoding
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_sharded
 from lorakit.ops.seeding import seeded
@@ -249,7 +249,7 @@ def generation_config(
     samples, beams = bool(decoding.temperature), decoding.beams or 1
     penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
     return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens or NEW_TOKENS,
+        max_new_tokens=decoding.new_tokens,
         do_sample=samples,
         temperature=decoding.temperature if samples else None,
         top_p=(decoding.top_p or 1.0) if samples else None,

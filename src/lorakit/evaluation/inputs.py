@@ -26,21 +26,20 @@ def prompts_of(
 ) -> list[list[int]]:
     """Return the tokens to generate from for each group of examples with one prompt.
 
+    If `data.too_long` is truncate, prompts are cut to the model's context without the new tokens.
+
     Raises:
         DataError: A prompt leaves no room for the new tokens in the model's context. The message names its row.
     """
-    prompts = [_prompt(base, group, new_tokens) for group in groups]
+    model, tokenizer = base.model, base.text_tokenizer
+    reserved = 1 if model.config.is_encoder_decoder else new_tokens
+    room = (context_length(model) or 0) - virtual_tokens_of(model).total - reserved
+    prompts = []
+    for group in groups:
+        ids = group[0].generation_ids
+        if group[0].may_be_cut and 0 < room < len(ids):
+            ids = cut_prompt(ids, room, start_length(ids, start_ids(tokenizer)))
+        prompts.append(prompt_input(model, tokenizer, ids))
     origins = (group[0].origin for group in groups)
-    require_room(base.model, zip(origins, prompts, strict=True), new_tokens)
+    require_room(model, zip(origins, prompts, strict=True), new_tokens)
     return prompts
-
-
-def _prompt(base: Base, group: Sequence[LanguageExample], new_tokens: int) -> list[int]:
-    """Return the tokens to generate from, cut to the model's context if `data.too_long` is truncate."""
-    ids, encodes = group[0].generation_ids, base.model.config.is_encoder_decoder
-    context = context_length(base.model)
-    if context and group[0].may_be_cut:
-        room = context - virtual_tokens_of(base.model).total - (1 if encodes else new_tokens)
-        keep = start_length(ids, start_ids(base.text_tokenizer))
-        ids = cut_prompt(ids, max(room, 1), keep)
-    return prompt_input(base.model, base.text_tokenizer, ids)

@@ -57,7 +57,7 @@ _OF_ONE_MACHINE = ("output", "resume", "overwrite", "data.root", "data.train", "
 """Settings that a record leaves out: where files are, and how this call treats them."""
 HELD_OUT_SHARE = 0.1
 
-_ADDED = {"threads", "device", "source", "scored", "sums"}
+_ADDED = {"threads", "device", "source", "scored", "cut", "sums"}
 """Fields that the records of earlier versions lack."""
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
@@ -142,7 +142,9 @@ class Record:
     source: str = ""
     """Digest of lorakit's source files; empty if not recorded."""
     scored: str = ""
-    """Digest of the data that `scores` are of; empty if not recorded."""
+    """Digest of the data that `scores` are of, then `eval_limit` if it is set; empty if not recorded."""
+    cut: int = 0
+    """Number of answers that were cut at the maximum number of new tokens."""
     sums: dict[str, list[str]] = field(default_factory=dict)
     """By the name of a score that is a function of sums over the examples (`Column.sums`): for each sum a line with the
     number that each scored example adds, in the order of the data. With those of another run they show how far the
@@ -356,11 +358,13 @@ class Runner:
             assert self.amplification is not None
             return {"scores": self.amplification(folder / BEST, self.config.base)}
         evaluation = evaluate(self.evaluate_config(run.data_set, folder / BEST))
+        limit = self.config.eval_limit
         if task_type(run.data_set.task).kind == "text":
             evaluation.write_outputs(folder.with_name(f"{folder.name}-outputs.jsonl"))
         return {
             "scores": evaluation.scores,
-            "scored": evaluation.sha256,
+            "scored": evaluation.sha256 if limit is None else f"{evaluation.sha256} {limit}",
+            "cut": evaluation.cut,
             "sums": {
                 column.score: as_lines(column.sums.of(evaluation.outputs))
                 for column in run.data_set.columns

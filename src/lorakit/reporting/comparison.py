@@ -85,7 +85,7 @@ def _summary(runs: Sequence[RunRecord]) -> list[str]:
             "Their validation data differs: scores on different data are not comparable."
         )
     elif other_tokens:
-        sentences.append("Their losses are means over different tokens and are not comparable.")
+        sentences.append("Their losses may be means over different tokens, so they are not ranked.")
     if unfinished := [run.name for run in runs if run.result is None]:
         sentences.append(f"Not finished, with the scores so far: {', '.join(unfinished)}.")
     elif differences.keys() == {"seed"} and len({run.data_digests for run in runs}) == 1:

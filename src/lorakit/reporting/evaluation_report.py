@@ -84,9 +84,10 @@ def scored_part(config: EvaluateConfig, split: str) -> str:
 
 
 def answered(result: Evaluation) -> str:
-    """Return how many prompts were answered by generated text, after a comma; "" if none was."""
+    """Return how many prompts were answered by generated text, and how many answers were cut, after a comma."""
     texts = sum("references" in record for record in result.outputs)
-    return f", {counted(texts, 'prompt')} answered" if texts else ""
+    cut = f", {result.cut:,} cut at max_new_tokens" if result.cut else ""
+    return f", {counted(texts, 'prompt')} answered{cut}" if texts else ""
 
 
 def _data(config: EvaluateConfig, split: Literal["validation", "test"]) -> str:

@@ -133,7 +133,8 @@ class RunRecord:
         settings = [setting(self.config, f"data.{name}") for name in names]
         if setting(self.config, "data.too_long") == "truncate":
             settings.append(setting(self.config, "data.max_length"))
-        return self.base.get("tokenizer"), self.provenance.get("task"), settings
+        recorded = settings if self.config else None
+        return self.base.get("tokenizer"), self.provenance.get("task"), recorded
 
     @property
     def memorisation(self) -> str:

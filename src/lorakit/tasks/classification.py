@@ -40,8 +40,8 @@ class Labelled(Task):
 
     texts: ClassVar[tuple[str, ...]] = ()
     """Columns of the text or the pair of texts; if empty, `text` or PAIR."""
-    targets: ClassVar[tuple[str, ...]] = ("label", "score")
-    """Columns of the target, which rows to predict lack."""
+    targets: ClassVar[tuple[str, ...]] = ("score", "label")
+    """Columns of the target, which rows to predict lack. Regression reads the first that a row has."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(tokenizer, **settings)
@@ -190,8 +190,7 @@ class Regression(Labelled):
 
     def encode(self, fields: Fields) -> LabelledExample:
         """Return the example; a pair that is too long loses tokens from the end of its longer text."""
-        named = {name for layout in self.layouts for name in layout}
-        column = "score" if "score" in named & fields.keys() else "label"
+        column = next((name for name in self.targets if name in fields), "label")
         score = number(fields.get(column), column)
         return self._encode(fields, score, str(score))
 

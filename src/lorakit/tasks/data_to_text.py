@@ -133,7 +133,7 @@ class WebNLG(Triples):
 
     def gold(self, fields: Fields) -> Mapping[str, Any]:
         """Return the category and whether it is seen or unseen in training."""
-        category = str(fields.get("category") or "")
+        category = str(fields.get("category", ""))
         test_category = fields.get("test_category")
         if test_category not in ("seen", "unseen"):
             test_category = "seen" if category in SEEN else "unseen"

@@ -75,6 +75,7 @@ class STSB(_Glue, Regression, texts=("sentence1", "sentence2")):
     """Similarity in meaning of two sentences, from 0 to 5. Scores: Pearson's and Spearman's correlation."""
 
     name = "stsb"
+    targets = ("label",)
 
 
 class QQP(

@@ -263,7 +263,6 @@ def fit(
     Raises:
         TooLong: The example is too long and `truncate` is off.
     """
-    example.may_be_cut = truncate
     if len(example) <= max_length:
         return example
     if not truncate:

@@ -64,7 +64,7 @@ def key_of(messages: list[Message], tools: list[Any] | None) -> str:
     It leaves out what may differ between copies of a conversation: the ids of tool calls, and empty turns.
     """
     turns = [
-        [m["role"], m["content"], *(c.get("function", c) for c in m.get("tool_calls", ()))]
+        [m["role"], m["content"], *({**call, "id": ""} for call in m.get("tool_calls", ()))]
         for m in messages
         if m["content"].strip() or m.get("tool_calls")
     ]

@@ -38,6 +38,8 @@ class Example:
     split: str = ""
     """Split of the row: its name on the hub, or the file name without suffixes."""
     truncated: bool = False
+    may_be_cut: bool = False
+    """Whether a prompt that is too long is cut (`data.too_long` is truncate) and not rejected."""
     key: str = ""
     """What identifies the input. Examples with the same key are in the same split. By default `prompt`; that of a chat
     depends on the tokenizer, and on the day if the template writes a date."""
@@ -59,8 +61,6 @@ class LanguageExample(Example):
     """Number of leading tokens from which `completion` is generated."""
     uncut_prompt: list[int] | None = None
     """Token ids of the prompt without the cut that makes room for the completion; None without such a cut."""
-    may_be_cut: bool = False
-    """Whether a prompt that is too long is cut (`data.too_long` is truncate) and not rejected."""
 
     @property
     def prompt_ids(self) -> list[int]:

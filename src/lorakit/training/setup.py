@@ -422,7 +422,7 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
         train.lengths,
         config.batch_size * config.accumulation,
         config.seed,
-        groups=[example.key for example in train] if grouped else None,
+        groups=[example.prompt for example in train] if grouped else None,
     )
     return StepPlan(sampler, epochs=config.epochs, max_steps=config.max_steps)
 
