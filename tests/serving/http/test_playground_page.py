@@ -117,6 +117,12 @@ def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> N
         opened.page.uncheck("#colours")
         assert adapter.locator(".token").count() == 0
         assert answers(opened)[1] == site.chat("sql", "The river")
+        with site.holding():
+            opened.page.fill("#prompt", "And the park?")
+            opened.page.click("#send")
+            opened.page.check("#colours")
+        finish(opened)
+        assert adapter.locator(".turn").first.locator(".token").count() > 0
 
 
 # --- while answers are computed ----------------------------------------------------------------------
