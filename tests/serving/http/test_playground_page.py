@@ -499,7 +499,16 @@ def test_new_adapters_are_offered_when_the_page_has_the_focus_again(
     browser: Browser, text: Path, live: Any, tmp_path: Path
 ) -> None:
     adapters = shutil.copytree(text, tmp_path / "text") / "adapters"
-    with site_of(adapters.parent, live) as site, playground(browser, site.link("sql")) as opened:
+    with (
+        site_of(adapters.parent, live) as site,
+        playground(browser, site.link("sql", blend={"e2e": 0.5})) as opened,
+    ):
+        send(opened)  # loads the adapters, which changes their facts only
+        opened.run("void (window.slider = document.querySelector('[type=range]'))")
+        opened.page.click(".card")
+        opened.page.wait_for_selector("#card-dialog[open]")
+        opened.page.locator("#card-dialog [data-closes]").click()
+        assert opened.run("slider.isConnected")
         offered = "[...document.querySelector('.model').options].map(({ value }) => value)"
         assert "new" not in opened.run(offered)
         shutil.copytree(adapters / "sql", adapters / "new")
