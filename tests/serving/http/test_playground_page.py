@@ -462,9 +462,9 @@ def test_the_address_tells_no_name_before_the_vote(browser: Browser, site: Site)
         opened.page.fill("#prompt", "next")
         opened.page.keyboard.press("Tab")
         assert "model=base&model=sql" in opened.page.url
+        assert "prompt=next" in opened.page.url
         opened.page.click("#vote-buttons button >> nth=0")
         assert "model=sql&model=base" in opened.page.url
-        assert "prompt=next" in opened.page.url
 
 
 def test_a_model_in_two_panes_has_one_vote(browser: Browser, site: Site) -> None:

@@ -212,10 +212,12 @@ for (const radio of document.querySelectorAll("[name=mode]")) {
 }
 
 function keepAddress() {
-  // In a blind vote the order of the models would tell their names.
-  if (!started || panes.some((pane) => pane.letter !== null)) return;
+  if (!started) return;
+  const choices = panes.map((pane) => pane.choice);
+  // In a blind vote the order of the panes would tell the names of their models.
+  if (panes.some((pane) => pane.letter !== null)) choices.sort((a, b) => (JSON.stringify(a) < JSON.stringify(b) ? -1 : 1));
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
-  const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
+  const state = { panes: choices, settings, prompt: text };
   try {
     history.replaceState(null, "", toHash(state));
   } catch {
