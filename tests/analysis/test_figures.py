@@ -182,7 +182,8 @@ def test_a_run_s_page_shows_its_spectrum_and_two_runs_what_they_share(tmp_path) 
 
 
 @pytest.mark.parametrize(
-    ("subject", "title"), [(".", "e2e/adapter"), ("../../sql", "out/sql"), ("/sql", "sql")]
+    ("subject", "title"),
+    [(".", "e2e/adapter"), ("../../sql", "out/sql"), ("/sql", "sql"), ("sql", "sql")],
 )
 def test_the_page_of_a_measure_names_the_folder(tmp_path, monkeypatch, subject, title) -> None:
     folder = tmp_path / "out" / "e2e" / "adapter"

@@ -56,14 +56,18 @@ def measure_page(
     ]
     return Page(
         kind=f"Analysis: {measure}",
-        # The last two names of each path: every run names its adapter folder `adapter`.
-        title=" and ".join(
-            "/".join(Path(subject).resolve().parts[1:][-2:]) for subject in subjects
-        ),
+        title=" and ".join(map(_name, subjects)),
         subtitle=about,
         summary=lines,
         sections=sections,
     )
+
+
+def _name(subject: str) -> str:
+    """Return the last two names of a path: every run names its adapter folder `adapter`."""
+    path = Path(subject)
+    names = path.parts if path.name and ".." not in path.parts else path.resolve().parts
+    return "/".join(name for name in names[-2:] if name != path.root)
 
 
 def run_sections(adapter: str | Path) -> list[Section]:
