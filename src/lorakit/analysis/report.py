@@ -66,8 +66,9 @@ def measure_page(
 def _name(subject: str) -> str:
     """Return the last two names of a path: every run names its adapter folder `adapter`."""
     path = Path(subject)
-    names = path.parts if path.name and ".." not in path.parts else path.resolve().parts
-    return "/".join(name for name in names[-2:] if name != path.root)
+    if not path.name or ".." in path.parts:
+        path = path.resolve()
+    return "/".join(part for part in path.parts[-2:] if part != path.anchor)
 
 
 def run_sections(adapter: str | Path) -> list[Section]:
