@@ -167,6 +167,10 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     assert sorted(map(len, longest), reverse=True) == lengths[:batch_size]
     assert max(map(len, longest)) * batch_size >= max(max(map(len, b)) * len(b) for b in run)
     assert batches.steps == job.step_plan.total == 18
+    # All batches of a single epoch are known.
+    single = from_data(dataclasses.replace(config, epochs=1))
+    fullest, *_ = single.fullest_and_middle(packed=False)
+    assert [example.input_ids for example in fullest] in run[: len(run) // 2]
 
 
 @pytest.mark.parametrize(

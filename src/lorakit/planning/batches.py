@@ -49,7 +49,8 @@ class Batches:
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     tokenizer: PreTrainedTokenizerBase | None = None
     longest: list[Example] = field(default_factory=list)
-    """The longest examples in one batch, which the steps after `batches` may come close to. Empty if they cannot."""
+    """The longest examples in one batch: no later one is larger. Empty if the run has no other batches than `batches`,
+    and for `sampling: grouped`, whose later batches may be larger than `batches` but are far smaller than this one."""
     count_tokens: Callable[[], int] = lambda: 0
     """Returns the tokens of all examples of the data set: counts its rows, and assumes that the first are typical."""
 
@@ -120,9 +121,11 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
-    # Every epoch sorts other examples together, and later rows have other lengths.
-    longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     whole = train.report.rows < limit or config.data.limit == limit
+    longest = []
+    if config.sampling != "grouped" and not (whole and plan.total <= plan.steps_per_epoch):
+        # Every epoch sorts other examples together, and later rows have other lengths.
+        longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     lengths = sorted(train.lengths)
     source = (
         f"{train.report.source}, {len(train):,} examples{'' if whole else ' (from the first rows)'}: "
@@ -150,7 +153,7 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         per_step=per_step,
         tokens=tokens,
         tokenizer=tokenizer,
-        longest=[] if config.sampling == "grouped" else longest,
+        longest=longest,
         count_tokens=count_tokens,
     )
 
