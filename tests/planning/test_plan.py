@@ -204,7 +204,7 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
     assert planned.task.labels == ("0", "1", "2", "3", "4", "5")
     assert planned.steps is None
     read = sum(len(example) for batch in planned.batches for example in batch)
-    assert planned.count_tokens() == 3 * read
+    assert planned.kept_tokens == 3 * read
     decoder = tiny_runs.save_base(tmp_path / "decoder")
     rows = [{"dialogue": "" if i == 3 else f"pub {i}", "summary": "park"} for i in range(15)]
     dialogues = tiny_runs.write_rows(tmp_path / "dialogues.jsonl", rows)
@@ -305,17 +305,21 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
 
 @pytest.mark.slow
 def test_the_examples_of_the_data_set_stay_in_memory(base, tmp_path, monkeypatch):
-    """Their number is that of all rows, also if the plan reads the first ones only."""
+    """Of data without labels, they are those of the rows that the plan reads, and its text says so."""
     config = tiny_runs.config(tmp_path, base)
     tokens = sum(len(example) for batch in from_data(config).batches for example in batch)
     planned, without = (plan(config, length=n, compare=False, machine=MACHINE) for n in (None, 32))
     assert planned.chosen.memory.software == 1000 + TOKEN_BYTES * tokens
     assert planned.loading == without.loading + TOKEN_BYTES * tokens
     assert without.chosen.memory.software == 1000
+    assert "memory excludes" not in planned.lengths
+    data = dataclasses.replace(config.data, validation=None, validation_fraction=0.25)
+    held_out = from_data(dataclasses.replace(config, data=data))
+    assert held_out.kept_tokens == pytest.approx(tokens, rel=0.1)
     monkeypatch.setattr(batches_module, "ROWS", 24)
-    assert from_data(config).count_tokens() == pytest.approx(tokens, rel=0.2)
-    limited = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=36))
-    assert from_data(limited).count_tokens() == pytest.approx(tokens / 2, rel=0.2)
+    first = from_data(config)
+    assert first.kept_tokens == pytest.approx(tokens / 3, rel=0.2)
+    assert "(from the first rows; memory excludes those of the others)" in first.source
 
 
 @pytest.mark.slow

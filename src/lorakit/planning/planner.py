@@ -58,7 +58,7 @@ class Memory:
     """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
     products make, and cached kernels of products."""
     software: int
-    """The tokenizer, the examples of the data set and imported libraries except torch; 0 on a GPU."""
+    """The tokenizer, the training examples and imported libraries except torch; 0 on a GPU."""
     interpreter: int
     """The Python interpreter with torch imported; 0 on a GPU."""
 
@@ -184,7 +184,7 @@ def plan(
     config = dataclasses.replace(config, base=base)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
-    examples = TOKEN_BYTES * batches.count_tokens() if device.type == "cpu" else 0
+    examples = TOKEN_BYTES * batches.kept_tokens if device.type == "cpu" else 0
     dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
