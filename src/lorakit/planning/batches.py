@@ -127,8 +127,9 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     lengths, report = sorted(train.lengths), train.report
     others = "" if is_labelled else "; memory excludes those of the others"
+    part = "" if whole else f" (from the first rows{others})"
     source = (
-        f"{train.report.source}, {len(train):,} examples{'' if whole else f' (from the first rows{others})'}: "
+        f"{report.source}, {len(train):,} examples{part}: "
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
     )
     steps = plan.total if whole or config.max_steps else None

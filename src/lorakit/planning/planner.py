@@ -17,6 +17,7 @@ from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.model_classes import head_of_class, is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
+from lorakit.planning import calibration
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
@@ -29,6 +30,7 @@ from lorakit.planning.machine import (
     UPDATE_BYTES,
     Machine,
     find_machine,
+    keep_calibration,
 )
 from lorakit.planning.products import Timings, time_products
 from lorakit.planning.shape import stored_quantisation
@@ -149,6 +151,7 @@ def plan(
     target_tokens: int | None = None,
     compare: bool = True,
     processes: int = 1,
+    calibrate: bool = False,
     machine: Machine | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -161,6 +164,7 @@ def plan(
         compare: Predict full fine-tuning as well.
         processes: Number of processes on one machine that share each step. The speed is that of torch's current
             threads; call `lorakit.models.processor.threads` first if the processes will share the cores.
+        calibrate: First calibrate this machine in the dtype of the run, about 20 seconds, and cache the result.
         machine: Speed to assume; None uses the calibration of this machine, or measures it briefly.
         progress: Called with the name of each stage that takes long.
 
@@ -182,10 +186,13 @@ def plan(
     progress("comparing dtypes")
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
+    dtype = compute_dtype(config.base.dtype, device)
+    if calibrate:
+        progress("training a small model to calibrate")
+        keep_calibration(calibration.calibrate(device, dtype), device, dtype)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
     examples = TOKEN_BYTES * batches.kept_tokens if device.type == "cpu" else 0
-    dtype = compute_dtype(config.base.dtype, device)
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
