@@ -17,7 +17,6 @@ from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
 from lorakit.models.dtypes import QUANTISATIONS
 from lorakit.models.model_classes import head_of_class, is_encoder
 from lorakit.models.processor import KERNELS, limit_processor
-from lorakit.planning import calibration
 from lorakit.planning.batches import Batches, from_data, from_lengths
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.ledger import KINDS
@@ -188,6 +187,9 @@ def plan(
     config = dataclasses.replace(config, base=base)
     dtype = compute_dtype(config.base.dtype, device)
     if calibrate:
+        # At the top, it would import its program `trial` before that runs.
+        from lorakit.planning import calibration
+
         progress("training a small model to calibrate")
         keep_calibration(calibration.calibrate(device, dtype), device, dtype)
     progress("reading the data")
