@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
+from lorakit.planning.shape import new_mode, planning
 from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
@@ -722,6 +724,23 @@ def test_a_gpu_computes_large_chunks(base, tmp_path, monkeypatch, dora):
         monkeypatch.setattr(linear_cross_entropy, "CACHE_BYTES", 16 * len(tiny_tokenizer()))
     assert calls("cpu") > large["cpu"]
     assert calls("cuda") == large["cuda"]
+
+
+def test_plans_of_two_threads_restore_the_limits_of_a_cpu() -> None:
+    usual, gpu = linear_cross_entropy.CACHE_BYTES, torch.device("cuda")
+    first_ended = threading.Event()
+
+    def second() -> None:
+        with planning(new_mode(), gpu):
+            first_ended.wait(5)
+
+    thread = threading.Thread(target=second)
+    with planning(new_mode(), gpu):
+        thread.start()
+        thread.join(0.1)  # time to enter
+    first_ended.set()
+    thread.join()
+    assert usual == linear_cross_entropy.CACHE_BYTES
 
 
 @pytest.mark.slow
