@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
+from lorakit.planning.shape import new_mode, planning
 from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
@@ -167,6 +169,10 @@ def test_the_plan_has_the_batches_of_the_run(tmp_path, batch_size, accumulation)
     assert sorted(map(len, longest), reverse=True) == lengths[:batch_size]
     assert max(map(len, longest)) * batch_size >= max(max(map(len, b)) * len(b) for b in run)
     assert batches.steps == job.step_plan.total == 18
+    # All batches of a single epoch are known.
+    single = from_data(dataclasses.replace(config, epochs=1))
+    fullest, *_ = single.fullest_and_middle(packed=False)
+    assert [example.input_ids for example in fullest] in run[: len(run) // 2]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_labels_and_length_of_a_run_are_those_of_all_rows(tmp_path, monkeypatch)
     assert planned.task.labels == ("0", "1", "2", "3", "4", "5")
     assert planned.steps is None
     read = sum(len(example) for batch in planned.batches for example in batch)
-    assert planned.count_tokens() == 3 * read
+    assert planned.kept_tokens == 3 * read
     decoder = tiny_runs.save_base(tmp_path / "decoder")
     rows = [{"dialogue": "" if i == 3 else f"pub {i}", "summary": "park"} for i in range(15)]
     dialogues = tiny_runs.write_rows(tmp_path / "dialogues.jsonl", rows)
@@ -301,17 +307,21 @@ def test_the_fullest_batch_is_that_of_packing_or_padding(tmp_path):
 
 @pytest.mark.slow
 def test_the_examples_of_the_data_set_stay_in_memory(base, tmp_path, monkeypatch):
-    """Their number is that of all rows, also if the plan reads the first ones only."""
+    """Of data without labels, they are those of the rows that the plan reads, and its text says so."""
     config = tiny_runs.config(tmp_path, base)
     tokens = sum(len(example) for batch in from_data(config).batches for example in batch)
     planned, without = (plan(config, length=n, compare=False, machine=MACHINE) for n in (None, 32))
     assert planned.chosen.memory.software == 1000 + TOKEN_BYTES * tokens
     assert planned.loading == without.loading + TOKEN_BYTES * tokens
     assert without.chosen.memory.software == 1000
+    assert "memory excludes" not in planned.lengths
+    data = dataclasses.replace(config.data, validation=None, validation_fraction=0.25)
+    held_out = from_data(dataclasses.replace(config, data=data))
+    assert held_out.kept_tokens == pytest.approx(tokens, rel=0.1)
     monkeypatch.setattr(batches_module, "ROWS", 24)
-    assert from_data(config).count_tokens() == pytest.approx(tokens, rel=0.2)
-    limited = dataclasses.replace(config, data=dataclasses.replace(config.data, limit=36))
-    assert from_data(limited).count_tokens() == pytest.approx(tokens / 2, rel=0.2)
+    first = from_data(config)
+    assert first.kept_tokens == pytest.approx(tokens / 3, rel=0.2)
+    assert "(from the first rows; memory excludes those of the others)" in first.source
 
 
 @pytest.mark.slow
@@ -423,12 +433,13 @@ def test_a_checkpoint_of_sharded_copies_can_be_the_peak(base, tmp_path):
     config = tiny_runs.config(
         tmp_path, base, method="full", shard=True, batch_size=2, accumulation=1
     )
-    planned = plan(config, length=4, compare=False, processes=2, machine=MACHINE)
+    tight = dataclasses.replace(MACHINE, slack=0.1)
+    planned = plan(config, length=4, compare=False, processes=2, machine=tight)
     model = tiny_models.build("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=5)
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     memory = planned.chosen.memory
     assert memory.temporary == 12 * blocks
-    assert memory.activations == memory.gradients == 0
+    assert memory.activations == memory.gradients == memory.allocator == 0
     whole = dataclasses.replace(config, shard=False)
     usual = plan(whole, length=4, compare=False, processes=2, machine=MACHINE)
     assert planned.loading - usual.loading == 4 * planned.parameters
@@ -714,6 +725,23 @@ def test_a_gpu_computes_large_chunks(base, tmp_path, monkeypatch, dora):
         monkeypatch.setattr(linear_cross_entropy, "CACHE_BYTES", 16 * len(tiny_tokenizer()))
     assert calls("cpu") > large["cpu"]
     assert calls("cuda") == large["cuda"]
+
+
+def test_plans_of_two_threads_restore_the_limits_of_a_cpu() -> None:
+    usual, gpu = linear_cross_entropy.CACHE_BYTES, torch.device("cuda")
+    first_ended = threading.Event()
+
+    def second() -> None:
+        with planning(new_mode(), gpu):
+            first_ended.wait(5)
+
+    thread = threading.Thread(target=second)
+    with planning(new_mode(), gpu):
+        thread.start()
+        thread.join(0.1)  # time to enter
+    first_ended.set()
+    thread.join()
+    assert usual == linear_cross_entropy.CACHE_BYTES
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ PANELS = 3
 LARGEST = 64
 """Maximum rows and columns of a similarity map; of higher ranks it shows the leading directions."""
 CELLS = 16_000
-"""Maximum cells of all maps of a figure, so that it stays below two megabytes."""
+"""Maximum cells of a map of matrices, and of the maps of two adapters, so that a figure stays below two megabytes."""
 LEAST_COLUMNS = 16
 """Columns below which a map leaves out matrices instead."""
 
@@ -152,12 +152,11 @@ def base_similarity_figure(amplification: AdapterAmplification) -> Figure:
     kinds = list(families(amplification.phi).values())[:2]
     maps = {name: phi for layers in kinds for name, phi in spread(layers).items()}
     largest = max(float(phi.max()) for phi in maps.values())
-    columns = min(LARGEST, CELLS // (LARGEST * len(maps)))
     charts = []
     titles = map_titles(list(maps))
     for i, (name, phi) in enumerate(maps.items(), 1):
         title = f"{titles[name]}, random {number(amplification.random_level(name))}"
-        sampled = _sample_rows(phi[:, :columns])
+        sampled = _sample_rows(phi[:, :LARGEST])
         step = phi.shape[0] / len(sampled)
         y = "i, base weight" if step == 1 else f"i / {step:.3g}, base weight"
         charts.append(_phi_map(title, sampled, largest, x="j, change", y=y, legend=i == len(maps)))

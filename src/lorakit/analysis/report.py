@@ -56,14 +56,19 @@ def measure_page(
     ]
     return Page(
         kind=f"Analysis: {measure}",
-        # The last two names of each path: every run names its adapter folder `adapter`.
-        title=" and ".join(
-            "/".join(Path(subject).resolve().parts[1:][-2:]) for subject in subjects
-        ),
+        title=" and ".join(map(_name, subjects)),
         subtitle=about,
         summary=lines,
         sections=sections,
     )
+
+
+def _name(subject: str) -> str:
+    """Return the last two names of a path: every run names its adapter folder `adapter`."""
+    path = Path(subject)
+    if not path.name or ".." in path.parts:
+        path = path.resolve()
+    return "/".join(part for part in path.parts[-2:] if part != path.anchor)
 
 
 def run_sections(adapter: str | Path) -> list[Section]:

@@ -129,29 +129,14 @@ def _plan(config: PlanConfig, status: StatusLine) -> Plan:
     length = config.length or (config.data.max_length if made_up else None)
     limit_processor()
     with threads(max(1, torch.get_num_threads() // config.processes)):
-        if config.calibrate:
-            status("training a small model to calibrate")
-            _calibrate(config)
         return plan(
             config.run,
             length=length,
             target_tokens=config.target_tokens,
             processes=config.processes,
+            calibrate=config.calibrate,
             progress=status,
         )
-
-
-def _calibrate(config: PlanConfig) -> None:
-    """Measure and cache the speed of this machine with torch's current threads, in the dtype of the run."""
-    from lorakit.models.devices import pick_device
-    from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
-    from lorakit.planning.calibration import calibrate
-    from lorakit.planning.machine import keep_calibration
-
-    device = pick_device(config.base.device)
-    base, _ = resolve_dtype(config.base, batch_size=config.batch_size)
-    dtype = compute_dtype(base.dtype, device)
-    keep_calibration(calibrate(device, dtype), device, dtype)
 
 
 def _print(out: Console, plan: Plan) -> None:

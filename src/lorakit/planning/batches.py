@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -49,9 +48,10 @@ class Batches:
     """Tokens of the examples of an optimizer step, over all processes, without sharing prefixes."""
     tokenizer: PreTrainedTokenizerBase | None = None
     longest: list[Example] = field(default_factory=list)
-    """The longest examples in one batch, which the steps after `batches` may come close to. Empty if they cannot."""
-    count_tokens: Callable[[], int] = lambda: 0
-    """Returns the tokens of all examples of the data set: counts its rows, and assumes that the first are typical."""
+    """The longest examples in one batch: no later one is larger. Empty if the run has no other batches than `batches`,
+    and for `sampling: grouped`, whose later batches may be larger than `batches` but are far smaller than this one."""
+    kept_tokens: int = 0
+    """Tokens of the training examples that stay in memory, also those held out, of the rows that were read."""
 
     def fullest_and_middle(self, *, packed: bool) -> tuple[list[Example], list[Example], float]:
         """Return the batch with the most tokens, or the longest examples, and the batch nearest to the mean.
@@ -120,12 +120,16 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     )
     computed = [share for step in first_epoch for share in shares.of_all(step)]
     batches = [[train.examples[i] for i in batch] for share in computed for batch in share]
-    # Every epoch sorts other examples together, and later rows have other lengths.
-    longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
     whole = train.report.rows < limit or config.data.limit == limit
-    lengths = sorted(train.lengths)
+    longest = []
+    if config.sampling != "grouped" and not (whole and plan.total <= plan.steps_per_epoch):
+        # Every epoch sorts other examples together, and later rows have other lengths.
+        longest = heapq.nlargest(max(map(len, batches)), train.examples, key=len)
+    lengths, report = sorted(train.lengths), train.report
+    others = "" if is_labelled else "; memory excludes those of the others"
+    part = "" if whole else f" (from the first rows{others})"
     source = (
-        f"{train.report.source}, {len(train):,} examples{'' if whole else ' (from the first rows)'}: "
+        f"{report.source}, {len(train):,} examples{part}: "
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]:,}"
     )
     steps = plan.total if whole or config.max_steps else None
@@ -134,14 +138,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
     tokens = read // plan.steps_per_epoch
     if not whole:
         tokens = read * config.batch_size * config.accumulation // len(train)
-
-    def count_tokens() -> int:
-        if whole:
-            return read
-        known = reader.read(config.data if is_labelled else first, "train")
-        rows = len(known.rows) if is_labelled else known.count_all()
-        return read * min(rows, config.data.limit or rows) // train.report.rows
-
+    rows = len(reader.read(config.data if is_labelled else first, "train").rows)
+    kept = (report.kept + report.held_out) / report.kept * rows / report.rows
     return Batches(
         task=task,
         batches=batches,
@@ -150,8 +148,8 @@ def from_data(config: TrainConfig, processes: int = 1) -> Batches:
         per_step=per_step,
         tokens=tokens,
         tokenizer=tokenizer,
-        longest=[] if config.sampling == "grouped" else longest,
-        count_tokens=count_tokens,
+        longest=longest,
+        kept_tokens=round(kept * read),
     )
 
 

@@ -29,6 +29,7 @@ from lorakit.planning.machine import (
     UPDATE_BYTES,
     Machine,
     find_machine,
+    keep_calibration,
 )
 from lorakit.planning.products import Timings, time_products
 from lorakit.planning.shape import stored_quantisation
@@ -53,12 +54,12 @@ class Memory:
     logits: int
     """Tensors of vocabulary width."""
     temporary: int
-    """Working memory of single operations."""
+    """Working memory of single operations, or of a checkpoint."""
     allocator: int
     """Freed memory between live tensors that the C library (on a GPU: torch) keeps, reordered copies of matrices that
     products make, and cached kernels of products."""
     software: int
-    """The tokenizer, the examples of the data set and imported libraries except torch; 0 on a GPU."""
+    """The tokenizer, the training examples and imported libraries except torch; 0 on a GPU."""
     interpreter: int
     """The Python interpreter with torch imported; 0 on a GPU."""
 
@@ -149,6 +150,7 @@ def plan(
     target_tokens: int | None = None,
     compare: bool = True,
     processes: int = 1,
+    calibrate: bool = False,
     machine: Machine | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -161,6 +163,7 @@ def plan(
         compare: Predict full fine-tuning as well.
         processes: Number of processes on one machine that share each step. The speed is that of torch's current
             threads; call `lorakit.models.processor.threads` first if the processes will share the cores.
+        calibrate: First calibrate this machine in the dtype of the run, about 20 seconds, and cache the result.
         machine: Speed to assume; None uses the calibration of this machine, or measures it briefly.
         progress: Called with the name of each stage that takes long.
 
@@ -182,10 +185,16 @@ def plan(
     progress("comparing dtypes")
     base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
     config = dataclasses.replace(config, base=base)
+    dtype = compute_dtype(config.base.dtype, device)
+    if calibrate:
+        # At the top, it would import its program `trial` before that runs.
+        from lorakit.planning import calibration
+
+        progress("training a small model to calibrate")
+        keep_calibration(calibration.calibrate(device, dtype), device, dtype)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
-    examples = TOKEN_BYTES * batches.count_tokens() if device.type == "cpu" else 0
-    dtype = compute_dtype(config.base.dtype, device)
+    examples = TOKEN_BYTES * batches.kept_tokens if device.type == "cpu" else 0
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
@@ -303,20 +312,22 @@ def _predict(
         widest = run.widest_block * gathered // max(run.blocks, 1)
         base += (run.blocks - originals) // processes + widest - run.blocks
     held = whole + copies
-    # For a checkpoint, the first process gathers the copies and their means on the CPU.
-    saved = 12 * run.copies if sharded and device.type == "cpu" else 0
-    peak = _peak(run, processes, whole=whole, held=held, saved=saved)
+    peak = _peak(run, processes, whole=whole, held=held)
     step_bytes = sum(peak.values())
     # Every size of a batch has kernels of its own.
     kernels = min(KERNELS, sizes * len(run.middle.work.products))
     slack = machine.slack + (HOLES if sizes > 1 and device.type == "cpu" else 0)
-    allocator = slack * step_bytes + machine.packed * run.fullest.widest + kernels * machine.kernel
+    freed = slack * step_bytes + machine.packed * run.fullest.widest
+    # For a checkpoint, the first process gathers the copies and their means on the CPU, in few large buffers.
+    saved = 12 * run.copies if sharded and device.type == "cpu" else 0
+    if saved > step_bytes + freed:
+        peak, freed = {**dict.fromkeys(KINDS, 0), "temporary": saved}, 0
     software = SOFTWARE if machine.software is None else machine.software
     memory = Memory(
         base=base,
         adapter=run.adapter - 4 * (run.trained - held),
         optimizer=8 * held,
-        allocator=round(allocator),
+        allocator=round(freed + kernels * machine.kernel),
         software=software + examples if device.type == "cpu" else 0,
         interpreter=INTERPRETER if device.type == "cpu" else 0,
         **peak,
@@ -340,19 +351,14 @@ def _predict(
     )
 
 
-def _peak(
-    run: SimulatedRun, processes: int, *, whole: int, held: int, saved: int
-) -> dict[str, int]:
-    """Return the bytes of a step's tensors at the peak.
-
-    That is in the fullest batch, when the processes add their gradients, or when the first one writes a checkpoint.
+def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
+    """Return the bytes of a step's tensors at the peak: in the fullest batch, or when the processes add gradients.
 
     Args:
         run: The run.
         processes: Their number.
         whole: Trained parameters that each process holds whole.
         held: Trained parameters of a process, with its parts of sharded ones.
-        saved: Bytes that the first process gathers for a checkpoint.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.
@@ -361,5 +367,4 @@ def _peak(
         return in_batch
     # They travel as one flat copy.
     in_sum = {**dict.fromkeys(KINDS, 0), "gradients": 4 * held, "temporary": 4 * whole}
-    in_checkpoint = {**dict.fromkeys(KINDS, 0), "temporary": saved}
-    return max(in_batch, in_sum, in_checkpoint, key=lambda peak: sum(peak.values()))
+    return max(in_batch, in_sum, key=lambda peak: sum(peak.values()))

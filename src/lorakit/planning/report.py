@@ -24,9 +24,9 @@ PARTS = {
     "optimizer": "AdamW's two running means",
     "activations": "tensors saved for the backward pass",
     "logits": "tensors of vocabulary width",
-    "temporary": "working memory of single operations at the peak",
+    "temporary": "working memory of single operations at the peak, or of a checkpoint",
     "allocator": "freed memory fragmented between live tensors, and cached kernels",
-    "software": "libraries besides torch, the tokenizer, the examples of the data set",
+    "software": "libraries besides torch, the tokenizer, the training examples",
     "interpreter": "Python with torch imported",
 }
 """The parts of the memory, each with a description."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ _FILLS = (
 )
 
 
+_PATCHED = threading.RLock()
+"""Held while functions and limits are replaced, so that two plans do not restore each other's replacements."""
+
+
 class _FakeTensorMode(FakeTensorMode):
     """Skip the operations that fill a fake tensor: most of those that build a model."""
 
@@ -54,14 +59,15 @@ def new_mode() -> FakeTensorMode:
 def planning(fake: FakeTensorMode, device: torch.device = _CPU) -> Iterator[None]:
     """Create fake tensors inside this block, and replace functions whose fake kernels are missing or differ.
 
-    The garbage collector pauses: it would search hundreds of thousands of live objects again and again.
+    The garbage collector pauses: it would search hundreds of thousands of live objects again and again. Blocks of
+    several threads wait for each other.
 
     Args:
         fake: The mode of the tensors.
         device: Device of the planned run. Fake tensors are on the CPU, so for another device this block also raises
             the limits that keep a CPU's computation in its cache. Results do not depend on them.
     """
-    with no_collection(), fake, ExitStack() as patches:
+    with _PATCHED, no_collection(), fake, ExitStack() as patches:
         if device.type != "cpu":
             uncached = mock.patch.object(linear_cross_entropy, "CACHE_BYTES", sys.maxsize)
             patches.enter_context(uncached)

@@ -52,10 +52,12 @@ def nominal(field: str, **options: Any) -> Spec:
     return {"field": field, "type": "nominal", **options}
 
 
-def whole_ticks(low: float, high: float) -> Spec:
-    """Return a tick at each integer from `low` to `high` if they are few, where Vega would also label halves."""
+def whole_axis(title: str, low: float, high: float) -> Spec:
+    """Return an axis that labels integers, each if they are few, where Vega would also label halves."""
+    axis = {"title": title, "grid": False, "tickMinStep": 1, "tickCount": 5}
     integers = range(math.ceil(low), math.floor(high) + 1)
-    return {"values": list(integers), "format": "d"} if len(integers) <= MOST_INTEGERS else {}
+    few = {"values": list(integers), "format": "d"} if len(integers) <= MOST_INTEGERS else {}
+    return axis | few
 
 
 def bar_name(field: str, names: Iterable[str]) -> Spec:
@@ -166,12 +168,12 @@ def rows_height(count: int) -> int:
     return max(60, count * max(3, min(16, 640 // max(count, 1))))
 
 
-def between(field: str, count: int, axis: Spec, *, reverse: bool = False) -> dict[str, Spec]:
+def between(field: str, count: int, title: str, *, reverse: bool = False) -> dict[str, Spec]:
     """Return the encoding of cells that are centred on the integers 1 to `count`, from `field`_from to `field`_to."""
     channel = "y" if reverse else "x"
     # Vega draws no ticks for a descending domain, so a flag reverses it.
     scale = {"domain": [0.5, count + 0.5], "reverse": reverse, "nice": False, "zero": False}
     return {
-        channel: quantitative(f"{field}_from", scale=scale, axis={**axis, **whole_ticks(1, count)}),
+        channel: quantitative(f"{field}_from", scale=scale, axis=whole_axis(title, 1, count)),
         f"{channel}2": {"field": f"{field}_to"},
     }

@@ -32,7 +32,7 @@ from lorakit.reporting.axes import (
     row_axis,
     rows_height,
     short_names,
-    whole_ticks,
+    whole_axis,
 )
 
 Cue = TypeVar("Cue")
@@ -120,9 +120,7 @@ def line_chart(
         axis["labelExpr"] = f"datum.value == 0 ? '0' : format(datum.value, '{y_format}')"
     names = shortened(one.name for one in shown)
     xs = [a for one in shown for a, _ in one.finite()]
-    x_axis: Spec = {"title": x, "grid": False, "tickCount": 6, "tickMinStep": 1}
-    if xs and all(a == round(a) for a in xs):
-        x_axis |= whole_ticks(min(xs), max(xs))
+    x_axis = whole_axis(x, min(xs, default=0), max(xs, default=0)) | {"tickCount": 6}
     place = {
         "x": quantitative("x", axis=x_axis, scale={"zero": False, "nice": False}),
         "y": quantitative("y", axis=axis, scale=scale),

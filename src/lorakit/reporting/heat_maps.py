@@ -58,7 +58,8 @@ def heat_map(
     cells = [
         {
             "row": i,
-            **{"i_from": i + 0.5, "i_to": i + 1.5, "j_from": before + 0.5, "j_to": j + 0.5},
+            **({} if names else {"i_from": i + 0.5, "i_to": i + 1.5}),
+            **{"j_from": before + 0.5, "j_to": j + 0.5},
             "v": v,
             "label": f"{name}, {column} {j}: {number(v)}",
         }
@@ -67,13 +68,12 @@ def heat_map(
         if not math.isnan(v)
     ]
     wide = max(1, round((WIDTH if names else SIDE) / max(width, 1)))
-    across = between("j", width, {"title": x, "grid": False, "tickMinStep": 1, "tickCount": 5})
+    across = between("j", width, x)
     if names:
         down: Spec = {"y": row_axis(short_names(names))}
         height = rows_height(len(rows))
     else:
-        axis = {"title": y, "grid": False, "tickMinStep": 1, "tickCount": 5}
-        down = between("i", len(rows), axis, reverse=True)
+        down = between("i", len(rows), y, reverse=True)
         height = max(1, round(SIDE / max(len(rows), 1))) * len(rows)
     scale = {"scheme": SCHEME, "domain": list(domain), "clamp": True}
     scale_legend = {"title": value, "orient": "bottom", "gradientLength": 180, "tickCount": 4}

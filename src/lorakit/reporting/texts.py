@@ -13,7 +13,7 @@ START, END = 240, 360
 """Characters shown at the start and at the end of a longer text. The end of a prompt is what the model answers."""
 COMPARED = 2_000
 """Most words, blanks and punctuation marks of two texts together that are compared. For texts that repeat themselves,
-the time grows with the cube of this number, to half a second."""
+the time grows with the cube of this number, to a second or two."""
 
 
 @dataclass(frozen=True)

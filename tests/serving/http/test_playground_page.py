@@ -117,6 +117,12 @@ def test_tokens_show_what_the_adapter_changed(browser: Browser, site: Site) -> N
         opened.page.uncheck("#colours")
         assert adapter.locator(".token").count() == 0
         assert answers(opened)[1] == site.chat("sql", "The river")
+        with site.holding():
+            opened.page.fill("#prompt", "And the park?")
+            opened.page.click("#send")
+            opened.page.check("#colours")
+        finish(opened)
+        assert adapter.locator(".turn").first.locator(".token").count() > 0
 
 
 # --- while answers are computed ----------------------------------------------------------------------
@@ -456,9 +462,9 @@ def test_the_address_tells_no_name_before_the_vote(browser: Browser, site: Site)
         opened.page.fill("#prompt", "next")
         opened.page.keyboard.press("Tab")
         assert "model=base&model=sql" in opened.page.url
+        assert "prompt=next" in opened.page.url
         opened.page.click("#vote-buttons button >> nth=0")
         assert "model=sql&model=base" in opened.page.url
-        assert "prompt=next" in opened.page.url
 
 
 def test_a_model_in_two_panes_has_one_vote(browser: Browser, site: Site) -> None:
@@ -493,7 +499,16 @@ def test_new_adapters_are_offered_when_the_page_has_the_focus_again(
     browser: Browser, text: Path, live: Any, tmp_path: Path
 ) -> None:
     adapters = shutil.copytree(text, tmp_path / "text") / "adapters"
-    with site_of(adapters.parent, live) as site, playground(browser, site.link("sql")) as opened:
+    with (
+        site_of(adapters.parent, live) as site,
+        playground(browser, site.link("sql", blend={"e2e": 0.5})) as opened,
+    ):
+        send(opened)  # loads the adapters, which changes their facts only
+        opened.run("void (window.slider = document.querySelector('[type=range]'))")
+        opened.page.click(".card")
+        opened.page.wait_for_selector("#card-dialog[open]")
+        opened.page.locator("#card-dialog [data-closes]").click()
+        assert opened.run("slider.isConnected")
         offered = "[...document.querySelector('.model').options].map(({ value }) => value)"
         assert "new" not in opened.run(offered)
         shutil.copytree(adapters / "sql", adapters / "new")

@@ -118,7 +118,7 @@ def test_a_failed_answer_stays_marked_and_is_not_sent_on(browser: Browser, site:
     [
         ({"status": 429, "json": {"error": "slow down"}}, "The server answered 429"),
         ({"status": 502, "json": {"error": {"code": 1}}}, "The server answered 502"),
-        ({"body": 'data: {"error": "slow down"}\n\n'}, "slow down"),
+        ({"body": 'data: {"error": "slow down"}\n\n'}, "The server answered with an error: {"),
     ],
 )
 def test_an_error_in_another_form_is_shown(

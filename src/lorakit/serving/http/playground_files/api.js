@@ -34,14 +34,14 @@ async function send(path, options = {}) {
 }
 
 /** Return the message of an error in OpenAI's form, and the start of any other, such as a proxy's. */
-function errorText(text, status) {
+function errorText(text, kind) {
   try {
     const { message } = JSON.parse(text).error;
     if (typeof message === "string" && message) return message;
   } catch {
     // It is not JSON, or has no error.
   }
-  return `The server answered ${status}: ${text.slice(0, 300)}`;
+  return `The server answered ${kind}: ${text.slice(0, 300)}`;
 }
 
 /** Return all models, the base first. */
@@ -85,7 +85,7 @@ export async function* stream(path, body, signal) {
         const data = event.replace(/^data: /, "");
         if (data === "[DONE]") return;
         const content = JSON.parse(data);
-        if (content.error) throw new ApiError(errorText(data, response.status));
+        if (content.error) throw new ApiError(errorText(data, "with an error"));
         yield content;
       }
     }

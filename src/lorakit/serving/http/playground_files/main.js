@@ -123,14 +123,15 @@ function openState({ panes: found, settings: chosen }) {
 
 async function readModels() {
   const found = await listModels();
-  if (JSON.stringify(found) === JSON.stringify(models)) return; // lists and sliders in use stay as they are
+  const offered = (list) => JSON.stringify(list.map(({ id, parent, details: { task } }) => [id, parent, task]));
+  const isOther = offered(found) !== offered(models);
   models = found;
   const details = base()?.details ?? {};
   const count = page.adapters().length;
   const facts = [page.base(), details.dtype, details.engine && `${details.engine} engine`, `${count} adapter${count === 1 ? "" : "s"}`];
   at("base-facts").textContent = facts.filter(Boolean).join(" · ");
   at("base-facts").title = details.notice ?? "";
-  for (const pane of panes) pane.showModels();
+  if (isOther) for (const pane of panes) pane.showModels(); // else lists and sliders in use stay as they are
 }
 
 function setPanes(found) {
@@ -211,10 +212,12 @@ for (const radio of document.querySelectorAll("[name=mode]")) {
 }
 
 function keepAddress() {
-  // In a blind vote the order of the models would tell their names.
-  if (!started || panes.some((pane) => pane.letter !== null)) return;
+  if (!started) return;
+  const choices = panes.map((pane) => pane.choice);
+  // In a blind vote the order of the panes would tell the names of their models.
+  if (panes.some((pane) => pane.letter !== null)) choices.sort((a, b) => (JSON.stringify(a) < JSON.stringify(b) ? -1 : 1));
   const text = prompt.value.length <= LONGEST_SHARED ? prompt.value : "";
-  const state = { panes: panes.map((pane) => pane.choice), settings, prompt: text };
+  const state = { panes: choices, settings, prompt: text };
   try {
     history.replaceState(null, "", toHash(state));
   } catch {

@@ -243,7 +243,7 @@ export class Pane {
     this.running = controller;
     this.page.began();
     const index = this.turns.length - 1;
-    const most = this.page.settings().max_tokens;
+    const { colours, max_tokens: most } = this.page.settings();
     const answer = { text: "", tokens: [], seed, most, fingerprint: "", figures: null, error: null, scores: null, ended: "" };
     this.turns[index].answer = answer;
     this.render();
@@ -259,7 +259,8 @@ export class Pane {
     }
     if (this.running !== controller) return; // another answer has begun
     this.running = null;
-    this.render(Math.max(0, this.turns.length - 1));
+    const isRecoloured = this.page.settings().colours !== colours; // the earlier turns too
+    this.render(isRecoloured ? 0 : Math.max(0, this.turns.length - 1));
     this.page.ended(this);
   }
 
