@@ -42,7 +42,6 @@ def test_several_files_and_patterns_are_read_in_order(folder):
 def test_limit_counts_rows_over_all_files(folder):
     assert numbers(read_source(str(folder / "part-*.jsonl"), limit=3)) == [1, 2, 3]
     assert numbers(read_source(str(folder / "part-*.jsonl"), limit=1)) == [1]
-    assert read_source(str(folder / "part-[ab].jsonl"), limit=1).count_all() == 3
 
 
 def test_the_digest_is_of_all_the_content_whatever_the_limit(folder):
@@ -101,8 +100,7 @@ def test_hub_data_sets_bring_their_class_names(monkeypatch):
         None,
     ]
     assert source.rows[1].origin == "owner/name:config@v1.0[validation]:row 2"
-    one = read_source("owner/name", "validation", limit=1)
-    assert (source.sha256, one.count_all()) == (one.sha256, 3)
+    assert source.sha256 == read_source("owner/name", "validation").sha256
     content["text"][0] = "changed"
     assert source.sha256 != read_source("owner/name", "validation").sha256
 

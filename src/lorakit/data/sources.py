@@ -52,16 +52,6 @@ class DataRows:
     """Class names that a hub data set declares, by column."""
     splits: list[str] = field(default_factory=list)
     """Split of each row: its name on the hub, or the file name without suffixes."""
-    parts: list[_Part] = field(default_factory=list, repr=False, compare=False)
-    """The files or data sets, to read them again."""
-
-    def count_all(self) -> int:
-        """Count the rows of all parts, also those beyond the limit of `rows`. Files are read again.
-
-        Raises:
-            DataError: A part is unreadable.
-        """
-        return sum(part.count or sum(1 for _ in _bounded(part.rows())) for part in self.parts)
 
     @property
     def columns(self) -> list[str]:
@@ -119,7 +109,6 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
         else hashlib.sha256("".join(digests).encode()).hexdigest(),
         class_names=class_names,
         splits=splits,
-        parts=parts,
     )
     if len(data.columns) > MAX_COLUMNS:
         raise DataError(
@@ -161,8 +150,6 @@ class _Part:
     rows: Callable[[], Rows]
     sha256: str
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    count: int = 0
-    """Number of rows; 0 for a file, where only reading tells."""
 
 
 def _parts(entry: str, split: str) -> list[_Part]:
@@ -289,8 +276,8 @@ def _rows_part(
         for number, row in enumerate(values(), start=1):
             yield Row(row, f"{name}:row {number}")
 
-    digest, count = hashlib.sha256(), 0
-    for count, row in enumerate(values(), start=1):  # noqa: B007
+    digest = hashlib.sha256()
+    for row in values():
         # default=str: JSON has no dates.
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return _Part(name, split, rows, digest.hexdigest(), class_names or {}, count)
+    return _Part(name, split, rows, digest.hexdigest(), class_names or {})
