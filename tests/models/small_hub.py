@@ -27,16 +27,14 @@ class SmallHub:
     Attributes:
         models: Folders by hub id.
         commits: Commits of every model; the branch `main` and the tag `v1` are at the last.
-        gated: Hub ids whose files this user may not read.
         status: Status of every answer; None for the right answers.
-        file_status: The same, of answers about files.
+        file_status: The same, of answers about files; 401 for those of a gated model.
         requests: Paths that were requested.
     """
 
     def __init__(self) -> None:
         self.models: dict[str, Path] = {}
         self.commits = [COMMIT]
-        self.gated: set[str] = set()
         self.status: int | None = None
         self.file_status: int | None = None
         self.requests: list[str] = []
@@ -48,7 +46,7 @@ class SmallHub:
         is_api = parts[0] == "api"
         name = "/".join(parts[2:4] if is_api else parts[:2])
         if status := self.status or (None if is_api else self.file_status):
-            return status, b"{}", {}
+            return status, b"{}", {"X-Error-Code": "GatedRepo"} if status == 401 else {}
         if name not in self.models:
             return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
         folder = self.models[name]
@@ -64,8 +62,6 @@ class SmallHub:
                 files = files if len(parts) == 6 else []
                 body = [{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in files]
             return 200, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        if name in self.gated:
-            return 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Log in."}
         file = folder.joinpath(*parts[4:])
         if not file.is_file():
             return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}

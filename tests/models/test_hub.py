@@ -148,9 +148,10 @@ def test_an_adapter_beside_the_model_is_not_loaded(hub: SmallHub, model: Path) -
     assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
 
 
-def test_a_gated_model(hub: SmallHub, model: Path) -> None:
+@pytest.mark.usefixtures("model")
+def test_a_gated_model(hub: SmallHub) -> None:
     """The hub tells everyone what it has, and refuses its files."""
-    hub.gated.add(NAME)
+    hub.file_status = 401
     for load in (load_base, load_tokenizer):
         with pytest.raises(BaseModelError, match=r"is gated\. Accept its terms.*hf auth login"):
             load(NAME)

@@ -51,7 +51,7 @@ def locate_on_hub(source: ModelSource) -> HubModel:
 
 
 def _locate(name: str, revision: str | None) -> HubModel:
-    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+    from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
 
     try:
         # This request distinguishes a wrong name from a network failure; a download would retry for half a minute.
@@ -66,32 +66,22 @@ def _locate(name: str, revision: str | None) -> HubModel:
         return HubModel(snapshot.name, tuple(os.listdir(snapshot)), _problem(error))
     files = [file.rfilename for file in info.siblings or ()]
     check_files(name, files)
-    _download_config(name, revision)
-    return HubModel(info.sha, tuple(file for file in files if "/" not in file))
-
-
-def _download_config(name: str, revision: str | None) -> None:
-    """Download config.json under the name of the revision, not of its commit.
-
-    The cache then records the commit of the revision, for a load without the hub. This is also the first request that
-    the hub refuses for a gated model.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
     try:
+        # Under the name of the revision, not of its commit: the cache then records the commit of this revision, for
+        # a load without the hub. This is also the first request that the hub refuses for a gated model.
         hf_hub_download(name, "config.json", revision=revision)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise _failure(name, revision, error) from error
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise BaseModelError(
-            f"'{name}' cannot be downloaded into the hub's cache ({type(error).__name__}: {reason[:300].rstrip('.')}). "
+            f"'{name}' cannot be downloaded into the hub's cache ({type(error).__name__}: {str(error).rstrip('.')}). "
             "Check that $HF_HOME is a writable folder on a disk with free space, and run it again."
         ) from error
+    return HubModel(info.sha, tuple(file for file in files if "/" not in file))
 
 
 def _failure(name: str, revision: str | None, error: Exception) -> BaseModelError:
-    """Return the error for a model that the hub refuses or cannot send, and that the cache does not have."""
+    """Return the error for a model that the hub refuses or cannot send."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
