@@ -14,7 +14,7 @@ from lorakit.models import hub
 @pytest.fixture(autouse=True)
 def no_answers_of_other_hubs() -> None:
     """Forget what the hub of an earlier test answered."""
-    hub._locate.cache_clear()
+    hub._KNOWN.clear()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import transformers.utils.hub
 from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""The commit of every model, of its branch `main` and its tag `v1`."""
+"""The first commit of every model."""
 
 
 class SmallHub:
@@ -26,15 +26,17 @@ class SmallHub:
 
     Attributes:
         models: Folders by hub id.
-        gated: Hub ids whose files this user may not read.
+        commits: Commits of every model; the branch `main` and the tag `v1` are at the last.
         status: Status of every answer; None for the right answers.
+        file_status: The same, of answers about files; 401 for those of a gated model.
         requests: Paths that were requested.
     """
 
     def __init__(self) -> None:
         self.models: dict[str, Path] = {}
-        self.gated: set[str] = set()
+        self.commits = [COMMIT]
         self.status: int | None = None
+        self.file_status: int | None = None
         self.requests: list[str] = []
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
@@ -43,28 +45,28 @@ class SmallHub:
         parts = path.strip("/").split("/")
         is_api = parts[0] == "api"
         name = "/".join(parts[2:4] if is_api else parts[:2])
-        if self.status is not None:
-            return self.status, b"{}", {}
+        if status := self.status or (None if is_api else self.file_status):
+            return status, b"{}", {"X-Error-Code": "GatedRepo"} if status == 401 else {}
         if name not in self.models:
             return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
         folder = self.models[name]
         revision = parts[3] if not is_api else parts[5] if len(parts) > 5 else "main"
-        if revision not in ("main", "v1", COMMIT):
+        commit = self.commits[-1] if revision in ("main", "v1") else revision
+        if commit not in self.commits:
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         if is_api:
-            files = sorted(path.name for path in folder.iterdir())
-            body: Any = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+            paths = (path for path in folder.rglob("*") if path.is_file())
+            files = sorted(path.relative_to(folder).as_posix() for path in paths)
+            body: Any = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
             if "tree" in parts:  # of the folder itself, or of one inside it, which is empty
                 files = files if len(parts) == 6 else []
                 body = [{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in files]
             return 200, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        if name in self.gated:
-            return 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Log in."}
         file = folder.joinpath(*parts[4:])
         if not file.is_file():
-            return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
         content = file.read_bytes()
-        return 200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": COMMIT}
+        return 200, content, {"ETag": hashlib.sha1(content).hexdigest(), "X-Repo-Commit": commit}
 
 
 @contextmanager

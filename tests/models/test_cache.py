@@ -47,6 +47,8 @@ def test_failures_leave_a_fixed_number_of_locks(
 def test_the_home_folder_in_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", "~/models")
     assert cache_folder() == Path.home() / "models"
+    monkeypatch.setenv("LORAKIT_CACHE", "~nobody-of-this-name/models")
+    assert cache_folder() == Path("~nobody-of-this-name/models")
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

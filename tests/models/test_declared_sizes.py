@@ -87,6 +87,13 @@ def test_far_more_layers_than_the_weights_have_is_an_error(models, arch, field):
         load_base(folder)
 
 
+def test_an_index_beside_the_weights_is_ignored(tmp_path):
+    tiny_models.build("llama").save_pretrained(tmp_path)
+    stale = {"weight_map": {"model.layers.0.mlp.up_proj.weight": "x.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(stale))
+    check_declared("m", {"num_hidden_layers": 3}, tmp_path)  # at most twice those in the weights
+
+
 def test_a_nested_section_is_checked_too():
     config = {"text_config": {"num_hidden_layers": 10**9}}
     with pytest.raises(

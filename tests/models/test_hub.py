@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny_models
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from small_hub import COMMIT, SmallHub, small_hub
 from tiny_tokenizer import tiny_tokenizer
 
@@ -16,6 +18,7 @@ import lorakit
 from lorakit.errors import BaseModelError
 from lorakit.models import hub as module
 from lorakit.models.loading import load_base, load_tokenizer
+from lorakit.models.sources import resolve
 
 NAME = "organisation/model"
 
@@ -36,6 +39,14 @@ def model(hub: SmallHub, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def cached(hub: SmallHub, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a model in the local cache, without the hub."""
+    files = [hf_hub_download(NAME, file.name) for file in model.iterdir()]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return Path(files[0]).parent
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("revision", [None, "v1"])
@@ -45,20 +56,23 @@ def test_a_downloaded_model_loads_again_without_the_hub(
     tokenizer = load_tokenizer(NAME, revision=revision)
     asked = len(hub.requests)
     load_tokenizer(NAME, revision=revision)
-    assert not any(path.startswith(f"/api/models/{NAME}/re") for path in hub.requests[asked:])
-    online = load_base(NAME, revision=revision, dtype="float32")
+    online = load_base(NAME, revision=revision, dtype="float32", tokenizer=tokenizer)
+    info = re.compile(rf"/api/models/{NAME}(/revision/\w+)?")
+    assert not any(map(info.fullmatch, hub.requests[asked:]))  # the first answer is kept
+    files = {path for path in hub.requests if "/resolve/" in path and COMMIT not in path}
+    assert files == {f"/{NAME}/resolve/{revision or 'main'}/config.json"}
     assert not any("local cache" in notice for notice in online.notices)
     assert online.source.revision == COMMIT
     record = lorakit.attach(online.model, lorakit.LoRA(rank=2)).base_record()
     assert (record.source.name, record.source.revision) == (NAME, COMMIT)
 
     hub.status = 503
+    module._KNOWN.clear()
     for offline, reason in (
         (False, "The hub answered with an error (Server error '503"),
         (True, "HF_HUB_OFFLINE"),
     ):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        module._locate.cache_clear()
         hub.requests.clear()
         base = load_base(NAME, revision=revision, dtype="float32")
         assert len(hub.requests) == (not offline)
@@ -68,6 +82,61 @@ def test_a_downloaded_model_loads_again_without_the_hub(
         assert base.text_tokenizer.get_vocab() == tokenizer.get_vocab()
         expected = tiny_models.build("llama").state_dict()
         assert all(torch.equal(w, expected[n]) for n, w in base.model.state_dict().items())
+    hub.status = None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert load_base(NAME, revision=revision).notices == online.notices  # a failure is not kept
+
+
+@pytest.mark.usefixtures("model")
+def test_the_model_is_of_the_commit_of_a_tokenizer_that_was_read_before(hub: SmallHub) -> None:
+    tokenizer = load_tokenizer(NAME)
+    hub.commits.append("f" * 40)
+    module._KNOWN.clear()
+    base = load_base(NAME, dtype="float32", tokenizer=tokenizer)
+    assert base.tokenizer is tokenizer
+    assert base.source.revision == COMMIT
+    # For a file that the hub refuses, its client returns the older one in the cache.
+    hub.file_status = 403
+    assert module.locate_on_hub(resolve(NAME)).commit == "f" * 40
+
+
+@pytest.mark.parametrize("reachable", [False, True])
+def test_a_tokenizer_that_cannot_be_read(
+    cached: Path, model: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    """A download that was cut off, or one that fails, does not mean that the model has no tokenizer."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not reachable)
+    with monkeypatch.context() as patch:
+        if reachable:
+            failing = mock.Mock(side_effect=OSError("the download failed"))
+            patch.setattr("transformers.AutoTokenizer.from_pretrained", failing)
+        else:
+            (cached / "tokenizer.json").write_text("{")
+        message = rf"tokenizer of '{NAME}' cannot be read .* {NAME} --revision {COMMIT} --force"
+        with pytest.raises(BaseModelError, match=message):
+            load_base(NAME, dtype="float32")
+    for path in [*cached.glob("tokenizer*"), *model.glob("tokenizer*")]:
+        path.unlink()
+    module._KNOWN.clear()
+    assert load_base(NAME, dtype="float32").tokenizer is None
+
+
+def test_a_file_that_is_missing_in_the_cache_may_be_on_the_hub(cached: Path) -> None:
+    may_be = "Its copy in the local cache may be incomplete: connect to the hub"
+    for path in cached.glob("tokenizer*"):
+        path.unlink()
+    base = load_base(NAME, dtype="float32")
+    assert base.notices == [
+        "HF_HUB_OFFLINE disables the hub; the copy in the local cache is used.",
+        f"'{NAME}' has no tokenizer. {may_be}, and load it once.",
+    ]
+    with pytest.raises(BaseModelError, match=f"needs to read text.*{may_be}"):
+        _ = base.text_tokenizer
+    with pytest.raises(BaseModelError, match=f"has no tokenizer.*{may_be}"):
+        load_tokenizer(NAME)
+    (cached / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match=rf"OSError: .*model\.safetensors\. {may_be}"):
+        load_base(NAME, dtype="float32")
 
 
 @pytest.mark.slow
@@ -79,9 +148,10 @@ def test_an_adapter_beside_the_model_is_not_loaded(hub: SmallHub, model: Path) -
     assert torch.equal(base.model.lm_head.weight, tiny_models.build("llama").lm_head.weight)
 
 
-def test_a_gated_model(hub: SmallHub, model: Path) -> None:
+@pytest.mark.usefixtures("model")
+def test_a_gated_model(hub: SmallHub) -> None:
     """The hub tells everyone what it has, and refuses its files."""
-    hub.gated.add(NAME)
+    hub.file_status = 401
     for load in (load_base, load_tokenizer):
         with pytest.raises(BaseModelError, match=r"is gated\. Accept its terms.*hf auth login"):
             load(NAME)
@@ -91,7 +161,7 @@ def test_a_gated_model(hub: SmallHub, model: Path) -> None:
     ("files", "message"),
     [
         (["adapter_config.json", "tokenizer.json"], f"'{NAME}' is an adapter, not a base model"),
-        (["adapter_config.json", "config.json"], "no weights of a model"),
+        (["adapter_config.json", "config.json", "old/model.safetensors"], "no weights of a model"),
         (["a.gguf", "b.gguf"], rf"not a base model\. Download one.*: hf download {NAME} a\.gguf"),
         (["data.csv"], rf"'{NAME}' has no config\.json, so it is not a base model\.$"),
     ],
@@ -100,8 +170,8 @@ def test_a_name_of_something_else(
     hub: SmallHub, tmp_path: Path, files: list[str], message: str
 ) -> None:
     folder = hub.models[NAME] = tmp_path / "model"
-    folder.mkdir()
     for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     with pytest.raises(BaseModelError, match=message):
         load_base(NAME)
@@ -111,5 +181,25 @@ def test_a_name_of_something_else(
 def test_names_that_the_hub_does_not_have() -> None:
     with pytest.raises(BaseModelError, match=r"No model 'organisation/other' exists"):
         load_base("organisation/other")
+    with pytest.raises(BaseModelError, match=r"'minilm-16' exists.*Did you mean 'minilm-l6'\?"):
+        load_base("minilm-16")
     with pytest.raises(BaseModelError, match=r"has no revision 'v2'"):
         load_base(NAME, revision="v2")
+
+
+@pytest.mark.usefixtures("model")
+def test_a_hub_that_fails_and_a_cache_that_cannot_be_written(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.file_status = 403
+    message = r"not in the local cache, and the hub answered with an error \(.*403"
+    with pytest.raises(BaseModelError, match=message):
+        load_base(NAME)
+    hub.file_status = None
+    (tmp_path / "cache").touch()
+    message = r"cannot be downloaded into the hub's cache \(\w+Error: .*Check that \$HF_HOME"
+    with pytest.raises(BaseModelError, match=message):
+        load_base(NAME)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(BaseModelError, match="and the hub cannot be reached"):
+        load_base(NAME)

@@ -191,8 +191,9 @@ def test_a_link_to_a_gguf_file(tmp_path: Path) -> None:
     source = resolve(link)
     assert (source.name, source.path_or_id) == ("model.Q4_K_M", str(link))
     (tmp_path / "model.gguf").touch()
-    (tmp_path / "latest").symlink_to(tmp_path / "model.gguf")
-    assert resolve(tmp_path / "latest").path_or_id == str(tmp_path / "model.gguf")
+    for name in ("latest", "latest.gguf"):
+        (tmp_path / name).symlink_to(tmp_path / "model.gguf")
+        assert resolve(tmp_path / name).path_or_id == str(tmp_path / "model.gguf")
 
 
 def test_the_folder_of_a_model_in_the_cache_of_the_hub(tmp_path: Path) -> None:
@@ -215,6 +216,13 @@ def test_invalid_paths(tmp_path: Path) -> None:
         resolve(tmp_path / "ot" / "mergd")
     with pytest.raises(BaseModelError, match="does not exist"):
         resolve("weights.gguf")
+
+
+def test_a_misspelt_file_in_a_folder_is_not_on_the_hub(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "models" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseModelError, match=r"does not exist\.$"):
+        resolve("models/sub/x.gguf")
 
 
 def test_a_relative_path_that_looks_like_a_hub_id(tmp_path: Path, monkeypatch) -> None:
@@ -241,7 +249,14 @@ def test_invalid_names(name: str) -> None:
     ("name", "hint"),
     [
         ("https://huggingface.co/org/model/tree/main", r"Did you mean 'org/model'\?"),
-        ("org/model@v1", r"Set the revision apart from the name: --base\.revision v1"),
+        ("https://huggingface.co/gpt2?library=x", r"Did you mean 'gpt2'\?"),
+        ("hf.co/org/model", r"does not exist\. Did you mean 'org/model'\?"),
+        ("org/model/tree/main", r"Did you mean 'org/model'\?"),
+        ("https://huggingface.co/datasets/org/data", r"mpnet-base\.$"),
+        ("http://localhost:8000/v1/models", r"mpnet-base\.$"),
+        ("org/model@v1", r"Name 'org/model', and set the revision to 'v1'\."),
+        ("org/model@", r"mpnet-base\.$"),
+        ("git@hf.co:org/model", r"mpnet-base\.$"),
         ("org/model/file.gguf", r"download it: hf download org/model file\.gguf"),
     ],
 )

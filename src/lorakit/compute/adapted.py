@@ -109,9 +109,7 @@ def require_new_weights(base: Base, stored: StoredAdapter, path: str | Path) -> 
 
 
 def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseConfig:
-    """Return `base`, with the name that the adapter records if it has none, and in place of `auto` its dtype.
-
-    PEFT's files record a name and possibly a revision, but nothing to check the weights with.
+    """Return `base`, with the name and revision that the adapter records if it has none, and for `auto` its dtype.
 
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
@@ -132,7 +130,9 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
         raise ConfigurationError(
             f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
         )
-    options = stored.provenance.get("peft") if stored.base is None else None
+    if stored.base is not None:
+        return recorded_base(base, name, stored.base.source.revision)
+    options = stored.provenance.get("peft")
     return recorded_base(base, name, options.get("revision") if isinstance(options, dict) else None)
 
 

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     import platformdirs
 
     folder = os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit")
-    return Path(folder).expanduser()
+    return Path(os.path.expanduser(folder))  # keeps the ~ of an unknown user
 
 
 def cached(folder: Path, names: Iterable[str], make: Callable[[], None]) -> Path:

@@ -97,7 +97,9 @@ def _stored_layers(folder: Path) -> int:
     if not folder.is_dir():
         return 0
     names: set[str] = set()
-    for index in folder.glob("*.index.json"):
+    is_whole = (folder / "model.safetensors").is_file()
+    # transformers ignores an index beside that file: it is of another save.
+    for index in () if is_whole else folder.glob("*.index.json"):
         weights = storage.read_json(index, BaseModelError).get("weight_map")
         names |= set(weights) if isinstance(weights, dict) else set()
     if not names:

@@ -75,10 +75,10 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            settings, tensors = _parse(_Cursor(data))
-            _require_whole(path, settings)
-            _check_sizes(settings, tensors)
-            return Header(settings, tensors)
+            header = _parse(_Cursor(data))
+            _require_whole(path, header.settings)
+            _check_sizes(header.settings, header.tensors)
+            return header
     except ValueError as wrong:  # also of mmap, for an empty file
         raise BaseModelError(
             f"'{path}' is damaged, or of a kind that lorakit cannot read: {wrong}. If it was copied or downloaded, "
@@ -124,7 +124,7 @@ class _Cursor:
         return count
 
 
-def _parse(cursor: _Cursor) -> tuple[dict[str, Any], tuple[TensorEntry, ...]]:
+def _parse(cursor: _Cursor) -> Header:
     if cursor.data[:4] != b"GGUF":
         raise ValueError("it does not start with the word GGUF")
     cursor.skip(4, "the header")
@@ -142,7 +142,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], tuple[TensorEntry, ...]]:
         raise ValueError(f"general.alignment is {alignment!r}; a power of two was expected")
     entries = [_entry(cursor) for _ in range(tensor_count)]
     data_start = -(-cursor.position // alignment) * alignment  # rounded up
-    return settings, _placed(entries, data_start, alignment, len(cursor.data))
+    return Header(settings, _placed(entries, data_start, alignment, len(cursor.data)))
 
 
 def _value(cursor: _Cursor, kind: int, what: str) -> Any:

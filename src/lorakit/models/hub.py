@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from dataclasses import dataclass
@@ -11,23 +10,26 @@ from pathlib import Path
 from lorakit.errors import BaseModelError
 from lorakit.models.sources import ModelSource, check_files, did_you_mean
 
-_KEPT = 60
-"""Seconds for which the answer about a model is kept: a command asks several times, and each request can take long."""
-
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
     """A model on the hub.
 
     Attributes:
-        commit: The commit.
-        files: Names of its files; without the hub, of those in the local cache.
+        commit: The commit; None if the hub does not name it.
+        files: Names of its files outside folders; without the hub, of those in the local cache.
         problem: Why the hub cannot be used; empty if it can.
     """
 
-    commit: str
+    commit: str | None
     files: tuple[str, ...]
     problem: str = ""
+
+
+_KEPT = 60
+"""Seconds for which the answer about a model is kept: a command asks several times, and each request can take long."""
+_KNOWN: dict[tuple[str, str | None], tuple[float, HubModel]] = {}
+"""The times and answers of the hub, by name and revision, and by name and commit."""
 
 
 def locate_on_hub(source: ModelSource) -> HubModel:
@@ -37,65 +39,79 @@ def locate_on_hub(source: ModelSource) -> HubModel:
 
     Raises:
         BaseModelError: The model or revision does not exist, it is an adapter or a GGUF file, this user has no access
-            to it, or the hub is unreachable and the cache has no copy.
+            to it, the hub is unreachable and the cache has no copy, or the cache is not writable.
     """
-    return _locate(source.path_or_id, source.revision, int(time.monotonic() / _KEPT))
+    name, revision = source.path_or_id, source.revision
+    asked, found = _KNOWN.get((name, revision), (0.0, None))
+    if found is None or time.monotonic() - asked > _KEPT:
+        found = _locate(name, revision)
+        if not found.problem:
+            _KNOWN[name, revision] = _KNOWN[name, found.commit] = time.monotonic(), found
+    return found
 
 
-@functools.lru_cache(maxsize=16)
-def _locate(name: str, revision: str | None, _time: int) -> HubModel:
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _locate(name: str, revision: str | None) -> HubModel:
+    from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
 
     try:
-        # The first request distinguishes a wrong name from a network failure; a download would retry for half a minute.
+        # This request distinguishes a wrong name from a network failure; a download would retry for half a minute.
         info = HfApi().model_info(name, revision=revision, timeout=20)
-        files = tuple(file.rfilename for file in info.siblings or ())
-        check_files(name, files)
-        # Under the name of the revision, not of its commit: the cache then records the commit of this revision, for
-        # a load without the hub. This is also the first request that the hub refuses for a gated model.
-        path = hf_hub_download(name, "config.json", revision=revision)
-        return HubModel(Path(path).parent.name, files)
-    except BaseModelError:
-        raise
-    except GatedRepoError as error:
-        raise BaseModelError(
-            f"'{name}' on the hub is gated. Accept its terms at https://huggingface.co/{name} and log "
-            "in with: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BaseModelError(
-            f"No model '{name}' exists as a short name, a local path or a public model on the hub."
-            f"{did_you_mean(name)} If it is private, log in with: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BaseModelError(
-            f"'{name}' on the hub has no revision '{revision}'. Name one of its branches, tags or commits, or leave "
-            "the revision out."
-        ) from error
     # Without a network, the exception is that of the HTTP library that the hub client uses.
     except Exception as error:
-        problem = _problem(error)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            snapshot = Path(cached).parent
-            return HubModel(snapshot.name, tuple(os.listdir(snapshot)), problem)
+        refused = isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+        if refused or not isinstance(cached, str):
+            raise _failure(name, revision, error) from error
+        snapshot = Path(cached).parent
+        return HubModel(snapshot.name, tuple(os.listdir(snapshot)), _problem(error))
+    files = [file.rfilename for file in info.siblings or ()]
+    check_files(name, files)
+    try:
+        # Under the name of the revision, not of its commit: the cache then records the commit of this revision, for
+        # a load without the hub. This is also the first request that the hub refuses for a gated model.
+        hf_hub_download(name, "config.json", revision=revision)
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise _failure(name, revision, error) from error
+    except Exception as error:
         raise BaseModelError(
-            f"'{name}' is not a short name, not a local path and not in the local cache, and {problem}."
-            f"{did_you_mean(name)}"
+            f"'{name}' cannot be downloaded into the hub's cache ({type(error).__name__}: {str(error).rstrip('.')}). "
+            "Check that $HF_HOME is a writable folder on a disk with free space, and run it again."
         ) from error
+    return HubModel(info.sha, tuple(file for file in files if "/" not in file))
+
+
+def _failure(name: str, revision: str | None, error: Exception) -> BaseModelError:
+    """Return the error for a model that the hub refuses or cannot send."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return BaseModelError(
+            f"'{name}' on the hub is gated. Accept its terms at https://huggingface.co/{name} and log "
+            "in with: hf auth login"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return BaseModelError(
+            f"No model '{name}' exists as a short name, a local path or a public model on the hub."
+            f"{did_you_mean(name)} If it is private, log in with: hf auth login"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return BaseModelError(
+            f"'{name}' on the hub has no revision '{revision}'. Name one of its branches, tags or commits, or leave "
+            "the revision out."
+        )
+    return BaseModelError(
+        f"'{name}' is not a short name, not a local path and not in the local cache, and {_problem(error)}."
+        f"{did_you_mean(name)}"
+    )
 
 
 def _problem(error: Exception) -> str:
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import errors
 
-    if isinstance(error, OfflineModeIsEnabled):
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(cause, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE disables the hub"
-    if isinstance(error, HfHubHTTPError):
-        message = " ".join(str(error).split())
+    if isinstance(cause, errors.HfHubHTTPError | errors.FileMetadataError):
+        message = " ".join(str(cause).split())
         return f"the hub answered with an error ({message[:300].rstrip('.')})"
     return "the hub cannot be reached"

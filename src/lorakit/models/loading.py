@@ -258,13 +258,10 @@ def _load_model(
     located: Located, task: ModelHead, num_labels: int | None, dtype: torch.dtype, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' report of missing, unexpected and mismatched weights."""
-    settings = dict(located.options)
     # With PEFT installed, transformers adds an adapter that lies beside the model, and reports the adapter's missing
     # weights in place of the model's. Let it search in a folder that does not exist.
-    settings["adapter_kwargs"] = {
-        "subfolder": "no-adapter",
-        "local_files_only": settings.get("local_files_only", False),
-    }
+    no_adapter = {"subfolder": "no-adapter", "local_files_only": located.source.from_cache}
+    settings = located.options | {"adapter_kwargs": no_adapter}
     if task == "regression":
         settings |= {"num_labels": 1, "problem_type": "regression"}
     elif num_labels is not None:
@@ -336,11 +333,12 @@ def set_padding(base: Base) -> None:
             f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
-    # Where transformers warns, which `_quiet` hides.
-    if getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False:
+    # Where transformers warns, which `_quiet` hides; also where the setting is false on purpose.
+    setting, backend = "fix_mistral_regex", getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, setting, None) is False and setting not in tokenizer.init_kwargs:
         found.append(
-            "The tokenizer splits some texts in another way than in the model's training, because it was saved with a "
-            'wrong pattern. Set "fix_mistral_regex" to true in tokenizer_config.json of a local copy.'
+            "The tokenizer may split some texts in another way than in the model's training: it was saved with a wrong "
+            f'pattern. In tokenizer_config.json of a local copy, set "{setting}" to true, or to false to keep it.'
         )
     # The tokenizer of an adapter may be a copy of the base's own one.
     base.notices += [notice for notice in found if notice not in base.notices]

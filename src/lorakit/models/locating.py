@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit import storage
+from lorakit.errors import BaseModelError
 from lorakit.models.declared_sizes import check_declared
 from lorakit.models.gguf import conversion_notices, converted_folder, described_folder
 from lorakit.models.hub import locate_on_hub
@@ -51,7 +53,8 @@ def locate(source: ModelSource, trust_remote_code: bool, *, weights: bool) -> Lo
         if source.kind == "gguf":
             folder = (converted_folder if weights else described_folder)(Path(path))
             path, notices = str(folder), conversion_notices(folder)
-        files = os.listdir(path)
+        with storage.reading(path, BaseModelError):
+            files = os.listdir(path)
     if adapter := adapter_file(files):
         notices.append(
             f"'{source.name}' also holds an adapter ({adapter}), which is not loaded: the weights are the base model's "

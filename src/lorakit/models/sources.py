@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,18 @@ from lorakit.models.base_config import NO_NAME
 from lorakit.models.packaged import BY_NAME, PackagedModel
 
 _ADAPTER_FILES = ("adapter_config.json", "lorakit.json")
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = re.compile(r"model[^/]*\.safetensors|pytorch_model[^/]*\.bin")
+
+_HINTS = (
+    (
+        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)?).*",
+        "Did you mean '{}'?",
+    ),
+    (r"(\w[\w.-]*/[\w.-]+)/(?:tree|blob)/.+", "Did you mean '{}'?"),
+    (r"(\w[\w.-]*(?:/[\w.-]+)?)@([\w./-]+)", "Name '{}', and set the revision to '{}'."),
+    (r"(\w[\w.-]*/[\w.-]+)/(.+\.gguf)", "If it is on the hub, download it: hf download {} {}"),
+)
+"""Patterns of names that were copied from elsewhere, and what to name instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +125,8 @@ def _resolve_path(path: Path) -> ModelSource:
         folder = path.resolve()
         check_files(str(folder), os.listdir(folder))
         return ModelSource(name=folder.name, path_or_id=str(folder), kind="folder")
-    # The name of a link counts before that of its target: the hub's cache names the target by its hash.
-    for file in (path.parent.resolve() / path.name, path.resolve()):
+    # In the hub's cache, the name of the target is a hash: then the name of the link counts.
+    for file in (path.resolve(), path.parent.resolve() / path.name):
         if file.suffix.lower() == ".gguf":
             return ModelSource(name=file.stem, path_or_id=str(file), kind="gguf")
     raise BaseModelError(
@@ -137,7 +147,7 @@ def check_files(name: str, files: Iterable[str]) -> None:
     """
     names = set(files)
     adapter = adapter_file(names)
-    has_weights = any(fnmatch(file, pattern) for file in names for pattern in _WEIGHTS)
+    has_weights = any(map(_WEIGHTS.fullmatch, names))
     if "config.json" in names and (has_weights or not adapter):
         return
     if adapter:
@@ -165,24 +175,18 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    address = re.match(r"https?://[^/]+/([^/?#]+/[^/?#]+)", text)
+    matches = ((re.fullmatch(pattern, text, re.IGNORECASE), hint) for pattern, hint in _HINTS)
+    copied = next((f" {hint.format(*match.groups())}" for match, hint in matches if match), "")
     path_like = text.startswith(("/", "./", "../", "~", "\\")) or text.lower().endswith(".gguf")
-    if not address and (path_like or text.count("/") > 1):
+    if "://" not in text and (path_like or text.count("/") > 1):
         folder = Path(os.path.expanduser(text)).parent
-        missing = "" if folder.is_dir() else f" Neither does its folder, '{folder}'."
-        if on_hub := re.fullmatch(r"(\w[^/]*/[^/]+)/(.+\.gguf)", text, re.IGNORECASE):
-            missing += f" If it is on the hub, download it: hf download {on_hub[1]} {on_hub[2]}"
+        missing = "" if folder.is_dir() else copied or f" Neither does its folder, '{folder}'."
         raise BaseModelError(f"'{text}' does not exist.{nearest_path(text) or missing}")
     try:
         validate_repo_id(text)
     except HFValidationError:
-        hint = did_you_mean(text)
-        if address:
-            hint = f" Did you mean '{address[1]}'?"
-        elif "@" in text:
-            hint = f" Set the revision apart from the name: --base.revision {text.split('@')[1]}"
         raise BaseModelError(
             f"'{text}' is not a base model: expected a hub id ('organisation/name'), a model folder, "
-            f"a .gguf file, or one of {', '.join(BY_NAME)}.{hint}"
+            f"a .gguf file, or one of {', '.join(BY_NAME)}.{copied or did_you_mean(text)}"
         ) from None
     return ModelSource(name=text, path_or_id=text, kind="hub", revision=revision)

@@ -235,6 +235,12 @@ def test_quantised_weights_are_trusted_by_their_source():
     (notice,) = compare(then, now)
     assert "float32 weights and runs on quantised ones, both of 'a/b'" in notice
     assert compare(now, then)
+    for revision, of in (
+        (None, "both of 'a/b'"),
+        ("2", "of 'a/b' at revision 1 and 'a/b' at revision 2"),
+    ):
+        (notice,) = compare(then, record(quantised(llama()), "a/b", revision=revision))
+        assert f"runs on quantised ones, {of}. quantised weights cannot be compared" in notice
     with pytest.raises(WrongBaseError, match="cannot be compared"):
         compare(then, record(quantised(llama()), "c/d"))
     (notice,) = compare(then, record(quantised(llama())))

@@ -238,24 +238,25 @@ def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         return []  # these weights round to those of the training, so they are at least as precise
     if rounded_alike and then.dtype != now.dtype:
         return [f"{change}; rounded to bfloat16 they are the same."]
-    same_source = recorded.source.name is not None and recorded.source == live.source
+    source, other = recorded.source, live.source
     if then.bfloat16 is None or now.bfloat16 is None:
         unhashed = now if now.bfloat16 is None else then
-        if same_source:
-            return [
-                f"{change}, both of '{live.source.name}'. {unhashed.dtype} weights cannot be compared."
-            ]
-        if recorded.source.name is None or live.source.name is None:
+        if source.name is None or other.name is None:
             return [
                 f"{change}, which cannot be compared: make sure that it is the same base model."
             ]
+        if source.name == other.name:  # most commits leave the weights as they are
+            of = f"both of '{other.name}'"
+            if source != other and None not in (source.revision, other.revision):
+                of = f"of {_describe(recorded)} and {_describe(live)}"
+            return [f"{change}, {of}. {unhashed.dtype} weights cannot be compared."]
         reason = f"it is {_describe(live)}, and its weights cannot be compared"
         raise _wrong_base(recorded, live, reason)
     reason = f"its {now.dtype} weights differ"
     # float32 is rounded to bfloat16 once, in the load or for the hash, so equal weights have equal hashes. Other
     # dtypes round a second time. A local path has no revision: its weights may have been replaced.
     if then.dtype != now.dtype and {then.dtype, now.dtype} != {"float32", "bfloat16"}:
-        if same_source and live.source.revision is not None:
+        if source == other and None not in (other.name, other.revision):
             return [f"{change}, both of {_describe(live)}. Rounded twice, they cannot be compared."]
         reason += f", perhaps only by rounding (load it as in the training, in {then.dtype}, to compare them)"
     raise _wrong_base(recorded, live, reason)
