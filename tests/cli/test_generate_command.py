@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -13,8 +12,6 @@ import pytest
 import tiny_runs
 from tiny_tokenizer import tiny_tokenizer
 
-from lorakit.adapters import formats
-from lorakit.adapters.formats.fingerprint import Origin
 from lorakit.cli import main
 from lorakit.compute.adapted import base_of
 from lorakit.compute.adapter_file import AdapterFile, prompt_format
@@ -348,15 +345,6 @@ def test_the_base_that_a_folder_of_peft_records(trained, prompts, tmp_path) -> N
     assert base_of(None, stored) == BaseConfig(name="owner/name", revision="main")
     assert base_of(BaseConfig(revision="v2"), stored).revision == "v2"
     assert base_of(BaseConfig(name="mine"), stored) == BaseConfig(name="mine")
-
-
-def test_the_commit_that_a_file_of_lorakit_records(trained) -> None:
-    stored = formats.read(trained / "run" / "adapter")
-    assert stored.base is not None
-    source = Origin("owner/name", "0123abc")
-    stored = dataclasses.replace(stored, base=dataclasses.replace(stored.base, source=source))
-    base = base_of(None, AdapterFile("adapter", stored))
-    assert (base.name, base.revision) == ("owner/name", "0123abc")
 
 
 def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(

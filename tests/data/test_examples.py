@@ -400,7 +400,8 @@ def test_the_same_conversations_are_held_out_on_another_day(write):
     """A chat template may write the date (Llama 3.2); another base has another template."""
 
     def conversation(n):
-        call = {"id": str(n), "name": "look", "arguments": {}}
+        call = {"name": "look", "arguments": {}}
+        call = {"type": "function", "function": call} if n % 2 else {"id": str(n), **call}
         return [
             {"role": "user", "content": f"river {n // 2}"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -422,7 +423,9 @@ def test_the_same_conversations_are_held_out_on_another_day(write):
         origins.append([example.origin for example in held_out])
     assert prompts[0] != prompts[1]
     assert origins[0] == origins[1]
-    assert len(origins[0]) == 8  # 4 inputs, each twice: an id of a call makes no other input
+    assert (
+        len(origins[0]) == 8
+    )  # 4 inputs, each twice: the id and form of a call make no other input
 
 
 def test_sets_can_be_indexed_and_sliced(write):

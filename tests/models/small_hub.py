@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import pytest
 import transformers.utils.hub
 from huggingface_hub import constants
 
@@ -70,8 +70,8 @@ class SmallHub:
 
 
 @contextmanager
-def small_hub(cache: Path) -> Iterator[SmallHub]:
-    """Serve a hub, and let the hub client of this process use it, with an empty cache."""
+def small_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    """Serve a hub, and let the hub client of this process use it, with an empty cache, until `monkeypatch` ends."""
     hub = SmallHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,13 +104,13 @@ def small_hub(cache: Path) -> Iterator[SmallHub]:
         "HUGGINGFACE_CO_URL_TEMPLATE": f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
     }
     huggingface_hub.close_session()  # the client reads the proxies once
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     try:
-        with (
-            mock.patch.multiple(constants, **settings),
-            mock.patch.object(transformers.utils.hub, "_hf_api", None, create=True),
-            mock.patch.dict("os.environ", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"),
-        ):
-            yield hub
+        yield hub
     finally:
         huggingface_hub.close_session()
         server.shutdown()

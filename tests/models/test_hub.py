@@ -26,7 +26,7 @@ NAME = "organisation/model"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
     monkeypatch.setattr(module, "_KEPT", 1e9)
-    with small_hub(tmp_path / "cache") as served:
+    with small_hub(tmp_path / "cache", monkeypatch) as served:
         yield served
 
 
@@ -68,6 +68,7 @@ def test_a_downloaded_model_loads_again_without_the_hub(
 
     hub.status = 503
     module._KNOWN.clear()
+    monkeypatch.setattr(module, "_FAILURE_KEPT", -1)
     for offline, reason in (
         (False, "The hub answered with an error (Server error '503"),
         (True, "HF_HUB_OFFLINE"),
@@ -84,7 +85,21 @@ def test_a_downloaded_model_loads_again_without_the_hub(
         assert all(torch.equal(w, expected[n]) for n, w in base.model.state_dict().items())
     hub.status = None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert load_base(NAME, revision=revision).notices == online.notices  # a failure is not kept
+    assert load_base(NAME, revision=revision).notices == online.notices
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_failure_is_kept_for_seconds(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a route to the hub each request takes its whole time limit."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.status = 503
+    hub.requests.clear()
+    for source in (resolve(NAME), resolve(NAME, revision=COMMIT)):
+        assert module.locate_on_hub(source).problem
+    assert len(hub.requests) == 1
+    hub.status = None
+    monkeypatch.setattr(module, "_FAILURE_KEPT", -1)
+    assert not module.locate_on_hub(resolve(NAME)).problem
 
 
 @pytest.mark.usefixtures("model")

@@ -130,9 +130,8 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
         raise ConfigurationError(
             f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
         )
-    if stored.base is not None:
-        return recorded_base(base, name, stored.base.source.revision)
-    options = stored.provenance.get("peft")
+    # For a file of lorakit, the weights are compared: another commit of a hub base may have the same.
+    options = stored.provenance.get("peft") if stored.base is None else None
     return recorded_base(base, name, options.get("revision") if isinstance(options, dict) else None)
 
 

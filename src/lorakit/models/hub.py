@@ -16,18 +16,19 @@ class HubModel:
     """A model on the hub.
 
     Attributes:
-        commit: The commit; None if the hub does not name it.
+        commit: The commit.
         files: Names of its files outside folders; without the hub, of those in the local cache.
         problem: Why the hub cannot be used; empty if it can.
     """
 
-    commit: str | None
+    commit: str
     files: tuple[str, ...]
     problem: str = ""
 
 
-_KEPT = 60
-"""Seconds for which the answer about a model is kept: a command asks several times, and each request can take long."""
+_KEPT, _FAILURE_KEPT = 60, 10
+"""Seconds for which an answer about a model, and a failed request, is kept: a command asks several times, and each
+request can take long."""
 _KNOWN: dict[tuple[str, str | None], tuple[float, HubModel]] = {}
 """The times and answers of the hub, by name and revision, and by name and commit."""
 
@@ -43,10 +44,9 @@ def locate_on_hub(source: ModelSource) -> HubModel:
     """
     name, revision = source.path_or_id, source.revision
     asked, found = _KNOWN.get((name, revision), (0.0, None))
-    if found is None or time.monotonic() - asked > _KEPT:
+    if found is None or time.monotonic() - asked > (_FAILURE_KEPT if found.problem else _KEPT):
         found = _locate(name, revision)
-        if not found.problem:
-            _KNOWN[name, revision] = _KNOWN[name, found.commit] = time.monotonic(), found
+        _KNOWN[name, revision] = _KNOWN[name, found.commit] = time.monotonic(), found
     return found
 
 
@@ -69,15 +69,17 @@ def _locate(name: str, revision: str | None) -> HubModel:
     try:
         # Under the name of the revision, not of its commit: the cache then records the commit of this revision, for
         # a load without the hub. This is also the first request that the hub refuses for a gated model.
-        hf_hub_download(name, "config.json", revision=revision)
+        config = hf_hub_download(name, "config.json", revision=revision)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise _failure(name, revision, error) from error
     except Exception as error:
         raise BaseModelError(
             f"'{name}' cannot be downloaded into the hub's cache ({type(error).__name__}: {str(error).rstrip('.')}). "
-            "Check that $HF_HOME is a writable folder on a disk with free space, and run it again."
+            "Check that $HF_HOME is a writable folder on a disk with free space. HF_HUB_OFFLINE=1 loads an older copy, "
+            "if the cache has one."
         ) from error
-    return HubModel(info.sha, tuple(file for file in files if "/" not in file))
+    commit = info.sha or Path(config).parent.name
+    return HubModel(commit, tuple(file for file in files if "/" not in file))
 
 
 def _failure(name: str, revision: str | None, error: Exception) -> BaseModelError:

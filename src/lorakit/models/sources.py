@@ -19,10 +19,10 @@ _WEIGHTS = re.compile(r"model[^/]*\.safetensors|pytorch_model[^/]*\.bin")
 
 _HINTS = (
     (
-        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+(?:/[\w.-]+)?).*",
+        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!(?:collections|datasets|docs|models|spaces)\b)([\w.-]+(?:/[\w.-]+)?).*",
         "Did you mean '{}'?",
     ),
-    (r"(\w[\w.-]*/[\w.-]+)/(?:tree|blob)/.+", "Did you mean '{}'?"),
+    (r"(\w[\w.-]*/[\w.-]+)/(?:tree|blob|resolve|raw)/.+", "Did you mean '{}'?"),
     (r"(\w[\w.-]*(?:/[\w.-]+)?)@([\w./-]+)", "Name '{}', and set the revision to '{}'."),
     (r"(\w[\w.-]*/[\w.-]+)/(.+\.gguf)", "If it is on the hub, download it: hf download {} {}"),
 )

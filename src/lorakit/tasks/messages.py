@@ -64,11 +64,17 @@ def key_of(messages: list[Message], tools: list[Any] | None) -> str:
     It leaves out what may differ between copies of a conversation: the ids of tool calls, and empty turns.
     """
     turns = [
-        [m["role"], m["content"], *({**call, "id": ""} for call in m.get("tool_calls", ()))]
+        [m["role"], m["content"], *map(_without_id, m.get("tool_calls", ()))]
         for m in messages
         if m["content"].strip() or m.get("tool_calls")
     ]
     return json.dumps([turns, tools], sort_keys=True, default=str)
+
+
+def _without_id(call: Any) -> Any:
+    """Return the function of a call, which a nested call has as `function` beside its type and index."""
+    function = call.get("function")
+    return {**(function if isinstance(function, dict) else call), "id": ""}
 
 
 def is_trained(message: Message) -> bool:
