@@ -36,7 +36,7 @@ def spectrum_figure(spectra: AdapterSpectrum, energy: float = ENERGY) -> Figure:
     """Draw the share of the squared norm kept at each rank, for every matrix and for the whole adapter."""
     width = len(spectra.energy)
     layers, most, note = fitted(spectra.layers, width, "ranks")
-    columns = evenly_spaced(width, most)
+    columns = spread_indices(width, most)
     shares = []
     for layer in layers.values():
         kept = layer.energy.tolist() + [1.0] * (width - len(layer.energy))
@@ -244,7 +244,7 @@ def drift_figure(drift: Drift) -> Figure:
 def spread(layers: Mapping[str, Any], most: int = PANELS) -> dict[str, Any]:
     """Return up to `most` matrices, evenly spaced from the first to the last."""
     names = list(layers)
-    return {names[i]: layers[names[i]] for i in evenly_spaced(len(names), most)}
+    return {names[i]: layers[names[i]] for i in spread_indices(len(names), most)}
 
 
 def fitted(layers: Mapping[str, Any], columns: int, what: str) -> tuple[dict[str, Any], int, str]:
@@ -260,8 +260,8 @@ def fitted(layers: Mapping[str, Any], columns: int, what: str) -> tuple[dict[str
     return rows, most, "" if (len(rows), most) == (len(layers), columns) else note
 
 
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return up to `most` evenly spaced numbers from 0 to `count` - 1."""
+def spread_indices(count: int, most: int) -> list[int]:
+    """Return up to `most` evenly spaced indices of `count` items, from the first to the last."""
     most = min(most, count)
     return sorted({round(i * (count - 1) / max(most - 1, 1)) for i in range(most)})
 

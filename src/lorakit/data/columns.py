@@ -71,6 +71,7 @@ class ColumnMap:
         """Fields that the rows can have."""
         if task is not None and task not in GENERIC.values():  # a named task may read any column
             self.fields = list(dict.fromkeys((*self.renamed, *self.columns)))
+        self._read_by = {generic: self.fields_of(generic) for generic in GENERIC.values()}
 
     def column_of(self, field: str) -> str:
         """Return the column that holds a field."""
@@ -95,8 +96,8 @@ class ColumnMap:
         # A task converts no other fields to those that a template renders.
         to_render = dict.fromkeys(self.templates, "")
         own = self._rename(values)
-        if type(task) in GENERIC.values():
-            own = {name: own.get(name) for name in self.fields_of(type(task))}
+        if (read := self._read_by.get(type(task))) is not None:
+            own = {name: own.get(name) for name in read}
         for fields in task.rows({**to_render, **own}):
             texts = self._render({**values, **fields})
             if isinstance(task, NamedText) and "prompt" in texts and "completion" not in texts:

@@ -167,7 +167,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
     if not (Path(DEMO) / "adapter").is_dir():
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
-            f"{DEMO}, which lorakit serve then serves as 'demo'."
+            f"{DEMO}, which this command then serves as 'demo'."
         )
     return None, {"demo": DEMO}
 
