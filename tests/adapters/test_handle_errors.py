@@ -260,11 +260,15 @@ def test_removing_an_adapter_reports_a_replaced_layer(adapters: Adapters, model,
 
 
 def test_a_wrapped_or_copied_layer_is_not_a_replaced_one(adapters: Adapters, model) -> None:
-    handle_of(copy.deepcopy(model)).activate("sql")
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    handle_of(copied).activate("sql")
+    torch.testing.assert_close(logits(copied), expected)
     attention = model.model.layers[0].self_attn
     attention.q_proj = torch.compile(attention.q_proj, backend="eager")
     adapters.activate("sql")
     adapters.merge("sql")
+    torch.testing.assert_close(logits(model), expected)
 
 
 @torch.no_grad()

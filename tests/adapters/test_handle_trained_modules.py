@@ -256,6 +256,7 @@ def test_copies_activated_in_inference_mode_can_be_loaded_later() -> None:
         adapters.activate(None)
         adapters.activate("full")
     model.load_state_dict(model.state_dict())
+    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_full_fine_tuning_beside_lora() -> None:

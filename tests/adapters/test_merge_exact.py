@@ -182,6 +182,7 @@ def test_a_model_merged_in_inference_mode_can_be_trained_later():
         handle.merge(keep_base=False)
     model.requires_grad_(True)
     model(torch.ones(2, 4)).sum().backward()
+    assert torch.equal(model[0].weight.grad, torch.full((4, 4), 2.0))
     model.load_state_dict(model.state_dict())
 
 

@@ -539,8 +539,10 @@ def test_closing_ends_every_request_with_an_error(kind):
 def test_a_score_is_not_followed_by_a_wait(kind, monkeypatch):
     monkeypatch.setattr(threaded_engine, "FOLLOWED", 60)
     with running(make(kind, model_with_adapters())) as engine:
-        for _ in range(2):
-            engine.score([5, 6, 7], PlainLease((), TOKENIZER)).result(20)
+        first, second = (
+            engine.score([5, 6, 7], PlainLease((), TOKENIZER)).result(20) for _ in range(2)
+        )
+    assert first == second
 
 
 def test_a_cancelled_request_does_not_wait_for_its_turn(kind):
