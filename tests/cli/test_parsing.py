@@ -190,14 +190,27 @@ def test_the_folder_of_a_run_gets_the_command_that_resumes_it(tmp_path) -> None:
 
 def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("method: lora\nlora: {rank: 4}\noptimizer: {lr_ratio: 16, eps: 1e-6}\n")
+    optimizer = "optimizer: {learning_rate: 2e-3, lr_ratio: 16, eps: 1e-6}"
+    file.write_text(f"method: lora\nlora: {{rank: 4}}\n{optimizer}\n")
     config = train(f"{RUN} --config {file} --method bitfit")
     assert (config.method, config.lora.rank, config.optimizer.lr_ratio) == ("bitfit", 8, 1)
     assert config.optimizer.eps == 1e-6
+    assert config.peak_rate == 1e-3
     note = capsys.readouterr().err
-    assert "skips lora, optimizer.lr_ratio (without effect beside the arguments)" in note
+    skipped = "lora, optimizer.learning_rate, optimizer.lr_ratio"
+    assert f"skips {skipped} (without effect beside the arguments)" in note
     both = train(f"{RUN} --config {file} --method lora+prefix_layer")
-    assert both.lora.rank == 4
+    assert (both.lora.rank, both.peak_rate) == (4, 5e-4)
+    assert train(f"{RUN} --config {file} --method lora").peak_rate == 2e-3
+    typed = train(f"{RUN} --config {file} --method full --optimizer.learning_rate 1e-5")
+    assert typed.peak_rate == 1e-5
+    other = tmp_path / "full.yaml"
+    other.write_text("method: full\noptimizer: {learning_rate: 3e-5}\n")
+    assert train(f"{RUN} --config {other} --method full").peak_rate == 3e-5
+    other.write_text("optimizer: {learning_rate: 2e-3}\n")  # for the default method
+    capsys.readouterr()
+    assert train(f"{RUN} --config {other} --method full").peak_rate == 5e-5
+    assert "skips optimizer.learning_rate (without effect" in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="section lora has settings"):
         train(f"{RUN} --method bitfit --lora.rank 3")
 

@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
         "generate",
         "Generate text with a base model or an adapter.",
         argv,
-        unused=lambda typed: ["data"] if {"chat", "raw"} & typed.keys() else [],
+        unused=lambda typed, _: ["data"] if {"chat", "raw"} & typed.keys() else [],
     )
     if config.output:  # before the imports of PyTorch, which take seconds
         storage.require_free_file(config.output, overwrite=config.overwrite)
