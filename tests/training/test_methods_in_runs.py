@@ -30,6 +30,7 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.registry import SECTIONS
+from lorakit.reporting import read_run
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
@@ -199,6 +200,11 @@ def test_it_is_trained_further(run: Run, decoder: str, method: str, tmp_path: Pa
     shown = capsys.readouterr().err
     assert f"method    {name} of {run.result.adapter}: " in shown
     assert "the default of the method" not in shown
+    # The reports and the card have this method, not the configuration's default.
+    assert read_run(tmp_path / "run").method == method
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f'"from_adapter": "{run.result.adapter}"' in card
+    assert '"lora": {' not in card
     # A configuration for another method may have this rate.
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=2e-3))
     (note,) = (line for line in first_lines(prepare(config)) if "the default of the method" in line)
