@@ -12,6 +12,7 @@ import pytest
 from lorakit import storage
 from lorakit.cli import COMMANDS, main
 from lorakit.cli.combine import CombineConfig
+from lorakit.cli.compress import CompressConfig
 from lorakit.cli.demo import DemoConfig
 from lorakit.cli.generate import GenerateConfig
 from lorakit.cli.merge import MergeConfig
@@ -21,6 +22,7 @@ from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.training.config import TrainConfig
@@ -77,6 +79,43 @@ def test_evaluation_skips_the_output_of_the_training_run(shared, capsys) -> None
     notes = capsys.readouterr().err
     skipped = "output, method, batch_size, lora, optimizer"
     assert notes == f"note: {shared}: lorakit evaluate skips {skipped} (of other commands).\n"
+
+
+LEAST = "base: b\ndata: {train: t.jsonl, validation_fraction: 0.1}\noutput: out/first\n"
+"""A file with all that a run needs, in options that other commands have too."""
+
+
+@pytest.mark.parametrize("more", ["", "method: lora", "batch_size: 8", "adapter: out/a"])
+def test_every_command_knows_the_least_file_of_a_run(more: str, tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{LEAST}{more}\n")
+    words = ["--config", str(file)]
+    assert train(f"--config {file}").output == "out/first"
+    scored = parse(EvaluateConfig, "evaluate", "", words)
+    assert (scored.output, scored.method, scored.batch_size) == (None, None, 16)
+    answered = parse(GenerateConfig, "generate", "", [*words, "--prompt", "x"])
+    assert answered.output is None
+    for config, command, output in (
+        (MergeConfig, "merge", "out/first-merged"),
+        (PredictConfig, "predict", "out/first-predictions.jsonl"),
+        (CompressConfig, "compress", "out/first-compress"),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=f"Add --output, for example --output {output}"
+        ):
+            parse(config, command, "", [*words, "--adapter", "out/other"])
+    capsys.readouterr()
+
+
+def test_a_file_of_another_command_keeps_its_output(tmp_path, capsys) -> None:
+    file = tmp_path / "own.yaml"
+    data = "base: b\ndata: {train: t.jsonl, validation_fraction: 0.1}\n"
+    file.write_text(f"{data}output: scores.jsonl\n")
+    words = ["--config", str(file)]
+    assert parse(EvaluateConfig, "evaluate", "", words).output == "scores.jsonl"
+    file.write_text(f"{data}adapter: out/a\nrank: 4\noutput: out/small\n")
+    assert parse(CompressConfig, "compress", "", words).output == "out/small"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_note_names_the_first_of_many_skipped_options(tmp_path, capsys) -> None:
