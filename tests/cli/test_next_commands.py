@@ -109,7 +109,7 @@ def test_training_further_names_commands_for_the_adapter_s_method(tmp_path, caps
     data = tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.pairs(8))
     words = ["train", "--base.name", base, "--data.train", data, "--max_steps", "1"]
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main([*words, "--method", "bitfit", "--output", str(first)]) == 0
+    assert main([*words, "--method", "full", "--output", str(first)]) == 0
     further = ["--from_adapter", str(first / "adapter"), "--output", str(second)]
     assert main([*words, *further]) == 0
     out = capsys.readouterr().out
