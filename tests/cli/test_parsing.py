@@ -138,6 +138,7 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
     ("line", "message"),
     [
         ("rank: 4", r"unknown option 'rank'\. Did you mean 'lora\.rank'"),
+        ("no_packing: true", r"unknown option 'no_packing'\. Write packing: false\."),
         ("batchsize: 4", r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ("max_lenght: 4", "unknown option 'max_lenght'"),
         ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),
@@ -398,6 +399,10 @@ def test_an_entry_replaces_a_wrong_value_of_the_file(tmp_path) -> None:
         ("--lora_dropout 0.1", r"Its name in lorakit is --lora\.dropout\."),
         ("--learning_rate 1", r"Its name in lorakit is --optimizer\.learning_rate\."),
         ("--alpha 4", r"Did you mean '--lora\.alpha'"),
+        ("--no-packing", r"'--no-packing'\. Write --packing false\."),
+        ("--no_dora", r"Write --lora\.dora false\."),
+        ("--lora.no-dora", r"Write --lora\.dora false\."),
+        ("--no-lora.dora", r"Write --lora\.dora false\."),
         ("--lora.rank eight", r"lora\.rank is 'eight'; it must be a whole number\."),
         ("--lora.rank 2.5", r"lora\.rank is 2\.5; it must be a whole number\."),
         ("--epochs many", r"epochs is 'many'; it must be a number\."),
