@@ -373,6 +373,7 @@ def test_numbers_mappings_and_dashes() -> None:
     [
         ("", {"q_proj": 4, "v_proj": 16}),
         ("--lora.rank_pattern.q_proj 2", {"q_proj": 2, "v_proj": 16}),
+        ("--lora.rank-pattern.k-proj 3", {"q_proj": 4, "v_proj": 16, "k-proj": 3}),
         ("--lora.rank_pattern.k_proj 3", {"q_proj": 4, "v_proj": 16, "k_proj": 3}),
         ("--lora.rank_pattern '{q_proj: 2}'", {"q_proj": 2}),
     ],

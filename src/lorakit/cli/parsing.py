@@ -220,8 +220,9 @@ def _option(
             first = next(option for option in names if option.startswith(f"{name}."))
             raise ConfigurationError(f"--{name} is a group of options. Write --{first} VALUE.")
     for option in options.values():
-        if option.takes_mapping and raw.startswith(f"{option.name}."):
-            return option, raw.removeprefix(f"{option.name}.")
+        start, key = raw[: len(option.name) + 1], raw[len(option.name) + 1 :]
+        if option.takes_mapping and start.replace("-", "_") == f"{option.name}.":
+            return option, key  # whose dashes stay
     return None, ""
 
 
