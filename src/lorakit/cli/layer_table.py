@@ -12,9 +12,6 @@ from lorakit.formatting import number_range
 
 Cell = float | int | str | None
 
-NAMES = 0.6
-"""Largest part of the terminal's width for names in one piece."""
-
 
 def layer_table(
     rows: Mapping[str, Mapping[str, Cell]], *, each: bool, what: str = "matrix"
@@ -33,9 +30,9 @@ def layer_table(
         groups.setdefault(key, []).append(cells)
     headings = list(next(iter(rows.values()), {}))
     result = table([what, *([] if each else ["count"]), *headings], ())
-    # Keep names in one piece where the numbers have room to fold. With `min_width` rich would cut columns off.
-    longest = max(map(len, groups), default=0)
-    result.columns[0].no_wrap = longest <= NAMES * console().width
+    # Keep names in one piece where that leaves half of the width for numbers, which then fold first. With `min_width`
+    # rich would cut columns off.
+    result.columns[0].no_wrap = 2 * max(map(len, groups), default=0) <= console().width
     for name, group in groups.items():
         spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
         result.add_row(*map(literal, [name, *([] if each else [str(len(group))]), *spreads]))
