@@ -22,6 +22,7 @@ from lorakit.adapters import formats
 from lorakit.analysis import saving
 from lorakit.compute import base as compute_base
 from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
+from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
@@ -303,6 +304,77 @@ def test_an_input_that_is_replaced_while_it_is_read(folder, tmp_path, monkeypatc
     path = "model.layers.0.self_attn.q_proj"
     found, right = (of.stored.layers[path].A for of in (source, expected))
     assert found.equal(right)
+
+
+CALLS = {
+    "compress": ["compress", "{one}", "{out}", "--rank", "2"],
+    "combine": ["combine", "{one}", "{two}", "--output", "{out}"],
+    "extract": ["extract", "{tuned}", "{out}", "--rank", "2", "--base.name", "{base}"],
+}
+
+
+def filled(words: list[str], folder: Path, out: Path) -> list[str]:
+    names = {name: folder / name for name in ("one", "two", "base", "tuned")}
+    return [word.format(**names, out=out) for word in words]
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_data_that_cannot_be_read_is_found_before_the_computation(
+    call, folder, tmp_path, monkeypatch, command
+) -> None:
+    def compute(*_: Any, **__: Any) -> None:
+        pytest.fail("the result was computed")
+
+    for name in ("compress_adapter", "combine_adapters", "extract_adapter"):
+        monkeypatch.setattr(analysis, name, compute)
+    argv = [
+        *filled(CALLS[command], folder, tmp_path / "out"),
+        "--data.test",
+        tmp_path / "tets.jsonl",
+    ]
+    status, _, err = call(*argv)
+    assert status == 1
+    assert "tets.jsonl" in err
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_a_result_is_kept_if_its_scoring_fails(
+    call, folder, tmp_path, monkeypatch, command
+) -> None:
+    def score(*_: Any) -> dict[str, float]:
+        raise MemoryError
+
+    monkeypatch.setattr(saving, "_score", score)
+    argv = [*filled(CALLS[command], folder, tmp_path / "out"), "--data.test", folder / "test.jsonl"]
+    status, _, err = call(*argv)
+    assert status == 1
+    assert "Out of memory" in err
+    assert f"The computed adapter is in {tmp_path / 'out'}, without scores." in err
+    stored = formats.read(tmp_path / "out")
+    assert stored.provenance["made_by"]["command"] == command
+    assert "scores" not in stored.provenance
+
+
+def test_an_input_that_the_result_replaces_is_scored_first(folder, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "one"
+    shutil.copytree(folder / "one", output)
+    ranks = []
+
+    def score(stored: Any, *_: Any) -> dict[str, float]:
+        ranks.append(max(layer.rank for layer in stored.layers.values()))
+        if len(ranks) == 1:
+            raise ConfigurationError("no score")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(saving, "_score", score)
+    small = analysis.compress_adapter(output, rank=2)
+    scoring = analysis.ScoringConfig(data=DataConfig(test=str(folder / "test.jsonl")))
+    settings: dict[str, Any] = {"settings": {}, "scoring": scoring, "overwrite": True}
+    with pytest.raises(ConfigurationError, match=r"^no score$"):
+        analysis.save(small, output, inputs=[output], **settings)
+    analysis.save(small, output, inputs=[output], **settings)
+    assert ranks == [4, 4, 2]
+    assert {layer.rank for layer in formats.read(output).layers.values()} == {2}
 
 
 def test_one_path_as_inputs_is_an_error(folder, tmp_path) -> None:

@@ -99,6 +99,15 @@ def test_columns_of_no_task_and_a_file_that_exists(tmp_path, monkeypatch, capsys
     assert (config.data.max_length, config.data.validation_fraction) == (64, 0)
 
 
+def test_an_option_of_the_base_keeps_the_default_name(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, [{"prompt": "a", "completion": "b"}], ".csv")
+    assert main(["init", "rows.csv", "--base.dtype", "nf4"]) == 0
+    base = parse(TrainConfig, "train", "", ["--config", "run.yaml"]).base
+    assert (base.name, base.dtype) == ("smollm2-135m", "nf4")
+    capsys.readouterr()
+
+
 def test_what_is_not_read_is_said_and_given_options_stay(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"context": "c", "question": "a", "answer": "b", "input": "i"}]

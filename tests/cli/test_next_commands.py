@@ -38,7 +38,13 @@ FITTING = {
 
 @pytest.mark.parametrize("task", FITTING)
 def test_the_commands_fit_the_task_and_the_method(task: str) -> None:
-    for methods, without in ((("lora",), set()), (("lora", "prefix_layer"), {"serve", "merge"})):
+    cases = {
+        ("lora",): set(),
+        ("full",): {"serve"},
+        ("lora", "prefix_layer"): {"serve", "merge"},
+        ("own_method.py:IA3",): {"serve", "merge"},
+    }
+    for methods, without in cases.items():
         commands = commands_for(task, "--adapter a", "out/a b", methods)
         assert {line.split()[1] for line in commands} == FITTING[task] - without
         outputs = [shlex.split(line)[-1] for line in commands if "--output" in line]
@@ -95,3 +101,17 @@ def test_the_printed_commands_run(task: str, tmp_path, monkeypatch, capsys) -> N
         overwrite = ["--overwrite"] if "--output" in line else []
         if line != server:
             printed([*shlex.split(line)[1:], *overwrite])
+
+
+@pytest.mark.slow
+def test_training_further_names_commands_for_the_adapter_s_method(tmp_path, capsys) -> None:
+    base = tiny_runs.save_base(tmp_path / "base")
+    data = tiny_runs.write_rows(tmp_path / "rows.jsonl", tiny_runs.pairs(8))
+    words = ["train", "--base.name", base, "--data.train", data, "--max_steps", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*words, "--method", "full", "--output", str(first)]) == 0
+    further = ["--from_adapter", str(first / "adapter"), "--output", str(second)]
+    assert main([*words, *further]) == 0
+    out = capsys.readouterr().out
+    assert f"lorakit serve --follow {second}" not in out
+    assert f"lorakit merge --adapter {second / 'adapter'}" in out

@@ -12,6 +12,7 @@ import pytest
 from lorakit import storage
 from lorakit.cli import COMMANDS, main
 from lorakit.cli.combine import CombineConfig
+from lorakit.cli.compress import CompressConfig
 from lorakit.cli.demo import DemoConfig
 from lorakit.cli.generate import GenerateConfig
 from lorakit.cli.merge import MergeConfig
@@ -21,6 +22,7 @@ from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.evaluation.predict_config import PredictConfig
 from lorakit.models.base_config import BaseConfig
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.training.config import TrainConfig
@@ -79,6 +81,43 @@ def test_evaluation_skips_the_output_of_the_training_run(shared, capsys) -> None
     assert notes == f"note: {shared}: lorakit evaluate skips {skipped} (of other commands).\n"
 
 
+LEAST = "base: b\ndata: {train: t.jsonl, validation_fraction: 0.1}\noutput: out/first\n"
+"""A file with all that a run needs, in options that other commands have too."""
+
+
+@pytest.mark.parametrize("more", ["", "method: lora", "batch_size: 8", "adapter: out/a"])
+def test_every_command_knows_the_least_file_of_a_run(more: str, tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{LEAST}{more}\n")
+    words = ["--config", str(file)]
+    assert train(f"--config {file}").output == "out/first"
+    scored = parse(EvaluateConfig, "evaluate", "", words)
+    assert (scored.output, scored.method, scored.batch_size) == (None, None, 16)
+    answered = parse(GenerateConfig, "generate", "", [*words, "--prompt", "x"])
+    assert answered.output is None
+    for config, command, output in (
+        (MergeConfig, "merge", "out/first-merged"),
+        (PredictConfig, "predict", "out/first-predictions.jsonl"),
+        (CompressConfig, "compress", "out/first-compress"),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=f"Add --output, for example --output {output}"
+        ):
+            parse(config, command, "", [*words, "--adapter", "out/other"])
+    capsys.readouterr()
+
+
+def test_a_file_of_another_command_keeps_its_output(tmp_path, capsys) -> None:
+    file = tmp_path / "own.yaml"
+    data = "base: b\ndata: {train: t.jsonl, validation_fraction: 0.1}\n"
+    file.write_text(f"{data}output: scores.jsonl\n")
+    words = ["--config", str(file)]
+    assert parse(EvaluateConfig, "evaluate", "", words).output == "scores.jsonl"
+    file.write_text(f"{data}adapter: out/a\nrank: 4\noutput: out/small\n")
+    assert parse(CompressConfig, "compress", "", words).output == "out/small"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_note_names_the_first_of_many_skipped_options(tmp_path, capsys) -> None:
     whole = TrainConfig(base=BaseConfig(name="b"), data=DataConfig(train="d"), output="out")
     file = tmp_path / "config.yaml"
@@ -99,6 +138,7 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
     ("line", "message"),
     [
         ("rank: 4", r"unknown option 'rank'\. Did you mean 'lora\.rank'"),
+        ("no_packing: true", r"unknown option 'no_packing'\. Write packing: false\."),
         ("batchsize: 4", r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ("max_lenght: 4", "unknown option 'max_lenght'"),
         ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),
@@ -190,14 +230,27 @@ def test_the_folder_of_a_run_gets_the_command_that_resumes_it(tmp_path) -> None:
 
 def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("method: lora\nlora: {rank: 4}\noptimizer: {lr_ratio: 16, eps: 1e-6}\n")
+    optimizer = "optimizer: {learning_rate: 2e-3, lr_ratio: 16, eps: 1e-6}"
+    file.write_text(f"method: lora\nlora: {{rank: 4}}\n{optimizer}\n")
     config = train(f"{RUN} --config {file} --method bitfit")
     assert (config.method, config.lora.rank, config.optimizer.lr_ratio) == ("bitfit", 8, 1)
     assert config.optimizer.eps == 1e-6
+    assert config.peak_rate == 1e-3
     note = capsys.readouterr().err
-    assert "skips lora, optimizer.lr_ratio (without effect beside the arguments)" in note
+    skipped = "lora, optimizer.learning_rate, optimizer.lr_ratio"
+    assert f"skips {skipped} (without effect beside the arguments)" in note
     both = train(f"{RUN} --config {file} --method lora+prefix_layer")
-    assert both.lora.rank == 4
+    assert (both.lora.rank, both.peak_rate) == (4, 5e-4)
+    assert train(f"{RUN} --config {file} --method lora").peak_rate == 2e-3
+    typed = train(f"{RUN} --config {file} --method full --optimizer.learning_rate 1e-5")
+    assert typed.peak_rate == 1e-5
+    other = tmp_path / "full.yaml"
+    other.write_text("method: full\noptimizer: {learning_rate: 3e-5}\n")
+    assert train(f"{RUN} --config {other} --method full").peak_rate == 3e-5
+    other.write_text("optimizer: {learning_rate: 2e-3}\n")  # for the default method
+    capsys.readouterr()
+    assert train(f"{RUN} --config {other} --method full").peak_rate == 5e-5
+    assert "skips optimizer.learning_rate (without effect" in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="section lora has settings"):
         train(f"{RUN} --method bitfit --lora.rank 3")
 
@@ -320,6 +373,7 @@ def test_numbers_mappings_and_dashes() -> None:
     [
         ("", {"q_proj": 4, "v_proj": 16}),
         ("--lora.rank_pattern.q_proj 2", {"q_proj": 2, "v_proj": 16}),
+        ("--lora.rank-pattern.k-proj 3", {"q_proj": 4, "v_proj": 16, "k-proj": 3}),
         ("--lora.rank_pattern.k_proj 3", {"q_proj": 4, "v_proj": 16, "k_proj": 3}),
         ("--lora.rank_pattern '{q_proj: 2}'", {"q_proj": 2}),
     ],
@@ -346,6 +400,10 @@ def test_an_entry_replaces_a_wrong_value_of_the_file(tmp_path) -> None:
         ("--lora_dropout 0.1", r"Its name in lorakit is --lora\.dropout\."),
         ("--learning_rate 1", r"Its name in lorakit is --optimizer\.learning_rate\."),
         ("--alpha 4", r"Did you mean '--lora\.alpha'"),
+        ("--no-packing", r"'--no-packing'\. Write --packing false\."),
+        ("--no_dora", r"Write --lora\.dora false\."),
+        ("--lora.no-dora", r"Write --lora\.dora false\."),
+        ("--no-lora.dora", r"Write --lora\.dora false\."),
         ("--lora.rank eight", r"lora\.rank is 'eight'; it must be a whole number\."),
         ("--lora.rank 2.5", r"lora\.rank is 2\.5; it must be a whole number\."),
         ("--epochs many", r"epochs is 'many'; it must be a number\."),

@@ -202,6 +202,8 @@ def test_no_browser_opens_by_default(monkeypatch: pytest.MonkeyPatch, capsys: An
     *_, body = shlex.split(curl)
     assert curl.startswith(f"curl {address}/v1/completions ")
     assert json.loads(body)["prompt"] == "Hello"
+    greet(ServeConfig(prompt="river"))
+    assert "prompt is for the playground that --open opens" in capsys.readouterr().err
 
 
 def test_what_fits_into_memory_is_a_note(capsys: Any) -> None:

@@ -83,6 +83,7 @@ def test_a_file_named_in_the_configuration(tmp_path: Path, base: str, capsys, mo
     out = capsys.readouterr().out
     assert f"next     lorakit generate --adapter {adapter} --method {NAME} --prompt TEXT\n" in out
     assert f"         lorakit inspect {adapter} --method {NAME}\n" in out
+    assert "lorakit merge" not in out  # IA3 cannot be merged
     more = tiny_runs.config(
         tmp_path, base, method=NAME, from_adapter=folder, max_steps=1, output=str(tmp_path / "more")
     )

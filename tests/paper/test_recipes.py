@@ -94,9 +94,9 @@ def test_a_task_that_starts_from_mnli_says_so_and_takes_the_adapter_s_method(cap
 
 def test_a_recipe_gives_way_to_another_method(capsys):
     config = read("--recipe", "roberta-base/mrpc/lora", "--method", "bitfit")
-    assert (config.method, config.epochs) == ("bitfit", 30)
+    assert (config.method, config.epochs, config.peak_rate) == ("bitfit", 30, 1e-3)
     err = capsys.readouterr().err
-    assert "skips lora (without effect beside the arguments)" in err
+    assert "skips lora, optimizer.learning_rate (without effect beside the arguments)" in err
     assert [line for line in recipe("roberta-base/mrpc/lora").notes if line not in err] == []
 
 

@@ -190,6 +190,15 @@ def test_a_failed_attach_leaves_nothing_behind():
     assert snapshot(model) == seen
 
 
+def test_a_suffix_that_matches_a_layer_of_the_new_head():
+    model = tiny_models.build("roberta", "sequence-classification")
+    names = r"instead of 'dense': intermediate\.dense, output\.dense\."
+    with pytest.raises(
+        TargetError, match=rf"adapts 'classifier\.dense', and 'classifier' .* {names}"
+    ):
+        attach(model, LoRA(rank=2, targets="dense", train_modules="classifier"))
+
+
 # --- rejected pairs ------------------------------------------------------------------------------
 
 
@@ -197,7 +206,7 @@ def test_a_failed_attach_leaves_nothing_behind():
     ("arch", "settings", "error", "says"),
     [
         ("bert", {"dora": True, "init": "pissa"}, ConfigurationError, "exclude each other"),
-        ("llama", {"targets": "head", "train_modules": "lm_head"}, TargetError, "Choose one"),
+        ("llama", {"targets": "head", "train_modules": "lm_head"}, TargetError, "adapts 'lm_head'"),
         ("mixtral", {"targets": "mlp"}, TargetError, "stacked tensors"),
         ("mixtral", {"targets": "all-linear"}, TargetError, "stacked tensors"),
         ("t5", {"bias": "lora_only"}, ConfigurationError, "have none"),

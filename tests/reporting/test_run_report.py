@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from browser import HOSTILE
 
+from lorakit import LoRA, storage
+from lorakit.configuration import as_dict
 from lorakit.errors import RunFolderError
 from lorakit.formatting import number
 from lorakit.reporting import measures, read_run, run_page
 from lorakit.reporting.comparison import comparison_page
 from lorakit.reporting.page import Section, Table, cell_text
-from lorakit.reporting.run_settings import settings_text
-from lorakit.reporting.run_summary import in_sentence
+from lorakit.reporting.run_settings import main_settings, settings_text
+from lorakit.reporting.run_summary import describe_method, in_sentence
 
 
 def text_of(page: str) -> str:
@@ -200,6 +203,58 @@ def test_the_settings_leave_out_methods_that_are_not_used(run: Path) -> None:
     assert not re.findall(
         r"^(?:full|bitfit|bottleneck|prefix_\w+|method_settings):", settings, re.M
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "subject", "rows"),
+    [
+        (
+            {"name": "LoRA", "rank": 64, "targets": ["mlp"]},
+            "A LoRA adapter of rank 64 from out/a",
+            {"method": "lora", "lora.rank": "64", "lora.targets": "mlp"},
+        ),
+        ({"name": "FullFineTuning"}, "The whole model from out/a", {"method": "full"}),
+        (
+            {"name": "Combined", "methods": [{"name": "LoRA", "rank": 2}, {"name": "BitFit"}]},
+            "A LoRA adapter of rank 2 with bitfit from out/a",
+            {"method": "lora+bitfit", "lora.rank": "2"},
+        ),
+        ({"name": "IA3", "targets": []}, "The method IA3 from out/a", {"method": "IA3"}),
+        (None, "The adapter out/a", {}),
+        ("damaged", "The adapter out/a", {}),
+    ],
+)
+def test_a_run_from_an_adapter_has_the_method_of_the_adapter(
+    run: Path, tmp_path: Path, method: Any, subject: str, rows: dict[str, str]
+) -> None:
+    """Its configuration has the default method and the default section of LoRA, which have no effect."""
+    folder = tmp_path / "further"
+    shutil.copytree(run, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"from_adapter": "out/a", "method": "lora", "lora": as_dict(LoRA())}
+    (folder / "config.yaml").write_text(storage.dump_yaml(config))
+    file = folder / "adapter" / "lorakit.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "method": method}))
+    record = read_run(folder)
+    assert describe_method(record) == subject
+    shown = dict(main_settings(record))
+    assert shown["from_adapter"] == "out/a"
+    names = ("method", "lora.rank", "lora.targets")
+    assert {name: shown[name] for name in names if name in shown and rows.get(name)} == rows
+    assert ("lora.rank" in shown) == ("lora" in record.method.split("+"))
+    assert ("lora:\n" in settings_text(record)) == ("lora" in record.method.split("+"))
+
+
+def test_settings_of_an_unused_method_are_called_so(run: Path) -> None:
+    one = read_run(run)
+    lora = {**one.config["lora"], "rank": 64}
+    runs = [
+        dataclasses.replace(one, label="a", config={**one.config, "lora": lora}),
+        dataclasses.replace(one, label="b", config={**one.config, "method": "full"}),
+    ]
+    (section,) = (s for s in comparison_page(runs).sections if s.title == "Settings")
+    rows = {row[0]: row[1:] for row in section.blocks[0].rows}
+    assert rows == {"method": ("lora", "full"), "lora.rank": ("64", "unused")}
 
 
 def test_an_unfinished_run_has_a_page(unfinished: Path) -> None:

@@ -679,6 +679,15 @@ def test_a_compiled_run_trains_the_same_weights(tmp_path: Path, monkeypatch) -> 
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
+def test_a_template_with_an_escaped_line_feed_is_said(tmp_path, base) -> None:
+    """A shell passes "...\\n..." as it is, and the run would train on that text."""
+    config = tiny_runs.config(tmp_path, base)
+    for template, said in ((r"Q:\n{prompt}", True), ("Q:\n{prompt}", False)):
+        data = dataclasses.replace(config.data, prompt_template=template)
+        lines = "\n".join(first_lines(prepare(dataclasses.replace(config, data=data))))
+        assert ("prompt_template contains a backslash and an n" in lines) == said
+
+
 def test_a_warm_up_beyond_the_last_step_is_said(tmp_path, base) -> None:
     def lines(warmup: float) -> str:
         rate = OptimizerConfig(warmup=warmup)

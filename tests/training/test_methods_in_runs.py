@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,11 @@ from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.methods.registry import SECTIONS
+from lorakit.reporting import read_run
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
+from lorakit.training.progress import first_lines
 from lorakit.training.run_folder import RunResult, read_settings
 from lorakit.training.setup import prepare
 from lorakit.training.warm_start import method_of
@@ -194,7 +197,21 @@ def test_it_is_trained_further(run: Run, decoder: str, method: str, tmp_path: Pa
     settings = read_settings(tmp_path / "run")  # the default rate is that of the adapter's method
     assert settings["optimizer"]["learning_rate"] == RATES[method]
     name = type(run.config.chosen_method).__name__
-    assert f"method    {name} of {run.result.adapter}: " in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"method    {name} of {run.result.adapter}: " in shown
+    assert "the default of the method" not in shown
+    # The reports and the card have this method, not the configuration's default.
+    assert read_run(tmp_path / "run").method == method
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f'"from_adapter": "{run.result.adapter}"' in card
+    assert '"lora": {' not in card
+    # A configuration for another method may have this rate.
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=2e-3))
+    (note,) = (line for line in first_lines(prepare(config)) if "the default of the method" in line)
+    assert (
+        note.split()
+        == f"learning rate 0.002; the default of the method is {RATES[method]:g}".split()
+    )
 
 
 def test_a_rate_for_b_is_of_lora_alone(run: Run, method: str, tmp_path: Path) -> None:

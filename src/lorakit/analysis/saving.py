@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
-from lorakit.evaluation.evaluate import evaluate
+from lorakit.errors import LorakitError, memory_errors
+from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
-from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
@@ -96,7 +97,8 @@ def save(
 ) -> Saved:
     """Write a computed adapter atomically as a folder, and score it and its inputs.
 
-    lorakit.json and the card record the settings, the inputs with the digests of their tensors, and the scores.
+    lorakit.json and the card record the settings, the inputs with the digests of their tensors, and the scores. The
+    folder is written before the scores are computed, and again with them.
 
     Args:
         made: The computed adapter.
@@ -113,7 +115,8 @@ def save(
     Raises:
         ConfigurationError: `inputs` is one path, not a list.
         RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
-        LorakitError: The data or the base cannot be read, or do not match the adapter.
+        LorakitError: The data or the base cannot be read, or do not match the adapter. The folder is written, unless an
+            input is in it.
     """
     require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
@@ -131,17 +134,34 @@ def save(
     # A record read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
     is_live = base_of_result is not None and base_of_result.layout is not None
     for_peft = is_live or not any(_is_lorakit_only(source.folder) for source in adapters.values())
+
+    def write(scores: dict[str, dict[str, float]], *, overwrite: bool) -> Saved:
+        recorded = {**provenance, "scores": scores["result"]} if scores else provenance
+        stored = dataclasses.replace(made.adapter, provenance=recorded)
+        with storage.atomic_folder(output, overwrite=overwrite) as temporary:
+            notices = _write(stored, temporary, first, for_peft=for_peft)
+        return Saved(folder=Path(output), scores=scores, notices=notices)
+
+    if scoring is None or scoring.data == DataConfig():
+        return write({}, overwrite=overwrite)
+    # Scoring loads the base and may fail after a long computation. But it needs the inputs that the result replaces.
+    target = Path(os.path.realpath(output))
+    places = [place for source in adapters.values() for place in (source.path, source.folder)]
+    written = not any(storage.is_within(place, target) for place in places if place is not None)
+    if written:
+        write({}, overwrite=overwrite)
     scores: dict[str, dict[str, float]] = {}
-    if scoring is not None and scoring.data != DataConfig():
-        for path, source in adapters.items():
-            stored = source.stored or read(path, alpha=alpha)
-            scores[str(path)] = _score(stored, source.folder, scoring, base, allow_other_base)
-        scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
-        provenance["scores"] = scores["result"]
-    stored = dataclasses.replace(made.adapter, provenance=provenance)
-    with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-        notices = _write(stored, temporary, first, for_peft=for_peft)
-    return Saved(folder=Path(output), scores=scores, notices=notices)
+    try:
+        with memory_errors():
+            for path, source in adapters.items():
+                stored = source.stored or read(path, alpha=alpha)
+                scores[str(path)] = _score(stored, source.folder, scoring, base, allow_other_base)
+            scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
+    except LorakitError as error:
+        if written:
+            error.args = (*error.args, f"The computed adapter is in {output}, without scores.")
+        raise
+    return write(scores, overwrite=overwrite or written)
 
 
 def check_output(output: str | Path, *, overwrite: bool = False) -> None:
@@ -154,23 +174,26 @@ def check_output(output: str | Path, *, overwrite: bool = False) -> None:
     formats.check_replaceable(output)
 
 
-def check_scoring(scoring: ScoringConfig, adapter: StoredAdapter | None = None) -> None:
-    """Check that there is data to score on before a long computation.
+def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input) -> None:
+    """Read the data to score on before a long computation. A configuration without data scores nothing.
 
     Args:
         scoring: The data.
-        adapter: The first input, which may record a named task with data of its own.
+        base: The base to score on; None uses the base that the adapter records.
+        source: The first input, which may record the task of the data and their format.
 
     Raises:
-        ConfigurationError: The configuration has data, but none for the split to score.
+        LorakitError: There is no data for the split to score, it cannot be read, or a package of the scores is missing.
     """
-    data = scoring.data
-    if data == DataConfig():
+    if scoring.data == DataConfig():
         return
-    if adapter is not None and data.task == "auto":
-        task = adapter.provenance.get("task")
-        data = dataclasses.replace(data, task=task) if task in TASKS else data
-    scoring.scored_split(data)
+    stored = source.stored
+    if stored is None and source.folder is None:  # a model
+        check_evaluation(_evaluation(scoring, base=base))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write(stored or read(source.path), Path(folder), source.folder, for_peft=False)
+        check_evaluation(_evaluation(scoring, base=base, adapter=folder))
 
 
 def _score(
@@ -182,11 +205,13 @@ def _score(
 ) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         _write(stored, Path(folder), tokenizer_from, for_peft=False)
-        settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}
-        config = EvaluateConfig(
-            **settings, base=base, adapter=folder, compare=False, allow_other_base=allow_other_base
-        )
+        config = _evaluation(scoring, base=base, adapter=folder, allow_other_base=allow_other_base)
         return evaluate(config).scores
+
+
+def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
+    shared = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}
+    return EvaluateConfig(**shared, compare=False, **settings)
 
 
 def _write(

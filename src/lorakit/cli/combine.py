@@ -50,8 +50,9 @@ def run(argv: Sequence[str]) -> None:
 
     check_output(config.output, overwrite=config.overwrite)
     sources = [Input.read(adapter, alpha=config.alpha) for adapter in config.adapters]
+    for source in sources[:1]:
+        check_scoring(config, config.base, source)
     stored = [source.stored for source in sources if source.stored is not None]
-    check_scoring(config, next(iter(stored), None))
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")

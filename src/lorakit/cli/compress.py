@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
     check_output(config.output, overwrite=config.overwrite)
     source = Input.read(config.adapter, alpha=config.alpha)
     assert source.stored is not None
-    check_scoring(config, source.stored)
+    check_scoring(config, config.base, source)
     settings = {"rank": config.rank, "energy": config.energy}
     compressed = compress_adapter(source.stored, **settings)
     recorded = {"command": "compress", **settings}

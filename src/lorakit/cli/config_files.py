@@ -18,8 +18,8 @@ from lorakit.errors import ConfigurationError
 def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, dict]:
     """Return the options of a command in a YAML file, and those that only other commands have, by dotted name.
 
-    If a file has settings of a training run, its `output`, `method`, `batch_size` and other options outside sections
-    belong to that run, and commands other than `lorakit train` and `plan` skip them too.
+    If a file is that of a training run, its `output`, `method`, `batch_size` and other options outside sections belong
+    to that run, and commands other than `lorakit train` and `plan` skip them too.
 
     Args:
         path: The file.
@@ -34,13 +34,14 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     own, sections = options_of(config_class), sections_of(config_class)
     values = _by_name(path, content, sections)
     known = own.keys() | sections.keys()
-    if values.keys() <= known:
+    of_run = _options_of_the_run(config_class)
+    if values.keys() <= known and not (of_run and _trains(values)):
         return values, {}
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = _by_name(path, content, {**every_section, **sections})
-    is_of_run = not _options_of_training_only().isdisjoint(values)
-    of_run = _options_of_the_run(config_class) if is_of_run else set()
+    if _options_of_training_only().isdisjoint(values) and not _trains(values):
+        of_run = set()
     unknown = {}
     for name in values:
         if name in known or name in of_run:
@@ -141,6 +142,23 @@ def _options_of_the_run(config_class: type) -> set[str]:
         return set()
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     return names - sections_of(TrainConfig).keys()
+
+
+def _trains(values: Mapping[str, Any]) -> bool:
+    """Whether `lorakit train` is meant to read the options of a file, which may all be options of others too.
+
+    A file with a method of lorakit is; and one with all that a run needs, unless its output is a file or another
+    command has an option outside sections in it. `adapter` names the result of the run for other commands.
+    """
+    from lorakit.methods.registry import SECTIONS
+    from lorakit.training.config import TrainConfig
+
+    if not SECTIONS.keys().isdisjoint(str(values.get("method")).split("+")):
+        return True
+    needed = {"base.name", "data.train", "output"}
+    outside = {name for name in values if "." not in name} - {"adapter"}
+    is_file = str(values.get("output")).endswith(".jsonl")
+    return needed <= values.keys() and outside <= options_of(TrainConfig).keys() and not is_file
 
 
 _WITH_RUNS = ("train", "plan", "demo", "paper")

@@ -43,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import extract_adapter
-    from lorakit.analysis.saving import check_output, check_scoring
+    from lorakit.analysis.saving import Input, check_output, check_scoring
     from lorakit.cli.console import StatusLine
 
     check_output(config.output, overwrite=config.overwrite)
-    check_scoring(config)
+    source = Input.of(config.tuned)
+    check_scoring(config, config.base, source)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     settings: dict[str, Any] = {
         "targets": targets,
@@ -58,4 +59,4 @@ def run(argv: Sequence[str]) -> None:
     with StatusLine() as show:
         extracted = extract_adapter(config.base, config.tuned, **settings, progress=show)
     recorded = {"command": "extract", "base": config.base.name, **settings}
-    finish(extracted, config, [config.tuned], recorded, config.base)
+    finish(extracted, config, [source], recorded, config.base)

@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
         "generate",
         "Generate text with a base model or an adapter.",
         argv,
-        unused=lambda typed: ["data"] if {"chat", "raw"} & typed.keys() else [],
+        unused=lambda typed, _: ["data"] if {"chat", "raw"} & typed.keys() else [],
     )
     if config.output:  # before the imports of PyTorch, which take seconds
         storage.require_free_file(config.output, overwrite=config.overwrite)
@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, prompt_format, recorded_data, text_task
     from lorakit.data.readers import reader_for
-    from lorakit.data.templates import Template
+    from lorakit.data.templates import Template, escaped_line_feed
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.tasks import Chat, Completion
@@ -108,6 +108,8 @@ def run(argv: Sequence[str]) -> None:
     # Read the prompts before the base, which takes longer to load.
     if config.prompt is not None:
         prompts: list[Prompt] = [config.prompt]
+        if note := escaped_line_feed("prompt", config.prompt):
+            _note(f"{note}.")
     else:
         rendered = Template(template) if template else None
         prompts = read_prompts(str(config.file), prompting.task, columns, rendered)

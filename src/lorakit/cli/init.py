@@ -138,7 +138,7 @@ def _file(
     """
     train, output = data.source("train"), _output(data)
     base = {"name": "smollm2-135m" if task.generates else "minilm-l6"}
-    base = base if config.base is None else changed(config.base)
+    base |= {} if config.base is None else changed(config.base)
     held_out = {} if data.has("validation") else {"validation_fraction": 0.1}
     settings: dict[str, object] = {"train": train, "task": task.name, **held_out}
     settings |= {"max_length": data.max_length, **changed(data)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from lorakit.analysis.deltas import family
-from lorakit.cli.console import literal, table
+from lorakit.cli.console import console, literal, table
 from lorakit.formatting import number_range
 
 Cell = float | int | str | None
@@ -30,8 +30,9 @@ def layer_table(
         groups.setdefault(key, []).append(cells)
     headings = list(next(iter(rows.values()), {}))
     result = table([what, *([] if each else ["count"]), *headings], ())
-    # Keep names in one piece: numbers fold first.
-    result.columns[0].min_width = min(max(map(len, groups), default=0), 60)
+    # Keep names in one piece where that leaves half of the width for numbers, which then fold first. With `min_width`
+    # rich would cut columns off.
+    result.columns[0].no_wrap = 2 * max(map(len, groups), default=0) <= console().width
     for name, group in groups.items():
         spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
         result.add_row(*map(literal, [name, *([] if each else [str(len(group))]), *spreads]))

@@ -16,8 +16,8 @@ USES = {
 """The commands. `{adapter}` stands for the options that name the adapter, `{run}` for the run's folder, `{predictions}`
 and `{merged}` for outputs beside it."""
 
-UNMERGEABLE = {"bottleneck", "prefix_embedding", "prefix_layer"}
-"""Methods whose effect is not a change of weights, so that `lorakit merge` refuses their adapters."""
+MERGEABLE = {"lora", "full", "bitfit"}
+"""Methods that change weights, so that `lorakit merge` accepts their adapters. A user's method may not."""
 
 
 def commands_for(
@@ -29,12 +29,12 @@ def commands_for(
         generic_task: A name in `lorakit.tasks.GENERIC`.
         adapter: The options that name the adapter, such as "--adapter out/chat/adapter".
         run: The run's folder.
-        methods: Names of the run's methods.
+        methods: Names of the adapter's methods.
     """
     fitting = ["labels"] if generic_task in ("classification", "regression") else ["text"]
     fitting += ["chat"] if generic_task == "chat" else []
     fitting += ["serve"] if set(methods) == {"lora"} else []
-    fitting += ["merge"] if UNMERGEABLE.isdisjoint(methods) else []
+    fitting += ["merge"] if MERGEABLE.issuperset(methods) else []
     paths = {
         "run": run,
         "predictions": f"{run}-predictions.jsonl",

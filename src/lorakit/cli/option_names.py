@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigurationError, closest
 from lorakit.other_names import OTHER_NAMES
+
+if TYPE_CHECKING:
+    from lorakit.cli.options import Option
 
 ROWS = {
     **dict.fromkeys(("train", "plan", "data", "init"), "data.train"),
@@ -24,16 +29,20 @@ def unknown_options(suggestions: Mapping[str, str], source: str = "") -> Configu
     return ConfigurationError(f"{source}{first}", *(f"  {line}" for line in more))
 
 
-def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: str = "--") -> str:
+def suggestion(
+    name: str, options: Mapping[str, Option], command: str = "", *, dashes: str = "--"
+) -> str:
     """Return a sentence with the option to write instead of an unknown one, or an empty string.
 
     Args:
         name: The unknown name, without leading dashes.
-        known: The options of the command, by dotted name.
+        options: The options of the command, by dotted name.
         command: The command, for the option that names its data.
         dashes: What comes before a name: empty for a key of a YAML file.
     """
-    known, name = list(known), name.replace("-", "_")
+    known, name = list(options), name.replace("-", "_")
+    if switch := _switched_off(name, options):
+        return f" Write {dashes}{switch}{'' if dashes else ':'} false."
     if name in known:  # in a YAML file, where dashes do not stand for underscores
         return f" Did you mean '{dashes}{name}'?"
     head, _, last = name.rpartition(".")
@@ -47,6 +56,16 @@ def suggestion(name: str, known: Iterable[str], command: str = "", *, dashes: st
         return f" Did you mean '{same[0]}'?" if len(same) == 1 else _several(same)
     found = closest(name, known) or closest(name.split(".")[0], known)
     return "" if found is None else f" Did you mean '{dashes}{found}'?"
+
+
+def _switched_off(name: str, options: Mapping[str, Option]) -> str | None:
+    """Return the switch that a name with "no_" means, as argparse and typer write it; None for any other name."""
+    switch = re.sub(r"(^|\.)no_", r"\1", name)
+    if switch == name:
+        return None
+    same = [o for o in options if o.rpartition(".")[2] == switch]
+    found = switch if switch in options else same[0] if len(same) == 1 else None
+    return found if found is not None and bool in options[found].kinds else None
 
 
 def _several(names: list[str]) -> str:

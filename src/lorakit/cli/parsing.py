@@ -32,7 +32,7 @@ def parse(
     argv: Sequence[str],
     *positional: str,
     preset: tuple[str, Callable[[str], Mapping[str, Any]]] | None = None,
-    unused: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
+    unused: Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[str]] | None = None,
 ) -> Config:
     """Return a configuration parsed from `argv` and from the YAML files of `--config`.
 
@@ -49,8 +49,8 @@ def parse(
             gets all remaining arguments.
         preset: An option that is no field and that no YAML file can set, and a function from its value to the values
             that it stands for, by dotted name. Files and arguments override them.
-        unused: From the options in `argv`, the options or sections that a file or the preset may have but that have no
-            effect beside them. They are skipped and named.
+        unused: Called with the options in `argv`, and with those of the preset and the files. Returns the options or
+            sections that a file or the preset may have but that have no effect. They are skipped and named.
 
     Raises:
         ConfigurationError: Options are unknown or have an invalid value, and the message names the nearest ones; or an
@@ -69,18 +69,23 @@ def parse(
         sources.append((f"{preset_name} {chosen}", values_of(chosen), {}))
     sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
     values: dict[str, Any] = {}
-    without_effect = tuple(unused(typed)) if unused else ()
+    in_files = {name: value for _, found, _ in sources for name, value in found.items()}
+    without_effect = tuple(unused(typed, in_files)) if unused else ()
     source_of: dict[str, str | None] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
-        ignored = [n for n in found if n in without_effect or n.split(".")[0] in without_effect]
+        ignored = {
+            name: part
+            for name in found
+            for part in (name, name.split(".")[0])
+            if part in without_effect
+        }
         found = {name: value for name, value in found.items() if name not in ignored}
-        reasons = {"of other commands": foreign, "without effect beside the arguments": ignored}
-        parts = [
-            f"{listed(shortest_names(n, found), most=10)} ({why})"
-            for why, n in reasons.items()
-            if n
-        ]
+        reasons = {
+            "of other commands": shortest_names(foreign, found),
+            "without effect beside the arguments": list(dict.fromkeys(ignored.values())),
+        }
+        parts = [f"{listed(names, most=10)} ({why})" for why, names in reasons.items() if names]
         if parts:
             print(
                 f"note: {source}: lorakit {command} skips {' and '.join(parts)}.", file=sys.stderr
@@ -215,8 +220,9 @@ def _option(
             first = next(option for option in names if option.startswith(f"{name}."))
             raise ConfigurationError(f"--{name} is a group of options. Write --{first} VALUE.")
     for option in options.values():
-        if option.takes_mapping and raw.startswith(f"{option.name}."):
-            return option, raw.removeprefix(f"{option.name}.")
+        start, key = raw[: len(option.name) + 1], raw[len(option.name) + 1 :]
+        if option.takes_mapping and start.replace("-", "_") == f"{option.name}.":
+            return option, key  # whose dashes stay
     return None, ""
 
 

@@ -159,6 +159,9 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
         # A browser in the terminal runs until it is closed, and the server must answer it.
         state = f"/#{urlencode({'mode': 'text', 'prompt': config.prompt})}" if config.prompt else ""
         threading.Thread(target=_open_playground, args=(address + state,), daemon=True).start()
+    elif config.prompt:
+        # No error: a file of settings for all commands may set the prompt of lorakit generate.
+        print("note: prompt is for the playground that --open opens.", file=sys.stderr)
 
 
 def _open_playground(address: str) -> None:

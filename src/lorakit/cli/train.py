@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from lorakit.cli.parsing import parse
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from lorakit.reporting.run_record import RunRecord
     from lorakit.training.run_folder import RunResult
 
 CONFIGS = (TrainConfig,)
@@ -77,7 +78,7 @@ def run(argv: Sequence[str]) -> None:
     if result.best is not None and (result.best_step != result.steps or worse):
         print(f"best     {result.best} (step {result.best_step}{worse})")
     print(f"report   {report}")
-    print("next     " + "\n         ".join(_next(config, result, record.provenance)))
+    print("next     " + "\n         ".join(_next(config, result, record)))
 
 
 def _finished(config: TrainConfig) -> int | None:
@@ -155,7 +156,7 @@ def _few_steps(config: TrainConfig, steps: int) -> str:
     return f"{few} --epochs (now {config.epochs:g}) or --max_steps if the scores are low"
 
 
-def _next(config: TrainConfig, result: RunResult, provenance: Mapping[str, Any]) -> list[str]:
+def _next(config: TrainConfig, result: RunResult, record: RunRecord) -> list[str]:
     """Return the commands that use and show the adapter, with the file of a custom method."""
     from lorakit.formatting import shell_command
     from lorakit.methods.registry import is_user_method
@@ -164,7 +165,6 @@ def _next(config: TrainConfig, result: RunResult, provenance: Mapping[str, Any])
     method = ["--method", custom[0]] if custom else []
     adapter = str(result.adapter)
     options = shell_command(["--adapter", adapter, *method])
-    uses = commands_for(
-        str(provenance.get("generic_task")), options, str(result.folder), config.method_names
-    )
+    task, methods = str(record.provenance.get("generic_task")), record.method.split("+")
+    uses = commands_for(task, options, str(result.folder), methods)
     return [*uses, shell_command(["lorakit", "inspect", adapter, *method])]

@@ -8,7 +8,7 @@ from typing import Literal
 from lorakit.configuration import conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN
-from lorakit.data.templates import Template
+from lorakit.data.templates import Template, escaped_line_feed
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.tasks import GENERIC, Completion, Task, task_type
 
@@ -63,8 +63,8 @@ class DataConfig:
     Fields are prompt, completion, messages, system, tools, instruction, input, output, history, text, sentence1,
     sentence2, label and score."""
     prompt_template: str | None = None
-    """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"`. Double the
-    braces for literal ones."""
+    """Template of the prompt, filled from columns, for example `"Summarise:\\n{dialogue}\\nSummary:"` in YAML; in a
+    shell, quote a line feed with `$'...'`. Double the braces for literal ones."""
     completion_template: str | None = None
     """Template of the completion, filled from columns, for example `" {summary}"`."""
     max_length: int = 512
@@ -108,6 +108,13 @@ class DataConfig:
                         f"data.completion_template is {text!r}, without a column, so all rows would have the same "
                         "completion. Write the name of a column in braces, for example {completion}."
                     )
+
+    @property
+    def template_notes(self) -> list[str]:
+        """Sentences about templates that look wrong."""
+        names = ("prompt_template", "completion_template")
+        notes = [escaped_line_feed(name, getattr(self, name) or "") for name in names]
+        return [note for note in notes if note]
 
     def _check_task(self) -> None:
         task = self.task_type

@@ -244,12 +244,7 @@ def _notes(
                 f"{config.max_length:,}: raise data.max_length, or set data.too_long to skip or truncate "
                 "(--data.too_long truncate)"
             )
-    for name in ("prompt_template", "completion_template"):
-        if "\\n" in (getattr(config, name) or ""):
-            yield (
-                f"{name} contains a backslash and an n, not a line feed; quote the template with double quotes in "
-                "YAML, with $'...' in a shell"
-            )
+    yield from config.template_notes
     if (text := config.prompt_template) and not Template(text).fields:
         yield (
             "prompt_template contains no column, so all rows have the same prompt: write the name of a column in "

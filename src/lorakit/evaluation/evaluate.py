@@ -95,6 +95,8 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
+    for note in config.data.template_notes:
+        _LOG.warning(note)
     data, decoding = _read(config), config.decoding or Decoding()
     task = data.task
     base = open_adapted(

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.configuration import flat_settings
 from lorakit.formatting import duration, number, size
+from lorakit.methods.registry import unused_sections
 from lorakit.reporting import measures
 from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
 from lorakit.reporting.run_record import RunRecord
@@ -224,10 +225,14 @@ def _settings(runs: Sequence[RunRecord]) -> list[Block]:
 def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Return the values of each setting that differs, by dotted name."""
     flat = [flat_settings(run.config) for run in runs]
+    unused = [unused_sections(run.method) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     values_by_name = {name: [settings.get(name) for settings in flat] for name in names}
     return {
-        name: values
+        name: [
+            "unused" if name.split(".")[0] in sections else value
+            for value, sections in zip(values, unused, strict=True)
+        ]
         for name, values in values_by_name.items()
         if name != "output" and any(value != values[0] for value in values)
     }

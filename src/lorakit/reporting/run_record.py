@@ -13,6 +13,7 @@ from lorakit.configuration import setting
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
 from lorakit.formatting import counted
+from lorakit.methods.registry import SECTIONS
 from lorakit.reporting.measures import better
 from lorakit.training.run_folder import (
     ADAPTER,
@@ -34,7 +35,7 @@ class RunRecord:
 
     folder: Path
     config: Mapping[str, Any]
-    """Every setting, as in config.yaml."""
+    """Every setting, as in config.yaml, with the method of the adapter (see `as_trained`)."""
     result: Mapping[str, Any] | None = None
     """Content of result.json; None while the run is not finished."""
     sessions: Sequence[Mapping[str, Any]] = ()
@@ -65,7 +66,7 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The `method` of the configuration."""
+        """The method as in a configuration, such as lora+bitfit; "" if only the adapter of the start names it."""
         return str(self.config.get("method", ""))
 
     @property
@@ -213,7 +214,7 @@ def read_run(folder: str | Path) -> RunRecord:
     adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
     return RunRecord(
         folder=folder,
-        config=config,
+        config=as_trained(config, adapter.get("method")),
         result=_record(folder / RESULT) or None,
         sessions=_record(folder / ENVIRONMENT).get("sessions", []),
         train=[record for record in metrics if record.get("split") == "train"],
@@ -225,6 +226,30 @@ def read_run(folder: str | Path) -> RunRecord:
         predicted=_record(folder / PREDICTION),
         adapter_bytes=sum(path.stat().st_size for path in weights) if weights else None,
     )
+
+
+def as_trained(config: Mapping[str, Any], method: Any = None) -> Mapping[str, Any]:
+    """Return a run's settings with the method that it trains, which `from_adapter` brings.
+
+    The configuration of such a run has the default method and sections, which have no effect.
+
+    Args:
+        config: The configuration.
+        method: The record of the method in lorakit.json. Without one, the name of the method is empty.
+    """
+    if config.get("from_adapter") is None:
+        return config
+    settings = dict(config)
+    sections = {method_class.__name__: section for section, method_class in SECTIONS.items()}
+    combined = _mapping(method).get("methods")
+    names = []
+    for record in map(_mapping, combined if isinstance(combined, list) else [method]):
+        if record:
+            name = str(record.get("name"))
+            names.append(sections.get(name, name))  # a user's method has no section
+            settings[names[-1]] = {k: value for k, value in record.items() if k != "name"}
+    settings["method"] = "+".join(names)
+    return settings
 
 
 def _record(path: Path, *, checked: bool = True) -> dict[str, Any]:

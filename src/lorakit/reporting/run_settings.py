@@ -38,7 +38,7 @@ def chosen_settings(config: Mapping[str, Any], names: Iterable[str]) -> list[tup
     return [
         (name, setting_text(value))
         for name, value in found
-        if value is not None and name not in overridden
+        if value not in (None, "") and name not in overridden
     ]
 
 
@@ -48,6 +48,7 @@ def main_settings(run: RunRecord) -> list[tuple[str, str]]:
         "base.name",
         "base.dtype",
         "method",
+        "from_adapter",
         "lora.rank",
         "lora.alpha",
         "lora.targets",

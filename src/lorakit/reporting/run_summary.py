@@ -45,12 +45,17 @@ def summary(run: RunRecord) -> list[str]:
 
 def describe_method(run: RunRecord) -> str:
     """Return the method with its main setting, as the subject of a sentence."""
+    start = run.config.get("from_adapter")
+    if start and not run.method:
+        return f"The adapter {start}"
     first, *others = run.method.split("+")
     rank = setting(run.config, "lora.rank")
     if first == "lora" and rank is not None:
-        return f"A LoRA adapter of rank {rank}{''.join(f' with {name}' for name in others)}"
-    names = {"full": "The whole model", "bitfit": "BitFit: every bias"}
-    return names.get(run.method, f"The method {run.method}")
+        subject = f"A LoRA adapter of rank {rank}{''.join(f' with {name}' for name in others)}"
+    else:
+        names = {"full": "The whole model", "bitfit": "BitFit: every bias"}
+        subject = names.get(run.method, f"The method {run.method}")
+    return f"{subject} from {start}" if start else subject
 
 
 def key_figures(run: RunRecord) -> KeyFigures:

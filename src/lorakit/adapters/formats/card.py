@@ -267,6 +267,8 @@ def _settings(stored: StoredAdapter) -> str:
     config = shown.get("config")
     if isinstance(config, Mapping):
         unused = unused_sections(str(config.get("method")))
+        if config.get("from_adapter") is not None:  # the adapter brings the method
+            unused = ["method", *unused_sections("")]
         shown["config"] = {name: value for name, value in config.items() if name not in unused}
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the full record."

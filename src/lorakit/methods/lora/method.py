@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, TargetError, nearest, require_at_least
+from lorakit.formatting import listed
 from lorakit.methods.lora.init import Init
 from lorakit.methods.method import as_names
 
@@ -158,11 +159,18 @@ class LoRA:
 
         adapted = {place.path for place in resolve_targets(model, self.targets)}
         paths = modules_named(model, self.train_modules)
-        for path in paths:
-            if any(is_inside(layer, path) for layer in adapted):
-                raise TargetError(
-                    f"'{path}' is trained in full (train_modules) and adapted (targets). Choose one of the two."
-                )
+        for layer in sorted(adapted):
+            if (path := next((p for p in paths if is_inside(layer, p)), None)) is None:
+                continue
+            # A suffix such as `dense` matches layers of the head too.
+            last = layer.rpartition(".")[2]
+            outside = [a for a in adapted if a.endswith(f".{last}") and not is_inside(a, path)]
+            names = sorted({".".join(a.split(".")[-2:]) for a in outside})
+            instead = f" instead of '{last}': {listed(names, 4)}" if names else ""
+            raise TargetError(
+                f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). Name "
+                f"layers outside of it{instead}. Or remove it from train_modules, if you named it there."
+            )
         names = [*self._bias_names(model, adapted), *parameters_below(model, paths)]
         return list(dict.fromkeys(names))
 
