@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -510,6 +511,35 @@ def test_written_options_are_what_peft_needs():
         "use_rslora": False,
     }
     json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "others", "written"),
+    [
+        (4, 16, {}, (32, False)),
+        (8, 16, {}, (16 / math.sqrt(8) * 8, False)),
+        (5, 16, {}, (16, True)),  # no alpha / 5 is the same number
+        (4, 16, {"v_proj": 2}, (16, True)),  # alpha / r would need alpha_pattern
+    ],
+    ids=str,
+)
+def test_rslora_is_written_for_readers_that_know_only_alpha_over_rank(
+    rank: int, alpha: int, others: dict[str, int], written: tuple[float, bool], tmp_path: Path
+) -> None:
+    """llama.cpp and SGLang ignore use_rslora."""
+    method = lorakit.LoRA(rank=rank, alpha=alpha, scaling="rslora", rank_pattern=others)
+    handle = lorakit.attach(tiny_models.build("llama"), method)
+    folder = handle.save(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["use_rslora"]) == written
+    assert config["alpha_pattern"] == {}
+    expected = {path: layer.scaling for path, layer in handle.stored().layers.items()}
+    for found in (formats.read(folder), read_peft(folder)):
+        assert {path: layer.scaling for path, layer in found.layers.items()} == expected
+    assert formats.read(folder).method == method
+    theirs = loaded_by_peft(tiny_models.build("llama"), folder)
+    for path, scaling in expected.items():
+        assert theirs.base_model.model.get_submodule(path).scaling["default"] == scaling
 
 
 @pytest.mark.parametrize(

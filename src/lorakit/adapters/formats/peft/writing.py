@@ -179,6 +179,11 @@ def _ranks(entries: Mapping[str, StoredLayer], targets: set[str], method: LoRA) 
     rslora = method.scaling == "rslora" and all(
         entry.alpha / math.sqrt(entry.rank) == entry.scaling for entry in entries.values()
     )
+    # llama.cpp and SGLang ignore use_rslora and compute alpha / r. Write an alpha that gives the same scaling to the
+    # bit, if one for all layers does.
+    alphas = {_alpha(entry) for entry in entries.values()}
+    if len(alphas) == 1 and all(_alpha(e) / e.rank == e.scaling for e in entries.values()):
+        rslora = False
     numbers = {}
     for path in sorted(targets):
         entry = entries[path]
