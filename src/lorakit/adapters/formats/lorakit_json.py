@@ -284,9 +284,14 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
         if name != CARD_NAME:
+            as_peft = (
+                f" If PEFT saved into this folder, or you edited the file, delete {NAME}: the folder is then read as "
+                "PEFT's, without the record of its base."
+            )
             raise AdapterFileError(
                 f"'{folder / name}' has changed since the adapter was saved: it was damaged or edited. "
                 "Download or save the adapter again."
+                + (as_peft if name in (peft.CONFIG_NAME, peft.TENSORS_NAME) else "")
             )
         notices.append(f"'{folder / name}' was edited after the adapter was saved.")
     return notices
