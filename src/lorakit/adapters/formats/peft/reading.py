@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
+from lorakit.adapters.formats.other_tools import SHARDED
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
@@ -163,6 +164,8 @@ def _layer(
             f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
+    if not A.numel():
+        raise AdapterFileError(f"'{path}' has an empty {names[0]}: {SHARDED}")
     magnitude = parts.get(MAGNITUDE)
     if magnitude is not None and A.ndim > 2:
         expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
