@@ -177,6 +177,16 @@ def test_dora_of_every_kind_that_peft_has(tmp_path):
         same_bits(form.tensors[key], tensors[key], key)
 
 
+def test_listed_names_that_the_model_lacks_are_no_targets(tmp_path):
+    """Lists for several models have them. A new adapter, as `lorakit plan` attaches one, rejects them."""
+    model = tiny_models.build("llama")
+    by_peft(model, tmp_path, target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"])
+    stored = read_peft(tmp_path)
+    assert stored.method.targets == ("layers.1.mlp.up_proj", "q_proj")
+    again = lorakit.attach(tiny_models.build("llama"), stored.method)
+    assert again.stored().layers.keys() == stored.layers.keys()
+
+
 def test_gpt2s_transposed_layers_are_marked(tmp_path):
     by_peft(tiny_models.build("gpt2"), tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
     stored = read_peft(tmp_path)

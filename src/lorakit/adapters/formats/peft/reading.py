@@ -21,6 +21,7 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.layers import parents
+from lorakit.models.patterns import endings
 
 PICKLE_NAME = "adapter_model.bin"
 
@@ -300,7 +301,9 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
     if isinstance(listed, tuple) and listed and not restricted:
-        targets = tuple(sorted(listed))
+        # PEFT allows names that the model lacks, in a list for several models; a new adapter of lorakit does not.
+        used = {ending for path in layers for ending in endings(path)}
+        targets = tuple(sorted(used.intersection(listed))) or tuple(layers)
     elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
         targets = (listed,)
     else:  # lorakit has no equal of these options, so list the layers
