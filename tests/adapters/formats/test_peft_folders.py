@@ -352,6 +352,24 @@ def test_layers_on_which_peft_computes_something_else(tmp_path):
     ):
         with pytest.raises(AdapterFileError, match=word):
             formats.check_targets(read_peft(tmp_path), tmp_path, build(**settings))
+    formats.write(read_peft(tmp_path), tmp_path / "converted")
+    lorakit.load(build(), tmp_path / "converted")
+    with pytest.raises(AdapterFileError, match="dilation"):
+        lorakit.load(build(dilation=2), tmp_path / "converted")
+
+
+def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
+    by_peft(Net(), tmp_path / "theirs", target_modules=["body.0"])
+    config = tmp_path / "theirs" / "adapter_config.json"
+    told = {"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "mica"}
+    told |= {"ensure_weight_tying": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    stored = formats.read(tmp_path / "theirs")
+    assert len(stored.notices) == 3
+    formats.write(stored, tmp_path / "converted")
+    assert formats.read(tmp_path / "converted").notices == stored.notices
+    handle = lorakit.load(Net(), tmp_path / "converted")
+    assert formats.read(handle.save(tmp_path / "saved")).notices == []
 
 
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):

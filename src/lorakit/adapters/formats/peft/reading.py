@@ -112,31 +112,37 @@ def _adapter(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
-    adapter = StoredAdapter(
+    recorded = _provenance(options)
+    return StoredAdapter(
         method=_method(config, layers, saved_modules),
         layers=layers,
         trained=classified.trained,
         base_copies=classified.base_copies,
-        provenance={"peft": _provenance(options)},
-        notices=[*notices, *rank_notices(layers)],
+        provenance={"peft": recorded},
+        notices=[*notices, *rank_notices(layers), *option_notices(recorded)],
         peft_config=options,
     )
-    if options.get("ensure_weight_tying"):
-        adapter.notices.append(
+
+
+def option_notices(recorded: Mapping[str, Any]) -> list[str]:
+    """Return what the user should know about the options in the record of a PEFT folder."""
+    notices = []
+    if recorded.get("ensure_weight_tying"):
+        notices.append(
             "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
             "further training with lorakit would untie them."
         )
-    if options.get("loftq_config"):
-        adapter.notices.append(
+    if recorded.get("loftq_config"):
+        notices.append(
             "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. "
             "Make sure that this model has those weights, not the original ones."
         )
-    if options.get("init_lora_weights") == "mica":
-        adapter.notices.append(
+    if recorded.get("init_lora_weights") == "mica":
+        notices.append(
             "PEFT trains only A of this adapter (init_lora_weights is 'mica'); further training with lorakit would "
             "train B too."
         )
-    return adapter
+    return notices
 
 
 def _layer(
@@ -327,6 +333,9 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
         raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error
 
 
-def _provenance(options: Mapping[str, Any]) -> dict[str, str]:
+def _provenance(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that also matter for an adapter made from this one."""
     names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
-    return {name: options[name] for name in names if isinstance(options.get(name), str)}
+    recorded = {name: options[name] for name in names if isinstance(options.get(name), str)}
+    noted = ("ensure_weight_tying", "loftq_config", "init_lora_weights")
+    return recorded | {n: options[n] for n in noted if option_notices({n: options.get(n)})}
