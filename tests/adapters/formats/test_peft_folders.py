@@ -372,6 +372,42 @@ def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
     assert formats.read(handle.save(tmp_path / "saved")).notices == []
 
 
+@pytest.mark.parametrize("version", [None, "0.18.0"])
+def test_gemma_3s_embedding_is_computed_as_by_the_peft_that_wrote_it(version, tmp_path, caplog):
+    """PEFT before 0.18 did not multiply the adapter by sqrt(hidden_size), as this embedding does with its vectors."""
+    base = tiny_models.build("gemma3")
+    theirs, _ = by_peft(base, tmp_path / "theirs", target_modules=["embed_tokens", "q_proj"])
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": version}))
+    embedding = theirs.base_model.model.model.embed_tokens
+    scale = float(embedding.base_layer.embed_scale)
+    assert scale == pytest.approx(math.sqrt(32))
+    if version is None:
+        embedding.scaling["default"] /= scale
+    expected = theirs(IDS).logits
+    model = tiny_models.build("gemma3")
+    handle = lorakit.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert ("it divided alpha by" in caplog.text) == (version is None)
+    again = handle.save(tmp_path / "again")
+    assert json.loads((again / "adapter_config.json").read_text())["peft_version"] == "0.21.2"
+    (again / "lorakit.json").unlink()  # read as a folder of PEFT
+    lorakit.load(second := tiny_models.build("gemma3"), again)
+    assert torch.equal(second(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(
+        loaded_by_peft(tiny_models.build("gemma3"), again)(IDS).logits, expected
+    )
+
+
+def test_dora_on_gemma_3s_embedding_of_an_old_peft_is_refused(tmp_path):
+    by_peft(tiny_models.build("gemma3"), tmp_path, target_modules=["embed_tokens"], use_dora=True)
+    lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": None}))
+    with pytest.raises(AdapterFileError, match=r"DoRA on 'model\.embed_tokens' .* before 0\.18"):
+        lorakit.load(tiny_models.build("gemma3"), tmp_path)
+
+
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
     """PEFT adapts one of the two uses, lorakit both."""
 

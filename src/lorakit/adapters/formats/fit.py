@@ -16,9 +16,10 @@ from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, paramet
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
+from lorakit.adapters.formats.peft.embedding import as_trained
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
@@ -48,7 +49,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     if stored.base is None:
         _rename_layers(stored, path, model, modules)
     if stored.from_peft is not None:
-        _require_arithmetic(stored, path, model)
+        _require_arithmetic(stored, path, model, modules)
     elif stored.base is None:  # a loralib file records no base
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
         stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
@@ -72,8 +73,10 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             _require_saved_modules(stored, path, model, names)
 
 
-def _require_arithmetic(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
-    """Reject layers on which lorakit computes something else than the PEFT that trained the adapter."""
+def _require_arithmetic(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> None:
+    """Reject layers on which lorakit computes something else than the PEFT that trained the adapter; scale others."""
     beyond = beyond_peft(model)
     for layer_path in stored.layers:
         if layer_path in beyond:
@@ -81,6 +84,9 @@ def _require_arithmetic(stored: StoredAdapter, path: str | Path, model: nn.Modul
                 f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
                 "than the adapter was trained with. Load it with PEFT."
             )
+    if not (stored.from_peft or {}).get("peft_version"):  # PEFT records it since 0.18
+        with located(f"'{path}'"):
+            stored.notices += as_trained(stored.layers, model, modules)
 
 
 def _rename_layers(

@@ -35,7 +35,7 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",  # decides only what nn.MultiheadAttention means (`attention.as_computed`)
+    "peft_version",  # read in `attention.as_computed` and `embedding.as_trained`
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
