@@ -388,7 +388,7 @@ def test_gemma_3s_embedding_is_computed_as_by_the_peft_that_wrote_it(version, tm
     model = tiny_models.build("gemma3")
     handle = lorakit.load(model, tmp_path / "theirs")
     torch.testing.assert_close(model(IDS).logits, expected)
-    assert ("it divided alpha by" in caplog.text) == (version is None)
+    assert ("so that is below 0.18" in caplog.text) == (version is None)
     again = handle.save(tmp_path / "again")
     assert json.loads((again / "adapter_config.json").read_text())["peft_version"] == "0.21.2"
     (again / "lorakit.json").unlink()  # read as a folder of PEFT

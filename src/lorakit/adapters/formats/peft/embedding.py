@@ -2,7 +2,7 @@
 
 This embedding multiplies the vectors that it looks up by `embed_scale`, sqrt(hidden_size) for the tokens. PEFT scales
 the adapter's part too since 0.18 (https://github.com/huggingface/peft/pull/2825, for DoRA pull/2839). Earlier versions
-added it unscaled. Other models with such an embedding scaled outside of it then, so their adapters were scaled.
+add it unscaled. They scaled that of Gemma 1 and 2, which multiplied outside of the layer at that time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def as_trained(
             )
         layers[path] = replace(layer, scaling=layer.scaling / scale, alpha=layer.alpha / scale)
         notices.append(
-            "The file does not record its version of PEFT, as those before 0.18. They do not multiply an adapter on "
-            f"'{path}' by the scale of this embedding. lorakit computes the same: it divided alpha by {scale:g}."
+            "The file does not record its version of PEFT, so that is below 0.18. Such versions do not multiply an "
+            f"adapter on '{path}' by the scale of this embedding. lorakit computes the same: it divided alpha by "
+            f"{scale:g}."
         )
     return notices
