@@ -60,6 +60,7 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
     assert "loralib" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
 def test_a_checkpoint_of_zero_3_and_its_repair(tmp_path: Path) -> None:
     """The keys of zero_to_fp32.py have the adapter's name, and its file is read like PEFT's."""
     model = tiny_models.build("llama")
