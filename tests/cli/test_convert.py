@@ -94,6 +94,30 @@ def test_there_and_back_the_tensors_are_the_same(adapter: Path, tmp_path: Path, 
     assert all(before[key].equal(after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        ({"rank": 4}, "16"),
+        ({"rank": 4, "scaling": "rslora"}, "32"),
+        ({"rank": 8, "scaling": "rslora"}, "45.25483399593904"),
+        ({"rank": 4, "init": "pissa"}, "32"),  # the file has twice the rank
+    ],
+    ids=str,
+)
+def test_the_note_names_the_alpha_that_a_loralib_file_needs(
+    settings: dict, alpha: str, tmp_path: Path, capsys
+) -> None:
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(**settings))
+    folder = adapters.save(tmp_path / "adapter")
+    convert(folder, tmp_path / "lora.bin")
+    assert f"--alpha {alpha} (loralib: lora_alpha={alpha})" in capsys.readouterr().out
+    found = formats.read(tmp_path / "lora.bin", alpha=float(alpha)).layers
+    expected = formats.read(folder).layers
+    assert {p: one.scaling for p, one in found.items()} == {
+        p: one.scaling for p, one in expected.items()
+    }
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("to", ["peft", "loralib"])
 def test_base_weights_that_may_be_trained_are_refused(tmp_path: Path, capsys, to: str) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import lorakit
+from lorakit.adapters import formats
 from lorakit.errors import AdapterFileError
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -89,6 +90,10 @@ def test_a_folder_with_names_of_transformers_4(arch: str, tmp_path: Path) -> Non
     same(model, logits(adapted))
     handle.save(tmp_path / "ours")
     same(loaded_by_peft(image_text_model(arch), tmp_path / "ours"), logits(adapted))
+    formats.write(formats.read(tmp_path), tmp_path / "converted")  # as `lorakit convert` does
+    model = image_text_model(arch)
+    lorakit.load(model, tmp_path / "converted")
+    same(model, logits(adapted))
 
     save_file({k: t.clone() for k, t in (tensors | renamed).items()}, file)
     with pytest.raises(AdapterFileError, match=r"q_proj' has factors under two names"):

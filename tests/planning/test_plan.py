@@ -537,6 +537,22 @@ def test_a_run_that_starts_from_an_adapter(tmp_path, monkeypatch, method):
 
 
 @pytest.mark.slow
+def test_a_run_that_starts_from_a_peft_adapter_with_names_of_other_models(tmp_path):
+    """`lorakit train` loads it: the tensors decide which layers it adapts."""
+    base = tiny_runs.save_base(tmp_path / "base", "llama")
+    model = lorakit.load_base(base, dtype="float32").model
+    adapters = lorakit.attach(model, lorakit.LoRA(rank=2, targets="q_proj"))
+    folder = adapters.save(tmp_path / "adapter")
+    (folder / "lorakit.json").unlink()
+    options = json.loads((folder / "adapter_config.json").read_text())
+    options["target_modules"] += ["qkv_proj", "gate_up_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    config = tiny_runs.config(tmp_path, base, from_adapter=str(folder))
+    planned = plan(config, length=32, compare=False, machine=MACHINE)
+    assert planned.chosen.trained == adapters.summary().counts.trainable
+
+
+@pytest.mark.slow
 def test_a_custom_method_is_compared_with_full_fine_tuning(base, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_OWN", {})
     settings = {"targets": ["mlp.up"]}

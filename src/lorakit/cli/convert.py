@@ -52,8 +52,12 @@ def run(argv: Sequence[str]) -> None:
         check_output(config.output, overwrite=config.overwrite)
     stored = formats.read(config.adapter, alpha=config.alpha)
     if to == "loralib":
-        formats.write_loralib(stored, config.output)
-        notices = ["loralib files store neither alpha nor rank: record both elsewhere."]
+        alpha = formats.write_loralib(stored, config.output)
+        text = f"{alpha!r}".removesuffix(".0")
+        notices = [
+            "loralib files store neither alpha nor rank: read this one with "
+            f"--alpha {text} (loralib: lora_alpha={text})."
+        ]
     else:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
             formats.copy_tokenizer(config.adapter, temporary)

@@ -219,6 +219,23 @@ def test_a_truncated_or_missing_file_is_found(folder):
         (folder / name).write_bytes(data)
 
 
+def test_a_folder_into_which_peft_saved_names_the_way_out(folder):
+    """PEFT leaves lorakit.json, whose record belongs to the old tensors."""
+    config = folder / "adapter_config.json"
+    options = json.loads(config.read_text())
+    config.write_text(json.dumps({**options, "base_model_name_or_path": "owner/tiny"}))
+    with pytest.raises(
+        AdapterFileError, match=r"has changed .* delete lorakit\.json: the folder is"
+    ):
+        formats.read(folder)
+    (folder / "lorakit.json").unlink()
+    assert formats.read(folder).base_name == "owner/tiny"
+    formats.write(ADAPTERS["plain"], folder)
+    (folder / "tokenizer" / "vocabulary.txt").write_text("a")
+    with pytest.raises(AdapterFileError, match=r"Download or save the adapter again\.$"):
+        formats.read(folder)
+
+
 def test_an_edited_card_is_no_damage(folder):
     (folder / "README.md").write_text("my words")
     (folder / "notes.txt").write_text("a file of the user's own")

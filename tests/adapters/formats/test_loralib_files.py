@@ -507,7 +507,7 @@ def test_safetensors_with_loralibs_names(tmp_path):
 
 
 def test_relabelling_leaves_other_formats_alone(tmp_path):
-    stored = adapter({"table": linear(10, 6)}, peft_config={"peft_type": "LORA"})
+    stored = adapter({"table": linear(10, 6)}, provenance={"peft": {}})
     formats.check_targets(stored, tmp_path, random_net(lora=False))
     assert stored.layers["table"].kind == "linear"
     assert replace(stored.layers["table"], kind="embedding").rank == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -176,6 +177,16 @@ def test_dora_of_every_kind_that_peft_has(tmp_path):
         same_bits(form.tensors[key], tensors[key], key)
 
 
+def test_listed_names_that_the_model_lacks_are_no_targets(tmp_path):
+    """Lists for several models have them. A new adapter, as `lorakit plan` attaches one, rejects them."""
+    model = tiny_models.build("llama")
+    by_peft(model, tmp_path, target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"])
+    stored = read_peft(tmp_path)
+    assert stored.method.targets == ("layers.1.mlp.up_proj", "q_proj")
+    again = lorakit.attach(tiny_models.build("llama"), stored.method)
+    assert again.stored().layers.keys() == stored.layers.keys()
+
+
 def test_gpt2s_transposed_layers_are_marked(tmp_path):
     by_peft(tiny_models.build("gpt2"), tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
     stored = read_peft(tmp_path)
@@ -341,6 +352,60 @@ def test_layers_on_which_peft_computes_something_else(tmp_path):
     ):
         with pytest.raises(AdapterFileError, match=word):
             formats.check_targets(read_peft(tmp_path), tmp_path, build(**settings))
+    formats.write(read_peft(tmp_path), tmp_path / "converted")
+    lorakit.load(build(), tmp_path / "converted")
+    with pytest.raises(AdapterFileError, match="dilation"):
+        lorakit.load(build(dilation=2), tmp_path / "converted")
+
+
+def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
+    by_peft(Net(), tmp_path / "theirs", target_modules=["body.0"])
+    config = tmp_path / "theirs" / "adapter_config.json"
+    told = {"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "mica"}
+    told |= {"ensure_weight_tying": True}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    stored = formats.read(tmp_path / "theirs")
+    assert len(stored.notices) == 3
+    formats.write(stored, tmp_path / "converted")
+    assert formats.read(tmp_path / "converted").notices == stored.notices
+    handle = lorakit.load(Net(), tmp_path / "converted")
+    assert formats.read(handle.save(tmp_path / "saved")).notices == []
+
+
+@pytest.mark.parametrize("version", [None, "0.18.0"])
+def test_gemma_3s_embedding_is_computed_as_by_the_peft_that_wrote_it(version, tmp_path, caplog):
+    """PEFT before 0.18 did not multiply the adapter by sqrt(hidden_size), as this embedding does with its vectors."""
+    base = tiny_models.build("gemma3")
+    theirs, _ = by_peft(base, tmp_path / "theirs", target_modules=["embed_tokens", "q_proj"])
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": version}))
+    embedding = theirs.base_model.model.model.embed_tokens
+    scale = float(embedding.base_layer.embed_scale)
+    assert scale == pytest.approx(math.sqrt(32))
+    if version is None:
+        embedding.scaling["default"] /= scale
+    expected = theirs(IDS).logits
+    model = tiny_models.build("gemma3")
+    handle = lorakit.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert ("so that is below 0.18" in caplog.text) == (version is None)
+    again = handle.save(tmp_path / "again")
+    assert json.loads((again / "adapter_config.json").read_text())["peft_version"] == "0.21.2"
+    (again / "lorakit.json").unlink()  # read as a folder of PEFT
+    lorakit.load(second := tiny_models.build("gemma3"), again)
+    assert torch.equal(second(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(
+        loaded_by_peft(tiny_models.build("gemma3"), again)(IDS).logits, expected
+    )
+
+
+def test_dora_on_gemma_3s_embedding_of_an_old_peft_is_refused(tmp_path):
+    by_peft(tiny_models.build("gemma3"), tmp_path, target_modules=["embed_tokens"], use_dora=True)
+    lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": None}))
+    with pytest.raises(AdapterFileError, match=r"DoRA on 'model\.embed_tokens' .* before 0\.18"):
+        lorakit.load(tiny_models.build("gemma3"), tmp_path)
 
 
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
@@ -510,6 +575,35 @@ def test_written_options_are_what_peft_needs():
         "use_rslora": False,
     }
     json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "others", "written"),
+    [
+        (4, 16, {}, (32, False)),
+        (8, 16, {}, (16 / math.sqrt(8) * 8, False)),
+        (5, 16, {}, (16, True)),  # no alpha / 5 is the same number
+        (4, 16, {"v_proj": 2}, (16, True)),  # alpha / r would need alpha_pattern
+    ],
+    ids=str,
+)
+def test_rslora_is_written_for_readers_that_know_only_alpha_over_rank(
+    rank: int, alpha: int, others: dict[str, int], written: tuple[float, bool], tmp_path: Path
+) -> None:
+    """llama.cpp and SGLang ignore use_rslora."""
+    method = lorakit.LoRA(rank=rank, alpha=alpha, scaling="rslora", rank_pattern=others)
+    handle = lorakit.attach(tiny_models.build("llama"), method)
+    folder = handle.save(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["use_rslora"]) == written
+    assert config["alpha_pattern"] == {}
+    expected = {path: layer.scaling for path, layer in handle.stored().layers.items()}
+    for found in (formats.read(folder), read_peft(folder)):
+        assert {path: layer.scaling for path, layer in found.layers.items()} == expected
+    assert formats.read(folder).method == method
+    theirs = loaded_by_peft(tiny_models.build("llama"), folder)
+    for path, scaling in expected.items():
+        assert theirs.base_model.model.get_submodule(path).scaling["default"] == scaling
 
 
 @pytest.mark.parametrize(

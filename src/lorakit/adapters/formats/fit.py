@@ -16,9 +16,10 @@ from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, paramet
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
+from lorakit.adapters.formats.peft.embedding import as_trained
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
@@ -30,10 +31,11 @@ from lorakit.models.layers import base_modules, is_inside
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
     """Validate an adapter that was read from a file against the live model, and complete it.
 
-    PEFT: layers with names of transformers 4 get today's. Every layer that the options select must have
-    tensors, and every layer with tensors must be selected. loralib: factors get the kind of the model's
-    layer. Both: copies of base weights that equal the model's are dropped; others count as trained. Every
-    format: a trained parameter that the model ties is listed under each name that the method trains.
+    Without a record of the base: layers with names of transformers 4 get today's. PEFT: every layer that the options
+    select must have tensors, and every layer with tensors must be selected. PEFT, and adapters made from its folders:
+    layers on which PEFT computes something else are rejected. loralib: factors get the kind of the model's layer. Both:
+    copies of base weights that equal the model's are dropped; others count as trained. Every format: a trained
+    parameter that the model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -44,15 +46,14 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
     """
     modules = dict(base_modules(model))
-    if stored.peft_config is not None:
+    if stored.base is None:
         _rename_layers(stored, path, model, modules)
-        beyond = beyond_peft(model)
-        for layer_path in stored.layers:
-            if layer_path in beyond:
-                raise AdapterFileError(
-                    f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
-                    "than the adapter was trained with. Load it with PEFT."
-                )
+    if stored.from_peft is not None:
+        _require_arithmetic(stored, path, model, modules)
+    elif stored.base is None:  # a loralib file records no base
+        stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
+        stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
+    if stored.peft_config is not None:
         expected = expected_layers(stored.peft_config, model)
         if expected is not None and expected != stored.layers.keys():
             without = [*map(repr, sorted(expected - stored.layers.keys()))]
@@ -63,9 +64,6 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
                 f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. The "
                 f"file has {' and '.join(parts)}. Load it on the model class it was trained with."
             )
-    elif stored.base is None:  # a loralib file records no base
-        stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
-        stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
     if stored.base_copies or stored.trained:
         names = parameters_by_name(model)
         if stored.base_copies:
@@ -73,6 +71,22 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         _list_tied(stored, path, model, names.aliases)
         if stored.peft_config is not None:
             _require_saved_modules(stored, path, model, names)
+
+
+def _require_arithmetic(
+    stored: StoredAdapter, path: str | Path, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> None:
+    """Reject layers on which lorakit computes something else than the PEFT that trained the adapter; scale others."""
+    beyond = beyond_peft(model)
+    for layer_path in stored.layers:
+        if layer_path in beyond:
+            raise AdapterFileError(
+                f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
+                "than the adapter was trained with. Load it with PEFT."
+            )
+    if not (stored.from_peft or {}).get("peft_version"):  # PEFT records it since 0.18
+        with located(f"'{path}'"):
+            stored.notices += as_trained(stored.layers, model, modules)
 
 
 def _rename_layers(

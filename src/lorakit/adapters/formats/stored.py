@@ -64,6 +64,12 @@ class StoredAdapter:
         name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
         return name if isinstance(name, str) and name else None
 
+    @property
+    def from_peft(self) -> Mapping[str, Any] | None:
+        """What is recorded of the PEFT folder that it was made from, if no base is recorded; None for others."""
+        recorded = self.provenance.get("peft")
+        return recorded if self.base is None and isinstance(recorded, Mapping) else None
+
     def setting(self, *names: str) -> Any:
         """Return a setting of the run that trained it, such as ("base", "dtype"); None if it is not recorded."""
         return setting(self.provenance, ".".join(("config", *names)))

@@ -19,13 +19,17 @@ SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth")
 """Suffixes of loralib files."""
 
 
-def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
+def write_loralib(stored: StoredAdapter, path: str | Path) -> float:
     """Write one file for loralib's ``model.load_state_dict(..., strict=False)``.
 
     Args:
         stored: The adapter; one alpha must give the scaling of all layers, since the file records none.
         path: A ``.safetensors`` file; or ``.bin``, ``.pt``, ``.pth`` for code that uses `torch.load`
             (a pickle of plain tensors, which loads with ``weights_only=True``).
+
+    Returns:
+        The `lora_alpha` that a reader must set. It differs from the adapter's alpha where loralib's scaling alpha / r
+        or its rank does: with rsLoRA and PiSSA.
 
     Raises:
         AdapterFileError: loralib cannot represent the adapter, or it has `base_copies`.
@@ -61,6 +65,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> None:
         else:
             with temporary.open("wb") as file:
                 torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return alphas.pop()
 
 
 def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:

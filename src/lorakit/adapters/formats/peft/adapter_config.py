@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.formats.layout import parameters_by_name
+from lorakit.adapters.formats.other_tools import hint_of_options
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.method import check_numbers
@@ -34,7 +35,7 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",  # decides only what nn.MultiheadAttention means (`attention.as_computed`)
+    "peft_version",  # read in `attention.as_computed` and `embedding.as_trained`
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
@@ -263,7 +264,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     kind = options.get("peft_type")
     if kind is None:
         raise AdapterFileError(
-            "it has no peft_type, so it is not the configuration of a PEFT adapter."
+            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of_options(options)}"
         )
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")

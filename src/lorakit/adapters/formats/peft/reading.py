@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
+from lorakit.adapters.formats.other_tools import SHARDED
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
@@ -20,6 +21,7 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
 from lorakit.models.layers import parents
+from lorakit.models.patterns import endings
 
 PICKLE_NAME = "adapter_model.bin"
 
@@ -110,31 +112,37 @@ def _adapter(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
-    adapter = StoredAdapter(
+    recorded = _provenance(options)
+    return StoredAdapter(
         method=_method(config, layers, saved_modules),
         layers=layers,
         trained=classified.trained,
         base_copies=classified.base_copies,
-        provenance={"peft": _provenance(options)},
-        notices=[*notices, *rank_notices(layers)],
+        provenance={"peft": recorded},
+        notices=[*notices, *rank_notices(layers), *option_notices(recorded)],
         peft_config=options,
     )
-    if options.get("ensure_weight_tying"):
-        adapter.notices.append(
+
+
+def option_notices(recorded: Mapping[str, Any]) -> list[str]:
+    """Return what the user should know about the options in the record of a PEFT folder."""
+    notices = []
+    if recorded.get("ensure_weight_tying"):
+        notices.append(
             "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
             "further training with lorakit would untie them."
         )
-    if options.get("loftq_config"):
-        adapter.notices.append(
+    if recorded.get("loftq_config"):
+        notices.append(
             "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. "
             "Make sure that this model has those weights, not the original ones."
         )
-    if options.get("init_lora_weights") == "mica":
-        adapter.notices.append(
+    if recorded.get("init_lora_weights") == "mica":
+        notices.append(
             "PEFT trains only A of this adapter (init_lora_weights is 'mica'); further training with lorakit would "
             "train B too."
         )
-    return adapter
+    return notices
 
 
 def _layer(
@@ -163,6 +171,8 @@ def _layer(
             f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
+    if not A.numel():
+        raise AdapterFileError(f"'{path}' has an empty {names[0]}: {SHARDED}")
     magnitude = parts.get(MAGNITUDE)
     if magnitude is not None and A.ndim > 2:
         expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
@@ -297,7 +307,9 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
     if isinstance(listed, tuple) and listed and not restricted:
-        targets = tuple(sorted(listed))
+        # PEFT allows names that the model lacks, in a list for several models; a new adapter of lorakit does not.
+        used = {ending for path in layers for ending in endings(path)}
+        targets = tuple(sorted(used.intersection(listed))) or tuple(layers)
     elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
         targets = (listed,)
     else:  # lorakit has no equal of these options, so list the layers
@@ -321,6 +333,9 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
         raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error
 
 
-def _provenance(options: Mapping[str, Any]) -> dict[str, str]:
+def _provenance(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that also matter for an adapter made from this one."""
     names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
-    return {name: options[name] for name in names if isinstance(options.get(name), str)}
+    recorded = {name: options[name] for name in names if isinstance(options.get(name), str)}
+    noted = ("ensure_weight_tying", "loftq_config", "init_lora_weights")
+    return recorded | {n: options[n] for n in noted if option_notices({n: options.get(n)})}

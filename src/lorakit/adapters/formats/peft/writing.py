@@ -21,6 +21,7 @@ from lorakit.adapters.formats.peft.attention import (
     both_projections,
     written_notices,
 )
+from lorakit.adapters.formats.peft.embedding import depends_on_version
 from lorakit.adapters.formats.peft.experts import taken_for_experts
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
@@ -121,8 +122,10 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
         form.config["lora_bias"] = True  # PEFT has it since 0.14
-    if arithmetic:
+    if arithmetic or depends_on_version(entries, model_type):
         form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
+    elif stored.from_peft is not None and "peft_version" in stored.from_peft:
+        form.config["peft_version"] = stored.from_peft["peft_version"]
     return form
 
 
@@ -179,6 +182,11 @@ def _ranks(entries: Mapping[str, StoredLayer], targets: set[str], method: LoRA) 
     rslora = method.scaling == "rslora" and all(
         entry.alpha / math.sqrt(entry.rank) == entry.scaling for entry in entries.values()
     )
+    # llama.cpp and SGLang ignore use_rslora and compute alpha / r. Write an alpha that gives the same scaling to the
+    # bit, if one for all layers does.
+    alphas = {_alpha(entry) for entry in entries.values()}
+    if len(alphas) == 1 and all(_alpha(e) / e.rank == e.scaling for e in entries.values()):
+        rslora = False
     numbers = {}
     for path in sorted(targets):
         entry = entries[path]

@@ -1,0 +1,76 @@
+"""Files of other tools: the message names the way to use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import tiny_models
+import torch
+from at_rest import numbers
+from safetensors.torch import load_file, save_file
+
+import lorakit
+from lorakit.adapters import formats
+from lorakit.errors import AdapterFileError
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        (f"{PREFIX}.lora_A.weight", "adapter_model.bin if PyTorch wrote it, beside"),
+        (f"{PREFIX}.lora_A.default.weight", "beside its adapter_config.json"),
+        (f"{PREFIX}.lora_magnitude_vector", "beside its adapter_config.json"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx_lm.fuse"),
+        ("layers.0.attn.q_proj.lora_a.weight", "torchtune's names"),
+        ("lora_unet_down_blocks_0_proj_in.lora_down.weight", "a diffusion model"),
+        ("lora_te1_text_model_q_proj.alpha", "a diffusion model"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a diffusion model"),
+        ("unet.mid_block.to_q.lora_A.weight", "a diffusion model"),
+        ("a.lora_C", "were expected.$"),
+    ],
+)
+def test_a_file_that_is_given_alone(key: str, hint: str, tmp_path: Path) -> None:
+    save_file({key: numbers(2, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterFileError, match=rf"is not a name of loralib; .*{hint}"):
+        formats.read(tmp_path / "lora.safetensors", alpha=16)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+    with pytest.raises(AdapterFileError, match="Give the PEFT folder from which the GGUF file was"):
+        formats.read(tmp_path / "adapter.gguf")
+
+
+def test_a_folder_of_mlx(tmp_path: Path) -> None:
+    options = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    with pytest.raises(AdapterFileError, match=r"has no peft_type.* adapter of MLX\. Merge it"):
+        formats.read(tmp_path)
+
+
+def test_a_folder_of_diffusers(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterFileError, match="It is an adapter of a diffusion model") as caught:
+        formats.read(tmp_path)
+    assert "loralib" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
+def test_a_checkpoint_of_zero_3_and_its_repair(tmp_path: Path) -> None:
+    """The keys of zero_to_fp32.py have the adapter's name, and its file is read like PEFT's."""
+    model = tiny_models.build("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: torch.empty(0) for key in load_file(file)}, file)
+    with pytest.raises(AdapterFileError, match=r"has an empty lora_A: .*--exclude_frozen_param"):
+        formats.read(tmp_path)
+    file.unlink()
+    factors = {key: t for key, t in adapted.state_dict().items() if "lora_" in key}
+    torch.save(factors, tmp_path / "adapter_model.bin")
+    lorakit.load(tiny_models.build("llama"), tmp_path)
