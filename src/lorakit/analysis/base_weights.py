@@ -109,7 +109,7 @@ def open_weights(
             weights.notices += _differences(recorded, live, allow_other_base)
     names = [weight_name(path, layer) for path, layer in stored.layers.items()]
     if weights is None or any(name not in weights for name in names):
-        loaded = load_float32(base, recorded.architecture.class_name if recorded else "")
+        loaded = load_float32(base, recorded.architecture.class_name if recorded else None)
         weights = _weights_of(loaded)
         if recorded is not None:
             live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
