@@ -251,6 +251,8 @@ def test_what_is_not_linear_in_a_weight(option, message):
 def test_adapters_that_do_not_belong_together():
     with pytest.raises(ConfigurationError, match="tie_head"):
         combine_adapters([_adapter(**OPTIONS["tied head"]), _adapter(**OPTIONS["embedding"])])
+    with pytest.raises(ConfigurationError, match="tie_head"):
+        combine_adapters([_adapter(targets="head"), _adapter(**OPTIONS["tied head"])])
     other = tiny_models.build("gpt2", seed=5)
     foreign = lorakit.attach(other, lorakit.LoRA(rank=2, targets="all-linear"), name="b").stored()
     with pytest.raises(WrongBaseError, match="different bases"):
@@ -261,6 +263,22 @@ def test_adapters_that_do_not_belong_together():
         combine_adapters([stored("linear"), stored(linear=linear(A=randn(4, 9, seed=0)))])
     with pytest.raises(AdapterFileError, match="not the same kind of layer"):
         combine_adapters([stored("linear"), stored(linear=layers()["embedding"])])
+
+
+@pytest.mark.parametrize("first", ["tied head", "plain"])
+def test_a_tied_head_beside_an_adapter_without_the_embedding(first):
+    one, other = (adapted_gpt2(**OPTIONS[name]) for name in ("tied head", "plain"))
+    stored_ones = [one.stored(), other.stored()]
+    made = combine_adapters(stored_ones if first == "tied head" else stored_ones[::-1])
+    summed, both = (tiny_models.build("gpt2") for _ in range(2))
+    put_on(summed, made.adapter, name="sum", trainable=False)
+    put_on(both, stored_ones[0], name="one", trainable=False)
+    handle = put_on(both, stored_ones[1], name="other", trainable=False)
+    handle.activate({"one": 1.0, "other": 1.0})
+    batch = tiny_models.example_batch("gpt2", summed)
+    with torch.no_grad():
+        expected = both(**batch).logits
+        torch.testing.assert_close(summed(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_base_is_said():

@@ -198,12 +198,14 @@ def _check_linear(stored: Sequence[StoredAdapter], factors: Sequence[float]) -> 
                 f"Adapter {i} (weight {factors[i - 1]:g}) has {nonlinear}, whose effect is not linear in a weight. "
                 "It can only be used alone, with weight 1."
             )
-    tie_heads = {isinstance(a.method, LoRA) and a.method.tie_head for a in stored}
-    if len(tie_heads) > 1:
-        raise ConfigurationError(
-            "One adapter acts on the output head through its tied embedding (tie_head), and another does not. "
-            "Combine adapters with the same tie_head."
-        )
+    layers = [item for adapter in stored for item in adapter.layers.items()]
+    heads = {path: layer.tied_head for path, layer in layers if layer.tied_head is not None}
+    for path, layer in layers:
+        if path in heads.values() or layer.tied_head != heads.get(path):
+            raise ConfigurationError(
+                "One adapter acts on the output head through its tied embedding (tie_head), and another adapts that "
+                "embedding or the head alone. Combine adapters with the same tie_head."
+            )
 
 
 def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> list[str]:
@@ -226,10 +228,17 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
 
 
 def _shared_settings(stored: Sequence[StoredAdapter]) -> StoredAdapter:
-    """Return the first adapter with the first recorded base, and the provenance on which all adapters agree."""
+    """Return the first adapter with what holds for the sum: base, provenance, and `tie_head` if one adapter has it."""
     first = stored[0]
     base = next((adapter.base for adapter in stored if adapter.base is not None), None)
-    return dataclasses.replace(first, base=base, provenance=inherited_provenance(*stored))
+    assert isinstance(first.method, LoRA)
+    tie_head = any(isinstance(a.method, LoRA) and a.method.tie_head for a in stored)
+    return dataclasses.replace(
+        first,
+        method=dataclasses.replace(first.method, tie_head=tie_head),
+        base=base,
+        provenance=inherited_provenance(*stored),
+    )
 
 
 # --- one layer -----------------------------------------------------------------------------------
