@@ -14,7 +14,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
-from lorakit.analysis.deltas import read, require_list
+from lorakit.analysis.deltas import alphas, read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
 from lorakit.evaluation.evaluate import evaluate
@@ -26,6 +26,9 @@ from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
 
+RESULT = "result"
+"""Key of the scores of a computed adapter, beside the paths of its inputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
@@ -33,7 +36,7 @@ class Saved:
 
     folder: Path
     scores: dict[str, dict[str, float]]
-    """Scores of the inputs by path, and of the "result"; empty without data."""
+    """Scores of the inputs by path, and of the `RESULT`; empty without data."""
     notices: list[str]
     """Sentences to show to the user."""
 
@@ -133,11 +136,14 @@ def save(
     for_peft = is_live or not any(_is_lorakit_only(source.folder) for source in adapters.values())
     scores: dict[str, dict[str, float]] = {}
     if scoring is not None and scoring.data != DataConfig():
-        for path, source in adapters.items():
-            stored = source.stored or read(path, alpha=alpha)
-            scores[str(path)] = _score(stored, source.folder, scoring, base, allow_other_base)
-        scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
-        provenance["scores"] = scores["result"]
+        for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
+            source = adapters[path]
+            stored = source.stored or read(path, alpha=its_alpha)
+            # An input of this name keeps a column of its own.
+            name = str(path.absolute() if str(path) == RESULT else path)
+            scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
+        scores[RESULT] = _score(made.adapter, first, scoring, base, allow_other_base)
+        provenance["scores"] = scores[RESULT]
     stored = dataclasses.replace(made.adapter, provenance=provenance)
     with storage.atomic_folder(output, overwrite=overwrite) as temporary:
         notices = _write(stored, temporary, first, for_peft=for_peft)
