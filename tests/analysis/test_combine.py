@@ -287,6 +287,13 @@ def test_an_unknown_base_is_said():
     made = combine_adapters([unknown, known])
     assert "was not checked" in made.notices[0]
     assert made.adapter.base == known.base
+    assert len(made.notices) == 1
+    first, second = (
+        dataclasses.replace(unknown, provenance={"peft": {"base_model_name_or_path": name}})
+        for name in ("org/base", "org/chat")
+    )
+    named = combine_adapters([first, second]).notices[1]
+    assert named == "The adapters name different bases: 'org/base', 'org/chat'."
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from lorakit.analysis.compress import Decomposition, check_target, compress_laye
 from lorakit.analysis.deltas import (
     Factors,
     in_one_form,
+    name_notices,
     part_rank,
     parts_of,
-    read,
+    read_each,
     require_list,
     with_parts,
 )
@@ -105,7 +106,7 @@ def combine_adapters(
         WrongBaseError: The adapters were trained on different bases.
     """
     require_list("adapters", adapters)
-    stored = [read(adapter, alpha=alpha) for adapter in adapters]
+    stored = read_each(adapters, alpha)
     factors = [1.0] * len(stored) if weights is None else list(weights)
     _check_settings(stored, factors, how)
     share = _share_of_entries(how, density)
@@ -213,6 +214,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
     notices = []
     if len(recorded) < len(stored) and len(stored) > 1:
         notices.append("Not every adapter records its base, so the base was not checked.")
+        notices += name_notices(stored)
     for other in recorded[1:]:
         try:
             notices += formats.compare(other, recorded[0])  # it would run on the first base

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.deltas import Delta, deltas_of, in_common, pair_in_one_form, read
+from lorakit.analysis.deltas import Delta, deltas_of, in_common, pair_in_one_form, read_each
 from lorakit.analysis.spectrum import spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 
@@ -140,7 +140,7 @@ def adapter_diff(
     Raises:
         AdapterFileError: One cannot be read, or they have nothing in common.
     """
-    stored, sentences = pair_in_one_form(read(first, alpha=alpha), read(second, alpha=alpha))
+    stored, sentences = pair_in_one_form(*read_each([first, second], alpha))
     layers = {}
     if any(adapter.layers for adapter in stored):
         one, other = (deltas_of(adapter) for adapter in stored)
