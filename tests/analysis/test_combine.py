@@ -281,6 +281,20 @@ def test_a_tied_head_beside_an_adapter_without_the_embedding(first):
         torch.testing.assert_close(summed(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_base_that_all_folders_of_peft_name():
+    one = dataclasses.replace(_adapter(), base=None)
+    settings = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    both = [
+        dataclasses.replace(one, provenance={"peft": {**settings, "peft_version": version}})
+        for version in ("0.18.0", "0.19.1")
+    ]
+    made = combine_adapters(both).adapter
+    assert made.base_name == "org/base"
+    assert made.provenance["peft"] == settings
+    both[1].provenance = {}
+    assert "peft" not in combine_adapters(both).adapter.provenance
+
+
 def test_an_unknown_base_is_said():
     known = _adapter()
     unknown = dataclasses.replace(known, base=None)

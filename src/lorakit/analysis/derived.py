@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,12 +111,11 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     """
     first = originals[0]
     dtype = first.setting("base", "dtype")
-    kept = {
-        key: first.provenance[key]
-        for key in ("peft", "data")
-        if key in first.provenance
-        and all(other.provenance.get(key) == first.provenance[key] for other in originals)
-    }
+    records = [original.provenance for original in originals]
+    kept = _agreed(records, ("data",))
+    of_peft = [record["peft"] for record in records if isinstance(record.get("peft"), Mapping)]
+    if len(of_peft) == len(records):
+        kept["peft"] = _agreed(of_peft, of_peft[0])
     config: dict[str, Any] = {}
     if all(_format(other) == _format(first) for other in originals):
         kept |= {key: first.provenance[key] for key in TASK if key in first.provenance}
@@ -124,6 +123,16 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     if dtype is not None and all(other.setting("base", "dtype") == dtype for other in originals):
         config["base"] = {"dtype": dtype}
     return kept | ({"config": config} if config else {})
+
+
+def _agreed(records: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values that all records hold equally, of these keys."""
+    first = records[0]
+    return {
+        key: first[key]
+        for key in keys
+        if all(key in record and record[key] == first[key] for record in records)
+    }
 
 
 def _format(original: StoredAdapter) -> list[Any]:
