@@ -154,6 +154,7 @@ def test_parts_trained_in_full():
     found = adapter_diff(one, other)
     assert found.trained["head.weight"].distance == pytest.approx(2 * math.sqrt(12))
     assert found.trained["dora.magnitude"].distance == pytest.approx(math.sqrt(20), rel=1e-6)
+    assert sum("1 layers have DoRA magnitudes" in notice for notice in found.notices) == 1
     assert "'bias' is trained in full only in the second adapter." in found.notices
     other.trained["head.weight"] = torch.ones(5, 4)
     with pytest.raises(AdapterFileError, match=r"has shape \(3, 4\) in the first"):

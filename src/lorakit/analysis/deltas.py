@@ -269,6 +269,11 @@ def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[lis
 
 def notices(stored: StoredAdapter) -> list[str]:
     """Return sentences about the parts of an adapter that ``scaling * B A`` does not cover."""
+    return [*factor_notices(stored), *other_notices(stored)]
+
+
+def factor_notices(stored: StoredAdapter) -> list[str]:
+    """Return sentences about what low-rank layers have besides A and B: DoRA's magnitudes, and biases of B."""
     sentences = []
     dora = sum(layer.magnitude is not None for layer in stored.layers.values())
     if dora:
@@ -279,15 +284,19 @@ def notices(stored: StoredAdapter) -> list[str]:
     biases = sum(layer.B_bias is not None for layer in stored.layers.values())
     if biases:
         sentences.append(f"B has a bias in {biases} layers (lora_bias), which B A does not cover.")
-    return [*sentences, *trained_notices(stored)]
+    return sentences
 
 
-def trained_notices(stored: StoredAdapter) -> list[str]:
-    """Return the sentence about the parameters that are trained in full, if there are any."""
-    if not stored.trained:
-        return []
-    names = list(stored.trained)
-    return [f"{len(names)} parameters are also trained in full: {listed(names, 3)}."]
+def other_notices(stored: StoredAdapter) -> list[str]:
+    """Return sentences about what an adapter has besides low-rank layers."""
+    sentences = []
+    if names := [*stored.module_tensors]:
+        sentences.append(
+            f"{len(names)} tensors of other methods than LoRA are not measured: {listed(names, 3)}."
+        )
+    if names := [*stored.trained]:
+        sentences.append(f"{len(names)} parameters are also trained in full: {listed(names, 3)}.")
+    return sentences
 
 
 def parts_of(layer: StoredLayer) -> list[Factors]:
