@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
@@ -15,6 +15,9 @@ from lorakit.compute.adapter_file import templates_of
 from lorakit.compute.agreement import Agreement
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASK = ("task", "generic_task", "labels", "encoding")
 """Keys of the provenance that say, with the run's templates, which texts the original was trained on."""
@@ -48,6 +51,8 @@ class Derived:
     agreement: Agreement | None = None
     """For an extracted adapter: how the predictions of base and adapter differ from the fine-tuned model's. None if the
     models predict nothing, or cannot be compared."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """For an extracted adapter: the tokenizer of the fine-tuned model, if the base can use it."""
 
     @property
     def error(self) -> float:

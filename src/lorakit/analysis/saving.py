@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -25,6 +25,9 @@ from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESULT = "result"
 """Key of the scores of a computed adapter, beside the paths of its inputs."""
@@ -122,7 +125,7 @@ def save(
     check_output(output, overwrite=overwrite)
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
-    first = next((source.folder for source in adapters.values()), None)
+    tokenizer = made.tokenizer or next((source.folder for source in adapters.values()), None)
     provenance = {
         **made.adapter.provenance,
         "made_by": settings,
@@ -142,11 +145,11 @@ def save(
             # An input of this name keeps a column of its own.
             name = str(path.absolute() if str(path) == RESULT else path)
             scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
-        scores[RESULT] = _score(made.adapter, first, scoring, base, allow_other_base)
+        scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
         provenance["scores"] = scores[RESULT]
     stored = dataclasses.replace(made.adapter, provenance=provenance)
     with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-        notices = _write(stored, temporary, first, for_peft=for_peft)
+        notices = _write(stored, temporary, tokenizer, for_peft=for_peft)
     return Saved(folder=Path(output), scores=scores, notices=notices)
 
 
@@ -181,13 +184,13 @@ def check_scoring(scoring: ScoringConfig, adapter: StoredAdapter | None = None) 
 
 def _score(
     stored: StoredAdapter,
-    tokenizer_from: Path | None,
+    tokenizer: PreTrainedTokenizerBase | Path | None,
     scoring: ScoringConfig,
     base: BaseConfig | None,
     allow_other_base: bool,
 ) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        _write(stored, Path(folder), tokenizer_from, for_peft=False)
+        _write(stored, Path(folder), tokenizer, for_peft=False)
         settings = {f.name: getattr(scoring, f.name) for f in dataclasses.fields(ScoringConfig)}
         config = EvaluateConfig(
             **settings, base=base, adapter=folder, compare=False, allow_other_base=allow_other_base
@@ -196,11 +199,17 @@ def _score(
 
 
 def _write(
-    stored: StoredAdapter, folder: Path, tokenizer_from: Path | None, *, for_peft: bool
+    stored: StoredAdapter,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | Path | None,
+    *,
+    for_peft: bool,
 ) -> list[str]:
-    """Write an adapter folder with a copy of a tokenizer; see `formats.write`."""
-    if tokenizer_from is not None:
-        formats.copy_tokenizer(tokenizer_from, folder)
+    """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
+    if isinstance(tokenizer, Path):
+        formats.copy_tokenizer(tokenizer, folder)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return formats.write(stored, folder, for_peft=for_peft)
 
 
