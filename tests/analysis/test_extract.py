@@ -235,6 +235,12 @@ def test_a_head_that_is_tied_in_the_base_only(tmp_path):
     assert made.agreement is not None
     assert made.agreement.difference < 0.01
     tuned.lm_head.weight = tuned.model.embed_tokens.weight
+    tuned.save_pretrained(tmp_path / "tuned")  # without the head, and the configuration ties none
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is None
+    assert "not compared: The checkpoint of " in made.notices[-1]
+    assert "lacks 1 of the weights that LlamaForCausalLM needs" in made.notices[-1]
+    tuned.config.tie_word_embeddings = True
     tuned.save_pretrained(tmp_path / "tuned")
     made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
     assert made.agreement is not None

@@ -103,7 +103,8 @@ def extract_adapter(
     template = handle.stored()
     handle.detach()
     _require_new_weights(loaded.new_weights, template)
-    weights = tuned_model.weights(loaded)
+    targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
+    weights = tuned_model.weights(loaded, targeted)
     tokenizer, notices = tuned_model.tokenizer(loaded)
     notices += tuned_model.differences(loaded, weights)
     for name, tensor in template.trained.items():
@@ -137,8 +138,7 @@ def extract_adapter(
         adapter = dataclasses.replace(adapter, base=record)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
-    one = weights[weight_name(*next(iter(template.layers.items())))]
-    notices += _rounding_notice(one.dtype, rounding, results)
+    notices += _rounding_notice(weights[targeted[0]].dtype, rounding, results)
     notices += _other_differences(_not_covered(model, weights, template), results)
     show("comparing the predictions")
     adapted, reader = _adapted_logits(loaded, adapter), loaded.tokenizer

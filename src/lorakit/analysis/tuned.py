@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -69,12 +70,21 @@ class WholeModel:
             return load_float32(base)
         return load_float32(base, type(self.empty).__name__, self.empty.config.num_labels)
 
-    def weights(self, base: Base) -> Weights:
-        """Open the weights under the names of this model; the whole model is loaded if its files have other names."""
+    def weights(self, base: Base, targeted: Sequence[str]) -> Weights:
+        """Open the weights under the names of this model; the whole model is loaded if its files have other names.
+
+        Raises:
+            BaseModelError: A targeted weight has another name in the files, and the model cannot be loaded.
+        """
         groups = [names for names, *_ in grouped_base_parameters(self.empty)]
         weights = read_weights(self.source)
         held = [next((n for n in names if n in weights), names[0]) for names in groups]
-        return read_weights(self.source, held).with_tied(groups)
+        try:
+            weights = read_weights(self.source, held)
+        except BaseModelError:  # the checkpoint may lack a weight that extraction does not need
+            if any(name not in weights for name in targeted):
+                raise
+        return weights.with_tied(groups)
 
     def differences(self, base: Base, weights: Weights) -> list[str]:
         """Return sentences about what an adapter of this base cannot hold: configuration, weights that one side has."""
@@ -142,7 +152,7 @@ class FullFineTuned:
         labels = None if task is None else len(task.labels) or (task.kind == "regression") or None
         return load_float32(base, record and record.architecture.class_name, labels)
 
-    def weights(self, base: Base) -> Weights:
+    def weights(self, base: Base, targeted: Sequence[str]) -> Weights:
         """Return the trained weights, and those of the base under the other names."""
         trained = {name: tensor.detach for name, tensor in self.file.stored.trained.items()}
         others = {name: parameter.detach for name, parameter in base_parameters(base.model)}
