@@ -108,6 +108,17 @@ def test_a_checkpoint_that_is_no_safetensors_file_is_loaded_as_a_whole(tmp_path)
     assert torch.equal(found[name], weights[name])
 
 
+def test_the_head_of_a_tied_base_without_a_record(tmp_path):
+    """The file of the base has no head, and PEFT's folder does not record the class that has one."""
+    model = tiny_models.build("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets=("head", "attention.q")))
+    adapter = dataclasses.replace(handle.stored(), base=None)
+    weights = open_weights(str(tmp_path / "base"), adapter)
+    expected = model.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(weights["lm_head.weight"], expected)
+
+
 def test_another_base_is_refused(tmp_path):
     adapter = saved(tmp_path / "base").stored()
     other = BaseConfig(name=str(tmp_path / "other"))

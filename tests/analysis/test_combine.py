@@ -251,6 +251,8 @@ def test_what_is_not_linear_in_a_weight(option, message):
 def test_adapters_that_do_not_belong_together():
     with pytest.raises(ConfigurationError, match="tie_head"):
         combine_adapters([_adapter(**OPTIONS["tied head"]), _adapter(**OPTIONS["embedding"])])
+    with pytest.raises(ConfigurationError, match="tie_head"):
+        combine_adapters([_adapter(targets="head"), _adapter(**OPTIONS["tied head"])])
     other = tiny_models.build("gpt2", seed=5)
     foreign = lorakit.attach(other, lorakit.LoRA(rank=2, targets="all-linear"), name="b").stored()
     with pytest.raises(WrongBaseError, match="different bases"):
@@ -263,12 +265,49 @@ def test_adapters_that_do_not_belong_together():
         combine_adapters([stored("linear"), stored(linear=layers()["embedding"])])
 
 
+@pytest.mark.parametrize("first", ["tied head", "plain"])
+def test_a_tied_head_beside_an_adapter_without_the_embedding(first):
+    one, other = (adapted_gpt2(**OPTIONS[name]) for name in ("tied head", "plain"))
+    stored_ones = [one.stored(), other.stored()]
+    made = combine_adapters(stored_ones if first == "tied head" else stored_ones[::-1])
+    summed, both = (tiny_models.build("gpt2") for _ in range(2))
+    put_on(summed, made.adapter, name="sum", trainable=False)
+    put_on(both, stored_ones[0], name="one", trainable=False)
+    handle = put_on(both, stored_ones[1], name="other", trainable=False)
+    handle.activate({"one": 1.0, "other": 1.0})
+    batch = tiny_models.example_batch("gpt2", summed)
+    with torch.no_grad():
+        expected = both(**batch).logits
+        torch.testing.assert_close(summed(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_that_all_folders_of_peft_name():
+    one = dataclasses.replace(_adapter(), base=None)
+    settings = {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    both = [
+        dataclasses.replace(one, provenance={"peft": {**settings, "peft_version": version}})
+        for version in ("0.18.0", "0.19.1")
+    ]
+    made = combine_adapters(both).adapter
+    assert made.base_name == "org/base"
+    assert made.provenance["peft"] == settings
+    both[1].provenance = {}
+    assert "peft" not in combine_adapters(both).adapter.provenance
+
+
 def test_an_unknown_base_is_said():
     known = _adapter()
     unknown = dataclasses.replace(known, base=None)
     made = combine_adapters([unknown, known])
     assert "was not checked" in made.notices[0]
     assert made.adapter.base == known.base
+    assert len(made.notices) == 1
+    first, second = (
+        dataclasses.replace(unknown, provenance={"peft": {"base_model_name_or_path": name}})
+        for name in ("org/base", "org/chat")
+    )
+    named = combine_adapters([first, second]).notices[1]
+    assert named == "The adapters name different bases: 'org/base', 'org/chat'."
 
 
 @pytest.mark.parametrize(

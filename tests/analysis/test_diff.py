@@ -8,8 +8,10 @@ import shutil
 
 import at_rest
 import pytest
+import tiny_models
 import tiny_runs
 import torch
+from random_adapters import randomise
 from sample_adapters import (
     dense,
     dense_parts,
@@ -21,6 +23,8 @@ from sample_adapters import (
     trained_llama,
 )
 
+import lorakit
+from lorakit.adapters import formats
 from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, difference
@@ -150,6 +154,7 @@ def test_parts_trained_in_full():
     found = adapter_diff(one, other)
     assert found.trained["head.weight"].distance == pytest.approx(2 * math.sqrt(12))
     assert found.trained["dora.magnitude"].distance == pytest.approx(math.sqrt(20), rel=1e-6)
+    assert sum("1 layers have DoRA magnitudes" in notice for notice in found.notices) == 1
     assert "'bias' is trained in full only in the second adapter." in found.notices
     other.trained["head.weight"] = torch.ones(5, 4)
     with pytest.raises(AdapterFileError, match=r"has shape \(3, 4\) in the first"):
@@ -199,6 +204,45 @@ def test_a_checkpoint_of_another_run(tmp_path):
     shutil.copytree(runs[1] / "adapter", runs[0] / "adapter")
     with pytest.raises(AdapterFileError, match="lora_A"):
         adapter_diff(step, runs[1] / "adapter")
+
+
+def test_alpha_is_that_of_the_loralib_file(tmp_path):
+    folder = tmp_path / "folder"
+    model = tiny_models.build("llama")
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, alpha=16), name="a")
+    randomise(handle)
+    handle.save(folder)
+    formats.write_loralib(handle.stored(), tmp_path / "a.safetensors")
+    for both in ((folder, tmp_path / "a.safetensors"), (tmp_path / "a.safetensors", folder)):
+        found = adapter_diff(*both, alpha=4).overall
+        assert max(found.first, found.second) == pytest.approx(4 * min(found.first, found.second))
+        with pytest.raises(ConfigurationError, match="does not record alpha"):
+            adapter_diff(*both)
+    with pytest.raises(ConfigurationError, match="alpha is 4, but"):
+        adapter_diff(folder, folder, alpha=4)
+
+
+def test_bases_that_are_known_to_differ():
+    def adapter(seed: int, name: str, **settings):
+        model = tiny_models.build("llama", seed=seed)
+        model.config._name_or_path = name
+        return lorakit.attach(model, lorakit.LoRA(rank=2, **settings), name="a").stored()
+
+    one, other = adapter(0, "org/base"), adapter(1, "org/chat")
+    assert adapter_diff(one, adapter(0, "/models/base")).notices == []
+    (notice,) = adapter_diff(one, other).notices
+    assert "different bases" in notice
+    assert "'org/base' (LlamaForCausalLM), 'org/chat' (LlamaForCausalLM)" in notice
+    # PEFT records the name alone, and a trained module is no part of the record.
+    peft = {"base": None, "provenance": {"peft": {"base_model_name_or_path": "copies/Chat"}}}
+    unrecorded = dataclasses.replace(other, **peft)
+    assert adapter_diff(unrecorded, other).notices == []
+    assert adapter_diff(one, unrecorded).notices == [
+        "The adapters name different bases: 'org/base', 'copies/Chat'."
+    ]
+    trained = adapter(1, "org/chat", train_modules="norm")
+    assert "different bases" in adapter_diff(one, trained).notices[0]
+    assert "different" not in "".join(adapter_diff(other, trained).notices)
 
 
 def test_shapes_that_differ():

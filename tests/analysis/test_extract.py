@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import at_rest
 import pytest
@@ -11,15 +12,19 @@ import torch
 from random_adapters import randomise
 from sample_adapters import randn
 from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 import lorakit
+from lorakit import analysis
 from lorakit.adapters.loading import put_on
-from lorakit.analysis import extract, extract_adapter
+from lorakit.analysis import base_weights, extract, extract_adapter
 from lorakit.analysis.leading import leading_svd
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.agreement import agreement, logits_of_prompts
 from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError, WrongBaseError
 from lorakit.formatting import percentage
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.tokenizer import tokenizer_digest
 
 
 @pytest.mark.parametrize("target", [{"rank": 3}, {"energy": 0.7}, {"rank": 40}])
@@ -198,7 +203,8 @@ def test_added_tokens_are_said(tmp_path):
     width, rows = tuned.config.hidden_size, tuned.config.vocab_size
     tuned.resize_token_embeddings(rows + 3)
     tuned.save_pretrained(tmp_path / "tuned")
-    (left,) = extract_adapter(base, tmp_path / "tuned", rank=3).notices
+    configuration, left = extract_adapter(base, tmp_path / "tuned", rank=3).notices
+    assert f"vocab_size {rows} -> {rows + 3}" in configuration
     assert "1 other parameters differ in shape" in left  # the head is tied to it
     expected = f"'transformer.wte.weight' is {(rows, width)} in the base and {(rows + 3, width)} after tuning"
     assert expected in left
@@ -217,20 +223,247 @@ def test_a_head_that_is_tied_in_the_base_only(tmp_path):
     tuned.save_pretrained(tmp_path / "tuned")
     base = BaseConfig(name=str(tmp_path / "base"))
     made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
-    assert made.agreement is None
-    _, left, tie = made.notices
+    assert made.agreement is not None
+    assert made.agreement.difference > 0.1
+    _, left = made.notices
     assert "1 other parameters differ" in left
     assert "'lm_head.weight' most" in left
-    assert "'lm_head.weight' is tied to 'model.embed_tokens.weight' in the base" in tie
 
     made = extract_adapter(base, tmp_path / "tuned", targets=("attention.q", "head"), rank=3)
     assert made.layers.keys() == {"model.layers.0.self_attn.q_proj", "lm_head"}
     assert "other parameters" not in "".join(made.notices)
+    assert made.agreement is not None
+    assert made.agreement.difference < 0.01
     tuned.lm_head.weight = tuned.model.embed_tokens.weight
+    tuned.save_pretrained(tmp_path / "tuned")  # without the head, and the configuration ties none
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
+    assert made.agreement is None
+    assert "not compared: The checkpoint of " in made.notices[-1]
+    assert "lacks 1 of the weights that LlamaForCausalLM needs" in made.notices[-1]
+    tuned.config.tie_word_embeddings = True
     tuned.save_pretrained(tmp_path / "tuned")
     made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=3)
     assert made.agreement is not None
     assert len(made.notices) == 1
+
+
+def test_a_tied_embedding_changes_the_head_too(tmp_path):
+    """An adapter on the embedding does not act on the head, whose weight has changed as much."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_models.build("llama", vocab_size=len(tokenizer), tie_word_embeddings=True)
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.model.embed_tokens.weight += randn(len(tokenizer), 1, seed=1) @ randn(
+                1, 32, seed=2
+            )
+    paths = str(tmp_path / "base"), tmp_path / "tuned"
+    made = extract_adapter(*paths, targets="embedding", rank=2)
+    assert made.agreement is not None
+    assert made.agreement.difference > 0.1
+    (left,) = made.notices
+    assert "1 other parameters differ but are not in the adapter, 'lm_head.weight' most" in left
+    assert "holds 50.0 % of the squared difference" in left
+
+    made = extract_adapter(*paths, targets=("embedding", "head"), rank=2)
+    assert made.notices == []
+    assert made.agreement is not None
+    assert made.agreement.difference < 0.01
+
+
+def test_a_tied_head_of_the_fine_tuned_model_is_its_embedding(tmp_path):
+    base = tiny_models.build("llama")
+    base.save_pretrained(tmp_path / "base")
+    tuned = tiny_models.build("llama", tie_word_embeddings=True)
+    tuned.save_pretrained(tmp_path / "tuned")
+    path = str(tmp_path / "base")
+    made = extract_adapter(path, tmp_path / "tuned", targets="head", rank=32)
+    change = (tuned.lm_head.weight - base.lm_head.weight).detach()
+    torch.testing.assert_close(
+        at_rest.delta(made.adapter.layers["lm_head"]), change.double(), rtol=0, atol=1e-4
+    )
+
+
+def test_what_an_adapter_cannot_hold_is_said_and_counts(tmp_path):
+    tokenizer = tiny_tokenizer()
+    base = tiny_models.build("llama", vocab_size=len(tokenizer))
+    tuned = tiny_models.build("llama", vocab_size=len(tokenizer), num_hidden_layers=3)
+    tuned.load_state_dict(base.state_dict(), strict=False)
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight += 0.1
+    tuned.config.hidden_act = "relu"
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    path = str(tmp_path / "base")
+    made = extract_adapter(path, tmp_path / "tuned", targets="attention.q", rank=4)
+    configuration, added, unchanged = made.notices
+    assert 'hidden_act "silu" -> "relu"' in configuration
+    assert "num_hidden_layers 2 -> 3" in configuration
+    assert "The base and the adapter lack 9 weights of the fine-tuned model" in added
+    assert "model.layers.2.self_attn.q_proj.weight" in added
+    assert "1 targeted layers are the same" in unchanged
+    put_on(base, made.adapter, name="extracted", trainable=False)
+    as_saved = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    expected = agreement(*(logits_of_prompts(model, tokenizer) for model in (as_saved, base)))
+    assert made.agreement is not None
+    assert made.agreement.changed == expected.changed > 0
+    assert made.agreement.difference == pytest.approx(expected.difference, rel=1e-3)
+
+    made = extract_adapter(
+        str(tmp_path / "tuned"), tmp_path / "base", targets=r".*0.*q_proj", rank=4
+    )
+    assert "The fine-tuned model lacks 9 weights of the base" in made.notices[1]
+
+
+def classifier(tmp_path, num_labels: int):
+    """Save a causal base, and a classifier that was trained from it; return the classifier."""
+    tokenizer = tiny_tokenizer()
+    base = tiny_models.build("llama", vocab_size=len(tokenizer))
+    sizes = {"vocab_size": len(tokenizer), "num_labels": num_labels}
+    tuned = tiny_models.build("llama", "sequence-classification", **sizes)
+    tuned.config.pad_token_id = tokenizer.pad_token_id
+    tuned.load_state_dict(base.state_dict(), strict=False)
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight += 0.1
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tuned.eval()
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_a_new_head_is_copied(tmp_path, num_labels):
+    tuned = classifier(tmp_path, num_labels)
+    settings = {"targets": "attention.q", "train_modules": "score", "rank": 2}
+    made = extract_adapter(str(tmp_path / "base"), tmp_path / "tuned", **settings)
+    assert made.notices == ["1 targeted layers are the same in both models."]
+    assert made.adapter.trained.keys() == {"score.weight"}
+    assert torch.equal(made.adapter.trained["score.weight"], tuned.score.weight)
+    assert made.agreement is not None
+    assert made.agreement.predicts == ("label" if num_labels > 1 else "score")
+    assert made.agreement.difference < 1e-3
+    analysis.save(made, tmp_path / "adapter", inputs=[tmp_path / "tuned"], settings={})
+    task = {"task": "regression"}
+    if num_labels > 1:
+        task = {"task": "sequence-classification", "num_labels": num_labels}
+    loaded = lorakit.load_base(tmp_path / "base", dtype="float32", seed=5, **task)
+    lorakit.load(loaded.model, tmp_path / "adapter", tokenizer=loaded.tokenizer)
+    batch = loaded.tokenizer("The river pub serves food.", return_tensors="pt")
+    with torch.no_grad():
+        found, expected = loaded.model(**batch).logits, tuned(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_new_head_that_is_not_copied_is_named(tmp_path):
+    classifier(tmp_path, 3)
+    base = str(tmp_path / "base")
+    made = extract_adapter(base, tmp_path / "tuned", targets="attention.q", rank=2)
+    head, lacking, _, compared = made.notices
+    assert "1 weights of the fine-tuned model: score.weight" in head
+    assert "set train_modules to [score]" in head
+    assert "lacks 1 weights of the base: lm_head.weight" in lacking
+    assert "The predictions were not compared" in compared
+    assert made.agreement is None
+    assert made.adapter.base.architecture.class_name == "LlamaForCausalLM"
+
+
+def test_a_part_of_a_new_head_is_not_enough(tmp_path):
+    for name, head in (("base", "masked-lm"), ("tuned", "sequence-classification")):
+        tiny_models.build("deberta-v2", head, seed=len(name)).save_pretrained(tmp_path / name)
+    both = str(tmp_path / "base"), tmp_path / "tuned"
+    with pytest.raises(ConfigurationError, match=r"lacks .*, so .*: add pooler.dense to train_mod"):
+        extract_adapter(*both, train_modules="classifier", rank=2)
+    made = extract_adapter(*both, train_modules=("classifier", "pooler"), rank=2)
+    assert made.adapter.trained.keys() == {
+        f"{module}.{name}"
+        for module in ("classifier", "pooler.dense")
+        for name in ("weight", "bias")
+    }
+
+
+def test_the_base_is_freed_before_the_fine_tuned_model_is_loaded(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    base, _ = models(tmp_path, "llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "base")
+    opened, alive = [], []
+    loading = base_weights.load_base
+
+    def counted(*args, **settings):
+        alive.append(sum(ref() is not None for ref in opened))
+        loaded = loading(*args, **settings)
+        opened.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(base_weights, "load_base", counted)
+    assert extract_adapter(base, tmp_path / "tuned", rank=3).agreement is not None
+    assert alive == [0, 0]
+
+
+def test_a_fine_tuned_model_that_cannot_run_costs_no_adapter(tmp_path):
+    tokenizer = tiny_tokenizer()
+    base, tuned = models(tmp_path, "llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned.model.norm.weight[0] = torch.nan  # not targeted
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(base, tmp_path / "tuned", rank=3)
+    assert made.error < 1e-4
+    assert made.agreement is None
+    assert "not compared: The model's output is NaN: the weight 'model.norm" in made.notices[-1]
+
+
+@pytest.mark.parametrize("damaged", ["base", "tuned"])
+def test_a_targeted_weight_that_is_infinite(tmp_path, damaged):
+    base, _ = models(tmp_path, "llama")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / damaged)
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = torch.inf
+    model.save_pretrained(tmp_path / damaged)
+    with pytest.raises(BaseModelError, match=rf"'{name}' of '.*{damaged}' holds NaN or infinity"):
+        extract_adapter(base, tmp_path / "tuned", rank=2)
+
+
+def test_the_tokenizer_of_the_fine_tuned_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    models(tmp_path, "llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    both = str(tmp_path / "base"), tmp_path / "tuned"
+    made = extract_adapter(*both, rank=3)
+    assert made.notices == []
+    analysis.save(made, tmp_path / "adapter", inputs=[tmp_path / "tuned"], settings={})
+    own = AdapterFile.read(tmp_path / "adapter")
+    assert own is not None
+    assert own.tokenizer.chat_template == tokenizer.chat_template
+    assert own.stored.base.tokenizer == tokenizer_digest(own.tokenizer)
+
+    tokenizer.add_tokens("<new>")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    made = extract_adapter(*both, rank=3)
+    assert made.tokenizer is None
+    assert f"has {len(tokenizer)} ids, but the base only {len(tokenizer) - 1}" in made.notices[0]
+
+
+def test_full_fine_tuning_of_a_classifier(tmp_path):
+    """The causal base has no such head."""
+    classifier(tmp_path, 3)
+    base = {"task": "sequence-classification", "num_labels": 3, "dtype": "float32"}
+    loaded = lorakit.load_base(tmp_path / "base", **base)
+    handle = lorakit.attach(loaded.model, lorakit.FullFineTuning(), name="full")
+    randomise(handle, scale=0.01)
+    record = {"task": "classification", "labels": ["a", "b", "c"]}
+    handle.save(tmp_path / "full", tokenizer=loaded.tokenizer, provenance=record)
+    settings = {"targets": "all-linear", "rank": 32, "train_modules": "score"}
+    made = extract_adapter(str(tmp_path / "base"), tmp_path / "full", **settings)
+    trained = handle.stored().trained
+    assert torch.equal(made.adapter.trained["score.weight"], trained["score.weight"])
+    assert made.agreement is not None
+    assert made.agreement.predicts == "label"
+    assert made.error < 1e-3
 
 
 def test_full_fine_tuning_of_lorakit_s(tmp_path):

@@ -22,7 +22,10 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_spectrum, compress_adapter, spectrum
 from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.combined import Combined
 from lorakit.methods.full import FullFineTuning
+from lorakit.methods.lora import LoRA
+from lorakit.methods.prefix import PrefixEmbedding
 
 
 def reference(A: torch.Tensor, B: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
@@ -150,6 +153,15 @@ def test_the_published_adapter(shared):
 
 def test_dora_is_not_passed_over_in_silence():
     assert "DoRA" in adapter_spectrum(stored("dora", "linear")).notices[0]
+
+
+def test_modules_of_other_methods_are_not_passed_over_in_silence():
+    combined = Combined(methods=(LoRA(), PrefixEmbedding()))
+    modules = {"embed_tokens": {"prefix": torch.ones(2, 3)}}
+    both = StoredAdapter(method=combined, layers=stored("linear").layers, modules=modules)
+    assert adapter_spectrum(both).notices == [
+        "1 tensors of other methods than LoRA are not measured: embed_tokens.prefix."
+    ]
 
 
 def test_json_holds_every_number():

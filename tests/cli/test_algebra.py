@@ -10,6 +10,7 @@ import sys
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import tiny_runs
@@ -24,6 +25,7 @@ from lorakit.compute import base as compute_base
 from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
+from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.formatting import number
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
@@ -198,6 +200,17 @@ def test_peft_loads_what_was_extracted_from_full_fine_tuning(call, folder, tmp_p
     assert (tmp_path / "found" / "adapter_config.json").exists()
 
 
+def test_alpha_is_that_of_the_loralib_files(call, folder, tmp_path):
+    stored = formats.read(folder / "one")
+    formats.write_loralib(stored, tmp_path / "one.safetensors")
+    argv = ["combine", tmp_path / "one.safetensors", folder / "two", "--output", tmp_path / "sum"]
+    alpha = 3 * stored.method.alpha
+    assert call(*argv, "--alpha", alpha) == (0, ANY, "")
+    expected = logits(folder, (folder / "one", 3.0), (folder / "two", 1.0))
+    found = logits(folder, (tmp_path / "sum", 1.0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_scoring_holds_one_base_at_a_time(call, folder, tmp_path, monkeypatch):
     """The adapted base of the first score is gone when the second one is loaded."""
@@ -256,6 +269,16 @@ def test_results_are_scored_beside_their_inputs(call, folder, tmp_path):
     )
     assert status == 0
     assert number(after["loss"]) in out
+
+
+def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "one", tmp_path / "result")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saving, "_score", lambda stored, *_: {"rank": stored.method.rank})
+    made = analysis.compress_adapter("result", rank=2)
+    scoring = ScoringConfig(data=DataConfig(test="test.jsonl"))
+    saved = analysis.save(made, "small", inputs=["result"], settings={}, scoring=scoring)
+    assert saved.scores == {str(tmp_path / "result"): {"rank": 4}, "result": {"rank": 2}}
 
 
 @pytest.mark.parametrize("command", ["compress", "combine"])

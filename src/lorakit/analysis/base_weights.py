@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,11 @@ from lorakit.models.base_shape import shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, load_base
-from lorakit.models.model_classes import head_of_class
+from lorakit.models.model_classes import ModelHead, head_of_class, model_class
 from lorakit.models.sources import ModelSource, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -67,6 +70,17 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+    def with_tied(self, groups: Iterable[Sequence[str]]) -> Weights:
+        """Return the weights with every name of each group of tied ones: a file may hold one name of a group only."""
+        readers = dict(self._readers)
+        for names in groups:
+            keys = [self._key(name) for name in names]
+            held = next((key for key in keys if key is not None), None)
+            if held is not None:
+                absent = [name for name, key in zip(names, keys, strict=True) if key is None]
+                readers |= dict.fromkeys(absent, self._readers[held])
+        return Weights(self.source, readers)
 
     def _key(self, name: str) -> str | None:
         if name in self._readers:
@@ -109,8 +123,8 @@ def open_weights(
             weights.notices += _differences(recorded, live, allow_other_base)
     names = [weight_name(path, layer) for path, layer in stored.layers.items()]
     if weights is None or any(name not in weights for name in names):
-        loaded = load_float32(base, recorded.architecture.class_name if recorded else "")
-        weights = _weights_of(loaded)
+        loaded = load_float32(base, recorded.architecture.class_name if recorded else None)
+        weights = weights_of(loaded)
         if recorded is not None:
             live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
             weights.notices += _differences(recorded, live, allow_other_base)
@@ -140,30 +154,59 @@ def read_weights(base: BaseConfig | str, names: Iterable[str] = ()) -> Weights:
     weights = _open_safetensors(base)
     if weights is not None and all(name in weights for name in names):
         return weights
-    return _weights_of(load_float32(base))
+    return weights_of(load_float32(base))
 
 
-def load_float32(base: BaseConfig, class_name: str | None = None) -> Base:
+def load_float32(
+    base: BaseConfig, class_name: str | None = None, num_labels: int | None = None
+) -> Base:
     """Load a whole model in float32, with the head of a model class; no head for an unknown suffix.
 
     Args:
         base: The model.
         class_name: Name of the class; None is the first one that the configuration of the model names.
+        num_labels: Number of outputs of a classifier, 1 for a score; None is that of the configuration.
 
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
     free_memory()  # an adapted base has reference cycles, and this one may follow another
-    config = _config_of(base)
-    named = (config.architectures or [""])[0] if class_name is None else class_name
-    head = head_of_class(named, is_encoder_decoder=config.is_encoder_decoder)
+    head = _head_of(_config_of(base), class_name)
+    if head == "sequence-classification" and num_labels == 1:
+        head, num_labels = "regression", None
     return load_base(
         base.name,
-        task=head or "base",
+        task=head,
+        num_labels=num_labels,
         dtype="float32",
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
     )
+
+
+def empty_model(base: BaseConfig) -> PreTrainedModel:
+    """Build the model that `load_float32` loads on the meta device, without its weights.
+
+    Raises:
+        BaseModelError: The model does not exist, or its configuration cannot be read.
+    """
+    config = _config_of(base)
+    options = {"trust_remote_code": True} if base.trust_remote_code else {}
+    try:
+        with torch.device("meta"):
+            return model_class(_head_of(config)).from_config(config, **options)
+    # Architectures raise almost any exception for a wrong size, or for a head that they do not have.
+    except Exception as error:
+        raise BaseModelError(
+            f"'{base.name}' cannot be built from its configuration ({type(error).__name__}: {str(error)[:300]}). "
+            "Download or copy it again, or update transformers."
+        ) from error
+
+
+def _head_of(config: Any, class_name: str | None = None) -> ModelHead:
+    """Return the head of a model class, by default of the first one that the configuration names."""
+    named = (config.architectures or [""])[0] if class_name is None else class_name
+    return head_of_class(named, is_encoder_decoder=config.is_encoder_decoder) or "base"
 
 
 def _config_of(base: BaseConfig) -> Any:
@@ -188,8 +231,8 @@ def _open_safetensors(base: BaseConfig) -> Weights | None:
     return Weights(source, readers) if readers else None
 
 
-def _weights_of(loaded: Base) -> Weights:
-    """Return the parameters of a loaded model: it has no safetensors files, or other tensor names in them."""
+def weights_of(loaded: Base) -> Weights:
+    """Return the parameters of a loaded model, under every name of a tied one."""
     parameters = loaded.model.named_parameters(remove_duplicate=False)
     return Weights(loaded.source, {name: parameter.detach for name, parameter in parameters})
 

@@ -22,9 +22,10 @@ from lorakit.analysis.compress import Decomposition, check_target, compress_laye
 from lorakit.analysis.deltas import (
     Factors,
     in_one_form,
+    name_notices,
     part_rank,
     parts_of,
-    read,
+    read_each,
     require_list,
     with_parts,
 )
@@ -105,7 +106,7 @@ def combine_adapters(
         WrongBaseError: The adapters were trained on different bases.
     """
     require_list("adapters", adapters)
-    stored = [read(adapter, alpha=alpha) for adapter in adapters]
+    stored = read_each(adapters, alpha)
     factors = [1.0] * len(stored) if weights is None else list(weights)
     _check_settings(stored, factors, how)
     share = _share_of_entries(how, density)
@@ -198,12 +199,14 @@ def _check_linear(stored: Sequence[StoredAdapter], factors: Sequence[float]) -> 
                 f"Adapter {i} (weight {factors[i - 1]:g}) has {nonlinear}, whose effect is not linear in a weight. "
                 "It can only be used alone, with weight 1."
             )
-    tie_heads = {isinstance(a.method, LoRA) and a.method.tie_head for a in stored}
-    if len(tie_heads) > 1:
-        raise ConfigurationError(
-            "One adapter acts on the output head through its tied embedding (tie_head), and another does not. "
-            "Combine adapters with the same tie_head."
-        )
+    layers = [item for adapter in stored for item in adapter.layers.items()]
+    heads = {path: layer.tied_head for path, layer in layers if layer.tied_head is not None}
+    for path, layer in layers:
+        if path in heads.values() or layer.tied_head != heads.get(path):
+            raise ConfigurationError(
+                "One adapter acts on the output head through its tied embedding (tie_head), and another adapts that "
+                "embedding or the head alone. Combine adapters with the same tie_head."
+            )
 
 
 def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> list[str]:
@@ -211,6 +214,7 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
     notices = []
     if len(recorded) < len(stored) and len(stored) > 1:
         notices.append("Not every adapter records its base, so the base was not checked.")
+        notices += name_notices(stored)
     for other in recorded[1:]:
         try:
             notices += formats.compare(other, recorded[0])  # it would run on the first base
@@ -226,10 +230,17 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
 
 
 def _shared_settings(stored: Sequence[StoredAdapter]) -> StoredAdapter:
-    """Return the first adapter with the first recorded base, and the provenance on which all adapters agree."""
+    """Return the first adapter with what holds for the sum: base, provenance, and `tie_head` if one adapter has it."""
     first = stored[0]
     base = next((adapter.base for adapter in stored if adapter.base is not None), None)
-    return dataclasses.replace(first, base=base, provenance=inherited_provenance(*stored))
+    assert isinstance(first.method, LoRA)
+    tie_head = any(isinstance(a.method, LoRA) and a.method.tie_head for a in stored)
+    return dataclasses.replace(
+        first,
+        method=dataclasses.replace(first.method, tie_head=tie_head),
+        base=base,
+        provenance=inherited_provenance(*stored),
+    )
 
 
 # --- one layer -----------------------------------------------------------------------------------

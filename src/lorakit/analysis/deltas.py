@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.formatting import listed
 from lorakit.methods.lora.layer import dora_factor
 from lorakit.models.layers import natural
@@ -92,6 +92,29 @@ def read(adapter: StoredAdapter | str | Path, *, alpha: float | None = None) -> 
     # Sort by block number: a JSON file lists block 10 before block 2.
     stored.layers = dict(sorted(stored.layers.items(), key=lambda item: natural(item[0])))
     return stored
+
+
+def alphas(
+    adapters: Sequence[StoredAdapter | str | Path], alpha: float | None
+) -> list[float | None]:
+    """Return the alpha with which to read each of several adapters: `alpha` for the loralib files, None for folders.
+
+    Without a loralib file it is `alpha` for all of them, so that reading rejects one that contradicts a folder.
+    """
+    files = [isinstance(x, str | os.PathLike) and os.path.isfile(x) for x in adapters]
+    return [alpha if is_file or not any(files) else None for is_file in files]
+
+
+def read_each(
+    adapters: Sequence[StoredAdapter | str | Path], alpha: float | None
+) -> list[StoredAdapter]:
+    """Read several adapters; `alpha` is that of the loralib files among them.
+
+    Raises:
+        AdapterFileError: One cannot be read.
+    """
+    each = zip(adapters, alphas(adapters, alpha), strict=True)
+    return [read(adapter, alpha=its_alpha) for adapter, its_alpha in each]
 
 
 def require_list(name: str, paths: object) -> None:
@@ -164,10 +187,38 @@ def in_one_form(layers: Sequence[StoredLayer]) -> list[StoredLayer]:
     return [replace(to_peft(layer), grouped=layer.groups == 1) for layer in layers]
 
 
+def name_notices(stored: Sequence[StoredAdapter]) -> list[str]:
+    """Return a sentence if adapters name different bases; a local copy has the name of the hub id's last part."""
+    names: dict[str, str] = {}
+    for name in filter(None, (adapter.base_name for adapter in stored)):
+        names.setdefault(PurePath(name).name.lower(), f"'{name}'")
+    if len(names) < 2:
+        return []
+    return [f"The adapters name different bases: {listed([*names.values()])}."]
+
+
+def base_notices(one: StoredAdapter, other: StoredAdapter) -> list[str]:
+    """Return a sentence if two adapters are known to have been trained on different bases.
+
+    Without two records of the same weights, the names of the bases are compared.
+    """
+    bases = [adapter.base for adapter in (one, other) if adapter.base is not None]
+    if len(bases) < 2 or bases[0].excluded != bases[1].excluded:
+        return name_notices([one, other])
+    try:
+        formats.compare(*bases)
+    except WrongBaseError:
+        named = [f"'{b.source.name or 'unnamed'}' ({b.architecture.class_name})" for b in bases]
+        return [
+            f"The adapters were trained on different bases, or on other weights of one name: {listed(named)}."
+        ]
+    return []
+
+
 def pair_in_one_form(
     one: StoredAdapter, other: StoredAdapter
 ) -> tuple[tuple[StoredAdapter, StoredAdapter], list[str]]:
-    """Return two adapters with the layers that they share `in_one_form`, and a notice about the converted ones.
+    """Return two adapters with the layers that they share `in_one_form`, and notices: their bases, converted layers.
 
     Raises:
         AdapterFileError: PEFT's form cannot represent such a layer.
@@ -177,13 +228,14 @@ def pair_in_one_form(
         layers[0][path], layers[1][path] = in_one_form([one.layers[path], other.layers[path]])
         if layers[0][path] is not one.layers[path]:
             converted.append(path)
+    sentences = base_notices(one, other)
     if not converted:
-        return (one, other), []
-    notice = (
+        return (one, other), sentences
+    sentences.append(
         f"{len(converted)} layers have different slices or groups in the two adapters, such as '{min(converted)}'. "
         "They are compared as whole layers."
     )
-    return (replace(one, layers=layers[0]), replace(other, layers=layers[1])), [notice]
+    return (replace(one, layers=layers[0]), replace(other, layers=layers[1])), sentences
 
 
 def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[list[str], list[str]]:
@@ -217,6 +269,11 @@ def in_common(one: Mapping[str, Delta], other: Mapping[str, Delta]) -> tuple[lis
 
 def notices(stored: StoredAdapter) -> list[str]:
     """Return sentences about the parts of an adapter that ``scaling * B A`` does not cover."""
+    return [*factor_notices(stored), *other_notices(stored)]
+
+
+def factor_notices(stored: StoredAdapter) -> list[str]:
+    """Return sentences about what low-rank layers have besides A and B: DoRA's magnitudes, and biases of B."""
     sentences = []
     dora = sum(layer.magnitude is not None for layer in stored.layers.values())
     if dora:
@@ -227,15 +284,19 @@ def notices(stored: StoredAdapter) -> list[str]:
     biases = sum(layer.B_bias is not None for layer in stored.layers.values())
     if biases:
         sentences.append(f"B has a bias in {biases} layers (lora_bias), which B A does not cover.")
-    return [*sentences, *trained_notices(stored)]
+    return sentences
 
 
-def trained_notices(stored: StoredAdapter) -> list[str]:
-    """Return the sentence about the parameters that are trained in full, if there are any."""
-    if not stored.trained:
-        return []
-    names = list(stored.trained)
-    return [f"{len(names)} parameters are also trained in full: {listed(names, 3)}."]
+def other_notices(stored: StoredAdapter) -> list[str]:
+    """Return sentences about what an adapter has besides low-rank layers."""
+    sentences = []
+    if names := [*stored.module_tensors]:
+        sentences.append(
+            f"{len(names)} tensors of other methods than LoRA are not measured: {listed(names, 3)}."
+        )
+    if names := [*stored.trained]:
+        sentences.append(f"{len(names)} parameters are also trained in full: {listed(names, 3)}.")
+    return sentences
 
 
 def parts_of(layer: StoredLayer) -> list[Factors]:

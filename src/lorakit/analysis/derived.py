@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
@@ -15,6 +15,9 @@ from lorakit.compute.adapter_file import templates_of
 from lorakit.compute.agreement import Agreement
 from lorakit.errors import AdapterFileError
 from lorakit.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TASK = ("task", "generic_task", "labels", "encoding")
 """Keys of the provenance that say, with the run's templates, which texts the original was trained on."""
@@ -48,6 +51,8 @@ class Derived:
     agreement: Agreement | None = None
     """For an extracted adapter: how the predictions of base and adapter differ from the fine-tuned model's. None if the
     models predict nothing, or cannot be compared."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """For an extracted adapter: the tokenizer of the fine-tuned model, if the base can use it."""
 
     @property
     def error(self) -> float:
@@ -111,12 +116,14 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     """
     first = originals[0]
     dtype = first.setting("base", "dtype")
-    kept = {
-        key: first.provenance[key]
-        for key in ("peft", "data")
-        if key in first.provenance
-        and all(other.provenance.get(key) == first.provenance[key] for other in originals)
-    }
+    records = [original.provenance for original in originals]
+    kept = _agreed(records, ("data",))
+    of_peft = [record["peft"] for record in records if isinstance(record.get("peft"), Mapping)]
+    if len(of_peft) == len(records):
+        kept["peft"] = _agreed(of_peft, of_peft[0])
+        versions = [record.get("peft_version") for record in of_peft]
+        if all(versions):  # without one, a reader takes it for a file of PEFT before 0.18
+            kept["peft"]["peft_version"] = versions[0]
     config: dict[str, Any] = {}
     if all(_format(other) == _format(first) for other in originals):
         kept |= {key: first.provenance[key] for key in TASK if key in first.provenance}
@@ -124,6 +131,16 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     if dtype is not None and all(other.setting("base", "dtype") == dtype for other in originals):
         config["base"] = {"dtype": dtype}
     return kept | ({"config": config} if config else {})
+
+
+def _agreed(records: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values that all records hold equally, of these keys."""
+    first = records[0]
+    return {
+        key: first[key]
+        for key in keys
+        if all(key in record and record[key] == first[key] for record in records)
+    }
 
 
 def _format(original: StoredAdapter) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.deltas import Delta, deltas_of, in_common, pair_in_one_form, read
+from lorakit.analysis.deltas import (
+    Delta,
+    deltas_of,
+    factor_notices,
+    in_common,
+    pair_in_one_form,
+    read_each,
+)
 from lorakit.analysis.spectrum import spectrum
 from lorakit.errors import AdapterFileError, ConfigurationError
 
@@ -140,11 +148,12 @@ def adapter_diff(
     Raises:
         AdapterFileError: One cannot be read, or they have nothing in common.
     """
-    stored, sentences = pair_in_one_form(read(first, alpha=alpha), read(second, alpha=alpha))
+    stored, sentences = pair_in_one_form(*read_each([first, second], alpha))
     layers = {}
     if any(adapter.layers for adapter in stored):
         one, other = (deltas_of(adapter) for adapter in stored)
         sentences += in_common(one, other)[1]
+        sentences += dict.fromkeys(chain.from_iterable(map(factor_notices, stored)))
         for name in dict.fromkeys((*one, *other)):
             present = one.get(name) or other[name]
             changes = [_change(side.get(name), present) for side in (one, other)]

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import attach, formats
+from lorakit.adapters import attach
 from lorakit.adapters.export import tied_names
-from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
-from lorakit.analysis.base_weights import load_float32, read_weights
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
+from lorakit.analysis.tuned import FullFineTuned, WholeModel, open_tuned
 from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
-from lorakit.errors import AdapterFileError, BaseModelError
-from lorakit.formatting import percentage
+from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError
+from lorakit.formatting import listed, percentage
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
 from lorakit.models.model_classes import head_of_class
+from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def extract(
@@ -77,27 +80,37 @@ def extract_adapter(
         progress: Called with what is done next, such as "reading the base" or "layer 3 of 210".
 
     Returns:
-        The adapter. Its notices name the other parameters that differ between the models.
+        The adapter. Its notices name what else differs between the models: parameters and the configuration. Its
+        agreement compares the base with the adapter and the fine-tuned model as it is.
 
     Raises:
-        BaseModelError: A model cannot be read, or their architectures differ.
+        BaseModelError: A model cannot be read, holds NaN or infinity, or lacks a targeted weight or has another shape.
         AdapterFileError: The models do not differ on the targeted layers.
         TargetError: A target names no layer.
-        ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
+        ConfigurationError: Not exactly one of rank and energy is given, or it is out of range. Or `train_modules`
+            names a part of a new head.
     """
     check_target(rank, energy)
+    # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
+    method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
     base = as_base_config(base)
     show = progress or (lambda _: None)
     show("reading the base")
-    loaded = load_float32(base)
-    model = loaded.model
-    # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
-    method = LoRA(rank=1, alpha=1, targets=targets, train_modules=train_modules)
+    tuned_model = open_tuned(base, tuned)
+    loaded = tuned_model.open_base(base, tuple(method.train_modules))
+    model, name_of_base = loaded.model, loaded.source.name
     handle = attach(model, method, name="extracted")
     template = handle.stored()
     handle.detach()
+    _require_new_weights(loaded.new_weights, template)
     targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
-    weights, notices = _tuned_weights(model, base, tuned, targeted)
+    weights = tuned_model.weights(loaded, targeted)
+    tokenizer, notices = tuned_model.tokenizer(loaded)
+    notices += tuned_model.differences(loaded, weights)
+    for name, tensor in template.trained.items():
+        weight = _tuned_weight(weights, name, tuned)
+        _require_one_shape(tensor, weight)
+        template.trained[name] = weight.to(tensor.dtype).clone()
     layers, results, unchanged = {}, {}, []
     rounding: dict[str, float] = {}
     for number, (path, layer) in enumerate(template.layers.items(), start=1):
@@ -105,6 +118,8 @@ def extract_adapter(
         name = weight_name(path, layer)
         weight = _tuned_weight(weights, name, tuned)
         difference = _difference(model.get_parameter(name), weight)
+        if not difference.isfinite().all():
+            raise _not_finite(name, name_of_base if weight.isfinite().all() else tuned)
         parts = weight_parts(path, layer, difference)
         if not any(part.any() for part in parts):
             unchanged.append(path)
@@ -114,48 +129,44 @@ def extract_adapter(
         rounding[path] = sum(map(_rounding_error, weight_parts(path, layer, weight)))
     if not layers:
         raise AdapterFileError(
-            f"'{loaded.source.name}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
+            f"'{name_of_base}' and '{tuned}' are equal on all {len(unchanged)} layers that {targets} names, so "
             "there is nothing to extract. Set other targets or another model."
         )
-    for name, tensor in template.trained.items():
-        template.trained[name] = _tuned_weight(weights, name, tuned).to(tensor.dtype).clone()
     adapter = derive(template, layers)
+    if tokenizer is not None and adapter.base is not None:
+        record = dataclasses.replace(adapter.base, tokenizer=tokenizer_digest(tokenizer))
+        adapter = dataclasses.replace(adapter, base=record)
     if unchanged:
         notices.append(f"{len(unchanged)} targeted layers are the same in both models.")
     notices += _rounding_notice(weights[targeted[0]].dtype, rounding, results)
-    untied = _untied(model, weights)
-    notices += _other_differences(_not_covered(model, weights, template, untied), results)
-    notices += [
-        f"'{name}' is tied to '{first}' in the base but not after tuning, so the predictions were not compared."
-        for name, first in untied.items()
-    ]
+    notices += _other_differences(_not_covered(model, weights, template), results)
     show("comparing the predictions")
-    found = None if untied else _agreement(loaded, adapter, weights)
-    return Derived(adapter=adapter, layers=results, notices=notices, agreement=found)
+    adapted, reader = _adapted_logits(loaded, adapter), loaded.tokenizer
+    del loaded, model, handle, weights  # two models may not fit into the memory
+    found = None
+    if adapted is not None and reader is not None:
+        found, why_not = _agreement(tuned_model, reader, adapted)
+        notices += why_not
+    return Derived(
+        adapter=adapter, layers=results, notices=notices, agreement=found, tokenizer=tokenizer
+    )
 
 
-def _tuned_weights(
-    model: nn.Module, base: BaseConfig, tuned: str | Path, targeted: Sequence[str]
-) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Return the weights of a fine-tuned model, and notices. Weights that lorakit did not train come from the base."""
-    if not (Path(tuned) / lorakit_json.NAME).is_file():
-        source = dataclasses.replace(base, name=str(tuned), revision=None)
-        return read_weights(source, targeted), []
-    stored = formats.read(tuned)
-    if stored.layers or stored.modules:
-        raise AdapterFileError(
-            f"'{tuned}' is an adapter already ({type(stored.method).__name__}); a fully fine-tuned model was expected. "
-            "lorakit compress changes the rank of an adapter."
+def _not_finite(name: str, model: str | Path) -> BaseModelError:
+    return BaseModelError(
+        f"The weight '{name}' of '{model}' holds NaN or infinity, so it has no difference to extract. Download or save "
+        "that model again."
+    )
+
+
+def _require_new_weights(new: Sequence[str], template: StoredAdapter) -> None:
+    """Reject an adapter that does not hold all weights of a new head: those would be random."""
+    if missing := [name for name in new if name not in template.trained]:
+        modules = sorted({name.rpartition(".")[0] for name in missing})
+        raise ConfigurationError(
+            f"The base lacks {listed(missing, 3)}, so the adapter has to hold them: add {', '.join(modules)} to "
+            "train_modules."
         )
-    notices = []
-    if stored.base is not None:
-        live = formats.base_record(model, exclude=tuple(stored.trained))
-        notices += formats.compare(stored.base, live)
-    if all(name in stored.trained for name, _ in base_parameters(model)):
-        notices.append(
-            "All weights were trained, so whether training started from this base cannot be checked."
-        )
-    return ChainMap(stored.trained, dict(model.named_parameters())), notices
 
 
 def _tuned_weight(weights: Mapping[str, Tensor], name: str, tuned: str | Path) -> Tensor:
@@ -167,37 +178,43 @@ def _tuned_weight(weights: Mapping[str, Tensor], name: str, tuned: str | Path) -
 
 
 def _difference(base: Tensor, tuned: Tensor) -> Tensor:
+    _require_one_shape(base, tuned)
+    dtype = wide_dtype(base, tuned)
+    return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
+
+
+def _require_one_shape(base: Tensor, tuned: Tensor) -> None:
     if base.shape != tuned.shape:
         raise BaseModelError(
             f"A weight has shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the fine-tuned "
             "model: the models have different sizes. Give two models of one size."
         )
-    dtype = wide_dtype(base, tuned)
-    return tuned.detach().to("cpu", dtype) - base.detach().to("cpu", dtype)
 
 
-def _agreement(
-    loaded: Base, adapter: StoredAdapter, weights: Mapping[str, Tensor]
-) -> Agreement | None:
-    """Compare base and adapter with the fine-tuned model, whose weights replace those of `loaded`.
-
-    None if the models have no head or tokenizer, or the fine-tuned weights do not fit the base.
-    """
+def _adapted_logits(loaded: Base, adapter: StoredAdapter) -> list[Tensor] | None:
+    """Return the logits of the base with the adapter; None if it has no head or no tokenizer."""
     model, tokenizer = loaded.model, loaded.tokenizer
     is_pair = model.config.is_encoder_decoder
     head = head_of_class(type(model).__name__, is_encoder_decoder=is_pair)
     if tokenizer is None or head is None:
         return None
-    own = dict(model.named_parameters(remove_duplicate=False))
-    if any(name in weights and weights[name].shape != own[name].shape for name in own):
-        return None
-    handle = put_on(model, adapter, name="extracted", trainable=False)
-    adapted = logits_of_prompts(model, tokenizer)
-    handle.detach()
-    for name, parameter in own.items():
-        if name in weights:
-            parameter.copy_(weights[name])
-    return agreement(logits_of_prompts(model, tokenizer), adapted)
+    put_on(model, adapter, name="extracted", trainable=False)
+    return logits_of_prompts(model, tokenizer)
+
+
+def _agreement(
+    tuned: WholeModel | FullFineTuned, tokenizer: PreTrainedTokenizerBase, adapted: list[Tensor]
+) -> tuple[Agreement | None, list[str]]:
+    """Compare base and adapter with the fine-tuned model as it is; return a notice if they cannot be compared."""
+    try:
+        logits = logits_of_prompts(tuned.load(), tokenizer)
+    except BaseModelError as error:  # the adapter is worth hours
+        return None, [f"The predictions were not compared: {error}"]
+    if [one.shape for one in logits] != [one.shape for one in adapted]:
+        return None, [
+            "The predictions were not compared: the fine-tuned model and the base have logits of different shapes."
+        ]
+    return agreement(logits, adapted), []
 
 
 def _rounding_error(weight: Tensor) -> float:
@@ -230,15 +247,15 @@ def _rounding_notice(
 
 
 def _not_covered(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    template: StoredAdapter,
-    untied: Mapping[str, str],
+    model: nn.Module, weights: Mapping[str, Tensor], template: StoredAdapter
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, base and fine-tuned tensor of the parameters, and rows of them, that the adapter does not change."""
     covered = {weight_name(path, layer): (path, layer) for path, layer in template.layers.items()}
     parameters = dict(base_parameters(model))
-    parameters |= {name: parameters[first] for name, first in untied.items()}
+    for first, *others in tied_names(model):
+        # A layer changes a tied tensor under its own name only.
+        untied = [name for name in others if first in covered or _differ(weights, first, name)]
+        parameters |= dict.fromkeys(untied, parameters[first])
     for name, parameter in parameters.items():
         if name in template.trained or name not in weights:
             continue
@@ -252,14 +269,8 @@ def _not_covered(
             yield f"{name} outside the targeted rows", W[others], tuned[others]
 
 
-def _untied(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names that share another name's tensor in the base but not in the fine-tuned model, with that name."""
-    return {
-        name: first
-        for first, *others in tied_names(model)
-        for name in others
-        if first in weights and name in weights and not torch.equal(weights[first], weights[name])
-    }
+def _differ(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return one in weights and other in weights and not torch.equal(weights[one], weights[other])
 
 
 def _other_differences(

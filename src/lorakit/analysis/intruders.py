@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis.base_weights import Weights
-from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, read, trained_notices
+from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, other_notices, read
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.spectrum import require_share
 from lorakit.errors import ConfigurationError
@@ -207,8 +207,8 @@ def adapter_intruders(
             progress(name)
         W = base_matrix(stored, delta, weights)
         layers[name] = intruders(W, delta.added_to(W), top=top, threshold=threshold)
-    # Intruders include DoRA's magnitudes, so only the notice on trained parameters applies.
-    return AdapterIntruders(layers=layers, notices=[*trained_notices(stored), *weights.notices])
+    # Intruders include DoRA's magnitudes, so `factor_notices` do not apply.
+    return AdapterIntruders(layers=layers, notices=[*other_notices(stored), *weights.notices])
 
 
 def _validate(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:

@@ -8,14 +8,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
-from lorakit.analysis.deltas import read, require_list
+from lorakit.analysis.deltas import alphas, read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.data import DataConfig
 from lorakit.errors import LorakitError, memory_errors
@@ -27,6 +27,12 @@ from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESULT = "result"
+"""Key of the scores of a computed adapter, beside the paths of its inputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
@@ -34,7 +40,7 @@ class Saved:
 
     folder: Path
     scores: dict[str, dict[str, float]]
-    """Scores of the inputs by path, and of the "result"; empty without data."""
+    """Scores of the inputs by path, and of the `RESULT`; empty without data."""
     notices: list[str]
     """Sentences to show to the user."""
 
@@ -122,7 +128,7 @@ def save(
     check_output(output, overwrite=overwrite)
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
-    first = next((source.folder for source in adapters.values()), None)
+    tokenizer = made.tokenizer or next((source.folder for source in adapters.values()), None)
     provenance = {
         **made.adapter.provenance,
         "made_by": settings,
@@ -136,10 +142,10 @@ def save(
     for_peft = is_live or not any(_is_lorakit_only(source.folder) for source in adapters.values())
 
     def write(scores: dict[str, dict[str, float]], *, overwrite: bool) -> Saved:
-        recorded = {**provenance, "scores": scores["result"]} if scores else provenance
+        recorded = {**provenance, "scores": scores[RESULT]} if scores else provenance
         stored = dataclasses.replace(made.adapter, provenance=recorded)
         with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-            notices = _write(stored, temporary, first, for_peft=for_peft)
+            notices = _write(stored, temporary, tokenizer, for_peft=for_peft)
         return Saved(folder=Path(output), scores=scores, notices=notices)
 
     if scoring is None or scoring.data == DataConfig():
@@ -153,10 +159,13 @@ def save(
     scores: dict[str, dict[str, float]] = {}
     try:
         with memory_errors():
-            for path, source in adapters.items():
-                stored = source.stored or read(path, alpha=alpha)
-                scores[str(path)] = _score(stored, source.folder, scoring, base, allow_other_base)
-            scores["result"] = _score(made.adapter, first, scoring, base, allow_other_base)
+            for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
+                source = adapters[path]
+                stored = source.stored or read(path, alpha=its_alpha)
+                # An input of this name keeps a column of its own.
+                name = str(path.absolute() if str(path) == RESULT else path)
+                scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
+            scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
     except LorakitError as error:
         if written:
             error.args = (*error.args, f"The computed adapter is in {output}, without scores.")
@@ -198,13 +207,13 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
 
 def _score(
     stored: StoredAdapter,
-    tokenizer_from: Path | None,
+    tokenizer: PreTrainedTokenizerBase | Path | None,
     scoring: ScoringConfig,
     base: BaseConfig | None,
     allow_other_base: bool,
 ) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        _write(stored, Path(folder), tokenizer_from, for_peft=False)
+        _write(stored, Path(folder), tokenizer, for_peft=False)
         config = _evaluation(scoring, base=base, adapter=folder, allow_other_base=allow_other_base)
         return evaluate(config).scores
 
@@ -215,11 +224,17 @@ def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
 
 
 def _write(
-    stored: StoredAdapter, folder: Path, tokenizer_from: Path | None, *, for_peft: bool
+    stored: StoredAdapter,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | Path | None,
+    *,
+    for_peft: bool,
 ) -> list[str]:
-    """Write an adapter folder with a copy of a tokenizer; see `formats.write`."""
-    if tokenizer_from is not None:
-        formats.copy_tokenizer(tokenizer_from, folder)
+    """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
+    if isinstance(tokenizer, Path):
+        formats.copy_tokenizer(tokenizer, folder)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return formats.write(stored, folder, for_peft=for_peft)
 
 

@@ -19,7 +19,7 @@ from lorakit.analysis.deltas import (
     in_common,
     notices,
     pair_in_one_form,
-    read,
+    read_each,
 )
 from lorakit.analysis.thin_svd import change_directions, row_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -170,7 +170,7 @@ def adapter_similarity(
         AdapterFileError: One cannot be read, they have no matrix in common, or one was never trained.
         ConfigurationError: `only` is no regular expression, or matches no name.
     """
-    stored = read(first, alpha=alpha), read(second, alpha=alpha)
+    stored = read_each([first, second], alpha)
     in_one_form, sentences = pair_in_one_form(*stored)
     one, other = (chosen(deltas_of(adapter), only) for adapter in in_one_form)
     shared, unshared = in_common(one, other)

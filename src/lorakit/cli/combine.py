@@ -46,10 +46,12 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
+    from lorakit.analysis.deltas import alphas
     from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
-    sources = [Input.read(adapter, alpha=config.alpha) for adapter in config.adapters]
+    each = zip(config.adapters, alphas(config.adapters, config.alpha), strict=True)
+    sources = [Input.read(adapter, alpha=alpha) for adapter, alpha in each]
     for source in sources[:1]:
         check_scoring(config, config.base, source)
     stored = [source.stored for source in sources if source.stored is not None]

@@ -22,7 +22,7 @@ class ExtractConfig(ResultConfig):
     targets: list[str] | str = "all-linear"
     """Layers to factorise: roles (attention.qv, all-linear), names or regular expressions."""
     train_modules: list[str] = field(default_factory=list)
-    """Modules to copy in full from the fine-tuned model (name suffixes), such as a new head."""
+    """Modules to copy in full from the fine-tuned model (name suffixes), such as a head that the base lacks."""
     energy: float | None = None
     """Choose for every layer the rank that keeps this fraction of its squared difference, for example 0.95; set this or
     rank."""
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
         ExtractConfig,
         "extract",
         "Extract an adapter from the difference between a fine-tuned model and its base. Reports the error of each "
-        "layer, the other tensors that differ, and how often the most likely token differs.",
+        "layer, what else differs between the models, and how often the most likely token differs.",
         argv,
         "tuned",
         "output",
