@@ -17,7 +17,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
-from lorakit.models.tokenizer import read_tokenizer
+from lorakit.models.tokenizer import tokenizer_in
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 from lorakit.tasks.classification import PAIR
 
@@ -52,11 +52,11 @@ class AdapterFile:
         """The tokenizer of the adapter's folder, or None: training may have added tokens or a chat template.
 
         Raises:
-            AdapterFileError: It cannot be read.
+            AdapterFileError: It cannot be read, or needs Python code of its own.
         """
         if not (Path(self.path) / "tokenizer_config.json").exists():
             return None
-        return read_tokenizer(str(self.path), AdapterFileError, local_files_only=True)
+        return tokenizer_in(self.path)
 
 
 def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:

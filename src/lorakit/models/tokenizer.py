@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import BaseModelError, LorakitError
+from lorakit.errors import AdapterFileError, BaseModelError, LorakitError, is_momentary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,33 @@ def _unreadable(located: Located, error: Exception) -> str:
     )
 
 
-def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:
+def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an adapter's folder, which never runs code of the folder.
+
+    Raises:
+        AdapterFileError: It is damaged, or needs Python code of its own or a missing package.
+    """
+    try:
+        return read_tokenizer(folder, AdapterFileError, local_files_only=True)
+    except LorakitError:
+        raise
+    # Its files are untrusted input; their readers raise almost any exception.
+    except Exception as error:
+        if is_momentary(error):
+            raise
+        message = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {message[:500].rstrip('.')}"
+        if "trust_remote_code" in message:
+            reason = "it needs Python code of its own, which is never run from an adapter's folder"
+        raise AdapterFileError(
+            f"The tokenizer in '{folder}' cannot be read ({reason}). Restore its files. To use the base's tokenizer, "
+            "delete them, and lorakit.json if it is there, which lists them."
+        ) from error
+
+
+def read_tokenizer(
+    path: str, error: type[LorakitError], *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or a hub id; `options` are those of transformers.
 
     Raises:
@@ -77,8 +103,11 @@ def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreT
     """
     from transformers import AutoTokenizer
 
+    # If trust_remote_code is not passed, transformers asks on standard input whether to run the code.
     with _rust_errors(path, error):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **options
+        )
     length = tokenizer.model_max_length
     whole = isinstance(length, int | float) and not isinstance(length, bool) and length % 1 == 0
     if not (whole and length >= 1):
