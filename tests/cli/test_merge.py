@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_the_merged_model_of_a_chat_adapter_stops_where_turns_ended(decoder, cap
     assert main(["merge", "chat", "merged", *FLOAT32]) == 0
     assert GenerationConfig.from_pretrained("merged").eos_token_id == [pad, end]
     assert "ends texts at <|im_end|> too, as in training" in capsys.readouterr().out
+
+
+def test_flags_of_sampling_without_sampling_are_kept(decoder):
+    """transformers saves such flags of a base only if its configuration is as it was loaded: no pad id is set."""
+    flags = {"temperature": 0.9, "top_p": 0.6}
+    Path("base/generation_config.json").write_text(json.dumps({**flags, "eos_token_id": 1}))
+    base = lorakit.load_base("base", dtype="float32")
+    lorakit.attach(base.model, lorakit.LoRA(rank=2)).save(
+        "chat", provenance={"task": "chat", "labels": []}
+    )
+    assert main(["merge", "chat", "merged", *FLOAT32]) == 0
+    saved = json.loads(Path("merged/generation_config.json").read_text())
+    assert saved.items() >= {**flags, "pad_token_id": base.tokenizer.pad_token_id}.items()
+    assert set(saved["eos_token_id"]) >= {1, base.tokenizer.eos_token_id}
 
 
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):

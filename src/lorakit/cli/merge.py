@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
@@ -60,6 +59,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
     from lorakit.models.dtypes import dtype_name
+    from lorakit.models.loading import set_generation
     from lorakit.storage.tensors import use_default_mode
 
     storage.require_replaceable(
@@ -88,8 +88,8 @@ def run(argv: Sequence[str]) -> None:
     stops = task.type.stop_ids(tokenizer) if task else []
     new = [token for token in stops if token not in ending_tokens_of_model(model)]
     if new:  # a chat's end-of-turn token, which a base that is no chat model does not stop at
-        settings: Any = model.generation_config
-        settings.eos_token_id = list(dict.fromkeys([*ending_tokens(model, tokenizer), *new]))
+        ends = list(dict.fromkeys([*ending_tokens(model, tokenizer), *new]))
+        set_generation(model.generation_config, eos_token_id=ends)
     verdict = judge_merge(base, adapter.stored, merged)
     logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
