@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_models
 import tiny_runs
 import torch
+from random_adapters import randomise
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -162,6 +164,32 @@ def test_a_base_of_nan_is_an_error(decoder, capsys):
         assert not printed.out
         assert "'model.layers.1.mlp.up_proj.weight' holds NaN" in printed.err
     assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("arch", ["llama", "roberta"])
+def test_a_classifier_without_a_recorded_task_merges(arch, labels, tmp_path, capsys):
+    """`adapters.save` records the class of the base, and PEFT its task_type; the head has a row for each label."""
+    base = tiny_runs.save_base(tmp_path / "base", arch, None if arch == "llama" else "base")
+    head = {"task": "regression"} if labels == 1 else {"num_labels": labels}
+    head = {"task": "sequence-classification", **head}
+    model = lorakit.load_base(base, dtype="float32", **head).model
+    heads = ("score",) if arch == "llama" else ("classifier",)
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, train_modules=heads))
+    randomise(handle)
+    handle.save(tmp_path / "own")
+    shutil.copytree(tmp_path / "own", tmp_path / "peft")
+    (tmp_path / "peft/lorakit.json").unlink()
+    batch = tiny_models.example_batch(arch, model)
+    for name in ("own", "peft"):
+        words = ["merge", str(tmp_path / name), str(tmp_path / f"{name}-merged")]
+        assert main([*words, "--base.name", base, "--base.dtype", "float32"]) == 0
+        assert "ForSequenceClassification.from_pretrained" in capsys.readouterr().out
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name}-merged")
+        with torch.no_grad():
+            found, expected = merged.eval()(**batch).logits, model(**batch).logits
+        assert found.shape[1] == labels
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

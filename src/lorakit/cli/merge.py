@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
     from lorakit.compute.adapted import open_adapted
-    from lorakit.compute.adapter_file import AdapterFile, recorded_task
+    from lorakit.compute.adapter_file import AdapterFile, opening_task
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
@@ -70,7 +70,14 @@ def run(argv: Sequence[str]) -> None:
     )
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
-    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
+    task, outputs = opening_task(adapter)
+    base = open_adapted(
+        config.base,
+        adapter,
+        task=task,
+        num_labels=outputs,
+        allow_other_base=config.allow_other_base,
+    )
     if storage.is_within(base.source.path_or_id, output):
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
@@ -84,7 +91,6 @@ def run(argv: Sequence[str]) -> None:
         handle.merge(keep_base=False)
         return model
 
-    task = recorded_task(adapter)
     stops = task.type.stop_ids(tokenizer) if task else []
     new = [token for token in stops if token not in ending_tokens_of_model(model)]
     if new:  # a chat's end-of-turn token, which a base that is no chat model does not stop at

@@ -50,6 +50,7 @@ def open_adapted(
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
+    num_labels: int | None = None,
     allow_other_base: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
@@ -60,6 +61,7 @@ def open_adapted(
         adapter: The adapter; None leaves the base as it is.
         task: The task, which determines the model's head; None is the one that the adapter records, else text
             generation.
+        num_labels: Fewest outputs of a head for classes.
         allow_other_base: Accept a base other than the one the adapter records.
         tokenizer: What `tokenizer_of_adapted` returned, if it has read the tokenizer before.
 
@@ -71,10 +73,11 @@ def open_adapted(
     """
     base = base_of(base, adapter)
     if adapter is None:
-        opened = open_base(base, task or TEXT, tokenizer=tokenizer)
+        opened = open_base(base, task or TEXT, num_labels=num_labels, tokenizer=tokenizer)
     else:
         of_base = tokenizer if adapter.tokenizer is None else None
-        opened = open_base(base, task or recorded_task(adapter) or TEXT, tokenizer=of_base)
+        task = task or recorded_task(adapter) or TEXT
+        opened = open_base(base, task, num_labels=num_labels, tokenizer=of_base)
         require_new_weights(opened, adapter.stored, adapter.path)
         head = logits_layer(opened.model)
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
