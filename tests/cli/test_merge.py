@@ -109,6 +109,24 @@ def test_flags_of_sampling_without_sampling_are_kept(decoder):
     assert set(saved["eos_token_id"]) >= {1, base.tokenizer.eos_token_id}
 
 
+@pytest.mark.parametrize("adds_token", [False, True])
+def test_the_sentencepiece_model_of_the_base_is_copied(adds_token, decoder):
+    """llama.cpp needs it for some architectures. It lacks tokens that the adapter's tokenizer has added."""
+    Path("base/tokenizer.model").write_bytes(b"pieces")
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    if adds_token:
+        words = tokenizer.get_vocab()
+        model = AutoModelForCausalLM.from_pretrained("base")
+        model.resize_token_embeddings(len(words) + 1)
+        model.save_pretrained("base")
+        tokenizer.add_tokens(["<new>"])
+    base = lorakit.load_base("base", dtype="float32")
+    lorakit.attach(base.model, lorakit.LoRA(rank=2)).save("own", tokenizer=tokenizer)
+    assert main(["merge", "own", "merged", *FLOAT32]) == 0
+    assert Path("merged/tokenizer.model").exists() == (not adds_token)
+    assert len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
+
+
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):
     old = os.umask(0o027)
     try:

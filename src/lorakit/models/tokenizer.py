@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.models.locating import Located
+    from lorakit.models.sources import ModelSource
 
 _TRIAL = "A river, 12 pubs.\n\tcaf\u00e9 \u4e2d\u6587 \U0001f600"
 """A text with letters, digits, white space, accents, and characters of two to four bytes."""
@@ -26,6 +27,8 @@ _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.
 
 _FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 """Names of files that only a model with a tokenizer has."""
+
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
@@ -132,6 +135,30 @@ def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError
             f"The tokenizer in '{path}' is damaged: it gives the id {min(wrong):,}, which is not in its vocabulary. "
             "Restore its files from the model's source."
         )
+
+
+def sentencepiece_of(source: ModelSource) -> Path | None:
+    """Return the SentencePiece model of a base's tokenizer; None if it has none, or it cannot be downloaded.
+
+    transformers saves tokenizer.json in its place. llama.cpp's converter needs it for some architectures, such as
+    Gemma 2, Phi 3 and T5.
+    """
+    from transformers.utils import cached_file
+
+    if source.kind == "gguf":
+        return None
+    for name in _SENTENCEPIECE:
+        file = cached_file(
+            source.path_or_id,
+            name,
+            revision=source.revision,
+            local_files_only=source.from_cache,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            return Path(file)
+    return None
 
 
 @contextmanager
