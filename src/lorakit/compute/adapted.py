@@ -117,7 +117,8 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
     Raises:
-        ConfigurationError: `base` is no base, or neither it nor the adapter names a model.
+        ConfigurationError: `base` is no base, neither it nor the adapter names a model, or the adapter names a GGUF
+            file that is not in this folder.
     """
     base = as_base_config(base)
     if adapter is None:
@@ -139,7 +140,16 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
 
 
 def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConfig:
-    """Return `base` with a recorded name, and with its revision if the name is one of the hub's and `base` has none."""
+    """Return `base` with a recorded name, and with its revision if the name is one of the hub's and `base` has none.
+
+    Raises:
+        ConfigurationError: It is the name of a GGUF file, whose folder is not recorded, and not in this folder.
+    """
+    if name.lower().endswith(".gguf") and not Path(name).expanduser().exists():
+        raise ConfigurationError(
+            f"The adapter was made for the GGUF file '{name}', which is not in this folder. Name its path: --base.name "
+            f"PATH/{Path(name).name}."
+        )
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)
