@@ -108,7 +108,7 @@ def test_a_gguf_file_is_a_base_that_only_lorakit_loads():
     call = 'lorakit.load_base("path/to/tiny.Q4_K_M.gguf"'
     assert text.count(f'model = {call}, task="causal-lm").model') == 2
     assert f"vLLM needs the base as a folder: `{call}).model.save_pretrained(...)`." in text
-    assert "vllm serve path/to/that/folder --enable-lora" in text
+    assert "vllm serve path/to/that/folder" in text
     assert "transformers.LlamaForCausalLM" not in text
 
 
