@@ -143,7 +143,7 @@ def sentencepiece_of(source: ModelSource) -> Path | None:
     transformers saves tokenizer.json in its place. llama.cpp's converter needs it for some architectures, such as
     Gemma 2, Phi 3 and T5.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     if source.kind == "gguf":
         return None
