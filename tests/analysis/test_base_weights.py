@@ -157,6 +157,12 @@ def test_an_adapter_on_disk(tmp_path):
     formats.write_loralib(handle.stored(), tmp_path / "a.safetensors")
     with pytest.raises(ConfigurationError, match=r"a\.safetensors does not say which base"):
         open_weights(None, tmp_path / "a.safetensors", alpha=8)
+    handle.model.config._name_or_path = "tiny.Q4_0.gguf"
+    handle.save(tmp_path / "of-gguf")
+    with pytest.raises(
+        ConfigurationError, match=r"'tiny\.Q4_0\.gguf', which is not in this folder"
+    ):
+        open_weights(None, tmp_path / "of-gguf")
     with pytest.raises(AdapterFileError, match=r"is Adapters\(a.*pass adapters\.stored\(name\)"):
         open_weights(None, handle)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_models
 import tiny_runs
 import torch
+from random_adapters import randomise
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -92,6 +95,38 @@ def test_the_merged_model_of_a_chat_adapter_stops_where_turns_ended(decoder, cap
     assert "ends texts at <|im_end|> too, as in training" in capsys.readouterr().out
 
 
+def test_flags_of_sampling_without_sampling_are_kept(decoder):
+    """transformers saves such flags of a base only if its configuration is as it was loaded: no pad id is set."""
+    flags = {"temperature": 0.9, "top_p": 0.6}
+    Path("base/generation_config.json").write_text(json.dumps({**flags, "eos_token_id": 1}))
+    base = lorakit.load_base("base", dtype="float32")
+    lorakit.attach(base.model, lorakit.LoRA(rank=2)).save(
+        "chat", provenance={"task": "chat", "labels": []}
+    )
+    assert main(["merge", "chat", "merged", *FLOAT32]) == 0
+    saved = json.loads(Path("merged/generation_config.json").read_text())
+    assert saved.items() >= {**flags, "pad_token_id": base.tokenizer.pad_token_id}.items()
+    assert set(saved["eos_token_id"]) >= {1, base.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("adds_token", [False, True])
+def test_the_sentencepiece_model_of_the_base_is_copied(adds_token, decoder):
+    """llama.cpp needs it for some architectures. It lacks tokens that the adapter's tokenizer has added."""
+    Path("base/tokenizer.model").write_bytes(b"pieces")
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    if adds_token:
+        words = tokenizer.get_vocab()
+        model = AutoModelForCausalLM.from_pretrained("base")
+        model.resize_token_embeddings(len(words) + 1)
+        model.save_pretrained("base")
+        tokenizer.add_tokens(["<new>"])
+    base = lorakit.load_base("base", dtype="float32")
+    lorakit.attach(base.model, lorakit.LoRA(rank=2)).save("own", tokenizer=tokenizer)
+    assert main(["merge", "own", "merged", *FLOAT32]) == 0
+    assert Path("merged/tokenizer.model").exists() == (not adds_token)
+    assert len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
+
+
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):
     old = os.umask(0o027)
     try:
@@ -147,6 +182,32 @@ def test_a_base_of_nan_is_an_error(decoder, capsys):
         assert not printed.out
         assert "'model.layers.1.mlp.up_proj.weight' holds NaN" in printed.err
     assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("arch", ["llama", "roberta"])
+def test_a_classifier_without_a_recorded_task_merges(arch, labels, tmp_path, capsys):
+    """`adapters.save` records the class of the base, and PEFT its task_type; the head has a row for each label."""
+    base = tiny_runs.save_base(tmp_path / "base", arch, None if arch == "llama" else "base")
+    head = {"task": "regression"} if labels == 1 else {"num_labels": labels}
+    head = {"task": "sequence-classification", **head}
+    model = lorakit.load_base(base, dtype="float32", **head).model
+    heads = ("score",) if arch == "llama" else ("classifier",)
+    handle = lorakit.attach(model, lorakit.LoRA(rank=2, train_modules=heads))
+    randomise(handle)
+    handle.save(tmp_path / "own")
+    shutil.copytree(tmp_path / "own", tmp_path / "peft")
+    (tmp_path / "peft/lorakit.json").unlink()
+    batch = tiny_models.example_batch(arch, model)
+    for name in ("own", "peft"):
+        words = ["merge", str(tmp_path / name), str(tmp_path / f"{name}-merged")]
+        assert main([*words, "--base.name", base, "--base.dtype", "float32"]) == 0
+        assert "ForSequenceClassification.from_pretrained" in capsys.readouterr().out
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name}-merged")
+        with torch.no_grad():
+            found, expected = merged.eval()(**batch).logits, model(**batch).logits
+        assert found.shape[1] == labels
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_full_precision_is_converted_exactly(tmp_path: Path, llama: LlamaForCaus
     with torch.no_grad():
         assert torch.equal(base.model(ids).logits, llama(ids).logits)
     assert not base.model.training
-    assert base.source.name == "tiny"
+    assert base.source.name == "tiny.gguf"
     assert base.notices == []
 
 

@@ -155,7 +155,7 @@ def test_local_folder_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (source.name, source.kind) == ("my-model", "folder")
         assert source.path_or_id == str(folder)
     source = resolve("weights.Q8_0.gguf")
-    assert (source.name, source.kind) == ("weights.Q8_0", "gguf")
+    assert (source.name, source.kind) == ("weights.Q8_0.gguf", "gguf")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_link_to_a_gguf_file(tmp_path: Path) -> None:
     link = tmp_path / "model.Q4_K_M.gguf"
     link.symlink_to(tmp_path / "blobs" / ("a" * 64))
     source = resolve(link)
-    assert (source.name, source.path_or_id) == ("model.Q4_K_M", str(link))
+    assert (source.name, source.path_or_id) == ("model.Q4_K_M.gguf", str(link))
     (tmp_path / "model.gguf").touch()
     for name in ("latest", "latest.gguf"):
         (tmp_path / name).symlink_to(tmp_path / "model.gguf")

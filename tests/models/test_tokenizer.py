@@ -1,9 +1,11 @@
-"""A tokenizer's files are validated when they are read."""
+"""A tokenizer's files are validated when they are read, and run no code."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from lorakit import LoRA, attach
 from lorakit.compute.adapted import add_adapter
 from lorakit.compute.adapter_file import AdapterFile
 from lorakit.errors import AdapterFileError, BaseModelError, LorakitError
-from lorakit.models.loading import load_base, load_tokenizer
+from lorakit.models.loading import Base, load_base, load_tokenizer
 from lorakit.models.tokenizer import read_tokenizer
 
 
@@ -22,6 +24,15 @@ def set_length(folder: Path, length: str) -> None:
     path = folder / "tokenizer_config.json"
     text = json.dumps(json.loads(path.read_text()) | {"model_max_length": "@"})
     path.write_text(text.replace('"@"', length))
+
+
+def write_code(folder: Path) -> Path:
+    """Let the tokenizer of a folder need Python code of the folder; return the file that this code would write."""
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return ran
 
 
 @pytest.fixture
@@ -61,12 +72,44 @@ def test_a_length_or_no_limit_is_read(folder: Path, length: str) -> None:
     assert tokenizer("a b c", truncation=True)["input_ids"]
 
 
-def test_the_tokenizer_of_an_adapter_is_validated_too(folder: Path, tmp_path: Path) -> None:
-    base = load_base(folder)
+@pytest.fixture
+def base(folder: Path) -> Base:
+    return load_base(folder)
+
+
+@pytest.fixture
+def adapter(base: Base, tmp_path: Path) -> Path:
+    """An adapter folder with a tokenizer that lorakit.json does not list."""
     adapters = attach(base.model, LoRA(rank=2))
     adapters.save(tmp_path / "adapter")
     adapters.detach()
-    base.tokenizer.save_pretrained(tmp_path / "adapter")
-    set_length(tmp_path / "adapter", '"x"')
+    base.text_tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_tokenizer_of_an_adapter_is_validated_too(base: Base, adapter: Path) -> None:
+    set_length(adapter, '"x"')
     with pytest.raises(AdapterFileError, match=r"adapter.tokenizer_config\.json' has 'x'"):
-        add_adapter(base, AdapterFile.read(tmp_path / "adapter"))
+        add_adapter(base, AdapterFile.read(adapter))
+
+
+def test_code_in_an_adapter_never_runs(
+    base: Base, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on standard input whether to run it, unless it is told."""
+    ran = write_code(adapter)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\nthe next line\n"))
+    with pytest.raises(AdapterFileError, match="needs Python code of its own, which is never run"):
+        add_adapter(base, AdapterFile.read(adapter))
+    assert sys.stdin.read() == "y\nthe next line\n"
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("config", ["{}", '{"tokenizer_class": "FooTokenizer"}', "{"])
+def test_a_tokenizer_that_cannot_be_read_is_an_error(
+    config: str, base: Base, adapter: Path
+) -> None:
+    (adapter / "tokenizer.json").unlink()
+    (adapter / "tokenizer_config.json").write_text(config)
+    with pytest.raises(AdapterFileError, match=r"tokenizer in '.*adapter' cannot be read"):
+        add_adapter(base, AdapterFile.read(adapter))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from lorakit.planning.batches import from_data, from_lengths, language_examples
 from lorakit.planning.gpt3 import arithmetic
 from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
-from lorakit.planning.shape import new_mode, planning
+from lorakit.planning.shape import build, new_mode, planning
 from lorakit.planning.simulate import simulate
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
@@ -256,6 +258,16 @@ def test_a_plan_without_data_is_for_what_the_model_does(
     shape = Shape("base", "", config)
     planned = planner._batches(tiny_runs.config(tmp_path, "base"), shape, 8, None, 1)
     assert (planned.task.name == "classification") == labelled
+
+
+def test_a_plan_never_asks_whether_to_run_code(monkeypatch):
+    """transformers asks on standard input, for a head that only code of the repository has."""
+    code = {"AutoModelForSequenceClassification": "own.Own"}
+    shape = Shape("mamba", "", transformers.MambaConfig(auto_map=code))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(BaseModelError, match=r"'mamba' cannot be planned: .* custom code"):
+        build(shape, BaseConfig(name="mamba"), "sequence-classification", 2, dtype=torch.float32)
+    assert sys.stdin.read() == "y\n"
 
 
 def test_sizes_are_those_of_the_collator(tmp_path):

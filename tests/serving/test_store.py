@@ -608,6 +608,20 @@ def test_the_tokenizer_is_the_folders_own(store: AdapterStore, root: Path) -> No
     store.acquire({"same": 0.5, "a": 0.5}).release()
 
 
+def test_a_tokenizer_that_needs_code_is_refused(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask whether to run it. The error is remembered, so the folder is not read again."""
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (root / "a/tokenizer_config.json").write_text(json.dumps(config))
+    (root / "a/own.py").write_text("raise SystemExit")
+    for _ in range(2):
+        with pytest.raises(AdapterFileError, match="needs Python code of its own"):
+            store.acquire("a")
+        monkeypatch.setattr("lorakit.serving.store.tokenizer_in", lambda _: pytest.fail("read"))
+    store.acquire("b").release()
+
+
 @pytest.mark.parametrize("base_has_one", [False, True])
 def test_an_adapter_answers_chats_if_its_tokenizer_has_a_template(
     root: Path, base_has_one: bool, monkeypatch: pytest.MonkeyPatch
@@ -628,9 +642,7 @@ def test_an_adapter_answers_chats_if_its_tokenizer_has_a_template(
     write_adapter(root / "damaged", seed=4, tokenizer=without)
     (root / "damaged/tokenizer_config.json").write_text("{")
     store = AdapterStore(base, root, budget=LARGE)
-    monkeypatch.setattr(
-        "lorakit.serving.store.read_tokenizer", lambda *_, **__: pytest.fail("read")
-    )
+    monkeypatch.setattr("lorakit.serving.store.tokenizer_in", lambda _: pytest.fail("read"))
     described = {name: store.describe(name) for name in store.names()}
     monkeypatch.undo()
     assert store.describe_base()["chat"] is base_has_one

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
@@ -54,12 +54,15 @@ def run(argv: Sequence[str]) -> None:
 
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
-    from lorakit.compute.adapted import open_adapted
-    from lorakit.compute.adapter_file import AdapterFile, recorded_task
+    from lorakit.compute.adapted import base_of, open_adapted
+    from lorakit.compute.adapter_file import AdapterFile, opening_task
+    from lorakit.compute.base import read_text_tokenizer
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
     from lorakit.models.dtypes import dtype_name
+    from lorakit.models.loading import set_generation
+    from lorakit.models.tokenizer import sentencepiece_of
     from lorakit.storage.tensors import use_default_mode
 
     storage.require_replaceable(
@@ -70,7 +73,14 @@ def run(argv: Sequence[str]) -> None:
     )
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
-    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
+    task, outputs = opening_task(adapter)
+    base = open_adapted(
+        config.base,
+        adapter,
+        task=task,
+        num_labels=outputs,
+        allow_other_base=config.allow_other_base,
+    )
     if storage.is_within(base.source.path_or_id, output):
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
@@ -80,16 +90,21 @@ def run(argv: Sequence[str]) -> None:
     assert handle is not None
     handle.require_mergeable()  # fail before the first forward pass
 
+    sentencepiece = sentencepiece_of(base.source)
+    if sentencepiece is not None:
+        vocabulary = read_text_tokenizer(base_of(config.base, adapter)).get_vocab()
+        if tokenizer.get_vocab() != vocabulary:  # of the adapter, with added tokens
+            sentencepiece = None
+
     def merged() -> PreTrainedModel:
         handle.merge(keep_base=False)
         return model
 
-    task = recorded_task(adapter)
     stops = task.type.stop_ids(tokenizer) if task else []
     new = [token for token in stops if token not in ending_tokens_of_model(model)]
     if new:  # a chat's end-of-turn token, which a base that is no chat model does not stop at
-        settings: Any = model.generation_config
-        settings.eos_token_id = list(dict.fromkeys([*ending_tokens(model, tokenizer), *new]))
+        ends = list(dict.fromkeys([*ending_tokens(model, tokenizer), *new]))
+        set_generation(model.generation_config, eos_token_id=ends)
     verdict = judge_merge(base, adapter.stored, merged)
     logging.disable_progress_bar()
     with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:
@@ -97,6 +112,8 @@ def run(argv: Sequence[str]) -> None:
         model.save_pretrained(temporary)
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
+        if sentencepiece is not None:
+            shutil.copyfile(sentencepiece, temporary / sentencepiece.name)
     print(f"Merged model in {config.output} ({dtype_name(model.dtype)}).")
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))

@@ -50,6 +50,7 @@ def open_adapted(
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
+    num_labels: int | None = None,
     allow_other_base: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
@@ -60,6 +61,7 @@ def open_adapted(
         adapter: The adapter; None leaves the base as it is.
         task: The task, which determines the model's head; None is the one that the adapter records, else text
             generation.
+        num_labels: Fewest outputs of a head for classes.
         allow_other_base: Accept a base other than the one the adapter records.
         tokenizer: What `tokenizer_of_adapted` returned, if it has read the tokenizer before.
 
@@ -71,10 +73,11 @@ def open_adapted(
     """
     base = base_of(base, adapter)
     if adapter is None:
-        opened = open_base(base, task or TEXT, tokenizer=tokenizer)
+        opened = open_base(base, task or TEXT, num_labels=num_labels, tokenizer=tokenizer)
     else:
         of_base = tokenizer if adapter.tokenizer is None else None
-        opened = open_base(base, task or recorded_task(adapter) or TEXT, tokenizer=of_base)
+        task = task or recorded_task(adapter) or TEXT
+        opened = open_base(base, task, num_labels=num_labels, tokenizer=of_base)
         require_new_weights(opened, adapter.stored, adapter.path)
         head = logits_layer(opened.model)
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
@@ -114,7 +117,8 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
     The dtype of training makes results comparable. A quantised base is not loaded again in 4 or 8 bits by itself.
 
     Raises:
-        ConfigurationError: `base` is no base, or neither it nor the adapter names a model.
+        ConfigurationError: `base` is no base, neither it nor the adapter names a model, or the adapter names a GGUF
+            file that is not in this folder.
     """
     base = as_base_config(base)
     if adapter is None:
@@ -136,7 +140,16 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
 
 
 def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConfig:
-    """Return `base` with a recorded name, and with its revision if the name is one of the hub's and `base` has none."""
+    """Return `base` with a recorded name, and with its revision if the name is one of the hub's and `base` has none.
+
+    Raises:
+        ConfigurationError: It is the name of a GGUF file, whose folder is not recorded, and not in this folder.
+    """
+    if name.lower().endswith(".gguf") and not Path(name).expanduser().exists():
+        raise ConfigurationError(
+            f"The adapter was made for the GGUF file '{name}', which is not in this folder. Name its path: --base.name "
+            f"PATH/{Path(name).name}."
+        )
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)
     return dataclasses.replace(base, name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
-from lorakit.models.tokenizer import read_tokenizer
+from lorakit.models.model_classes import head_of_class
+from lorakit.models.tokenizer import tokenizer_in
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
 from lorakit.tasks.classification import PAIR
 
@@ -52,11 +53,11 @@ class AdapterFile:
         """The tokenizer of the adapter's folder, or None: training may have added tokens or a chat template.
 
         Raises:
-            AdapterFileError: It cannot be read.
+            AdapterFileError: It cannot be read, or needs Python code of its own.
         """
         if not (Path(self.path) / "tokenizer_config.json").exists():
             return None
-        return read_tokenizer(str(self.path), AdapterFileError, local_files_only=True)
+        return tokenizer_in(self.path)
 
 
 def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:
@@ -85,6 +86,35 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
             f"{', '.join(TASKS)}, with a list of names as labels."
         )
     return DataTask(name=name, labels=tuple(labels))
+
+
+def opening_task(adapter: AdapterFile) -> tuple[DataTask | None, int | None]:
+    """Return the task that determines the head of an adapter's base, and the number of the head's outputs.
+
+    PEFT and `adapters.save` record no task, but whether the base is a classifier. The adapter then holds the head,
+    unless the base's own was not trained.
+
+    Returns:
+        The recorded task, else classification or regression for a classifier, else None. The number is None if the
+        task or the base determines it.
+
+    Raises:
+        AdapterFileError: The recorded task or labels are invalid.
+    """
+    task, stored = recorded_task(adapter), adapter.stored
+    recorded = stored.provenance.get("peft")
+    is_classifier = isinstance(recorded, Mapping) and recorded.get("task_type") == "SEQ_CLS"
+    if stored.base is not None:
+        name = stored.base.architecture.class_name
+        is_classifier = head_of_class(name, is_encoder_decoder=False) == "sequence-classification"
+    if task is not None or not is_classifier:
+        return task, None
+    # The head's last matrix has a row for each class. A matrix before it has as many rows as the next has columns.
+    shapes = [tensor.shape for tensor in stored.trained.values() if tensor.ndim == 2]
+    outputs = min({rows for rows, _ in shapes} - {columns for _, columns in shapes}, default=None)
+    if outputs == 1:
+        return DataTask(name="regression"), None
+    return DataTask(name="classification"), outputs
 
 
 def _is_named(recorded: Any, configured: str | None) -> bool:

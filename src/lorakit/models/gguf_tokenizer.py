@@ -42,7 +42,10 @@ def read_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Without trust_remote_code, a tokenizer_config.json beside the file could make transformers ask for its code.
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False
+    )
     return tokenizer, _finish(tokenizer, metadata, config)
 
 

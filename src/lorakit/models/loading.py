@@ -356,7 +356,20 @@ def set_padding(base: Base) -> None:
         config.pad_token_id = tokenizer.pad_token_id
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+        set_generation(generation, pad_token_id=tokenizer.pad_token_id)
+
+
+def set_generation(generation: Any, **settings: Any) -> None:
+    """Change a model's generation configuration so that it can still be saved.
+
+    transformers refuses to save flags that contradict each other, such as a temperature without do_sample. It only
+    warns if the configuration is as it was loaded, and some published bases have such flags.
+    """
+    is_as_loaded = getattr(generation, "_original_object_hash", None) == hash(generation)
+    for name, value in settings.items():
+        setattr(generation, name, value)
+    if is_as_loaded:
+        generation._original_object_hash = hash(generation)
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, config: Any, embeddings: int) -> str:

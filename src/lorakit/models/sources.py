@@ -128,7 +128,7 @@ def _resolve_path(path: Path) -> ModelSource:
     # In the hub's cache, the name of the target is a hash: then the name of the link counts.
     for file in (path.resolve(), path.parent.resolve() / path.name):
         if file.suffix.lower() == ".gguf":
-            return ModelSource(name=file.stem, path_or_id=str(file), kind="gguf")
+            return ModelSource(name=file.name, path_or_id=str(file), kind="gguf")
     raise BaseModelError(
         f"'{path}' is a file, but a base model is a folder with config.json or a .gguf file. "
         f"Did you mean its folder, '{path.parent}'?"

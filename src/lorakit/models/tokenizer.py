@@ -11,12 +11,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import BaseModelError, LorakitError
+from lorakit.errors import AdapterFileError, BaseModelError, LorakitError, is_momentary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.models.locating import Located
+    from lorakit.models.sources import ModelSource
 
 _TRIAL = "A river, 12 pubs.\n\tcaf\u00e9 \u4e2d\u6587 \U0001f600"
 """A text with letters, digits, white space, accents, and characters of two to four bytes."""
@@ -26,6 +27,8 @@ _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.
 
 _FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 """Names of files that only a model with a tokenizer has."""
+
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
@@ -68,7 +71,33 @@ def _unreadable(located: Located, error: Exception) -> str:
     )
 
 
-def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreTrainedTokenizerBase:
+def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of an adapter's folder, which never runs code of the folder.
+
+    Raises:
+        AdapterFileError: It is damaged, or needs Python code of its own or a missing package.
+    """
+    try:
+        return read_tokenizer(folder, AdapterFileError, local_files_only=True)
+    except LorakitError:
+        raise
+    # Its files are untrusted input; their readers raise almost any exception.
+    except Exception as error:
+        if is_momentary(error):
+            raise
+        message = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {message[:500].rstrip('.')}"
+        if "trust_remote_code" in message:
+            reason = "it needs Python code of its own, which is never run from an adapter's folder"
+        raise AdapterFileError(
+            f"The tokenizer in '{folder}' cannot be read ({reason}). Restore its files. To use the base's tokenizer, "
+            "delete them, and lorakit.json if it is there, which lists them."
+        ) from error
+
+
+def read_tokenizer(
+    path: str, error: type[LorakitError], *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or a hub id; `options` are those of transformers.
 
     Raises:
@@ -77,8 +106,11 @@ def read_tokenizer(path: str, error: type[LorakitError], **options: Any) -> PreT
     """
     from transformers import AutoTokenizer
 
+    # If trust_remote_code is not passed, transformers asks on standard input whether to run the code.
     with _rust_errors(path, error):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **options
+        )
     length = tokenizer.model_max_length
     whole = isinstance(length, int | float) and not isinstance(length, bool) and length % 1 == 0
     if not (whole and length >= 1):
@@ -103,6 +135,30 @@ def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError
             f"The tokenizer in '{path}' is damaged: it gives the id {min(wrong):,}, which is not in its vocabulary. "
             "Restore its files from the model's source."
         )
+
+
+def sentencepiece_of(source: ModelSource) -> Path | None:
+    """Return the SentencePiece model of a base's tokenizer; None if it has none, or it cannot be downloaded.
+
+    transformers saves tokenizer.json in its place. llama.cpp's converter needs it for some architectures, such as
+    Gemma 2, Phi 3 and T5.
+    """
+    from transformers.utils.hub import cached_file
+
+    if source.kind == "gguf":
+        return None
+    for name in _SENTENCEPIECE:
+        file = cached_file(
+            source.path_or_id,
+            name,
+            revision=source.revision,
+            local_files_only=source.from_cache,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is not None:
+            return Path(file)
+    return None
 
 
 @contextmanager

@@ -91,9 +91,9 @@ def build(
         config.num_labels, config.problem_type = 1, "regression"
     elif labels:
         config.num_labels = labels
-    options = {"trust_remote_code": True} if shape.trust_remote_code else {}
+    trusts = shape.trust_remote_code  # None would make transformers ask on standard input
     try:
-        model = model_class(task).from_config(config, dtype=dtype, **options)
+        model = model_class(task).from_config(config, dtype=dtype, trust_remote_code=trusts)
     # Architectures raise almost any exception for an unsupported head or size.
     except Exception as error:
         message = " ".join(str(error).split())

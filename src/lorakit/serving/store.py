@@ -29,7 +29,7 @@ from lorakit.formatting import listed
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
 from lorakit.models.processor import in_own_thread
-from lorakit.models.tokenizer import read_tokenizer, tokenizer_digest
+from lorakit.models.tokenizer import tokenizer_digest, tokenizer_in
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
 from lorakit.serving.engine import Holders, Lease, Receipt
@@ -468,7 +468,7 @@ class AdapterStore:
             return self._tokenizer
         found = self._tokenizers.get(files)
         if found is None:
-            own = read_tokenizer(location.folder, AdapterFileError, local_files_only=True)
+            own = tokenizer_in(location.folder)
             digest = tokenizer_digest(own)
             found = self._tokenizer if digest == self._tokenizer.digest else Tokenizer(own, digest)
             self._tokenizers[files] = found

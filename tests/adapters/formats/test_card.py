@@ -102,6 +102,16 @@ def test_what_the_card_says():
         assert line in (text.splitlines() if line.startswith("|") else text), line
 
 
+def test_a_gguf_file_is_a_base_that_only_lorakit_loads():
+    """Its folder is not recorded: it means nothing on another machine."""
+    text = text_of(live(name="tiny.Q4_K_M.gguf"))
+    call = 'lorakit.load_base("path/to/tiny.Q4_K_M.gguf"'
+    assert text.count(f'model = {call}, task="causal-lm").model') == 2
+    assert f"vLLM needs the base as a folder: `{call}).model.save_pretrained(...)`." in text
+    assert "vllm serve path/to/that/folder" in text
+    assert "transformers.LlamaForCausalLM" not in text
+
+
 def test_the_card_says_how_many_examples_a_run_scored():
     stored = live()
     stored.provenance = {**PROVENANCE, "config": {"evaluation": {"limit": 300}}}

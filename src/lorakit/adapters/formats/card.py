@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import transformers
@@ -148,9 +149,9 @@ def _loading(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
         return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
-    if base in _PACKAGED:
-        note = f"vLLM needs the base as a folder: `lorakit.load_base({json.dumps(base)}).model.save_pretrained(...)`."
-        parts.append(note)
+    if (own_name := _name_of_lorakit(stored)) is not None:
+        call = f"lorakit.load_base({json.dumps(own_name)}).model.save_pretrained(...)"
+        parts.append(f"vLLM needs the base as a folder: {_code(call)}.")
         base = "path/to/that/folder"
     at = f" --revision {_shell(revision)}" if revision else ""
     command = (
@@ -165,16 +166,25 @@ def _base_code(stored: StoredAdapter) -> str:
     name, revision = stored.base_name, _revision(stored)
     class_name = stored.base.architecture.class_name if stored.base else ""
     labels = _num_labels(stored) if class_name.endswith("Classification") else None
-    if name in _PACKAGED:  # a short name of lorakit for weights in a Python package
-        head = head_of_class(class_name, is_encoder_decoder=False) or "base"
+    if (own_name := _name_of_lorakit(stored)) is not None:
+        unknown = "base" if class_name else None
+        head = head_of_class(class_name, is_encoder_decoder=False) or unknown
         arguments = {"task": head, "num_labels": labels}
         if labels == 1:
             arguments = {"task": "regression"}
-        return f"lorakit.load_base({_arguments(name, arguments)}).model"
+        return f"lorakit.load_base({_arguments(own_name, arguments)}).model"
     if name is None or not class_name.isidentifier() or class_name not in _class_names():
         return "...  # the base model"
     arguments = {"num_labels": labels, "revision": revision}
     return f"transformers.{class_name}.from_pretrained({_arguments(name, arguments)})"
+
+
+def _name_of_lorakit(stored: StoredAdapter) -> str | None:
+    """Return the name of a base that transformers does not load: a GGUF file, or a short name for a Python package."""
+    name = stored.base_name
+    if name is not None and name.lower().endswith(".gguf"):
+        return f"path/to/{PurePath(name).name}"
+    return name if name in _PACKAGED else None
 
 
 @functools.cache
