@@ -105,6 +105,25 @@ def test_code_in_an_adapter_never_runs(
     assert not ran.exists()
 
 
+def test_a_base_s_tokenizer_with_code_is_not_saved_with_the_adapter(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran = write_code(folder)
+    own = "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own.py").write_text((folder / "own.py").read_text() + own)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    base = load_base(folder, trust_remote_code=True)
+    assert ran.exists()
+    adapters = attach(base.model, LoRA(rank=2))
+    adapters.save(tmp_path / "adapter", tokenizer=base.tokenizer)
+    assert not (tmp_path / "adapter" / "tokenizer_config.json").exists()
+    assert "The folder has no tokenizer, because that of the base needs Python code" in caplog.text
+    adapters.detach()
+    add_adapter(base, AdapterFile.read(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize("config", ["{}", '{"tokenizer_class": "FooTokenizer"}', "{"])
 def test_a_tokenizer_that_cannot_be_read_is_an_error(
     config: str, base: Base, adapter: Path

@@ -93,7 +93,8 @@ def save(
         formats.check_replaceable(folder)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            for notice in formats.save_tokenizer(tokenizer, temporary):
+                _LOG.warning("%s: %s", folder, notice)
         notices = formats.write(stored, temporary)
         if (temporary / formats.peft.CONFIG_NAME).exists():
             for notice in notices:  # on what PEFT computes

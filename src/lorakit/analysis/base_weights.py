@@ -191,10 +191,10 @@ def empty_model(base: BaseConfig) -> PreTrainedModel:
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
     config = _config_of(base)
-    options = {"trust_remote_code": True} if base.trust_remote_code else {}
+    trusts = base.trust_remote_code  # None would make transformers ask on standard input
     try:
         with torch.device("meta"):
-            return model_class(_head_of(config)).from_config(config, **options)
+            return model_class(_head_of(config)).from_config(config, trust_remote_code=trusts)
     # Architectures raise almost any exception for a wrong size, or for a head that they do not have.
     except Exception as error:
         raise BaseModelError(

@@ -233,9 +233,10 @@ def _write(
     """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
     if isinstance(tokenizer, Path):
         formats.copy_tokenizer(tokenizer, folder)
-    elif tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return formats.write(stored, folder, for_peft=for_peft)
+    left_out = []
+    if tokenizer is not None and not isinstance(tokenizer, Path):
+        left_out = formats.save_tokenizer(tokenizer, folder)
+    return [*left_out, *formats.write(stored, folder, for_peft=for_peft)]
 
 
 def _is_adapter(path: Path) -> bool:

@@ -17,8 +17,10 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
@@ -32,6 +34,9 @@ from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, n
 from lorakit.formatting import resume_command
 from lorakit.storage.tensors import write_safetensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = [
     "BaseRecord",
     "NotExpressibleError",
@@ -44,6 +49,7 @@ __all__ = [
     "read",
     "read_loralib",
     "read_peft",
+    "save_tokenizer",
     "tensor_file",
     "tensors_of",
     "write",
@@ -189,6 +195,21 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
         copy.parent.mkdir(exist_ok=True)
         with storage.reading(path, AdapterFileError):
             shutil.copyfile(path, copy)  # not the mode, which a mounted share may refuse
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    """Write a tokenizer to an adapter's folder; call it before `write`.
+
+    Returns:
+        A notice if it was left out: readers run no Python code from an adapter's folder.
+    """
+    if type(tokenizer).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
+        tokenizer.save_pretrained(folder)
+        return []
+    return [
+        "The folder has no tokenizer, because that of the base needs Python code of its own. Commands use the base's, "
+        "with base.trust_remote_code."
+    ]
 
 
 def check_replaceable(folder: str | Path) -> None:
