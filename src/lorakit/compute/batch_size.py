@@ -33,9 +33,9 @@ class BatchSize:
         self.configured = size
         self.size = size
         """The configured number, or less since memory ran out."""
+        self.halves = halves
         self._advice = advice
         self._process = process
-        self._halves = halves
 
     def cut(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """Return the items in batches of the present size."""
@@ -69,7 +69,7 @@ class BatchSize:
                 f"Out of memory during {during}{requested}, with one example at a time; the longest has "
                 f"{max(lengths, default=0):,} tokens. {self._advice}"
             )
-        if not self._halves:
+        if not self.halves:
             raise LorakitError(
                 f"Out of memory during {during}{requested}, with {computed} examples at a time. Lower batch_size and "
                 f"raise accumulation by the same factor. {self._advice}"
