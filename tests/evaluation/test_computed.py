@@ -24,7 +24,7 @@ def passes(count: int, examples: int, *, configured: int, size: int, halves: boo
     texts: Any = ["x" * (1 + i % 7) for i in range(examples)]
     for rank in range(count):
         found.append(0)
-        batch_size = BatchSize(configured, halves=halves)
+        batch_size = BatchSize(configured, smaller="" if halves else "Set a smaller size.")
         batch_size.size = size
         batches = computed(
             nn.Identity(),

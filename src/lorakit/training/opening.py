@@ -37,7 +37,7 @@ NOT_COMPARED = (
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
     *("data.test", "data.test_split"),  # for other commands, with the same file of settings
     # A run may need others to go on; only rounding differs.
-    *("gradient_checkpointing", "base.device"),
+    *("gradient_checkpointing", "base.device", "evaluation.batch_size"),
 )
 """Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
 
