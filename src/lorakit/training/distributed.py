@@ -228,7 +228,7 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
         timeout: Longest wait for the other processes.
 
     Raises:
-        ConfigurationError: The environment or the device does not allow several processes.
+        ConfigurationError: The environment or the devices do not allow several processes.
         LorakitError: The processes cannot reach each other.
     """
     processes = started_processes()
@@ -239,13 +239,15 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
         store = shared_store()
+        longest = max(timeout, START_TIMEOUT)
+        _require_same_backend(store, processes, backend, longest)
         if connects:
             dist.init_process_group(
                 backend,
                 store=store,
                 rank=processes.rank,
                 world_size=processes.count,
-                timeout=max(timeout, START_TIMEOUT),
+                timeout=longest,
             )
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         peers = Peers(store, processes.rank, processes.count, timeout)
@@ -283,6 +285,32 @@ def _backend(device: str, count: int) -> str:
         )
     torch.cuda.set_device(number)  # `cuda` without a number then means this GPU
     return "nccl"
+
+
+def _require_same_backend(
+    store: dist.Store, processes: Processes, backend: str, timeout: datetime.timedelta
+) -> None:
+    """Reject GPUs in some processes only: each of the two backends would wait for all processes.
+
+    Raises:
+        ConfigurationError: Some compute on a GPU and some on the CPU, in all processes.
+    """
+    ranks = range(processes.count)
+    store.set(f"backend/{processes.rank}", backend)
+    store.wait([f"backend/{rank}" for rank in ranks], timeout)
+    backends = [store.get(f"backend/{rank}").decode() for rank in ranks]
+    different = [rank for rank in ranks if backends[rank] != backends[0]]
+    if not different:
+        return
+    store.set(f"compared/{processes.rank}", "")
+    if processes.is_first:  # it may hold the store, which the others still read
+        store.wait([f"compared/{rank}" for rank in ranks], timeout)
+    its, first = ("a GPU" if backends[r] == "nccl" else "the CPU" for r in (different[0], 0))
+    raise ConfigurationError(
+        f"Process {different[0]} of {processes.count} computes on {its}, and process 0 on {first}. Give all processes "
+        "the same base.device. If it is the same, PyTorch finds no GPU in some: check the driver, the build of "
+        "PyTorch and CUDA_VISIBLE_DEVICES there, or set base.device to cpu."
+    )
 
 
 def _number(variable: str, default: str | None = None) -> int:
