@@ -255,7 +255,8 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LorakitError(
             f"Process {processes.rank} of {processes.count} cannot reach the others at {address}: "
-            f"{first_sentence(error)}. Start all of them with {COMMAND}."
+            f"{first_sentence(error)}. Start all of them with {COMMAND}. On several machines, set GLOO_SOCKET_IFNAME "
+            "to the network card that connects them."
         ) from error
     try:
         yield replace(processes, group=group, peers=peers)
