@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import scenarios
@@ -25,9 +25,9 @@ from several_processes import COUNTS, steps_of, ways_on
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.tasks import LanguageExample
-from lorakit.training import distributed
+from lorakit.training import distributed, loop
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.distributed import Processes, started_processes
 from lorakit.training.schedule import Share, even_shares
@@ -249,6 +249,20 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "contains an unfinished run" in own
     assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
     assert "mistake" not in mistakes["folders"]
+
+
+def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path) -> None:
+    class OnAnotherMachine(Processes):
+        def from_first(self, value: Any) -> Any:
+            return 500
+
+    (tmp_path / "step-000100").mkdir()
+    run, job = SimpleNamespace(checkpoints=tmp_path), SimpleNamespace(processes=OnAnotherMachine())
+    message = (
+        "has a checkpoint of step 500 for process 0, and not for process 0. Put the run folder"
+    )
+    with pytest.raises(RunFolderError, match=message):
+        loop._restore(cast(Any, run), cast(Any, job), {})
 
 
 # --- without processes ----------------------------------------------------------------------------
