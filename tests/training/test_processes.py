@@ -257,9 +257,12 @@ def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path)
             return 500
 
     (tmp_path / "step-000100").mkdir()
-    run, job = SimpleNamespace(checkpoints=tmp_path), SimpleNamespace(processes=OnAnotherMachine())
+    run, job = (
+        SimpleNamespace(checkpoints=tmp_path),
+        SimpleNamespace(processes=OnAnotherMachine(rank=1)),
+    )
     message = (
-        "has a checkpoint of step 500 for process 0, and not for process 0. Put the run folder"
+        "has a checkpoint of step 500 for process 0, and not for process 1. Put the run folder"
     )
     with pytest.raises(RunFolderError, match=message):
         loop._restore(cast(Any, run), cast(Any, job), {})
