@@ -344,10 +344,14 @@ def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"),
+        (
+            {name: "2" for name in ("WORLD_SIZE", *distributed.VARIABLES)},
+            "RANK is 2, expected 0 to 1, because WORLD_SIZE is 2",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
     ],
 )
-def test_an_incomplete_environment(
+def test_an_invalid_environment(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
     for name in ("WORLD_SIZE", *distributed.VARIABLES):

@@ -214,7 +214,13 @@ def started_processes() -> Processes:
             f"The environment variable WORLD_SIZE is {count}, but {', '.join(missing)} is not set. Start several "
             f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
         )
-    return Processes(rank=_number("RANK"), count=count)
+    rank = _number("RANK")
+    if rank >= count:
+        raise ConfigurationError(
+            f"The environment variable RANK is {rank}, expected 0 to {count - 1}, because WORLD_SIZE is {count}. Start "
+            f"several processes with {COMMAND}, or unset WORLD_SIZE to run one."
+        )
+    return Processes(rank=rank, count=count)
 
 
 @contextmanager
