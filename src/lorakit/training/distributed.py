@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
 
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
@@ -295,7 +296,7 @@ def _backend(device: str, count: int) -> str:
 
 
 def _require_same_backend(
-    store: dist.Store, processes: Processes, backend: str, timeout: datetime.timedelta
+    store: Store, processes: Processes, backend: str, timeout: datetime.timedelta
 ) -> None:
     """Reject GPUs in some processes only: each of the two backends would wait for all processes.
 
