@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -20,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, load
+from lorakit.adapters import Adapters, attach, formats, load, saving
+from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -162,6 +164,23 @@ def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> 
     plain = tiny_models.build("llama")
     load(plain, tmp_path / "adapter")
     torch.testing.assert_close(plain(IDS).logits, expected)
+
+
+def test_a_process_that_does_not_write_keeps_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With full fine-tuning on sharded weights, a copy in each process would be the whole model."""
+    _, adapters = adapted(torch.float32)
+    stored, original = [], saving.store
+
+    def recorded(*args: Any) -> StoredAdapter:
+        stored.append(original(*args))
+        return stored[-1]
+
+    monkeypatch.setattr(saving, "store", recorded)
+    adapters.save(tmp_path / "adapter", is_main_process=False)
+    assert not (tmp_path / "adapter").exists()
+    assert {tensor.device.type for tensor in formats.tensors_of(stored[0]).values()} == {"meta"}
 
 
 @pytest.mark.parametrize("dora", [False, True])

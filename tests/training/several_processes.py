@@ -41,7 +41,7 @@ from lorakit.errors import LorakitError
 from lorakit.evaluation import computed
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
-from lorakit.training import loop
+from lorakit.training import distributed, loop, opening
 from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
@@ -448,10 +448,20 @@ def mistakes(root: Path) -> Any:
     def trained(name: str, **settings: Any) -> Callable[[int], object]:
         return lambda _: train(run_config(root, name, **settings))
 
+    def with_a_gpu_in_one(rank: int) -> None:
+        distributed._backend = lambda *_: ("gloo", "nccl")[rank]
+        train(run_config(root, "mistake"))
+
+    def with_other_software(rank: int) -> None:
+        opening.versions = lambda: {"torch": f"2.{rank}"}
+        train(run_config(root, "mistake"))
+
     return {
+        "other software": run(2, with_other_software),
         "other settings": run(
             2, lambda rank: train(run_config(root, "mistake", batch_size=4 + rank))
         ),
+        "one GPU": run(2, with_a_gpu_in_one),
         "other data": run(2, from_folders("here", "there")),
         "bad data": run(2, from_folders("here", "bad")),
         "exploding": run(

@@ -33,6 +33,7 @@ from lorakit.models.compiling import compile_blocks
 from lorakit.training import loggers, setup, validation
 from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
+from lorakit.training.distributed import Processes
 from lorakit.training.loop import train
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import build_optimizer
@@ -697,3 +698,16 @@ def test_a_warm_up_beyond_the_last_step_is_said(tmp_path, base) -> None:
     assert "optimizer.warmup of 20 steps is longer than the run" in lines(20)
     assert "ends at 20% of its peak. To reach the peak, set at most 4." in lines(20)
     assert "optimizer.warmup" not in lines(4)
+
+
+def test_more_processes_than_examples_in_a_step_are_said(tmp_path, base) -> None:
+    job = prepare(tiny_runs.config(tmp_path, base, batch_size=3, accumulation=2, max_steps=1))
+
+    def lines(count: int) -> str:
+        job.processes = Processes(count=count)
+        return "\n".join(first_lines(job))
+
+    assert "a step has 6 examples, so 2 of 8 processes compute nothing: raise batch_size" in lines(
+        8
+    )
+    assert "compute nothing" not in lines(6)

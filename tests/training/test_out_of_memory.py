@@ -227,6 +227,18 @@ def test_half_of_the_examples_that_did_not_fit() -> None:
     assert tried == [5, 2, 1]
 
 
+def test_a_size_that_must_not_be_halved() -> None:
+    batch_size = BatchSize(16, smaller="Set a smaller evaluation.batch_size.")
+
+    def fail() -> None:
+        raise MemoryError
+
+    message = r"with 5 examples at a time\. Set a smaller evaluation\.batch_size\. Lower data"
+    with pytest.raises(LorakitError, match=message):
+        batch_size.fit(fail, lengths=[7] * 5, during="a test")
+    assert batch_size.size == 16
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 

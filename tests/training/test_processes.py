@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import scenarios
@@ -25,9 +25,9 @@ from several_processes import COUNTS, steps_of, ways_on
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.tasks import LanguageExample
-from lorakit.training import distributed
+from lorakit.training import distributed, loop
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.distributed import Processes, started_processes
 from lorakit.training.schedule import Share, even_shares
@@ -222,6 +222,8 @@ def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
 
 MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
+    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'.",
+    "one GPU": "ConfigurationError: Process 1 of 2 computes on a GPU, and process 0 on the CPU.",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
     "exploding": "DivergenceError: Training diverged at step",
 }
@@ -247,6 +249,23 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "contains an unfinished run" in own
     assert other == own.replace("RunFolderError: ", "LorakitError: Process 0 of 2 failed: ")
     assert "mistake" not in mistakes["folders"]
+
+
+def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path) -> None:
+    class OnAnotherMachine(Processes):
+        def from_first(self, value: Any) -> Any:
+            return 500
+
+    (tmp_path / "step-000100").mkdir()
+    run, job = (
+        SimpleNamespace(checkpoints=tmp_path),
+        SimpleNamespace(processes=OnAnotherMachine(rank=1)),
+    )
+    message = (
+        "has a checkpoint of step 500 for process 0, and not for process 1. Put the run folder"
+    )
+    with pytest.raises(RunFolderError, match=message):
+        loop._restore(cast(Any, run), cast(Any, job), {})
 
 
 # --- without processes ----------------------------------------------------------------------------
@@ -325,10 +344,14 @@ def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) 
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"),
+        (
+            {name: "2" for name in ("WORLD_SIZE", *distributed.VARIABLES)},
+            "RANK is 2, expected 0 to 1, because WORLD_SIZE is 2",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
     ],
 )
-def test_an_incomplete_environment(
+def test_an_invalid_environment(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
     for name in ("WORLD_SIZE", *distributed.VARIABLES):

@@ -418,16 +418,18 @@ def test_a_resumed_run_may_have_another_device_other_checkpoints_and_test_data(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_out_of_memory_resumes_with_gradient_checkpointing(
+def test_a_run_that_is_out_of_memory_resumes_with_settings_that_need_less(
     tmp_path, base, undisturbed, monkeypatch, capsys
 ) -> None:
     config = half_a_run(tmp_path, base, monkeypatch)
-    config = dataclasses.replace(config, gradient_checkpointing=True)
+    evaluation = dataclasses.replace(config.evaluation, batch_size=2)
+    config = dataclasses.replace(config, gradient_checkpointing=True, evaluation=evaluation)
     with monkeypatch.context() as patch:
         signal_in_step(patch, 1, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train(config)
-    assert "--resume --gradient_checkpointing true\n" in capsys.readouterr().err
+    options = "--resume --evaluation.batch_size 2 --gradient_checkpointing true\n"
+    assert options in capsys.readouterr().err
     require_close_weights(train(config).adapter, undisturbed / "adapter")
 
 

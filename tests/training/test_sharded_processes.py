@@ -5,7 +5,9 @@ The runs are in `sharded_processes.py`; one process makes them all.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from lorakit.adapters import attach
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
+from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
 from lorakit.training.interruption import EXIT_TO_RESUME
+from lorakit.training.setup import prepare
 from lorakit.training.sharding import require_shardable, require_support
 
 
@@ -225,6 +229,20 @@ def test_runs_that_cannot_be_sharded_end_with_an_error(root: Path) -> None:
     for process in ends["other base"]:
         assert process["status"] == 1
         assert "Process 1 of 2 differs from process 0: base configuration is" in process["output"]
+
+
+def test_no_process_gathers_an_adapter_that_the_first_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Processes):
+        def on_first(self, work: Callable[[], Any]) -> Any:
+            raise LorakitError("Process 0 of 2 failed: Cannot write")
+
+    job = prepare(tiny_runs.config(tmp_path, tiny_runs.save_base(tmp_path / "base")))
+    job.config, job.processes = dataclasses.replace(job.config, shard=True), Second(rank=1)
+    monkeypatch.setattr(type(job.adapters), "save", None)
+    with pytest.raises(LorakitError, match="Process 0 of 2 failed: Cannot write"):
+        job.save_adapter(tmp_path / "adapter", State())
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,23 @@ _Copy = Callable[[Tensor], Tensor]
 def _cpu_copy(tensor: Tensor) -> Tensor:
     """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
     with full_tensor(tensor) as full:
-        if full.is_meta:
-            raise AdapterStateError(
-                "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on "
-                "a base that has its weights."
-            )
+        _require_numbers(full)
         return full.detach().to("cpu", copy=True).contiguous()
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Gather a tensor that is sharded, for the process that writes it, and keep no copy in this one."""
+    with full_tensor(tensor) as full:
+        _require_numbers(full)
+    return _without_data(tensor)
+
+
+def _require_numbers(tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise AdapterStateError(
+            "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on a "
+            "base that has its weights."
+        )
 
 
 def _without_data(tensor: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ def save(
     is_main_process: bool,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
-    stored = store(model, adapter, base)
+    stored = store(model, adapter, base, _cpu_copy if is_main_process else _gathered)
     if not is_main_process:
         return folder
     if overwrite:

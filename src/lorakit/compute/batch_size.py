@@ -24,18 +24,23 @@ class BatchSize:
         size: The configured number.
         advice: What to change if a single example does not fit.
         process: The name of this process, if a run has several.
-        halves: Whether to halve the size; if not, an error ends the run.
+        smaller: How the user sets a smaller size, if it must not be halved. Running out of memory is then an error.
     """
 
     def __init__(
-        self, size: int, *, advice: str = ADVICE, process: str = "", halves: bool = True
+        self, size: int, *, advice: str = ADVICE, process: str = "", smaller: str = ""
     ) -> None:
         self.configured = size
         self.size = size
         """The configured number, or less since memory ran out."""
         self._advice = advice
+        self._smaller = smaller
         self._process = process
-        self._halves = halves
+
+    @property
+    def halves(self) -> bool:
+        """Whether this process halves the size, so that it can differ from that of other processes."""
+        return not self._smaller
 
     def cut(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """Return the items in batches of the present size."""
@@ -50,7 +55,7 @@ class BatchSize:
             during: What is computed, for messages.
 
         Raises:
-            LorakitError: A single example does not fit.
+            LorakitError: A single example does not fit, or the size must not be halved.
         """
         while True:
             try:
@@ -69,10 +74,10 @@ class BatchSize:
                 f"Out of memory during {during}{requested}, with one example at a time; the longest has "
                 f"{max(lengths, default=0):,} tokens. {self._advice}"
             )
-        if not self._halves:
+        if not self.halves:
             raise LorakitError(
-                f"Out of memory during {during}{requested}, with {computed} examples at a time. Lower batch_size and "
-                f"raise accumulation by the same factor. {self._advice}"
+                f"Out of memory during {during}{requested}, with {computed} examples at a time. {self._smaller} "
+                f"{self._advice}"
             )
         self.size = computed // 2
         where = f"{self._process} is out of memory" if self._process else "Out of memory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -183,17 +184,25 @@ def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: 
 def _that_fits(device: torch.device, config: PretrainedConfig) -> DtypeChoice | None:
     """Return bfloat16 for a base with 16 bits per weight that does not fit into the free memory in float32, else None.
 
-    float32 weights are a copy of twice the file's size. For bfloat16, a CPU maps a bfloat16 file and copies a float16
-    one.
+    float32 weights are a copy of twice the file's size, on a CPU in each process that torchrun has started on the
+    machine. For bfloat16, a CPU maps a bfloat16 file and copies a float16 one.
     """
     stored, quantised = (getattr(config, name, None) for name in ("dtype", "quantization_config"))
     if stored not in (torch.bfloat16, torch.float16) or quantised:
         return None
-    needed, free = 4 * (_parameters(config) or 0), available_memory(device)
+    copies = _processes_here() if device.type == "cpu" else 1
+    needed, free = 4 * (_parameters(config) or 0) * copies, available_memory(device)
     if free is None or needed <= free:
         return None
-    reason = f"float32 would need {size(needed)}, and {size(free)} are free"
+    where = f" in {copies} processes" if copies > 1 else ""
+    reason = f"float32 would need {size(needed)}{where}, and {size(free)} are free"
     return DtypeChoice(torch.bfloat16, reason, saves_memory=True)
+
+
+def _processes_here() -> int:
+    """Return the number of processes that torchrun has started on this machine."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(count), 1) if count.isdecimal() else 1
 
 
 def _parameters(config: PretrainedConfig) -> int | None:

@@ -213,7 +213,8 @@ class TrainConfig:
     """Checkpoints."""
     processes_timeout: float = 30.0
     """Minutes that a process of a run under torchrun waits for the others. If one hangs, all others then end with an
-    error. The others also wait while one writes a checkpoint or generates its share of evaluation.samples."""
+    error. The others also wait while one writes a checkpoint, generates its share of evaluation.samples or decomposes
+    the weights for lora.init pissa."""
     loggers: tuple[LoggerName, ...] = ()
     """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False

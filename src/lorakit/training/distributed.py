@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
 
 from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
@@ -214,7 +215,13 @@ def started_processes() -> Processes:
             f"The environment variable WORLD_SIZE is {count}, but {', '.join(missing)} is not set. Start several "
             f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
         )
-    return Processes(rank=_number("RANK"), count=count)
+    rank = _number("RANK")
+    if rank >= count:
+        raise ConfigurationError(
+            f"The environment variable RANK is {rank}, expected 0 to {count - 1}, because WORLD_SIZE is {count}. Start "
+            f"several processes with {COMMAND}, or unset WORLD_SIZE to run one."
+        )
+    return Processes(rank=rank, count=count)
 
 
 @contextmanager
@@ -228,7 +235,7 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
         timeout: Longest wait for the other processes.
 
     Raises:
-        ConfigurationError: The environment or the device does not allow several processes.
+        ConfigurationError: The environment or the devices do not allow several processes.
         LorakitError: The processes cannot reach each other.
     """
     processes = started_processes()
@@ -239,13 +246,15 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
         store = shared_store()
+        longest = max(timeout, START_TIMEOUT)
+        _require_same_backend(store, processes, backend, longest)
         if connects:
             dist.init_process_group(
                 backend,
                 store=store,
                 rank=processes.rank,
                 world_size=processes.count,
-                timeout=max(timeout, START_TIMEOUT),
+                timeout=longest,
             )
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         peers = Peers(store, processes.rank, processes.count, timeout)
@@ -253,7 +262,8 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LorakitError(
             f"Process {processes.rank} of {processes.count} cannot reach the others at {address}: "
-            f"{first_sentence(error)}. Start all of them with {COMMAND}."
+            f"{first_sentence(error)}. Start all of them with {COMMAND}. On several machines, set GLOO_SOCKET_IFNAME "
+            "to the network card that connects them."
         ) from error
     try:
         yield replace(processes, group=group, peers=peers)
@@ -283,6 +293,32 @@ def _backend(device: str, count: int) -> str:
         )
     torch.cuda.set_device(number)  # `cuda` without a number then means this GPU
     return "nccl"
+
+
+def _require_same_backend(
+    store: Store, processes: Processes, backend: str, timeout: datetime.timedelta
+) -> None:
+    """Reject GPUs in some processes only: each of the two backends would wait for all processes.
+
+    Raises:
+        ConfigurationError: Some compute on a GPU and some on the CPU, in all processes.
+    """
+    ranks = range(processes.count)
+    store.set(f"backend/{processes.rank}", backend)
+    store.wait([f"backend/{rank}" for rank in ranks], timeout)
+    backends = [store.get(f"backend/{rank}").decode() for rank in ranks]
+    different = [rank for rank in ranks if backends[rank] != backends[0]]
+    if not different:
+        return
+    store.set(f"compared/{processes.rank}", "")
+    if processes.is_first:  # it may hold the store, which the others still read
+        store.wait([f"compared/{rank}" for rank in ranks], timeout)
+    its, first = ("a GPU" if backends[r] == "nccl" else "the CPU" for r in (different[0], 0))
+    raise ConfigurationError(
+        f"Process {different[0]} of {processes.count} computes on {its}, and process 0 on {first}. Give all processes "
+        "the same base.device. If it is the same, PyTorch finds no GPU in some: check the driver, the build of "
+        "PyTorch and CUDA_VISIBLE_DEVICES there, or set base.device to cpu."
+    )
 
 
 def _number(variable: str, default: str | None = None) -> int:

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
-from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
+from lorakit.errors import (
+    ConfigurationError,
+    DivergenceError,
+    LorakitError,
+    RunFolderError,
+    memory_errors,
+)
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
 from lorakit.training import checkpoint
@@ -259,10 +265,22 @@ def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -
 
 
 def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
-    """Restore the newest checkpoint in all processes."""
-    with job.processes.together():
+    """Restore the newest checkpoint in all processes.
+
+    Raises:
+        RunFolderError: It cannot be restored, or a process does not see the run folder of the first.
+    """
+    processes = job.processes
+    newest = processes.from_first(checkpoint.newest_step(run.checkpoints))
+    with processes.together():
+        if checkpoint.newest_step(run.checkpoints) < newest:
+            raise RunFolderError(
+                f"'{run.checkpoints}' has a checkpoint of step {newest} for process 0, and not for process "
+                f"{processes.rank}. Put the run folder (output) on a disk that all machines share, at the same path, "
+                "and start the command again."
+            )
         state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=inputs)
-    job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
+    processes.require_same({"step": state.step, "train_loss": state.train_loss})
     return state
 
 

@@ -20,6 +20,7 @@ from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.training.checkpoint import newest_step
 from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
+from lorakit.training.environment import versions
 from lorakit.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -37,7 +38,7 @@ NOT_COMPARED = (
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
     *("data.test", "data.test_split"),  # for other commands, with the same file of settings
     # A run may need others to go on; only rounding differs.
-    *("gradient_checkpointing", "base.device"),
+    *("gradient_checkpointing", "base.device", "evaluation.batch_size"),
 )
 """Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
 
@@ -49,9 +50,9 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: The folder cannot be opened; see `_open_locked`. If the disk is full in the block and the run
             has a checkpoint, the error names the command that resumes it.
-        ConfigurationError: The run to resume has other settings, or the processes have different ones.
+        ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
     """
-    processes.require_same(flat_settings(config.as_dict()))
+    processes.require_same({**flat_settings(config.as_dict()), **versions()})
     with ExitStack() as stack:
         run = None
         with processes.together():

@@ -80,8 +80,12 @@ class Peers:
         master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with socket.create_connection(master, CONNECTION_TIMEOUT) as connection:
             host, family = connection.getsockname()[0], connection.family
+        # A machine can resolve its own name to ::1, and the others resolve it to an IPv4 address.
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         # Nobody accepts the connections: that they exist is enough.
-        self._listener = socket.create_server(("", 0), family=family, backlog=count)
+        self._listener = socket.create_server(
+            ("", 0), family=family, backlog=count, dualstack_ipv6=dual
+        )
         if ipaddress.ip_address(host).is_loopback:
             host = master[0]  # other machines resolve it to another address of this one
         self._store.set(f"address/{rank}", f"{host} {self._listener.getsockname()[1]}")

@@ -126,6 +126,11 @@ def first_lines(job: Job) -> list[str]:
         f"steps     {job.step_plan.total:,} of {job.config.batch_size} x {job.config.accumulation} examples, "
         f"{job.step_plan.steps_per_epoch:,} per epoch{among}"
     )
+    if (examples := job.config.batch_size * job.config.accumulation) < count:
+        lines.append(
+            f"          a step has {counted(examples, 'example')}, so {count - examples} of {count} processes compute "
+            "nothing: raise batch_size or accumulation, or start fewer."
+        )
     warmup = job.config.optimizer.warmup
     if warmup > job.step_plan.total:
         reached = job.rate_factor(job.step_plan.total - 1)

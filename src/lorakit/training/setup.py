@@ -98,22 +98,29 @@ class Job:
     @cached_property
     def batch_size(self) -> BatchSize:
         """Examples per forward and backward pass of this process."""
-        advice = f"Set gradient_checkpointing to true. {ADVICE}"
-        return self._batch_size(self.config.batch_size, advice)
+        return self._batch_size(
+            self.config.batch_size,
+            advice=f"Set gradient_checkpointing to true. {ADVICE}",
+            smaller="Lower batch_size and raise accumulation by the same factor.",
+        )
 
     @cached_property
     def evaluation_batch_size(self) -> BatchSize:
         """Examples per forward pass of this process in evaluations."""
-        return self._batch_size(self.config.evaluation.batch_size or self.config.batch_size, ADVICE)
+        return self._batch_size(
+            self.config.evaluation.batch_size or self.config.batch_size,
+            advice=ADVICE,
+            smaller="Set a smaller evaluation.batch_size.",
+        )
 
-    def _batch_size(self, size: int, advice: str) -> BatchSize:
+    def _batch_size(self, size: int, *, advice: str, smaller: str) -> BatchSize:
         rank, count = self.processes.rank, self.processes.count
         return BatchSize(
             size,
             advice=advice,
             process=f"Process {rank} of {count}" if count > 1 else "",
-            # All processes must run equally many passes.
-            halves=not self.config.shard,
+            # With sharded weights, all processes must run equally many passes.
+            smaller=smaller if self.config.shard else "",
         )
 
     @cached_property
@@ -263,9 +270,9 @@ class Job:
             "scores": state.scores,
             "scores_before": state.scores_before,
         }
+        # Before the others gather the tensors of a sharded adapter, and would wait for a process that fails here.
+        self.processes.on_first(lambda: set_aside(folder))
         with self.processes.together():
-            if self.processes.is_first:
-                set_aside(folder)
             if self.config.shard or self.processes.is_first:
                 self.adapters.save(
                     folder,
