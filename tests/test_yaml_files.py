@@ -71,7 +71,7 @@ def test_an_invalid_file_is_an_error_of_the_command_line_and_of_a_run(tmp_path, 
     file.write_text(text)
     message = rf"config\.yaml' is not valid YAML: .*{problem}.* Correct it, or restore"
     with pytest.raises(ConfigurationError, match=message):
-        read_options(str(file), TrainConfig, None)
+        read_options(str(file), TrainConfig, "train")
     with pytest.raises(RunFolderError, match=message):
         read_settings(tmp_path)
     assert _read_text(text) == text
@@ -87,7 +87,7 @@ def test_files_that_are_too_large_or_not_utf8_are_errors(tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(ConfigurationError, match=problem):
-            read_options(str(file), TrainConfig, None)
+            read_options(str(file), TrainConfig, "train")
         with pytest.raises(RunFolderError, match=problem):
             read_settings(tmp_path)
 

@@ -648,7 +648,7 @@ def _yaml_files(folder: Path) -> list[Files]:
 
 def _check_yaml(folder: Path) -> list[str]:
     """The options are those of YAML 1.2, whether the command uses them or skips them."""
-    used, skipped = read_options(str(folder / "run.yaml"), TrainConfig, None)
+    used, skipped = read_options(str(folder / "run.yaml"), TrainConfig, "train")
     found = {**used, **skipped}
     _require(all(isinstance(name, str) for name in found), "a name that is not text")
     try:

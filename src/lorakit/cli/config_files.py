@@ -15,7 +15,9 @@ from lorakit.cli.options import options_of, sections_of
 from lorakit.errors import ConfigurationError
 
 
-def read_options(path: str, config_class: type, typed_only: str | None) -> tuple[dict, dict]:
+def read_options(
+    path: str, config_class: type, command: str, typed_only: str | None = None
+) -> tuple[dict, dict]:
     """Return the options of a command in a YAML file, and those that only other commands have, by dotted name.
 
     If a file is that of a training run, its `output`, `method`, `batch_size` and other options outside sections belong
@@ -24,6 +26,7 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     Args:
         path: The file.
         config_class: Configuration of the command.
+        command: Name of the command.
         typed_only: An option that only the command line can set, such as recipe.
 
     Raises:
@@ -34,14 +37,14 @@ def read_options(path: str, config_class: type, typed_only: str | None) -> tuple
     own, sections = options_of(config_class), sections_of(config_class)
     values = _by_name(path, content, sections)
     known = own.keys() | sections.keys()
-    of_run = _options_of_the_run(config_class)
-    if values.keys() <= known and not (of_run and _trains(values)):
+    of_run = _options_of_the_run(config_class) if _is_of_run(values, command) else set()
+    if values.keys() <= known - of_run:
         return values, {}
     every = _options_of_every_command()
     every_section = _sections_of_every_command()
     values = _by_name(path, content, {**every_section, **sections})
-    if _options_of_training_only().isdisjoint(values) and not _trains(values):
-        of_run = set()
+    if _is_of_run(values, command) or not _options_of_training_only().isdisjoint(values):
+        of_run = _options_of_the_run(config_class)
     unknown = {}
     for name in values:
         if name in known or name in of_run:
@@ -144,21 +147,16 @@ def _options_of_the_run(config_class: type) -> set[str]:
     return names - sections_of(TrainConfig).keys()
 
 
-def _trains(values: Mapping[str, Any]) -> bool:
-    """Whether `lorakit train` is meant to read the options of a file, which may all be options of others too.
-
-    A file with a method of lorakit is; and one with all that a run needs, unless its output is a file or another
-    command has an option outside sections in it. `adapter` names the result of the run for other commands.
-    """
+def _is_of_run(values: Mapping[str, Any], command: str) -> bool:
+    """Whether a file is that of a training run, though `command` may have all of its options."""
     from lorakit.methods.registry import SECTIONS
-    from lorakit.training.config import TrainConfig
 
-    if not SECTIONS.keys().isdisjoint(str(values.get("method")).split("+")):
-        return True
-    needed = {"base.name", "data.train", "output"}
-    outside = {name for name in values if "." not in name} - {"adapter"}
-    is_file = str(values.get("output")).endswith(".jsonl")
-    return needed <= values.keys() and outside <= options_of(TrainConfig).keys() and not is_file
+    if command in ("evaluate", "predict", "generate") and "output" in values:
+        return not str(values["output"]).endswith(".jsonl")  # they write no folder
+    if command == "merge" and not {"data.train", "data.task"}.isdisjoint(values):
+        return True  # merge reads no data
+    names_method = not SECTIONS.keys().isdisjoint(str(values.get("method")).split("+"))
+    return names_method and command not in ("extract", "compress", "combine")
 
 
 _WITH_RUNS = ("train", "plan", "demo", "paper")

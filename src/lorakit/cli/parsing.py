@@ -49,8 +49,8 @@ def parse(
             gets all remaining arguments.
         preset: An option that is no field and that no YAML file can set, and a function from its value to the values
             that it stands for, by dotted name. Files and arguments override them.
-        unused: Called with the options in `argv`, and with those of the preset and the files. Returns the options or
-            sections that a file or the preset may have but that have no effect. They are skipped and named.
+        unused: Called with the options in `argv`, and with those of a file or the preset. Returns the options and
+            sections that have no effect there. They are skipped and named.
 
     Raises:
         ConfigurationError: Options are unknown or have an invalid value, and the message names the nearest ones; or an
@@ -67,23 +67,19 @@ def parse(
     if preset_name in typed:
         chosen = typed.pop(preset_name)
         sources.append((f"{preset_name} {chosen}", values_of(chosen), {}))
-    sources += [(file, *read_options(file, config_class, preset_name)) for file in files]
+    sources += [(file, *read_options(file, config_class, command, preset_name)) for file in files]
     values: dict[str, Any] = {}
-    in_files = {name: value for _, found, _ in sources for name, value in found.items()}
-    without_effect = tuple(unused(typed, in_files)) if unused else ()
     source_of: dict[str, str | None] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
-        ignored = {
-            name: part
-            for name in found
-            for part in (name, name.split(".")[0])
-            if part in without_effect
+        names_and_sections = {part for name in found for part in (name, name.split(".")[0])}
+        ignored = [part for part in unused(typed, found) if part in names_and_sections] if unused else []
+        found = {
+            name: value for name, value in found.items() if {name, name.split(".")[0]}.isdisjoint(ignored)
         }
-        found = {name: value for name, value in found.items() if name not in ignored}
         reasons = {
             "of other commands": shortest_names(foreign, found),
-            "without effect beside the arguments": list(dict.fromkeys(ignored.values())),
+            "without effect beside the arguments": ignored,
         }
         parts = [f"{listed(names, most=10)} ({why})" for why, names in reasons.items() if names]
         if parts:

@@ -40,11 +40,17 @@ _OWN: dict[str, type[Method]] = {}
 """Methods of users that `use_method` has registered, by class name."""
 
 
-def unused_sections(method: str) -> list[str]:
-    """Return the sections of a configuration that have no effect with its `method`, such as "lora+bitfit"."""
-    names = method.split("+")
+def unused_settings(config: Mapping[str, Any]) -> list[str]:
+    """Return the options and sections of a configuration that have no effect with its method.
+
+    `from_adapter` brings a method with its settings; then `method` only locates a class of the user's own.
+    """
+    names = str(config.get("method", "lora")).split("+")
+    is_own = not set(names) <= set(SECTIONS)
+    if config.get("from_adapter") is not None:
+        return [*SECTIONS, "method_settings", *([] if is_own else ["method"])]
     unused = [section for section in SECTIONS if section not in names]
-    return [*unused, "method_settings"] if set(names) <= set(SECTIONS) else unused
+    return unused if is_own else [*unused, "method_settings"]
 
 
 def default_rate(method: Method) -> float:
