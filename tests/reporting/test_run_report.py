@@ -18,7 +18,8 @@ from lorakit import LoRA, storage
 from lorakit.configuration import as_dict
 from lorakit.errors import RunFolderError
 from lorakit.formatting import number
-from lorakit.reporting import measures, read_run, run_page
+from lorakit.methods.registry import SECTIONS
+from lorakit.reporting import RunRecord, measures, read_run, run_page
 from lorakit.reporting.comparison import comparison_page
 from lorakit.reporting.page import Section, Table, cell_text
 from lorakit.reporting.run_settings import main_settings, settings_text
@@ -240,9 +241,10 @@ def test_a_run_from_an_adapter_has_the_method_of_the_adapter(
     shown = dict(main_settings(record))
     assert shown["from_adapter"] == "out/a"
     names = ("method", "lora.rank", "lora.targets")
-    assert {name: shown[name] for name in names if name in shown and rows.get(name)} == rows
-    assert ("lora.rank" in shown) == ("lora" in record.method.split("+"))
-    assert ("lora:\n" in settings_text(record)) == ("lora" in record.method.split("+"))
+    assert {name: shown[name] for name in names if name in shown} == rows
+    settings = yaml.safe_load(settings_text(record))
+    assert settings["from_adapter"] == "out/a"
+    assert settings.keys().isdisjoint({"method", "method_settings", *SECTIONS})
 
 
 def test_settings_of_an_unused_method_are_called_so(run: Path) -> None:
@@ -252,9 +254,35 @@ def test_settings_of_an_unused_method_are_called_so(run: Path) -> None:
         dataclasses.replace(one, label="a", config={**one.config, "lora": lora}),
         dataclasses.replace(one, label="b", config={**one.config, "method": "full"}),
     ]
+    assert differing(runs) == {"method": ("lora", "full"), "lora.rank": ("64", "unused")}
+    runs[0] = dataclasses.replace(runs[0], config={**runs[0].config, "method": "full"})
+    assert differing(runs) == {}
+
+
+def differing(runs: list[RunRecord]) -> dict[str, tuple[str, ...]]:
+    """Return the table of the settings that differ on the page that compares runs."""
     (section,) = (s for s in comparison_page(runs).sections if s.title == "Settings")
-    rows = {row[0]: row[1:] for row in section.blocks[0].rows}
-    assert rows == {"method": ("lora", "full"), "lora.rank": ("64", "unused")}
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    return {row[0]: row[1:] for table in tables for row in table.rows}
+
+
+def test_a_run_from_an_adapter_differs_only_in_what_is_known(run: Path) -> None:
+    """Nothing is known of the method of an unfinished run, whose configuration has default sections."""
+    one = dataclasses.replace(read_run(run), label="a")
+    lora = {**one.config["lora"], "rank": 64}
+    first = dataclasses.replace(one, config={**one.config, "lora": lora})
+    config = {**one.config, "from_adapter": "out/a"}
+    second = dataclasses.replace(one, label="b", config=config, trained={})
+    start = {"from_adapter": ("none", "out/a")}
+    assert differing([first, second]) == start
+    trained = {"name": "FullFineTuning"}
+    full = dataclasses.replace(second, trained=trained)
+    assert differing([first, full]) == {**start, "method": ("lora", "full")}
+    own = {"method": "own.py:IA3", "method_settings": {"targets": ["k"]}}
+    first = dataclasses.replace(one, config={**one.config, **own})
+    config = {**one.config, "method": "own.py:IA3", "from_adapter": "out/a"}
+    second = dataclasses.replace(second, config=config, trained={"name": "IA3"})
+    assert differing([first, second]) == start
 
 
 def test_an_unfinished_run_has_a_page(unfinished: Path) -> None:

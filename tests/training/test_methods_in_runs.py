@@ -199,19 +199,11 @@ def test_it_is_trained_further(run: Run, decoder: str, method: str, tmp_path: Pa
     name = type(run.config.chosen_method).__name__
     shown = capsys.readouterr().err
     assert f"method    {name} of {run.result.adapter}: " in shown
-    assert "the default of the method" not in shown
     # The reports and the card have this method, not the configuration's default.
     assert read_run(tmp_path / "run").method == method
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert f'"from_adapter": "{run.result.adapter}"' in card
     assert '"lora": {' not in card
-    # A configuration for another method may have this rate.
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=2e-3))
-    (note,) = (line for line in first_lines(prepare(config)) if "the default of the method" in line)
-    assert (
-        note.split()
-        == f"learning rate 0.002; the default of the method is {RATES[method]:g}".split()
-    )
 
 
 def test_a_rate_for_b_is_of_lora_alone(run: Run, method: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
-from lorakit.methods.registry import SECTIONS, unused_sections
+from lorakit.methods.registry import SECTIONS, unused_settings
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.training.config import (
@@ -54,8 +54,12 @@ def parsed(command_line: str) -> TrainConfig:
 
 def test_every_method_of_lorakit_has_a_section() -> None:
     assert set(SECTIONS) < set(of().as_dict())
-    assert set(unused_sections("lora")) == {*SECTIONS, "method_settings"} - {"lora"}
-    assert set(unused_sections("lora+own.py:Mine")) == {*SECTIONS} - {"lora"}
+    assert set(unused_settings({"method": "lora"})) == {*SECTIONS, "method_settings"} - {"lora"}
+    own = {"method": "lora+own.py:Mine"}
+    assert set(unused_settings(own)) == {*SECTIONS} - {"lora"}
+    start = {"from_adapter": "out/a"}
+    assert set(unused_settings(start)) == {*SECTIONS, "method", "method_settings"}
+    assert set(unused_settings({**own, **start})) == {*SECTIONS, "method_settings"}
 
 
 def test_flags_and_python_say_the_same() -> None:

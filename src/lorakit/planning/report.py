@@ -10,7 +10,6 @@ from lorakit.planning.planner import Plan, Prediction
 from lorakit.reporting import Figure, Page, RunRecord, Section
 from lorakit.reporting.charts import Chart, bar_chart
 from lorakit.reporting.page import Block, Cell, Code, KeyFigure, KeyFigures, Prose, Table
-from lorakit.reporting.run_record import as_trained
 from lorakit.reporting.run_settings import main_settings, settings_text
 from lorakit.reporting.run_summary import describe_method
 from lorakit.reporting.stacked_bars import stacked_bar_chart
@@ -51,7 +50,7 @@ def plan_page(plan: Plan, config: TrainConfig, *, command: str) -> Page:
         config: The run that was planned.
         command: Command that reproduces the page.
     """
-    record = RunRecord(folder=Path(config.output), config=as_trained(config.as_dict()))
+    record = RunRecord(folder=Path(config.output), config=config.as_dict())
     sections = [
         Section(title="Overview", blocks=[_key_figures(plan)]),
         Section(title="Memory and time", blocks=_memory(plan)),

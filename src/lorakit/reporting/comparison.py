@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.configuration import flat_settings
 from lorakit.formatting import duration, number, size
-from lorakit.methods.registry import unused_sections
+from lorakit.methods.registry import unused_settings
 from lorakit.reporting import measures
 from lorakit.reporting.page import Block, Cell, Code, Page, Samples, Section, Table, sample
 from lorakit.reporting.run_record import RunRecord
@@ -225,17 +225,26 @@ def _settings(runs: Sequence[RunRecord]) -> list[Block]:
 def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Return the values of each setting that differs, by dotted name."""
     flat = [flat_settings(run.config) for run in runs]
-    unused = [unused_sections(run.method) for run in runs]
-    names = dict.fromkeys(name for settings in flat for name in settings)
-    values_by_name = {name: [settings.get(name) for settings in flat] for name in names}
-    return {
-        name: [
-            "unused" if name.split(".")[0] in sections else value
-            for value, sections in zip(values, unused, strict=True)
-        ]
-        for name, values in values_by_name.items()
-        if name != "output" and any(value != values[0] for value in values)
-    }
+    differences = {}
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        values = [_effective(name, settings, run) for settings, run in zip(flat, runs, strict=True)]
+        known = [value for value in values if value != _OF_ADAPTER]
+        if name != "output" and any(value != known[0] for value in known):
+            differences[name] = values
+    return differences
+
+
+_OF_ADAPTER = "as in from_adapter"
+"""Value of a setting that the adapter brings from which a run starts."""
+
+
+def _effective(name: str, settings: Mapping[str, Any], run: RunRecord) -> Any:
+    """Return the value of a setting, or words if it has no effect. `settings` are those of the run by dotted name."""
+    if name.split(".")[0] not in unused_settings(run.config):
+        return settings.get(name)
+    if run.config.get("from_adapter") is None:
+        return "unused"
+    return (run.method if name == "method" else "") or _OF_ADAPTER
 
 
 def _score_names(runs: Sequence[RunRecord]) -> list[str]:

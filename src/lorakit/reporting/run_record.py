@@ -35,7 +35,9 @@ class RunRecord:
 
     folder: Path
     config: Mapping[str, Any]
-    """Every setting, as in config.yaml, with the method of the adapter (see `as_trained`)."""
+    """Every setting, as in config.yaml."""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    """Record of the method in the adapter's lorakit.json; empty if there is no adapter."""
     result: Mapping[str, Any] | None = None
     """Content of result.json; None while the run is not finished."""
     sessions: Sequence[Mapping[str, Any]] = ()
@@ -67,7 +69,22 @@ class RunRecord:
     @property
     def method(self) -> str:
         """The method as in a configuration, such as lora+bitfit; "" if only the adapter of the start names it."""
-        return str(self.config.get("method", ""))
+        return "+".join(self.methods)
+
+    @property
+    def methods(self) -> dict[str, Mapping[str, Any]]:
+        """Settings of each trained method, by its name in a configuration; by its class name for a user's method.
+
+        With `from_adapter` they are those of the trained adapter: the configuration's have no effect.
+        """
+        if self.config.get("from_adapter") is None:
+            names = str(self.config.get("method", "")).split("+")
+            return {name: _mapping(self.config.get(name)) for name in names}
+        sections = {method_class.__name__: section for section, method_class in SECTIONS.items()}
+        combined = self.trained.get("methods")
+        records = map(_mapping, combined if isinstance(combined, list) else [self.trained])
+        named = [(str(record["name"]), record) for record in records if "name" in record]
+        return {sections.get(name, name): record for name, record in named}
 
     @property
     def base_name(self) -> str:
@@ -214,7 +231,8 @@ def read_run(folder: str | Path) -> RunRecord:
     adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
     return RunRecord(
         folder=folder,
-        config=as_trained(config, adapter.get("method")),
+        config=config,
+        trained=_mapping(adapter.get("method")),
         result=_record(folder / RESULT) or None,
         sessions=_record(folder / ENVIRONMENT).get("sessions", []),
         train=[record for record in metrics if record.get("split") == "train"],
@@ -226,30 +244,6 @@ def read_run(folder: str | Path) -> RunRecord:
         predicted=_record(folder / PREDICTION),
         adapter_bytes=sum(path.stat().st_size for path in weights) if weights else None,
     )
-
-
-def as_trained(config: Mapping[str, Any], method: Any = None) -> Mapping[str, Any]:
-    """Return a run's settings with the method that it trains, which `from_adapter` brings.
-
-    The configuration of such a run has the default method and sections, which have no effect.
-
-    Args:
-        config: The configuration.
-        method: The record of the method in lorakit.json. Without one, the name of the method is empty.
-    """
-    if config.get("from_adapter") is None:
-        return config
-    settings = dict(config)
-    sections = {method_class.__name__: section for section, method_class in SECTIONS.items()}
-    combined = _mapping(method).get("methods")
-    names = []
-    for record in map(_mapping, combined if isinstance(combined, list) else [method]):
-        if record:
-            name = str(record.get("name"))
-            names.append(sections.get(name, name))  # a user's method has no section
-            settings[names[-1]] = {k: value for k, value in record.items() if k != "name"}
-    settings["method"] = "+".join(names)
-    return settings
 
 
 def _record(path: Path, *, checked: bool = True) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.configuration import setting
-from lorakit.methods.registry import unused_sections
+from lorakit.methods.registry import unused_settings
 from lorakit.reporting.run_record import RunRecord
 
 
@@ -21,8 +21,8 @@ def setting_text(value: Any) -> str:
 
 
 def settings_text(run: RunRecord) -> str:
-    """Return the configuration as YAML, without the sections of methods that the run does not use."""
-    unused = unused_sections(run.method)
+    """Return the configuration as YAML, without the settings of methods that the run does not use."""
+    unused = unused_settings(run.config)
     return yaml_text({name: value for name, value in run.config.items() if name not in unused})
 
 
@@ -65,7 +65,5 @@ def main_settings(run: RunRecord) -> list[tuple[str, str]]:
         "optimizer.weight_decay",
         "seed",
     )
-    has_lora = "lora" in run.method.split("+")
-    return chosen_settings(
-        run.config, [name for name in names if has_lora or not name.startswith("lora.")]
-    )
+    config = {**run.config, "method": run.method, "lora": run.methods.get("lora", {})}
+    return chosen_settings(config, names)

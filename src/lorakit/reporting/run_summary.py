@@ -49,7 +49,7 @@ def describe_method(run: RunRecord) -> str:
     if start and not run.method:
         return f"The adapter {start}"
     first, *others = run.method.split("+")
-    rank = setting(run.config, "lora.rank")
+    rank = run.methods.get("lora", {}).get("rank")
     if first == "lora" and rank is not None:
         subject = f"A LoRA adapter of rank {rank}{''.join(f' with {name}' for name in others)}"
     else:

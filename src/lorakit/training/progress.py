@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lorakit.formatting import counted, duration, number, size, visible
-from lorakit.methods.registry import default_rate
 from lorakit.models.dtypes import dtype_name
 from lorakit.training.checkpoint import State
 from lorakit.training.memory import peak_memory
@@ -108,19 +107,12 @@ def first_lines(job: Job) -> list[str]:
         lines.append(f"held out  {job.validation.report}{part}")
     trained = sum(p.numel() for p in job.parameters.values())
     dtype, start = dtype_name(job.dtype), job.config.from_adapter
-    method, rate_note = job.config.method, ""
+    method = job.config.method
     if start is not None:
-        brought = job.adapters.method(TRAINED)
-        method, rate = f"{type(brought).__name__} of {start}", job.config.peak_rate
-        # The configuration may be one for another method.
-        if rate != default_rate(brought):
-            rate_note = (
-                f"learning rate {rate:g}; the default of the method is {default_rate(brought):g}"
-            )
+        method = f"{type(job.adapters.method(TRAINED)).__name__} of {start}"
     lines.append(
         f"method    {method}: {trained:,} trained parameters, computed in {dtype} on {job.device}"
     )
-    lines += [f"          {rate_note}"] if rate_note else []
     among = f", in {count} processes" if (count := job.processes.count) > 1 else ""
     lines.append(
         f"steps     {job.step_plan.total:,} of {job.config.batch_size} x {job.config.accumulation} examples, "

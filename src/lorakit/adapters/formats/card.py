@@ -20,7 +20,7 @@ from lorakit.methods.combined import lora_of
 from lorakit.methods.combined import parts as methods_in
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import describe
-from lorakit.methods.registry import METHODS, unused_sections
+from lorakit.methods.registry import METHODS, unused_settings
 from lorakit.models.model_classes import head_of_class
 from lorakit.models.packaged import PACKAGED_MODELS
 
@@ -276,9 +276,7 @@ def _settings(stored: StoredAdapter) -> str:
         return ""
     config = shown.get("config")
     if isinstance(config, Mapping):
-        unused = unused_sections(str(config.get("method")))
-        if config.get("from_adapter") is not None:  # the adapter brings the method
-            unused = ["method", *unused_sections("")]
+        unused = unused_settings(config)
         shown["config"] = {name: value for name, value in config.items() if name not in unused}
     text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     return f"## How it was made\n\n{_block('json', text)}\n\n`lorakit.json` holds the full record."

@@ -48,17 +48,10 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
     table, head = input_embeddings(model), output_embeddings(model)
     source = modules.get(path_of.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
-        copies = [
-            path
-            for path, module in modules.items()
-            if isinstance(module, EmbeddingLoRA)
-            and table is not None
-            and model.get_submodule(path).weight is table.weight
-        ]
-        if copies:  # of an encoder and its decoder, in one table
+        if any(isinstance(module, EmbeddingLoRA) for module in modules.values()):
             raise ConfigurationError(
-                f"tie_head applies the adapter of one embedding to the output head, and {' and '.join(copies)} have an "
-                "adapter each. Remove tie_head."
+                "tie_head applies the adapter of one input embedding to the output head, and this model embeds in "
+                "several places, such as its encoder and its decoder. Remove tie_head."
             )
         raise ConfigurationError(
             "tie_head applies the embedding's adapter to the output head, and no target adapts the input embedding. "
