@@ -85,10 +85,15 @@ LEAST = "base: b\ndata: {train: t.jsonl, validation_fraction: 0.1}\noutput: out/
 """A file with all that a run needs, in options that other commands have too."""
 
 
+NAMED = "base: b\ndata: {task: mrpc, test: held.jsonl}\noutput: out/first\n"
+"""The same with a named task."""
+
+
+@pytest.mark.parametrize("least", [LEAST, NAMED])
 @pytest.mark.parametrize("more", ["", "method: lora", "batch_size: 8", "adapter: out/a"])
-def test_every_command_knows_the_least_file_of_a_run(more: str, tmp_path, capsys) -> None:
+def test_every_command_knows_the_least_file_of_a_run(least: str, more: str, tmp_path, capsys) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(f"{LEAST}{more}\n")
+    file.write_text(f"{least}{more}\n")
     words = ["--config", str(file)]
     assert train(f"--config {file}").output == "out/first"
     scored = parse(EvaluateConfig, "evaluate", "", words)
@@ -98,7 +103,6 @@ def test_every_command_knows_the_least_file_of_a_run(more: str, tmp_path, capsys
     for config, command, output in (
         (MergeConfig, "merge", "out/first-merged"),
         (PredictConfig, "predict", "out/first-predictions.jsonl"),
-        (CompressConfig, "compress", "out/first-compress"),
     ):
         with pytest.raises(
             ConfigurationError, match=f"Add --output, for example --output {output}"
@@ -113,9 +117,23 @@ def test_a_file_of_another_command_keeps_its_output(tmp_path, capsys) -> None:
     file.write_text(f"{data}output: scores.jsonl\n")
     words = ["--config", str(file)]
     assert parse(EvaluateConfig, "evaluate", "", words).output == "scores.jsonl"
-    file.write_text(f"{data}adapter: out/a\nrank: 4\noutput: out/small\n")
-    assert parse(CompressConfig, "compress", "", words).output == "out/small"
+    file.write_text(f"{data}adapter: out/a\nbatch_size: 4\noutput: out/small\n")
+    small = parse(CompressConfig, "compress", "", [*words, "--rank", "4"])
+    assert (small.output, small.batch_size) == ("out/small", 4)
+    file.write_text("base: b\nadapter: out/a\noutput: out/merged\n")
+    assert parse(MergeConfig, "merge", "", words).output == "out/merged"
     assert capsys.readouterr().err == ""
+    file.write_text("output: scores.jsonl\nmethod: lora\n")  # rejected, as lora is no class
+    with pytest.raises(ConfigurationError, match="lora"):
+        parse(EvaluateConfig, "evaluate", "", words)
+
+
+def test_a_file_with_a_method_and_without_output_is_that_of_a_run(tmp_path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("base: b\ndata: {train: t.jsonl}\nmethod: lora\nbatch_size: 8\n")
+    scored = parse(EvaluateConfig, "evaluate", "", ["--config", str(file)])
+    assert (scored.method, scored.batch_size) == (None, 16)
+    assert "skips method, batch_size (of other commands)" in capsys.readouterr().err
 
 
 def test_a_note_names_the_first_of_many_skipped_options(tmp_path, capsys) -> None:
@@ -138,7 +156,7 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
     ("line", "message"),
     [
         ("rank: 4", r"unknown option 'rank'\. Did you mean 'lora\.rank'"),
-        ("no_packing: true", r"unknown option 'no_packing'\. Write packing: false\."),
+        ("no_packing: true", r"unknown option 'no_packing'\. Write packing: false to switch it off\."),
         ("batchsize: 4", r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ("max_lenght: 4", "unknown option 'max_lenght'"),
         ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),
@@ -247,12 +265,39 @@ def test_another_method_beside_a_file_with_settings_of_lora(tmp_path, capsys) ->
     other = tmp_path / "full.yaml"
     other.write_text("method: full\noptimizer: {learning_rate: 3e-5}\n")
     assert train(f"{RUN} --config {other} --method full").peak_rate == 3e-5
-    other.write_text("optimizer: {learning_rate: 2e-3}\n")  # for the default method
-    capsys.readouterr()
-    assert train(f"{RUN} --config {other} --method full").peak_rate == 5e-5
-    assert "skips optimizer.learning_rate (without effect" in capsys.readouterr().err
     with pytest.raises(ConfigurationError, match="section lora has settings"):
         train(f"{RUN} --method bitfit --lora.rank 3")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "is_kept"),
+    [
+        ("", "--method full", True),  # names no method
+        ("method: full", "--method full", True),
+        ("method: lora+bitfit", "--method lora", True),
+        ("method: lora", "--method lora+bitfit", False),
+        ("lora: {rank: 4}", "--method full", False),
+        ("lora: {rank: 4}", "--method lora", True),
+        ("method: lora", "--method {own}", False),
+        # With from_adapter, a method of one's own only locates its class.
+        ("from_adapter: out/a", "--method {own}", True),
+        ("method: lora", "--method {own} --from_adapter out/a", True),
+        ("method: lora", "--from_adapter out/a", True),
+    ],
+)
+def test_the_rate_of_a_file_for_another_method(
+    content: str, arguments: str, is_kept: bool, tmp_path, capsys
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import dataclasses, lorakit\n\n\n@dataclasses.dataclass(frozen=True)\nclass Mine(lorakit.BitFit):\n    pass\n"
+    )
+    file, method = tmp_path / "run.yaml", tmp_path / "method.yaml"
+    file.write_text(f"optimizer: {{learning_rate: 2e-4}}\n{content}\n")
+    method.write_text("method: bitfit\n")  # the file that has the rate decides
+    line = f"{RUN} --config {method} --config {file} {arguments.format(own=f'{own}:Mine')}"
+    assert (train(line).optimizer.learning_rate == 2e-4) == is_kept
+    assert ("optimizer.learning_rate" in capsys.readouterr().err) != is_kept
 
 
 def test_a_file_of_training_does_not_set_the_output_of_a_demo_or_a_table(tmp_path, capsys) -> None:
@@ -400,10 +445,10 @@ def test_an_entry_replaces_a_wrong_value_of_the_file(tmp_path) -> None:
         ("--lora_dropout 0.1", r"Its name in lorakit is --lora\.dropout\."),
         ("--learning_rate 1", r"Its name in lorakit is --optimizer\.learning_rate\."),
         ("--alpha 4", r"Did you mean '--lora\.alpha'"),
-        ("--no-packing", r"'--no-packing'\. Write --packing false\."),
-        ("--no_dora", r"Write --lora\.dora false\."),
-        ("--lora.no-dora", r"Write --lora\.dora false\."),
-        ("--no-lora.dora", r"Write --lora\.dora false\."),
+        ("--no-packing", r"'--no-packing'\. Write --packing false to switch it off\."),
+        ("--no_dora", r"Write --lora\.dora false to switch"),
+        ("--lora.no-dora", r"Write --lora\.dora false to switch"),
+        ("--no-lora.dora", r"Write --lora\.dora false to switch"),
         ("--lora.rank eight", r"lora\.rank is 'eight'; it must be a whole number\."),
         ("--lora.rank 2.5", r"lora\.rank is 2\.5; it must be a whole number\."),
         ("--epochs many", r"epochs is 'many'; it must be a number\."),

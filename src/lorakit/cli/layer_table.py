@@ -30,9 +30,9 @@ def layer_table(
         groups.setdefault(key, []).append(cells)
     headings = list(next(iter(rows.values()), {}))
     result = table([what, *([] if each else ["count"]), *headings], ())
-    # Keep names in one piece where that leaves half of the width for numbers, which then fold first. With `min_width`
-    # rich would cut columns off.
-    result.columns[0].no_wrap = 2 * max(map(len, groups), default=0) <= console().width
+    # Keep names in one piece where that leaves half of the width for numbers, and at least 30 columns: they then fold
+    # first. With less, or with `min_width`, rich would cut columns off.
+    result.columns[0].no_wrap = 2 * max([30, *map(len, groups)]) <= console().width
     for name, group in groups.items():
         spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
         result.add_row(*map(literal, [name, *([] if each else [str(len(group))]), *spreads]))

@@ -41,8 +41,10 @@ def suggestion(
         dashes: What comes before a name: empty for a key of a YAML file.
     """
     known, name = list(options), name.replace("-", "_")
-    if switch := _switched_off(name, options):
-        return f" Write {dashes}{switch}{'' if dashes else ':'} false."
+    switch = re.sub(r"(^|\.)no_", r"\1", name)  # of argparse and typer
+    named = [switch] if switch in known else [o for o in known if o.endswith(f".{switch}")]
+    if switch != name and len(named) == 1 and bool in options[named[0]].kinds:
+        return f" Write {dashes}{named[0]}{'' if dashes else ':'} false to switch it off."
     if name in known:  # in a YAML file, where dashes do not stand for underscores
         return f" Did you mean '{dashes}{name}'?"
     head, _, last = name.rpartition(".")
@@ -56,16 +58,6 @@ def suggestion(
         return f" Did you mean '{same[0]}'?" if len(same) == 1 else _several(same)
     found = closest(name, known) or closest(name.split(".")[0], known)
     return "" if found is None else f" Did you mean '{dashes}{found}'?"
-
-
-def _switched_off(name: str, options: Mapping[str, Option]) -> str | None:
-    """Return the switch that a name with "no_" means, as argparse and typer write it; None for any other name."""
-    switch = re.sub(r"(^|\.)no_", r"\1", name)
-    if switch == name:
-        return None
-    same = [o for o in options if o.rpartition(".")[2] == switch]
-    found = switch if switch in options else same[0] if len(same) == 1 else None
-    return found if found is not None and bool in options[found].kinds else None
 
 
 def _several(names: list[str]) -> str:

@@ -166,10 +166,14 @@ class LoRA:
             last = layer.rpartition(".")[2]
             outside = [a for a in adapted if a.endswith(f".{last}") and not is_inside(a, path)]
             names = sorted({".".join(a.split(".")[-2:]) for a in outside})
-            instead = f" instead of '{last}': {listed(names, 4)}" if names else ""
+            fix = "Choose one of the two."
+            if outside:
+                instead = f" instead of '{last}': {listed(names, 4)}" if last in self.targets else ""
+                fix = (
+                    f"Name layers outside of it{instead}. Or remove it from train_modules, if you named it there."
+                )
             raise TargetError(
-                f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). Name "
-                f"layers outside of it{instead}. Or remove it from train_modules, if you named it there."
+                f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). {fix}"
             )
         names = [*self._bias_names(model, adapted), *parameters_below(model, paths)]
         return list(dict.fromkeys(names))
