@@ -281,6 +281,9 @@ def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
     assert saved.scores == {str(tmp_path / "result"): {"rank": 4}, "result": {"rank": 2}}
 
 
+IS_IN = "the computed adapter is in {}, without its scores, which are computed next\n"
+
+
 @pytest.mark.parametrize("command", ["compress", "combine"])
 def test_an_input_that_a_training_replaces_meanwhile(
     call, folder, tmp_path, monkeypatch, command
@@ -300,7 +303,7 @@ def test_an_input_that_a_training_replaces_meanwhile(
     monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
     argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
     status, _, err = call(*argv, "--data.test", folder / "test.jsonl")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, IS_IN.format(tmp_path / "small"))
     used = folder / "one" / "adapter_model.safetensors"
     (origin,) = formats.read(tmp_path / "small").provenance["made_from"]
     assert origin == {"name": "best", "sha256": storage.sha256(used)}
@@ -360,25 +363,47 @@ def test_data_that_cannot_be_read_is_found_before_the_computation(
     assert "tets.jsonl" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("compress", ["--energy", "0.5"], "both are given"),
+        ("extract", ["--energy", "0.5"], "both are given"),
+        ("combine", ["--how", "ties"], "how is ties, which needs density"),
+        ("combine", ["--weights", "1"], "2 adapters and 1 weights"),
+    ],
+)
+def test_wrong_arguments_are_found_before_the_data_are_read(
+    call, folder, tmp_path, command, more, message
+) -> None:
+    argv = [*filled(CALLS[command], folder, tmp_path / "out"), *more]
+    status, _, err = call(*argv, "--data.test", tmp_path / "tets.jsonl")
+    assert status == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("command", CALLS)
-def test_a_result_is_kept_if_its_scoring_fails(
-    call, folder, tmp_path, monkeypatch, command
+def test_a_result_is_kept_if_its_scoring_ends(
+    call, folder, tmp_path, monkeypatch, command, error
 ) -> None:
     def score(*_: Any) -> dict[str, float]:
-        raise MemoryError
+        raise error
 
+    output = tmp_path / "out"
     monkeypatch.setattr(saving, "_score", score)
-    argv = [*filled(CALLS[command], folder, tmp_path / "out"), "--data.test", folder / "test.jsonl"]
+    argv = [*filled(CALLS[command], folder, output), "--data.test", folder / "test.jsonl"]
     status, _, err = call(*argv)
-    assert status == 1
-    assert "Out of memory" in err
-    assert f"The computed adapter is in {tmp_path / 'out'}, without scores." in err
-    stored = formats.read(tmp_path / "out")
+    assert status != 0
+    assert IS_IN.format(output) in err
+    stored = formats.read(output)
     assert stored.provenance["made_by"]["command"] == command
     assert "scores" not in stored.provenance
 
 
-def test_an_input_that_the_result_replaces_is_scored_first(folder, tmp_path, monkeypatch) -> None:
+def test_an_output_that_exists_is_kept_until_the_scores_are_known(
+    folder, tmp_path, monkeypatch
+) -> None:
+    """It may be an input."""
     output = tmp_path / "one"
     shutil.copytree(folder / "one", output)
     ranks = []
@@ -395,9 +420,28 @@ def test_an_input_that_the_result_replaces_is_scored_first(folder, tmp_path, mon
     settings: dict[str, Any] = {"settings": {}, "scoring": scoring, "overwrite": True}
     with pytest.raises(ConfigurationError, match=r"^no score$"):
         analysis.save(small, output, inputs=[output], **settings)
+    assert max(layer.rank for layer in formats.read(output).layers.values()) == 4
     analysis.save(small, output, inputs=[output], **settings)
     assert ranks == [4, 4, 2]
     assert {layer.rank for layer in formats.read(output).layers.values()} == {2}
+
+
+def test_a_file_that_is_added_during_the_scoring_is_kept(
+    call, folder, tmp_path, monkeypatch
+) -> None:
+    output = tmp_path / "out"
+
+    def score(*_: Any) -> dict[str, float]:
+        (output / "notes.txt").write_text("mine")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(saving, "_score", score)
+    argv = [*filled(CALLS["compress"], folder, output), "--data.test", folder / "test.jsonl"]
+    status, _, err = call(*argv)
+    assert status == 1
+    assert "holds files that are not" in err
+    assert (output / "notes.txt").read_text() == "mine"
+    assert "scores" not in formats.read(output).provenance
 
 
 def test_one_path_as_inputs_is_an_error(folder, tmp_path) -> None:

@@ -55,10 +55,17 @@ def test_missing_data_are_found_before_the_base_is_loaded(folder, capsys) -> Non
     assert "gone.jsonl" in capsys.readouterr().err
 
 
-def test_a_template_with_an_escaped_line_feed_is_said(folder, caplog) -> None:
-    words = ["evaluate", "--base.name", "nowhere", "--data.test", "gone.jsonl"]
-    assert main([*words, "--data.prompt_template", r"Q:\n{prompt}"]) == 1
-    assert "prompt_template contains a backslash and an n" in caplog.text
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--base.name", "nowhere"],
+        ["predict", "--adapter", "nowhere", "--output", "answers.jsonl"],
+    ],
+)
+def test_a_template_with_an_escaped_line_feed_is_said(folder, capsys, words) -> None:
+    template = ["--data.prompt_template", r"Q:\n{prompt}"]
+    assert main([*words, "--data.test", "gone.jsonl", *template]) == 1
+    assert capsys.readouterr().err.count("prompt_template contains a backslash and an n") == 1
 
 
 @pytest.mark.parametrize(

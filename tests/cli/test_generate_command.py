@@ -357,13 +357,6 @@ def test_a_base_with_a_chat_template_says_that_prompts_are_unchanged(
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_prompt_with_an_escaped_line_feed_is_said(trained, prompts, capsys) -> None:
-    for prompt, said in ((r"river\npub", True), ("river\npub", False)):
-        generate(trained, "--prompt", prompt, "--raw")
-        assert ("prompt contains a backslash and an n" in capsys.readouterr().err) == said
-    assert prompts == [tiny_tokenizer().encode(text) for text in (r"river\npub", "river\npub")]
-
-
 def test_a_custom_chat_task_is_formatted_as_chat(trained) -> None:
     adapter = AdapterFile.read(trained / "run" / "adapter")
     assert adapter is not None

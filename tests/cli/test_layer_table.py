@@ -48,7 +48,9 @@ def test_no_character_of_a_table_is_cut_off(name: str, width: int, monkeypatch) 
     assert sorted(narrow.replace(" ", "")) == sorted(whole.replace(" ", ""))
 
 
-@pytest.mark.parametrize(("name", "width"), [(SHORT[-1], 60), (LLAMA, 80), (ROBERTA, 100), (ROBERTA, 160)])
+@pytest.mark.parametrize(
+    ("name", "width"), [(SHORT[-1], 60), (LLAMA, 80), (ROBERTA, 100), (ROBERTA, 160)]
+)
 def test_names_stay_in_one_piece(name: str, width: int, monkeypatch) -> None:
     lines = printed(name, width, monkeypatch)
     assert any(name.format("*") in line for line in lines)

@@ -91,7 +91,9 @@ NAMED = "base: b\ndata: {task: mrpc, test: held.jsonl}\noutput: out/first\n"
 
 @pytest.mark.parametrize("least", [LEAST, NAMED])
 @pytest.mark.parametrize("more", ["", "method: lora", "batch_size: 8", "adapter: out/a"])
-def test_every_command_knows_the_least_file_of_a_run(least: str, more: str, tmp_path, capsys) -> None:
+def test_every_command_knows_the_least_file_of_a_run(
+    least: str, more: str, tmp_path, capsys
+) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"{least}{more}\n")
     words = ["--config", str(file)]
@@ -156,7 +158,10 @@ def test_a_file_of_one_command_sets_its_output(tmp_path, capsys) -> None:
     ("line", "message"),
     [
         ("rank: 4", r"unknown option 'rank'\. Did you mean 'lora\.rank'"),
-        ("no_packing: true", r"unknown option 'no_packing'\. Write packing: false to switch it off\."),
+        (
+            "no_packing: true",
+            r"unknown option 'no_packing'\. Write packing: false to switch it off\.",
+        ),
         ("batchsize: 4", r"unknown option 'batchsize'\. Did you mean 'batch_size'\?"),
         ("max_lenght: 4", "unknown option 'max_lenght'"),
         ("lora: {rnk: 4}", r"unknown option 'lora\.rnk'\. Did you mean 'lora\.rank'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ from lorakit.reporting import read_run
 from lorakit.training.checkpoint_adapter import read_checkpoint
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
-from lorakit.training.progress import first_lines
 from lorakit.training.run_folder import RunResult, read_settings
 from lorakit.training.setup import prepare
 from lorakit.training.warm_start import method_of

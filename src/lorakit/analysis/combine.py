@@ -107,21 +107,14 @@ def combine_adapters(
     """
     require_list("adapters", adapters)
     stored = read_each(adapters, alpha)
-    factors = [1.0] * len(stored) if weights is None else list(weights)
-    _check_settings(stored, factors, how)
-    share = _share_of_entries(how, density)
+    factors, share = check_combination(stored, weights, how, density, rank, energy)
     compressed = rank is not None or energy is not None
-    if compressed:
-        check_target(rank, energy)
-    for adapter in stored:
-        require_low_rank(adapter)
     if factors == [1.0] and share == 1:
         provenance = inherited_provenance(stored[0])
         adapter = dataclasses.replace(stored[0], provenance=provenance, notices=[])
         if compressed:
             return compress_layers(adapter, rank, energy, [])
         return Derived(adapter=adapter, layers=_exact_results(adapter))
-    _check_linear(stored, factors)
     notices = _check_bases(stored, allow_other_base)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, StoredLayer] = {}
@@ -153,6 +146,32 @@ def _exact_results(adapter: StoredAdapter) -> dict[str, LayerResult]:
 
 
 # --- validation ----------------------------------------------------------------------------------
+
+
+def check_combination(
+    stored: Sequence[StoredAdapter],
+    weights: Sequence[float] | None,
+    how: How,
+    density: float | None,
+    rank: int | None,
+    energy: float | None,
+) -> tuple[list[float], float]:
+    """Validate the arguments of `combine_adapters`; return a factor for each adapter, and the share of entries to keep.
+
+    Raises:
+        AdapterFileError: An adapter does not consist of low-rank factors.
+        ConfigurationError: As for `combine_adapters`.
+    """
+    factors = [1.0] * len(stored) if weights is None else list(weights)
+    _check_settings(stored, factors, how)
+    share = _share_of_entries(how, density)
+    if rank is not None or energy is not None:
+        check_target(rank, energy)
+    for adapter in stored:
+        require_low_rank(adapter)
+    if factors != [1.0] or share != 1:
+        _check_linear(stored, factors)
+    return factors, share
 
 
 def _check_settings(stored: Sequence[StoredAdapter], factors: Sequence[float], how: str) -> None:

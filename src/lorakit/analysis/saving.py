@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import alphas, read, require_list
 from lorakit.analysis.derived import Derived
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.data import DataConfig
-from lorakit.errors import LorakitError, memory_errors
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
@@ -29,6 +29,8 @@ from lorakit.training.environment import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LOG = logging.getLogger(__name__)
 
 RESULT = "result"
 """Key of the scores of a computed adapter, beside the paths of its inputs."""
@@ -103,8 +105,8 @@ def save(
 ) -> Saved:
     """Write a computed adapter atomically as a folder, and score it and its inputs.
 
-    lorakit.json and the card record the settings, the inputs with the digests of their tensors, and the scores. The
-    folder is written before the scores are computed, and again with them.
+    lorakit.json and the card record the settings, the inputs with the digests of their tensors, and the scores. A new
+    folder is written before the scores are computed, and again with them; an existing one is replaced only at the end.
 
     Args:
         made: The computed adapter.
@@ -121,8 +123,7 @@ def save(
     Raises:
         ConfigurationError: `inputs` is one path, not a list.
         RunFolderError: The folder exists, is not an adapter folder, or cannot be written.
-        LorakitError: The data or the base cannot be read, or do not match the adapter. The folder is written, unless an
-            input is in it.
+        LorakitError: The data or the base cannot be read, or do not match the adapter.
     """
     require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
@@ -150,26 +151,22 @@ def save(
 
     if scoring is None or scoring.data == DataConfig():
         return write({}, overwrite=overwrite)
-    # Scoring loads the base and may fail after a long computation. But it needs the inputs that the result replaces.
-    target = Path(os.path.realpath(output))
-    places = [place for source in adapters.values() for place in (source.path, source.folder)]
-    written = not any(storage.is_within(place, target) for place in places if place is not None)
+    # Scoring loads the base and may fail after a long computation.
+    written = not Path(output).exists()
     if written:
-        write({}, overwrite=overwrite)
+        write({}, overwrite=False)
+        _LOG.warning(
+            "the computed adapter is in %s, without its scores, which are computed next", output
+        )
     scores: dict[str, dict[str, float]] = {}
-    try:
-        with memory_errors():
-            for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
-                source = adapters[path]
-                stored = source.stored or read(path, alpha=its_alpha)
-                # An input of this name keeps a column of its own.
-                name = str(path.absolute() if str(path) == RESULT else path)
-                scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
-            scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
-    except LorakitError as error:
-        if written:
-            error.args = (*error.args, f"The computed adapter is in {output}, without scores.")
-        raise
+    for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
+        source = adapters[path]
+        stored = source.stored or read(path, alpha=its_alpha)
+        # An input of this name keeps a column of its own.
+        name = str(path.absolute() if str(path) == RESULT else path)
+        scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
+    scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
+    check_output(output, overwrite=overwrite or written)  # the user may have added files
     return write(scores, overwrite=overwrite or written)
 
 
@@ -196,13 +193,11 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
     """
     if scoring.data == DataConfig():
         return
-    stored = source.stored
-    if stored is None and source.folder is None:  # a model
-        check_evaluation(_evaluation(scoring, base=base))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        _write(stored or read(source.path), Path(folder), source.folder, for_peft=False)
-        check_evaluation(_evaluation(scoring, base=base, adapter=folder))
+    adapter = None
+    if source.folder is not None:
+        adapter = AdapterFile(str(source.folder), source.stored or read(source.path))
+    path = None if adapter is None else adapter.path
+    check_evaluation(_evaluation(scoring, base=base, adapter=path), adapter)
 
 
 def _score(

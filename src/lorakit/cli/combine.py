@@ -46,15 +46,18 @@ def run(argv: Sequence[str]) -> None:
         "adapters",
     )
     from lorakit.analysis import combine_adapters
+    from lorakit.analysis.combine import check_combination
     from lorakit.analysis.deltas import alphas
     from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
     each = zip(config.adapters, alphas(config.adapters, config.alpha), strict=True)
     sources = [Input.read(adapter, alpha=alpha) for adapter, alpha in each]
-    for source in sources[:1]:
-        check_scoring(config, config.base, source)
     stored = [source.stored for source in sources if source.stored is not None]
+    check_combination(
+        stored, config.weights, config.how, config.density, config.rank, config.energy
+    )
+    check_scoring(config, config.base, sources[0])
     settings = {
         name: getattr(config, name)
         for name in ("weights", "how", "density", "seed", "rank", "energy")

@@ -31,11 +31,15 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import compress_adapter
+    from lorakit.analysis.compress import check_target
+    from lorakit.analysis.derived import require_low_rank
     from lorakit.analysis.saving import Input, check_output, check_scoring
 
     check_output(config.output, overwrite=config.overwrite)
+    check_target(config.rank, config.energy)
     source = Input.read(config.adapter, alpha=config.alpha)
     assert source.stored is not None
+    require_low_rank(source.stored)
     check_scoring(config, config.base, source)
     settings = {"rank": config.rank, "energy": config.energy}
     compressed = compress_adapter(source.stored, **settings)

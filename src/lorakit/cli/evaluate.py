@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.reporting.evaluation_report import answered, evaluation_page, scored_part
     from lorakit.training.environment import command
 
+    for note in config.data.template_notes:
+        print(f"note: {note}.", file=sys.stderr)
     result = evaluate(config, progress=ProgressLine())
     if result.base_scores:
         print_scores({"adapter": result.scores, "base": result.base_scores})

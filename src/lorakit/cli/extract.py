@@ -43,10 +43,12 @@ def run(argv: Sequence[str]) -> None:
         "output",
     )
     from lorakit.analysis import extract_adapter
+    from lorakit.analysis.compress import check_target
     from lorakit.analysis.saving import Input, check_output, check_scoring
     from lorakit.cli.console import StatusLine
 
     check_output(config.output, overwrite=config.overwrite)
+    check_target(config.rank, config.energy)
     source = Input.of(config.tuned)
     check_scoring(config, config.base, source)
     targets = [config.targets] if isinstance(config.targets, str) else config.targets

@@ -90,7 +90,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, prompt_format, recorded_data, text_task
     from lorakit.data.readers import reader_for
-    from lorakit.data.templates import Template, escaped_line_feed
+    from lorakit.data.templates import Template
     from lorakit.evaluation.generate import generate
     from lorakit.evaluation.prompts import encode_prompts, read_prompts
     from lorakit.tasks import Chat, Completion
@@ -108,8 +108,6 @@ def run(argv: Sequence[str]) -> None:
     # Read the prompts before the base, which takes longer to load.
     if config.prompt is not None:
         prompts: list[Prompt] = [config.prompt]
-        if note := escaped_line_feed("prompt", config.prompt):
-            _note(f"{note}.")
     else:
         rendered = Template(template) if template else None
         prompts = read_prompts(str(config.file), prompting.task, columns, rendered)

@@ -73,9 +73,13 @@ def parse(
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
         names_and_sections = {part for name in found for part in (name, name.split(".")[0])}
-        ignored = [part for part in unused(typed, found) if part in names_and_sections] if unused else []
+        ignored = (
+            [part for part in unused(typed, found) if part in names_and_sections] if unused else []
+        )
         found = {
-            name: value for name, value in found.items() if {name, name.split(".")[0]}.isdisjoint(ignored)
+            name: value
+            for name, value in found.items()
+            if {name, name.split(".")[0]}.isdisjoint(ignored)
         }
         reasons = {
             "of other commands": shortest_names(foreign, found),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from lorakit import storage
@@ -24,6 +25,8 @@ def run(argv: Sequence[str]) -> None:
     storage.require_free_file(config.output, overwrite=config.overwrite)
     from lorakit.evaluation.predict import predict
 
+    for note in config.data.template_notes:
+        print(f"note: {note}.", file=sys.stderr)
     result = predict(config)
     print(f"rows         {result.report}")
     if result.counts:

@@ -8,7 +8,7 @@ from typing import Literal
 from lorakit.configuration import conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN
-from lorakit.data.templates import Template, escaped_line_feed
+from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.tasks import GENERIC, Completion, Task, task_type
 
@@ -111,10 +111,13 @@ class DataConfig:
 
     @property
     def template_notes(self) -> list[str]:
-        """Sentences about templates that look wrong."""
-        names = ("prompt_template", "completion_template")
-        notes = [escaped_line_feed(name, getattr(self, name) or "") for name in names]
-        return [note for note in notes if note]
+        r"""Sentences about templates with the two characters "\n", which a shell leaves in double quotes."""
+        return [
+            f"{name} contains a backslash and an n, not a line feed; quote the template with double quotes in YAML, "
+            "with $'...' in a shell"
+            for name in ("prompt_template", "completion_template")
+            if "\\n" in (getattr(self, name) or "")
+        ]
 
     def _check_task(self) -> None:
         task = self.task_type

@@ -79,13 +79,3 @@ class Template:
         if not isinstance(value, str | int | float):
             raise BadRow(f"is {json_type(value)}, expected text", field)
         return str(value)
-
-
-def escaped_line_feed(name: str, text: str) -> str:
-    """Return a sentence if a text has a backslash and an n, which a shell leaves in double quotes; else ""."""
-    if "\\n" not in text:
-        return ""
-    return (
-        f"{name} contains a backslash and an n, not a line feed; quote the text with double quotes in YAML, with "
-        "$'...' in a shell"
-    )

@@ -95,9 +95,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    for note in config.data.template_notes:
-        _LOG.warning(note)
-    data, decoding = _read(config), config.decoding or Decoding()
+    data, decoding = _read(config, AdapterFile.read(config.adapter)), config.decoding or Decoding()
     task = data.task
     base = open_adapted(
         config.base,
@@ -136,13 +134,19 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     return result
 
 
-def check_evaluation(config: EvaluateConfig) -> None:
+def check_evaluation(config: EvaluateConfig, adapter: AdapterFile | None = None) -> None:
     """Read what `evaluate` scores, without the model: hours of training may come before the scores.
 
+    Args:
+        config: What to score.
+        adapter: Its adapter.
+
     Raises:
-        LorakitError: There is no data, the adapter or the data cannot be read, or a package of the scores is missing.
+        LorakitError: There is no data, it cannot be read, or a package of the scores is missing.
     """
-    _read(config)
+    for note in config.data.template_notes:
+        _LOG.warning(note)
+    _read(config, adapter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,9 +163,9 @@ class _ScoredData:
     """The scored examples, in the order of their prompts if text is generated."""
 
 
-def _read(config: EvaluateConfig) -> _ScoredData:
-    """Read the adapter and the examples, and check that the task can score them."""
-    adapter, reader = AdapterFile.read(config.adapter), RowReader()
+def _read(config: EvaluateConfig, adapter: AdapterFile | None) -> _ScoredData:
+    """Read the examples, and check that the task can score them."""
+    reader = RowReader()
     task = _task(config, adapter, reader)
     if "loss" not in config.scores and task.generates and not task.has_references:
         raise ConfigurationError(
