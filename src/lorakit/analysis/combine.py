@@ -163,18 +163,6 @@ def check_combination(
         ConfigurationError: As for `combine_adapters`.
     """
     factors = [1.0] * len(stored) if weights is None else list(weights)
-    _check_settings(stored, factors, how)
-    share = _share_of_entries(how, density)
-    if rank is not None or energy is not None:
-        check_target(rank, energy)
-    for adapter in stored:
-        require_low_rank(adapter)
-    if factors != [1.0] or share != 1:
-        _check_linear(stored, factors)
-    return factors, share
-
-
-def _check_settings(stored: Sequence[StoredAdapter], factors: Sequence[float], how: str) -> None:
     if not stored:
         raise ConfigurationError("No adapter is given; name at least one.")
     if len(factors) != len(stored):
@@ -187,6 +175,14 @@ def _check_settings(stored: Sequence[StoredAdapter], factors: Sequence[float], h
                 f"A weight is {factor!r}; it must be a finite number other than 0. Omit an adapter without effect."
             )
     require_choice("how", how, get_args(How))
+    share = _share_of_entries(how, density)
+    if rank is not None or energy is not None:
+        check_target(rank, energy)
+    for adapter in stored:
+        require_low_rank(adapter)
+    if factors != [1.0] or share != 1:
+        _check_linear(stored, factors)
+    return factors, share
 
 
 def _share_of_entries(how: How, density: float | None) -> float:

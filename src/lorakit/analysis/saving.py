@@ -196,8 +196,7 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
     adapter = None
     if source.folder is not None:
         adapter = AdapterFile(str(source.folder), source.stored or read(source.path))
-    path = None if adapter is None else adapter.path
-    check_evaluation(_evaluation(scoring, base=base, adapter=path), adapter)
+    check_evaluation(_evaluation(scoring, base=base), adapter)
 
 
 def _score(

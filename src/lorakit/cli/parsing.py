@@ -72,15 +72,9 @@ def parse(
     source_of: dict[str, str | None] = {}
     runs: dict[str, Any] = {}  # the run's folder that each file sets
     for source, found, foreign in sources:
-        names_and_sections = {part for name in found for part in (name, name.split(".")[0])}
-        ignored = (
-            [part for part in unused(typed, found) if part in names_and_sections] if unused else []
-        )
-        found = {
-            name: value
-            for name, value in found.items()
-            if {name, name.split(".")[0]}.isdisjoint(ignored)
-        }
+        without = unused(typed, found) if unused else ()
+        ignored = [n for n in without if any(n in (name, name.split(".")[0]) for name in found)]
+        found = {n: v for n, v in found.items() if not {n, n.split(".")[0]} & set(ignored)}
         reasons = {
             "of other commands": shortest_names(foreign, found),
             "without effect beside the arguments": ignored,

@@ -135,11 +135,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
 
 
 def check_evaluation(config: EvaluateConfig, adapter: AdapterFile | None = None) -> None:
-    """Read what `evaluate` scores, without the model: hours of training may come before the scores.
-
-    Args:
-        config: What to score.
-        adapter: Its adapter.
+    """Read what `evaluate` scores with an adapter, without the model: hours of training may come before the scores.
 
     Raises:
         LorakitError: There is no data, it cannot be read, or a package of the scores is missing.
@@ -176,7 +172,7 @@ def _read(config: EvaluateConfig, adapter: AdapterFile | None) -> _ScoredData:
     rows = reader.read(data, split)
     data = as_recorded(data, adapter, rows.columns)
     if adapter is not None and issubclass(task.type, Labelled):
-        _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, config.adapter)
+        _require_labels(ColumnMap(data, rows.columns, rows.name), task.type, adapter.path)
     tokenizer = tokenizer_of_adapted(config.base, adapter)
     loaded = load_examples(
         data,
@@ -400,10 +396,8 @@ def _golds(group: Sequence[LanguageExample]) -> dict[str, Any]:
 def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader) -> DataTask:
     """Return the task that the adapter was trained for, whose labels its head has; else the task of the data."""
     configured = config.data.task_type
-    recorded = None
-    if adapter is not None:
-        recorded = recorded_task(adapter, None if configured is None else config.data.task)
-    if recorded is None:
+    named = None if configured is None else config.data.task
+    if adapter is None or (recorded := recorded_task(adapter, named)) is None:
         return task_of(config.data, config.scored_split(), reader=reader)
     if configured is None or config.data.task == recorded.name:
         return recorded
@@ -413,13 +407,13 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
         trained = recorded.name + (f" ({', '.join(recorded.labels)})" if recorded.labels else "")
         of = f" ({', '.join(configured.classes)})" if configured.classes else ""
         raise ConfigurationError(
-            f"data.task is {config.data.task}{of}, but the adapter {config.adapter} was trained for {trained}. "
+            f"data.task is {config.data.task}{of}, but the adapter {adapter.path} was trained for {trained}. "
             "Leave data.task out, or name data of that task."
         )
     return DataTask(name=config.data.task, labels=recorded.labels)
 
 
-def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str | None) -> None:
+def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str) -> None:
     """Reject rows that have the texts of `task` and no labels.
 
     Raises:
