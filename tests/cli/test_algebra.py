@@ -281,9 +281,6 @@ def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
     assert saved.scores == {str(tmp_path / "result"): {"rank": 4}, "result": {"rank": 2}}
 
 
-IS_IN = "the computed adapter is in {}, without its scores, which are computed next\n"
-
-
 @pytest.mark.parametrize("command", ["compress", "combine"])
 def test_an_input_that_a_training_replaces_meanwhile(
     call, folder, tmp_path, monkeypatch, command
@@ -303,7 +300,7 @@ def test_an_input_that_a_training_replaces_meanwhile(
     monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
     argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
     status, _, err = call(*argv, "--data.test", folder / "test.jsonl")
-    assert (status, err) == (0, IS_IN.format(tmp_path / "small"))
+    assert (status, err) == (0, "")
     used = folder / "one" / "adapter_model.safetensors"
     (origin,) = formats.read(tmp_path / "small").provenance["made_from"]
     assert origin == {"name": "best", "sha256": storage.sha256(used)}
@@ -384,7 +381,7 @@ def test_wrong_arguments_are_found_before_the_data_are_read(
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("command", CALLS)
 def test_a_result_is_kept_if_its_scoring_ends(
-    call, folder, tmp_path, monkeypatch, command, error
+    call, folder, tmp_path, monkeypatch, caplog, command, error
 ) -> None:
     def score(*_: Any) -> dict[str, float]:
         raise error
@@ -392,9 +389,9 @@ def test_a_result_is_kept_if_its_scoring_ends(
     output = tmp_path / "out"
     monkeypatch.setattr(saving, "_score", score)
     argv = [*filled(CALLS[command], folder, output), "--data.test", folder / "test.jsonl"]
-    status, _, err = call(*argv)
-    assert status != 0
-    assert IS_IN.format(output) in err
+    assert call(*argv)[0] != 0
+    (warning,) = caplog.messages
+    assert warning.startswith(f"the computed adapter is in {output}, without its scores")
     stored = formats.read(output)
     assert stored.provenance["made_by"]["command"] == command
     assert "scores" not in stored.provenance
