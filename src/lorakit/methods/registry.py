@@ -48,7 +48,7 @@ def unused_settings(config: Mapping[str, Any]) -> list[str]:
     names = str(config.get("method", "lora")).split("+")
     is_own = not set(names) <= set(SECTIONS)
     if config.get("from_adapter") is not None:
-        return [*SECTIONS, "method_settings", *([] if is_own else ["method"])]
+        return [*([] if is_own else ["method"]), *SECTIONS, "method_settings"]
     unused = [section for section in SECTIONS if section not in names]
     return unused if is_own else [*unused, "method_settings"]
 
