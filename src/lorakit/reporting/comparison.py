@@ -228,10 +228,16 @@ def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     differences = {}
     for name in dict.fromkeys(name for settings in flat for name in settings):
         values = [_effective(name, settings, run) for settings, run in zip(flat, runs, strict=True)]
+        configured = values if name == "method" else [settings.get(name) for settings in flat]
         known = [value for value in values if value != _OF_ADAPTER]
-        if name != "output" and any(value != known[0] for value in known):
+        # A section that one run does not use has the same default in both.
+        if name != "output" and _vary(configured) and _vary(known):
             differences[name] = values
     return differences
+
+
+def _vary(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
 
 
 _OF_ADAPTER = "as in from_adapter"
