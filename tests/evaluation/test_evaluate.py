@@ -260,7 +260,7 @@ def test_a_limit_takes_evenly_spaced_prompts_and_ignores_the_other_rows(trained,
     data = DataConfig(test=tiny_runs.write_rows(tmp_path / "test.jsonl", rows))
     config = settings(trained, data=data, scores=("loss",), limit=5)
     assert evaluate(config).examples == 10
-    scored = evaluate_module._read(config).examples
+    scored = evaluate_module._read(config, None).examples
     assert [example.prompt for example in scored[::2]] == [f"river {n}:" for n in (0, 2, 4, 6, 8)]
     with pytest.raises(LorakitError, match="context"):
         evaluate(dataclasses.replace(config, limit=None))

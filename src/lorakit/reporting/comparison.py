@@ -230,7 +230,7 @@ def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
         values = [_effective(name, settings, run) for settings, run in zip(flat, runs, strict=True)]
         configured = values if name == "method" else [settings.get(name) for settings in flat]
         known = [value for value in values if value != _OF_ADAPTER]
-        # A section that one run does not use has the same default in both.
+        # A setting with one value in all configurations is no difference because some runs do not use it.
         if name != "output" and _vary(configured) and _vary(known):
             differences[name] = values
     return differences
