@@ -290,7 +290,7 @@ def test_the_base_that_all_folders_of_peft_name():
     ]
     made = combine_adapters(both).adapter
     assert made.base_name == "org/base"
-    # Without a version, a reader would scale embeddings of Gemma 3 as PEFT before 0.18 did.
+    # Without a version, a reader would warn of PEFT before 0.18.
     assert made.provenance["peft"] == {**settings, "peft_version": "0.18.0"}
     both[1].provenance = {}
     assert "peft" not in combine_adapters(both).adapter.provenance

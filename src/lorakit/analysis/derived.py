@@ -122,7 +122,7 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     if len(of_peft) == len(records):
         kept["peft"] = _agreed(of_peft, of_peft[0])
         versions = [record.get("peft_version") for record in of_peft]
-        if all(versions):  # without one, a reader takes the file for one of PEFT before 0.18
+        if all(versions):  # without one, `load` warns that it may be one before 0.18
             kept["peft"]["peft_version"] = versions[0]
     config: dict[str, Any] = {}
     if all(_format(other) == _format(first) for other in originals):

@@ -373,39 +373,34 @@ def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
 
 
 @pytest.mark.parametrize("version", [None, "0.18.0"])
-def test_gemma_3s_embedding_is_computed_as_by_the_peft_that_wrote_it(version, tmp_path, caplog):
+def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
+    version, tmp_path, caplog
+):
     """PEFT before 0.18 did not multiply the adapter by sqrt(hidden_size), as this embedding does with its vectors."""
     base = tiny_models.build("gemma3")
-    theirs, _ = by_peft(base, tmp_path / "theirs", target_modules=["embed_tokens", "q_proj"])
-    config = tmp_path / "theirs" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": version}))
-    embedding = theirs.base_model.model.model.embed_tokens
-    scale = float(embedding.base_layer.embed_scale)
-    assert scale == pytest.approx(math.sqrt(32))
-    if version is None:
-        embedding.scaling["default"] /= scale
-    expected = theirs(IDS).logits
-    model = tiny_models.build("gemma3")
-    handle = lorakit.load(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(IDS).logits, expected)
-    assert ("so that is below 0.18" in caplog.text) == (version is None)
-    again = handle.save(tmp_path / "again")
-    assert json.loads((again / "adapter_config.json").read_text())["peft_version"] == "0.21.2"
-    (again / "lorakit.json").unlink()  # read as a folder of PEFT
-    lorakit.load(second := tiny_models.build("gemma3"), again)
-    assert torch.equal(second(IDS).logits, model(IDS).logits)
-    torch.testing.assert_close(
-        loaded_by_peft(tiny_models.build("gemma3"), again)(IDS).logits, expected
-    )
-
-
-def test_dora_on_gemma_3s_embedding_of_an_old_peft_is_refused(tmp_path):
-    by_peft(tiny_models.build("gemma3"), tmp_path, target_modules=["embed_tokens"], use_dora=True)
-    lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    theirs, _ = by_peft(base, tmp_path, target_modules=["embed_tokens", "q_proj"])
     config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": None}))
-    with pytest.raises(AdapterFileError, match=r"DoRA on 'model\.embed_tokens' .* before 0\.18"):
-        lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    options = {**json.loads(config.read_text()), "peft_version": version}
+    config.write_text(json.dumps(options))
+    model = tiny_models.build("gemma3")
+    lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits)
+    scale = math.sqrt(32)
+    said = f"lorakit does: 'model.embed_tokens' by {scale:g}. If such"
+    assert (said in caplog.text) == (version is None)
+    formats.write(formats.read(tmp_path), tmp_path / "converted")
+    lorakit.load(tiny_models.build("gemma3"), tmp_path / "converted")
+    assert caplog.text.count(said) == (2 if version is None else 0)
+    lorakit.load(tiny_models.build("gemma3").to("meta"), tmp_path)
+
+    # the repair that the message names
+    theirs.base_model.model.model.embed_tokens.scaling["default"] /= scale
+    repaired = {"alpha_pattern": {"embed_tokens": options["lora_alpha"] / scale}}
+    config.write_text(json.dumps({**options, **repaired, "peft_version": "0.18.0"}))
+    caplog.clear()
+    lorakit.load(model := tiny_models.build("gemma3"), tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits)
+    assert "0.18" not in caplog.text
 
 
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):

@@ -35,7 +35,7 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",  # read in `attention.as_computed` and `embedding.as_trained`
+    "peft_version",  # read in `attention.as_computed` and `fit.check_targets`
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
