@@ -118,6 +118,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         _reject_run_without_adapter(path)
         raise AdapterFileError(_no_adapter_in(path))
     _check_alpha(stored, alpha, path)
+    stored.notices += peft.option_notices(stored.from_peft or {})
     return stored
 
 

@@ -112,14 +112,13 @@ def _adapter(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
-    recorded = _provenance(options)
     return StoredAdapter(
         method=_method(config, layers, saved_modules),
         layers=layers,
         trained=classified.trained,
         base_copies=classified.base_copies,
-        provenance={"peft": recorded},
-        notices=[*notices, *rank_notices(layers), *option_notices(recorded)],
+        provenance={"peft": _provenance(options)},
+        notices=[*notices, *rank_notices(layers)],
         peft_config=options,
     )
 
