@@ -180,9 +180,17 @@ def test_dora_of_every_kind_that_peft_has(tmp_path):
 def test_listed_names_that_the_model_lacks_are_no_targets(tmp_path):
     """Lists for several models have them. A new adapter, as `lorakit plan` attaches one, rejects them."""
     model = tiny_models.build("llama")
-    by_peft(model, tmp_path, target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"])
+    by_peft(
+        model,
+        tmp_path,
+        target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"],
+        rank_pattern={"up_proj": 1, "qkv_proj": 8},
+        alpha_pattern={r"layers\.\d+\.mlp\.\w+_proj": 5, r"qkv_\w+": 7},
+    )
     stored = read_peft(tmp_path)
     assert stored.method.targets == ("layers.1.mlp.up_proj", "q_proj")
+    assert stored.method.rank_pattern == {"up_proj": 1}
+    assert stored.method.alpha_pattern == {r"layers\.\d+\.mlp\.\w+_proj": 5}
     again = lorakit.attach(tiny_models.build("llama"), stored.method)
     assert again.stored().layers.keys() == stored.layers.keys()
 

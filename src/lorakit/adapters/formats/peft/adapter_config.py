@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -125,6 +125,13 @@ class PeftConfig:
         """Return the factor on ``B A`` at `path`."""
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def used_entries(self, option: str, paths: Collection[str]) -> dict[str, Any]:
+        """Return rank_pattern or alpha_pattern without the entries that cover none of PEFT's paths."""
+        table: PatternTable[Any] = self._ranks if option == "rank_pattern" else self._alphas
+        with _valid(option):
+            unused = set(table.unused(paths))
+        return {key: value for key, value in getattr(self, option).items() if key not in unused}
 
     def is_target(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, by exactly its rule."""

@@ -306,7 +306,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
     if isinstance(listed, tuple) and listed and not restricted:
-        # PEFT allows names that the model lacks, in a list for several models; a new adapter of lorakit does not.
+        # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
         used = {ending for path in layers for ending in endings(path)}
         targets = tuple(sorted(used.intersection(listed))) or tuple(layers)
     elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
@@ -324,8 +324,8 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             scaling="rslora" if config.use_rslora else "standard",
             lora_bias=config.lora_bias,
             dora=config.use_dora,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
+            rank_pattern=config.used_entries("rank_pattern", layers),
+            alpha_pattern=config.used_entries("alpha_pattern", layers),
             train_modules=tuple(e for e in config.modules_to_save if e in saved_modules),
         )
     except ConfigurationError as error:
