@@ -63,14 +63,29 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
 def test_a_checkpoint_of_zero_3_and_its_repair(tmp_path: Path) -> None:
     """The keys of zero_to_fp32.py have the adapter's name, and its file is read like PEFT's."""
-    model = tiny_models.build("llama")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(tiny_models.build("llama"), options)
+    adapted.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
     adapted.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    save_file({key: torch.empty(0) for key in load_file(file)}, file)
-    with pytest.raises(AdapterFileError, match=r"has an empty lora_A: .*--exclude_frozen_param"):
-        formats.read(tmp_path)
+    sound = load_file(file)
+    # ZeRO-3 does not shard small parameters, so it may be the larger factor alone, or the head.
+    for ending, name in (("lora_A.weight", "A"), ("lora_B.weight", "B"), ("lm_head.weight", "")):
+        empty = {key: torch.empty(0) for key in sound if key.endswith(ending)}
+        save_file({**sound, **empty}, file)
+        with pytest.raises(
+            AdapterFileError,
+            match=rf"{name or 'lm_head.weight.'} is empty: .*--exclude_frozen_param",
+        ):
+            formats.read(tmp_path)
     file.unlink()
-    factors = {key: t for key, t in adapted.state_dict().items() if "lora_" in key}
-    torch.save(factors, tmp_path / "adapter_model.bin")
-    lorakit.load(tiny_models.build("llama"), tmp_path)
+    trained = {key: t.detach() for key, t in adapted.named_parameters() if t.requires_grad}
+    assert f"{PREFIX.partition('model.layers')[0]}lm_head.modules_to_save.default.weight" in trained
+    torch.save(trained, tmp_path / "adapter_model.bin")
+    lorakit.load(model := tiny_models.build("llama"), tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
+
+    torch.save({**trained, "lm_head.weight": torch.ones(99, 32)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match=r"do not explain, the first 'lm_head\.weight'"):
+        formats.read(tmp_path)

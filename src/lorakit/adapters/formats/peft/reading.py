@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.other_tools import SHARDED
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
@@ -30,6 +29,8 @@ _PART = re.compile(
 )
 _ADAPTER_NAME = re.compile(r"(?<=\.)(lora_\w+)\.default((\.weight|\.bias)?)$")
 """The default name of an adapter in a key of a live PEFT model; PEFT's own files leave it out."""
+_LIVE_COPY = re.compile(r"\.modules_to_save\.default(?=\.)")
+"""What a live PEFT model has in the name of a module that it trains in full."""
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
 
@@ -170,8 +171,6 @@ def _layer(
             f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
-    if not A.numel():
-        raise AdapterFileError(f"'{path}' has an empty {names[0]}: {SHARDED}")
     magnitude = parts.get(MAGNITUDE)
     if magnitude is not None and A.ndim > 2:
         expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
@@ -181,7 +180,7 @@ def _layer(
             )
         magnitude = magnitude.flatten()
     rank = config.rank_of(options_path)
-    if A.shape[:1] != (rank,):
+    if A.numel() and A.shape[:1] != (rank,):  # `StoredLayer` rejects an empty one
         raise AdapterFileError(
             f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
         )
@@ -247,8 +246,8 @@ class _OtherTensors:
         entry = self._entry_of(name)
         if entry is not None:
             self.saved_modules.add(entry)
-            self.trained[name] = tensor
-            return True
+            name = _LIVE_COPY.sub("", name)
+            return self.trained.setdefault(name, tensor) is tensor  # not a second one of this name
         owner, _, attribute = key.rpartition(".")
         in_layer = name != key  # the key has a `base_layer`, so it belongs to an adapted layer
         if (self.config.bias == "all" and "bias" in name) or (
