@@ -31,6 +31,10 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         ("lora_te1_text_model_q_proj.alpha", "a diffusion model"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a diffusion model"),
         ("unet.mid_block.to_q.lora_A.weight", "a diffusion model"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "a diffusion model"),  # Wan
+        ("diffusion_model.layers.0.ffn.lora_A.weight", "a diffusion model"),  # ComfyUI
+        ("text_encoder.text_model.encoder.fc1.lora_A.weight", "a diffusion model"),
+        ("text_encoder.block.0.q.lora_A.weight", "beside its adapter_config.json"),  # MusicGen
         ("a.lora_C", "were expected.$"),
     ],
 )
@@ -40,10 +44,11 @@ def test_a_file_that_is_given_alone(key: str, hint: str, tmp_path: Path) -> None
         formats.read(tmp_path / "lora.safetensors", alpha=16)
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
-    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+@pytest.mark.parametrize("name", ["adapter.gguf", "adapter.GGUF"])
+def test_a_gguf_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(AdapterFileError, match="Give the PEFT folder from which the GGUF file was"):
-        formats.read(tmp_path / "adapter.gguf")
+        formats.read(tmp_path / name)
 
 
 def test_a_folder_of_mlx(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.formats.layout import parameters_by_name
-from lorakit.adapters.formats.other_tools import hint_of_options
+from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.method import check_numbers
@@ -271,7 +271,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     kind = options.get("peft_type")
     if kind is None:
         raise AdapterFileError(
-            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of_options(options)}"
+            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of(options)}"
         )
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")
