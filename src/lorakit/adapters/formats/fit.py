@@ -32,9 +32,9 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
     Without a record of the base: layers with names of transformers 4 get today's. PEFT: every layer that the options
     select must have tensors, and every layer with tensors must be selected. PEFT, and adapters made from its folders:
-    layers on which PEFT computes something else are rejected. loralib: factors get the kind of the model's layer. Both:
-    copies of base weights that equal the model's are dropped; others count as trained. Every format: a trained
-    parameter that the model ties is listed under each name that the method trains.
+    layers on which PEFT computes something else are rejected, or get a notice. loralib: factors get the kind of the
+    model's layer. Both: copies of base weights that equal the model's are dropped; others count as trained. Every
+    format: a trained parameter that the model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -103,10 +103,10 @@ def _scale_notices(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> l
     found = listed([f"'{path}' by {scale:g}" for path, scale in scales.items()])
     return [
         "The file does not record its version of PEFT. PEFT before 0.18 did not multiply the adapter's part by the "
-        f"scale of an embedding (except for Gemma 1 and 2). lorakit does: {found}. If such a version trained the "
-        "adapter, it acts that many times stronger there than in training. Then divide alpha of the layer by this "
-        "number (alpha_pattern in adapter_config.json), or activate it with weight 1 / this number if it adapts "
-        'nothing else. Set peft_version to "0.18.0" in that file to end this warning.'
+        f"scale of an embedding (Gemma 1 and 2 scaled outside of it then). lorakit does: {found}. If such a version "
+        "trained the adapter, it acts that many times stronger there than in training. Then divide alpha of the layer "
+        "by this number (alpha_pattern in adapter_config.json), or activate it with weight 1 / this number if it "
+        'adapts nothing else. Set peft_version to "0.18.0" in that file to end this warning.'
     ]
 
 
