@@ -180,17 +180,17 @@ def test_dora_of_every_kind_that_peft_has(tmp_path):
 def test_listed_names_that_the_model_lacks_are_no_targets(tmp_path):
     """Lists for several models have them. A new adapter, as `lorakit plan` attaches one, rejects them."""
     model = tiny_models.build("llama")
-    by_peft(
-        model,
-        tmp_path,
-        target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"],
-        rank_pattern={"up_proj": 1, "qkv_proj": 8},
-        alpha_pattern={r"layers\.\d+\.mlp\.\w+_proj": 5, r"qkv_\w+": 7},
-    )
+    used = {"rank_pattern": {"up_proj": 1}, "alpha_pattern": {r"layers\.\d+\.mlp\.\w+_proj": 5}}
+    targets = ["q_proj", "qkv_proj", "layers.1.mlp.up_proj"]
+    by_peft(model, tmp_path, target_modules=targets, **used)
+    config = tmp_path / "adapter_config.json"
+    options = json.loads(config.read_text())
+    for pattern in used:
+        options[pattern] |= {"qkv_proj": 8, r"fc\d+": 4}
+    config.write_text(json.dumps(options))
     stored = read_peft(tmp_path)
     assert stored.method.targets == ("layers.1.mlp.up_proj", "q_proj")
-    assert stored.method.rank_pattern == {"up_proj": 1}
-    assert stored.method.alpha_pattern == {r"layers\.\d+\.mlp\.\w+_proj": 5}
+    assert {name: getattr(stored.method, name) for name in used} == used
     again = lorakit.attach(tiny_models.build("llama"), stored.method)
     assert again.stored().layers.keys() == stored.layers.keys()
 
@@ -396,10 +396,12 @@ def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
     scale = math.sqrt(32)
     said = f"lorakit does: 'model.embed_tokens' by {scale:g}. If such"
     assert (said in caplog.text) == (version is None)
-    formats.write(formats.read(tmp_path), tmp_path / "converted")
+    stored = formats.read(tmp_path)
+    stored.base_copies.clear()
+    formats.write(stored, tmp_path / "converted")
     lorakit.load(tiny_models.build("gemma3"), tmp_path / "converted")
     assert caplog.text.count(said) == (2 if version is None else 0)
-    lorakit.load(tiny_models.build("gemma3").to("meta"), tmp_path)
+    lorakit.load(tiny_models.build("gemma3").to("meta"), tmp_path / "converted")
 
     # the repair that the message names
     theirs.base_model.model.model.embed_tokens.scaling["default"] /= scale
