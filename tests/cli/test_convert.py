@@ -95,22 +95,23 @@ def test_there_and_back_the_tensors_are_the_same(adapter: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("settings", "alpha"),
+    ("settings", "rank", "alpha"),
     [
-        ({"rank": 4}, "16"),
-        ({"rank": 4, "scaling": "rslora"}, "32"),
-        ({"rank": 8, "scaling": "rslora"}, "45.25483399593904"),
-        ({"rank": 4, "init": "pissa"}, "32"),  # the file has twice the rank
+        ({"rank": 4}, "4", "16"),
+        ({"rank": 4, "scaling": "rslora"}, "4", "32"),
+        ({"rank": 8, "scaling": "rslora"}, "8", "45.25483399593904"),
+        ({"rank": 4, "init": "pissa"}, "8", "32"),  # the file has twice the rank
+        ({"rank": 4, "rank_pattern": {"q_proj": 2}}, "2 or 4", "16"),
     ],
     ids=str,
 )
-def test_the_note_names_the_alpha_that_a_loralib_file_needs(
-    settings: dict, alpha: str, tmp_path: Path, capsys
+def test_the_note_names_rank_and_alpha_that_a_loralib_file_needs(
+    settings: dict, rank: str, alpha: str, tmp_path: Path, capsys
 ) -> None:
     adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(**settings))
     folder = adapters.save(tmp_path / "adapter")
     convert(folder, tmp_path / "lora.bin")
-    assert f"--alpha {alpha} (loralib: lora_alpha={alpha})" in capsys.readouterr().out
+    assert f"--alpha {alpha} (loralib: r={rank}, lora_alpha={alpha})" in capsys.readouterr().out
     found = formats.read(tmp_path / "lora.bin", alpha=float(alpha)).layers
     expected = formats.read(folder).layers
     assert {p: one.scaling for p, one in found.items()} == {

@@ -39,7 +39,11 @@ FAULTS = (
     Fault("safetensors", "lorakit.adapters.formats.lorakit_json:_read", "tensors"),
     Fault("safetensors", "lorakit.storage.tensors:read_safetensors", "except Exception"),
     # a rank, DoRA without magnitudes, another method
-    Fault("peft", "lorakit.adapters.formats.peft.reading:_layer", "A.shape[:1] != (rank,)"),
+    Fault(
+        "peft",
+        "lorakit.adapters.formats.peft.reading:_layer",
+        "A.numel() and A.shape[:1] != (rank,)",
+    ),
     Fault(
         "peft",
         "lorakit.adapters.formats.peft.reading:_layer",

@@ -333,13 +333,17 @@ def _check_peft(folder: Path) -> list[str]:
         ("lora_dropout", 0.0, method.dropout),
         ("bias", "none", method.bias),
         ("use_dora", False, method.dora),
-        ("rank_pattern", {}, dict(method.rank_pattern)),
-        ("alpha_pattern", {}, dict(method.alpha_pattern)),
     ):
         told = default if options.get(name) is None else options[name]
         told = float(told) if name == "lora_alpha" and type(told) is int else told
         same = found == told and isinstance(found, bool) == isinstance(told, bool)
         _require(same, f"{name} differs from the file", (found, told))
+    for name in ("rank_pattern", "alpha_pattern"):
+        found, told = getattr(method, name), options.get(name) or {}
+        used = {
+            k: v for k, v in told.items() if any(_by_pattern({k: 1}, p, 0) for p in stored.layers)
+        }
+        _require(found == used, f"{name} differs from the file", (found, told))
     for path, layer in stored.layers.items():
         rank = _by_pattern(options.get("rank_pattern"), path, method.rank)
         alpha = _by_pattern(options.get("alpha_pattern"), path, method.alpha)

@@ -52,11 +52,11 @@ def run(argv: Sequence[str]) -> None:
         check_output(config.output, overwrite=config.overwrite)
     stored = formats.read(config.adapter, alpha=config.alpha)
     if to == "loralib":
-        alpha = formats.write_loralib(stored, config.output)
+        alpha, ranks = formats.write_loralib(stored, config.output)
         text = f"{alpha!r}".removesuffix(".0")
         notices = [
-            "loralib files store neither alpha nor rank: read this one with "
-            f"--alpha {text} (loralib: lora_alpha={text})."
+            f"loralib files store neither alpha nor rank: read this one with --alpha {text} "
+            f"(loralib: r={' or '.join(map(str, ranks))}, lora_alpha={text})."
         ]
     else:
         with storage.atomic_folder(config.output, overwrite=config.overwrite) as temporary:

@@ -135,8 +135,7 @@ def base_of(base: BaseConfig | str | None, adapter: AdapterFile | None) -> BaseC
             f"The adapter {adapter.path} does not say which base it was made for. Name it: --base.name MODEL."
         )
     # For a file of lorakit, the weights are compared: another commit of a hub base may have the same.
-    options = stored.provenance.get("peft") if stored.base is None else None
-    return recorded_base(base, name, options.get("revision") if isinstance(options, dict) else None)
+    return recorded_base(base, name, (stored.from_peft or {}).get("revision"))
 
 
 def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConfig:

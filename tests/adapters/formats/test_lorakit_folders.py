@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -219,19 +220,31 @@ def test_a_truncated_or_missing_file_is_found(folder):
         (folder / name).write_bytes(data)
 
 
-def test_a_folder_into_which_peft_saved_names_the_way_out(folder):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
+def test_a_folder_into_which_peft_saved_names_the_way_out(tmp_path):
     """PEFT leaves lorakit.json, whose record belongs to the old tensors."""
-    config = folder / "adapter_config.json"
-    options = json.loads(config.read_text())
-    config.write_text(json.dumps({**options, "base_model_name_or_path": "owner/tiny"}))
+    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2, targets="q_proj"))
+    folder = adapters.save(tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(tiny_models.build("llama"), folder)
+    factors = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    factors.lora_B["default"].weight.data.fill_(0.5)
+    adapted.save_pretrained(folder)
     with pytest.raises(
-        AdapterFileError, match=r"has changed .* delete lorakit\.json: the folder is"
+        AdapterFileError,
+        match=r"adapter_config\.json' has changed .* delete lorakit\.json: the folder is",
     ):
         formats.read(folder)
     (folder / "lorakit.json").unlink()
-    assert formats.read(folder).base_name == "owner/tiny"
-    formats.write(ADAPTERS["plain"], folder)
-    (folder / "tokenizer" / "vocabulary.txt").write_text("a")
+    lorakit.load(model := tiny_models.build("llama"), folder)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer/vocabulary.txt"])
+def test_another_changed_file_is_damaged(folder, name):
+    """Without lorakit.json, nothing would show the damage."""
+    with (folder / name).open("ab") as file:
+        file.write(b"a")
     with pytest.raises(AdapterFileError, match=r"Download or save the adapter again\.$"):
         formats.read(folder)
 

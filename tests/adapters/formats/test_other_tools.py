@@ -31,6 +31,10 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         ("lora_te1_text_model_q_proj.alpha", "a diffusion model"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "a diffusion model"),
         ("unet.mid_block.to_q.lora_A.weight", "a diffusion model"),
+        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "a diffusion model"),  # Wan
+        ("diffusion_model.layers.0.ffn.lora_A.weight", "a diffusion model"),  # ComfyUI
+        ("text_encoder.text_model.encoder.fc1.lora_A.weight", "a diffusion model"),
+        ("text_encoder.block.0.q.lora_A.weight", "beside its adapter_config.json"),  # MusicGen
         ("a.lora_C", "were expected.$"),
     ],
 )
@@ -40,10 +44,11 @@ def test_a_file_that_is_given_alone(key: str, hint: str, tmp_path: Path) -> None
         formats.read(tmp_path / "lora.safetensors", alpha=16)
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
-    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+@pytest.mark.parametrize("name", ["adapter.gguf", "adapter.GGUF"])
+def test_a_gguf_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(AdapterFileError, match="Give the PEFT folder from which the GGUF file was"):
-        formats.read(tmp_path / "adapter.gguf")
+        formats.read(tmp_path / name)
 
 
 def test_a_folder_of_mlx(tmp_path: Path) -> None:
@@ -63,14 +68,29 @@ def test_a_folder_of_diffusers(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
 def test_a_checkpoint_of_zero_3_and_its_repair(tmp_path: Path) -> None:
     """The keys of zero_to_fp32.py have the adapter's name, and its file is read like PEFT's."""
-    model = tiny_models.build("llama")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(tiny_models.build("llama"), options)
+    adapted.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.1
     adapted.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    save_file({key: torch.empty(0) for key in load_file(file)}, file)
-    with pytest.raises(AdapterFileError, match=r"has an empty lora_A: .*--exclude_frozen_param"):
-        formats.read(tmp_path)
+    sound = load_file(file)
+    # ZeRO-3 does not shard small parameters, so it may be the larger factor alone, or the head.
+    for ending, name in (("lora_A.weight", "A"), ("lora_B.weight", "B"), ("lm_head.weight", "")):
+        empty = {key: torch.empty(0) for key in sound if key.endswith(ending)}
+        save_file({**sound, **empty}, file)
+        with pytest.raises(
+            AdapterFileError,
+            match=rf"{name or 'lm_head.weight.'} is empty: .*--exclude_frozen_param",
+        ):
+            formats.read(tmp_path)
     file.unlink()
-    factors = {key: t for key, t in adapted.state_dict().items() if "lora_" in key}
-    torch.save(factors, tmp_path / "adapter_model.bin")
-    lorakit.load(tiny_models.build("llama"), tmp_path)
+    trained = {key: t.detach() for key, t in adapted.named_parameters() if t.requires_grad}
+    assert f"{PREFIX.partition('model.layers')[0]}lm_head.modules_to_save.default.weight" in trained
+    torch.save(trained, tmp_path / "adapter_model.bin")
+    lorakit.load(model := tiny_models.build("llama"), tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
+
+    torch.save({**trained, "lm_head.weight": torch.ones(99, 32)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match=r"do not explain, the first 'lm_head\.weight'"):
+        formats.read(tmp_path)

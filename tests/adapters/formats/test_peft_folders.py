@@ -180,9 +180,17 @@ def test_dora_of_every_kind_that_peft_has(tmp_path):
 def test_listed_names_that_the_model_lacks_are_no_targets(tmp_path):
     """Lists for several models have them. A new adapter, as `lorakit plan` attaches one, rejects them."""
     model = tiny_models.build("llama")
-    by_peft(model, tmp_path, target_modules=["q_proj", "qkv_proj", "layers.1.mlp.up_proj"])
+    used = {"rank_pattern": {"up_proj": 1}, "alpha_pattern": {r"layers\.\d+\.mlp\.\w+_proj": 5}}
+    targets = ["q_proj", "qkv_proj", "layers.1.mlp.up_proj"]
+    by_peft(model, tmp_path, target_modules=targets, **used)
+    config = tmp_path / "adapter_config.json"
+    options = json.loads(config.read_text())
+    for pattern in used:
+        options[pattern] |= {"qkv_proj": 8, r"fc\d+": 4}
+    config.write_text(json.dumps(options))
     stored = read_peft(tmp_path)
     assert stored.method.targets == ("layers.1.mlp.up_proj", "q_proj")
+    assert {name: getattr(stored.method, name) for name in used} == used
     again = lorakit.attach(tiny_models.build("llama"), stored.method)
     assert again.stored().layers.keys() == stored.layers.keys()
 
@@ -373,39 +381,36 @@ def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
 
 
 @pytest.mark.parametrize("version", [None, "0.18.0"])
-def test_gemma_3s_embedding_is_computed_as_by_the_peft_that_wrote_it(version, tmp_path, caplog):
+def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
+    version, tmp_path, caplog
+):
     """PEFT before 0.18 did not multiply the adapter by sqrt(hidden_size), as this embedding does with its vectors."""
     base = tiny_models.build("gemma3")
-    theirs, _ = by_peft(base, tmp_path / "theirs", target_modules=["embed_tokens", "q_proj"])
-    config = tmp_path / "theirs" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": version}))
-    embedding = theirs.base_model.model.model.embed_tokens
-    scale = float(embedding.base_layer.embed_scale)
-    assert scale == pytest.approx(math.sqrt(32))
-    if version is None:
-        embedding.scaling["default"] /= scale
-    expected = theirs(IDS).logits
-    model = tiny_models.build("gemma3")
-    handle = lorakit.load(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(IDS).logits, expected)
-    assert ("so that is below 0.18" in caplog.text) == (version is None)
-    again = handle.save(tmp_path / "again")
-    assert json.loads((again / "adapter_config.json").read_text())["peft_version"] == "0.21.2"
-    (again / "lorakit.json").unlink()  # read as a folder of PEFT
-    lorakit.load(second := tiny_models.build("gemma3"), again)
-    assert torch.equal(second(IDS).logits, model(IDS).logits)
-    torch.testing.assert_close(
-        loaded_by_peft(tiny_models.build("gemma3"), again)(IDS).logits, expected
-    )
-
-
-def test_dora_on_gemma_3s_embedding_of_an_old_peft_is_refused(tmp_path):
-    by_peft(tiny_models.build("gemma3"), tmp_path, target_modules=["embed_tokens"], use_dora=True)
-    lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    theirs, _ = by_peft(base, tmp_path, target_modules=["embed_tokens", "q_proj"])
     config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": None}))
-    with pytest.raises(AdapterFileError, match=r"DoRA on 'model\.embed_tokens' .* before 0\.18"):
-        lorakit.load(tiny_models.build("gemma3"), tmp_path)
+    options = {**json.loads(config.read_text()), "peft_version": version}
+    config.write_text(json.dumps(options))
+    model = tiny_models.build("gemma3")
+    lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits)
+    scale = math.sqrt(32)
+    said = f"lorakit does: 'model.embed_tokens' by {scale:g}. If such"
+    assert (said in caplog.text) == (version is None)
+    stored = formats.read(tmp_path)
+    stored.base_copies.clear()
+    formats.write(stored, tmp_path / "converted")
+    lorakit.load(tiny_models.build("gemma3"), tmp_path / "converted")
+    assert caplog.text.count(said) == (2 if version is None else 0)
+    lorakit.load(tiny_models.build("gemma3").to("meta"), tmp_path / "converted")
+
+    # the repair that the message names
+    theirs.base_model.model.model.embed_tokens.scaling["default"] /= scale
+    repaired = {"alpha_pattern": {"embed_tokens": options["lora_alpha"] / scale}}
+    config.write_text(json.dumps({**options, **repaired, "peft_version": "0.18.0"}))
+    caplog.clear()
+    lorakit.load(model := tiny_models.build("gemma3"), tmp_path)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits)
+    assert "0.18" not in caplog.text
 
 
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):

@@ -27,7 +27,7 @@ from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
 from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
-from lorakit.adapters.formats.other_tools import GGUF, hint_of_files
+from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
@@ -96,7 +96,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
             raise AdapterFileError(
                 f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
             )
-        if path.suffix == GGUF:
+        if path.suffix.lower() == ".gguf":
             raise AdapterFileError(
                 f"'{path}' is a GGUF file, which can be a base (--base.name) but no adapter. Give the PEFT folder from "
                 "which the GGUF file was made."
@@ -118,6 +118,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         _reject_run_without_adapter(path)
         raise AdapterFileError(_no_adapter_in(path))
     _check_alpha(stored, alpha, path)
+    stored.notices += peft.option_notices(stored.from_peft or {})
     return stored
 
 
@@ -275,7 +276,7 @@ def _no_adapter_in(folder: Path) -> str:
     entries = sorted(folder.iterdir())
     adapters = [p for p in entries if p.is_dir() and any((p / n).exists() for n in _CONFIG_NAMES)]
     tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
-    hint = hint_of_files([p.name for p in entries])
+    hint = hint_of(p.name for p in entries)
     if adapters:
         hint = f" Did you mean '{adapters[0]}'?"
     elif (folder / "config.json").exists():

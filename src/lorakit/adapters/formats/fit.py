@@ -16,10 +16,9 @@ from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, paramet
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
-from lorakit.adapters.formats.peft.embedding import as_trained
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, located
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
@@ -33,9 +32,9 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
 
     Without a record of the base: layers with names of transformers 4 get today's. PEFT: every layer that the options
     select must have tensors, and every layer with tensors must be selected. PEFT, and adapters made from its folders:
-    layers on which PEFT computes something else are rejected. loralib: factors get the kind of the model's layer. Both:
-    copies of base weights that equal the model's are dropped; others count as trained. Every format: a trained
-    parameter that the model ties is listed under each name that the method trains.
+    layers on which PEFT computes something else are rejected, or get a notice. loralib: factors get the kind of the
+    model's layer. Both: copies of base weights that equal the model's are dropped; others count as trained. Every
+    format: a trained parameter that the model ties is listed under each name that the method trains.
 
     Args:
         stored: The adapter from the file; changed in place.
@@ -49,7 +48,9 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     if stored.base is None:
         _rename_layers(stored, path, model, modules)
     if stored.from_peft is not None:
-        _require_arithmetic(stored, path, model, modules)
+        _require_arithmetic(stored, path, model)
+        if not stored.from_peft.get("peft_version"):  # PEFT records it since 0.18
+            stored.notices += _scale_notices(stored.layers, modules)
     elif stored.base is None:  # a loralib file records no base
         stored.layers = {p: _of_kind(layer, modules.get(p)) for p, layer in stored.layers.items()}
         stored.notices = [notice for notice in stored.notices if notice != ASSUMED_KINDS]
@@ -73,10 +74,8 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             _require_saved_modules(stored, path, model, names)
 
 
-def _require_arithmetic(
-    stored: StoredAdapter, path: str | Path, model: nn.Module, modules: Mapping[str, nn.Module]
-) -> None:
-    """Reject layers on which lorakit computes something else than the PEFT that trained the adapter; scale others."""
+def _require_arithmetic(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
+    """Reject layers on which lorakit computes something else than the PEFT that trained the adapter."""
     beyond = beyond_peft(model)
     for layer_path in stored.layers:
         if layer_path in beyond:
@@ -84,9 +83,31 @@ def _require_arithmetic(
                 f"'{path}' adapts '{layer_path}', but {beyond[layer_path]}: lorakit would compute something else "
                 "than the adapter was trained with. Load it with PEFT."
             )
-    if not (stored.from_peft or {}).get("peft_version"):  # PEFT records it since 0.18
-        with located(f"'{path}'"):
-            stored.notices += as_trained(stored.layers, model, modules)
+
+
+def _scale_notices(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return a notice if a layer is an embedding that multiplies its vectors by a number other than 1.
+
+    PEFT multiplies the adapter's part too since 0.18 (https://github.com/huggingface/peft/pull/2825). Gemma 1 and 2
+    multiplied outside of their embedding at the time of earlier versions.
+    """
+    scales = {}
+    for path in layers:
+        module = modules.get(path)
+        # `embed_scale` may be a tensor without data, and is rounded to the model's dtype.
+        scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+        if scale != 1:
+            scales[path] = float(scale)
+    if not scales:
+        return []
+    found = listed([f"'{path}' by {scale:g}" for path, scale in scales.items()])
+    return [
+        "The file does not record its version of PEFT. PEFT before 0.18 did not multiply the adapter's part by the "
+        f"scale of an embedding (Gemma 1 and 2 scaled outside of it then). lorakit does: {found}. If such a version "
+        "trained the adapter, it acts that many times stronger there than in training. Then divide alpha of the layer "
+        "by this number (alpha_pattern in adapter_config.json), or activate it with weight 1 / this number if it "
+        'adapts nothing else. Set peft_version to "0.18.0" in that file to end this warning.'
+    ]
 
 
 def _rename_layers(

@@ -19,7 +19,6 @@ from lorakit import storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.peft.factors import from_peft, peft_rank
-from lorakit.adapters.formats.peft.reading import option_notices
 from lorakit.adapters.formats.peft.writing import factor_keys, layer_keys
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
@@ -160,7 +159,7 @@ def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
             raise AdapterFileError(
                 f"the tensor file holds {len(tensors)} tensors that {NAME} does not list, the first '{min(tensors)}'."
             )
-        stored = StoredAdapter(
+        return StoredAdapter(
             method=_method(record.get("method")),
             layers=layers,
             modules=modules,
@@ -169,8 +168,6 @@ def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
             provenance=dict(record.get("provenance") or {}),
             notices=[*notices, *rank_notices(layers)],
         )
-        stored.notices += option_notices(stored.from_peft or {})
-        return stored
     except LorakitError as error:
         raise AdapterFileError(f"'{folder}': {error}") from error
     except Exception as error:  # untrusted: a value may have any type or size
@@ -287,14 +284,13 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
         if name != CARD_NAME:
-            as_peft = (
+            as_peft = (  # PEFT's save always changes its configuration
                 f" If PEFT saved into this folder, or you edited the file, delete {NAME}: the folder is then read as "
-                "PEFT's, without the record of its base."
+                "PEFT's, without the record of its base, task and templates."
             )
             raise AdapterFileError(
                 f"'{folder / name}' has changed since the adapter was saved: it was damaged or edited. "
-                "Download or save the adapter again."
-                + (as_peft if name in (peft.CONFIG_NAME, peft.TENSORS_NAME) else "")
+                f"Download or save the adapter again.{as_peft if name == peft.CONFIG_NAME else ''}"
             )
         notices.append(f"'{folder / name}' was edited after the adapter was saved.")
     return notices

@@ -60,8 +60,7 @@ class StoredAdapter:
         """The name of the base: that of its record, else the one in the file of PEFT."""
         if self.base is not None:
             return self.base.source.name
-        recorded = self.provenance.get("peft")
-        name = recorded.get("base_model_name_or_path") if isinstance(recorded, Mapping) else None
+        name = (self.from_peft or {}).get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
     @property

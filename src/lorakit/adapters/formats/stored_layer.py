@@ -197,7 +197,11 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"{', '.join(map(dtype_name, FLOATS))} can be read."
         )
     if tensor.numel() == 0:
-        raise AdapterFileError(f"{name} is empty: its shape is {tuple(tensor.shape)}.")
+        raise AdapterFileError(
+            f"{name} is empty: its shape is {tuple(tensor.shape)}. If ZeRO-3 or FSDP had the weights in shards, save "
+            "the adapter again with gathered weights. Or in a checkpoint of DeepSpeed, run zero_to_fp32.py with "
+            "--exclude_frozen_parameters, and put its file beside adapter_config.json as adapter_model.bin."
+        )
     # A sum is finite only if all numbers are, and takes a third of the time; it may also overflow.
     if not tensor.is_meta and not tensor.sum().isfinite() and not tensor.isfinite().all():
         wrong = int((~tensor.isfinite()).sum())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.formats.other_tools import hint_of_key
+from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
@@ -105,7 +105,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         elif "lora_" in key or "_adapter" in key:
             raise AdapterFileError(
                 f"'{key}' is not a name of loralib; names that end in .lora_A or .lora_B were expected."
-                f"{hint_of_key(key)}"
+                f"{hint_of([key])}"
             )
         else:
             others[key] = tensor

@@ -19,7 +19,7 @@ SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth")
 """Suffixes of loralib files."""
 
 
-def write_loralib(stored: StoredAdapter, path: str | Path) -> float:
+def write_loralib(stored: StoredAdapter, path: str | Path) -> tuple[float, list[int]]:
     """Write one file for loralib's ``model.load_state_dict(..., strict=False)``.
 
     Args:
@@ -28,8 +28,8 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> float:
             (a pickle of plain tensors, which loads with ``weights_only=True``).
 
     Returns:
-        The `lora_alpha` that a reader must set. It differs from the adapter's alpha where loralib's scaling alpha / r
-        or its rank does: with rsLoRA and PiSSA.
+        The `lora_alpha` that a reader must set, and the different ranks r of the layers. They differ from the adapter's
+        where loralib's scaling alpha / r or its rank does: with rsLoRA and PiSSA.
 
     Raises:
         AdapterFileError: loralib cannot represent the adapter, or it has `base_copies`.
@@ -47,11 +47,12 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> float:
         )
     stored.require_no_base_copies()
     state: dict[str, Tensor] = {}
-    alphas = set()
+    alphas, ranks = set(), set()
     for place, layer in stored.layers.items():
         with located(f"'{place}'"):
             A, B, rank = _to_loralib(layer)
         alphas.add(layer.alpha if layer.alpha / rank == layer.scaling else layer.scaling * rank)
+        ranks.add(rank)
         state |= {f"{place}.lora_A": A, f"{place}.lora_B": B}
     if len(alphas) > 1:
         raise AdapterFileError(
@@ -65,7 +66,7 @@ def write_loralib(stored: StoredAdapter, path: str | Path) -> float:
         else:
             with temporary.open("wb") as file:
                 torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
-    return alphas.pop()
+    return alphas.pop(), sorted(ranks)
 
 
 def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:

@@ -2,7 +2,7 @@
 
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, expected_layers
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
-from lorakit.adapters.formats.peft.reading import PICKLE_NAME, read_peft
+from lorakit.adapters.formats.peft.reading import PICKLE_NAME, option_notices, read_peft
 from lorakit.adapters.formats.peft.writing import TENSORS_NAME, PeftForm, peft_form, write_peft
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "NotExpressibleError",
     "PeftForm",
     "expected_layers",
+    "option_notices",
     "peft_form",
     "read_peft",
     "write_peft",

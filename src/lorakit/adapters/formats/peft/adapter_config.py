@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.formats.layout import parameters_by_name
-from lorakit.adapters.formats.other_tools import hint_of_options
+from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora.method import check_numbers
@@ -35,7 +35,7 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",  # read in `attention.as_computed` and `embedding.as_trained`
+    "peft_version",  # read in `attention.as_computed` and `fit.check_targets`
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
@@ -125,6 +125,13 @@ class PeftConfig:
         """Return the factor on ``B A`` at `path`."""
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def used_entries(self, option: str, paths: Collection[str]) -> dict[str, Any]:
+        """Return rank_pattern or alpha_pattern without the entries that cover none of PEFT's paths."""
+        table: PatternTable[Any] = self._ranks if option == "rank_pattern" else self._alphas
+        with _valid(option):
+            unused = set(table.unused(paths))
+        return {key: value for key, value in getattr(self, option).items() if key not in unused}
 
     def is_target(self, path: str) -> bool:
         """Whether PEFT would adapt the module at `path`, by exactly its rule."""
@@ -264,7 +271,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
     kind = options.get("peft_type")
     if kind is None:
         raise AdapterFileError(
-            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of_options(options)}"
+            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of(options)}"
         )
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.other_tools import SHARDED
 from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
@@ -30,6 +29,8 @@ _PART = re.compile(
 )
 _ADAPTER_NAME = re.compile(r"(?<=\.)(lora_\w+)\.default((\.weight|\.bias)?)$")
 """The default name of an adapter in a key of a live PEFT model; PEFT's own files leave it out."""
+_LIVE_COPY = re.compile(r"\.modules_to_save\.default(?=\.)")
+"""What a live PEFT model has in the name of a module that it trains in full."""
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
 
@@ -112,14 +113,13 @@ def _adapter(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
-    recorded = _provenance(options)
     return StoredAdapter(
         method=_method(config, layers, saved_modules),
         layers=layers,
         trained=classified.trained,
         base_copies=classified.base_copies,
-        provenance={"peft": recorded},
-        notices=[*notices, *rank_notices(layers), *option_notices(recorded)],
+        provenance={"peft": _provenance(options)},
+        notices=[*notices, *rank_notices(layers)],
         peft_config=options,
     )
 
@@ -171,8 +171,6 @@ def _layer(
             f"{str(config.lora_bias).lower()}."
         )
     A, B = (parts[name] for name in names)
-    if not A.numel():
-        raise AdapterFileError(f"'{path}' has an empty {names[0]}: {SHARDED}")
     magnitude = parts.get(MAGNITUDE)
     if magnitude is not None and A.ndim > 2:
         expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
@@ -182,7 +180,7 @@ def _layer(
             )
         magnitude = magnitude.flatten()
     rank = config.rank_of(options_path)
-    if A.shape[:1] != (rank,):
+    if A.numel() and A.shape[:1] != (rank,):  # `StoredLayer` rejects an empty one
         raise AdapterFileError(
             f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
         )
@@ -248,8 +246,8 @@ class _OtherTensors:
         entry = self._entry_of(name)
         if entry is not None:
             self.saved_modules.add(entry)
-            self.trained[name] = tensor
-            return True
+            name = _LIVE_COPY.sub("", name)
+            return self.trained.setdefault(name, tensor) is tensor  # not a second one of this name
         owner, _, attribute = key.rpartition(".")
         in_layer = name != key  # the key has a `base_layer`, so it belongs to an adapted layer
         if (self.config.bias == "all" and "bias" in name) or (
@@ -307,7 +305,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
     if isinstance(listed, tuple) and listed and not restricted:
-        # PEFT allows names that the model lacks, in a list for several models; a new adapter of lorakit does not.
+        # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
         used = {ending for path in layers for ending in endings(path)}
         targets = tuple(sorted(used.intersection(listed))) or tuple(layers)
     elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
@@ -325,8 +323,8 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             scaling="rslora" if config.use_rslora else "standard",
             lora_bias=config.lora_bias,
             dora=config.use_dora,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
+            rank_pattern=config.used_entries("rank_pattern", layers),
+            alpha_pattern=config.used_entries("alpha_pattern", layers),
             train_modules=tuple(e for e in config.modules_to_save if e in saved_modules),
         )
     except ConfigurationError as error:

@@ -21,7 +21,6 @@ from lorakit.adapters.formats.peft.attention import (
     both_projections,
     written_notices,
 )
-from lorakit.adapters.formats.peft.embedding import depends_on_version
 from lorakit.adapters.formats.peft.experts import taken_for_experts
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.peft.targets import target_modules
@@ -122,10 +121,10 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
         form.config["lora_bias"] = True  # PEFT has it since 0.14
-    if arithmetic or depends_on_version(entries, model_type):
+    if arithmetic:
         form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
-    elif stored.from_peft is not None and "peft_version" in stored.from_peft:
-        form.config["peft_version"] = stored.from_peft["peft_version"]
+    elif version := (stored.from_peft or {}).get("peft_version"):
+        form.config["peft_version"] = version
     return form
 
 
