@@ -33,14 +33,17 @@ from lorakit.training.run_folder import (
 )
 from lorakit.training.warm_start import method_of
 
+ROUNDING = ("gradient_checkpointing", "evaluation.batch_size")
+"""Settings that round differently. A run that is out of memory may need other values to go on."""
+
 NOT_COMPARED = (
     *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
     *("data.test", "data.test_split"),  # for other commands, with the same file of settings
-    # A run may need others to go on; only rounding differs.
-    *("gradient_checkpointing", "base.device", "evaluation.batch_size"),
+    *("base.device", *ROUNDING),
 )
-"""Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
+"""Settings that may differ between the sessions of a run. The last three round differently; the others change no result
+of a run that goes well."""
 
 
 @contextmanager
