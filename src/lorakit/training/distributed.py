@@ -52,6 +52,11 @@ class Processes:
         """Whether this process writes the files of the run and prints its progress."""
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """The number of processes on this machine: all, if the launcher does not set it."""
+        return _number("LOCAL_WORLD_SIZE", default=str(self.count)) if self.count > 1 else 1
+
     def set_stage(self, stage: str) -> None:
         """Set the stage of the run ("step 3") that error messages name."""
         if self.peers is not None:

@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> RunResult:
         if interruption.requested and not job.is_over(state):
             # After the live line, which wraps what is printed beside it: the command stays on one line.
             interruption.exit(
-                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes.count)}"
+                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes)}"
             )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))

@@ -60,21 +60,21 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
         run = None
         with processes.together():
             if processes.is_first:
-                run = stack.enter_context(_open_locked(config))
+                run = stack.enter_context(_open_locked(config, processes.here))
         run = cast(RunFolder, processes.from_first(run))
         try:
             yield run
         except RunFolderError as error:
             if not storage.is_disk_full(error) or not newest_step(run.checkpoints):
                 raise
-            resume = run.resume_command(processes.count)
+            resume = run.resume_command(processes)
             raise RunFolderError(
                 str(error), f"The run can go on from its checkpoint: {resume}"
             ) from error
 
 
 @contextmanager
-def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
+def _open_locked(config: TrainConfig, copies: int) -> Iterator[RunFolder]:
     """Open or create the run folder `config.output`, and lock it for this process.
 
     The folder does not change before `RunFolder.begin`. If a run fails before that (a misspelt target, an empty data
@@ -92,7 +92,7 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     if config.overwrite:
         _require_first_start(path)
         _require_inputs_elsewhere(path, config)
-    config, dtype_reason = _resolved(config, path)
+    config, dtype_reason = _resolved(config, path, copies)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
@@ -116,10 +116,11 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
                     folder.rmdir()
 
 
-def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
+def _resolved(config: TrainConfig, path: Path, copies: int) -> tuple[TrainConfig, str]:
     """Return `config` with the resolved dtype and learning rate, which config.yaml records, and why this dtype.
 
-    A resumed run keeps its dtype, also on a machine where another is faster.
+    A resumed run keeps its dtype, also on a machine where another is faster. Otherwise the dtype fits `copies` of the
+    base, one in each process of this machine.
     """
     base, reason = config.base, ""
     if base.dtype == "auto" and config.resume and (path / CONFIG).exists():
@@ -127,7 +128,7 @@ def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
         base, reason = dataclasses.replace(base, dtype=recorded), "the run began with it"
     if base.dtype == "auto":
         pick_device(base.device)  # rejects a device that this machine lacks
-        base, reason = resolve_dtype(base, batch_size=config.batch_size)
+        base, reason = resolve_dtype(base, batch_size=config.batch_size, copies=copies)
     method, rate = method_of(config), config.optimizer.learning_rate
     rate = default_rate(method) if rate is None else rate
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
