@@ -452,6 +452,14 @@ def mistakes(root: Path) -> Any:
         distributed._backend = lambda *_: ("gloo", "nccl")[rank]
         train(run_config(root, "mistake"))
 
+    def without_a_device_in_one(rank: int) -> None:
+        def fail(*_: object) -> str:
+            raise RuntimeError("this GPU is in use\nCompile with `TORCH_USE_CUDA_DSA`")
+
+        if rank == 1:
+            distributed._backend = fail
+        train(run_config(root, "mistake"))
+
     def with_other_software(rank: int) -> None:
         opening.versions = lambda: {"torch": f"2.{rank}"}
         train(run_config(root, "mistake"))
@@ -462,6 +470,7 @@ def mistakes(root: Path) -> Any:
             2, lambda rank: train(run_config(root, "mistake", batch_size=4 + rank))
         ),
         "one GPU": run(2, with_a_gpu_in_one),
+        "no device": run(2, without_a_device_in_one),
         "other data": run(2, from_folders("here", "there")),
         "bad data": run(2, from_folders("here", "bad")),
         "exploding": run(

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +24,7 @@ from scenarios import (
     require_success,
 )
 from several_processes import COUNTS, steps_of, ways_on
+from torch.distributed import HashStore
 
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
@@ -224,6 +228,7 @@ MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
     "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'.",
     "one GPU": "ConfigurationError: Process 1 of 2 computes on a GPU, and process 0 on the CPU.",
+    "no device": "this GPU is in use",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
     "exploding": "DivergenceError: Training diverged at step",
 }
@@ -241,6 +246,9 @@ def test_all_processes_end_with_the_same_error(root: Path, mistake: str) -> None
 @pytest.mark.slow
 def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     mistakes = outcomes(root, "mistakes")
+    other, own = (process["output"] for process in mistakes["no device"])
+    assert own.startswith("ConfigurationError: this GPU")
+    assert other.startswith("ConfigurationError: Process 1 of 2 failed: this GPU")
     other, own = (process["output"] for process in mistakes["bad data"])
     assert own.startswith("DataError: ")
     assert other.startswith("LorakitError: Process 1 of 2 failed: ")
@@ -266,6 +274,23 @@ def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path)
     )
     with pytest.raises(RunFolderError, match=message):
         loop._restore(cast(Any, run), cast(Any, job), {})
+
+
+def test_the_process_with_the_store_waits_until_the_others_have_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store = HashStore()
+    store.set("backend/1", "nccl")
+    with ThreadPoolExecutor(1) as pool:
+        agreed = pool.submit(
+            distributed._agreed_backend, store, Processes(count=2), "cpu", timedelta(seconds=9)
+        )
+        time.sleep(0.2)
+        assert agreed.running()
+        store.set("read/1", "")
+        with pytest.raises(ConfigurationError, match="Process 1 of 2 computes on a GPU"):
+            agreed.result()
 
 
 # --- without processes ----------------------------------------------------------------------------
@@ -333,7 +358,9 @@ def test_targets_of_examples_are_those_of_their_batch(
 
 def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert started_processes() == Processes(rank=0, count=1)
+    assert started_processes().here == 1
     with distributed.joined("cpu") as processes:
         assert processes.is_first
         assert processes.gather("value") == ["value"]
@@ -346,7 +373,7 @@ def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) 
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"),
         (
             {name: "2" for name in ("WORLD_SIZE", *distributed.VARIABLES)},
-            "RANK is 2, expected 0 to 1, because WORLD_SIZE is 2",
+            "RANK is '2'; torchrun sets it to a whole number below 2",
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
     ],
