@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import scenarios
@@ -29,7 +29,7 @@ from torch.distributed import HashStore
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.errors import ConfigurationError
 from lorakit.tasks import LanguageExample
 from lorakit.training import distributed, loop
 from lorakit.training.config import HeldOutConfig
@@ -226,7 +226,8 @@ def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
 
 MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
-    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'.",
+    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'. Give",
+    "not shared": "Process 1 of 2 differs from process 0: newest checkpoint is None instead of '/",
     "one GPU": "ConfigurationError: Process 1 of 2 computes on a GPU, and process 0 on the CPU.",
     "no device": "this GPU is in use",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
@@ -259,21 +260,18 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "mistake" not in mistakes["folders"]
 
 
-def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path) -> None:
-    class OnAnotherMachine(Processes):
-        def from_first(self, value: Any) -> Any:
-            return 500
-
-    (tmp_path / "step-000100").mkdir()
-    run, job = (
-        SimpleNamespace(checkpoints=tmp_path),
-        SimpleNamespace(processes=OnAnotherMachine(rank=1)),
-    )
-    message = (
-        "has a checkpoint of step 500 for process 0, and not for process 1. Put the run folder"
-    )
-    with pytest.raises(RunFolderError, match=message):
-        loop._restore(cast(Any, run), cast(Any, job), {})
+@pytest.mark.parametrize("step", ["step-000100", "step-000900"])
+def test_a_process_that_does_not_see_the_run_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The error comes before the data and the base are read."""
+    first = {"newest checkpoint": f"{tmp_path}/step-000500"}
+    monkeypatch.setattr(Processes, "gather", lambda _, own: [first, own])
+    (tmp_path / step).mkdir()
+    run: Any = SimpleNamespace(checkpoints=tmp_path, config=SimpleNamespace(overwrite=False))
+    message = f"Process 1 of 2 differs .*: newest checkpoint is '.*{step}' instead of '.*000500'"
+    with pytest.raises(ConfigurationError, match=message):
+        loop._start(run, Processes(rank=1, count=2))
 
 
 def test_the_process_with_the_store_waits_until_the_others_have_read_it(

@@ -33,6 +33,9 @@ from lorakit.training.run_folder import (
 )
 from lorakit.training.warm_start import method_of
 
+SAME_SOFTWARE = ("lorakit", "torch", "transformers")
+"""Packages of which all processes must have the same version: they compute the gradients."""
+
 ROUNDING = ("gradient_checkpointing", "evaluation.batch_size")
 """Settings that round differently. A run that is out of memory may need other values to go on."""
 
@@ -55,7 +58,9 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
             has a checkpoint, the error names the command that resumes it.
         ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
     """
-    processes.require_same({**flat_settings(config.as_dict()), **versions()})
+    software = versions()
+    processes.require_same({name: software[name] for name in SAME_SOFTWARE})
+    processes.require_same(flat_settings(config.as_dict()))
     with ExitStack() as stack:
         run = None
         with processes.together():
