@@ -226,7 +226,7 @@ def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
 
 MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
-    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'. Give",
+    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'. ",
     "not shared": "Process 1 of 2 differs from process 0: newest checkpoint is None instead of '/",
     "one GPU": "ConfigurationError: Process 1 of 2 computes on a GPU, and process 0 on the CPU.",
     "no device": "this GPU is in use",
