@@ -274,10 +274,7 @@ def test_a_process_that_does_not_see_the_run_folder_of_the_first(
         loop._start(run, Processes(rank=1, count=2))
 
 
-def test_the_process_with_the_store_waits_until_the_others_have_read_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+def test_the_process_with_the_store_waits_until_the_others_have_read_it() -> None:
     store = HashStore()
     store.set("backend/1", "nccl")
     with ThreadPoolExecutor(1) as pool:

@@ -191,8 +191,7 @@ def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: 
 def _that_fits(device: torch.device, config: PretrainedConfig, copies: int) -> DtypeChoice | None:
     """Return bfloat16 for a base with 16 bits per weight that does not fit into the free memory in float32, else None.
 
-    float32 weights are a copy of twice the file's size. For bfloat16, a CPU maps a bfloat16 file and copies a float16
-    one.
+    float32 weights are a copy of twice the file's size. In bfloat16, a CPU maps a bfloat16 file and copies others.
     """
     stored, quantised = (getattr(config, name, None) for name in ("dtype", "quantization_config"))
     if stored not in (torch.bfloat16, torch.float16) or quantised:

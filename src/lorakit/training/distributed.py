@@ -23,13 +23,7 @@ from lorakit.configuration import differences
 from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.formatting import counted
 from lorakit.models.devices import pick_device
-from lorakit.training.process_failures import (
-    START_TIMEOUT,
-    Peers,
-    first_sentence,
-    launcher_has_store,
-    shared_store,
-)
+from lorakit.training.process_failures import START_TIMEOUT, Peers, first_sentence, shared_store
 
 T = TypeVar("T")
 
@@ -37,7 +31,6 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
 
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
-
 REMEDY = f"Start several processes with {COMMAND}, or unset WORLD_SIZE to run one."
 
 SHOWN = 5
@@ -303,36 +296,29 @@ def _backend(device: str, count: int) -> str:
 def _agreed_backend(
     store: Store, processes: Processes, device: str, timeout: datetime.timedelta
 ) -> str:
-    """Return the backend of this process, if it is that of all: each backend would wait for all processes.
-
-    Raises:
-        ConfigurationError: A process has no backend, or some compute on a GPU and some on the CPU, in all processes.
-    """
-    kinds, failure = {"nccl": "a GPU", "gloo": "the CPU"}, None
+    """Return the backend of all processes. One with another or none is an error in all: they would wait for it."""
+    kinds = {"nccl": "a GPU", "gloo": "the CPU"}
     try:
         own = _backend(device, processes.count)
     except (ConfigurationError, RuntimeError) as error:  # torch: the GPU cannot be used
         own = str(error).splitlines()[0]
-        failure = ConfigurationError(own)
-    ranks = range(processes.count)
-    keys = [f"backend/{rank}" for rank in ranks]
+    keys, read = ([f"{k}/{rank}" for rank in range(processes.count)] for k in ("backend", "read"))
     store.set(keys[processes.rank], own)
     store.wait(keys, timeout)
     outcomes = [outcome.decode() for outcome in store.multi_get(keys)]
-    store.set(f"read/{processes.rank}", "")
-    if processes.is_first and not launcher_has_store():  # it holds what the others read
-        store.wait([f"read/{rank}" for rank in ranks], timeout)
-    if failure is not None:
-        raise failure
+    store.set(read[processes.rank], "")
+    if processes.is_first:  # without torchrun, it holds the store that the others read
+        store.wait(read, timeout)
     for rank, outcome in enumerate(outcomes):
+        process = f"Process {rank} of {processes.count}"
         if outcome not in kinds:
-            raise ConfigurationError(f"Process {rank} of {processes.count} failed: {outcome}")
+            failed = "" if rank == processes.rank else f"{process} failed: "
+            raise ConfigurationError(failed + outcome)
         if outcome != outcomes[0]:
             raise ConfigurationError(
-                f"Process {rank} of {processes.count} computes on {kinds[outcome]}, and process 0 on "
-                f"{kinds[outcomes[0]]}. Give all processes the same base.device. If it is the same, PyTorch finds no "
-                "GPU in some: check the driver, the build of PyTorch and CUDA_VISIBLE_DEVICES there, or set "
-                "base.device to cpu."
+                f"{process} computes on {kinds[outcome]}, and process 0 on {kinds[outcomes[0]]}. Give all processes "
+                "the same base.device. If it is the same, PyTorch finds no GPU in some: check the driver, the build of "
+                "PyTorch and CUDA_VISIBLE_DEVICES there, or set base.device to cpu."
             )
     return own
 

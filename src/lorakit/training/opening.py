@@ -33,9 +33,6 @@ from lorakit.training.run_folder import (
 )
 from lorakit.training.warm_start import method_of
 
-SAME_SOFTWARE = ("lorakit", "torch", "transformers")
-"""Packages of which all processes must have the same version: they compute the gradients."""
-
 ROUNDING = ("gradient_checkpointing", "evaluation.batch_size")
 """Settings that round differently. A run that is out of memory may need other values to go on."""
 
@@ -45,8 +42,7 @@ NOT_COMPARED = (
     *("data.test", "data.test_split"),  # for other commands, with the same file of settings
     *("base.device", *ROUNDING),
 )
-"""Settings that may differ between the sessions of a run. The last three round differently; the others change no result
-of a run that goes well."""
+"""Settings that may differ between the sessions of a run: only the last three change its results, by rounding."""
 
 
 @contextmanager
@@ -58,8 +54,7 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
             has a checkpoint, the error names the command that resumes it.
         ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
     """
-    software = versions()
-    processes.require_same({name: software[name] for name in SAME_SOFTWARE})
+    processes.require_same({key: versions()[key] for key in ("lorakit", "torch", "transformers")})
     processes.require_same(flat_settings(config.as_dict()))
     with ExitStack() as stack:
         run = None
@@ -124,8 +119,7 @@ def _open_locked(config: TrainConfig, copies: int) -> Iterator[RunFolder]:
 def _resolved(config: TrainConfig, path: Path, copies: int) -> tuple[TrainConfig, str]:
     """Return `config` with the resolved dtype and learning rate, which config.yaml records, and why this dtype.
 
-    A resumed run keeps its dtype, also on a machine where another is faster. Otherwise the dtype fits `copies` of the
-    base, one in each process of this machine.
+    A resumed run keeps its dtype, also on a machine where another is faster.
     """
     base, reason = config.base, ""
     if base.dtype == "auto" and config.resume and (path / CONFIG).exists():

@@ -100,7 +100,7 @@ class Peers:
     def close(self) -> None:
         """Close the connections. After a failure, keep the store until the other processes have read it."""
         until = time.monotonic() + CHECKED_FOR
-        if self._noticed and self._rank == 0 and not launcher_has_store():
+        if self._noticed and self._rank == 0 and not _launcher_has_store():
             while time.monotonic() < until and not all(map(self._is_done, self._others)):
                 time.sleep(0.05)
         for connection in (self._listener, *self._connections.values()):
@@ -201,12 +201,11 @@ class Peers:
 
     def _without_store(self) -> LorakitError:
         self._noticed = True
-        holder = "torchrun, which started this run," if launcher_has_store() else self._named([0])
+        holder = "torchrun, which started this run," if _launcher_has_store() else self._named([0])
         return LorakitError(f"{holder} has ended or does not answer in {self.stage}. {RESUME}")
 
 
-def launcher_has_store() -> bool:
-    """Return whether `torchrun` keeps the store; else process 0 does."""
+def _launcher_has_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -202,10 +202,9 @@ class RunFolder:
         """
         start = ["lorakit"]
         if processes.count > 1:
-            options = ["--nproc-per-node", str(processes.count)]
-            if processes.here < processes.count:
-                options = ["SAME_OPTIONS"]
-            start = ["torchrun", *options, "-m", "lorakit"]
+            all_here = processes.here == processes.count
+            options = f"--nproc-per-node {processes.here}" if all_here else "SAME_OPTIONS"
+            start = ["torchrun", *options.split(), "-m", "lorakit"]
         then, now = recorded_and_present(self.path, self.config)
         changed = {name: value for name, _, value in differences(then, now)}
         return resume_command(self.path, changed, start=start)
