@@ -310,15 +310,15 @@ def _agreed_backend(
     if processes.is_first:  # without torchrun, it holds the store that the others read
         store.wait(read, timeout)
     for rank, outcome in enumerate(outcomes):
-        process = f"Process {rank} of {processes.count}"
         if outcome not in kinds:
-            failed = "" if rank == processes.rank else f"{process} failed: "
-            raise ConfigurationError(failed + outcome)
+            others = f"Process {rank} of {processes.count} failed: {outcome}"
+            raise ConfigurationError(outcome if rank == processes.rank else others)
         if outcome != outcomes[0]:
             raise ConfigurationError(
-                f"{process} computes on {kinds[outcome]}, and process 0 on {kinds[outcomes[0]]}. Give all processes "
-                "the same base.device. If it is the same, PyTorch finds no GPU in some: check the driver, the build of "
-                "PyTorch and CUDA_VISIBLE_DEVICES there, or set base.device to cpu."
+                f"Process {rank} of {processes.count} computes on {kinds[outcome]}, and process 0 on "
+                f"{kinds[outcomes[0]]}. Give all processes the same base.device. If it is the same, PyTorch finds no "
+                "GPU in some: check the driver, the build of PyTorch and CUDA_VISIBLE_DEVICES there, or set "
+                "base.device to cpu."
             )
     return own
 
