@@ -104,7 +104,7 @@ def test_a_plan_uses_its_calibration(base, capsys, tmp_path, monkeypatch):
     assert shown.count("machine  a calibration") == 2
 
 
-def _by_config(device, config=None, *, batch_size=16):
+def _by_config(device, config=None, **_):
     return DtypeChoice(torch.bfloat16 if config is None else torch.float32, "made up")
 
 

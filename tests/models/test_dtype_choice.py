@@ -280,21 +280,14 @@ def test_a_base_of_16_bits_that_does_not_fit_in_float32_is_bfloat16(
         assert not choice.saves_memory
 
 
-@pytest.mark.parametrize(("processes", "needed"), [("2", 2 * NEEDED), ("", NEEDED)])
-def test_every_process_of_a_machine_loads_the_base(
-    monkeypatch: pytest.MonkeyPatch,
-    free: Callable[[int | None], None],
-    processes: str,
-    needed: int,
-) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+def test_every_process_of_a_machine_loads_the_base(free: Callable[[int | None], None]) -> None:
     config = LlamaConfig(**TINY, dtype="bfloat16")
-    free(needed - 1)
-    choice = choose_dtype(CPU, config)
+    free(2 * NEEDED - 1)
+    choice = choose_dtype(CPU, config, copies=2)
     assert choice.dtype == torch.bfloat16
-    assert ("133 kB in 2 processes" in choice.reason) == (processes == "2")
-    free(needed)
-    assert choose_dtype(CPU, config).dtype == torch.float32
+    assert "133 kB in 2 processes" in choice.reason
+    free(2 * NEEDED)
+    assert choose_dtype(CPU, config, copies=2).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

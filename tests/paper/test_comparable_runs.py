@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import pytest
 
@@ -76,16 +75,18 @@ def test_a_seed_with_other_settings_is_refused(one_run, monkeypatch):
         call(seeds=3)
 
 
-def test_a_seed_with_gradient_checkpointing_is_refused(one_run, monkeypatch):
-    """It rounds otherwise. Only the sessions of one run may differ in it."""
+@pytest.mark.parametrize(
+    ("name", "value", "was"),
+    [("gradient_checkpointing", True, None), ("evaluation.batch_size", 3, 32)],
+)
+def test_a_seed_that_rounds_otherwise_is_refused(one_run, monkeypatch, name, value, was):
+    """Only the sessions of one run may differ in these settings."""
     call, _ = one_run
-    original = runs_module.Runner.train_config
-
-    def checkpointing(runner, run):
-        return replace(original(runner, run), gradient_checkpointing=True)
-
-    monkeypatch.setattr(runs_module.Runner, "train_config", checkpointing)
-    with pytest.raises(ConfigurationError, match="gradient_checkpointing was None and is True"):
+    original = runs_module.Runner.settings
+    monkeypatch.setattr(
+        runs_module.Runner, "settings", lambda *args: {**original(*args), name: value}
+    )
+    with pytest.raises(ConfigurationError, match=f"{name} was {was} and is {value}"):
         call(seeds=2)
 
 

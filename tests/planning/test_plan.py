@@ -26,7 +26,7 @@ from lorakit.data.packing import pack
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.methods import registry
 from lorakit.methods.lora import layer as lora_layer
-from lorakit.models import dtypes
+from lorakit.models import dtype_choice, dtypes
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import Shape, shape_of
 from lorakit.ops import linear_cross_entropy
@@ -38,6 +38,7 @@ from lorakit.planning.machine import TOKEN_BYTES, UPDATE_BYTES, Machine
 from lorakit.planning.products import Timings
 from lorakit.planning.shape import build, new_mode, planning
 from lorakit.planning.simulate import simulate
+from lorakit.training import opening
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.schedule import Share
 from lorakit.training.setup import prepare
@@ -376,6 +377,23 @@ def test_several_processes_have_the_batches_of_the_run(tmp_path, accumulation):
     assert max(map(len, fullest)) * len(fullest) >= max(tokens)
     assert len(fullest) == max(map(len, computed))
     assert batches.per_step == max(map(len, shares))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_bases_of_all_processes_fit_into_the_memory(base, tmp_path, monkeypatch, processes):
+    """The plan has the dtype of the run."""
+    shape = transformers.AutoConfig.from_pretrained(base)
+    shape.dtype = torch.bfloat16
+    shape.save_pretrained(tmp_path / "base")
+    auto = BaseConfig(name=str(tmp_path / "base"), device="cpu")
+    config = dataclasses.replace(tiny_runs.config(tmp_path, base), base=auto)
+    parameters = plan(config, length=8, compare=False, machine=MACHINE).parameters
+    monkeypatch.setattr(dtype_choice, "available_memory", lambda _: 4 * parameters)
+    planned = plan(config, length=8, compare=False, processes=processes, machine=MACHINE)
+    assert planned.dtype == {1: "float32", 2: "bfloat16"}[processes]
+    with opening._open_locked(config, processes) as run:
+        assert run.config.base.dtype == planned.dtype
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from lorakit.errors import LorakitError
 from lorakit.evaluation import computed
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
-from lorakit.training import distributed, loop, opening
+from lorakit.training import checkpoint, distributed, loop, opening
 from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
@@ -452,16 +452,35 @@ def mistakes(root: Path) -> Any:
         distributed._backend = lambda *_: ("gloo", "nccl")[rank]
         train(run_config(root, "mistake"))
 
-    def with_other_software(rank: int) -> None:
-        opening.versions = lambda: {"torch": f"2.{rank}"}
+    def without_a_device_in_one(rank: int) -> None:
+        def fail(*_: object) -> str:
+            raise RuntimeError("this GPU is in use\nCompile with `TORCH_USE_CUDA_DSA`")
+
+        if rank == 1:
+            distributed._backend = fail
         train(run_config(root, "mistake"))
+
+    def with_other_software(rank: int) -> None:
+        installed = opening.versions()
+        opening.versions = lambda: {**installed, "python": f"3.1{rank}", "torch": f"2.{rank}"}
+        train(run_config(root, "mistake"))
+
+    def with_a_run_folder_of_its_own(rank: int) -> None:
+        nan_at_step(6)
+        if rank == 1:
+            checkpoint.checkpoints_in = lambda _: []
+        optimizer = dataclasses.replace(RATE, on_divergence="rewind")
+        settings = {"optimizer": optimizer, "checkpoints": CheckpointConfig(every=2)}
+        train(run_config(root, "not-shared", max_steps=10, **settings))
 
     return {
         "other software": run(2, with_other_software),
         "other settings": run(
             2, lambda rank: train(run_config(root, "mistake", batch_size=4 + rank))
         ),
+        "not shared": run(2, with_a_run_folder_of_its_own),
         "one GPU": run(2, with_a_gpu_in_one),
+        "no device": run(2, without_a_device_in_one),
         "other data": run(2, from_folders("here", "there")),
         "bad data": run(2, from_folders("here", "bad")),
         "exploding": run(

@@ -707,7 +707,10 @@ def test_more_processes_than_examples_in_a_step_are_said(tmp_path, base) -> None
         job.processes = Processes(count=count)
         return "\n".join(first_lines(job))
 
-    assert "a step has 6 examples, so 2 of 8 processes compute nothing: raise batch_size" in lines(
-        8
-    )
-    assert "compute nothing" not in lines(6)
+    said = "a step has 6 examples, so 2 of 8 processes have none: "
+    assert f"{said}start fewer, or in a new run raise batch_size" in lines(8)
+    assert "a step has" not in lines(6)
+    job.train = dataclasses.replace(job.train, examples=job.train.examples[:5])
+    assert "a step has 5 examples, so 1 of 6 processes have none" in lines(6)
+    job.config = dataclasses.replace(job.config, shard=True)
+    assert f"{said.replace('6', '5').replace('2', '3')}in a new run raise" in lines(8)

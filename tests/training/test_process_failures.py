@@ -111,6 +111,21 @@ def test_the_process_with_the_store_does_not_wait_for_an_ended_one(monkeypatch) 
         third.close()
 
 
+def test_a_process_that_resolves_its_name_to_ipv6_accepts_ipv4(monkeypatch) -> None:
+    try:
+        master = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    monkeypatch.setenv("MASTER_PORT", str(master.getsockname()[1]))
+    store = HashStore()
+    with master:
+        peers = Peers(store, 0, 1, datetime.timedelta(seconds=9))
+    port = peers._listener.getsockname()[1]
+    socket.create_connection(("127.0.0.1", port), timeout=9).close()
+    peers.close()
+
+
 # --- kills and restarts ---------------------------------------------------------------------------
 
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import scenarios
@@ -21,11 +24,12 @@ from scenarios import (
     require_success,
 )
 from several_processes import COUNTS, steps_of, ways_on
+from torch.distributed import HashStore
 
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import target_counter
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.errors import ConfigurationError
 from lorakit.tasks import LanguageExample
 from lorakit.training import distributed, loop
 from lorakit.training.config import HeldOutConfig
@@ -222,8 +226,10 @@ def test_an_example_that_fits_into_no_process_ends_all(root: Path) -> None:
 
 MISTAKES = {
     "other settings": "ConfigurationError: Process 1 of 2 differs from process 0: batch_size is 5 instead of 4. Give",
-    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'.",
+    "other software": "ConfigurationError: Process 1 of 2 differs from process 0: torch is '2.1' instead of '2.0'. ",
+    "not shared": "Process 1 of 2 differs from process 0: newest checkpoint is None instead of '/",
     "one GPU": "ConfigurationError: Process 1 of 2 computes on a GPU, and process 0 on the CPU.",
+    "no device": "this GPU is in use",
     "other data": "ConfigurationError: Process 1 of 2 differs from process 0: train data is '",
     "exploding": "DivergenceError: Training diverged at step",
 }
@@ -241,6 +247,9 @@ def test_all_processes_end_with_the_same_error(root: Path, mistake: str) -> None
 @pytest.mark.slow
 def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     mistakes = outcomes(root, "mistakes")
+    other, own = (process["output"] for process in mistakes["no device"])
+    assert own.startswith("ConfigurationError: this GPU")
+    assert other.startswith("ConfigurationError: Process 1 of 2 failed: this GPU")
     other, own = (process["output"] for process in mistakes["bad data"])
     assert own.startswith("DataError: ")
     assert other.startswith("LorakitError: Process 1 of 2 failed: ")
@@ -251,21 +260,32 @@ def test_an_error_of_one_process_names_it_in_the_others(root: Path) -> None:
     assert "mistake" not in mistakes["folders"]
 
 
-def test_a_process_that_does_not_see_the_run_folder_of_the_first(tmp_path: Path) -> None:
-    class OnAnotherMachine(Processes):
-        def from_first(self, value: Any) -> Any:
-            return 500
+@pytest.mark.parametrize("step", ["step-000100", "step-000900"])
+def test_a_process_that_does_not_see_the_run_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The error comes before the data and the base are read."""
+    first = {"newest checkpoint": f"{tmp_path}/step-000500"}
+    monkeypatch.setattr(Processes, "gather", lambda _, own: [first, own])
+    (tmp_path / step).mkdir()
+    run: Any = SimpleNamespace(checkpoints=tmp_path, config=SimpleNamespace(overwrite=False))
+    message = f"Process 1 of 2 differs .*: newest checkpoint is '.*{step}' instead of '.*000500'"
+    with pytest.raises(ConfigurationError, match=message):
+        loop._start(run, Processes(rank=1, count=2))
 
-    (tmp_path / "step-000100").mkdir()
-    run, job = (
-        SimpleNamespace(checkpoints=tmp_path),
-        SimpleNamespace(processes=OnAnotherMachine(rank=1)),
-    )
-    message = (
-        "has a checkpoint of step 500 for process 0, and not for process 1. Put the run folder"
-    )
-    with pytest.raises(RunFolderError, match=message):
-        loop._restore(cast(Any, run), cast(Any, job), {})
+
+def test_the_process_with_the_store_waits_until_the_others_have_read_it() -> None:
+    store = HashStore()
+    store.set("backend/1", "nccl")
+    with ThreadPoolExecutor(1) as pool:
+        agreed = pool.submit(
+            distributed._agreed_backend, store, Processes(count=2), "cpu", timedelta(seconds=9)
+        )
+        time.sleep(0.2)
+        assert agreed.running()
+        store.set("read/1", "")
+        with pytest.raises(ConfigurationError, match="Process 1 of 2 computes on a GPU"):
+            agreed.result()
 
 
 # --- without processes ----------------------------------------------------------------------------
@@ -333,7 +353,9 @@ def test_targets_of_examples_are_those_of_their_batch(
 
 def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert started_processes() == Processes(rank=0, count=1)
+    assert started_processes().here == 1
     with distributed.joined("cpu") as processes:
         assert processes.is_first
         assert processes.gather("value") == ["value"]
@@ -346,7 +368,7 @@ def test_without_torchrun_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) 
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set.*torchrun"),
         (
             {name: "2" for name in ("WORLD_SIZE", *distributed.VARIABLES)},
-            "RANK is 2, expected 0 to 1, because WORLD_SIZE is 2",
+            "RANK is '2'; torchrun sets it to a whole number below 2",
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; torchrun sets it to a whole number"),
     ],

@@ -17,6 +17,7 @@ from lorakit.storage import lock_folder
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig
+from lorakit.training.distributed import Processes
 from lorakit.training.loop import train
 from lorakit.training.run_folder import RunFolder
 
@@ -155,7 +156,7 @@ def test_the_command_that_resumes_on_several_machines(tmp_path: Path, monkeypatc
     command = f"-m lorakit train --config {run.path / 'config.yaml'} --resume"
     for here, options in (("16", "--nproc-per-node 16"), ("8", "SAME_OPTIONS")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-        assert run.resume_command(16) == f"torchrun {options} {command}"
+        assert run.resume_command(Processes(count=16)) == f"torchrun {options} {command}"
 
 
 def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +233,10 @@ def test_runs_that_cannot_be_sharded_end_with_an_error(root: Path) -> None:
 def test_no_process_gathers_an_adapter_that_the_first_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Second(Processes):
-        def on_first(self, work: Callable[[], Any]) -> Any:
-            raise LorakitError("Process 0 of 2 failed: Cannot write")
-
     job = prepare(tiny_runs.config(tmp_path, tiny_runs.save_base(tmp_path / "base")))
-    job.config, job.processes = dataclasses.replace(job.config, shard=True), Second(rank=1)
+    job.config = dataclasses.replace(job.config, shard=True)
+    job.processes = Processes(rank=1, count=2)
+    monkeypatch.setattr(Processes, "gather", lambda _, own: ["Cannot write", own])
     monkeypatch.setattr(type(job.adapters), "save", None)
     with pytest.raises(LorakitError, match="Process 0 of 2 failed: Cannot write"):
         job.save_adapter(tmp_path / "adapter", State())

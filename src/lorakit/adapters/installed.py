@@ -249,8 +249,8 @@ def require_unsharded(model: nn.Module) -> None:
         raise AdapterStateError(
             f"'{sharded}' is sharded over processes (FSDP2 or ZeRO-3), so no adapter can be merged into the weights, "
             "as merge and save_pretrained do. Save the adapter with adapters.save(folder), and merge it into a whole "
-            "model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a base that is not sharded. For Trainer, "
-            'whose checkpoints call save_pretrained, set save_strategy="no".'
+            "model: `lorakit merge FOLDER OUTPUT`, or load() and merge() on a base that is not sharded. In Trainer, "
+            'set save_strategy="no".'
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,18 @@ _LOG = logging.getLogger(__name__)
 _Copy = Callable[[Tensor], Tensor]
 
 
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes."""
+def _cpu_copy(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """Return a detached, contiguous copy on the CPU; gather a tensor that is sharded over processes.
+
+    A process that does not write the adapter does not `keep` the numbers, and gathers them for the one that does.
+    """
     with full_tensor(tensor) as full:
-        _require_numbers(full)
-        return full.detach().to("cpu", copy=True).contiguous()
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is sharded, for the process that writes it, and keep no copy in this one."""
-    with full_tensor(tensor) as full:
-        _require_numbers(full)
-    return _without_data(tensor)
-
-
-def _require_numbers(tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise AdapterStateError(
-            "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on a "
-            "base that has its weights."
-        )
+        if full.is_meta:
+            raise AdapterStateError(
+                "The adapter's tensors are on the meta device, without numbers to save. Attach or load the adapter on "
+                "a base that has its weights."
+            )
+        return full.detach().to("cpu", copy=True).contiguous() if keep else _without_data(full)
 
 
 def _without_data(tensor: Tensor) -> Tensor:
@@ -97,7 +90,7 @@ def save(
     is_main_process: bool,
 ) -> Path:
     """Write an adapter folder atomically (see `Adapters.save`)."""
-    stored = store(model, adapter, base, _cpu_copy if is_main_process else _gathered)
+    stored = store(model, adapter, base, partial(_cpu_copy, keep=is_main_process))
     if not is_main_process:
         return folder
     if overwrite:

@@ -38,9 +38,9 @@ class BatchSize:
         self._process = process
 
     @property
-    def halves(self) -> bool:
-        """Whether this process halves the size, so that it can differ from that of other processes."""
-        return not self._smaller
+    def in_all(self) -> int:
+        """The size that is equal in all processes: the configured one, if each halves its own."""
+        return self.size if self._smaller else self.configured
 
     def cut(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """Return the items in batches of the present size."""
@@ -74,7 +74,7 @@ class BatchSize:
                 f"Out of memory during {during}{requested}, with one example at a time; the longest has "
                 f"{max(lengths, default=0):,} tokens. {self._advice}"
             )
-        if not self.halves:
+        if self._smaller:
             raise LorakitError(
                 f"Out of memory during {during}{requested}, with {computed} examples at a time. {self._smaller} "
                 f"{self._advice}"

@@ -51,9 +51,7 @@ def computed(
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     own: list[ComputedBatch] = []
-    # All processes must cut the same parts. If each halves its own size, only the configured one is equal in all. If
-    # none does, the sizes are equal, and each part is one pass.
-    size = batch_size.configured if batch_size.halves else batch_size.size
+    size = batch_size.in_all  # all processes must cut the same parts
     starts = range(0, len(order), size)
     with evaluating(model):
         for start in starts[rank::count]:

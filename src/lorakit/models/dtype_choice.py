@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,7 +116,9 @@ def compute_dtype(
     return dtype_of_name(dtype)
 
 
-def resolve_dtype(base: BaseConfig, *, batch_size: int = BATCH_SIZE) -> tuple[BaseConfig, str]:
+def resolve_dtype(
+    base: BaseConfig, *, batch_size: int = BATCH_SIZE, copies: int = 1
+) -> tuple[BaseConfig, str]:
     """Return `base` with the name of a dtype in place of ``auto``, and the reason for it.
 
     The reason is empty for a dtype that the user chose. A device that this machine lacks counts as a GPU that
@@ -126,6 +127,7 @@ def resolve_dtype(base: BaseConfig, *, batch_size: int = BATCH_SIZE) -> tuple[Ba
     Args:
         base: The base and its settings.
         batch_size: Examples of a batch.
+        copies: Number of processes that load the base on this machine; see `choose_dtype`.
     """
     if base.dtype != "auto":
         return base, ""
@@ -137,12 +139,16 @@ def resolve_dtype(base: BaseConfig, *, batch_size: int = BATCH_SIZE) -> tuple[Ba
     if _exists(device):
         with suppress(BaseModelError):  # loading it raises a better message
             config = shape_of(base).config
-    choice = choose_dtype(device, config, batch_size=batch_size)
+    choice = choose_dtype(device, config, batch_size=batch_size, copies=copies)
     return dataclasses.replace(base, dtype=dtype_name(choice.dtype)), choice.reason  # type: ignore[arg-type]
 
 
 def choose_dtype(
-    device: torch.device, config: PretrainedConfig | None = None, *, batch_size: int = BATCH_SIZE
+    device: torch.device,
+    config: PretrainedConfig | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    copies: int = 1,
 ) -> DtypeChoice:
     """Return bfloat16 if its products are at least `LEAD` times as fast as those of float32, else float32.
 
@@ -156,11 +162,12 @@ def choose_dtype(
         device: Device to compute on.
         config: Configuration of the base; None tries products of usual shapes.
         batch_size: Examples of a batch, which determines the rows of the products.
+        copies: Number of processes that load the base on this machine. On a CPU they share its memory.
     """
     choice = _fastest(device, config, batch_size)
     if choice.dtype != torch.float32 or config is None:
         return choice
-    return _that_fits(device, config) or choice
+    return _that_fits(device, config, copies) or choice
 
 
 def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: int) -> DtypeChoice:
@@ -181,28 +188,21 @@ def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: 
     return _trial(device, widths, rows, torch.get_num_threads()).choice
 
 
-def _that_fits(device: torch.device, config: PretrainedConfig) -> DtypeChoice | None:
+def _that_fits(device: torch.device, config: PretrainedConfig, copies: int) -> DtypeChoice | None:
     """Return bfloat16 for a base with 16 bits per weight that does not fit into the free memory in float32, else None.
 
-    float32 weights are a copy of twice the file's size, on a CPU in each process that torchrun has started on the
-    machine. For bfloat16, a CPU maps a bfloat16 file and copies a float16 one.
+    float32 weights are a copy of twice the file's size. In bfloat16, a CPU maps a bfloat16 file and copies others.
     """
     stored, quantised = (getattr(config, name, None) for name in ("dtype", "quantization_config"))
     if stored not in (torch.bfloat16, torch.float16) or quantised:
         return None
-    copies = _processes_here() if device.type == "cpu" else 1
+    copies = copies if device.type == "cpu" else 1
     needed, free = 4 * (_parameters(config) or 0) * copies, available_memory(device)
     if free is None or needed <= free:
         return None
     where = f" in {copies} processes" if copies > 1 else ""
     reason = f"float32 would need {size(needed)}{where}, and {size(free)} are free"
     return DtypeChoice(torch.bfloat16, reason, saves_memory=True)
-
-
-def _processes_here() -> int:
-    """Return the number of processes that torchrun has started on this machine."""
-    count = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(int(count), 1) if count.isdecimal() else 1
 
 
 def _parameters(config: PretrainedConfig) -> int | None:

@@ -12,10 +12,10 @@ from lorakit.paper.runs import Record, Runner, TableRun, changed_settings
 from lorakit.paper.study import StudyData
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
-from lorakit.training.opening import NOT_COMPARED
+from lorakit.training.opening import NOT_COMPARED, ROUNDING
 from lorakit.training.setup import prepare
 
-_CHANGE_NO_NUMBER = {*NOT_COMPARED} - {"gradient_checkpointing"}
+_CHANGE_NO_NUMBER = {*NOT_COMPARED} - {*ROUNDING}
 """Settings that may differ between the runs of a grid: not one that a resumed run may change although it rounds."""
 
 

@@ -183,7 +183,7 @@ def plan(
     progress("reading the base's configuration")
     shape = shape_of(config.base)
     progress("comparing dtypes")
-    base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size)
+    base, why_dtype = resolve_dtype(config.base, batch_size=config.batch_size, copies=processes)
     config = dataclasses.replace(config, base=base)
     dtype = compute_dtype(config.base.dtype, device)
     if calibrate:

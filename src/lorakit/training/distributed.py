@@ -31,6 +31,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that `torchrun` sets in addition to WORLD_SIZE."""
 
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
+REMEDY = f"Start several processes with {COMMAND}, or unset WORLD_SIZE to run one."
 
 SHOWN = 5
 """Maximum number of differences in a message."""
@@ -51,6 +52,11 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes the files of the run and prints its progress."""
         return self.rank == 0
+
+    @property
+    def here(self) -> int:
+        """The number of processes on this machine: all, if the launcher does not set it."""
+        return _number("LOCAL_WORLD_SIZE", default=str(self.count)) if self.count > 1 else 1
 
     def set_stage(self, stage: str) -> None:
         """Set the stage of the run ("step 3") that error messages name."""
@@ -212,16 +218,9 @@ def started_processes() -> Processes:
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
         raise ConfigurationError(
-            f"The environment variable WORLD_SIZE is {count}, but {', '.join(missing)} is not set. Start several "
-            f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
+            f"The environment variable WORLD_SIZE is {count}, but {', '.join(missing)} is not set. {REMEDY}"
         )
-    rank = _number("RANK")
-    if rank >= count:
-        raise ConfigurationError(
-            f"The environment variable RANK is {rank}, expected 0 to {count - 1}, because WORLD_SIZE is {count}. Start "
-            f"several processes with {COMMAND}, or unset WORLD_SIZE to run one."
-        )
-    return Processes(rank=rank, count=count)
+    return Processes(rank=_number("RANK", below=count), count=count)
 
 
 @contextmanager
@@ -242,12 +241,11 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
     if processes.count == 1:
         yield processes
         return
-    backend = _backend(device, processes.count)
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
         store = shared_store()
         longest = max(timeout, START_TIMEOUT)
-        _require_same_backend(store, processes, backend, longest)
+        backend = _agreed_backend(store, processes, device, longest)
         if connects:
             dist.init_process_group(
                 backend,
@@ -295,38 +293,42 @@ def _backend(device: str, count: int) -> str:
     return "nccl"
 
 
-def _require_same_backend(
-    store: Store, processes: Processes, backend: str, timeout: datetime.timedelta
-) -> None:
-    """Reject GPUs in some processes only: each of the two backends would wait for all processes.
+def _agreed_backend(
+    store: Store, processes: Processes, device: str, timeout: datetime.timedelta
+) -> str:
+    """Return the backend of all processes. One with another or none is an error in all: they would wait for it."""
+    kinds = {"nccl": "a GPU", "gloo": "the CPU"}
+    try:
+        own = _backend(device, processes.count)
+    except (ConfigurationError, RuntimeError) as error:  # torch: the GPU cannot be used
+        own = str(error).splitlines()[0]
+    keys, read = ([f"{k}/{rank}" for rank in range(processes.count)] for k in ("backend", "read"))
+    store.set(keys[processes.rank], own)
+    store.wait(keys, timeout)
+    outcomes = [outcome.decode() for outcome in store.multi_get(keys)]
+    store.set(read[processes.rank], "")
+    if processes.is_first:  # without torchrun, it holds the store that the others read
+        store.wait(read, timeout)
+    for rank, outcome in enumerate(outcomes):
+        if outcome not in kinds:
+            others = f"Process {rank} of {processes.count} failed: {outcome}"
+            raise ConfigurationError(outcome if rank == processes.rank else others)
+        if outcome != outcomes[0]:
+            raise ConfigurationError(
+                f"Process {rank} of {processes.count} computes on {kinds[outcome]}, and process 0 on "
+                f"{kinds[outcomes[0]]}. Give all processes the same base.device. If it is the same, PyTorch finds no "
+                "GPU in some: check the driver, the build of PyTorch and CUDA_VISIBLE_DEVICES there, or set "
+                "base.device to cpu."
+            )
+    return own
 
-    Raises:
-        ConfigurationError: Some compute on a GPU and some on the CPU, in all processes.
-    """
-    ranks = range(processes.count)
-    store.set(f"backend/{processes.rank}", backend)
-    store.wait([f"backend/{rank}" for rank in ranks], timeout)
-    backends = [store.get(f"backend/{rank}").decode() for rank in ranks]
-    different = [rank for rank in ranks if backends[rank] != backends[0]]
-    if not different:
-        return
-    store.set(f"compared/{processes.rank}", "")
-    if processes.is_first:  # it may hold the store, which the others still read
-        store.wait([f"compared/{rank}" for rank in ranks], timeout)
-    its, first = ("a GPU" if backends[r] == "nccl" else "the CPU" for r in (different[0], 0))
-    raise ConfigurationError(
-        f"Process {different[0]} of {processes.count} computes on {its}, and process 0 on {first}. Give all processes "
-        "the same base.device. If it is the same, PyTorch finds no GPU in some: check the driver, the build of "
-        "PyTorch and CUDA_VISIBLE_DEVICES there, or set base.device to cpu."
-    )
 
-
-def _number(variable: str, default: str | None = None) -> int:
+def _number(variable: str, *, default: str | None = None, below: int | None = None) -> int:
     """Return the value of an environment variable that counts from 0."""
     text = os.environ.get(variable, default)
-    if text is None or not text.isdecimal():
+    if text is None or not text.isdecimal() or (below is not None and int(text) >= below):
+        limit = "" if below is None else f" below {below}"
         raise ConfigurationError(
-            f"The environment variable {variable} is {text!r}; torchrun sets it to a whole number. Start several "
-            f"processes with {COMMAND}, or unset WORLD_SIZE to run one."
+            f"The environment variable {variable} is {text!r}; torchrun sets it to a whole number{limit}. {REMEDY}"
         )
     return int(text)

@@ -13,7 +13,6 @@ from lorakit.errors import (
     ConfigurationError,
     DivergenceError,
     LorakitError,
-    RunFolderError,
     memory_errors,
 )
 from lorakit.models.devices import pick_device
@@ -94,7 +93,7 @@ def train(config: TrainConfig) -> RunResult:
         if interruption.requested and not job.is_over(state):
             # After the live line, which wraps what is printed beside it: the command stays on one line.
             interruption.exit(
-                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes.count)}"
+                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes)}"
             )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
@@ -189,8 +188,7 @@ def _kept_weights(run: RunFolder, job: Job, state: State) -> Iterator[None]:
 
 def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
     """Prepare a run, and restore its newest checkpoint; without one, the state is a new one."""
-    is_new = run.config.overwrite or not checkpoint.checkpoints_in(run.checkpoints)
-    resumes = processes.from_first(not is_new)
+    resumes = not run.config.overwrite and _has_checkpoint(run, processes)
     with memory_errors():  # `joined` tells the other processes
         job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
@@ -253,6 +251,7 @@ def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -
     if not job.processes.on_first(lambda: checkpoint.delete_after(run.checkpoints, last_good)):
         raise DivergenceError(f"{error} No checkpoint is old enough to go back to.") from error
     job.optimizer.zero_grad()
+    _has_checkpoint(run, job.processes)
     state = _restore(run, job, diverged.inputs)
     slow_down(job.optimizer, SLOWDOWN)
     rate = job.config.peak_rate * SLOWDOWN ** (diverged.rewinds + 1)
@@ -264,23 +263,22 @@ def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -
     return state
 
 
-def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
-    """Restore the newest checkpoint in all processes.
+def _has_checkpoint(run: RunFolder, processes: Processes) -> bool:
+    """Return whether the run has a checkpoint.
 
     Raises:
-        RunFolderError: It cannot be restored, or a process does not see the run folder of the first.
+        ConfigurationError: Processes see different checkpoints, because they do not share the run folder.
     """
-    processes = job.processes
-    newest = processes.from_first(checkpoint.newest_step(run.checkpoints))
-    with processes.together():
-        if checkpoint.newest_step(run.checkpoints) < newest:
-            raise RunFolderError(
-                f"'{run.checkpoints}' has a checkpoint of step {newest} for process 0, and not for process "
-                f"{processes.rank}. Put the run folder (output) on a disk that all machines share, at the same path, "
-                "and start the command again."
-            )
+    newest = max(checkpoint.checkpoints_in(run.checkpoints), key=checkpoint.step_of, default=None)
+    processes.require_same({"newest checkpoint": newest and str(newest)})
+    return newest is not None
+
+
+def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
+    """Restore the newest checkpoint in all processes."""
+    with job.processes.together():
         state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=inputs)
-    processes.require_same({"step": state.step, "train_loss": state.train_loss})
+    job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
     return state
 
 

@@ -33,14 +33,16 @@ from lorakit.training.run_folder import (
 )
 from lorakit.training.warm_start import method_of
 
+ROUNDING = ("gradient_checkpointing", "evaluation.batch_size")
+"""Settings that round differently. A run that is out of memory may need other values to go on."""
+
 NOT_COMPARED = (
     *("output", "resume", "overwrite", "loggers", "processes_timeout", "shard"),
     *("optimizer.on_divergence", "optimizer.explosion", "checkpoints"),
     *("data.test", "data.test_split"),  # for other commands, with the same file of settings
-    # A run may need others to go on; only rounding differs.
-    *("gradient_checkpointing", "base.device", "evaluation.batch_size"),
+    *("base.device", *ROUNDING),
 )
-"""Settings that may differ between the sessions of a run: they do not change the results of a run that goes well."""
+"""Settings that may differ between the sessions of a run: only the last three change its results, by rounding."""
 
 
 @contextmanager
@@ -52,26 +54,27 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
             has a checkpoint, the error names the command that resumes it.
         ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
     """
-    processes.require_same({**flat_settings(config.as_dict()), **versions()})
+    processes.require_same({key: versions()[key] for key in ("lorakit", "torch", "transformers")})
+    processes.require_same(flat_settings(config.as_dict()))
     with ExitStack() as stack:
         run = None
         with processes.together():
             if processes.is_first:
-                run = stack.enter_context(_open_locked(config))
+                run = stack.enter_context(_open_locked(config, processes.here))
         run = cast(RunFolder, processes.from_first(run))
         try:
             yield run
         except RunFolderError as error:
             if not storage.is_disk_full(error) or not newest_step(run.checkpoints):
                 raise
-            resume = run.resume_command(processes.count)
+            resume = run.resume_command(processes)
             raise RunFolderError(
                 str(error), f"The run can go on from its checkpoint: {resume}"
             ) from error
 
 
 @contextmanager
-def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
+def _open_locked(config: TrainConfig, copies: int) -> Iterator[RunFolder]:
     """Open or create the run folder `config.output`, and lock it for this process.
 
     The folder does not change before `RunFolder.begin`. If a run fails before that (a misspelt target, an empty data
@@ -89,7 +92,7 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
     if config.overwrite:
         _require_first_start(path)
         _require_inputs_elsewhere(path, config)
-    config, dtype_reason = _resolved(config, path)
+    config, dtype_reason = _resolved(config, path, copies)
     new_folders = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
         with storage.lock_folder(path):
@@ -113,7 +116,7 @@ def _open_locked(config: TrainConfig) -> Iterator[RunFolder]:
                     folder.rmdir()
 
 
-def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
+def _resolved(config: TrainConfig, path: Path, copies: int) -> tuple[TrainConfig, str]:
     """Return `config` with the resolved dtype and learning rate, which config.yaml records, and why this dtype.
 
     A resumed run keeps its dtype, also on a machine where another is faster.
@@ -124,7 +127,7 @@ def _resolved(config: TrainConfig, path: Path) -> tuple[TrainConfig, str]:
         base, reason = dataclasses.replace(base, dtype=recorded), "the run began with it"
     if base.dtype == "auto":
         pick_device(base.device)  # rejects a device that this machine lacks
-        base, reason = resolve_dtype(base, batch_size=config.batch_size)
+        base, reason = resolve_dtype(base, batch_size=config.batch_size, copies=copies)
     method, rate = method_of(config), config.optimizer.learning_rate
     rate = default_rate(method) if rate is None else rate
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)

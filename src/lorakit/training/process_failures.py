@@ -166,7 +166,7 @@ class Peers:
             late = [other for other in self._others if self._is_late(other)] or [self._rank]
             return LorakitError(
                 f"{self._named(late)} did not reach the end of {self.stage} within {self._minutes:g} minutes "
-                f"(processes_timeout). {RESUME}"
+                f"(processes_timeout). If it only needs longer, raise that setting. {RESUME}"
             )
         return LorakitError(
             f"The connection to another process broke in {self.stage} ({reason}). {RESUME}"

@@ -118,10 +118,12 @@ def first_lines(job: Job) -> list[str]:
         f"steps     {job.step_plan.total:,} of {job.config.batch_size} x {job.config.accumulation} examples, "
         f"{job.step_plan.steps_per_epoch:,} per epoch{among}"
     )
-    if (examples := job.config.batch_size * job.config.accumulation) < count:
+    examples = min(job.config.batch_size * job.config.accumulation, len(job.train))
+    if examples < count:
+        fewer = "" if job.config.shard else "start fewer, or "
         lines.append(
-            f"          a step has {counted(examples, 'example')}, so {count - examples} of {count} processes compute "
-            "nothing: raise batch_size or accumulation, or start fewer."
+            f"          a step has {counted(examples, 'example')}, so {count - examples} of {count} processes have "
+            f"none: {fewer}in a new run raise batch_size or accumulation."
         )
     warmup = job.config.optimizer.warmup
     if warmup > job.step_plan.total:

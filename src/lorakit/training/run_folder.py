@@ -37,6 +37,7 @@ from lorakit.errors import RunFolderError
 from lorakit.formatting import resume_command
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
+from lorakit.training.distributed import Processes
 from lorakit.training.environment import environment
 from lorakit.training.memory import peak_memory
 
@@ -192,18 +193,18 @@ class RunFolder:
         self.adapter = path / ADAPTER
         self.best = path / BEST
 
-    def resume_command(self, processes: int = 1) -> str:
-        """Return the shell command that resumes this run on as many processes.
+    def resume_command(self, processes: Processes) -> str:
+        """Return the shell command that resumes this run on these processes.
 
         On several machines, the command has the placeholder SAME_OPTIONS: `torchrun` does not pass its options to the
         processes. The command has the settings of this session that differ from config.yaml, such as the `output` of
         a folder that was moved, or a smaller `batch_size`.
         """
         start = ["lorakit"]
-        if processes > 1:
-            here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
-            options = ["--nproc-per-node", here] if here == str(processes) else ["SAME_OPTIONS"]
-            start = ["torchrun", *options, "-m", "lorakit"]
+        if processes.count > 1:
+            all_here = processes.here == processes.count
+            options = f"--nproc-per-node {processes.here}" if all_here else "SAME_OPTIONS"
+            start = ["torchrun", *options.split(), "-m", "lorakit"]
         then, now = recorded_and_present(self.path, self.config)
         changed = {name: value for name, _, value in differences(then, now)}
         return resume_command(self.path, changed, start=start)

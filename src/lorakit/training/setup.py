@@ -271,7 +271,9 @@ class Job:
             "scores_before": state.scores_before,
         }
         # Before the others gather the tensors of a sharded adapter, and would wait for a process that fails here.
-        self.processes.on_first(lambda: set_aside(folder))
+        with self.processes.together():
+            if self.processes.is_first:
+                set_aside(folder)
         with self.processes.together():
             if self.config.shard or self.processes.is_first:
                 self.adapters.save(
