@@ -203,6 +203,8 @@ def test_a_classifier_without_a_recorded_task_merges(arch, labels, tmp_path, cap
         words = ["merge", str(tmp_path / name), str(tmp_path / f"{name}-merged")]
         assert main([*words, "--base.name", base, "--base.dtype", "float32"]) == 0
         assert "ForSequenceClassification.from_pretrained" in capsys.readouterr().out
+        assert main(["generate", "--adapter", str(tmp_path / name), "--prompt", "river"]) == 1
+        assert f"To apply it: lorakit merge {tmp_path / name} OUTPUT" in capsys.readouterr().err
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name}-merged")
         with torch.no_grad():
             found, expected = merged.eval()(**batch).logits, model(**batch).logits

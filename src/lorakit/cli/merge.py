@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
     from lorakit.compute.adapted import base_of, open_adapted
-    from lorakit.compute.adapter_file import AdapterFile, opening_task
+    from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.base import read_text_tokenizer
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
@@ -73,14 +73,8 @@ def run(argv: Sequence[str]) -> None:
     )
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
-    task, outputs = opening_task(adapter)
-    base = open_adapted(
-        config.base,
-        adapter,
-        task=task,
-        num_labels=outputs,
-        allow_other_base=config.allow_other_base,
-    )
+    task = recorded_task(adapter)
+    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
     if storage.is_within(base.source.path_or_id, output):
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."

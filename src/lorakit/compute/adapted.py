@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import check_base, put_on
-from lorakit.compute.adapter_file import AdapterFile, recorded_task
+from lorakit.compute.adapter_file import AdapterFile, opening_task
 from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -50,7 +50,6 @@ def open_adapted(
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
-    num_labels: int | None = None,
     allow_other_base: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
@@ -59,9 +58,7 @@ def open_adapted(
     Args:
         base: The base model; None is the one that the adapter records, as is one without a name.
         adapter: The adapter; None leaves the base as it is.
-        task: The task, which determines the model's head; None is the one that the adapter records, else text
-            generation.
-        num_labels: Fewest outputs of a head for classes.
+        task: The task, which determines the model's head; None is that of `opening_task`, else text generation.
         allow_other_base: Accept a base other than the one the adapter records.
         tokenizer: What `tokenizer_of_adapted` returned, if it has read the tokenizer before.
 
@@ -73,11 +70,11 @@ def open_adapted(
     """
     base = base_of(base, adapter)
     if adapter is None:
-        opened = open_base(base, task or TEXT, num_labels=num_labels, tokenizer=tokenizer)
+        opened = open_base(base, task or TEXT, tokenizer=tokenizer)
     else:
         of_base = tokenizer if adapter.tokenizer is None else None
-        task = task or recorded_task(adapter) or TEXT
-        opened = open_base(base, task, num_labels=num_labels, tokenizer=of_base)
+        task, outputs = (task, None) if task else opening_task(adapter)
+        opened = open_base(base, task or TEXT, num_labels=outputs, tokenizer=of_base)
         require_new_weights(opened, adapter.stored, adapter.path)
         head = logits_layer(opened.model)
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
