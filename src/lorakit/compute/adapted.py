@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -142,10 +143,11 @@ def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConf
     Raises:
         ConfigurationError: It is the name of a GGUF file, whose folder is not recorded, and not in this folder.
     """
-    if name.lower().endswith(".gguf") and not Path(name).expanduser().exists():
+    is_file_name = name.lower().endswith(".gguf") and PurePath(name).name == name
+    if is_file_name and not os.path.exists(name):  # `resolve` explains a missing path
         raise ConfigurationError(
             f"The adapter was made for the GGUF file '{name}', which is not in this folder. Name its path: --base.name "
-            f"PATH/{Path(name).name}."
+            f"PATH/{name}."
         )
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)
