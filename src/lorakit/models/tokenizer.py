@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,6 @@ _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.
 
 _FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 """Names of files that only a model with a tokenizer has."""
-
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
@@ -137,28 +136,26 @@ def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError
         )
 
 
-def sentencepiece_of(source: ModelSource) -> Path | None:
-    """Return the SentencePiece model of a base's tokenizer; None if it has none, or it cannot be downloaded.
+def save_sentencepiece(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Copy a base's tokenizer.model, if it has one that can be read, to the folder of a saved tokenizer.
 
-    transformers saves tokenizer.json in its place. llama.cpp's converter needs it for some architectures, such as
-    Gemma 2, Phi 3 and T5.
+    transformers saves tokenizer.json in its place, and llama.cpp's converter needs it for Gemma 2 and Phi 3, among
+    others. With it, the converter reads added tokens in tokenizer_config.json, where transformers 5 omits them.
     """
     from transformers.utils.hub import cached_file
 
-    if source.kind == "gguf":
-        return None
-    for name in _SENTENCEPIECE:
-        file = cached_file(
-            source.path_or_id,
-            name,
-            revision=source.revision,
-            local_files_only=source.from_cache,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if file is not None:
-            return Path(file)
-    return None
+    name, at, file = "tokenizer.model", source.revision, None
+    with suppress(OSError):  # also for a GGUF file, which is no folder and no name of the hub
+        file = cached_file(source.path_or_id, name, revision=at, local_files_only=source.from_cache)
+    if file is None:
+        return
+    shutil.copyfile(file, folder / name)
+    added = {i: token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_bytes()), "added_tokens_decoder": added}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager
