@@ -160,10 +160,16 @@ def save_sentencepiece(
 
 @contextmanager
 def _rust_errors(path: str, error: type[LorakitError]) -> Iterator[None]:
-    """Convert a panic of the library tokenizers, which is written in Rust: its panics are no `Exception`."""
+    """Convert errors of the library tokenizers, which is written in Rust.
+
+    Its panics are no `Exception`, and its errors of the system, such as a lack of file handles, are no `OSError`.
+    """
     try:
         yield
     except BaseException as failure:
+        number = re.search(r"\(os error (\d+)\)$", str(failure))
+        if type(failure) is Exception and number is not None:
+            raise OSError(int(number[1]), str(failure)) from failure
         if type(failure).__name__ != "PanicException":
             raise
         raise error(_damaged(path, failure)) from None
