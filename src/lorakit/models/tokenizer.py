@@ -51,9 +51,8 @@ def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
 
 
 def _unreadable(located: Located, error: Exception) -> str:
-    source, path = located.source, located.path
-    message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
+    source, path, reason = located.source, located.path, _reason(error)
+    if reason is None:
         return (
             f"The tokenizer of '{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
             "trust_remote_code."
@@ -65,9 +64,17 @@ def _unreadable(located: Located, error: Exception) -> str:
     elif source.kind == "gguf":
         advice = f"delete '{path}' to convert the GGUF file again."
     return (
-        f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message[:500].rstrip('.')}). If it "
-        f"needs a package, install it; otherwise {advice}"
+        f"The tokenizer of '{source.name}' cannot be read ({reason}). If it needs a package, install it; otherwise "
+        f"{advice}"
     )
+
+
+def _reason(error: Exception) -> str | None:
+    """Return what made a tokenizer unreadable; None if it needs Python code of its own."""
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return None
+    return f"{type(error).__name__}: {message[:500].rstrip('.')}"
 
 
 def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
@@ -78,19 +85,17 @@ def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
     """
     try:
         return read_tokenizer(folder, AdapterFileError, local_files_only=True)
-    except LorakitError:
-        raise
     # Its files are untrusted input; their readers raise almost any exception.
     except Exception as error:
-        if is_momentary(error):
+        if isinstance(error, LorakitError) or is_momentary(error):
             raise
-        message = " ".join(str(error).split())
-        reason = f"{type(error).__name__}: {message[:500].rstrip('.')}"
-        if "trust_remote_code" in message:
+        reason, restore = _reason(error), "Restore its files. "
+        if reason is None:
             reason = "it needs Python code of its own, which is never run from an adapter's folder"
+            restore = ""
         raise AdapterFileError(
-            f"The tokenizer in '{folder}' cannot be read ({reason}). Restore its files. To use the base's tokenizer, "
-            "delete them, and lorakit.json if it is there, which lists them."
+            f"The tokenizer in '{folder}' cannot be read ({reason}). {restore}To use the base's tokenizer, delete "
+            f"'{Path(folder) / 'tokenizer_config.json'}'."
         ) from error
 
 

@@ -35,6 +35,8 @@ NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
+_TOKENIZER = "tokenizer_config.json"
+"""Without this file, a folder has no tokenizer."""
 
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
 """Fields of a `StoredLayer` that lorakit.json holds unchanged."""
@@ -268,7 +270,7 @@ def _require_keys(
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
-    """Verify the checksum of every listed file; return a notice if the model card was edited."""
+    """Verify the checksum of every listed file; return notices of an edited card and a removed tokenizer."""
     files = record.get("files")
     if not isinstance(files, Mapping):
         raise AdapterFileError(
@@ -282,7 +284,9 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
-        if name == CARD_NAME and not (folder / name).exists():
+        if name in (CARD_NAME, _TOKENIZER) and not (folder / name).exists():
+            if name == _TOKENIZER:
+                notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
             continue
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
