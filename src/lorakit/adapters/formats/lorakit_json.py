@@ -35,8 +35,6 @@ NAME = "lorakit.json"
 TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
 CARD_NAME = "README.md"
-_TOKENIZER = "tokenizer_config.json"
-"""Without this file, a folder has no tokenizer."""
 
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
 """Fields of a `StoredLayer` that lorakit.json holds unchanged."""
@@ -284,8 +282,8 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
-        if name in (CARD_NAME, _TOKENIZER) and not (folder / name).exists():
-            if name == _TOKENIZER:
+        if name in (CARD_NAME, "tokenizer_config.json") and not (folder / name).exists():
+            if name != CARD_NAME:  # then the folder has no tokenizer
                 notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
             continue
         if storage.sha256(storage.regular_file(folder / name)) == digest:
