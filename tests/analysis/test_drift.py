@@ -187,3 +187,13 @@ def test_a_model_that_writes_no_text(tmp_path):
     (tmp_path / "text.txt").write_text("some text")
     with pytest.raises(BaseModelError, match="model that generates text"):
         adapter_drift(tmp_path / "a", tmp_path / "text.txt", base=BaseConfig(name=base))
+
+
+def test_a_classifier_that_records_no_task(tmp_path):
+    base = tiny_runs.save_base(tmp_path / "base")
+    head = {"task": "sequence-classification", "num_labels": 3}
+    model = lorakit.load_base(base, dtype="float32", **head).model
+    lorakit.attach(model, lorakit.LoRA(rank=2, train_modules=("score",))).save(tmp_path / "a")
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(BaseModelError, match="is a LlamaForSequenceClassification"):
+        adapter_drift(tmp_path / "a", tmp_path / "text.txt", base=BaseConfig(name=base))

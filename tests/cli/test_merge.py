@@ -109,22 +109,38 @@ def test_flags_of_sampling_without_sampling_are_kept(decoder):
     assert set(saved["eos_token_id"]) >= {1, base.tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize("adds_token", [False, True])
-def test_the_sentencepiece_model_of_the_base_is_copied(adds_token, decoder):
-    """llama.cpp needs it for some architectures. It lacks tokens that the adapter's tokenizer has added."""
+def test_the_sentencepiece_model_of_the_base_is_copied(decoder):
+    """llama.cpp needs it for some architectures. It then reads no added tokens in tokenizer.json."""
     Path("base/tokenizer.model").write_bytes(b"pieces")
     tokenizer = AutoTokenizer.from_pretrained("base")
-    if adds_token:
-        words = tokenizer.get_vocab()
-        model = AutoModelForCausalLM.from_pretrained("base")
-        model.resize_token_embeddings(len(words) + 1)
-        model.save_pretrained("base")
-        tokenizer.add_tokens(["<new>"])
+    start = len(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained("base")
+    model.resize_token_embeddings(start + 2)
+    model.save_pretrained("base")
+    tokenizer.add_tokens(["<of_base>"], special_tokens=True)
+    tokenizer.save_pretrained("base")
     base = lorakit.load_base("base", dtype="float32")
+    tokenizer.add_tokens(["<of_adapter>"])
     lorakit.attach(base.model, lorakit.LoRA(rank=2)).save("own", tokenizer=tokenizer)
     assert main(["merge", "own", "merged", *FLOAT32]) == 0
-    assert Path("merged/tokenizer.model").exists() == (not adds_token)
-    assert len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
+    assert Path("merged/tokenizer.model").read_bytes() == b"pieces"
+    config = json.loads(Path("merged/tokenizer_config.json").read_text(encoding="utf-8"))
+    added = config["added_tokens_decoder"]
+    expected = json.loads(Path("merged/tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    assert [{"id": int(i), **token} for i, token in added.items()] == expected
+    assert [added[str(start + i)]["content"] for i in range(2)] == ["<of_base>", "<of_adapter>"]
+    assert [added[str(start + i)]["special"] for i in range(2)] == [True, False]
+    merged = AutoTokenizer.from_pretrained("merged")
+    assert merged.get_vocab() == tokenizer.get_vocab()
+    text = "river <of_base> pub<of_adapter>"
+    assert merged(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_merge_ends_without_a_sentencepiece_model_that_cannot_be_read(decoder):
+    Path("base/tokenizer.model").mkdir()
+    assert main(["merge", "adapter", "merged", *FLOAT32]) == 0
+    assert not Path("merged/tokenizer.model").exists()
+    assert "added_tokens_decoder" not in Path("merged/tokenizer_config.json").read_text()
 
 
 def test_the_files_of_a_merged_model_have_the_mode_of_other_files(decoder):
@@ -203,6 +219,8 @@ def test_a_classifier_without_a_recorded_task_merges(arch, labels, tmp_path, cap
         words = ["merge", str(tmp_path / name), str(tmp_path / f"{name}-merged")]
         assert main([*words, "--base.name", base, "--base.dtype", "float32"]) == 0
         assert "ForSequenceClassification.from_pretrained" in capsys.readouterr().out
+        assert main(["generate", "--adapter", str(tmp_path / name), "--prompt", "river"]) == 1
+        assert f"To apply it: lorakit merge {tmp_path / name} OUTPUT" in capsys.readouterr().err
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name}-merged")
         with torch.no_grad():
             found, expected = merged.eval()(**batch).logits, model(**batch).logits

@@ -99,7 +99,8 @@ def test_code_in_an_adapter_never_runs(
     """transformers asks on standard input whether to run it, unless it is told."""
     ran = write_code(adapter)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\nthe next line\n"))
-    with pytest.raises(AdapterFileError, match="needs Python code of its own, which is never run"):
+    fix = r"is never run from an adapter's folder\). To use the base's tokenizer, delete '.*config.json'"
+    with pytest.raises(AdapterFileError, match=fix):
         add_adapter(base, AdapterFile.read(adapter))
     assert sys.stdin.read() == "y\nthe next line\n"
     assert not ran.exists()
@@ -130,5 +131,23 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error(
 ) -> None:
     (adapter / "tokenizer.json").unlink()
     (adapter / "tokenizer_config.json").write_text(config)
-    with pytest.raises(AdapterFileError, match=r"tokenizer in '.*adapter' cannot be read"):
+    with pytest.raises(
+        AdapterFileError, match=r"tokenizer in '.*adapter' cannot be read .*Restore"
+    ):
         add_adapter(base, AdapterFile.read(adapter))
+
+
+def test_a_tokenizer_is_given_up_without_the_record(base: Base, tmp_path: Path) -> None:
+    """The message about an unreadable tokenizer says which file to delete."""
+    tokenizer = base.text_tokenizer
+    provenance = {"task": "completion", "labels": []}
+    adapters = attach(base.model, LoRA(rank=2))
+    adapters.save(tmp_path / "adapter", tokenizer=tokenizer, provenance=provenance)
+    adapters.detach()
+    (tmp_path / "adapter/tokenizer_config.json").unlink()
+    adapter = AdapterFile.read(tmp_path / "adapter")
+    assert adapter is not None
+    assert adapter.provenance.items() >= provenance.items()
+    (notice,) = adapter.stored.notices
+    assert notice.endswith("tokenizer_config.json' is missing. Commands use the base's tokenizer.")
+    assert add_adapter(base, adapter) is tokenizer

@@ -622,6 +622,22 @@ def test_a_tokenizer_that_needs_code_is_refused(
     store.acquire("b").release()
 
 
+def test_a_lack_of_file_handles_is_not_remembered(
+    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library tokenizers raises a plain exception."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Exception("Too many open files (os error 24)")
+
+    write_adapter(root / "own", tokenizer=tiny_tokenizer(chat_template="{{ messages }}"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(OSError, match="os error 24"):
+        store.acquire("own")
+    monkeypatch.undo()
+    store.acquire("own").release()
+
+
 @pytest.mark.parametrize("base_has_one", [False, True])
 def test_an_adapter_answers_chats_if_its_tokenizer_has_a_template(
     root: Path, base_has_one: bool, monkeypatch: pytest.MonkeyPatch

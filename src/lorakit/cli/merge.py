@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,15 +53,14 @@ def run(argv: Sequence[str]) -> None:
 
     from lorakit.adapters import handle_of
     from lorakit.adapters.formats import TOKENIZER_FILES
-    from lorakit.compute.adapted import base_of, open_adapted
-    from lorakit.compute.adapter_file import AdapterFile, opening_task
-    from lorakit.compute.base import read_text_tokenizer
+    from lorakit.compute.adapted import open_adapted
+    from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
     from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
     from lorakit.models.dtypes import dtype_name
     from lorakit.models.loading import set_generation
-    from lorakit.models.tokenizer import sentencepiece_of
+    from lorakit.models.tokenizer import save_sentencepiece
     from lorakit.storage.tensors import use_default_mode
 
     storage.require_replaceable(
@@ -73,14 +71,8 @@ def run(argv: Sequence[str]) -> None:
     )
     adapter = AdapterFile.read(config.adapter)
     assert adapter is not None  # the path is set
-    task, outputs = opening_task(adapter)
-    base = open_adapted(
-        config.base,
-        adapter,
-        task=task,
-        num_labels=outputs,
-        allow_other_base=config.allow_other_base,
-    )
+    task = recorded_task(adapter)
+    base = open_adapted(config.base, adapter, allow_other_base=config.allow_other_base)
     if storage.is_within(base.source.path_or_id, output):
         raise RunFolderError(
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
@@ -89,12 +81,6 @@ def run(argv: Sequence[str]) -> None:
     handle = handle_of(model)
     assert handle is not None
     handle.require_mergeable()  # fail before the first forward pass
-
-    sentencepiece = sentencepiece_of(base.source)
-    if sentencepiece is not None:
-        vocabulary = read_text_tokenizer(base_of(config.base, adapter)).get_vocab()
-        if tokenizer.get_vocab() != vocabulary:  # of the adapter, with added tokens
-            sentencepiece = None
 
     def merged() -> PreTrainedModel:
         handle.merge(keep_base=False)
@@ -112,8 +98,7 @@ def run(argv: Sequence[str]) -> None:
         model.save_pretrained(temporary)
         use_default_mode(*temporary.glob("*.safetensors"))
         tokenizer.save_pretrained(temporary)
-        if sentencepiece is not None:
-            shutil.copyfile(sentencepiece, temporary / sentencepiece.name)
+        save_sentencepiece(base.source, tokenizer, temporary)
     print(f"Merged model in {config.output} ({dtype_name(model.dtype)}).")
     if new:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))

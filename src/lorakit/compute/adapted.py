@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import check_base, put_on
-from lorakit.compute.adapter_file import AdapterFile, recorded_task
+from lorakit.compute.adapter_file import AdapterFile, opening_task
 from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError
@@ -50,7 +51,6 @@ def open_adapted(
     adapter: AdapterFile | None,
     *,
     task: DataTask | None = None,
-    num_labels: int | None = None,
     allow_other_base: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
@@ -59,9 +59,7 @@ def open_adapted(
     Args:
         base: The base model; None is the one that the adapter records, as is one without a name.
         adapter: The adapter; None leaves the base as it is.
-        task: The task, which determines the model's head; None is the one that the adapter records, else text
-            generation.
-        num_labels: Fewest outputs of a head for classes.
+        task: The task, which determines the model's head; None is that of `opening_task`, else text generation.
         allow_other_base: Accept a base other than the one the adapter records.
         tokenizer: What `tokenizer_of_adapted` returned, if it has read the tokenizer before.
 
@@ -73,11 +71,11 @@ def open_adapted(
     """
     base = base_of(base, adapter)
     if adapter is None:
-        opened = open_base(base, task or TEXT, num_labels=num_labels, tokenizer=tokenizer)
+        opened = open_base(base, task or TEXT, tokenizer=tokenizer)
     else:
         of_base = tokenizer if adapter.tokenizer is None else None
-        task = task or recorded_task(adapter) or TEXT
-        opened = open_base(base, task, num_labels=num_labels, tokenizer=of_base)
+        task, outputs = (task, None) if task else opening_task(adapter)
+        opened = open_base(base, task or TEXT, num_labels=outputs, tokenizer=of_base)
         require_new_weights(opened, adapter.stored, adapter.path)
         head = logits_layer(opened.model)
         has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
@@ -144,10 +142,11 @@ def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConf
     Raises:
         ConfigurationError: It is the name of a GGUF file, whose folder is not recorded, and not in this folder.
     """
-    if name.lower().endswith(".gguf") and not Path(name).expanduser().exists():
+    is_file_name = name.lower().endswith(".gguf") and PurePath(name).name == name
+    if is_file_name and not os.path.exists(name):  # `resolve` explains a missing path
         raise ConfigurationError(
             f"The adapter was made for the GGUF file '{name}', which is not in this folder. Name its path: --base.name "
-            f"PATH/{Path(name).name}."
+            f"PATH/{name}."
         )
     if base.revision is None and revision is not None and resolve(name).kind == "hub":
         return dataclasses.replace(base, name=name, revision=revision)

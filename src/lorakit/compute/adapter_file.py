@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,8 +110,12 @@ def opening_task(adapter: AdapterFile) -> tuple[DataTask | None, int | None]:
         is_classifier = head_of_class(name, is_encoder_decoder=False) == "sequence-classification"
     if task is not None or not is_classifier:
         return task, None
-    # The head's last matrix has a row for each class. A matrix before it has as many rows as the next has columns.
-    shapes = [tensor.shape for tensor in stored.trained.values() if tensor.ndim == 2]
+    # The head is outside the backbone, which the numbered blocks are in. Its last matrix has a row for each class; a
+    # matrix before it has as many rows as the next has columns.
+    names = [*stored.layers, *stored.modules, *stored.trained]
+    backbone = {name.partition(".")[0] for name in names if re.search(r"\.\d+\.", name)}
+    head = [t for name, t in stored.trained.items() if name.partition(".")[0] not in backbone]
+    shapes = [tensor.shape for tensor in head if tensor.ndim == 2]
     outputs = min({rows for rows, _ in shapes} - {columns for _, columns in shapes}, default=None)
     if outputs == 1:
         return DataTask(name="regression"), None
@@ -202,16 +207,20 @@ def as_recorded(
 
 
 def text_task(adapter: AdapterFile | None) -> DataTask | None:
-    """Return the task that an adapter records, for commands that generate text; None if none is recorded.
+    """Return the task that an adapter records, for commands that generate text; None if it records none.
 
     Raises:
         ConfigurationError: The adapter predicts labels or scores.
     """
-    task = None if adapter is None else recorded_task(adapter)
+    task = None if adapter is None else opening_task(adapter)[0]
     if adapter is not None and task is not None and not task.generates:
+        apply = (
+            f"lorakit predict --adapter {adapter.path} --data.test FILE --output predictions.jsonl"
+        )
+        if recorded_task(adapter) is None:  # its classes have no names
+            apply = f"lorakit merge {adapter.path} OUTPUT, and load OUTPUT in transformers"
         raise ConfigurationError(
-            f"The adapter {adapter.path} was trained for {task.name} and generates no text. To apply it: lorakit "
-            f"predict --adapter {adapter.path} --data.test FILE --output predictions.jsonl."
+            f"The adapter {adapter.path} was trained for {task.name} and generates no text. To apply it: {apply}."
         )
     return task
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,6 @@ _SETTINGS = re.compile(r'"truncation":.*?,"padding":.*?(?="added_tokens":)', re.
 
 _FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 """Names of files that only a model with a tokenizer has."""
-
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
@@ -52,9 +51,8 @@ def tokenizer_of(located: Located) -> PreTrainedTokenizerBase | None:
 
 
 def _unreadable(located: Located, error: Exception) -> str:
-    source, path = located.source, located.path
-    message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
+    source, path, reason = located.source, located.path, _reason(error)
+    if reason is None:
         return (
             f"The tokenizer of '{source.name}' needs Python code of its own. Read that code, and if you trust it, set "
             "trust_remote_code."
@@ -66,9 +64,17 @@ def _unreadable(located: Located, error: Exception) -> str:
     elif source.kind == "gguf":
         advice = f"delete '{path}' to convert the GGUF file again."
     return (
-        f"The tokenizer of '{source.name}' cannot be read ({type(error).__name__}: {message[:500].rstrip('.')}). If it "
-        f"needs a package, install it; otherwise {advice}"
+        f"The tokenizer of '{source.name}' cannot be read ({reason}). If it needs a package, install it; otherwise "
+        f"{advice}"
     )
+
+
+def _reason(error: Exception) -> str | None:
+    """Return what made a tokenizer unreadable; None if it needs Python code of its own."""
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return None
+    return f"{type(error).__name__}: {message[:500].rstrip('.')}"
 
 
 def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
@@ -79,19 +85,17 @@ def tokenizer_in(folder: str) -> PreTrainedTokenizerBase:
     """
     try:
         return read_tokenizer(folder, AdapterFileError, local_files_only=True)
-    except LorakitError:
-        raise
     # Its files are untrusted input; their readers raise almost any exception.
     except Exception as error:
-        if is_momentary(error):
+        if isinstance(error, LorakitError) or is_momentary(error):
             raise
-        message = " ".join(str(error).split())
-        reason = f"{type(error).__name__}: {message[:500].rstrip('.')}"
-        if "trust_remote_code" in message:
+        reason, restore = _reason(error), "Restore its files. "
+        if reason is None:
             reason = "it needs Python code of its own, which is never run from an adapter's folder"
+            restore = ""
         raise AdapterFileError(
-            f"The tokenizer in '{folder}' cannot be read ({reason}). Restore its files. To use the base's tokenizer, "
-            "delete them, and lorakit.json if it is there, which lists them."
+            f"The tokenizer in '{folder}' cannot be read ({reason}). {restore}To use the base's tokenizer, delete "
+            f"'{Path(folder) / 'tokenizer_config.json'}'."
         ) from error
 
 
@@ -137,36 +141,40 @@ def _try(tokenizer: PreTrainedTokenizerBase, path: str, error: type[LorakitError
         )
 
 
-def sentencepiece_of(source: ModelSource) -> Path | None:
-    """Return the SentencePiece model of a base's tokenizer; None if it has none, or it cannot be downloaded.
+def save_sentencepiece(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Copy a base's tokenizer.model, if it has one that can be read, to the folder of a saved tokenizer.
 
-    transformers saves tokenizer.json in its place. llama.cpp's converter needs it for some architectures, such as
-    Gemma 2, Phi 3 and T5.
+    transformers saves tokenizer.json in its place, and llama.cpp's converter needs it for Gemma 2 and Phi 3, among
+    others. With it, the converter reads added tokens in tokenizer_config.json, where transformers 5 omits them.
     """
     from transformers.utils.hub import cached_file
 
-    if source.kind == "gguf":
-        return None
-    for name in _SENTENCEPIECE:
-        file = cached_file(
-            source.path_or_id,
-            name,
-            revision=source.revision,
-            local_files_only=source.from_cache,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if file is not None:
-            return Path(file)
-    return None
+    name, at, file = "tokenizer.model", source.revision, None
+    with suppress(OSError):  # also for a GGUF file, which is no folder and no name of the hub
+        file = cached_file(source.path_or_id, name, revision=at, local_files_only=source.from_cache)
+    if file is None:
+        return
+    shutil.copyfile(file, folder / name)
+    added = {i: token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_bytes()), "added_tokens_decoder": added}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @contextmanager
 def _rust_errors(path: str, error: type[LorakitError]) -> Iterator[None]:
-    """Convert a panic of the library tokenizers, which is written in Rust: its panics are no `Exception`."""
+    """Convert errors of the library tokenizers, which is written in Rust.
+
+    Its panics are no `Exception`, and its errors of the system, such as a lack of file handles, are no `OSError`.
+    """
     try:
         yield
     except BaseException as failure:
+        number = re.search(r"\(os error (\d+)\)$", str(failure))
+        if type(failure) is Exception and number is not None:
+            raise OSError(int(number[1]), str(failure)) from failure
         if type(failure).__name__ != "PanicException":
             raise
         raise error(_damaged(path, failure)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         between_steps=lambda action: threaded_engine.between_steps(action).result(),
         allow_other_base=config.allow_other_base,
     )
-    name = config.served_name or base.source.name
+    name = config.served_name or re.sub(r"\.gguf$", "", base.source.name, flags=re.IGNORECASE)
     if name in store.names():
         raise ConfigurationError(
             f"An adapter has the name of the base, '{name}'. Rename its folder, or name the base: --served_name NAME."

@@ -110,6 +110,8 @@ def test_a_gguf_file_is_a_base_that_only_lorakit_loads():
     assert f"vLLM needs the base as a folder: `{call}).model.save_pretrained(...)`." in text
     assert "vllm serve path/to/that/folder" in text
     assert "transformers.LlamaForCausalLM" not in text
+    call = 'lorakit.load_base("path/to/t5.gguf", task="seq2seq-lm").model'
+    assert f"model = {call}" in text_of(live("t5", name="t5.gguf"))
 
 
 def test_the_card_says_how_many_examples_a_run_scored():

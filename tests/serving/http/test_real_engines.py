@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +17,9 @@ from served import wait_for
 from whole import LABELS, alone, post, served
 
 import lorakit
+from lorakit.compute.base import open_base
 from lorakit.errors import ConfigurationError
+from lorakit.models.loading import Base
 from lorakit.serving import classifying
 from lorakit.serving.engine import QueueFullError
 from lorakit.serving.http.keys import Key, KeyRing, digest_of
@@ -306,6 +309,17 @@ def test_a_classifier_of_peft_with_three_labels(classes: Path, tmp_path: Path) -
             for row, probabilities in zip(data, expected, strict=True):
                 assert list(row["scores"]) == labels
                 assert list(row["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_a_gguf_base_is_served_without_its_suffix(text: Path, monkeypatch) -> None:
+    def named(*args: Any, **settings: Any) -> Base:
+        base = open_base(*args, **settings)
+        base.source = dataclasses.replace(base.source, name="tiny.Q4_0.gguf")
+        return base
+
+    monkeypatch.setattr("lorakit.serving.opening.open_base", named)
+    with served(text, allow_other_base=True) as (client, _):
+        assert post(client, "/v1/completions", model="tiny.Q4_0", prompt="a", max_tokens=1)
 
 
 def test_the_number_of_labels_is_for_classifiers(text: Path) -> None:

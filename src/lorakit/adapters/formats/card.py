@@ -168,7 +168,8 @@ def _base_code(stored: StoredAdapter) -> str:
     labels = _num_labels(stored) if class_name.endswith("Classification") else None
     if (own_name := _name_of_lorakit(stored)) is not None:
         unknown = "base" if class_name else None
-        head = head_of_class(class_name, is_encoder_decoder=False) or unknown
+        # Of these bases, T5 alone has the suffix that encoder-decoders share with models of images and text.
+        head = head_of_class(class_name, is_encoder_decoder=True) or unknown
         arguments = {"task": head, "num_labels": labels}
         if labels == 1:
             arguments = {"task": "regression"}

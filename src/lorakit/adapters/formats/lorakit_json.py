@@ -265,7 +265,7 @@ def _require_keys(
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
-    """Verify the checksum of every listed file; return a notice if the model card was edited."""
+    """Verify the checksum of every listed file; return notices of an edited card and a removed tokenizer."""
     files = record.get("files")
     if not isinstance(files, Mapping):
         raise AdapterFileError(
@@ -279,7 +279,9 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
-        if name == CARD_NAME and not (folder / name).exists():
+        if name in (CARD_NAME, "tokenizer_config.json") and not (folder / name).exists():
+            if name != CARD_NAME:  # then the folder has no tokenizer
+                notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
             continue
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
