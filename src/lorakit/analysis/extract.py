@@ -193,7 +193,7 @@ def _require_one_shape(base: Tensor, tuned: Tensor) -> None:
         )
 
 
-def _outputs(model: PreTrainedModel) -> tuple[str, int] | None:
+def _outputs(model: PreTrainedModel) -> tuple[str, int | None] | None:
     """Return the head of a model and its number of tokens or labels; None if it predicts nothing."""
     config = model.config
     head = head_of_class(type(model).__name__, is_encoder_decoder=config.is_encoder_decoder)
