@@ -539,6 +539,9 @@ def test_the_tokenizer_of_the_fine_tuned_model(tmp_path):
     assert made.tokenizer is None
     sizes = f"{len(tokenizer)} tokens, and the base has {len(tokenizer) - 1} embeddings"
     assert f"no tokenizer of its own: The tokenizer in tuned has {sizes}" in made.notices[0]
+    # The tokenizer of Gemma 3 1B has a token without an embedding, also in the base.
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert extract_adapter(*both, rank=3).tokenizer is not None
 
 
 @pytest.mark.parametrize("record", [{}, {"task": "classification", "labels": ["a", "b", "c"]}])

@@ -160,7 +160,7 @@ def extract_adapter(
             handle = put_on(model, adapter, name="extracted", trainable=False)
             adapted = logits_of_prompts(model, reader)
             handle.detach()
-            del loaded, model, handle, weights  # two models may not fit into the memory
+            del loaded, model, handle  # two models may not fit into the memory
             found = agreement(logits_of_prompts(tuned_model.load(), reader), adapted)
         except Exception as error:  # almost any is possible, and the adapter is worth hours
             kind = "" if isinstance(error, LorakitError) else f"{type(error).__name__}: "
