@@ -16,6 +16,7 @@ from lorakit.compute import base as opening
 from lorakit.data import DataTask
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.base_shape import Shape
 
 BASE = BaseConfig(name="tiny", device="cpu")
 OPEN: dict[str, Callable[[], Any]] = {
@@ -40,8 +41,8 @@ def test_an_earlier_model_is_freed_before_the_next_is_loaded(
 
     monkeypatch.setattr(opening, "load_base", load)
     monkeypatch.setattr(base_weights, "load_base", load)
-    config = tiny_models.build("llama").config
-    monkeypatch.setattr(base_weights, "_config_of", lambda _: config)
+    shape = Shape("tiny", "", tiny_models.build("llama").config)
+    monkeypatch.setattr(base_weights, "_shape_of", lambda _: shape)
     gc.collect()
     gc.disable()
     try:

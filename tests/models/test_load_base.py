@@ -21,7 +21,7 @@ from transformers.utils import logging
 import lorakit
 from lorakit.compute.batching import collator
 from lorakit.errors import BaseModelError, ConfigurationError
-from lorakit.models.loading import _quiet, load_base, load_tokenizer
+from lorakit.models.loading import load_base, load_tokenizer, quiet
 
 
 def save(folder: Path, arch: str, head: str | None = None, **special_tokens: str) -> Path:
@@ -433,7 +433,7 @@ def test_two_loads_at_the_same_time_restore_the_settings() -> None:
     logging.set_verbosity_info()
     logging.enable_progress_bar()
     try:
-        first, second = _quiet(), _quiet()
+        first, second = quiet(), quiet()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

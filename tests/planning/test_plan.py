@@ -266,7 +266,7 @@ def test_a_plan_never_asks_whether_to_run_code(monkeypatch):
     code = {"AutoModelForSequenceClassification": "own.Own"}
     shape = Shape("mamba", "", transformers.MambaConfig(auto_map=code))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    with pytest.raises(BaseModelError, match=r"'mamba' cannot be planned: .* custom code"):
+    with pytest.raises(BaseModelError, match=r"'mamba' cannot be built .* custom code"):
         build(shape, BaseConfig(name="mamba"), "sequence-classification", 2, dtype=torch.float32)
     assert sys.stdin.read() == "y\n"
 

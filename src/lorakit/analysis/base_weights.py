@@ -23,11 +23,11 @@ from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.memory import free_memory
 from lorakit.errors import BaseModelError, WrongBaseError, nearest
 from lorakit.models.base_config import BaseConfig, as_base_config
-from lorakit.models.base_shape import shape_of
+from lorakit.models.base_shape import Shape, build_model, shape_of
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, load_base
-from lorakit.models.model_classes import ModelHead, head_of_class, model_class
+from lorakit.models.model_classes import ModelHead, head_of_class
 from lorakit.models.sources import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def open_weights(
     recorded = stored.base
     path = "file" if isinstance(adapter, StoredAdapter) else str(adapter)  # for a message
     base = base_of(base, AdapterFile(path, stored))
-    weights = _open_safetensors(base)
+    weights = open_safetensors(base)
     if weights is not None and recorded is not None:
         live = _fingerprint(weights, recorded, base)
         if live is None:
@@ -144,17 +144,15 @@ def _differences(recorded: BaseRecord, live: BaseRecord, allow_other_base: bool)
         return [f"Using another base because allow_other_base is set: {error}"]
 
 
-def read_weights(base: BaseConfig | str, names: Iterable[str] = ()) -> Weights:
-    """Open a model's safetensors files, or load the whole model if it has none, or none with one of these `names`.
+def read_weights(base: BaseConfig | str) -> Weights:
+    """Open a model's safetensors files, or load the whole model if it has none.
 
     Raises:
         BaseModelError: The model does not exist, or cannot be read.
     """
     base = as_base_config(base)
-    weights = _open_safetensors(base)
-    if weights is not None and all(name in weights for name in names):
-        return weights
-    return weights_of(load_float32(base))
+    weights = open_safetensors(base)
+    return weights_of(load_float32(base)) if weights is None else weights
 
 
 def load_float32(
@@ -171,7 +169,7 @@ def load_float32(
         BaseModelError: The model does not exist, or cannot be read.
     """
     free_memory()  # an adapted base has reference cycles, and this one may follow another
-    head = _head_of(_config_of(base), class_name)
+    head = _head_of(_shape_of(base), class_name)
     if head == "sequence-classification" and num_labels == 1:
         head, num_labels = "regression", None
     return load_base(
@@ -184,33 +182,25 @@ def load_float32(
     )
 
 
-def empty_model(base: BaseConfig) -> PreTrainedModel:
+def empty_model(base: BaseConfig, class_name: str | None = None) -> PreTrainedModel:
     """Build the model that `load_float32` loads on the meta device, without its weights.
 
     Raises:
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
-    config = _config_of(base)
-    trusts = base.trust_remote_code  # None would make transformers ask on standard input
-    try:
-        with torch.device("meta"):
-            return model_class(_head_of(config)).from_config(config, trust_remote_code=trusts)
-    # Architectures raise almost any exception for a wrong size, or for a head that they do not have.
-    except Exception as error:
-        raise BaseModelError(
-            f"'{base.name}' cannot be built from its configuration ({type(error).__name__}: {str(error)[:300]}). "
-            "Download or copy it again, or update transformers."
-        ) from error
+    shape = _shape_of(base)
+    with torch.device("meta"):
+        return build_model(shape, _head_of(shape, class_name))
 
 
-def _head_of(config: Any, class_name: str | None = None) -> ModelHead:
+def _head_of(shape: Shape, class_name: str | None) -> ModelHead:
     """Return the head of a model class, by default of the first one that the configuration names."""
-    named = (config.architectures or [""])[0] if class_name is None else class_name
-    return head_of_class(named, is_encoder_decoder=config.is_encoder_decoder) or "base"
+    named = (shape.config.architectures or [""])[0] if class_name is None else class_name
+    return head_of_class(named, is_encoder_decoder=shape.is_encoder_decoder) or "base"
 
 
-def _config_of(base: BaseConfig) -> Any:
-    """Return the transformers configuration of a model, which names the class of the model.
+def _shape_of(base: BaseConfig) -> Shape:
+    """Return name and configuration of a model; the configuration names its class.
 
     Raises:
         BaseModelError: The model does not exist, or its configuration cannot be read.
@@ -220,10 +210,15 @@ def _config_of(base: BaseConfig) -> Any:
         converted_folder(
             Path(source.path_or_id)
         )  # the description of an unconverted file names no class
-    return shape_of(base).config
+    return shape_of(base)
 
 
-def _open_safetensors(base: BaseConfig) -> Weights | None:
+def open_safetensors(base: BaseConfig) -> Weights | None:
+    """Open a model's safetensors files; None if it has none.
+
+    Raises:
+        BaseModelError: The model does not exist, or a file is missing or damaged.
+    """
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
     files = [] if folder is None else [_open(path) for path in _files(folder)]
@@ -232,9 +227,10 @@ def _open_safetensors(base: BaseConfig) -> Weights | None:
 
 
 def weights_of(loaded: Base) -> Weights:
-    """Return the parameters of a loaded model, under every name of a tied one."""
+    """Return the parameters of a loaded model, under every name of a tied one, without those that are random."""
     parameters = loaded.model.named_parameters(remove_duplicate=False)
-    return Weights(loaded.source, {name: parameter.detach for name, parameter in parameters})
+    readers = {n: p.detach for n, p in parameters if n not in loaded.new_weights}
+    return Weights(loaded.source, readers)
 
 
 def _folder(source: ModelSource) -> Path | None:
@@ -299,7 +295,7 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         return None
-    config = _config_of(base)
+    config = _shape_of(base).config
     if not isinstance(config, model_class.config_class):  # type: ignore[arg-type]
         name = (config.architectures or [type(config).__name__])[0]
         other = ArchitectureRecord(class_name=name, model_type=config.model_type, shapes="")

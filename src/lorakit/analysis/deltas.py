@@ -210,7 +210,8 @@ def base_notices(one: StoredAdapter, other: StoredAdapter) -> list[str]:
     except WrongBaseError:
         named = [f"'{b.source.name or 'unnamed'}' ({b.architecture.class_name})" for b in bases]
         return [
-            f"The adapters were trained on different bases, or on other weights of one name: {listed(named)}."
+            "The adapters record different bases, other weights of one base, or weights that cannot be compared: "
+            f"{listed(named)}."
         ]
     return []
 

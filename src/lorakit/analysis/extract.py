@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +16,26 @@ from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
+from lorakit.analysis.base_weights import load_float32
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts
 from lorakit.analysis.derived import Derived, LayerResult, derive
-from lorakit.analysis.tuned import FullFineTuned, WholeModel, open_tuned
-from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
+from lorakit.analysis.tuned import WholeModel, open_tuned
+from lorakit.compute.agreement import agreement, logits_of_prompts
 from lorakit.compute.merge_verdict import IN_FLOAT32, WHOLE
-from lorakit.errors import AdapterFileError, BaseModelError, ConfigurationError
-from lorakit.formatting import listed, percentage
+from lorakit.errors import AdapterFileError, BaseModelError, LorakitError
+from lorakit.formatting import percentage
 from lorakit.methods.lora import LoRA
+from lorakit.methods.method import with_head
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.dtypes import dtype_name
-from lorakit.models.loading import Base
+from lorakit.models.heads import output_embeddings
 from lorakit.models.model_classes import head_of_class
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def extract(
@@ -81,14 +83,15 @@ def extract_adapter(
 
     Returns:
         The adapter. Its notices name what else differs between the models: parameters and the configuration. Its
-        agreement compares the base with the adapter and the fine-tuned model as it is.
+        agreement compares the base with the adapter and the fine-tuned model as it is. If `train_modules` names a part
+        of a head that the base lacks, the adapter holds all modules that are new.
 
     Raises:
         BaseModelError: A model cannot be read, holds NaN or infinity, or lacks a targeted weight or has another shape.
-        AdapterFileError: The models do not differ on the targeted layers.
-        TargetError: A target names no layer.
-        ConfigurationError: Not exactly one of rank and energy is given, or it is out of range. Or `train_modules`
-            names a part of a new head.
+        AdapterFileError: The models do not differ on the targeted layers, or `tuned` is an adapter already.
+        TargetError: A target names no layer, or an entry of `train_modules` no module.
+        ConfigurationError: Not exactly one of rank and energy is given, or it is out of range.
+        WrongBaseError: lorakit's full fine-tuning started from another base.
     """
     check_target(rank, energy)
     # A template of the targeted layers with their kinds and slices; `fit` sets the ranks.
@@ -96,16 +99,19 @@ def extract_adapter(
     base = as_base_config(base)
     show = progress or (lambda _: None)
     show("reading the base")
-    tuned_model = open_tuned(base, tuned)
-    loaded = tuned_model.open_base(base, tuple(method.train_modules))
+    tuned_model = open_tuned(base, tuned, method.train_modules)
+    loaded = load_float32(base, *tuned_model.head)
     model, name_of_base = loaded.model, loaded.source.name
+    if tuned_model.head[0] is not None:  # new modules that the adapter lacks would be random
+        method = with_head(method, model, [], loaded.new_weights)
     handle = attach(model, method, name="extracted")
     template = handle.stored()
     handle.detach()
-    _require_new_weights(loaded.new_weights, template)
     targeted = [weight_name(path, layer) for path, layer in template.layers.items()]
-    weights = tuned_model.weights(loaded, targeted)
-    tokenizer, notices = tuned_model.tokenizer(loaded)
+    weights = tuned_model.weights(loaded, [*targeted, *template.trained])
+    tokenizer, notices = None, []
+    if isinstance(tuned_model, WholeModel):
+        tokenizer, notices = tuned_model.tokenizer(loaded)
     notices += tuned_model.differences(loaded, weights)
     for name, tensor in template.trained.items():
         weight = _tuned_weight(weights, name, tuned)
@@ -119,7 +125,11 @@ def extract_adapter(
         weight = _tuned_weight(weights, name, tuned)
         difference = _difference(model.get_parameter(name), weight)
         if not difference.isfinite().all():
-            raise _not_finite(name, name_of_base if weight.isfinite().all() else tuned)
+            damaged = name_of_base if weight.isfinite().all() else tuned
+            raise BaseModelError(
+                f"The weight '{name}' of '{damaged}' holds NaN or infinity, so it has no difference to extract. "
+                "Download or save that model again."
+            )
         parts = weight_parts(path, layer, difference)
         if not any(part.any() for part in parts):
             unchanged.append(path)
@@ -141,32 +151,23 @@ def extract_adapter(
     notices += _rounding_notice(weights[targeted[0]].dtype, rounding, results)
     notices += _other_differences(_not_covered(model, weights, template), results)
     show("comparing the predictions")
-    adapted, reader = _adapted_logits(loaded, adapter), loaded.tokenizer
-    del loaded, model, handle, weights  # two models may not fit into the memory
-    found = None
-    if adapted is not None and reader is not None:
-        found, why_not = _agreement(tuned_model, reader, adapted)
-        notices += why_not
+    found, reader, outputs = None, loaded.tokenizer, _outputs(model)
+    if reader is not None and outputs is not None:
+        try:
+            whole = isinstance(tuned_model, WholeModel)
+            if whole and _outputs(tuned_model.empty) != outputs:
+                raise BaseModelError("The fine-tuned model has another head or vocabulary.")
+            handle = put_on(model, adapter, name="extracted", trainable=False)
+            adapted = logits_of_prompts(model, reader)
+            handle.detach()
+            del loaded, model, handle  # two models may not fit into the memory
+            found = agreement(logits_of_prompts(tuned_model.load(), reader), adapted)
+        except Exception as error:  # almost any is possible, and the adapter is worth hours
+            kind = "" if isinstance(error, LorakitError) else f"{type(error).__name__}: "
+            notices.append(f"The predictions were not compared: {kind}{error}")
     return Derived(
         adapter=adapter, layers=results, notices=notices, agreement=found, tokenizer=tokenizer
     )
-
-
-def _not_finite(name: str, model: str | Path) -> BaseModelError:
-    return BaseModelError(
-        f"The weight '{name}' of '{model}' holds NaN or infinity, so it has no difference to extract. Download or save "
-        "that model again."
-    )
-
-
-def _require_new_weights(new: Sequence[str], template: StoredAdapter) -> None:
-    """Reject an adapter that does not hold all weights of a new head: those would be random."""
-    if missing := [name for name in new if name not in template.trained]:
-        modules = sorted({name.rpartition(".")[0] for name in missing})
-        raise ConfigurationError(
-            f"The base lacks {listed(missing, 3)}, so the adapter has to hold them: add {', '.join(modules)} to "
-            "train_modules."
-        )
 
 
 def _tuned_weight(weights: Mapping[str, Tensor], name: str, tuned: str | Path) -> Tensor:
@@ -187,34 +188,16 @@ def _require_one_shape(base: Tensor, tuned: Tensor) -> None:
     if base.shape != tuned.shape:
         raise BaseModelError(
             f"A weight has shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the fine-tuned "
-            "model: the models have different sizes. Give two models of one size."
+            "model: the models have different sizes. Give two models of one size, or leave the layer out of targets "
+            "and train_modules."
         )
 
 
-def _adapted_logits(loaded: Base, adapter: StoredAdapter) -> list[Tensor] | None:
-    """Return the logits of the base with the adapter; None if it has no head or no tokenizer."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    is_pair = model.config.is_encoder_decoder
-    head = head_of_class(type(model).__name__, is_encoder_decoder=is_pair)
-    if tokenizer is None or head is None:
-        return None
-    put_on(model, adapter, name="extracted", trainable=False)
-    return logits_of_prompts(model, tokenizer)
-
-
-def _agreement(
-    tuned: WholeModel | FullFineTuned, tokenizer: PreTrainedTokenizerBase, adapted: list[Tensor]
-) -> tuple[Agreement | None, list[str]]:
-    """Compare base and adapter with the fine-tuned model as it is; return a notice if they cannot be compared."""
-    try:
-        logits = logits_of_prompts(tuned.load(), tokenizer)
-    except BaseModelError as error:  # the adapter is worth hours
-        return None, [f"The predictions were not compared: {error}"]
-    if [one.shape for one in logits] != [one.shape for one in adapted]:
-        return None, [
-            "The predictions were not compared: the fine-tuned model and the base have logits of different shapes."
-        ]
-    return agreement(logits, adapted), []
+def _outputs(model: PreTrainedModel) -> tuple[str, int | None] | None:
+    """Return the head of a model and its number of tokens or labels; None if it predicts nothing."""
+    config = model.config
+    head = head_of_class(type(model).__name__, is_encoder_decoder=config.is_encoder_decoder)
+    return head and (head, getattr(output_embeddings(model), "out_features", config.num_labels))
 
 
 def _rounding_error(weight: Tensor) -> float:

@@ -167,24 +167,25 @@ def add_adapter(
         digest = tokenizer_digest(base.tokenizer)
     check_base(base.model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
     if own is not None:
-        _require_embeddings(base, own, path)
+        require_known_tokens(base, own, path)
     put_on(base.model, stored, name=name, trainable=False, origin=path)
     return base.tokenizer if own is None else own
 
 
-def _require_embeddings(base: Base, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Reject an adapter whose tokenizer has added tokens without an embedding.
+def require_known_tokens(base: Base, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Reject the tokenizer of a fine-tuned model if it has added tokens without an embedding.
 
     Raises:
         AdapterFileError: There are such tokens.
     """
-    embeddings, known = input_embeddings(base.model), base.text_tokenizer.get_vocab()
+    embeddings = input_embeddings(base.model)
+    known = {} if base.tokenizer is None else base.tokenizer.get_vocab()
     # The tokenizers of some bases have more tokens than the base has embeddings (Gemma 3 1B).
     added = (i for token, i in tokenizer.get_vocab().items() if known.get(token) != i)
     ids = 1 + max(added, default=-1)
     if isinstance(embeddings, nn.Embedding) and ids > embeddings.num_embeddings:
         raise AdapterFileError(
             f"The tokenizer in {path} has {ids:,} tokens, and the base has {embeddings.num_embeddings:,} "
-            "embeddings: the adapter was trained on a base whose vocabulary had grown. Save that base as a folder, and "
-            "name it: --base.name FOLDER."
+            "embeddings: the vocabulary had grown before training. Save the grown base as a folder, and name it: "
+            "--base.name FOLDER."
         )

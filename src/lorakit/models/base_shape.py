@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import BaseModelError, LorakitError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.locating import locate, read_config
+from lorakit.models.model_classes import ModelHead, model_class
 from lorakit.models.sources import ModelSource, resolve
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GPT3 = "gpt3-175b"
 """GPT-3 175B (Brown et al. 2020, table 2.1), whose weights are not public."""
@@ -56,6 +57,26 @@ def shape_of(base: BaseConfig) -> Shape:
     except Exception as error:
         raise BaseModelError(_refusal(source, error)) from error
     return Shape(source.name, source.note, config, base.trust_remote_code)
+
+
+def build_model(shape: Shape, task: ModelHead, **settings: Any) -> PreTrainedModel:
+    """Build a model with a head for `task` and random weights; `settings` are those of `from_config`.
+
+    Raises:
+        BaseModelError: The architecture has no such head, or does not support a size.
+    """
+    trusts = shape.trust_remote_code  # None would make transformers ask on standard input
+    try:
+        return model_class(task).from_config(shape.config, trust_remote_code=trusts, **settings)
+    # Architectures raise almost any exception for an unsupported head or size.
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if message.startswith("Unrecognized configuration class"):
+            message = f"transformers has no head for the task '{task}' on this architecture"
+        raise BaseModelError(
+            f"'{shape.name}' cannot be built from its configuration: {message[:300].rstrip('.')}. Download it again, "
+            "update transformers, or name another model."
+        ) from error
 
 
 def _refusal(source: ModelSource, error: Exception) -> str:

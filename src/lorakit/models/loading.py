@@ -119,7 +119,7 @@ def load_base(
     if tokenizer is not None and tokenizer in _LOCATED:
         asked, known = _LOCATED[tokenizer]
         source = known if asked == source else source
-    with _quiet():
+    with quiet():
         located = locate(source, trust_remote_code, weights=True)
         source, notices = located.source, located.notices
         with _explained(located, task):
@@ -158,7 +158,7 @@ def load_tokenizer(
         BaseModelError: the model does not exist, it has no tokenizer, or its tokenizer cannot be read.
     """
     asked = resolve(name, revision=revision)
-    with _quiet():
+    with quiet():
         located = locate(asked, trust_remote_code, weights=False)
         tokenizer = tokenizer_of(located)
     source = located.source
@@ -213,7 +213,7 @@ def _silence() -> Callable[[], None]:
     return restore
 
 
-_quiet = SharedSetting(_silence).changed
+quiet = SharedSetting(_silence).changed
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def set_padding(base: Base) -> None:
             f"The tokenizer has {ids} ids, but the model only {embeddings} embeddings. "
             "Check that they belong together."
         )
-    # Where transformers warns, which `_quiet` hides; also where the setting is false on purpose.
+    # Where transformers warns, which `quiet` hides; also where the setting is false on purpose.
     setting, backend = "fix_mistral_regex", getattr(tokenizer, "backend_tokenizer", None)
     if getattr(backend, setting, None) is False and setting not in tokenizer.init_kwargs:
         found.append(

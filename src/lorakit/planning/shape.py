@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lorakit.errors import BaseModelError
 from lorakit.methods.lora import layer as lora_layer
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.base_shape import Shape
+from lorakit.models.base_shape import Shape, build_model
 from lorakit.models.collection import no_collection
 from lorakit.models.dtypes import QUANTISATIONS
-from lorakit.models.model_classes import ModelHead, model_class
+from lorakit.models.model_classes import ModelHead
 from lorakit.models.quantising import projection_paths
 from lorakit.ops import linear_cross_entropy
 from lorakit.ops.autocast import no_autocast
@@ -91,15 +91,7 @@ def build(
         config.num_labels, config.problem_type = 1, "regression"
     elif labels:
         config.num_labels = labels
-    trusts = shape.trust_remote_code  # None would make transformers ask on standard input
-    try:
-        model = model_class(task).from_config(config, dtype=dtype, trust_remote_code=trusts)
-    # Architectures raise almost any exception for an unsupported head or size.
-    except Exception as error:
-        message = " ".join(str(error).split())
-        if message.startswith("Unrecognized configuration class"):
-            message = f"transformers has no head for the task '{task}' on this architecture"
-        raise BaseModelError(f"'{shape.name}' cannot be planned: {message[:300]}.") from error
+    model = build_model(dataclasses.replace(shape, config=config), task, dtype=dtype)
     # Classifiers search for the last token before the padding.
     if config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = 0
