@@ -315,7 +315,7 @@ REFUSED = {
         "rank_pattern",
     ),
     "no such module": (LoRA(rank=2, train_modules="lm_hed"), TargetError, "lm_head"),
-    "trained and adapted": (LoRA(rank=2, train_modules="self_attn"), TargetError, "one of the two"),
+    "trained and adapted": (LoRA(rank=2, train_modules="self_attn"), TargetError, "in full"),
     "pattern that matches nothing": (
         LoRA(rank=2, rank_pattern={"k_proj": 4}),
         ConfigurationError,

@@ -176,9 +176,9 @@ def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> N
         ("llama", {"tie_word_embeddings": True}, "attention.q", "embedding"),
         ("llama", {"tie_word_embeddings": False}, "embedding", "share"),
         ("llama", {"tie_word_embeddings": True}, ("embedding", "head"), "both"),
-        ("bart", {}, "embedding", "embeds in several places"),
-        ("t5", {}, "embedding", "embeds in several places"),
-        ("t5", {}, "encoder.embed_tokens", "embeds in several places"),
+        ("bart", {}, "embedding", "an encoder and its decoder have two"),
+        ("t5", {}, "embedding", "an encoder and its decoder have two"),
+        ("t5", {}, "encoder.embed_tokens", "an encoder and its decoder have two"),
         ("bert", {}, "embedding", "tie_head"),
     ],
 )

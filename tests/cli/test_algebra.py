@@ -391,7 +391,7 @@ def test_a_result_is_kept_if_its_scoring_ends(
     argv = [*filled(CALLS[command], folder, output), "--data.test", folder / "test.jsonl"]
     assert call(*argv)[0] != 0
     (warning,) = caplog.messages
-    assert warning.startswith(f"the computed adapter is in {output}, without its scores")
+    assert warning.startswith(f"the computed adapter is in {output}, without scores")
     stored = formats.read(output)
     assert stored.provenance["made_by"]["command"] == command
     assert "scores" not in stored.provenance

@@ -125,6 +125,11 @@ def test_a_file_of_another_command_keeps_its_output(tmp_path, capsys) -> None:
     file.write_text("base: b\nadapter: out/a\noutput: out/merged\n")
     assert parse(MergeConfig, "merge", "", words).output == "out/merged"
     assert capsys.readouterr().err == ""
+    file.write_text("base: b\ndata: {task: chat, test: t.jsonl}\noutput: out/merged\n")
+    assert parse(MergeConfig, "merge", "", [*words, "--adapter", "out/a"]).output == "out/merged"
+    file.write_text("base: b\ndata: {test: t.jsonl}\noutput: scores.json\nbatch_size: 4\n")
+    with pytest.raises(ConfigurationError, match=r"ends in \.jsonl"):
+        parse(EvaluateConfig, "evaluate", "", words)
     file.write_text("output: scores.jsonl\nmethod: lora\n")  # rejected, as lora is no class
     with pytest.raises(ConfigurationError, match="lora"):
         parse(EvaluateConfig, "evaluate", "", words)

@@ -384,19 +384,19 @@ def test_an_invalid_environment(
         started_processes()
 
 
-@pytest.mark.parametrize(
-    ("device", "message"),
-    [
-        ("cuda:1", "base.device is 'cuda:1', but 3 processes need one device each"),
-        ("mps", "base.device is 'mps', but 3 processes need one device each"),
-        ("cuda", "this machine has 2 GPUs for more processes.*--nproc-per-node 2"),
-    ],
-)
-def test_devices_that_processes_cannot_share(
-    monkeypatch: pytest.MonkeyPatch, device: str, message: str
-) -> None:
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_devices_that_processes_cannot_share(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The error comes before the processes wait for each other."""
+    monkeypatch.setattr(distributed, "started_processes", lambda: Processes(rank=0, count=3))
+    message = f"base.device is '{device}', but 3 processes need one device each"
+    with pytest.raises(ConfigurationError, match=message), distributed.joined(device):
+        pass
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = SimpleNamespace(device_count=lambda: 2, is_available=lambda: True)
     monkeypatch.setattr(distributed.torch, "cuda", cuda)
     monkeypatch.setenv("LOCAL_RANK", "2")
+    message = "this machine has 2 GPUs for more processes.*--nproc-per-node 2"
     with pytest.raises(ConfigurationError, match=message):
-        distributed._backend(device, 3)
+        distributed._backend("cuda")

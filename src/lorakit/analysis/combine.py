@@ -111,6 +111,8 @@ def combine_adapters(
     compressed = rank is not None or energy is not None
     if factors == [1.0] and share == 1:
         provenance = inherited_provenance(stored[0])
+        if not compressed and "peft" in stored[0].provenance:  # the factors are the original's
+            provenance["peft"] = stored[0].provenance["peft"]
         adapter = dataclasses.replace(stored[0], provenance=provenance, notices=[])
         if compressed:
             return compress_layers(adapter, rank, energy, [])

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import alphas, read, require_list
 from lorakit.analysis.derived import Derived
 from lorakit.compute.adapter_file import AdapterFile
+from lorakit.compute.base import read_text_tokenizer
 from lorakit.data import DataConfig
+from lorakit.errors import BaseModelError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
@@ -155,17 +158,19 @@ def save(
     written = not Path(output).exists()
     if written:
         write({}, overwrite=False)
-        _LOG.warning(
-            "the computed adapter is in %s, without its scores, which are computed next", output
-        )
     scores: dict[str, dict[str, float]] = {}
-    for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
-        source = adapters[path]
-        stored = source.stored or read(path, alpha=its_alpha)
-        # An input of this name keeps a column of its own.
-        name = str(path.absolute() if str(path) == RESULT else path)
-        scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
-    scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
+    try:
+        for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
+            source = adapters[path]
+            stored = source.stored or read(path, alpha=its_alpha)
+            # An input of this name keeps a column of its own.
+            name = str(path.absolute() if str(path) == RESULT else path)
+            scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
+        scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
+    except BaseException:
+        if written:
+            _LOG.warning("the computed adapter is in %s, without scores", output)
+        raise
     check_output(output, overwrite=overwrite or written)  # the user may have added files
     return write(scores, overwrite=overwrite or written)
 
@@ -196,6 +201,11 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
     adapter = None
     if source.folder is not None:
         adapter = AdapterFile(str(source.folder), source.stored or read(source.path))
+    elif base is not None:  # the result has the tokenizer of this model, if there is one
+        model = dataclasses.replace(base, name=str(source.path), revision=None)
+        with suppress(BaseModelError):
+            read_text_tokenizer(model)
+            base = model
     check_evaluation(_evaluation(scoring, base=base), adapter)
 
 

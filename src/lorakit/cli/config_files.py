@@ -150,11 +150,15 @@ def _options_of_the_run(config_class: type) -> set[str]:
 def _is_of_run(values: Mapping[str, Any], command: str) -> bool:
     """Whether a file is that of a training run, though `command` may have all of its options."""
     from lorakit.methods.registry import SECTIONS
+    from lorakit.tasks import GENERIC
 
-    if command in ("evaluate", "predict", "generate") and "output" in values:
-        return not str(values["output"]).endswith(".jsonl")  # they write no folder
-    if command == "merge" and not {"data.train", "data.task"}.isdisjoint(values):
-        return True  # merge reads no data
+    output, writes_file = values.get("output"), command in ("evaluate", "predict", "generate")
+    if writes_file and str(output).endswith(".jsonl"):
+        return False
+    # A named task brings its training data.
+    trains = "data.train" in values or values.get("data.task", "auto") not in ("auto", *GENERIC)
+    if trains and (command == "merge" or (writes_file and output is not None)):
+        return True
     names_method = not SECTIONS.keys().isdisjoint(str(values.get("method")).split("+"))
     return names_method and command not in ("extract", "compress", "combine")
 

@@ -74,8 +74,8 @@ def build_model(shape: Shape, task: ModelHead, **settings: Any) -> PreTrainedMod
         if message.startswith("Unrecognized configuration class"):
             message = f"transformers has no head for the task '{task}' on this architecture"
         raise BaseModelError(
-            f"'{shape.name}' cannot be built from its configuration: {message[:300].rstrip('.')}. Download it again, "
-            "update transformers, or name another model."
+            f"'{shape.name}' cannot be built from its configuration: {message[:300].rstrip('.')}. Update "
+            "transformers, or name another model."
         ) from error
 
 

@@ -241,6 +241,11 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
     if processes.count == 1:
         yield processes
         return
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(
+            f"base.device is {device!r}, but {processes.count} processes need one device each. Set it to auto, cpu or "
+            "cuda: each process then takes its own GPU."
+        )
     connects = not dist.is_initialized()  # false inside a script that has connected its processes
     try:
         store = shared_store()
@@ -273,13 +278,8 @@ def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator
         dist.destroy_process_group(None if connects else group)
 
 
-def _backend(device: str, count: int) -> str:
+def _backend(device: str) -> str:
     """Return the backend for the gradients, and make the GPU of this process the current one."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigurationError(
-            f"base.device is {device!r}, but {count} processes need one device each. Set it to auto, cpu or cuda: each "
-            "process then takes its own GPU."
-        )
     if device == "cpu" or not torch.cuda.is_available():
         pick_device(device)  # rejects `cuda`
         return "gloo"
@@ -299,9 +299,9 @@ def _agreed_backend(
     """Return the backend of all processes. One with another or none is an error in all: they would wait for it."""
     kinds = {"nccl": "a GPU", "gloo": "the CPU"}
     try:
-        own = _backend(device, processes.count)
+        own = _backend(device)
     except (ConfigurationError, RuntimeError) as error:  # torch: the GPU cannot be used
-        own = str(error).splitlines()[0]
+        own = (str(error) or type(error).__name__).splitlines()[0]
     keys, read = ([f"{k}/{rank}" for rank in range(processes.count)] for k in ("backend", "read"))
     store.set(keys[processes.rank], own)
     store.wait(keys, timeout)

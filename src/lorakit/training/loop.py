@@ -9,12 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
-from lorakit.errors import (
-    ConfigurationError,
-    DivergenceError,
-    LorakitError,
-    memory_errors,
-)
+from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
 from lorakit.training import checkpoint

@@ -54,7 +54,9 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
             has a checkpoint, the error names the command that resumes it.
         ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
     """
-    processes.require_same({key: versions()[key] for key in ("lorakit", "torch", "transformers")})
+    software = {k: v for k, v in versions().items() if k in ("lorakit", "torch", "transformers")}
+    # Not the build, such as +cu128, which another kind of machine needs.
+    processes.require_same({k: v and v.partition("+")[0] for k, v in software.items()})
     processes.require_same(flat_settings(config.as_dict()))
     with ExitStack() as stack:
         run = None

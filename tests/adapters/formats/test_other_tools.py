@@ -94,3 +94,10 @@ def test_a_checkpoint_of_zero_3_and_its_repair(tmp_path: Path) -> None:
     torch.save({**trained, "lm_head.weight": torch.ones(99, 32)}, tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterFileError, match=r"do not explain, the first 'lm_head\.weight'"):
         formats.read(tmp_path)
+
+
+def test_a_loralib_file_in_a_folder_is_not_taken_for_a_diffusion_adapter(tmp_path: Path) -> None:
+    """Keys of kohya begin with lora_te_, lora_te1_ or lora_unet_."""
+    save_file({"layer.lora_A": torch.ones(2, 4)}, tmp_path / "lora_test.safetensors")
+    with pytest.raises(AdapterFileError, match="For a loralib file, give the path of the file"):
+        formats.read(tmp_path)

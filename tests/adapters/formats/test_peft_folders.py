@@ -413,6 +413,14 @@ def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
     assert "0.18" not in caplog.text
 
 
+def test_an_own_adapter_on_gemma_3s_embedding_is_not_taken_for_an_old_one(tmp_path, caplog):
+    handle = lorakit.attach(tiny_models.build("gemma3"), lorakit.LoRA(targets="embedding"))
+    handle.save(tmp_path / "saved")
+    (tmp_path / "saved" / "lorakit.json").unlink()
+    lorakit.load(tiny_models.build("gemma3"), tmp_path / "saved")
+    assert "0.18" not in caplog.text
+
+
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
     """PEFT adapts one of the two uses, lorakit both."""
 

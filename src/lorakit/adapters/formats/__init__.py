@@ -208,7 +208,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str
         tokenizer.save_pretrained(folder)
         return []
     return [
-        "The folder has no tokenizer, because that of the base needs Python code of its own. Commands use the base's, "
+        "The tokenizer needs Python code of its own, so it was not saved with the adapter. Commands use the base's, "
         "with base.trust_remote_code."
     ]
 

@@ -103,10 +103,11 @@ def _scale_notices(layers: Iterable[str], modules: Mapping[str, nn.Module]) -> l
     found = listed([f"'{path}' by {scale:g}" for path, scale in scales.items()])
     return [
         "The file does not record its version of PEFT. PEFT before 0.18 did not multiply the adapter's part by the "
-        f"scale of an embedding (Gemma 1 and 2 scaled outside of it then). lorakit does: {found}. If such a version "
-        "trained the adapter, it acts that many times stronger there than in training. Then divide alpha of the layer "
-        "by this number (alpha_pattern in adapter_config.json), or activate it with weight 1 / this number if it "
-        'adapts nothing else. Set peft_version to "0.18.0" in that file to end this warning.'
+        "scale of an embedding (some models, such as Gemma 1 and 2, scaled outside of it then). lorakit does: "
+        f"{found}. If such a version trained the adapter, it acts that many times stronger there than in training. "
+        "Then divide alpha of the layer by this number (alpha_pattern in adapter_config.json), or activate it with "
+        "weight 1 / this number if it adapts nothing else. To end this warning, set peft_version to "
+        '"0.18.0" in the file that PEFT wrote.'
     ]
 
 

@@ -8,6 +8,7 @@ are in `lorakit_model.safetensors` unchanged, and the folder has no adapter_conf
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -279,7 +280,7 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
             raise AdapterFileError(
                 f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
-        if name in (CARD_NAME, "tokenizer_config.json") and not (folder / name).exists():
+        if name in (CARD_NAME, "tokenizer_config.json") and not os.path.lexists(folder / name):
             if name != CARD_NAME:  # then the folder has no tokenizer
                 notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
             continue

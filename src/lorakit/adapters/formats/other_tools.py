@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 _NAMES = (
     (  # kohya, ComfyUI and diffusers, whose keys may also have PEFT's endings
-        r"lora_(unet|te)|(unet|diffusion_model|text_encoder\w*\.text_model|pytorch_lora_weights)\."
+        r"lora_(unet|te\d?)_|(unet|diffusion_model|text_encoder\w*\.text_model|pytorch_lora_weights)\."
         r"|.*(transformer_blocks|\.to_(q|k|v|out)|\.lora_(up|down))\b",
         "It is an adapter of a diffusion model, which lorakit does not support.",
     ),

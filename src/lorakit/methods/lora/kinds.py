@@ -48,14 +48,9 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
     table, head = input_embeddings(model), output_embeddings(model)
     source = modules.get(path_of.get(id(table), "")) if table is not None else None
     if not isinstance(source, EmbeddingLoRA):
-        if any(isinstance(module, EmbeddingLoRA) for module in modules.values()):
-            raise ConfigurationError(
-                "tie_head applies the adapter of one input embedding to the output head, and this model embeds in "
-                "several places, such as its encoder and its decoder. Remove tie_head."
-            )
         raise ConfigurationError(
-            "tie_head applies the embedding's adapter to the output head, and no target adapts the input embedding. "
-            "Add 'embedding' to targets, or remove tie_head."
+            "tie_head applies the embedding's adapter to the output head, and no target adapts one input embedding "
+            "(an encoder and its decoder have two). Add 'embedding' to targets, or remove tie_head."
         )
     if head is None or table is None or head.weight is not table.weight:
         raise ConfigurationError(

@@ -168,10 +168,10 @@ class LoRA:
             names = sorted({".".join(a.split(".")[-2:]) for a in outside})
             fix = "Choose one of the two."
             if outside:
-                instead = (
-                    f" instead of '{last}': {listed(names, 4)}" if last in self.targets else ""
+                fix = (
+                    f"Name layers outside of it, such as {listed(names, 4)}, or remove it from train_modules, if you "
+                    "named it there."
                 )
-                fix = f"Name layers outside of it{instead}. Or remove it from train_modules, if you named it there."
             raise TargetError(
                 f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). {fix}"
             )

@@ -121,7 +121,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
         form.config["lora_bias"] = True  # PEFT has it since 0.14
-    if arithmetic:
+    embeds = any(layer.kind == EmbeddingForm.kind for layer in entries.values())
+    if arithmetic or (embeds and stored.from_peft is None):
         form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
     elif version := (stored.from_peft or {}).get("peft_version"):
         form.config["peft_version"] = version
