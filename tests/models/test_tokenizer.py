@@ -96,7 +96,7 @@ def test_the_tokenizer_of_an_adapter_is_validated_too(base: Base, adapter: Path)
 def test_code_in_an_adapter_never_runs(
     base: Base, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers asks on standard input whether to run it, unless it is told."""
+    """Without an explicit trust_remote_code, transformers asks on standard input whether to run it."""
     ran = write_code(adapter)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\nthe next line\n"))
     fix = r"is never run from an adapter's folder\). To use the base's tokenizer, delete '.*config.json'"

@@ -235,12 +235,12 @@ def _write(
     for_peft: bool,
 ) -> list[str]:
     """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
+    notices = []
     if isinstance(tokenizer, Path):
         formats.copy_tokenizer(tokenizer, folder)
-    left_out = []
-    if tokenizer is not None and not isinstance(tokenizer, Path):
-        left_out = formats.save_tokenizer(tokenizer, folder)
-    return [*left_out, *formats.write(stored, folder, for_peft=for_peft)]
+    elif tokenizer is not None:
+        notices = formats.save_tokenizer(tokenizer, folder)
+    return [*notices, *formats.write(stored, folder, for_peft=for_peft)]
 
 
 def _is_adapter(path: Path) -> bool:

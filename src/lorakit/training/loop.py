@@ -264,9 +264,9 @@ def _has_checkpoint(run: RunFolder, processes: Processes) -> bool:
     Raises:
         ConfigurationError: Processes see different checkpoints, because they do not share the run folder.
     """
-    newest = max(checkpoint.checkpoints_in(run.checkpoints), key=checkpoint.step_of, default=None)
-    processes.require_same({"newest checkpoint": newest and str(newest)})
-    return newest is not None
+    found = checkpoint.checkpoints_in(run.checkpoints)
+    processes.require_same({"newest checkpoint": str(found[-1]) if found else None})
+    return bool(found)
 
 
 def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
