@@ -18,7 +18,7 @@ from lorakit.analysis import figures as drawn
 from lorakit.analysis.amplification import AdapterAmplification, Amplification
 from lorakit.analysis.drift import Drift, PieceDrift
 from lorakit.analysis.intruders import AdapterIntruders, Intruders
-from lorakit.analysis.report import comparison_sections, measure_page, run_sections
+from lorakit.analysis.report import Findings, comparison_sections, measure_page, run_sections
 from lorakit.analysis.spectrum import UNTRAINED, AdapterSpectrum, Spectrum
 from lorakit.formatting import number
 from lorakit.methods.full import FullFineTuning
@@ -189,17 +189,10 @@ def test_the_page_of_a_measure_names_the_folder(tmp_path, monkeypatch, subject, 
     folder = tmp_path / "out" / "e2e" / "adapter"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    page = measure_page(
-        "spectrum",
-        about="",
-        subjects=[subject],
-        lines=[],
-        rows={},
-        what="matrix",
-        drawn=[],
-        notices=[],
-        command="",
+    findings = Findings(
+        facts={"notices": []}, rows={}, lines=[], draw=lambda: Figure(caption="", charts=())
     )
+    page = measure_page("spectrum", "", [subject], findings, command="")
     assert page.title == title
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,12 @@ from lorakit.analysis.amplification import AdapterAmplification, Amplification
 from lorakit.analysis.diff import AdapterDiff, Difference
 from lorakit.analysis.drift import Drift, PieceDrift
 from lorakit.analysis.intruders import AdapterIntruders, Intruders
+from lorakit.analysis.report import Findings
 from lorakit.analysis.similarity import AdapterSimilarity, Similarity
 from lorakit.analysis.spectrum import AdapterSpectrum, Spectrum
 from lorakit.cli import main, measures
-from lorakit.cli.measures import MEASURES, Findings, Measure
+from lorakit.cli.analyze import MEASURES
+from lorakit.cli.options import missing_options
 from lorakit.formatting import number_range
 from lorakit.reporting.page import cell_text
 
@@ -67,15 +69,15 @@ def found(monkeypatch) -> list[Findings]:
     """Collect the findings of every measure that is called."""
     collected: list[Findings] = []
 
-    def collecting(measure: Measure) -> Measure:
+    def collecting(measure: Callable) -> Callable:
         def find(config) -> Findings:
-            collected.append(measure.find(config))
+            collected.append(measure(config))
             return collected[-1]
 
-        return dataclasses.replace(measure, find=find)
+        return find
 
-    for name, measure in MEASURES.items():
-        monkeypatch.setitem(MEASURES, name, collecting(measure))
+    for name in MEASURES:
+        monkeypatch.setattr(measures, name, collecting(getattr(measures, name)))
     return collected
 
 
@@ -214,8 +216,9 @@ LINES = {
 def test_each_number_stands_under_its_heading(monkeypatch, measure):
     monkeypatch.setattr(analysis, f"adapter_{measure}", lambda *_, **__: SMALL[measure])
     monkeypatch.setattr(measures, "_opened", lambda _: (None, None))
-    chosen = MEASURES[measure]
-    findings = chosen.find(chosen.options(**dict.fromkeys(chosen.subjects, "name")))
+    options = MEASURES[measure][1]
+    config = options(**dict.fromkeys(missing_options(options, {}), "name"))
+    findings = getattr(measures, measure)(config)
     assert list(findings.rows) == list(ROWS[measure])
     for name, numbers in ROWS[measure].items():
         found = findings.rows[name]
@@ -334,7 +337,7 @@ def test_every_measure_writes_a_page(call, folder, tmp_path, measure, found):
     assert (status, err) == (0, "")
     assert f"Report in {page}."[:40] in out.replace("\n", "")
     text = html.unescape(page.read_text())
-    assert MEASURES[measure].about in text
+    assert MEASURES[measure][0] in text
     (findings,) = found
     assert all(line in text for line in findings.lines)
     assert all(chart.alt in text for chart in findings.draw().charts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorakit.analysis import figures
 from lorakit.analysis.deltas import families, read
@@ -15,50 +17,53 @@ from lorakit.reporting import Figure, Page, Section
 from lorakit.reporting.page import Block, Cell, Code, Prose, Table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The result of a measure of `lorakit analyze`, for the console, JSON, the figure and the page."""
+
+    facts: dict[str, Any]
+    """Values for JSON."""
+    rows: dict[str, dict[str, Any]]
+    """For each matrix, its numbers by heading."""
+    lines: list[str]
+    """Sentences about all matrices."""
+    draw: Callable[[], Figure]
+    """Returns the figure."""
+    what: str = "matrix"
+    """Heading of the names of `rows`."""
+    caption: str | None = None
+    """Heading of the table. With a caption the table follows the lines, with one line per row."""
+
+
 def measure_page(
-    measure: str,
-    *,
-    about: str,
-    subjects: Sequence[str],
-    lines: Sequence[str],
-    rows: Mapping[str, Mapping[str, Cell]],
-    what: str,
-    drawn: Sequence[Figure],
-    notices: Sequence[str],
-    command: str,
-    heading: str | None = None,
+    measure: str, about: str, subjects: Sequence[str], findings: Findings, command: str
 ) -> Page:
-    """Build the page of a measure of `lorakit analyze`.
+    """Return the page of a measure of `lorakit analyze`.
 
     Args:
         measure: Name of the measure.
         about: Description of the measure in one sentence.
         subjects: Paths of the measured adapters (and texts).
-        lines: Results in sentences.
-        rows: Numbers by matrix, or by another kind of row.
-        what: Kind of row, for example "matrix".
-        drawn: Figures.
-        notices: Sentences for the notes section.
+        findings: The results.
         command: Command that reproduces the page.
-        heading: Caption of the table; None uses a default.
     """
-    columns = (what, *next(iter(rows.values()), {}))
     table = Table(
-        caption=heading or f"The numbers of every {what}.",
-        columns=columns,
-        rows=[(name, *cells.values()) for name, cells in rows.items()],
+        caption=f"{findings.caption or f'The numbers of every {findings.what}'}.",
+        columns=(findings.what, *next(iter(findings.rows.values()), {})),
+        rows=[(name, *cells.values()) for name, cells in findings.rows.items()],
     )
+    notes: list[Block] = [Prose(text=notice) for notice in findings.facts["notices"]]
     sections = [
-        Section(title="Figures", blocks=drawn),
+        Section(title="Figures", blocks=[findings.draw()]),
         Section(title="Numbers", blocks=[table]),
-        Section(title="Notes", blocks=[Prose(text=notice) for notice in notices]),
+        Section(title="Notes", blocks=notes),
         Section(title="Origin", blocks=[Code(text=command, label="The command that made it")]),
     ]
     return Page(
         kind=f"Analysis: {measure}",
         title=" and ".join(map(_name, subjects)),
         subtitle=about,
-        summary=lines,
+        summary=findings.lines,
         sections=sections,
     )
 

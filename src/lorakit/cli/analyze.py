@@ -1,4 +1,7 @@
-"""`lorakit analyze`: measures of adapters, as tables, JSON, figures and reports."""
+"""`lorakit analyze`: measures of adapters, as tables, JSON, figures and reports.
+
+`lorakit.cli.measures` has a function of each measure's name.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,53 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorakit.cli.analyze_options import (
+    AmplificationConfig,
+    DriftConfig,
+    IntrudersConfig,
+    OutputFiles,
+    PairConfig,
+    SimilarityConfig,
+    SpectrumConfig,
+)
 from lorakit.cli.help import entry
-from lorakit.cli.measures import MEASURES, Findings
+from lorakit.cli.options import missing_options
 from lorakit.cli.parsing import parse
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.formatting import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from lorakit.analysis.report import Findings
 
-CONFIGS = tuple(measure.options for measure in MEASURES.values())
+MEASURES: dict[str, tuple[str, type[OutputFiles]]] = {
+    "spectrum": (
+        "Singular values of the weight update: effective rank, energy by rank, suggested rank",
+        SpectrumConfig,
+    ),
+    "similarity": (
+        "Overlap between the singular directions of two adapters (ranks, seeds, tasks)",
+        SimilarityConfig,
+    ),
+    "amplification": (
+        "How much the adapter amplifies directions of its base (the paper's Table 7 and figure 8)",
+        AmplificationConfig,
+    ),
+    "intruders": (
+        "Singular vectors of the adapted weights that match none of the base's",
+        IntrudersConfig,
+    ),
+    "diff": (
+        "Distance and angle between two adapters or checkpoints, and the layers that differ most",
+        PairConfig,
+    ),
+    "drift": (
+        "KL divergence of the adapted model's predictions from the base's on a text",
+        DriftConfig,
+    ),
+}
+"""What each measure is, for help and reports, and its options. The required ones name what it measures."""
+
+CONFIGS = tuple(options for _, options in MEASURES.values())
 
 
 def run(argv: Sequence[str]) -> None:
@@ -29,16 +69,19 @@ def run(argv: Sequence[str]) -> None:
         raise ConfigurationError(
             f"Unknown measure '{name}'.{nearest(name, MEASURES)} Measures: {', '.join(MEASURES)}."
         )
-    measure = MEASURES[name]
-    config: Any = parse(
-        measure.options, f"analyze {name}", f"{measure.about}.", rest, *measure.subjects
-    )
+    about, options = MEASURES[name]
+    required = missing_options(options, {})
+    config: Any = parse(options, f"analyze {name}", f"{about}.", rest, *required)
     config.require_writable()
-    findings = measure.find(config)
-    written = config.write(findings.draw, partial(_page, name, config, findings))
-    if config.json:
-        from lorakit.cli.console import print_json
+    from lorakit.analysis.report import measure_page
+    from lorakit.cli import measures
+    from lorakit.cli.console import print_json
 
+    findings: Findings = getattr(measures, name)(config)
+    subjects = [getattr(config, option) for option in required]
+    page = partial(measure_page, name, about, subjects, findings)
+    written = config.write(findings.draw, page)
+    if config.json:
         print_json(findings.facts)
     else:
         _print(config, findings, written)
@@ -46,28 +89,10 @@ def run(argv: Sequence[str]) -> None:
 
 def _overview() -> str:
     column = max(map(len, MEASURES)) + 4
-    lines = "\n".join(entry(name, one.about, column) for name, one in MEASURES.items())
+    lines = "\n".join(entry(name, about, column) for name, (about, _) in MEASURES.items())
     return (
         "usage: lorakit analyze MEASURE ADAPTER [OTHER] [--option VALUE ...]\n\n"
         f"Analyze adapters.\n\n{lines}\n\n'lorakit analyze MEASURE --help' lists the options."
-    )
-
-
-def _page(name: str, config: Any, findings: Findings, command: str) -> Any:
-    """Return the report; `command` reproduces it."""
-    from lorakit.analysis.report import measure_page
-
-    return measure_page(
-        name,
-        about=MEASURES[name].about,
-        subjects=[getattr(config, subject) for subject in MEASURES[name].subjects],
-        lines=findings.lines,
-        heading=findings.caption and f"{findings.caption}.",
-        rows=findings.rows,
-        what=findings.what,
-        drawn=[findings.draw()],
-        notices=findings.facts["notices"],
-        command=command,
     )
 
 
@@ -75,7 +100,7 @@ def _print(config: Any, findings: Findings, written: list[str]) -> None:
     from lorakit.cli.console import console
     from lorakit.cli.layer_table import layer_table
 
-    out: Console = console()
+    out = console()
     each = findings.caption is not None or config.layers
     table = layer_table(findings.rows, each=each, what=findings.what)
     if findings.caption is None:

@@ -1,65 +1,30 @@
-"""The measures of `lorakit analyze`: each has a class of options and a function that computes its findings."""
+"""The measures of `lorakit analyze`: a function for each, from its options to its findings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
+from lorakit import analysis
+from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.analysis import Weights, figures
+from lorakit.analysis.deltas import read
+from lorakit.analysis.report import Findings
+from lorakit.analysis.spectrum import UNTRAINED
 from lorakit.cli.analyze_options import (
     AmplificationConfig,
     DriftConfig,
     IntrudersConfig,
     OnBase,
-    OutputFiles,
     PairConfig,
     SimilarityConfig,
     SpectrumConfig,
 )
+from lorakit.cli.console import StatusLine
+from lorakit.compute.adapted import base_of
+from lorakit.compute.adapter_file import AdapterFile
 from lorakit.formatting import number, percentage
 
-if TYPE_CHECKING:
-    from lorakit.adapters.formats.stored import StoredAdapter
-    from lorakit.analysis.base_weights import Weights
 
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """The result of a measure, for the console, JSON, the figure and the report."""
-
-    facts: dict[str, Any]
-    """Values for JSON."""
-    rows: dict[str, dict[str, Any]]
-    """For each matrix, its numbers by heading."""
-    lines: list[str]
-    """Sentences about all matrices."""
-    draw: Callable[[], Any]
-    """Returns the figure."""
-    what: str = "matrix"
-    """Heading of the names of `rows`."""
-    caption: str | None = None
-    """Heading of the table. With a caption the table follows the lines, with one line per row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """An entry of `MEASURES`."""
-
-    about: str
-    """What it measures, for help and reports."""
-    options: type[OutputFiles]
-    """Class of its options."""
-    subjects: tuple[str, ...]
-    """Options that name what is measured; arguments set them in this order."""
-    find: Callable[[Any], Findings]
-    """Computes the findings from the options."""
-
-
-def _spectrum(config: SpectrumConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-    from lorakit.analysis.spectrum import UNTRAINED
-
+def spectrum(config: SpectrumConfig) -> Findings:
+    """Measure the singular values of each matrix."""
     found = analysis.adapter_spectrum(config.adapter, alpha=config.alpha)
     facts = found.to_json(config.energy)
     rows = {
@@ -90,10 +55,8 @@ def _spectrum(config: SpectrumConfig) -> Findings:
     )
 
 
-def _similarity(config: SimilarityConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-
+def similarity(config: SimilarityConfig) -> Findings:
+    """Compare the directions of two adapters."""
     found = analysis.adapter_similarity(
         config.first, config.second, alpha=config.alpha, only=config.only
     )
@@ -131,11 +94,8 @@ def _shared(space: str, medians: dict[str, float]) -> str:
     )
 
 
-def _amplification(config: AmplificationConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-    from lorakit.cli.console import StatusLine
-
+def amplification(config: AmplificationConfig) -> Findings:
+    """Measure how much each matrix amplifies directions of the base."""
     stored, weights = _opened(config)
     with StatusLine() as show:
         found = analysis.adapter_amplification(
@@ -170,11 +130,8 @@ def _amplification(config: AmplificationConfig) -> Findings:
     return Findings(facts=found.to_json(), rows=rows, lines=lines, draw=lambda: draw(found))
 
 
-def _intruders(config: IntrudersConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-    from lorakit.cli.console import StatusLine
-
+def intruders(config: IntrudersConfig) -> Findings:
+    """Find singular vectors that match none of the base's."""
     stored, weights = _opened(config)
     with StatusLine() as show:
         found = analysis.adapter_intruders(
@@ -202,10 +159,8 @@ def _intruders(config: IntrudersConfig) -> Findings:
     )
 
 
-def _diff(config: PairConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-
+def diff(config: PairConfig) -> Findings:
+    """Measure the distances and angles between two adapters."""
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
     rows = {
         name: {
@@ -231,11 +186,8 @@ def _diff(config: PairConfig) -> Findings:
     )
 
 
-def _drift(config: DriftConfig) -> Findings:
-    from lorakit import analysis
-    from lorakit.analysis import figures
-    from lorakit.cli.console import StatusLine
-
+def drift(config: DriftConfig) -> Findings:
+    """Compare the predictions on a text with and without an adapter."""
     with StatusLine() as show:
         found = analysis.adapter_drift(
             config.adapter,
@@ -272,56 +224,11 @@ def _drift(config: DriftConfig) -> Findings:
 
 
 def _opened(config: OnBase) -> tuple[StoredAdapter, Weights]:
-    from lorakit.analysis import open_weights
-    from lorakit.analysis.deltas import read
-    from lorakit.compute.adapted import base_of
-    from lorakit.compute.adapter_file import AdapterFile
-
     stored = read(config.adapter, alpha=config.alpha)
     base = base_of(config.base, AdapterFile(config.adapter, stored))  # its error names the file
-    return stored, open_weights(base, stored, allow_other_base=config.allow_other_base)
+    return stored, analysis.open_weights(base, stored, allow_other_base=config.allow_other_base)
 
 
 def _ranks(count: int) -> list[int]:
     """Return the powers of two below `count`, then `count`."""
     return [rank for rank in (2**i for i in range(20)) if rank < count] + [count]
-
-
-MEASURES = {
-    "spectrum": Measure(
-        about="Singular values of the weight update: effective rank, energy by rank, suggested rank",
-        options=SpectrumConfig,
-        subjects=("adapter",),
-        find=_spectrum,
-    ),
-    "similarity": Measure(
-        about="Overlap between the singular directions of two adapters (ranks, seeds, tasks)",
-        options=SimilarityConfig,
-        subjects=("first", "second"),
-        find=_similarity,
-    ),
-    "amplification": Measure(
-        about="How much the adapter amplifies directions of its base (the paper's Table 7 and figure 8)",
-        options=AmplificationConfig,
-        subjects=("adapter",),
-        find=_amplification,
-    ),
-    "intruders": Measure(
-        about="Singular vectors of the adapted weights that match none of the base's",
-        options=IntrudersConfig,
-        subjects=("adapter",),
-        find=_intruders,
-    ),
-    "diff": Measure(
-        about="Distance and angle between two adapters or checkpoints, and the layers that differ most",
-        options=PairConfig,
-        subjects=("first", "second"),
-        find=_diff,
-    ),
-    "drift": Measure(
-        about="KL divergence of the adapted model's predictions from the base's on a text",
-        options=DriftConfig,
-        subjects=("adapter", "text"),
-        find=_drift,
-    ),
-}
