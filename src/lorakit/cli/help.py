@@ -16,116 +16,74 @@ WIDTH, COLUMN = 100, 30
 descriptions by 6."""
 
 GROUPS = {
-    "model": ("base", "adapter", "adapters", "allow_other_base", "alpha", "tuned"),
-    "data": (
-        *("data", "split", "tasks", "text", "prompt", "file", "chat", "raw", "system"),
-        *("scores", "limit"),
-    ),
+    "model": "base adapter adapters allow_other_base alpha tuned",
+    "data": "data split tasks text prompt file chat raw system scores limit",
     "method": (
-        *("method", "method_settings", "methods", "from_adapter", "lora", "full", "bitfit"),
-        *("bottleneck", "prefix_embedding", "prefix_layer"),
+        "method method_settings methods from_adapter lora full bitfit bottleneck prefix_embedding prefix_layer"
     ),
     "training": (
-        *("epochs", "max_steps", "batch_size", "accumulation", "packing", "sampling", "seed"),
-        *("label_smoothing", "gradient_checkpointing", "compile", "optimizer", "evaluation"),
-        *("checkpoints", "shard", "processes_timeout"),
+        "epochs max_steps batch_size accumulation packing sampling seed label_smoothing gradient_checkpointing compile "
+        "optimizer evaluation checkpoints shard processes_timeout"
     ),
-    "generation": ("decoding",),
-    "output": (
-        *("output", "resume", "overwrite", "loggers", "json", "plot", "report", "layers"),
-        *("figures", "keep_weights", "dry_run"),
-    ),
+    "generation": "decoding",
+    "output": "output resume overwrite loggers json plot report layers figures keep_weights dry_run",
 }
 """Headings, and the options and sections under each. Others are the command's own, which come first."""
 
-MAIN = (
-    *("base.name", "base.dtype", "data.train", "data.validation", "data.max_length"),
-    *("method", "lora.rank", "lora.alpha", "lora.targets"),
-    *("epochs", "batch_size", "optimizer.learning_rate", "output", "resume", "overwrite"),
-)
-"""The options of a training run that `--help` shows."""
-
 SHORT = {
-    "train": MAIN,
+    "train": (
+        "base.name base.dtype data.train data.validation data.max_length method lora.rank lora.alpha lora.targets "
+        "epochs batch_size optimizer.learning_rate output resume overwrite"
+    ),
     "plan": (
-        *(
-            name
-            for name in MAIN
-            if name not in ("data.validation", "resume", "overwrite", "epochs")
-        ),
-        *("length", "json", "plot", "report"),
+        "base.name base.dtype data.train data.max_length method lora.rank lora.alpha lora.targets batch_size "
+        "optimizer.learning_rate output length json plot report"
     ),
     "evaluate": (
-        *("base.name", "adapter", "data.test", "data.train", "data.task", "data.max_length"),
-        *("split", "scores", "limit", "batch_size", "method", "decoding.max_new_tokens"),
-        *("decoding.temperature", "output", "overwrite"),
+        "base.name adapter data.test data.train data.task data.max_length split scores limit batch_size method "
+        "decoding.max_new_tokens decoding.temperature output overwrite"
     ),
     "serve": (
-        *("base.name", "base.dtype", "adapters", "follow", "host", "port", "keys", "allow_loading"),
-        *(
-            "open",
-            "prompt",
-            "allow_public",
-            "adapter_memory",
-            "cache_memory",
-            "max_running",
-            "max_queue",
-            "max_tokens",
-        ),
-        *("max_seconds", "verify"),
+        "base.name base.dtype adapters follow host port keys allow_loading open prompt allow_public adapter_memory "
+        "cache_memory max_running max_queue max_tokens max_seconds verify"
     ),
 }
 """The options that `--help` shows for commands with many. Other commands show `_MATTERS` of their sections."""
 
-_MATTERS = (
-    *("base.name", "base.dtype", "data.train", "data.test", "data.task", "data.root"),
-    *("decoding.max_new_tokens", "decoding.temperature"),
-)
+_MATTERS = "base.name base.dtype data.train data.test data.task data.root decoding.max_new_tokens decoding.temperature"
 
 
 def show_help(
     config_class: type, command: str, text: str, positional: tuple[str, ...], *, every: bool
 ) -> None:
-    """Print the usage, the description and the options of a command.
-
-    Args:
-        config_class: Dataclass whose fields are the options.
-        command: Name of the command.
-        text: Description of the command.
-        positional: Fields that arguments without an option name set.
-        every: Print every option, not only those that matter.
-    """
+    """Print the usage, the description and the options of a command: every option, or those that matter."""
     options = options_of(config_class)
     shown = options if every else {n: o for n, o in options.items() if _matters(n, command)}
+    hidden = len(options) - len(shown)
     required = missing_options(config_class, {})
     print(_usage(options, command, positional, required))
     print()
     print(textwrap.fill(text, line_width()))
     groups: dict[str, list[Option]] = {heading: [] for heading in ("options", *GROUPS)}
-    for name in (*positional, *shown):
-        heading = "options" if name in positional else _group(name)
-        if name in shown and shown[name] not in groups[heading]:
-            groups[heading].append(shown[name])
+    for name in dict.fromkeys((*positional, *shown)):
+        groups["options" if name in positional else _group(name)].append(shown[name])
     for heading, members in groups.items():
         if members:
             print(f"\n{heading}:")
-            for option in members:
-                brief = len(shown) < len(options)
-                text = _description(option, required=option.name in required, brief=brief)
-                print(entry(f"--{option.name}", text))
+        for option in members:
+            text = _description(option, required=option.name in required, brief=hidden > 0)
+            print(entry(f"--{option.name}", text))
     print()
     print(entry("--config FILE.yaml", "Read options from a YAML file. Arguments override it."))
-    if len(shown) < len(options):
-        hidden = len(options) - len(shown)
-        print(
-            entry("--help all", f"Show all options, also the other {hidden}, with their full text.")
-        )
+    if hidden:
+        note = f"Show all options, also the other {hidden}, with their full text."
+        print(entry("--help all", note))
 
 
 def _matters(name: str, command: str) -> bool:
     if command in SHORT:
-        return name in SHORT[command]
-    return "." not in name or name in _MATTERS
+        return name in SHORT[command].split()
+    return "." not in name or name in _MATTERS.split()
 
 
 def _usage(
@@ -182,4 +140,4 @@ def _shown(default: Any) -> str:
 
 def _group(name: str) -> str:
     first = name.split(".")[0]
-    return next((heading for heading, names in GROUPS.items() if first in names), "options")
+    return next((heading for heading, names in GROUPS.items() if first in names.split()), "options")
