@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,9 @@ def read_options(
     of_run = _options_of_the_run(config_class) if _is_of_run(values, command) else set()
     if values.keys() <= known - of_run:
         return values, {}
-    every = _options_of_every_command()
-    every_section = _sections_of_every_command()
-    values = _by_name(path, content, {**every_section, **sections})
+    every = _options_of(_configurations())
+    of_others = {name: kind for c in _configurations() for name, kind in sections_of(c).items()}
+    values = _by_name(path, content, {**of_others, **sections})
     if _is_of_run(values, command) or not _options_of_training_only().isdisjoint(values):
         of_run = _options_of_the_run(config_class)
     unknown = {}
@@ -117,24 +116,16 @@ def _means_own(name: str, own: Mapping[str, Any]) -> bool:
     return OTHER_NAMES.get(name) in own or any(option.endswith(f".{name}") for option in own)
 
 
-@functools.cache
-def _configurations(without: tuple[str, ...] = ()) -> tuple[type, ...]:
+def _configurations(without: Collection[str] = ()) -> list[type]:
     """Return the configurations of all commands `without` these."""
     from lorakit.cli import COMMANDS
 
-    commands = [command for command in COMMANDS if command not in without]
-    modules = [import_module(f"lorakit.cli.{command}") for command in commands]
-    return tuple(config for module in modules for config in module.CONFIGS)
+    modules = [import_module(f"lorakit.cli.{name}") for name in COMMANDS if name not in without]
+    return [config for module in modules for config in module.CONFIGS]
 
 
-@functools.cache
-def _options_of_every_command() -> frozenset[str]:
-    return frozenset(name for config in _configurations() for name in options_of(config))
-
-
-@functools.cache
-def _sections_of_every_command() -> dict[str, type]:
-    return {name: kind for c in _configurations() for name, kind in sections_of(c).items()}
+def _options_of(configurations: Iterable[type]) -> set[str]:
+    return {name for config in configurations for name in options_of(config)}
 
 
 def _options_of_the_run(config_class: type) -> set[str]:
@@ -167,11 +158,8 @@ _WITH_RUNS = ("train", "plan", "demo", "paper")
 """Commands whose options set up training runs."""
 
 
-@functools.cache
-def _options_of_training_only() -> frozenset[str]:
+def _options_of_training_only() -> set[str]:
     """Return the options of training that only commands with training runs have."""
     from lorakit.training.config import TrainConfig
 
-    others = _configurations(without=_WITH_RUNS)
-    names = {name for config in others for name in options_of(config)}
-    return frozenset(options_of(TrainConfig)) - names
+    return _options_of([TrainConfig]) - _options_of(_configurations(without=_WITH_RUNS))

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -52,19 +53,13 @@ class Option:
 @functools.cache
 def options_of(config_class: type) -> dict[str, Option]:
     """Return every option of a configuration class, also those of its sections, by dotted name."""
-    return {option.name: option for option in _options(config_class, "", MISSING)}
+    return {name: found for name, found in _members(config_class) if isinstance(found, Option)}
 
 
 @functools.cache
 def sections_of(config_class: type) -> dict[str, type]:
     """Return the configuration class of every section, by dotted name."""
-    found = {}
-    for field, annotation in _fields(config_class):
-        if (section := _section(annotation)) is not None:
-            found[field.name] = section
-            inner = sections_of(section)
-            found.update({f"{field.name}.{name}": kind for name, kind in inner.items()})
-    return found
+    return {name: found for name, found in _members(config_class) if isinstance(found, type)}
 
 
 def build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -140,15 +135,18 @@ def missing_options(config_class: type, values: Mapping[str, Any], prefix: str =
     return missing
 
 
-def _options(config_class: type, prefix: str, base: Any) -> Iterator[Option]:
-    """Yield the options of a section, with the values of `base`, its default, as their defaults."""
+def _members(
+    config_class: type, prefix: str = "", base: Any = MISSING
+) -> Iterator[tuple[str, Option | type]]:
+    """Yield the options and the classes of the sections by dotted name; `base` has the options' defaults."""
     texts = _texts(config_class)
     for field, annotation in _fields(config_class):
         name, default = prefix + field.name, getattr(base, field.name, default_of(field))
         if (section := _section(annotation)) is not None:
-            yield from _options(section, f"{name}.", default)
+            yield name, section
+            yield from _members(section, f"{name}.", default)
         else:
-            yield Option(name, annotation, default, texts.get(field.name, ""))
+            yield name, Option(name, annotation, default, texts.get(field.name, ""))
 
 
 def _fields(config_class: type) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -188,11 +186,7 @@ def _module_texts(module: str) -> dict[str, dict[str, str]]:
 
 
 def _strings_under_fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
-    for statement, following in zip(node.body, node.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            yield statement.target.id, " ".join(str(following.value.value).split())
+    for statements in pairwise(node.body):
+        match statements:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                yield name, " ".join(str(text).split())
