@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
@@ -38,8 +38,6 @@ Factors = tuple[Tensor, Tensor]
 class Delta:
     """One matrix of an adapter: ``scaling * B A``."""
 
-    name: str
-    """The layer's path, followed by the rows or group if the layer has several matrices."""
     path: str
     """Path of the layer in the base model."""
     part: int
@@ -130,7 +128,7 @@ def require_list(name: str, paths: object) -> None:
 
 
 def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
-    """Return the matrices of an adapter by name.
+    """Return the matrices of an adapter by name: the layer's path, with the rows or group if there are several.
 
     Raises:
         AdapterFileError: It has no low-rank factors.
@@ -140,7 +138,19 @@ def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
             f"This adapter ({type(stored.method).__name__}) has no low-rank factors to analyze. "
             "lorakit extract computes factors from a fully fine-tuned model."
         )
-    return {delta.name: delta for delta in _deltas(stored)}
+    deltas = {}
+    for path, layer in stored.layers.items():
+        labels = [f" {piece}" for piece in layer.slices] or [""]
+        if layer.groups > 1:
+            labels = [f" group {i}" for i in range(layer.groups)]
+        row = 0
+        for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
+            magnitude = None if layer.magnitude is None else layer.magnitude[row : row + len(B)]
+            row += len(B)
+            deltas[path + label] = Delta(
+                path=path, part=i, A=A, B=B, scaling=layer.scaling, magnitude=magnitude
+            )
+    return deltas
 
 
 def chosen(deltas: Mapping[str, Delta], only: str | None) -> dict[str, Delta]:
@@ -379,23 +389,3 @@ def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tenso
     """
     layer = stored.layers[delta.path]
     return weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
-
-
-def _deltas(stored: StoredAdapter) -> Iterator[Delta]:
-    for path, layer in stored.layers.items():
-        labels = [f" {piece}" for piece in layer.slices] or [""]
-        if layer.groups > 1:
-            labels = [f" group {i}" for i in range(layer.groups)]
-        row = 0
-        for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
-            magnitude = None if layer.magnitude is None else layer.magnitude[row : row + len(B)]
-            row += len(B)
-            yield Delta(
-                name=path + label,
-                path=path,
-                part=i,
-                A=A,
-                B=B,
-                scaling=layer.scaling,
-                magnitude=magnitude,
-            )

@@ -141,8 +141,8 @@ def adapter_drift(
     Raises:
         LorakitError: The adapter, its base or the text cannot be read, or the model does not generate text.
     """
-    for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
-        require_at_least(name, value, 1)
+    require_at_least("limit", limit, 1)
+    require_at_least("batch_size", batch_size, 1)
     require_at_least("max_length", max_length, 2)
     texts = read_texts(text, limit)
     opened = open_adapted(base, AdapterFile.read(adapter), allow_other_base=allow_other_base)

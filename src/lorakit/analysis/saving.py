@@ -77,7 +77,7 @@ class Input:
             path=path,
             name=_name(path),
             sha256=storage.sha256(file) if file.is_file() else None,
-            folder=_folder(path) if _is_adapter(path) else None,
+            folder=_folder(path),
         )
 
     @classmethod
@@ -132,7 +132,8 @@ def save(
     check_output(output, overwrite=overwrite)
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
-    tokenizer = made.tokenizer or next((source.folder for source in adapters.values()), None)
+    folders = [source.folder for source in adapters.values() if source.folder is not None]
+    tokenizer = made.tokenizer or next(iter(folders), None)
     provenance = {
         **made.adapter.provenance,
         "made_by": settings,
@@ -143,7 +144,7 @@ def save(
     base_of_result = made.adapter.base
     # A record read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
     is_live = base_of_result is not None and base_of_result.layout is not None
-    for_peft = is_live or not any(_is_lorakit_only(source.folder) for source in adapters.values())
+    for_peft = is_live or not any(map(_is_lorakit_only, folders))
 
     def write(scores: dict[str, dict[str, float]], *, overwrite: bool) -> Saved:
         recorded = {**provenance, "scores": scores[RESULT]} if scores else provenance
@@ -243,23 +244,17 @@ def _write(
     return [*notices, *formats.write(stored, folder, for_peft=for_peft)]
 
 
-def _is_adapter(path: Path) -> bool:
+def _folder(path: Path) -> Path | None:
+    """Return the folder of an adapter's tokenizer and configuration, or the loralib file; None for a model."""
+    if is_checkpoint(path):
+        return saved_adapter(path)
     names = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path.is_file() or is_checkpoint(path) or any((path / name).exists() for name in names)
+    return path if path.is_file() or any((path / name).exists() for name in names) else None
 
 
-def _folder(path: Path) -> Path:
-    """Return the folder of an adapter's tokenizer and configuration; for a checkpoint its run's adapter."""
-    return saved_adapter(path) if is_checkpoint(path) else path
-
-
-def _is_lorakit_only(path: Path | None) -> bool:
+def _is_lorakit_only(path: Path) -> bool:
     """Return whether a lorakit folder lacks PEFT's files, for example because PEFT does not support a base layer."""
-    return (
-        path is not None
-        and (path / lorakit_json.NAME).exists()
-        and not (path / peft.CONFIG_NAME).exists()
-    )
+    return (path / lorakit_json.NAME).exists() and not (path / peft.CONFIG_NAME).exists()
 
 
 def _name(path: Path) -> str:

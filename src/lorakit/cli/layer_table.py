@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from lorakit.analysis.deltas import family
+from lorakit.analysis.deltas import families
 from lorakit.cli.console import console, literal, table
 from lorakit.formatting import number_range
 
@@ -24,17 +24,14 @@ def layer_table(
             the smallest and largest value.
         what: Heading of the names.
     """
-    groups: dict[str, list[Mapping[str, Cell]]] = {}
-    for name, cells in rows.items():
-        key = name if each else family(name)
-        groups.setdefault(key, []).append(cells)
+    groups = {name: {name: cells} for name, cells in rows.items()} if each else families(rows)
     headings = list(next(iter(rows.values()), {}))
     result = table([what, *([] if each else ["count"]), *headings], ())
     # Keep names in one piece where that leaves half of the width for numbers, and at least 30 columns: they then fold
     # first. With less, or with `min_width`, rich would cut columns off.
     result.columns[0].no_wrap = 2 * max([30, *map(len, groups)]) <= console().width
     for name, group in groups.items():
-        spreads = [_spread([cells[heading] for cells in group]) for heading in headings]
+        spreads = [_spread([cells[heading] for cells in group.values()]) for heading in headings]
         result.add_row(*map(literal, [name, *([] if each else [str(len(group))]), *spreads]))
     return result
 
