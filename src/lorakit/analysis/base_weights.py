@@ -200,25 +200,15 @@ def _head_of(shape: Shape, class_name: str | None) -> ModelHead:
 
 
 def _shape_of(base: BaseConfig) -> Shape:
-    """Return name and configuration of a model; the configuration names its class.
-
-    Raises:
-        BaseModelError: The model does not exist, or its configuration cannot be read.
-    """
+    """Return name and configuration of a model, or raise a BaseModelError; the configuration names its class."""
     source = resolve(base.name, revision=base.revision)
-    if source.kind == "gguf":
-        converted_folder(
-            Path(source.path_or_id)
-        )  # the description of an unconverted file names no class
+    if source.kind == "gguf":  # the description of an unconverted file names no class
+        converted_folder(Path(source.path_or_id))
     return shape_of(base)
 
 
 def open_safetensors(base: BaseConfig) -> Weights | None:
-    """Open a model's safetensors files; None if it has none.
-
-    Raises:
-        BaseModelError: The model does not exist, or a file is missing or damaged.
-    """
+    """Open a model's safetensors files; None if it has none. Raise a BaseModelError if one is missing or damaged."""
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
     files = [] if folder is None else [_open(path) for path in _files(folder)]

@@ -314,11 +314,7 @@ def _combine_entries(
 
 
 def _aligned(path: str, layers: list[StoredLayer]) -> list[StoredLayer]:
-    """Return the layers `in_one_form`.
-
-    Raises:
-        AdapterFileError: They are layers of different kinds or shapes.
-    """
+    """Return the layers `in_one_form`, or raise an AdapterFileError if their kinds or shapes differ."""
     layers = in_one_form(layers)
     kinds = {(layer.kind, layer.groups, layer.grouped, layer.tied_head) for layer in layers}
     shapes = {(layer.B.shape[0], layer.A.shape[1:]) for layer in layers}

@@ -118,16 +118,13 @@ def fit(
     rank: int | None = None,
     energy: float | None = None,
 ) -> tuple[StoredLayer, LayerResult]:
-    """Return the layer with factors for these changes of its parts, at a common rank.
+    """Return the layer with factors for these changes of its parts, at a common rank, and its rank and error.
 
     Args:
         layer: Layer of the same kind and widths.
         changes: One change for each of its parts (`parts_of`).
         rank: Maximum rank of the layer. Give rank or energy.
         energy: Minimum share of each part's squared norm to keep.
-
-    Returns:
-        The layer, and its rank and error.
     """
     unit = layer.form.taps
     if rank is None:
@@ -189,11 +186,7 @@ def compress_layers(
 
 
 def check_target(rank: int | None, energy: float | None) -> None:
-    """Validate the target size of a result: a rank or an energy.
-
-    Raises:
-        ConfigurationError: Neither or both are given, or one is out of range.
-    """
+    """Raise a ConfigurationError unless either rank or energy is given, and in range."""
     if (rank is None) == (energy is None):
         given = "neither is" if rank is None else "both are"
         raise ConfigurationError(

@@ -106,21 +106,13 @@ def alphas(
 def read_each(
     adapters: Sequence[StoredAdapter | str | Path], alpha: float | None
 ) -> list[StoredAdapter]:
-    """Read several adapters; `alpha` is that of the loralib files among them.
-
-    Raises:
-        AdapterFileError: One cannot be read.
-    """
+    """Read several adapters, or raise an AdapterFileError; `alpha` is that of the loralib files among them."""
     each = zip(adapters, alphas(adapters, alpha), strict=True)
     return [read(adapter, alpha=its_alpha) for adapter, its_alpha in each]
 
 
 def require_list(name: str, paths: object) -> None:
-    """Reject one path where a list is expected: a text is a sequence of its characters.
-
-    Raises:
-        ConfigurationError: It is one path.
-    """
+    """Raise a ConfigurationError for one path where a list is expected: a text is a sequence of its characters."""
     if isinstance(paths, str | Path):
         raise ConfigurationError(
             f"{name} is {str(paths)!r}; a list of paths was expected: write [{str(paths)!r}]."
@@ -229,11 +221,7 @@ def base_notices(one: StoredAdapter, other: StoredAdapter) -> list[str]:
 def pair_in_one_form(
     one: StoredAdapter, other: StoredAdapter
 ) -> tuple[tuple[StoredAdapter, StoredAdapter], list[str]]:
-    """Return two adapters with the layers that they share `in_one_form`, and notices: their bases, converted layers.
-
-    Raises:
-        AdapterFileError: PEFT's form cannot represent such a layer.
-    """
+    """Return two adapters with the layers that they share `in_one_form`, and notices: their bases, converted layers."""
     layers, converted = (dict(one.layers), dict(other.layers)), []
     for path in one.layers.keys() & other.layers.keys():
         layers[0][path], layers[1][path] = in_one_form([one.layers[path], other.layers[path]])
@@ -351,11 +339,7 @@ def weight_name(path: str, layer: StoredLayer) -> str:
 
 
 def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:
-    """Return the base weight's matrices (out, in) to which the layer's parts are added.
-
-    Raises:
-        AdapterFileError: The weight's shape does not match the adapter.
-    """
+    """Return the base weight's matrices (out, in) to which the layer's parts are added; see `weight_matrix`."""
     return layer.form.weight_parts(weight_matrix(path, layer, W))
 
 

@@ -190,11 +190,7 @@ def rank_for(energy_by_rank: Tensor, energy: float) -> int:
 
 
 def require_share(name: str, value: float, meaning: str, *, example: float) -> None:
-    """Validate a setting with values above 0 and at most 1.
-
-    Raises:
-        ConfigurationError: It is out of range.
-    """
+    """Raise a ConfigurationError unless the value of a setting is above 0 and at most 1."""
     if not 0 < value <= 1:
         raise ConfigurationError(
             f"{name} is {value!r}; it is {meaning}, above 0 and at most 1, for example {example}."

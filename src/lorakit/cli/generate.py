@@ -157,11 +157,7 @@ def run(argv: Sequence[str]) -> None:
 def _check_conversations(
     config: GenerateConfig, task: type[Task] | None, prompts: Sequence[Prompt]
 ) -> None:
-    """Reject `raw` with messages, which need the template, and `system` with prompts outside of it.
-
-    Raises:
-        ConfigurationError: A prompt does not fit these options.
-    """
+    """Raise a ConfigurationError for `raw` with messages, and for `system` with prompts outside of the template."""
     if config.raw and any(not isinstance(prompt, str) for prompt in prompts):
         raise ConfigurationError(
             f"raw uses prompts unchanged, but '{config.file}' has 'messages', which need the chat template. Remove "

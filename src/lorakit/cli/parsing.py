@@ -175,15 +175,7 @@ def _typed(
 
 
 def _require_once(names: Sequence[str], options: Mapping[str, Option]) -> None:
-    """Require that no value replaces another one.
-
-    Args:
-        names: The name of each option in the arguments, with the key if it sets one entry of a mapping.
-        options: The options of the command by name.
-
-    Raises:
-        ConfigurationError: An option occurs twice, or a mapping beside one of its entries.
-    """
+    """Raise a ConfigurationError if an option occurs twice in `names`, or a mapping beside one of its entries."""
     for name in names:
         count = sum(other == name or other.startswith(f"{name}.") for other in names)
         if count > 1:
@@ -201,9 +193,6 @@ def _option(
     """Return the option of an argument, where a dash may stand for an underscore; None for an unknown one.
 
     The second value is empty, but for --data.columns.prompt the option is data.columns, and the key is prompt.
-
-    Raises:
-        ConfigurationError: The option is a section.
     """
     raw = flag.lstrip("-")
     for name in (raw, raw.replace("-", "_")):

@@ -70,11 +70,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def page_of(runs: Sequence[str | Path]) -> Page:
-    """Return the report of one run, or the comparison of several.
-
-    Raises:
-        RunFolderError: A folder is not a run folder, or is damaged.
-    """
+    """Return the report of one run, or the comparison of several."""
     from lorakit.analysis.report import comparison_sections, run_sections
     from lorakit.reporting.comparison import comparison_page
     from lorakit.reporting.run_record import read_run
@@ -94,10 +90,7 @@ def page_of(runs: Sequence[str | Path]) -> Page:
 def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = None) -> str:
     """Write the report of a finished run to its folder; return its path, or the reason for its absence.
 
-    Args:
-        folder: The run's folder.
-        predicted: Predictions for the run, by the keys of `lorakit.reporting.run_report.PREDICTED`. They are saved
-            in the run folder for later reports.
+    Saves `predicted`, by the keys of `lorakit.reporting.run_report.PREDICTED`, in the folder for later reports.
     """
     from lorakit import storage
     from lorakit.training.run_folder import PREDICTION, REPORT

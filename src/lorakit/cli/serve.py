@@ -50,11 +50,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def require_packages() -> None:
-    """Require the packages of the server.
-
-    Raises:
-        ConfigurationError: One is not installed.
-    """
+    """Raise a ConfigurationError if a package of the server is not installed."""
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(
             f"lorakit serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
@@ -110,11 +106,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
 
 
 def _listener(config: ServeConfig) -> socket.socket:
-    """Return a socket that is bound to the address.
-
-    Raises:
-        ConfigurationError: The address is not this machine's, or the port is taken.
-    """
+    """Return a socket bound to the address, or raise a ConfigurationError if that is taken or not this machine's."""
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     try:
         # On Windows, SO_REUSEADDR would share the port with a server that already listens on it.

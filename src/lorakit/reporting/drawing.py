@@ -77,11 +77,7 @@ _PADDING = {"left": 0, "right": 4, "top": 4, "bottom": 4}
 
 
 def require_drawing() -> ModuleType:
-    """Return the module `vl_convert`.
-
-    Raises:
-        ConfigurationError: vl-convert-python is not installed.
-    """
+    """Return the module `vl_convert`, or raise a ConfigurationError if it is not installed."""
     try:
         import vl_convert
     except ImportError:
@@ -93,11 +89,7 @@ def require_drawing() -> ModuleType:
 
 
 def require_format(path: str | Path) -> str:
-    """Return the suffix of a picture's path in lower case.
-
-    Raises:
-        ConfigurationError: The suffix is not one of `FORMATS`.
-    """
+    """Return the suffix of a picture's path in lower case, or raise a ConfigurationError if no format has it."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ConfigurationError(

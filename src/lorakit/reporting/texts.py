@@ -53,12 +53,7 @@ def compared(before: str, after: str) -> tuple[tuple[Piece, ...], tuple[Piece, .
 
 
 def with_special(pieces: Sequence[Piece], tokens: Sequence[str]) -> tuple[Piece, ...]:
-    """Return the pieces with special tokens in pieces of their own, except inside changed ones.
-
-    Args:
-        pieces: The pieces of a text.
-        tokens: The special tokens of the tokenizer.
-    """
+    """Return the pieces with the tokenizer's special `tokens` in pieces of their own, except inside changed ones."""
     if not tokens:
         return tuple(pieces)
     longest_first = sorted(tokens, key=len, reverse=True)
