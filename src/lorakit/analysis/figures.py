@@ -83,10 +83,7 @@ def similarity_figure(similarity: AdapterSimilarity, side: str = "A") -> Figure:
     kinds = list(families(similarity.A if side == "A" else similarity.B).values())[:2]
     shown: list[dict[str, Any]] = []
     for layers in kinds:
-        cells = max(
-            min(one.phi.shape[0], LARGEST) * min(one.phi.shape[1], LARGEST)
-            for one in layers.values()
-        )
+        cells = max(one.phi[:LARGEST, :LARGEST].numel() for one in layers.values())
         shown.append(spread(layers, max(1, min(PANELS, CELLS // (cells * len(kinds)) - 1))))
     titles = map_titles([name for blocks in shown for name in blocks])
     for blocks in shown:

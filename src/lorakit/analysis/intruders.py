@@ -85,7 +85,14 @@ def intruders(
     Raises:
         ConfigurationError: The shapes differ, or an argument is out of range.
     """
-    _validate(W, adapted, top, threshold)
+    if W.ndim != 2 or W.shape != adapted.shape:
+        raise ConfigurationError(
+            f"The weights have shapes {tuple(W.shape)} and {tuple(adapted.shape)}; two matrices of equal "
+            "shape were expected."
+        )
+    if top < 1:
+        raise ConfigurationError(f"top is {top}; it must be at least 1.")
+    require_share("threshold", threshold, "a cosine", example=THRESHOLD)
     width = min(W.shape)
     top = min(top, width)
     U, S, _ = leading_svd(adapted, top)
@@ -209,14 +216,3 @@ def adapter_intruders(
         layers[name] = intruders(W, delta.added_to(W), top=top, threshold=threshold)
     # Intruders include DoRA's magnitudes, so `factor_notices` do not apply.
     return AdapterIntruders(layers=layers, notices=[*other_notices(stored), *weights.notices])
-
-
-def _validate(W: Tensor, adapted: Tensor, top: int, threshold: float) -> None:
-    if W.ndim != 2 or W.shape != adapted.shape:
-        raise ConfigurationError(
-            f"The weights have shapes {tuple(W.shape)} and {tuple(adapted.shape)}; two matrices of equal "
-            "shape were expected."
-        )
-    if top < 1:
-        raise ConfigurationError(f"top is {top}; it must be at least 1.")
-    require_share("threshold", threshold, "a cosine", example=THRESHOLD)

@@ -105,7 +105,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(path[shared:]) for path in paths]
 
 
-def mark_layers(marks: Sequence[Mark], *, middle: float = math.inf) -> list[Spec]:
+def mark_layers(marks: Sequence[Mark], *, middle: float) -> list[Spec]:
     """Return layers for the lines of marks, and for their texts in the margin above the plot, where no curve is.
 
     Each text has a row of its own. It is right of its line, or left of it where the line is right of `middle`.
@@ -147,7 +147,8 @@ def row_axis(labels: Sequence[str]) -> Spec:
         "scale": {"domain": list(range(len(labels)))},
         "axis": {
             "title": None,
-            "labelExpr": _lookup(labels),
+            # Rows are numbered and look up their labels: two rows may have the same label.
+            "labelExpr": f"{json.dumps([visible(label) for label in labels])}[datum.value]",
             "labelLimit": LONGEST_ROW_NAME,
             "minExtent": name_width(labels, LONGEST_ROW_NAME),
             "labelOverlap": "greedy",
@@ -156,11 +157,6 @@ def row_axis(labels: Sequence[str]) -> Spec:
             "domain": False,
         },
     }
-
-
-def _lookup(labels: Sequence[str]) -> str:
-    # Rows are numbered and look up their labels: two rows may have the same label.
-    return f"{json.dumps([visible(label) for label in labels])}[datum.value]"
 
 
 def rows_height(count: int) -> int:

@@ -188,10 +188,7 @@ def _machine(run: RunRecord) -> str | None:
 
 
 def _samples(runs: Sequence[RunRecord]) -> list[Block]:
-    last: list[Mapping[str, Mapping[str, Any]]] = []
-    for run in runs:
-        step = run.samples[-1]["step"] if run.samples else None
-        last.append({str(r.get("prompt")): r for r in run.samples if r["step"] == step})
+    last = [{str(record.get("prompt")): record for record in run.last_samples} for run in runs]
     shared = [prompt for prompt in last[0] if all(prompt in records for records in last)]
     if not shared:
         return []

@@ -168,11 +168,15 @@ class RunRecord:
             "memorisation."
         )
 
+    @property
+    def last_samples(self) -> list[Mapping[str, Any]]:
+        """The samples of the latest evaluation that has any."""
+        return [record for record in self.samples if record["step"] == self.samples[-1]["step"]]
+
     def scored_on(self, name: str) -> str:
         """Return how many validation examples or samples a score is of, such as "2 samples"; "" if not recorded."""
         if self.samples and name not in ("loss", "perplexity"):
-            last = self.samples[-1]["step"]
-            return counted(sum(record["step"] == last for record in self.samples), "sample")
+            return counted(len(self.last_samples), "sample")
         _, count = self.validation_data or (None, None)
         limit = setting(self.config, "evaluation.limit")
         return counted(min(count, limit or count), "example") if isinstance(count, int) else ""

@@ -153,9 +153,8 @@ def _samples(run: RunRecord) -> list[Block]:
         return []
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
     first_records = {str(r.get("prompt")): r for r in run.samples if r["step"] == first}
-    last_records = [r for r in run.samples if r["step"] == last]
     samples = []
-    for record in last_records[:SHOWN_SAMPLES]:
+    for record in run.last_samples[:SHOWN_SAMPLES]:
         prompt, after = str(record.get("prompt")), str(record.get("output", ""))
         references = record.get("references")
         answers = [(f"Step {last:,}", plain(after))]
@@ -167,7 +166,7 @@ def _samples(run: RunRecord) -> list[Block]:
             answers.append((reference_label(references), plain(str(references[0]))))
         samples.append(sample(record, answers))
     caption = (
-        f"{len(samples)} of {len(last_records)} validation prompts, with the texts that the model generated. Words "
+        f"{len(samples)} of {len(run.last_samples)} validation prompts, with the texts that the model generated. Words "
         "that differ between the texts before and after are marked."
     )
     return [Samples(caption=caption, samples=tuple(samples))]
