@@ -46,9 +46,6 @@ COMMANDS = {
     "convert": "Convert a PEFT adapter to a loralib file, or back",
 }
 
-EXIT_INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 + SIGINT, as shells use it."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
@@ -97,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"\nlorakit {command}: interrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 130  # 128 + SIGINT, as in shells
     except OSError as error:
         if _is_closed_pipe(error):
             # Discard the buffered output; otherwise Python reports an error when it flushes at exit.

@@ -55,10 +55,8 @@ def suggestion(
     if name in _NAMES_OF_ROWS and command in ROWS:
         return f" Did you mean '{dashes}{ROWS[command]}'?"
     if same := [f"{dashes}{option}" for option in known if option.rpartition(".")[2] == last]:
-        return f" Did you mean '{same[0]}'?" if len(same) == 1 else _several(same)
+        if len(same) > 1:
+            return f" Did you mean {', '.join(same[:-1])} or {same[-1]}?"
+        return f" Did you mean '{same[0]}'?"
     found = closest(name, known) or closest(name.split(".")[0], known)
     return "" if found is None else f" Did you mean '{dashes}{found}'?"
-
-
-def _several(names: list[str]) -> str:
-    return f" Did you mean {', '.join(names[:-1])} or {names[-1]}?"

@@ -28,9 +28,8 @@ class Option:
     name: str
     """Dotted name, such as lora.rank."""
     annotation: Any
-    """Type of the value."""
     default: Any
-    """Default value; MISSING without one."""
+    """MISSING without one."""
     text: str
     """Help text: the string under the field."""
 
@@ -41,12 +40,10 @@ class Option:
 
     @property
     def takes_list(self) -> bool:
-        """Whether the value can be a list."""
         return any(get_origin(kind) in (list, tuple) for kind in self.kinds)
 
     @property
     def takes_mapping(self) -> bool:
-        """Whether the value is a mapping."""
         return any(get_origin(kind) is dict for kind in self.kinds)
 
 

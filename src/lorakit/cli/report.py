@@ -14,8 +14,6 @@ from lorakit.errors import ConfigurationError, require_suffix
 if TYPE_CHECKING:
     from lorakit.reporting import Page
 
-COMPARISON = "comparison.html"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(AdapterFileConfig):
@@ -58,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     require_drawing()
     one = len(config.runs) == 1
     own = one and config.output is None
-    target = Path(config.output or (Path(config.runs[0]) / REPORT if one else COMPARISON))
+    target = Path(config.output or (Path(config.runs[0]) / REPORT if one else "comparison.html"))
     page = page_of(config.runs)
     storage.require_free_file(target, overwrite=own or config.overwrite)
     figures = []
