@@ -8,7 +8,6 @@ from sample_adapters import dense_parts, layers, linear, randn, stored, trained_
 
 from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.analysis import adapter_similarity, random_level, subspace_similarity
-from lorakit.analysis.similarity import similarity_of_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
 
 
@@ -154,11 +153,6 @@ def test_the_medians_of_all_matrices():
             assert value == sorted(layer[key] for layer in layers)[1]
     phi = sorted(float(reference(one[name].A, other[name].A)[0, 0]) for name in one)
     assert found.overall["A"]["phi_1_1"] == pytest.approx(phi[1])
-
-
-def test_directions_of_equal_sets():
-    V = torch.linalg.qr(randn(9, 3, seed=0).double()).Q.T
-    torch.testing.assert_close(similarity_of_directions(V, V).diagonal(), torch.ones(3).double())
 
 
 @pytest.mark.parametrize(

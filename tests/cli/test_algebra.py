@@ -504,10 +504,6 @@ def test_what_peft_cannot_load_stays_so(call, tmp_path):
         (["compress", "{one}", "{out}"], "neither"),
         (["compress", "{one}", "{one}", "--rank", "2"], "already exists"),
         (["compress", "{base}", "{out}", "--rank", "2"], "holds no adapter"),
-        (
-            ["combine", "{one}", "{two}", "--output", "{out}", "--weights", "[1]"],
-            "2 adapters and 1 weights",
-        ),
         (["combine", "{one}", "--output", "{out}", "--how", "mean"], "how"),
         (["combine", "--output", "{out}"], "adapters"),
         (["extract", "{tuned}", "{out}", "--rank", "2"], "base"),

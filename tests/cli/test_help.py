@@ -8,8 +8,6 @@ import sys
 import pytest
 
 from lorakit.cli import COMMANDS, main
-from lorakit.cli.options import options_of
-from lorakit.training.config import TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +35,6 @@ def test_the_short_help_of_training(capsys) -> None:
     needed = "--base.name NAME --output OUTPUT --data.train TRAIN"
     assert usages == [f"usage: lorakit train {needed} [--option VALUE ...]"]
     assert len(text.splitlines()) < 60
-
-
-def test_the_long_help_has_every_option(capsys) -> None:
-    text = help_of(capsys, "train", "--help", "all")
-    assert {f"--{name}" for name in options_of(TrainConfig)} <= set(flags(text))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "analyze"])

@@ -78,16 +78,6 @@ def test_a_wrong_call_is_one_clear_message(call, argv, message):
     assert "Traceback" not in err
 
 
-def test_an_unknown_yaml_key_is_an_error_that_names_the_nearest(call, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("lora:\n  rnk: 4\n")
-    status, _, err = call("train", "--config", str(config), "--output", str(tmp_path / "out"))
-    assert status == 1
-    assert "rnk" in err
-    assert "Did you mean 'lora.rank'?" in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_ctrl_c_during_the_imports(call, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
@@ -104,12 +94,7 @@ def test_the_option_that_no_yaml_file_can_set(call, tmp_path):
     assert "A YAML file can set every option except --recipe" in call("--help")[1]
 
 
-def test_version_and_module_entry_point_do_not_wait_for_pytorch():
-    code = (
-        "import sys; from lorakit.cli import main; main(['--help']); print('torch' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.rstrip().endswith("False")
+def test_the_module_is_an_entry_point():
     version = subprocess.run(
         [sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=True
     )
