@@ -183,11 +183,7 @@ def load_float32(
 
 
 def empty_model(base: BaseConfig, class_name: str | None = None) -> PreTrainedModel:
-    """Build the model that `load_float32` loads on the meta device, without its weights.
-
-    Raises:
-        BaseModelError: The model does not exist, or its configuration cannot be read.
-    """
+    """Build the model that `load_float32` loads on the meta device, without its weights, or raise a BaseModelError."""
     shape = _shape_of(base)
     with torch.device("meta"):
         return build_model(shape, _head_of(shape, class_name))

@@ -19,11 +19,6 @@ _NEARLY_DEPENDENT = 1e-5
 def singular_values(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Return the singular values of ``scaling * B A``, descending: float64, (min(r, out, in),).
 
-    Args:
-        A: (r, in).
-        B: (out, r).
-        scaling: Factor on the product.
-
     Raises:
         ConfigurationError: A is not (r, in), or B is not (out, r).
     """

@@ -163,13 +163,7 @@ def diff(config: PairConfig) -> Findings:
     """Measure the distances and angles between two adapters."""
     found = analysis.adapter_diff(config.first, config.second, alpha=config.alpha)
     rows = {
-        name: {
-            "first": one.first,
-            "second": one.second,
-            "distance": one.distance,
-            "relative": one.relative,
-            "angle": one.angle,
-        }
+        name: {**vars(one), "relative": one.relative, "angle": one.angle}
         for name, one in found.changes_and_trained.items()
     }
     lines = []
