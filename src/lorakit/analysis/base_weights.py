@@ -183,7 +183,7 @@ def load_float32(
 
 
 def empty_model(base: BaseConfig, class_name: str | None = None) -> PreTrainedModel:
-    """Build the model that `load_float32` loads on the meta device, without its weights, or raise a BaseModelError."""
+    """Build the model of `load_float32` on the meta device, without weights, or raise a BaseModelError."""
     shape = _shape_of(base)
     with torch.device("meta"):
         return build_model(shape, _head_of(shape, class_name))
@@ -204,7 +204,11 @@ def _shape_of(base: BaseConfig) -> Shape:
 
 
 def open_safetensors(base: BaseConfig) -> Weights | None:
-    """Open a model's safetensors files; None if it has none. Raise a BaseModelError if one is missing or damaged."""
+    """Open a model's safetensors files; None if it has none.
+
+    Raises:
+        BaseModelError: The model does not exist, or a file is missing or damaged.
+    """
     source = resolve(base.name, revision=base.revision)
     folder = _folder(source)
     files = [] if folder is None else [_open(path) for path in _files(folder)]

@@ -118,13 +118,16 @@ def fit(
     rank: int | None = None,
     energy: float | None = None,
 ) -> tuple[StoredLayer, LayerResult]:
-    """Return the layer with factors for these changes of its parts, at a common rank, and its rank and error.
+    """Return the layer with factors for these changes of its parts, at a common rank.
 
     Args:
         layer: Layer of the same kind and widths.
         changes: One change for each of its parts (`parts_of`).
         rank: Maximum rank of the layer. Give rank or energy.
         energy: Minimum share of each part's squared norm to keep.
+
+    Returns:
+        The layer, and its rank and error.
     """
     unit = layer.form.taps
     if rank is None:

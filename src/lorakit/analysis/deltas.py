@@ -221,7 +221,11 @@ def base_notices(one: StoredAdapter, other: StoredAdapter) -> list[str]:
 def pair_in_one_form(
     one: StoredAdapter, other: StoredAdapter
 ) -> tuple[tuple[StoredAdapter, StoredAdapter], list[str]]:
-    """Return two adapters with the layers that they share `in_one_form`, and notices: their bases, converted layers."""
+    """Return two adapters with the layers that they share `in_one_form`, and notices: their bases, converted layers.
+
+    Raises:
+        AdapterFileError: PEFT's form cannot represent such a layer.
+    """
     layers, converted = (dict(one.layers), dict(other.layers)), []
     for path in one.layers.keys() & other.layers.keys():
         layers[0][path], layers[1][path] = in_one_form([one.layers[path], other.layers[path]])

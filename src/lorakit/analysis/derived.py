@@ -152,7 +152,7 @@ def _format(original: StoredAdapter) -> list[Any]:
 
 
 def require_low_rank(stored: StoredAdapter) -> None:
-    """Raise an AdapterFileError for other methods than LoRA, a bias of B, or copies of base weights."""
+    """Raise an AdapterFileError for an adapter without low-rank factors, with a bias of B or copies of base weights."""
     if not stored.layers or stored.modules or not isinstance(stored.method, LoRA):
         raise AdapterFileError(
             f"This adapter ({type(stored.method).__name__}) does not consist of low-rank factors, which compress "

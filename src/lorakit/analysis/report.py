@@ -47,8 +47,9 @@ def measure_page(
         findings: The results.
         command: Command that reproduces the page.
     """
+    caption = findings.caption or f"The numbers of every {findings.what}"
     table = Table(
-        caption=f"{findings.caption or f'The numbers of every {findings.what}'}.",
+        caption=f"{caption}.",
         columns=(findings.what, *next(iter(findings.rows.values()), {})),
         rows=[(name, *cells.values()) for name, cells in findings.rows.items()],
     )

@@ -1,6 +1,6 @@
 """`lorakit analyze`: measures of adapters, as tables, JSON, figures and reports.
 
-`lorakit.cli.measures` has a function of each measure's name.
+`lorakit.cli.measures` has a function for each measure, with the same name.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MEASURES: dict[str, tuple[str, type[OutputFiles]]] = {
         DriftConfig,
     ),
 }
-"""What each measure is, for help and reports, and its options. The required ones name what it measures."""
+"""Description of each measure, for help and reports, and its options. The required options name the files to read."""
 
 CONFIGS = tuple(options for _, options in MEASURES.values())
 

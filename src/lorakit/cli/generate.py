@@ -157,7 +157,7 @@ def run(argv: Sequence[str]) -> None:
 def _check_conversations(
     config: GenerateConfig, task: type[Task] | None, prompts: Sequence[Prompt]
 ) -> None:
-    """Raise a ConfigurationError for `raw` with messages, and for `system` with prompts outside of the template."""
+    """Raise a ConfigurationError for `raw` with messages, and for `system` without the chat template."""
     if config.raw and any(not isinstance(prompt, str) for prompt in prompts):
         raise ConfigurationError(
             f"raw uses prompts unchanged, but '{config.file}' has 'messages', which need the chat template. Remove "

@@ -193,6 +193,9 @@ def _option(
     """Return the option of an argument, where a dash may stand for an underscore; None for an unknown one.
 
     The second value is empty, but for --data.columns.prompt the option is data.columns, and the key is prompt.
+
+    Raises:
+        ConfigurationError: The option is a section.
     """
     raw = flag.lstrip("-")
     for name in (raw, raw.replace("-", "_")):

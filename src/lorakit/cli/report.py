@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def page_of(runs: Sequence[str | Path]) -> Page:
-    """Return the report of one run, or the comparison of several."""
+    """Return the report of one run, or the comparison of several. Raise a RunFolderError for a damaged folder."""
     from lorakit.analysis.report import comparison_sections, run_sections
     from lorakit.reporting.comparison import comparison_page
     from lorakit.reporting.run_record import read_run

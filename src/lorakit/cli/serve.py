@@ -106,7 +106,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
 
 
 def _listener(config: ServeConfig) -> socket.socket:
-    """Return a socket bound to the address, or raise a ConfigurationError if that is taken or not this machine's."""
+    """Return a socket bound to the address, or raise a ConfigurationError if the machine cannot listen there."""
     listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     try:
         # On Windows, SO_REUSEADDR would share the port with a server that already listens on it.

@@ -89,7 +89,7 @@ def require_drawing() -> ModuleType:
 
 
 def require_format(path: str | Path) -> str:
-    """Return the suffix of a picture's path in lower case, or raise a ConfigurationError if no format has it."""
+    """Return the suffix of a picture's path in lower case, or raise a ConfigurationError if it is not in `FORMATS`."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ConfigurationError(
