@@ -212,8 +212,10 @@ def text_task(adapter: AdapterFile | None) -> DataTask | None:
     Raises:
         ConfigurationError: The adapter predicts labels or scores.
     """
-    task = None if adapter is None else opening_task(adapter)[0]
-    if adapter is not None and task is not None and not task.generates:
+    if adapter is None:
+        return None
+    task, _ = opening_task(adapter)
+    if task is not None and not task.generates:
         apply = (
             f"lorakit predict --adapter {adapter.path} --data.test FILE --output predictions.jsonl"
         )
