@@ -119,12 +119,8 @@ def confirm_computation(
         trials = model_examples(base, [longest, shortened(longest)])
         why_padded = why_not_packed(base.model, *trials)
         packed = not why_padded
-        notes.insert(
-            0,
-            f"batches padded, not packed: {why_padded}"
-            if why_padded
-            else "shared prefixes computed once",
-        )
+        padded = f"batches padded, not packed: {why_padded}"
+        notes.insert(0, "shared prefixes computed once" if packed else padded)
     return replace(
         choice,
         objective=_confirmed_objective(choice, base, examples),
