@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LabelledExample, LanguageExample
+
+Item = TypeVar("Item")
 
 IGNORED = -100
 """Label of a position without a target: the `ignore_index` of `torch.nn.functional.cross_entropy`."""
@@ -117,15 +120,13 @@ class BatchSampler:
                 by_group.setdefault(self.groups[index], []).append(index)
             order = [index for group in by_group.values() for index in group]
         else:
-            size = self.batch_size * MEGABATCH
-            order = [
-                index
-                for start in range(0, len(order), size)
-                for index in sorted(order[start : start + size], key=self.lengths.__getitem__)
-            ]
-        batches = [
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        ]
+            runs = cut(order, self.batch_size * MEGABATCH)
+            order = [index for run in runs for index in sorted(run, key=self.lengths.__getitem__)]
+        batches = cut(order, self.batch_size)
         generator.shuffle(batches)
         return batches
+
+
+def cut(items: list[Item], size: int) -> list[list[Item]]:
+    """Return the items in parts of `size`; the last part may be shorter."""
+    return [items[at : at + size] for at in range(0, len(items), size)]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.data.batches import BatchSampler
+from lorakit.data.batches import BatchSampler, cut
 from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
@@ -102,11 +102,7 @@ class Share:
         costs = [self._tokens(step[place] for place in unit) for unit in units]
         shares = even_shares(units, costs, self._count)
         return [
-            [
-                list(batch)
-                for batch in self._batch_size.cut([step[place] for place in sorted(share)])
-            ]
-            for share in shares
+            cut([step[place] for place in sorted(share)], self._batch_size.size) for share in shares
         ]
 
     def _units(self, step: Step) -> list[list[int]]:
@@ -118,11 +114,7 @@ class Share:
         for place in places:
             by_prompt.setdefault(self._examples[step[place]].prompt, []).append(place)
         most = -(-len(step) // self._count)
-        return [
-            group[at : at + most]
-            for group in by_prompt.values()
-            for at in range(0, len(group), most)
-        ]
+        return [part for group in by_prompt.values() for part in cut(group, most)]
 
     def _tokens(self, unit: Iterable[int]) -> int:
         """Return the tokens that the model computes for examples with the same prompt."""
