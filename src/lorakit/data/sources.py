@@ -36,9 +36,6 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revisi
 MAX_PROBLEMS = 100_000
 """Most unreadable rows of a file."""
 
-SCRIPT = "scripts are no longer supported"
-"""Part of the error of `datasets` for a data set that is a Python program."""
-
 
 @dataclass(frozen=True)
 class DataRows:
@@ -211,7 +208,7 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
             data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
             # The hub's Parquet export is of the newest revision.
-            if SCRIPT not in str(error) or hub["revision"] is not None:
+            if "scripts are no longer supported" not in str(error) or hub["revision"] is not None:
                 raise
             # Load that export; the script is not run.
             folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"

@@ -46,10 +46,7 @@ KEPT_LOSSES = 60
 """Number of losses in a checkpoint: 50 for the usual loss and 10 that may have exploded."""
 
 Inputs = dict[str, dict[str, str]]
-"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also their values."""
-
-FIELDS = "fields"
-"""Key of the values of settings in `Inputs`."""
+"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also their fields."""
 
 T = TypeVar("T")
 
@@ -277,16 +274,15 @@ def fields_input(source: str, fields: Mapping[str, Any] | None) -> dict[str, str
     """Return the entry of `Inputs` for the fields of a configuration, so that an error can name those that changed."""
     values = {name: value for name, value in (fields or {}).items() if name != VERSION}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return {"source": source, "sha256": digest, FIELDS: json.dumps(fields, sort_keys=True)}
+    return {"source": source, "sha256": digest, "fields": json.dumps(fields, sort_keys=True)}
 
 
 def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
     none = {"source": "none", "sha256": "none"}
     for name, before in then.items():
         after = now.get(name, none)
-        if FIELDS in before and FIELDS in after:
-            changed = changed_fields(json.loads(before[FIELDS]), json.loads(after[FIELDS]))
-            if changed:
+        if "fields" in before and "fields" in after:
+            if changed := changed_fields(json.loads(before["fields"]), json.loads(after["fields"])):
                 raise RunFolderError(
                     f"The {name} of '{after['source']}' has changed since {path} was written: {', '.join(changed)}. "
                     "Restore it, or start a new run with from_adapter."

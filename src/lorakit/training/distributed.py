@@ -33,9 +33,6 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
 REMEDY = f"Start several processes with {COMMAND}, or unset WORLD_SIZE to run one."
 
-SHOWN = 5
-"""Maximum number of differences in a message."""
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -140,7 +137,7 @@ class Processes:
             ]
             if different:
                 raise ConfigurationError(
-                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(different[:SHOWN])}. Give "
+                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(different[:5])}. Give "
                     "all processes the same command, files and software."
                 )
 
