@@ -188,9 +188,10 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
         job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
         require_keyed_noise(job)
-        inputs = job.inputs
+        state = State(inputs=job.inputs)
     processes.require_same({"computation": job.computation.note})
-    state = _restore(run, job, inputs) if resumes else State(inputs=inputs)
+    if resumes:
+        state = _restore(run, job)
     _require_patience(run, job, state)
     slow_down(job.optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
@@ -247,7 +248,7 @@ def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -
         raise DivergenceError(f"{error} No checkpoint is old enough to go back to.") from error
     job.optimizer.zero_grad()
     _has_checkpoint(run, job.processes)
-    state = _restore(run, job, diverged.inputs)
+    state = _restore(run, job)
     slow_down(job.optimizer, SLOWDOWN)
     rate = job.config.peak_rate * SLOWDOWN ** (diverged.rewinds + 1)
     line = record_rewind(state, diverged, error, rate)
@@ -269,10 +270,10 @@ def _has_checkpoint(run: RunFolder, processes: Processes) -> bool:
     return bool(found)
 
 
-def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
+def _restore(run: RunFolder, job: Job) -> State:
     """Restore the newest checkpoint in all processes."""
     with job.processes.together():
-        state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=inputs)
+        state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=job.inputs)
     job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
     return state
 

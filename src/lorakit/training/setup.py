@@ -310,7 +310,7 @@ def prepare(
     if config.shard:
         require_support(processes)
     with processes.together():
-        job, task = _opened(config, processes, resumes)
+        job = _opened(config, processes, resumes)
         # A single process may not need the digests, which take seconds.
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
@@ -318,11 +318,11 @@ def prepare(
         shard_base(job.model, job.base_record, pick_device(config.base.device))
     # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
     processes.copy_from_first(t for t in job.weights.values() if not is_sharded(t))
-    return _confirmed(job, task)
+    return _confirmed(job)
 
 
-def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[Job, DataTask]:
-    """Load data, base and adapter; return also the task of the data."""
+def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> Job:
+    """Load data, base and adapter."""
     reader = RowReader()
     task = task_of(config.data, reader=reader)
     # With the task set, load_examples does not infer it again for each split.
@@ -347,7 +347,7 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[J
         job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
     if config.shard:
         require_shardable(base.model, config.base)
-    return job, task
+    return job
 
 
 def assemble(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> Job:
@@ -356,7 +356,7 @@ def assemble(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet)
     Raises:
         LorakitError: A setting does not fit the data or the model.
     """
-    return _confirmed(_attached(config, task, base, train, None, Processes()), task)
+    return _confirmed(_attached(config, task, base, train, None, Processes()))
 
 
 def _attached(
@@ -386,9 +386,9 @@ def _attached(
     )
 
 
-def _confirmed(job: Job, task: DataTask) -> Job:
+def _confirmed(job: Job) -> Job:
     """Choose how the run is computed, after a trial on a few examples, and put the model into training mode."""
-    choice = choice_of(job.config, job.model, task)
+    choice = choice_of(job.config, job.model, DataTask(name=job.train.task))
     examples = [*job.train.examples, *job.scored]  # both are packed
     with job.autocast():
         job.computation = confirm_computation(choice, job.base, examples)
