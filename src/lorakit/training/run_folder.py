@@ -132,18 +132,12 @@ class JsonLines:
             temporary.write_bytes(b"".join(remaining))
 
     def until(self, state: State) -> list[bytes]:
-        """Return the lines that were recorded until `state`; none if the file is missing.
-
-        Raises:
-            RunFolderError: A line is damaged. An incomplete last line is skipped instead.
-        """
+        """Return the lines that were recorded until `state`; none if the file is missing. See `read_lines`."""
+        end = (state.step, state.evaluated)  # a step is trained before it is evaluated
         return [
             line
             for line, record in read_lines(self.path)
-            if record["step"] < state.step
-            or (
-                record["step"] == state.step and (state.evaluated or record.get("split") == "train")
-            )
+            if (record["step"], record.get("split") != "train") <= end
         ]
 
 
