@@ -42,7 +42,6 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         of language modelling is the token id at a target and -100 elsewhere; the model shifts labels itself.
     """
     width = round_up(max(map(len, examples)), step)
-
     batch = {
         "input_ids": padded_rows([e.input_ids for e in examples], pad_id, width=width),
         "attention_mask": padded_rows([[1] * len(e) for e in examples], 0, width=width),

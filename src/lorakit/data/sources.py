@@ -94,6 +94,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [part.sha256 for part in parts]
+    several = hashlib.sha256("".join(digests).encode()).hexdigest()
     class_names: dict[str, tuple[str, ...]] = {}
     for part in parts:
         for column, names in part.class_names.items():
@@ -101,9 +102,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     data = DataRows(
         name=name,
         rows=rows,
-        sha256=digests[0]
-        if len(digests) == 1
-        else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        sha256=digests[0] if len(digests) == 1 else several,
         class_names=class_names,
         splits=splits,
     )

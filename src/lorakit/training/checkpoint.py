@@ -152,9 +152,7 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    for rest in folder.glob(
-        ".step-*"
-    ):  # of the failures below; nothing else writes to a run's folder
+    for rest in folder.glob(".step-*"):  # of the failures below
         shutil.rmtree(rest, ignore_errors=True)
     checkpoints = checkpoints_in(folder)
     usable = [path for path in checkpoints if step_of(path) <= state.step]

@@ -50,10 +50,8 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
     Raises:
         DivergenceError: A weight is NaN or infinite. A checkpoint of it must not replace a good one.
     """
-    parts = {name: local_part(weight) for name, weight in weights.items()}
-    bad = next(
-        (n for n, w in parts.items() if w.is_floating_point() and not w.isfinite().all()), None
-    )
+    parts = ((name, local_part(weight)) for name, weight in weights.items())
+    bad = next((n for n, w in parts if w.is_floating_point() and not w.isfinite().all()), None)
     for name in processes.gather(bad):
         if name is not None:
             raise DivergenceError(

@@ -33,7 +33,6 @@ STORE_TIMEOUT = datetime.timedelta(seconds=30)
 
 RESUME = "Start all processes again with resume (--resume)."
 
-
 _RUNS = itertools.count()
 """Counts the runs of this process: a script can train several times."""
 

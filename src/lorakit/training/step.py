@@ -40,10 +40,7 @@ class StepResult:
 
 
 def optimizer_step(
-    job: Job,
-    examples: Step,
-    step: int,
-    interruption: Interruption | None = None,
+    job: Job, examples: Step, step: int, interruption: Interruption | None = None
 ) -> StepResult:
     """Update the weights once. Each process computes its share of the examples and gets the same result.
 
