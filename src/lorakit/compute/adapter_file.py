@@ -67,10 +67,6 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
     A custom task is code, which never runs because a file names it. Unless the configuration names the same task, it
     is replaced by the generic task that it inherits from, which the file records too.
 
-    Args:
-        adapter: The adapter.
-        configured: The task that the configuration names.
-
     Raises:
         AdapterFileError: The recorded task or labels are invalid.
     """
@@ -93,11 +89,8 @@ def opening_task(adapter: AdapterFile) -> tuple[DataTask | None, int | None]:
     """Return the task that determines the head of an adapter's base, and the number of the head's outputs.
 
     PEFT and `adapters.save` record no task, but whether the base is a classifier. The adapter then holds the head,
-    unless the base's own was not trained.
-
-    Returns:
-        The recorded task, else classification or regression for a classifier, else None. The number is None if the
-        task or the base determines it.
+    unless the base's own was not trained. The task is the recorded one, else classification or regression for a
+    classifier, else None. The number is None if the task or the base determines it.
 
     Raises:
         AdapterFileError: The recorded task or labels are invalid.
@@ -130,11 +123,7 @@ def _is_named(recorded: Any, configured: str | None) -> bool:
 def recorded_data(adapter: AdapterFile | None, configured: str | None = None) -> DataConfig:
     """Return the task, the encoding, the columns and the templates that an adapter records.
 
-    All are unset for a file that records no task, such as PEFT's, and for a custom task that is not configured.
-
-    Args:
-        adapter: The adapter.
-        configured: The task that the configuration names.
+    All are unset for a file that records no task, such as PEFT's, and for a custom task other than the configured one.
 
     Raises:
         AdapterFileError: A recorded setting is invalid.
@@ -169,12 +158,7 @@ def as_recorded(
     """Return `data` with what the adapter records for the same task in place of unset settings.
 
     Rows may be of another file than those of training: columns that they lack are not mapped, and a template that
-    names such a column is not applied, with a warning.
-
-    Args:
-        data: Its `task` is not "auto".
-        adapter: The adapter.
-        columns: The columns of the rows.
+    names such a column is not applied, with a warning. The task of `data` is not "auto".
 
     Raises:
         AdapterFileError: A recorded setting is invalid.

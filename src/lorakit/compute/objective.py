@@ -231,12 +231,7 @@ def confirm_loss_path(
 
     A path must pass two checks. `loss_paths` inspects the structure: it finds an adapter on the head, which a
     comparison would miss while the adapter is zero. The comparison of logits finds operations after the head, which
-    the structure does not show.
-
-    Args:
-        model: The base, with its adapter.
-        probe: A batch of a few short examples: its logits are computed whole.
-        label_smoothing: Share of the loss spread over all tokens.
+    the structure does not show. `probe` has a few short examples, because its logits are computed whole.
     """
     objective = LanguageModellingLoss(
         note="loss from the model's whole logits", label_smoothing=label_smoothing

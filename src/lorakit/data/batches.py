@@ -80,14 +80,8 @@ class BatchSampler:
     of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the
     epoch, so a resumed run continues with the same batches.
 
-    With `groups`, examples of one group (one prompt) share a batch instead, and packing computes their common prefix
-    once. This changes the order of training, and therefore its results.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples of a batch, at least 1.
-        seed: Seed of the order.
-        groups: Group of each example.
+    With `groups`, the group of each example, those of one group (one prompt) share a batch instead, and packing
+    computes their common prefix once. This changes the order of training, and therefore its results.
     """
 
     def __init__(

@@ -132,17 +132,11 @@ def save(
 ) -> None:
     """Write a checkpoint into `folder`, then delete all but it and the `keep` - 1 before it.
 
-    Checkpoints of later steps are deleted too: they are damaged, or the run would have resumed from one of them. If one
-    cannot be deleted, a warning is logged, and the next call tries again.
+    `weights` and `optimizer` (from `optimizer_tensors`) are not sharded. `old` is a step to rewind to: the newest
+    checkpoint at or before it is kept too, and the next one, which will replace that one as `old` grows.
 
-    Args:
-        folder: The folder of all checkpoints.
-        state: The progress of the run.
-        weights: The trained tensors, not sharded.
-        optimizer: From `optimizer_tensors`, not sharded.
-        keep: How many checkpoints remain.
-        old: A step to rewind to. Keeps the newest checkpoint at or before it, and the next one, which will replace
-            that one as `old` grows.
+    Checkpoints of later steps are deleted: they are damaged, or the run would have resumed from one of them. If one
+    cannot be deleted, a warning is logged, and the next call tries again.
     """
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -181,10 +175,7 @@ def restore(
     *,
     inputs: Inputs,
 ) -> State:
-    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`.
-
-    Returns:
-        The state of the checkpoint.
+    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`, and return its state.
 
     Raises:
         RunFolderError: There is no checkpoint, all are damaged, or the newest has other tensors or other `inputs`.

@@ -222,13 +222,10 @@ def started_processes() -> Processes:
 
 @contextmanager
 def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator[Processes]:
-    """Connect the processes that `torchrun` started, and choose the GPU of this process.
+    """Connect the processes that `torchrun` started, and choose the GPU of this process by ``base.device``.
 
-    An error inside the block is the error of all processes, each of which names the one that raised it.
-
-    Args:
-        device: The setting ``base.device``.
-        timeout: Longest wait for the other processes.
+    An error inside the block is the error of all processes, each of which names the one that raised it. `timeout` is
+    the longest wait for the others.
 
     Raises:
         ConfigurationError: The environment or the devices do not allow several processes.

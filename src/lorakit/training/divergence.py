@@ -61,11 +61,9 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
 
 
 def require_no_explosion(state: State, factor: float) -> None:
-    """Raise if the loss has exploded.
+    """Raise if the loss has exploded after a step, and keep the highest usual loss in `state`.
 
-    Args:
-        state: The state after a finished step; it keeps the highest usual loss.
-        factor: The setting ``optimizer.explosion``; 0 accepts every loss.
+    `factor` is the setting ``optimizer.explosion``; 0 accepts every loss.
 
     Raises:
         DivergenceError: Each of the last `LASTING` losses is more than `factor` times the highest usual loss.
@@ -97,12 +95,7 @@ def step_to_keep(step: int) -> int:
 
 
 def last_good_step(state: State, factor: float) -> int:
-    """Return the last step to rewind to: the one before the update that led to the first bad loss.
-
-    Args:
-        state: The state in which a DivergenceError was raised.
-        factor: The setting ``optimizer.explosion``.
-    """
+    """Return the last step to rewind to: the one before the update that led to the first bad loss."""
     first_bad_loss = state.step - LASTING + 1 if exploded(state, factor) else state.step + 1
     # The update of step `first_bad_loss - 1` produced the weights with that loss.
     return first_bad_loss - 2

@@ -202,11 +202,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
 
 
 def _require_longer(run: RunFolder, job: Job) -> None:
-    """Reject a `max_steps` below the number of steps that `epochs` gave to the run before.
-
-    Raises:
-        ConfigurationError: The run would be shorter.
-    """
+    """Reject a `max_steps` below the number of steps that `epochs` gave to the run before."""
     if not run.extends.startswith("epochs"):
         return
     before = step_plan_of(dataclasses.replace(run.config, max_steps=None), job.train).total
@@ -218,11 +214,7 @@ def _require_longer(run: RunFolder, job: Job) -> None:
 
 
 def _require_patience(run: RunFolder, job: Job, state: State) -> None:
-    """Reject more steps for a run whose last evaluation would have stopped a longer run early.
-
-    Raises:
-        ConfigurationError: Early stopping would have ended the longer run at this step.
-    """
+    """Reject more steps for a run whose last evaluation would have stopped a longer run early."""
     if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
         raise ConfigurationError(
             f"A longer run would have stopped early (evaluation.patience) at step {state.step}, where the run in "

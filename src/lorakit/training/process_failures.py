@@ -57,14 +57,7 @@ def _store(address: str, port: str) -> Store:
 
 
 class Peers:
-    """The processes of a run as one of them sees them.
-
-    Args:
-        store: From `shared_store`.
-        rank: The number of this process.
-        count: The number of all processes.
-        timeout: Longest wait for the other processes, for messages.
-    """
+    """The processes of a run as one of them sees them, by its `rank`; messages name the `timeout` of the run."""
 
     def __init__(self, store: Store, rank: int, count: int, timeout: datetime.timedelta) -> None:
         self.stage = "the start of the run"

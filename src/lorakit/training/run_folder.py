@@ -120,11 +120,7 @@ class JsonLines:
                 os.fsync(file.fileno())
 
     def truncate(self, state: State) -> None:
-        """Drop the lines that were recorded after `state`, and an incomplete last line.
-
-        Raises:
-            RunFolderError: Another line is damaged.
-        """
+        """Drop the lines that were recorded after `state`, and an incomplete last line; see `until`."""
         if not self.path.exists():
             return
         remaining = self.until(state)

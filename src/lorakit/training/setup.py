@@ -298,10 +298,8 @@ def prepare(
 ) -> Job:
     """Load data, base and adapter, and choose how batches and the loss are computed.
 
-    Args:
-        config: The run.
-        processes: The processes of the run; None is this one.
-        resumes: A checkpoint will replace the initial weights, which are then placeholders.
+    Without `processes` this is the only one. If the run `resumes`, a checkpoint will replace the initial weights, which
+    are then placeholders.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
@@ -439,14 +437,7 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
 def attach_method(
     base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
 ) -> Adapters:
-    """Attach the method that a run trains, with float32 parameters.
-
-    Args:
-        base: The base, changed in place.
-        config: The run.
-        task: The task of the training data.
-        method: Overrides the method of `config`.
-    """
+    """Attach the method that a run trains to `base`, with float32 parameters; `method` overrides that of `config`."""
     model = base.model
     if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=TRAINED)
