@@ -71,10 +71,10 @@ def why_not_packed(model: PreTrainedModel, *examples: LanguageExample) -> str:
     objective = LanguageModellingLoss()
     for pair in map(_two_completions, examples):
         try:
-            together = _used_outputs(objective, model, _to(model.device, pack(pair, pad_id=0)))
-            alone = [
-                _used_outputs(objective, model, _to(model.device, collate([one], pad_id=0)))
-                for one in pair
+            batches = [pack(pair, pad_id=0), *(collate([one], pad_id=0) for one in pair)]
+            together, *alone = [
+                _used_outputs(objective, model, {k: x.to(model.device) for k, x in batch.items()})
+                for batch in batches
             ]
         except Exception as error:  # models can raise any exception; padded batches still work
             return f"it raised {type(error).__name__}: {error}"
@@ -179,10 +179,6 @@ def _used_outputs(
         if isinstance(objective, LabelLoss):
             return objective.predict(model, batch)
         return objective.hidden_at_targets(model, batch)
-
-
-def _to(device: torch.device, batch: Batch) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _outputs(model: PreTrainedModel, batch: Batch, short: Batch) -> list[Tensor]:
