@@ -25,8 +25,6 @@ from lorakit.tasks.classification import PAIR
 
 _LOG = logging.getLogger(__name__)
 
-_TEMPLATES = ("columns", "prompt_template", "completion_template")
-
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -148,7 +146,8 @@ def recorded_data(adapter: AdapterFile | None, configured: str | None = None) ->
 
 def templates_of(stored: StoredAdapter) -> dict[str, Any]:
     """Return the settings of the data that later uses of an adapter take from its file, beside task and encoding."""
-    settings = {name: stored.setting("data", name) for name in _TEMPLATES}
+    names = ("columns", "prompt_template", "completion_template")
+    settings = {name: stored.setting("data", name) for name in names}
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -160,9 +160,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
     for name, module in model.named_modules():  # RoBERTa's positions start after its padding index
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            return context - module.padding_idx - 1  # type: ignore[operator]
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and name.endswith("position_embeddings"):
+            return context - padding - 1
     return context

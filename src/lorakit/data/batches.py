@@ -61,9 +61,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         is_regression = any(isinstance(example.label, float) for example in labelled)
         dtype = torch.float32 if is_regression else torch.long
         batch["labels"] = torch.tensor([example.label for example in labelled], dtype=dtype)
-        types = [
-            example.token_type_ids for example in labelled if example.token_type_ids is not None
-        ]
+        types = [e.token_type_ids for e in labelled if e.token_type_ids is not None]
         if types:
             batch["token_type_ids"] = padded_rows(types, 0, width=width)
     else:

@@ -53,9 +53,8 @@ class DataRows:
     @property
     def columns(self) -> list[str]:
         """Return the columns of all rows, in order of appearance."""
-        return list(
-            dict.fromkeys(name for row in self.rows if isinstance(row, Row) for name in row.values)
-        )
+        names = (name for row in self.rows if isinstance(row, Row) for name in row.values)
+        return list(dict.fromkeys(names))
 
 
 def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> DataRows:
@@ -163,9 +162,8 @@ def _parts(entry: str, split: str) -> list[_Part]:
             f"(data files in it: {', '.join(names[:5]) or 'none'})"
         )
     if glob.has_magic(entry):
-        files = sorted(
-            Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
-        )
+        found = map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(filter(Path.is_file, found))
         if not files:
             raise DataError(f"no file matches {entry}; check the path and the pattern")
         return [_file(file) for file in files]
@@ -186,12 +184,7 @@ def _file(path: Path) -> _Part:
             f"{path}: unknown format {path.suffix or '(no suffix)'!r}; data files end in "
             f"{', '.join(READERS)} (text formats also in .gz)"
         )
-    return _Part(
-        name=str(path),
-        split=stem(path),
-        rows=lambda: reader(path),
-        sha256=storage.sha256(path),
-    )
+    return _Part(str(path), stem(path), lambda: reader(path), storage.sha256(path))
 
 
 def _hub(hub: re.Match[str], split: str) -> _Part:

@@ -166,11 +166,10 @@ class Processes:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         *gradients, table = self._sums([*gradients, table])
         sums = table.tolist()
-        for parameter, gradient, count in zip(
-            parameters, gradients, sums[len(numbers) :], strict=True
-        ):
+        sums, counts = sums[: len(numbers)], sums[len(numbers) :]
+        for parameter, gradient, count in zip(parameters, gradients, counts, strict=True):
             parameter.grad = gradient if count else None
-        return sums[: len(numbers)]
+        return sums
 
     def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors over the processes, sent as one flat tensor for each dtype."""

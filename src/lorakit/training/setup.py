@@ -200,9 +200,8 @@ class Job:
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` finished steps."""
-        every = self.config.checkpoints.every or min(
-            self.step_plan.steps_per_epoch, CHECKPOINT_STEPS
-        )
+        default = min(self.step_plan.steps_per_epoch, CHECKPOINT_STEPS)
+        every = self.config.checkpoints.every or default
         return step % every == 0 or step == self.step_plan.total
 
     @cached_property
@@ -424,13 +423,9 @@ def autocast_of(
 
 def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
     """Return the examples of each step, in an order that does not depend on how a step is cut into batches."""
-    grouped = config.sampling == "grouped"
-    sampler = BatchSampler(
-        train.lengths,
-        config.batch_size * config.accumulation,
-        config.seed,
-        groups=[example.prompt for example in train] if grouped else None,
-    )
+    groups = [example.prompt for example in train] if config.sampling == "grouped" else None
+    size = config.batch_size * config.accumulation
+    sampler = BatchSampler(train.lengths, size, config.seed, groups)
     return StepPlan(sampler, epochs=config.epochs, max_steps=config.max_steps)
 
 
