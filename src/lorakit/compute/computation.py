@@ -71,8 +71,8 @@ def choose_computation(
 ) -> Computation:
     """Decide from the structure of a model, with its adapter, how it is computed; nothing is computed.
 
-    Only `training` installs faster layers. `packing` packs batches if the architecture allows it. Blocks that are going
-    to be `compiled` are needed whole.
+    Only `training` installs faster layers. `packing` packs batches if the architecture allows it. With `compiled`, the
+    last block is computed in full.
     """
     faster: Faster = "none"
     if training and model.device.type == "cpu":

@@ -78,7 +78,7 @@ class BatchSampler:
     of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the
     epoch, so a resumed run continues with the same batches.
 
-    With `groups`, the group of each example, those of one group (one prompt) share a batch instead, and packing
+    `groups` has the group of each example. Examples of one group (one prompt) then share a batch instead, and packing
     computes their common prefix once. This changes the order of training, and therefore its results.
     """
 

@@ -57,7 +57,7 @@ def _store(address: str, port: str) -> Store:
 
 
 class Peers:
-    """The processes of a run as one of them sees them, by its `rank`; messages name the `timeout` of the run."""
+    """The processes of a run as process `rank` sees them. The `timeout` is for messages only."""
 
     def __init__(self, store: Store, rank: int, count: int, timeout: datetime.timedelta) -> None:
         self.stage = "the start of the run"

@@ -297,8 +297,8 @@ def prepare(
 ) -> Job:
     """Load data, base and adapter, and choose how batches and the loss are computed.
 
-    Without `processes` this is the only one. If the run `resumes`, a checkpoint will replace the initial weights, which
-    are then placeholders.
+    Without `processes`, this process is the only one. If the run `resumes`, a checkpoint will replace the initial
+    weights, which are then placeholders.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
