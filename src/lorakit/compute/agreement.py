@@ -40,6 +40,11 @@ class Agreement:
     scale: float
     """Largest absolute logit of the first model."""
 
+    @property
+    def where(self) -> str:
+        """The compared predictions in words."""
+        return f"{self.predictions} predictions on {len(PROMPTS)} prompts"
+
 
 def logits_of_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Return the logits of each prompt: (tokens, vocabulary), or (labels,) of a classifier.

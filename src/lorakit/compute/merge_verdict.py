@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters import handle_of
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.compute.agreement import PROMPTS, Agreement, agreement, logits_of_prompts
+from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.formatting import percentage
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
@@ -35,14 +35,13 @@ class MergeVerdict(Agreement):
 
     def sentences(self) -> list[str]:
         """Return the verdict in words, with the option to use instead if the merge loses part of the adapter."""
-        where = f"{self.predictions} predictions on {len(PROMPTS)} prompts"
         if self.predicts == "score":
-            first = f"Compared with the unmerged adapter in {where}."
+            first = f"Compared with the unmerged adapter in {self.where}."
         elif self.changed:
             share = percentage(self.changed, self.predictions)
-            first = f"The merge changes the most likely {self.predicts} in {self.changed} of {where} ({share})."
+            first = f"The merge changes the most likely {self.predicts} in {self.changed} of {self.where} ({share})."
         else:
-            first = f"The merge changes the most likely {self.predicts} in none of {where}."
+            first = f"The merge changes the most likely {self.predicts} in none of {self.where}."
         lines = [
             first,
             f"Largest difference from the unmerged logits: {self.difference:.2g}; largest logit: {self.scale:.3g}.",
@@ -65,7 +64,8 @@ def judge_merge(
         BaseModelError: The output of either model is NaN.
     """
     model, tokenizer = adapted.model, adapted.text_tokenizer
-    kept, dtype = _kept(adapted, stored), model.dtype
+    dtype = model.dtype
+    kept = _kept(adapted, stored)
     before = logits_of_prompts(model, tokenizer)
     after = logits_of_prompts(merge(), tokenizer)
     return MergeVerdict(kept=kept, dtype=dtype, **vars(agreement(before, after)))
