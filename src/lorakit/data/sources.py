@@ -93,7 +93,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [part.sha256 for part in parts]
-    several = hashlib.sha256("".join(digests).encode()).hexdigest()
+    joint_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     class_names: dict[str, tuple[str, ...]] = {}
     for part in parts:
         for column, names in part.class_names.items():
@@ -101,7 +101,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     data = DataRows(
         name=name,
         rows=rows,
-        sha256=digests[0] if len(digests) == 1 else several,
+        sha256=digests[0] if len(digests) == 1 else joint_digest,
         class_names=class_names,
         splits=splits,
     )
@@ -184,7 +184,12 @@ def _file(path: Path) -> _Part:
             f"{path}: unknown format {path.suffix or '(no suffix)'!r}; data files end in "
             f"{', '.join(READERS)} (text formats also in .gz)"
         )
-    return _Part(str(path), stem(path), lambda: reader(path), storage.sha256(path))
+    return _Part(
+        name=str(path),
+        split=stem(path),
+        rows=lambda: reader(path),
+        sha256=storage.sha256(path),
+    )
 
 
 def _hub(hub: re.Match[str], split: str) -> _Part:
