@@ -46,7 +46,8 @@ KEPT_LOSSES = 60
 """Number of losses in a checkpoint: 50 for the usual loss and 10 that may have exploded."""
 
 Inputs = dict[str, dict[str, str]]
-"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also their fields."""
+"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also `fields`, their values
+as JSON."""
 
 T = TypeVar("T")
 
@@ -146,7 +147,8 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    for rest in folder.glob(".step-*"):  # of the failures below
+    # From failed deletions below; nothing else writes to a run's folder.
+    for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)
     checkpoints = checkpoints_in(folder)
     usable = [path for path in checkpoints if step_of(path) <= state.step]

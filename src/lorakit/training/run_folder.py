@@ -120,7 +120,11 @@ class JsonLines:
                 os.fsync(file.fileno())
 
     def truncate(self, state: State) -> None:
-        """Drop the lines that were recorded after `state`, and an incomplete last line; see `until`."""
+        """Drop the lines that were recorded after `state`, and an incomplete last line.
+
+        Raises:
+            RunFolderError: Another line is damaged.
+        """
         if not self.path.exists():
             return
         remaining = self.until(state)
@@ -128,7 +132,11 @@ class JsonLines:
             temporary.write_bytes(b"".join(remaining))
 
     def until(self, state: State) -> list[bytes]:
-        """Return the lines that were recorded until `state`; none if the file is missing. See `read_lines`."""
+        """Return the lines that were recorded until `state`; none if the file is missing.
+
+        Raises:
+            RunFolderError: A line is damaged. An incomplete last line is skipped instead.
+        """
         end = (state.step, state.evaluated)  # a step is trained before it is evaluated
         return [
             line
