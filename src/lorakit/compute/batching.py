@@ -103,8 +103,8 @@ def _forced_start(base: Base) -> list[int]:
 def require_embeddings(model: PreTrainedModel, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
     """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
 
-    The tokenizer of an adapter, and of some bases, has more tokens than the base. Each of `texts` is its name in a
-    message, and its token ids.
+    The tokenizer of an adapter, and of some bases, has more tokens than the base. `texts` has a name for messages and
+    the token ids of each text.
 
     Raises:
         DataError: An id is beyond the base's vocabulary.

@@ -116,7 +116,8 @@ def try_faster(
     """Install lorakit's own attention and layers in place, or return why the stock layers stay.
 
     The hidden states of a decoder must not change for the padded `batch`, nor the logits for `short`, the batch of its
-    `shortened` examples. "attention" is a compiled kernel, so its backward pass is tried too.
+    `shortened` examples; both are on the model's device. "attention" is a compiled kernel, so its backward pass is
+    tried too.
     """
     try:
         with evaluating(model):

@@ -78,8 +78,9 @@ class BatchSampler:
     of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the
     epoch, so a resumed run continues with the same batches.
 
-    `groups` has the group of each example. Examples of one group (one prompt) then share a batch instead, and packing
-    computes their common prefix once. This changes the order of training, and therefore its results.
+    With `groups` (the group of each example), examples of one group (one prompt) share a batch instead, and packing
+    computes their common prefix once. This changes the order of training, and therefore its results. `lengths` are in
+    tokens.
     """
 
     def __init__(

@@ -95,7 +95,10 @@ def step_to_keep(step: int) -> int:
 
 
 def last_good_step(state: State, factor: float) -> int:
-    """Return the last step to rewind to: the one before the update that led to the first bad loss."""
+    """Return the last step to rewind to: the one before the update that led to the first bad loss.
+
+    `state` is the one in which a DivergenceError was raised.
+    """
     first_bad_loss = state.step - LASTING + 1 if exploded(state, factor) else state.step + 1
     # The update of step `first_bad_loss - 1` produced the weights with that loss.
     return first_bad_loss - 2

@@ -432,7 +432,7 @@ def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
 def attach_method(
     base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
 ) -> Adapters:
-    """Attach the method that a run trains to `base`, with float32 parameters; `method` overrides that of `config`."""
+    """Attach to `base` the method that a run trains, with float32 parameters; `method` overrides that of `config`."""
     model = base.model
     if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=TRAINED)
