@@ -13,7 +13,6 @@ import torch
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError, DataError, RunFolderError
-from lorakit.storage import lock_folder
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig
@@ -120,13 +119,6 @@ def test_overwriting_spares_the_inputs_of_the_new_run(
     with pytest.raises(RunFolderError, match=rf"\({setting} {source}\).*Choose another output"):
         train(config)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_two_runs_cannot_share_a_folder(tmp_path: Path, base: str) -> None:
-    config = tiny_runs.config(tmp_path, base)
-    with lock_folder(tmp_path / "run"), pytest.raises(RunFolderError, match="in use"):
-        train(config)
-    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_file_as_output_is_refused(tmp_path: Path, base: str) -> None:

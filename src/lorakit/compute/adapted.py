@@ -72,19 +72,19 @@ def open_adapted(
     base = base_of(base, adapter)
     if adapter is None:
         opened = open_base(base, task or TEXT, tokenizer=tokenizer)
-    else:
-        of_base = tokenizer if adapter.tokenizer is None else None
-        task, outputs = (task, None) if task else opening_task(adapter)
-        opened = open_base(base, task or TEXT, num_labels=outputs, tokenizer=of_base)
-        require_new_weights(opened, adapter.stored, adapter.path)
-        head = logits_layer(opened.model)
-        has_head = any(is_inside(name, head) for name in adapter.stored.trained) if head else False
-        replaced = (NEW_WEIGHTS, OTHER_CLASSES) if has_head else NEW_WEIGHTS
-        opened.notices = [n for n in opened.notices if not n.startswith(replaced)]
+        _log(opened, opened.notices)
+        return opened
+    of_base = tokenizer if adapter.tokenizer is None else None
+    task, outputs = (task, None) if task else opening_task(adapter)
+    opened = open_base(base, task or TEXT, num_labels=outputs, tokenizer=of_base)
+    require_new_weights(opened, adapter.stored, adapter.path)
+    head = logits_layer(opened.model)
+    has_head = head is not None and any(is_inside(name, head) for name in adapter.stored.trained)
+    replaced = (NEW_WEIGHTS, OTHER_CLASSES) if has_head else NEW_WEIGHTS
+    opened.notices = [n for n in opened.notices if not n.startswith(replaced)]
     _log(opened, opened.notices)
-    if adapter is not None:
-        opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
-    if adapter is not None and adapter.tokenizer is not None:
+    opened.tokenizer = add_adapter(opened, adapter, allow_other_base=allow_other_base)
+    if adapter.tokenizer is not None:
         known = len(opened.notices)
         set_padding(opened)  # a classifier looks for the padding that its tokenizer writes
         _log(opened, opened.notices[known:])

@@ -25,8 +25,6 @@ from lorakit.tasks.classification import PAIR
 
 _LOG = logging.getLogger(__name__)
 
-_TEMPLATES = ("columns", "prompt_template", "completion_template")
-
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -67,10 +65,6 @@ def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTa
     A custom task is code, which never runs because a file names it. Unless the configuration names the same task, it
     is replaced by the generic task that it inherits from, which the file records too.
 
-    Args:
-        adapter: The adapter.
-        configured: The task that the configuration names.
-
     Raises:
         AdapterFileError: The recorded task or labels are invalid.
     """
@@ -93,11 +87,8 @@ def opening_task(adapter: AdapterFile) -> tuple[DataTask | None, int | None]:
     """Return the task that determines the head of an adapter's base, and the number of the head's outputs.
 
     PEFT and `adapters.save` record no task, but whether the base is a classifier. The adapter then holds the head,
-    unless the base's own was not trained.
-
-    Returns:
-        The recorded task, else classification or regression for a classifier, else None. The number is None if the
-        task or the base determines it.
+    unless the base's own was not trained. The task is the recorded one, else classification or regression for a
+    classifier, else None. The number is None if the task or the base determines it.
 
     Raises:
         AdapterFileError: The recorded task or labels are invalid.
@@ -130,11 +121,7 @@ def _is_named(recorded: Any, configured: str | None) -> bool:
 def recorded_data(adapter: AdapterFile | None, configured: str | None = None) -> DataConfig:
     """Return the task, the encoding, the columns and the templates that an adapter records.
 
-    All are unset for a file that records no task, such as PEFT's, and for a custom task that is not configured.
-
-    Args:
-        adapter: The adapter.
-        configured: The task that the configuration names.
+    All are unset for a file that records no task, such as PEFT's, and for a custom task other than the configured one.
 
     Raises:
         AdapterFileError: A recorded setting is invalid.
@@ -159,7 +146,8 @@ def recorded_data(adapter: AdapterFile | None, configured: str | None = None) ->
 
 def templates_of(stored: StoredAdapter) -> dict[str, Any]:
     """Return the settings of the data that later uses of an adapter take from its file, beside task and encoding."""
-    settings = {name: stored.setting("data", name) for name in _TEMPLATES}
+    names = ("columns", "prompt_template", "completion_template")
+    settings = {name: stored.setting("data", name) for name in names}
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -169,12 +157,7 @@ def as_recorded(
     """Return `data` with what the adapter records for the same task in place of unset settings.
 
     Rows may be of another file than those of training: columns that they lack are not mapped, and a template that
-    names such a column is not applied, with a warning.
-
-    Args:
-        data: Its `task` is not "auto".
-        adapter: The adapter.
-        columns: The columns of the rows.
+    names such a column is not applied, with a warning. The task of `data` is not "auto".
 
     Raises:
         AdapterFileError: A recorded setting is invalid.
@@ -212,8 +195,10 @@ def text_task(adapter: AdapterFile | None) -> DataTask | None:
     Raises:
         ConfigurationError: The adapter predicts labels or scores.
     """
-    task = None if adapter is None else opening_task(adapter)[0]
-    if adapter is not None and task is not None and not task.generates:
+    if adapter is None:
+        return None
+    task, _ = opening_task(adapter)
+    if task is not None and not task.generates:
         apply = (
             f"lorakit predict --adapter {adapter.path} --data.test FILE --output predictions.jsonl"
         )

@@ -113,8 +113,7 @@ def check_context(base: Base, examples: Sequence[Example]) -> None:
     in the completion.
 
     Raises:
-        DataError: An example is too long, or has targets in the prompt or an unknown token. The message has what to
-            change.
+        DataError: An example is too long, or has targets in the prompt or an unknown token.
     """
     require_embeddings(base.model, ((e.origin, e.input_ids) for e in examples))
     context = context_length(base.model)

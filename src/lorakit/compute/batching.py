@@ -103,11 +103,8 @@ def _forced_start(base: Base) -> list[int]:
 def require_embeddings(model: PreTrainedModel, texts: Iterable[tuple[str, Sequence[int]]]) -> None:
     """Reject tokens without an embedding. On a GPU they would be an error that ends the process.
 
-    The tokenizer of an adapter, and of some bases, has more tokens than the base.
-
-    Args:
-        model: The base.
-        texts: For each text its name in a message, and its token ids.
+    The tokenizer of an adapter, and of some bases, has more tokens than the base. `texts` has a name for messages and
+    the token ids of each text.
 
     Raises:
         DataError: An id is beyond the base's vocabulary.
@@ -163,9 +160,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     if context is None or not getattr(config, "position_biased_input", True):
         return None  # DeBERTa's positions are relative
     for name, module in model.named_modules():  # RoBERTa's positions start after its padding index
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            return context - module.padding_idx - 1  # type: ignore[operator]
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and name.endswith("position_embeddings"):
+            return context - padding - 1
     return context

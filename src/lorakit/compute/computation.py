@@ -69,15 +69,10 @@ def choose_computation(
     compiled: bool = False,
     label_smoothing: float = 0.0,
 ) -> Computation:
-    """Decide from a model's structure how it is computed; nothing is computed.
+    """Decide from the structure of a model, with its adapter, how it is computed; nothing is computed.
 
-    Args:
-        model: The base, with its adapter.
-        task: What is trained or scored.
-        training: Use faster layers, which training alone installs.
-        packing: Pack batches if the architecture allows it.
-        compiled: Blocks are going to be compiled, which needs them whole.
-        label_smoothing: Share of the loss spread over all classes or tokens.
+    Only `training` installs faster layers. `packing` packs batches if the architecture allows it. With `compiled`, the
+    last block is computed in full.
     """
     faster: Faster = "none"
     if training and model.device.type == "cpu":
@@ -100,10 +95,7 @@ def confirm_computation(
 ) -> Computation:
     """Try a choice on a few examples, and return what leaves the model's results unchanged.
 
-    Args:
-        choice: From `choose_computation`.
-        base: The model, with its adapter, and its tokenizer; faster layers are installed in place.
-        examples: At least one.
+    Faster layers are installed in place. `examples` has at least one.
     """
     notes, faster, packed = list(choice.notes), choice.faster, choice.packed
     if faster != "none":
@@ -119,12 +111,8 @@ def confirm_computation(
         trials = model_examples(base, [longest, shortened(longest)])
         why_padded = why_not_packed(base.model, *trials)
         packed = not why_padded
-        notes.insert(
-            0,
-            f"batches padded, not packed: {why_padded}"
-            if why_padded
-            else "shared prefixes computed once",
-        )
+        padded = f"batches padded, not packed: {why_padded}"
+        notes.insert(0, "shared prefixes computed once" if packed else padded)
     return replace(
         choice,
         objective=_confirmed_objective(choice, base, examples),

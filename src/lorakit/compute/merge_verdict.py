@@ -57,11 +57,8 @@ def judge_merge(
 ) -> MergeVerdict:
     """Compare a merged model with its base and the unmerged adapter on several prompts.
 
-    Args:
-        adapted: The base with the adapter active.
-        stored: The adapter's file, whose tensors are not rounded to the dtype of the base.
-        merge: Returns the merged model. It may merge `adapted` in place, because it is called after the unmerged model
-            was read.
+    `adapted` is the base with the adapter active. The tensors of `stored`, the adapter's file, are not rounded to the
+    dtype of the base. `merge` may merge `adapted` in place, because it is called after the unmerged model was read.
 
     Raises:
         BaseModelError: The output of either model is NaN.

@@ -50,13 +50,8 @@ def model_prompts(
 def place(example: E, tokens: VirtualTokens, start: Sequence[int]) -> E:
     """Return a copy of `example` with the prefix before its prompt and the infix after it; neither is a target.
 
-    The input of a classifier is all prompt, so it ends with the infix.
-
-    Args:
-        example: An example without virtual tokens.
-        tokens: The numbers of virtual tokens.
-        start: The special tokens at the start of a text (bos, [CLS]). The prefix goes after them, since models expect
-            them at position 0.
+    The prefix goes after `start`, the special tokens at the start of a text (bos, [CLS]), since models expect them at
+    position 0. The input of a classifier is all prompt, so it ends with the infix.
     """
     lengths = {"keep": start_length(example.input_ids, start)}  # arguments of VirtualTokens.place
     if isinstance(example, LanguageExample):

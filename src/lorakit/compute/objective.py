@@ -162,12 +162,11 @@ class LabelLoss:
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits (B, outputs), without passing it the labels."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with restricted_last_block(
             self.last_block, batch, lambda: _head_positions(model, batch, self.reads)
         ):
-            return model(
-                **{name: value for name, value in batch.items() if name != "labels"}
-            ).logits
+            return model(**inputs).logits
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the examples' losses, a float32 scalar."""
@@ -232,15 +231,10 @@ def confirm_loss_path(
 
     A path must pass two checks. `loss_paths` inspects the structure: it finds an adapter on the head, which a
     comparison would miss while the adapter is zero. The comparison of logits finds operations after the head, which
-    the structure does not show.
-
-    Args:
-        model: The base, with its adapter.
-        probe: A batch of a few short examples: its logits are computed whole.
-        label_smoothing: Share of the loss spread over all tokens.
+    the structure does not show. `probe` has a few short examples, because its logits are computed whole.
     """
     objective = LanguageModellingLoss(
-        path="whole logits", note="loss from the model's whole logits"
+        note="loss from the model's whole logits", label_smoothing=label_smoothing
     )
     with evaluating(model):
         expected = objective.logits(model, probe)
@@ -263,7 +257,6 @@ def confirm_loss_path(
                 reason = f"its logits differ by {apart:.2g} from the model's"
         reasons.append(f"not {path}: {reason}")
     objective.note = "; ".join([objective.note, *reasons])
-    objective.label_smoothing = label_smoothing
     return objective
 
 
@@ -367,14 +360,11 @@ def targets_of(batch: Batch) -> Targets:
 def _cross_entropy_sum(
     logits: Tensor, targets: Tensor, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    if weights is None:
-        return F.cross_entropy(
-            logits.float(), targets, reduction="sum", label_smoothing=label_smoothing
-        )
-    losses = F.cross_entropy(
-        logits.float(), targets, reduction="none", label_smoothing=label_smoothing
+    reduction = "sum" if weights is None else "none"
+    loss = F.cross_entropy(
+        logits.float(), targets, reduction=reduction, label_smoothing=label_smoothing
     )
-    return losses @ weights
+    return loss if weights is None else loss @ weights
 
 
 def distance(x: Tensor, expected: Tensor) -> float:

@@ -59,11 +59,8 @@ def why_not_packed(model: PreTrainedModel, *examples: LanguageExample) -> str:
 
     For each example, a trial computes two completions of its prompt together, with the prompt as a shared prefix, and
     each alone. It compares the hidden states at all tokens of the completions. A window that is shorter than an
-    example is read from the configuration: it moves hidden states by less than bfloat16 rounds them.
-
-    Args:
-        model: The model.
-        examples: The longest one and a `shortened` one, with the virtual tokens that the model expects.
+    example is read from the configuration: it moves hidden states by less than bfloat16 rounds them. The examples are
+    the longest one and a `shortened` one, with the virtual tokens that the model expects.
     """
     longest = max(map(len, examples))
     window = min(attention_windows(model), default=longest)
@@ -74,10 +71,10 @@ def why_not_packed(model: PreTrainedModel, *examples: LanguageExample) -> str:
     objective = LanguageModellingLoss()
     for pair in map(_two_completions, examples):
         try:
-            together = _used_outputs(objective, model, _to(model.device, pack(pair, pad_id=0)))
-            alone = [
-                _used_outputs(objective, model, _to(model.device, collate([one], pad_id=0)))
-                for one in pair
+            batches = [pack(pair, pad_id=0), *(collate([one], pad_id=0) for one in pair)]
+            together, *alone = [
+                _used_outputs(objective, model, {k: x.to(model.device) for k, x in batch.items()})
+                for batch in batches
             ]
         except Exception as error:  # models can raise any exception; padded batches still work
             return f"it raised {type(error).__name__}: {error}"
@@ -116,13 +113,11 @@ def _start_of_completion(example: LanguageExample) -> int:
 def try_faster(
     model: PreTrainedModel, batch: Batch, short: Batch, faster: Faster = "layers"
 ) -> str:
-    """Install lorakit's own attention and layers, or return why the stock layers stay.
+    """Install lorakit's own attention and layers in place, or return why the stock layers stay.
 
-    Args:
-        model: The model to change in place; it stays unchanged if a reason is returned.
-        batch: A padded batch on the model's device, for which the hidden states of a decoder must not change.
-        short: The batch of its `shortened` examples, for which the logits must not change.
-        faster: Which layers to install. "attention" is a compiled kernel, so its backward pass is tried too.
+    The hidden states of a decoder must not change for the padded `batch`, nor the logits for `short`, the batch of its
+    `shortened` examples; both are on the model's device. "attention" is a compiled kernel, so its backward pass is
+    tried too.
     """
     try:
         with evaluating(model):
@@ -146,10 +141,7 @@ def try_faster(
 def try_last_block(objective: T, model: nn.Module, batch: Batch) -> T:
     """Return `objective` with the last block computed only for used tokens, if this does not change results.
 
-    Args:
-        objective: The loss; its `last_block` is None.
-        model: The base, with its adapter.
-        batch: A padded batch of examples of different lengths, for which the results must not change.
+    The padded `batch` has examples of different lengths. The `last_block` of `objective` is None.
     """
     block = last_block(model)
     if block is None or not block.can_gather:
@@ -188,10 +180,6 @@ def _used_outputs(
         if isinstance(objective, LabelLoss):
             return objective.predict(model, batch)
         return objective.hidden_at_targets(model, batch)
-
-
-def _to(device: torch.device, batch: Batch) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _outputs(model: PreTrainedModel, batch: Batch, short: Batch) -> list[Tensor]:

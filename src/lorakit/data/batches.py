@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorakit.ops.rows import round_up
 from lorakit.tasks import Example, LabelledExample, LanguageExample
+
+Item = TypeVar("Item")
 
 IGNORED = -100
 """Label of a position without a target: the `ignore_index` of `torch.nn.functional.cross_entropy`."""
@@ -39,7 +42,6 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         of language modelling is the token id at a target and -100 elsewhere; the model shifts labels itself.
     """
     width = round_up(max(map(len, examples)), step)
-
     batch = {
         "input_ids": padded_rows([e.input_ids for e in examples], pad_id, width=width),
         "attention_mask": padded_rows([[1] * len(e) for e in examples], 0, width=width),
@@ -59,9 +61,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, step: int = 1) -> dict[
         is_regression = any(isinstance(example.label, float) for example in labelled)
         dtype = torch.float32 if is_regression else torch.long
         batch["labels"] = torch.tensor([example.label for example in labelled], dtype=dtype)
-        types = [
-            example.token_type_ids for example in labelled if example.token_type_ids is not None
-        ]
+        types = [e.token_type_ids for e in labelled if e.token_type_ids is not None]
         if types:
             batch["token_type_ids"] = padded_rows(types, 0, width=width)
     else:
@@ -78,14 +78,9 @@ class BatchSampler:
     of 50 batches by length, cuts it into batches and shuffles the batches. The order depends only on `seed` and the
     epoch, so a resumed run continues with the same batches.
 
-    With `groups`, examples of one group (one prompt) share a batch instead, and packing computes their common prefix
-    once. This changes the order of training, and therefore its results.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples of a batch, at least 1.
-        seed: Seed of the order.
-        groups: Group of each example.
+    With `groups` (the group of each example), examples of one group (one prompt) share a batch instead, and packing
+    computes their common prefix once. This changes the order of training, and therefore its results. `lengths` are in
+    tokens.
     """
 
     def __init__(
@@ -117,15 +112,13 @@ class BatchSampler:
                 by_group.setdefault(self.groups[index], []).append(index)
             order = [index for group in by_group.values() for index in group]
         else:
-            size = self.batch_size * MEGABATCH
-            order = [
-                index
-                for start in range(0, len(order), size)
-                for index in sorted(order[start : start + size], key=self.lengths.__getitem__)
-            ]
-        batches = [
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        ]
+            runs = cut(order, self.batch_size * MEGABATCH)
+            order = [index for run in runs for index in sorted(run, key=self.lengths.__getitem__)]
+        batches = cut(order, self.batch_size)
         generator.shuffle(batches)
         return batches
+
+
+def cut(items: list[Item], size: int) -> list[list[Item]]:
+    """Return the items in parts of `size`; the last part may be shorter."""
+    return [items[at : at + size] for at in range(0, len(items), size)]

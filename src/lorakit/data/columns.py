@@ -202,11 +202,7 @@ class ColumnMap:
             )
 
     def _check_separator(self) -> None:
-        """Reject a CSV file whose only column is a line of names: its fields are separated by another character.
-
-        Raises:
-            DataError: Names the character.
-        """
+        """Reject a CSV file whose only column is a line of names: its fields are separated by another character."""
         if len(self.columns) != 1 or not re.search(r"\.[ct]sv(\.gz)?$", self.source_name):
             return
         found = next((sign for sign in ";\t,|" if sign in self.columns[0]), None)

@@ -230,8 +230,8 @@ def load_examples(
         encoding=config.encoding,
         is_encoder_decoder=is_encoder_decoder,
     )
-    report = Report(source=data.name, rows=len(data.rows), read=len(data.rows))
-    report.unread = columns.unread(task_class)
+    unread, count = columns.unread(task_class), len(data.rows)
+    report = Report(source=data.name, rows=count, read=count, unread=unread)
     examples = [example for _, example in _encode(data, columns, task, task.encode, config, report)]
     if config.validation_fraction and split != "test":
         examples = _one_side(examples, config.validation_fraction, held_out=split == "validation")

@@ -99,9 +99,8 @@ def _trees(examples: Sequence[LanguageExample]) -> list[list[_Node]]:
     for example in sorted(examples, key=lambda example: example.input_ids):
         first, *rest = example.input_ids
         node = roots.setdefault(first, _Node(token=first, depth=0, parent=None, is_input=True))
-        last_target = max(
-            (i for i, is_target in enumerate(example.loss_mask) if is_target), default=0
-        )
+        targets = (i for i, is_target in enumerate(example.loss_mask) if is_target)
+        last_target = max(targets, default=0)
         for depth, token in enumerate(rest[:last_target], start=1):
             if token not in node.children:
                 node.children[token] = _Node(token=token, depth=depth, parent=node)

@@ -277,15 +277,10 @@ def _special_in_targets(
     inside: list[set[int]] = []
     ends: set[int] = set()
     for example in examples:
-        targets = zip(
-            example.input_ids, example.loss_mask, [*example.loss_mask[1:], False], strict=True
-        )
-        found: dict[bool, set[int]] = {True: set(), False: set()}
-        for token, target, followed in targets:
-            if target and token in special:
-                found[followed].add(token)
-        inside.append(found[True])
-        ends |= found[False]
+        ids, followed = example.input_ids, [*example.loss_mask[1:], False]
+        at = [i for i, target in enumerate(example.loss_mask) if target and ids[i] in special]
+        inside.append({ids[i] for i in at if followed[i]})
+        ends |= {ids[i] for i in at if not followed[i]}
     return Counter(
         special[token]
         for example, tokens in zip(examples, inside, strict=True)

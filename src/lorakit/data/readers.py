@@ -69,7 +69,7 @@ def reader_for(path: Path) -> Callable[[Path], Rows] | None:
     """Return the reader for a file name; None for an unknown format."""
     name = path.name.lower()
     for suffix, reader in READERS.items():
-        if name.endswith(suffix) or (suffix not in BINARY and name.endswith(suffix + ".gz")):
+        if name.endswith(suffix) or (suffix != ".parquet" and name.endswith(suffix + ".gz")):
             return reader
     return None
 
@@ -323,7 +323,6 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
 }
-BINARY = (".parquet",)
 
 
 def _row(value: Any, origin: str) -> Row | Problem:
@@ -376,9 +375,6 @@ def _check_inflated(count: int, path: Path) -> None:
             f"{path}: inflates from {size(file_size)} to at least {size(count)}, so it is probably damaged or made to "
             "fill the memory. If you trust it, decompress it first"
         )
-
-
-_BUFFER = 1 << 17
 
 
 def _checked_header(record: list[str], path: Path) -> list[str]:
@@ -451,7 +447,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file, gzip or not, and skip a byte order mark. A read error becomes a DataError that names the file."""
     try:
         is_gzip = path.name.lower().endswith(".gz")
-        with io.BufferedReader(_Inflated(path), _BUFFER) if is_gzip else path.open("rb") as file:
+        with io.BufferedReader(_Inflated(path), 1 << 17) if is_gzip else path.open("rb") as file:
             if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise DataError(f"{path} is UTF-16. Convert it: iconv -f utf-16 -t utf-8 OLD > NEW")
             if file.peek(3)[:3] == codecs.BOM_UTF8:

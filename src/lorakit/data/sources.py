@@ -36,9 +36,6 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revisi
 MAX_PROBLEMS = 100_000
 """Most unreadable rows of a file."""
 
-SCRIPT = "scripts are no longer supported"
-"""Part of the error of `datasets` for a data set that is a Python program."""
-
 
 @dataclass(frozen=True)
 class DataRows:
@@ -56,9 +53,8 @@ class DataRows:
     @property
     def columns(self) -> list[str]:
         """Return the columns of all rows, in order of appearance."""
-        return list(
-            dict.fromkeys(name for row in self.rows if isinstance(row, Row) for name in row.values)
-        )
+        names = (name for row in self.rows if isinstance(row, Row) for name in row.values)
+        return list(dict.fromkeys(names))
 
 
 def read_source(where: str | list[str], split: str = "train", limit: int | None = None) -> DataRows:
@@ -97,6 +93,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
             f"{name}: none of its {len(rows):,} rows can be read; the first problem is {rows[0]}"
         )
     digests = [part.sha256 for part in parts]
+    joint_digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     class_names: dict[str, tuple[str, ...]] = {}
     for part in parts:
         for column, names in part.class_names.items():
@@ -104,9 +101,7 @@ def read_source(where: str | list[str], split: str = "train", limit: int | None 
     data = DataRows(
         name=name,
         rows=rows,
-        sha256=digests[0]
-        if len(digests) == 1
-        else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        sha256=digests[0] if len(digests) == 1 else joint_digest,
         class_names=class_names,
         splits=splits,
     )
@@ -167,9 +162,8 @@ def _parts(entry: str, split: str) -> list[_Part]:
             f"(data files in it: {', '.join(names[:5]) or 'none'})"
         )
     if glob.has_magic(entry):
-        files = sorted(
-            Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
-        )
+        found = map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(filter(Path.is_file, found))
         if not files:
             raise DataError(f"no file matches {entry}; check the path and the pattern")
         return [_file(file) for file in files]
@@ -211,7 +205,7 @@ def _hub(hub: re.Match[str], split: str) -> _Part:
             data = datasets.load_dataset(name, config, split=split, revision=hub["revision"])
         except RuntimeError as error:
             # The hub's Parquet export is of the newest revision.
-            if SCRIPT not in str(error) or hub["revision"] is not None:
+            if "scripts are no longer supported" not in str(error) or hub["revision"] is not None:
                 raise
             # Load that export; the script is not run.
             folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or 'default'}/{split}"

@@ -46,10 +46,8 @@ KEPT_LOSSES = 60
 """Number of losses in a checkpoint: 50 for the usual loss and 10 that may have exploded."""
 
 Inputs = dict[str, dict[str, str]]
-"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also their values."""
-
-FIELDS = "fields"
-"""Key of the values of settings in `Inputs`."""
+"""Source and SHA-256 of the base model and of each data split that a run reads; of settings also `fields`, their values
+as JSON."""
 
 T = TypeVar("T")
 
@@ -135,17 +133,11 @@ def save(
 ) -> None:
     """Write a checkpoint into `folder`, then delete all but it and the `keep` - 1 before it.
 
-    Checkpoints of later steps are deleted too: they are damaged, or the run would have resumed from one of them. If one
-    cannot be deleted, a warning is logged, and the next call tries again.
+    `weights` and `optimizer` (from `optimizer_tensors`) are not sharded. `old` is a step to rewind to: the newest
+    checkpoint at or before it is kept too, and the next one, which will replace that one as `old` grows.
 
-    Args:
-        folder: The folder of all checkpoints.
-        state: The progress of the run.
-        weights: The trained tensors, not sharded.
-        optimizer: From `optimizer_tensors`, not sharded.
-        keep: How many checkpoints remain.
-        old: A step to rewind to. Keeps the newest checkpoint at or before it, and the next one, which will replace
-            that one as `old` grows.
+    Checkpoints of later steps are deleted: they are damaged, or the run would have resumed from one of them. If one
+    cannot be deleted, a warning is logged, and the next call tries again.
     """
     path = folder / f"step-{state.step:06d}"
     with storage.atomic_folder(path, overwrite=True) as temporary:
@@ -155,9 +147,8 @@ def save(
         storage.write_record(
             temporary / STATE, {"state": dataclasses.asdict(state), "files": digests}
         )
-    for rest in folder.glob(
-        ".step-*"
-    ):  # of the failures below; nothing else writes to a run's folder
+    # From failed deletions below; nothing else writes to a run's folder.
+    for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)
     checkpoints = checkpoints_in(folder)
     usable = [path for path in checkpoints if step_of(path) <= state.step]
@@ -186,10 +177,7 @@ def restore(
     *,
     inputs: Inputs,
 ) -> State:
-    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`.
-
-    Returns:
-        The state of the checkpoint.
+    """Copy the newest undamaged checkpoint of `folder` into `weights` and `optimizer`, and return its state.
 
     Raises:
         RunFolderError: There is no checkpoint, all are damaged, or the newest has other tensors or other `inputs`.
@@ -277,16 +265,15 @@ def fields_input(source: str, fields: Mapping[str, Any] | None) -> dict[str, str
     """Return the entry of `Inputs` for the fields of a configuration, so that an error can name those that changed."""
     values = {name: value for name, value in (fields or {}).items() if name != VERSION}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return {"source": source, "sha256": digest, FIELDS: json.dumps(fields, sort_keys=True)}
+    return {"source": source, "sha256": digest, "fields": json.dumps(fields, sort_keys=True)}
 
 
 def _require_same(now: Inputs, then: Inputs, path: Path) -> None:
     none = {"source": "none", "sha256": "none"}
     for name, before in then.items():
         after = now.get(name, none)
-        if FIELDS in before and FIELDS in after:
-            changed = changed_fields(json.loads(before[FIELDS]), json.loads(after[FIELDS]))
-            if changed:
+        if "fields" in before and "fields" in after:
+            if changed := changed_fields(json.loads(before["fields"]), json.loads(after["fields"])):
                 raise RunFolderError(
                     f"The {name} of '{after['source']}' has changed since {path} was written: {', '.join(changed)}. "
                     "Restore it, or start a new run with from_adapter."

@@ -22,9 +22,7 @@ from lorakit.models.base_config import NO_NAME, BaseConfig
 from lorakit.tasks.language_modelling import TextTask
 
 Schedule = Literal["linear", "cosine", "constant"]
-OnDivergence = Literal["stop", "rewind"]
 Sampling = Literal["random", "grouped"]
-LoggerName = Literal["tensorboard", "wandb"]
 
 MAX_TIMEOUT = 7 * 24 * 60
 MAX_EPOCHS = 1_000_000
@@ -53,7 +51,7 @@ class OptimizerConfig:
     """Added to the denominator of the update, the root of the mean square."""
     clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
-    on_divergence: OnDivergence = "stop"
+    on_divergence: Literal["stop", "rewind"] = "stop"
     """What to do when the loss or a gradient is not finite, or the loss explodes: stop; or rewind. Rewind goes back to
     the newest checkpoint before that, and halves the learning rate for the rest of the run. The fourth time it stops.
     The examples and their order stay the same, so it does not help against bad data."""
@@ -215,7 +213,7 @@ class TrainConfig:
     """Minutes that a process of a run under torchrun waits for the others. If one hangs, all others then end with an
     error. The others also wait while one writes a checkpoint, generates its share of evaluation.samples or decomposes
     the weights for lora.init pissa."""
-    loggers: tuple[LoggerName, ...] = ()
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Additional loggers: tensorboard, wandb. Every run writes metrics.jsonl."""
     resume: bool = False
     """Resume from the newest checkpoint in output; start a new run if output has no checkpoint."""

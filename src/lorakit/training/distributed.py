@@ -33,9 +33,6 @@ VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COMMAND = "torchrun --nproc-per-node 2 -m lorakit train"
 REMEDY = f"Start several processes with {COMMAND}, or unset WORLD_SIZE to run one."
 
-SHOWN = 5
-"""Maximum number of differences in a message."""
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -140,7 +137,7 @@ class Processes:
             ]
             if different:
                 raise ConfigurationError(
-                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(different[:SHOWN])}. Give "
+                    f"Process {rank} of {self.count} differs from process 0: {'; '.join(different[:5])}. Give "
                     "all processes the same command, files and software."
                 )
 
@@ -169,11 +166,10 @@ class Processes:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         *gradients, table = self._sums([*gradients, table])
         sums = table.tolist()
-        for parameter, gradient, count in zip(
-            parameters, gradients, sums[len(numbers) :], strict=True
-        ):
+        sums, counts = sums[: len(numbers)], sums[len(numbers) :]
+        for parameter, gradient, count in zip(parameters, gradients, counts, strict=True):
             parameter.grad = gradient if count else None
-        return sums[: len(numbers)]
+        return sums
 
     def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors over the processes, sent as one flat tensor for each dtype."""
@@ -225,13 +221,10 @@ def started_processes() -> Processes:
 
 @contextmanager
 def joined(device: str, timeout: datetime.timedelta = START_TIMEOUT) -> Iterator[Processes]:
-    """Connect the processes that `torchrun` started, and choose the GPU of this process.
+    """Connect the processes that `torchrun` started, and choose the GPU of this process by ``base.device``.
 
-    An error inside the block is the error of all processes, each of which names the one that raised it.
-
-    Args:
-        device: The setting ``base.device``.
-        timeout: Longest wait for the other processes.
+    An error inside the block is the error of all processes, each of which names the one that raised it. `timeout` is
+    the longest wait for the others.
 
     Raises:
         ConfigurationError: The environment or the devices do not allow several processes.

@@ -50,10 +50,8 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
     Raises:
         DivergenceError: A weight is NaN or infinite. A checkpoint of it must not replace a good one.
     """
-    parts = {name: local_part(weight) for name, weight in weights.items()}
-    bad = next(
-        (n for n, w in parts.items() if w.is_floating_point() and not w.isfinite().all()), None
-    )
+    parts = ((name, local_part(weight)) for name, weight in weights.items())
+    bad = next((n for n, w in parts if w.is_floating_point() and not w.isfinite().all()), None)
     for name in processes.gather(bad):
         if name is not None:
             raise DivergenceError(
@@ -63,11 +61,9 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor], processes: 
 
 
 def require_no_explosion(state: State, factor: float) -> None:
-    """Raise if the loss has exploded.
+    """Raise if the loss has exploded after a step, and keep the highest usual loss in `state`.
 
-    Args:
-        state: The state after a finished step; it keeps the highest usual loss.
-        factor: The setting ``optimizer.explosion``; 0 accepts every loss.
+    `factor` is the setting ``optimizer.explosion``; 0 accepts every loss.
 
     Raises:
         DivergenceError: Each of the last `LASTING` losses is more than `factor` times the highest usual loss.
@@ -101,9 +97,7 @@ def step_to_keep(step: int) -> int:
 def last_good_step(state: State, factor: float) -> int:
     """Return the last step to rewind to: the one before the update that led to the first bad loss.
 
-    Args:
-        state: The state in which a DivergenceError was raised.
-        factor: The setting ``optimizer.explosion``.
+    `state` is the one in which a DivergenceError was raised.
     """
     first_bad_loss = state.step - LASTING + 1 if exploded(state, factor) else state.step + 1
     # The update of step `first_bad_loss - 1` produced the weights with that loss.

@@ -47,16 +47,9 @@ def record_batch_sizes(run: RunFolder, job: Job, state: State) -> None:
 
 
 def record_rewind(state: State, diverged: State, error: DivergenceError, rate: float) -> str:
-    """Copy batch sizes, best score and events of the diverged run to `state`, and count the rewind.
+    """Copy batch sizes, best score and events of the diverged run to the restored state, and count the rewind.
 
-    Args:
-        state: The restored state.
-        diverged: The state in which the run diverged.
-        error: Why.
-        rate: The new peak learning rate.
-
-    Returns:
-        A line for the user.
+    `rate` is the new peak learning rate. Return a line for the user.
     """
     state.rewinds = diverged.rewinds + 1
     state.batch_sizes = diverged.batch_sizes

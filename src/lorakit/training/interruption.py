@@ -83,21 +83,13 @@ class Interruption:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
 
     def check(self, *_: object) -> None:
-        """End the evaluation of all processes if this one has received a signal; called after each of its batches.
-
-        Raises:
-            Interrupted: It has.
-        """
+        """Raise Interrupted in all processes of an evaluation if this one has received a signal."""
         received = self.received()
         if any(received):
             self.gather(_Stop(received))
 
     def check_alone(self) -> None:
-        """End the current step if this process is the only one and has received a signal; called before each batch.
-
-        Raises:
-            Interrupted: It has.
-        """
+        """Raise Interrupted in a step if this process is the only one and has received a signal."""
         if self._processes.count == 1:
             self.check()
 

@@ -30,9 +30,8 @@ def require_loggers(names: Iterable[str]) -> None:
     """
     for name in names:
         try:
-            package = importlib.import_module(
-                "torch.utils.tensorboard" if name == "tensorboard" else name
-            )
+            module = "torch.utils.tensorboard" if name == "tensorboard" else name
+            package = importlib.import_module(module)
         except ImportError:
             raise ConfigurationError(
                 f"loggers has {name}, which is not installed: pip install {name}."

@@ -188,9 +188,10 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
         job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
         require_keyed_noise(job)
-        inputs = job.inputs
+        state = State(inputs=job.inputs)
     processes.require_same({"computation": job.computation.note})
-    state = _restore(run, job, inputs) if resumes else State(inputs=inputs)
+    if resumes:
+        state = _restore(run, job)
     _require_patience(run, job, state)
     slow_down(job.optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
@@ -201,11 +202,7 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
 
 
 def _require_longer(run: RunFolder, job: Job) -> None:
-    """Reject a `max_steps` below the number of steps that `epochs` gave to the run before.
-
-    Raises:
-        ConfigurationError: The run would be shorter.
-    """
+    """Reject a `max_steps` below the number of steps that `epochs` gave to the run before."""
     if not run.extends.startswith("epochs"):
         return
     before = step_plan_of(dataclasses.replace(run.config, max_steps=None), job.train).total
@@ -217,11 +214,7 @@ def _require_longer(run: RunFolder, job: Job) -> None:
 
 
 def _require_patience(run: RunFolder, job: Job, state: State) -> None:
-    """Reject more steps for a run whose last evaluation would have stopped a longer run early.
-
-    Raises:
-        ConfigurationError: Early stopping would have ended the longer run at this step.
-    """
+    """Reject more steps for a run whose last evaluation would have stopped a longer run early."""
     if run.extends and job.is_out_of_patience(state) and job.evaluates_after(state.step):
         raise ConfigurationError(
             f"A longer run would have stopped early (evaluation.patience) at step {state.step}, where the run in "
@@ -247,7 +240,7 @@ def _rewind(run: RunFolder, job: Job, diverged: State, error: DivergenceError) -
         raise DivergenceError(f"{error} No checkpoint is old enough to go back to.") from error
     job.optimizer.zero_grad()
     _has_checkpoint(run, job.processes)
-    state = _restore(run, job, diverged.inputs)
+    state = _restore(run, job)
     slow_down(job.optimizer, SLOWDOWN)
     rate = job.config.peak_rate * SLOWDOWN ** (diverged.rewinds + 1)
     line = record_rewind(state, diverged, error, rate)
@@ -269,10 +262,10 @@ def _has_checkpoint(run: RunFolder, processes: Processes) -> bool:
     return bool(found)
 
 
-def _restore(run: RunFolder, job: Job, inputs: checkpoint.Inputs) -> State:
+def _restore(run: RunFolder, job: Job) -> State:
     """Restore the newest checkpoint in all processes."""
     with job.processes.together():
-        state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=inputs)
+        state = checkpoint.restore(run.checkpoints, job.weights, job.optimizer, inputs=job.inputs)
     job.processes.require_same({"step": state.step, "train_loss": state.train_loss})
     return state
 

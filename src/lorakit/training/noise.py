@@ -58,13 +58,7 @@ def keyed_noise(job: Job, batch: Batch, step: int, number: int = 0) -> Iterator[
     """Draw the random numbers of a batch's forward and backward pass from the seed, the step and its examples.
 
     All batches of a step start with the same states of the random generators. Compiled blocks draw masks by place, so
-    with them the states depend on the batch.
-
-    Args:
-        job: The run.
-        batch: The batch.
-        step: Number of finished steps.
-        number: Number of the batch in this process's share of the step.
+    with them the states depend on `number`, the place of the batch in this process's share of the step.
     """
     compiled = job.config.compile
     text = f"noise, seed {job.config.seed}, step {step}, batch {number if compiled else 0}"

@@ -50,9 +50,11 @@ def open_run(config: TrainConfig, processes: Processes) -> Iterator[RunFolder]:
     """Open and lock the run folder `config.output` in the first process of a run, the only one that writes to it.
 
     Raises:
-        RunFolderError: The folder cannot be opened; see `_open_locked`. If the disk is full in the block and the run
-            has a checkpoint, the error names the command that resumes it.
-        ConfigurationError: The run to resume has other settings, or the processes have different settings or software.
+        RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
+            that `config` neither resumes nor overwrites, or would overwrite together with an input of the new run. If
+            the disk is full in the block and the run has a checkpoint, the error names the command that resumes it.
+        ConfigurationError: The run to resume has other settings, the processes have different settings or software, or
+            `torchrun` has restarted a run that overwrites.
     """
     software = {k: v for k, v in versions().items() if k in ("lorakit", "torch", "transformers")}
     # Not the build, such as +cu128, which another kind of machine needs.
@@ -81,11 +83,6 @@ def _open_locked(config: TrainConfig, copies: int) -> Iterator[RunFolder]:
 
     The folder does not change before `RunFolder.begin`. If a run fails before that (a misspelt target, an empty data
     file, a damaged checkpoint), it leaves an old run intact, and removes a new folder.
-
-    Raises:
-        RunFolderError: Another process writes to the folder, the folder contains other files, or it contains a run
-            that `config` neither resumes nor overwrites, or would overwrite together with an input of the new run.
-        ConfigurationError: The run to resume has other settings, or `torchrun` has restarted a run that overwrites.
     """
     path = Path(config.output)
     # The real path. overwrite=True accepts a folder with files; the next line checks that they are those of a run.
@@ -220,13 +217,7 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
 
 
 def _extended_setting(path: Path, config: TrainConfig) -> str:
-    """Return the setting that `max_steps` replaces to make a run longer, or "" if it is unchanged.
-
-    Raises:
-        ConfigurationError: `max_steps` is lower than before, or the run has already ended by early stopping or reached
-            that step.
-        RunFolderError: The run is finished and has no checkpoint.
-    """
+    """Return the setting that `max_steps` replaces to make a run longer, or "" if it is unchanged."""
     settings = read_settings(path)
     then, now = settings.get("max_steps"), config.max_steps
     if now is None or now == then:

@@ -49,10 +49,7 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float, square: float = 0.0) -> float:
     """Scale all gradients down to a joint norm of at most `limit` (0: no limit); return the norm before scaling.
 
-    Args:
-        optimizer: The optimizer of all parameters.
-        limit: The largest norm.
-        square: The squared norm of the gradients that are sharded over processes.
+    `square` is the squared norm of the gradients that are sharded over processes.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None

@@ -26,17 +26,11 @@ SECONDS = 5.0
 
 
 def seconds_per_step(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> float:
-    """Train a new adapter for a few steps, and return the median time of a step in seconds.
+    """Train a new adapter on a copy of `base` for a few steps, and return the median time of a step in seconds.
 
-    The steps are those of the first epoch whose number of tokens is closest to the mean. They train a copy of the base,
+    The steps are those of the first epoch whose number of tokens is closest to the mean. They train a copy,
     because not all settings of a run can be undone (compiled blocks, gradient checkpointing). The global random
     generators end in the states that they had before.
-
-    Args:
-        config: A run.
-        task: The task of the training data.
-        base: The base, without an adapter.
-        train: The training data.
 
     Raises:
         LorakitError: A setting does not fit the data or the model, or the loss is not finite.

@@ -33,7 +33,6 @@ STORE_TIMEOUT = datetime.timedelta(seconds=30)
 
 RESUME = "Start all processes again with resume (--resume)."
 
-
 _RUNS = itertools.count()
 """Counts the runs of this process: a script can train several times."""
 
@@ -58,14 +57,7 @@ def _store(address: str, port: str) -> Store:
 
 
 class Peers:
-    """The processes of a run as one of them sees them.
-
-    Args:
-        store: From `shared_store`.
-        rank: The number of this process.
-        count: The number of all processes.
-        timeout: Longest wait for the other processes, for messages.
-    """
+    """The processes of a run as process `rank` sees them. The `timeout` is for messages only."""
 
     def __init__(self, store: Store, rank: int, count: int, timeout: datetime.timedelta) -> None:
         self.stage = "the start of the run"

@@ -98,10 +98,11 @@ class Reporter:
 
 def first_lines(job: Job) -> list[str]:
     """Return the lines printed at the start of a run."""
-    lines = [f"base      {job.base.source.name}", f"train     {job.train.report}"]
+    lines = [f"base      {job.base.source.name}"]
+    lines += [f"          {note}" for note in (job.base.source.note, *job.base.notices) if note]
+    lines.append(f"train     {job.train.report}")
     lines += [f"          {note}" for note in job.config.data.template_notes]
     lines.append(f"task      {job.train.task}: {job.train.format}")
-    lines[1:1] = [f"          {note}" for note in (job.base.source.note, *job.base.notices) if note]
     if job.validation is not None:
         part = "" if len(job.scored) == len(job.validation) else f" ({len(job.scored):,} scored)"
         lines.append(f"held out  {job.validation.report}{part}")

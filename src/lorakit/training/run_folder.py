@@ -51,8 +51,6 @@ REPORT, PREDICTION = "report.html", "prediction.json"
 CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
 FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, EVENTS, REPORT, PREDICTION)
 FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
-OF_A_RUN = {"base", "data", "method", "output"}
-"""Settings of every run, which identify its config.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +137,11 @@ class JsonLines:
         Raises:
             RunFolderError: A line is damaged. An incomplete last line is skipped instead.
         """
+        end = (state.step, state.evaluated)  # a step is trained before it is evaluated
         return [
             line
             for line, record in read_lines(self.path)
-            if record["step"] < state.step
-            or (
-                record["step"] == state.step and (state.evaluated or record.get("split") == "train")
-            )
+            if (record["step"], record.get("split") != "train") <= end
         ]
 
 
@@ -344,4 +340,5 @@ def read_settings(path: Path) -> dict[str, Any]:
         RunFolderError: The file cannot be read, or is damaged.
     """
     settings = storage.read_yaml(path / CONFIG, RunFolderError)
-    return settings if isinstance(settings, dict) and settings.keys() >= OF_A_RUN else {}
+    of_a_run = {"base", "data", "method", "output"}
+    return settings if isinstance(settings, dict) and settings.keys() >= of_a_run else {}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.data.batches import BatchSampler
+from lorakit.data.batches import BatchSampler, cut
 from lorakit.tasks import Example, LanguageExample
 from lorakit.training.config import Schedule
 
@@ -23,13 +23,8 @@ Batches = list[list[int]]
 def rate_factor(step: int, *, total: int, warmup: float, schedule: Schedule) -> float:
     """Return the factor on the peak learning rate at `step`, counted from 0.
 
-    The factor of the first step is 1 / warm-up steps, and no step within `total` has factor 0.
-
-    Args:
-        step: Number of finished steps.
-        total: Number of steps in the run.
-        warmup: Share of `total` if below 1, else a number of steps.
-        schedule: Shape of the decay after the warm-up.
+    The factor of the first step is 1 / warm-up steps, and no step within `total` has factor 0. `warmup` is a share of
+    `total` if below 1, else a number of steps; `schedule` is the shape of the decay after it.
     """
     # 0.07 * 100 is 7.000000000000001.
     rise = math.ceil(round(warmup * total, 6)) if warmup < 1 else int(warmup)
@@ -45,12 +40,7 @@ class StepPlan:
     """The examples of each optimizer step, which `Share` cuts into batches.
 
     A step does not cross the end of an epoch, so one step of an epoch may have fewer examples. Its loss is still the
-    mean over its targets.
-
-    Args:
-        sampler: Samples the steps of an epoch.
-        epochs: Length of the run, in passes over the data.
-        max_steps: Length of the run, in steps; overrides `epochs`.
+    mean over its targets. `max_steps` overrides `epochs`.
     """
 
     def __init__(self, sampler: BatchSampler, *, epochs: float, max_steps: int | None) -> None:
@@ -68,14 +58,8 @@ class StepPlan:
 class Share:
     """The examples of each step that one process computes. All processes have about the same number of tokens.
 
-    The share of a single process is the whole step. A share is empty if a step has fewer examples than processes.
-
-    Args:
-        examples: The training data.
-        batch_size: Examples per forward and backward pass of this process.
-        rank: The number of the process.
-        count: The number of all processes.
-        packed: Keep examples with the same prompt together, because a packed batch computes their prompt once.
+    The share of a single process is the whole step. A share is empty if a step has fewer examples than processes. With
+    `packed`, examples with the same prompt stay together, because a packed batch computes their prompt once.
     """
 
     def __init__(
@@ -102,11 +86,7 @@ class Share:
         costs = [self._tokens(step[place] for place in unit) for unit in units]
         shares = even_shares(units, costs, self._count)
         return [
-            [
-                list(batch)
-                for batch in self._batch_size.cut([step[place] for place in sorted(share)])
-            ]
-            for share in shares
+            cut([step[place] for place in sorted(share)], self._batch_size.size) for share in shares
         ]
 
     def _units(self, step: Step) -> list[list[int]]:
@@ -118,11 +98,7 @@ class Share:
         for place in places:
             by_prompt.setdefault(self._examples[step[place]].prompt, []).append(place)
         most = -(-len(step) // self._count)
-        return [
-            group[at : at + most]
-            for group in by_prompt.values()
-            for at in range(0, len(group), most)
-        ]
+        return [part for group in by_prompt.values() for part in cut(group, most)]
 
     def _tokens(self, unit: Iterable[int]) -> int:
         """Return the tokens that the model computes for examples with the same prompt."""

@@ -200,9 +200,8 @@ class Job:
 
     def saves_after(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` finished steps."""
-        every = self.config.checkpoints.every or min(
-            self.step_plan.steps_per_epoch, CHECKPOINT_STEPS
-        )
+        default = min(self.step_plan.steps_per_epoch, CHECKPOINT_STEPS)
+        every = self.config.checkpoints.every or default
         return step % every == 0 or step == self.step_plan.total
 
     @cached_property
@@ -298,10 +297,8 @@ def prepare(
 ) -> Job:
     """Load data, base and adapter, and choose how batches and the loss are computed.
 
-    Args:
-        config: The run.
-        processes: The processes of the run; None is this one.
-        resumes: A checkpoint will replace the initial weights, which are then placeholders.
+    Without `processes`, this process is the only one. If the run `resumes`, a checkpoint will replace the initial
+    weights, which are then placeholders.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
@@ -310,7 +307,7 @@ def prepare(
     if config.shard:
         require_support(processes)
     with processes.together():
-        job, task = _opened(config, processes, resumes)
+        job = _opened(config, processes, resumes)
         # A single process may not need the digests, which take seconds.
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
@@ -318,11 +315,11 @@ def prepare(
         shard_base(job.model, job.base_record, pick_device(config.base.device))
     # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
     processes.copy_from_first(t for t in job.weights.values() if not is_sharded(t))
-    return _confirmed(job, task)
+    return _confirmed(job)
 
 
-def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[Job, DataTask]:
-    """Load data, base and adapter; return also the task of the data."""
+def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> Job:
+    """Load data, base and adapter."""
     reader = RowReader()
     task = task_of(config.data, reader=reader)
     # With the task set, load_examples does not infer it again for each split.
@@ -347,7 +344,7 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> tuple[J
         job = _attached(config, task, base, sets["train"], sets.get("validation"), processes)
     if config.shard:
         require_shardable(base.model, config.base)
-    return job, task
+    return job
 
 
 def assemble(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet) -> Job:
@@ -356,7 +353,7 @@ def assemble(config: TrainConfig, task: DataTask, base: Base, train: ExampleSet)
     Raises:
         LorakitError: A setting does not fit the data or the model.
     """
-    return _confirmed(_attached(config, task, base, train, None, Processes()), task)
+    return _confirmed(_attached(config, task, base, train, None, Processes()))
 
 
 def _attached(
@@ -386,9 +383,9 @@ def _attached(
     )
 
 
-def _confirmed(job: Job, task: DataTask) -> Job:
+def _confirmed(job: Job) -> Job:
     """Choose how the run is computed, after a trial on a few examples, and put the model into training mode."""
-    choice = choice_of(job.config, job.model, task)
+    choice = choice_of(job.config, job.model, DataTask(name=job.train.task))
     examples = [*job.train.examples, *job.scored]  # both are packed
     with job.autocast():
         job.computation = confirm_computation(choice, job.base, examples)
@@ -426,27 +423,16 @@ def autocast_of(
 
 def step_plan_of(config: TrainConfig, train: ExampleSet) -> StepPlan:
     """Return the examples of each step, in an order that does not depend on how a step is cut into batches."""
-    grouped = config.sampling == "grouped"
-    sampler = BatchSampler(
-        train.lengths,
-        config.batch_size * config.accumulation,
-        config.seed,
-        groups=[example.prompt for example in train] if grouped else None,
-    )
+    groups = [example.prompt for example in train] if config.sampling == "grouped" else None
+    size = config.batch_size * config.accumulation
+    sampler = BatchSampler(train.lengths, size, config.seed, groups)
     return StepPlan(sampler, epochs=config.epochs, max_steps=config.max_steps)
 
 
 def attach_method(
     base: Base, config: TrainConfig, task: DataTask, method: Method | None = None
 ) -> Adapters:
-    """Attach the method that a run trains, with float32 parameters.
-
-    Args:
-        base: The base, changed in place.
-        config: The run.
-        task: The task of the training data.
-        method: Overrides the method of `config`.
-    """
+    """Attach to `base` the method that a run trains, with float32 parameters; `method` overrides that of `config`."""
     model = base.model
     if method is None and config.from_adapter is not None:
         adapters = warm_start(base, config.from_adapter, name=TRAINED)

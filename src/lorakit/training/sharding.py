@@ -70,12 +70,8 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
 def shard_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
     """Shard the weights of a base, with its adapter, over the processes, and drop all full copies.
 
-    Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only.
-
-    Args:
-        model: The base, with its adapter, changed in place.
-        record: Its fingerprint, which has to be taken before. Afterwards it lacks the dropped tensors.
-        device: The device of this process.
+    Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only. The
+    base's fingerprint `record` has to be taken before. Afterwards it lacks the dropped tensors.
     """
     for _, _, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
@@ -120,9 +116,7 @@ def local_gradient_terms(parameters: Sequence[nn.Parameter]) -> list[float]:
 def drop_unreached_gradients(parameters: Sequence[nn.Parameter], sums: Sequence[float]) -> float:
     """Drop the gradients to which no process has contributed; return the squared norm of all.
 
-    Args:
-        parameters: The sharded parameters that are trained.
-        sums: The sums of `local_gradient_terms` over the processes.
+    `sums` are those of `local_gradient_terms` over the processes.
     """
     square, *counts = sums
     for parameter, count in zip(parameters, counts, strict=True):

@@ -40,18 +40,11 @@ class StepResult:
 
 
 def optimizer_step(
-    job: Job,
-    examples: Step,
-    step: int,
-    interruption: Interruption | None = None,
+    job: Job, examples: Step, step: int, interruption: Interruption | None = None
 ) -> StepResult:
     """Update the weights once. Each process computes its share of the examples and gets the same result.
 
-    Args:
-        job: The run.
-        examples: The examples of this step, over all processes.
-        step: Number of finished steps, which determines the learning rate.
-        interruption: The signals that this process receives; None for none.
+    `step` is the number of finished steps, which determines the learning rate.
 
     Raises:
         Interrupted: This is the only process, and it has received a signal before its last batch; the weights are not
@@ -114,10 +107,8 @@ def _accumulate_gradients(
     """Run forward and backward on this process's batches of a step.
 
     The mean is over the targets of the whole step, not over batches, so a batch with more targets counts more. 4
-    batches of 4 examples give the gradient of one batch of 16, in one process or in several.
-
-    Returns:
-        The batches' part of the step's mean loss, and the number of tokens in them.
+    batches of 4 examples give the gradient of one batch of 16, in one process or in several. Return the batches' part
+    of the step's mean loss, and the number of tokens in them.
     """
     is_encoder_decoder = isinstance(job.objective, SequenceToSequenceLoss)
     inputs = ("input_ids", "labels") if is_encoder_decoder else ("input_ids",)  # of the decoder

@@ -81,11 +81,7 @@ def validate(
 def _scores(
     run: RunFolder, job: Job, step: int, interruption: Interruption
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the scores of the validation data, and what they are of.
-
-    Raises:
-        Interrupted: A process has received a signal; raised in all processes.
-    """
+    """Return the scores of the validation data, and what they are of."""
     settings, share = job.config.evaluation, _share_of(job, interruption)
     with job.autocast():
         evaluation = held_out(
