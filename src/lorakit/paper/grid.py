@@ -13,7 +13,7 @@ from lorakit import storage
 from lorakit.adapters.summary import count_parameters
 from lorakit.compute.base import open_base
 from lorakit.configuration import as_dict, differences, flat_settings
-from lorakit.data import DataConfig, DataTask
+from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
 from lorakit.models.dtype_choice import resolve_dtype
@@ -21,26 +21,15 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.comparable import require_comparable
-from lorakit.paper.grid_setup import GridSetup, ParameterCount
-from lorakit.paper.log import GRID, read_log
+from lorakit.paper.log import GRID, GridSetup, ParameterCount, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
-from lorakit.paper.runs import (
-    HELD_OUT_SHARE,
-    Measure,
-    Record,
-    Runner,
-    Say,
-    TableRun,
-    require_measure,
-)
+from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun, require_measure
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
-from lorakit.paper.subset import draw_rows
+from lorakit.paper.subset import draw_training_data
 from lorakit.tasks.registry import task_type
 
 SUFFIXES = ("md", "json", "png", "html")
 """Of the files of a table in the output folder."""
-MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
-"""Bounds on the held-out examples that are drawn in addition to limited training data."""
 
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget; without one, a folder may have runs of several."""
@@ -52,6 +41,9 @@ class Grid:
     def __init__(
         self, config: PaperConfig, setup: GridSetup, amplification: Measure | None = None
     ) -> None:
+        if setup.dtype:
+            base = replace(config.base, dtype=setup.dtype)  # type: ignore[arg-type]
+            config = replace(config, base=base)
         self.config, self.setup = config, setup
         self.study: Study = config.study
         self.runner = Runner(config, setup, amplification)
@@ -155,7 +147,12 @@ class Grid:
 
     def all_records(self) -> list[Record]:
         """Return the records of all finished runs, each once."""
-        return self._records(run for cell in self.cells() for run in self._runs(*cell))
+        return [record for _, record in self._finished_runs()]
+
+    def _finished_runs(self) -> list[tuple[TableRun, Record]]:
+        """Return all finished runs with their records, each once."""
+        runs = (run for cell in self.cells() for run in self._runs(*cell))
+        return [(run, record) for run in runs if (record := self.runner.record(run)) is not None]
 
     def _runs(self, data_set: StudyData, variant: Variant) -> Collection[TableRun]:
         """Return all runs of a cell that are known so far, each once."""
@@ -195,9 +192,11 @@ class Grid:
         """
         last = self.config.seeds - 1
         unfinished = [cell[0] for cell in self.cells() if self._next_run(cell, last) is not None]
-        for data_set in {data_set.key: data_set for data_set in unfinished}.values():
+        finished = self._finished_runs()
+        for key, data_set in {data_set.key: data_set for data_set in unfinished}.items():
             self.runner.check_scoring(data_set)
-            self._require_comparable(data_set)
+            recorded = [(run, record) for run, record in finished if record.data_set == key]
+            require_comparable(self.runner, data_set, recorded)
         for seed in range(self.config.seeds):
             for cell in self.cells():
                 self._finish_seed(cell, seed, say)
@@ -234,20 +233,6 @@ class Grid:
         record = self.runner.finish(run, scored=scored)
         if record.failure:
             say(f"{run.name}: {record.failure}")
-
-    def _require_comparable(self, data_set: StudyData) -> None:
-        """Reject recorded runs on a data set that are not comparable with a new one."""
-        require_comparable(
-            self.runner,
-            data_set,
-            [
-                (run, record)
-                for cell in self.cells()
-                if cell[0].key == data_set.key
-                for run in self._runs(*cell)
-                if (record := self.runner.record(run)) is not None
-            ],
-        )
 
 
 def held_out_scores(records: Sequence[Record], data_set: StudyData) -> list[float]:
@@ -292,7 +277,7 @@ def open_grid(
             setup.dtype = base.dtype
             if reason:
                 say(f"{base.dtype}: {reason}")
-        grid = Grid(_with_dtype(config, setup), setup, amplification)
+        grid = Grid(config, setup, amplification)
         cells = list(grid.cells())
         if not cells:
             reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}
@@ -328,12 +313,7 @@ def recorded_grid(config: PaperConfig) -> Grid:
         LorakitError: As for `read_log`.
     """
     _, setup = read_log(config.log_folder)
-    return Grid(_with_dtype(config, setup), setup)
-
-
-def _with_dtype(config: PaperConfig, setup: GridSetup) -> PaperConfig:
-    """Return the configuration with the dtype that the grid has fixed."""
-    return replace(config, base=replace(config.base, dtype=setup.dtype))  # type: ignore[arg-type]
+    return Grid(config, setup)
 
 
 def preview(config: PaperConfig) -> Grid:
@@ -346,7 +326,7 @@ def preview(config: PaperConfig) -> Grid:
     for data_set in config.study.data_sets:
         draw_training_data(config, data_set, setup, write=False)
     _count_parameters(config, setup)
-    return Grid(_with_dtype(config, setup) if setup.dtype else config, setup)
+    return Grid(config, setup)
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:
@@ -401,38 +381,3 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
                 continue
             trained = sum(n for path, n in by_layer.items() if not is_inside(path, *heads))
             counts[variant.key] = ParameterCount(trained=trained, head=head_size)
-
-
-def draw_training_data(
-    config: PaperConfig, data_set: StudyData, setup: GridSetup, *, write: bool = True
-) -> None:
-    """Draw the training data of a limited grid into the output folder, unless it is there, and set the held-out share.
-
-    Without `write`, only count the rows that would be drawn.
-    """
-    key, limit = data_set.key, training_limit(config, data_set)
-    if limit is None:
-        if data_set.holds_out:
-            setup.held_out.setdefault(key, HELD_OUT_SHARE)
-        return
-    held_out = min(max(limit, LEAST_HELD_OUT), MOST_HELD_OUT) if data_set.holds_out else 0
-    count = limit + held_out
-    path = config.drawn_data / f"{data_set.task}-{count}.jsonl"
-    if key in setup.rows and (path.exists() or not write):
-        return
-    data = DataConfig(task=data_set.task, root=config.data.root)
-    rows = draw_rows(data, count)
-    if write:  # so that every run trains on the same rows
-        storage.write_rows(path, rows)
-        setup.training[key] = path.name
-    if data_set.holds_out:
-        # A smaller set supplies `limit` rows as long as a tenth of it can be held out.
-        share = max(1 - limit / len(rows), min(held_out / count, HELD_OUT_SHARE))
-        setup.held_out.setdefault(key, round(share, 6))
-    setup.rows[key] = len(rows) - round(len(rows) * setup.held_out.get(key, 0.0))
-
-
-def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:
-    """Return the number of training examples; None for all."""
-    limits = [limit for limit in (config.limit, data_set.limit) if limit is not None]
-    return min(limits, default=None)

@@ -12,7 +12,7 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparable import digests_of, other_settings
-from lorakit.paper.grid import draw_training_data, recorded_grid
+from lorakit.paper.grid import recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.runs import (
@@ -24,6 +24,7 @@ from lorakit.paper.runs import (
     column_of,
     require_measure,
 )
+from lorakit.paper.subset import draw_training_data
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 

@@ -26,7 +26,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import onednn_is_faster
 from lorakit.models.processor import processor_name
-from lorakit.paper.grid_setup import GridSetup
+from lorakit.paper.log import GridSetup
 from lorakit.paper.paper_config import PaperConfig
 from lorakit.paper.resampling import as_lines, of_lines
 from lorakit.paper.study import StudyData, Variant
