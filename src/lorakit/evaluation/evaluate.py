@@ -37,7 +37,7 @@ from lorakit.errors import (
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.generate import generate
 from lorakit.evaluation.inputs import by_prompt, prompts_of
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import counted, number
@@ -95,17 +95,18 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    data, decoding = _read(config, AdapterFile.read(config.adapter)), config.decoding or Decoding()
+    adapter = AdapterFile.read(config.adapter)
+    data = _read(config, adapter)
     task = data.task
     base = open_adapted(
         config.base,
-        data.adapter,
+        adapter,
         task=task,
         allow_other_base=config.allow_other_base,
         tokenizer=data.tokenizer,
     )
     check_context(base, data.examples)
-    decoding = decoding.over(task.type.decoding)
+    decoding = (config.decoding or Decoding()).over(task.type.decoding)
     if "text" in config.scores and task.has_references:  # an error must not come after the losses
         prompts_of(base, by_prompt(data.examples), decoding.new_tokens)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
@@ -149,7 +150,6 @@ def check_evaluation(config: EvaluateConfig, adapter: AdapterFile | None = None)
 class _ScoredData:
     """What an evaluation scores."""
 
-    adapter: AdapterFile | None
     task: DataTask
     split: ScoredSplit
     tokenizer: PreTrainedTokenizerBase
@@ -189,7 +189,6 @@ def _read(config: EvaluateConfig, adapter: AdapterFile | None) -> _ScoredData:
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(groups)
     return _ScoredData(
-        adapter=adapter,
         task=task,
         split=split,
         tokenizer=tokenizer,
@@ -324,9 +323,8 @@ def generated(
     """
     groups = by_prompt(examples)
     tokenizer = base.text_tokenizer
-    stop_ids = task.stop_ids(tokenizer)
-    settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
-    prompts = prompts_of(base, groups, settings.max_new_tokens)
+    decoding = decoding or Decoding()
+    prompts = prompts_of(base, groups, decoding.new_tokens)
 
     def answered(done: int) -> None:
         if progress is not None:
@@ -341,7 +339,7 @@ def generated(
         batch_size=batch_size,
         progress=answered,
         on_cut=cut.add,
-        stop_ids=stop_ids,
+        stop_ids=task.stop_ids(tokenizer),
     )
     # A task may end a text itself, at a blank line: then nothing is missing.
     cut = {i for i in cut if task.answer(f"{own[i]} a") != task.answer(own[i])}
