@@ -266,14 +266,14 @@ def _trials(comparison: Comparison) -> list[str]:
 def _computing_time(grid: Grid) -> list[str]:
     """Return the section on the time of the processor, by data set and method, with all learning rates and seeds."""
     hours: dict[str, dict[str, float]] = {}
-    processors: dict[str, None] = {}
-    for record in grid.all_records():
+    records = grid.all_records()
+    for record in records:
         by_method = hours.setdefault(record.data_set, {})
         spent = record.processor_seconds / 3600
         by_method[record.variant] = by_method.get(record.variant, 0.0) + spent
-        processors |= dict.fromkeys([record.processor] if record.processor else [])
     if not hours:
         return []
+    processors = dict.fromkeys(r.processor for r in records if r.processor)
     variants = [v for v in grid.study.variants if any(v.key in by for by in hours.values())]
     body = [
         [key, *(f"{by[v.key]:.2f}" if v.key in by else _EMPTY for v in variants)]
