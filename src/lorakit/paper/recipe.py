@@ -123,6 +123,19 @@ class Family:
         )
 
 
+def tables_by_method(text: str) -> dict[str, str]:
+    """Split a table whose first column names methods into one table as in `Family.tasks` for each method.
+
+    Rows without a method are for all of them.
+    """
+    (_, head), *lines = (line.split("|", 1) for line in text.strip().splitlines())
+    rows: dict[str, list[str]] = {}
+    for method, row in lines:
+        rows.setdefault(method.strip(), []).append(row)
+    shared = [head, *rows.pop("", [])]
+    return {method: "\n".join([*shared, *own]) for method, own in rows.items()}
+
+
 def _value(text: str) -> int | float | str:
     for kind in (int, float):
         try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.paper.method_settings import bottleneck, lora
-from lorakit.paper.recipe import Family
+from lorakit.paper.recipe import Family, tables_by_method
 
 _AVERAGED = "The paper reports the median over 5 seeds of the best epoch of each run."
 _HEAD = "The classification head is also trained; the paper's parameter counts exclude it."
@@ -126,14 +126,27 @@ _BOTTLENECK: dict[str, Any] = {
 }
 
 
-def _adapter(method: str, kind: str, size: int, tasks: str, *notes: str) -> Family:
+_ADAPTER_TASKS = tables_by_method("""
+method        | setting                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
+pfeiffer-3m   | epochs                  | 10   | 20   | 20   | 20   | 10   | 20   | 20   | 20
+pfeiffer-3m   | optimizer.learning_rate | 3e-5 | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+pfeiffer-0.8m | epochs                  | 5    | 20   | 20   | 20   | 10   | 20   | 20   | 20
+pfeiffer-0.8m | optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+houlsby-6m    | epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
+houlsby-6m    | optimizer.learning_rate | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+houlsby-0.8m  | epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
+houlsby-0.8m  | optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+""")
+
+
+def _adapter(method: str, kind: str, size: int, *notes: str) -> Family:
     return Family(
         model="roberta-large",
         method=method,
         origin="paper",
         source=f"{_TABLE9} (†)",
         settings={**bottleneck(kind, size), **_BOTTLENECK},
-        tasks=tasks,
+        tasks=_ADAPTER_TASKS[method],
         notes=(_AVERAGED, _HEAD, *notes),
     )
 
@@ -164,47 +177,10 @@ def _adapter_script(method: str, kind: str, size: int, activation: str) -> Famil
 
 
 _ADAPTERS = (
-    _adapter(
-        "pfeiffer-3m",
-        "pfeiffer",
-        64,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 20   | 20   | 20   | 10   | 20   | 20   | 20
-        optimizer.learning_rate | 3e-5 | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "pfeiffer-0.8m",
-        "pfeiffer",
-        16,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 5    | 20   | 20   | 20   | 10   | 20   | 20   | 20
-        optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "houlsby-6m",
-        "houlsby",
-        64,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
-        optimizer.learning_rate | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "houlsby-0.8m",
-        "houlsby",
-        8,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
-        optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-        "MNLI has 10 epochs in the paper and 5 in the code.",
-    ),
+    _adapter("pfeiffer-3m", "pfeiffer", 64),
+    _adapter("pfeiffer-0.8m", "pfeiffer", 16),
+    _adapter("houlsby-6m", "houlsby", 64),
+    _adapter("houlsby-0.8m", "houlsby", 8, "MNLI has 10 epochs in the paper and 5 in the code."),
     _adapter_script("houlsby-0.8m", "houlsby", 8, "silu"),
     _adapter_script("pfeiffer-0.8m", "pfeiffer", 16, "relu"),
 )
