@@ -325,8 +325,8 @@ class Runner:
         try:
             result = train(config)
         except DivergenceError as error:
-            metrics = _read_metrics(folder)
-            last = next((line for line in reversed(metrics) if line["split"] == "train"), {})
+            steps = [line for line in _metrics(folder) if line["split"] == "train"]
+            last = steps[-1] if steps else {}
             record = replace(
                 record,
                 failure=str(error),
@@ -336,7 +336,6 @@ class Runner:
                 processor_seconds=round(time.process_time() - began, 3),
             )
         else:
-            metrics = _read_metrics(folder)
             record = replace(
                 record,
                 steps=result.steps,
@@ -349,7 +348,9 @@ class Runner:
                 tokens=result.tokens,
             )
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return self._write(run, replace(record, curve=_curve(metrics), **_sessions(folder)))
+        return self._write(
+            run, replace(record, curve=_curve(_metrics(folder)), **_sessions(folder))
+        )
 
     def _score(self, run: TableRun) -> dict[str, Any]:
         """Score the best adapter of a run, and return the fields of its record."""
@@ -468,7 +469,7 @@ def device_name(name: str) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()}{library})"
 
 
-def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; none if it failed before its first step."""
     return [record for _, record in read_lines(folder / METRICS)]
 
@@ -478,13 +479,11 @@ def _curve(metrics: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     for line in metrics:
-        values = {name: value for name, value in line.items() if name != "split"}
         if line["split"] == "train":
-            if (
-                line["loss"] is not None
-            ):  # metrics have null in place of a number that is not finite
+            if line["loss"] is not None:  # null: the number was not finite
                 losses.append(line["loss"])
             continue
+        values = {name: value for name, value in line.items() if name != "split"}
         if losses:
             values["training loss"] = round(statistics.fmean(losses), 6)
         curve.append(values)
