@@ -183,9 +183,7 @@ class Grid:
     def run(self, after_each: Callable[[], object], say: Say = print) -> None:
         """Execute every unfinished run: the trials and the first seed, then the other seeds.
 
-        Args:
-            after_each: Called whenever a cell has a new record.
-            say: Receives progress, one line per call.
+        Calls `after_each` whenever a cell has a new record.
 
         Raises:
             LorakitError: A run cannot be trained or scored. What can be checked is checked before the first run.
@@ -246,11 +244,6 @@ def open_grid(
     config: PaperConfig, say: Say, amplification: Measure | None = None
 ) -> Iterator[Grid]:
     """Lock the folder of a grid for this process, and fix its setup: parameter counts, training data and steps.
-
-    Args:
-        config: The table, the model and the size of the grid.
-        say: Receives progress, one line per call.
-        amplification: Measures how an adapter amplifies its base; required for table 7.
 
     Raises:
         RunFolderError: Another process holds the folder, or it contains other files.

@@ -79,11 +79,6 @@ def reproduce(
 ) -> Reproduction:
     """Train and score the runs of a row of a log again, with the recorded settings, in the output folder.
 
-    Args:
-        config: The table, its log, and the row: DATA/METHOD or DATA/METHOD/SEED.
-        say: Receives progress, one line per call.
-        amplification: As for `lorakit.paper.run_table.run_table`.
-
     Raises:
         ConfigurationError: There is no log, or it has no such row. The output folder holds a repetition of the run
             that was made under other conditions than the present ones.

@@ -61,7 +61,7 @@ _ADDED = {"threads", "device", "source", "scored", "cut", "sums"}
 """Fields that the records of earlier versions lack."""
 
 Measure = Callable[[Path, BaseConfig], dict[str, float]]
-"""Maps an adapter folder and its base to numbers by name."""
+"""Maps an adapter folder and its base to numbers by name: how an adapter amplifies its base, for table 7."""
 Say = Callable[[str], None]
 """Prints a line of progress."""
 
@@ -183,13 +183,7 @@ def column_of(score: str) -> str:
 
 
 class Runner:
-    """Trains and scores the runs of a grid, each once.
-
-    Args:
-        config: The table, the model and the size of the grid.
-        setup: Supplies the steps, the drawn training data and the held-out shares.
-        amplification: Measures how an adapter amplifies its base; required for table 7.
-    """
+    """Trains and scores the runs of a grid, each once."""
 
     def __init__(
         self, config: PaperConfig, setup: GridSetup, amplification: Measure | None = None

@@ -194,7 +194,7 @@ def plan(
         keep_calibration(calibration.calibrate(device, dtype), device, dtype)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
-    examples = TOKEN_BYTES * batches.kept_tokens if device.type == "cpu" else 0
+    examples = TOKEN_BYTES * batches.kept_tokens
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
@@ -354,11 +354,7 @@ def _predict(
 def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
     """Return the bytes of a step's tensors at the peak: in the fullest batch, or when the processes add gradients.
 
-    Args:
-        run: The run.
-        processes: Their number.
-        whole: Trained parameters that each process holds whole.
-        held: Trained parameters of a process, with its parts of sharded ones.
+    A process holds `whole` trained parameters whole, and `held` with its parts of sharded ones.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.
