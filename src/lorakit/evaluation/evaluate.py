@@ -110,6 +110,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if "text" in config.scores and task.has_references:  # an error must not come after the losses
         prompts_of(base, by_prompt(data.examples), decoding.new_tokens)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
+    progress = progress or (lambda *_: None)
     result = score(progress=progress)
     if result.cut:
         _LOG.warning(
@@ -123,7 +124,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle = handle_of(base.model)
         assert handle is not None
         handle.activate(None)
-        compared = score(progress=_renamed(progress, "by the base"))
+        compared = score(progress=lambda what, *counts: progress(f"{what} by the base", *counts))
         result = dataclasses.replace(result, base_scores=compared.scores)
     result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
     if config.output is not None:
@@ -212,7 +213,7 @@ def _score(
     examples: Sequence[Example],
     decoding: Decoding,
     *,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Evaluation:
     """Score the model with its active adapter."""
     result = Evaluation()
@@ -240,13 +241,6 @@ def _score(
     return dataclasses.replace(result, examples=len(examples))
 
 
-def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
-    """Return `progress` with `suffix` added to what is done."""
-    if progress is None:
-        return None
-    return lambda what, done, total: progress(f"{what} {suffix}", done, total)
-
-
 def held_out(
     model: nn.Module,
     objective: Objective,
@@ -256,7 +250,7 @@ def held_out(
     batch_size: BatchSize,
     task: type[Task],
     labels: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     rank: int = 0,
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -310,7 +304,7 @@ def generated(
     quick: bool = False,
     lowercase: bool = True,
     batch_size: BatchSize | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     rank: int = 0,
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -325,11 +319,6 @@ def generated(
     tokenizer = base.text_tokenizer
     decoding = decoding or Decoding()
     prompts = prompts_of(base, groups, decoding.new_tokens)
-
-    def answered(done: int) -> None:
-        if progress is not None:
-            progress("prompts answered", done, len(prompts))
-
     cut: set[int] = set()
     own = generate(
         base.model,
@@ -337,7 +326,7 @@ def generated(
         prompts[rank::count],
         decoding,
         batch_size=batch_size,
-        progress=answered,
+        progress=lambda done: progress("prompts answered", done, len(prompts)),
         on_cut=cut.add,
         stop_ids=task.stop_ids(tokenizer),
     )

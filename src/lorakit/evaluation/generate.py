@@ -48,7 +48,7 @@ def generate(
     *,
     batch_size: BatchSize | None = None,
     progress: Callable[[int], None] | None = None,
-    on_cut: Callable[[int], None] | None = None,
+    on_cut: Callable[[int], None] = lambda _: None,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
@@ -148,7 +148,7 @@ def generate(
         for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
             new = list(itertools.takewhile(lambda token: token not in ends, row))
             texts[i] = continuation_text(tokenizer, before[i], new)
-            if on_cut and len(new) == settings.max_new_tokens:
+            if len(new) == settings.max_new_tokens:
                 on_cut(i)
 
     done = 0
