@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, lora, prefix
 from lorakit.paper.published import PublishedTable, published
-from lorakit.paper.recipe import LABELS_FROM_HEAD, MNLI_OF_GPT3
+from lorakit.paper.recipe import LABELS_FROM_HEAD, MNLI_OF_GPT3, bottleneck, lora, prefix
 from lorakit.paper.resampling import ACCURACY, E2E_BLEU, MATTHEWS
 from lorakit.paper.study import Column, Study, StudyData, Variant
 

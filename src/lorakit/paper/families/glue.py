@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, lora
-from lorakit.paper.recipe import Family, tables_by_method
+from lorakit.paper.recipe import Family, bottleneck, lora, tables_by_method
 
 _AVERAGED = "The paper reports the median over 5 seeds of the best epoch of each run."
 _HEAD = "The classification head is also trained; the paper's parameter counts exclude it."

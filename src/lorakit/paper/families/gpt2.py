@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, lora
-from lorakit.paper.recipe import Family, tables_by_method
+from lorakit.paper.recipe import Family, bottleneck, lora, tables_by_method
 
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}
 _BASE_DROPOUT = "The code sets the model's own dropout to 0; a run keeps the base's."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, prefix
-from lorakit.paper.recipe import Family, tables_by_method
+from lorakit.paper.recipe import Family, bottleneck, prefix, tables_by_method
 
 _UNPUBLISHED = "The paper does not print Adam's betas, the prompts or the number of GPUs for GPT-3."
 _ALPHA = (
