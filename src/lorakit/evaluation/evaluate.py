@@ -357,11 +357,7 @@ def generated(
 def _scores(
     task: type[Task], outputs: Sequence[Any], examples: Groups, **settings: Any
 ) -> dict[str, float]:
-    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch.
-
-    Raises:
-        LorakitError: A score is not a number.
-    """
+    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch."""
     scores: dict[str, float] = {}
     for name, score in task.score(outputs, examples, **settings).items():
         try:
@@ -401,11 +397,7 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
 
 
 def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str) -> None:
-    """Reject rows that have the texts of `task` and no labels.
-
-    Raises:
-        DataError: `lorakit predict` reads these rows.
-    """
+    """Reject rows that have the texts of `task` and no labels; `lorakit predict` reads these."""
     if columns.has_inputs(task) and set(columns.fields).isdisjoint(task.targets):
         target = next(name for name in task.layouts[0] if name in task.targets)
         raise DataError(
