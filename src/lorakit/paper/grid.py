@@ -202,8 +202,13 @@ class Grid:
     def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int, say: Say) -> None:
         """Train and score a cell's seeds up to this one. Each new score can change the choice of the rate."""
         while (run := self._next_run(cell, seed)) is not None:
+            is_trained = self.runner.record(run) is not None
+            if not is_trained:
+                say(f"[{self.finished + 1}/{self.total}] {run.name}")
             # Train all first: only the runs of the chosen rate are scored.
-            self._finish(run, say, scored=self.runner.record(run) is not None)
+            record = self.runner.finish(run, scored=is_trained)
+            if record.failure:
+                say(f"{run.name}: {record.failure}")
         runs = self.scored_runs(*cell)
         if not runs:
             say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
@@ -223,13 +228,6 @@ class Grid:
             if (record := self.runner.record(run)) and record.lacks_scores:
                 return run
         return None
-
-    def _finish(self, run: TableRun, say: Say, *, scored: bool) -> None:
-        if self.runner.record(run) is None:
-            say(f"[{self.finished + 1}/{self.total}] {run.name}")
-        record = self.runner.finish(run, scored=scored)
-        if record.failure:
-            say(f"{run.name}: {record.failure}")
 
 
 def held_out_scores(records: Sequence[Record], data_set: StudyData) -> list[float]:
