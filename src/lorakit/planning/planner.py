@@ -177,7 +177,10 @@ def plan(
         raise ConfigurationError(
             "target_tokens counts tokens of length; set length too, for example --length 512."
         )
-    device, here = _device(config)
+    try:
+        device, here = pick_device(config.base.device), True
+    except ConfigurationError:  # this machine does not have it
+        device, here = torch.device(config.base.device), False
     if device.type == "cpu":
         limit_processor()
     progress("reading the base's configuration")
@@ -270,14 +273,6 @@ def _loading(
     file = run.base if is_quantised else run.total * stored.itemsize
     beside = max(file if copied else 0, 4 * run.trained if sharded else 0)
     return INTERPRETER + IMPORTS + run.base + beside
-
-
-def _device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """Return the device of the run, and whether this machine has it."""
-    try:
-        return pick_device(config.base.device), True
-    except ConfigurationError:
-        return torch.device(config.base.device), False
 
 
 def _batches(
