@@ -6,7 +6,7 @@ from lorakit.configuration import nested
 from lorakit.errors import ConfigurationError
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.published import PUBLISHED
-from lorakit.paper.runs import Record
+from lorakit.paper.record import Record
 from lorakit.paper.studies import STUDIES
 from lorakit.paper.study import MAX_TRIALS
 from lorakit.training.config import TrainConfig

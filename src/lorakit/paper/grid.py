@@ -23,7 +23,8 @@ from lorakit.paper.budget import divide
 from lorakit.paper.comparable import require_comparable
 from lorakit.paper.log import GRID, GridSetup, ParameterCount, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
-from lorakit.paper.runs import Measure, Record, Runner, Say, TableRun, require_measure
+from lorakit.paper.record import Record
+from lorakit.paper.runs import Measure, Runner, Say, TableRun, require_measure
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
 from lorakit.paper.subset import draw_training_data
 from lorakit.tasks.registry import task_type

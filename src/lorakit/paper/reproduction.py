@@ -15,15 +15,8 @@ from lorakit.paper.comparable import digests_of, other_settings
 from lorakit.paper.grid import recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.runs import (
-    Measure,
-    Record,
-    Runner,
-    Say,
-    TableRun,
-    column_of,
-    require_measure,
-)
+from lorakit.paper.record import Record, column_of
+from lorakit.paper.runs import Measure, Runner, Say, TableRun, require_measure
 from lorakit.paper.subset import draw_training_data
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
