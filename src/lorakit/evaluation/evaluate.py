@@ -183,9 +183,7 @@ def _read(config: EvaluateConfig, adapter: AdapterFile | None) -> _ScoredData:
         reader=reader,
         is_encoder_decoder=is_encoder_decoder(base_of(config.base, adapter)),
     )
-    groups: Groups = [[example] for example in loaded]
-    if task.has_references:
-        groups = by_prompt(loaded)
+    groups: Groups = by_prompt(loaded) if task.has_references else [[e] for e in loaded]
     groups = evenly_spaced(groups, config.limit)
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(groups)
