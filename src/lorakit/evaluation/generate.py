@@ -171,8 +171,8 @@ def computed_prompts(
 ) -> DynamicCache | None:
     """Return the keys and values of the prompts without their last tokens, repeated for each beam.
 
-    `model.generate` itself would compute every prompt once for each of its beams. None for a model whose cache cannot
-    be repeated, as with recurrent layers. `inputs` are those of `padded`, (B, longest prompt).
+    `model.generate` itself would compute every prompt once for each of its beams. Return None for a model whose cache
+    cannot be repeated, as with recurrent layers. `inputs` are those of `padded`, (B, longest prompt).
     """
     past = empty_cache(model)
     if past is None or not all(hasattr(x, "batch_repeat_interleave") for x in past.layers):

@@ -102,7 +102,7 @@ class Grid:
     def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
         """Return the rate with the fewest diverged seeds, among these the one with the best mean held-out score.
 
-        None if a trial is missing or all diverged.
+        Return None if a trial is missing or all diverged.
 
         One seed is too little to choose a rate: the next seed of the best rate can make another one the best, which
         then gets its own seeds. The choice is final when the best rate has all of them.

@@ -76,7 +76,7 @@ def run_step(
     autocast: AbstractContextManager[Any],
     accumulates: bool,
 ) -> Step:
-    """Run a step of `model`, whose parameters are fake tensors, in their `FakeTensorMode`, on ordinary tensors.
+    """Run a step of `model`, whose parameters are fake tensors, on a batch of ordinary ones, in a `FakeTensorMode`.
 
     `blocks` are those that `shorten` returned. With `accumulates`, gradients of an earlier batch of the step exist;
     they are not counted.
