@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     if "text" in config.scores and task.has_references:  # an error must not come after the losses
         prompts_of(base, by_prompt(data.examples), decoding.new_tokens)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
-    progress = progress or (lambda *_: None)
+    progress = (lambda *_: None) if progress is None else progress
     result = score(progress=progress)
     if result.cut:
         _LOG.warning(
@@ -355,7 +355,10 @@ def generated(
 def _scores(
     task: type[Task], outputs: Sequence[Any], examples: Groups, **settings: Any
 ) -> dict[str, float]:
-    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch."""
+    """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch.
+
+    Reject a score that is not a number.
+    """
     scores: dict[str, float] = {}
     for name, score in task.score(outputs, examples, **settings).items():
         try:

@@ -101,7 +101,7 @@ def _task(config: PredictConfig, adapter: AdapterFile) -> DataTask:
 
 
 def _make_writable(data: DataRows, config: DataConfig) -> None:
-    """Prepare the rows in place for a JSON file, without a column that a prediction would replace.
+    """Prepare the rows in place for a JSON file. Reject a column that a prediction would replace.
 
     NaN and infinities become null. A row that UTF-8 cannot hold becomes a problem, which the configuration may skip.
     """

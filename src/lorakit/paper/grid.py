@@ -42,9 +42,6 @@ class Grid:
     def __init__(
         self, config: PaperConfig, setup: GridSetup, amplification: Measure | None = None
     ) -> None:
-        if setup.dtype:
-            base = replace(config.base, dtype=setup.dtype)  # type: ignore[arg-type]
-            config = replace(config, base=base)
         self.config, self.setup = config, setup
         self.study: Study = config.study
         self.runner = Runner(config, setup, amplification)
@@ -268,7 +265,7 @@ def open_grid(
             setup.dtype = base.dtype
             if reason:
                 say(f"{base.dtype}: {reason}")
-        grid = Grid(config, setup, amplification)
+        grid = Grid(_with_dtype(config, setup), setup, amplification)
         cells = list(grid.cells())
         if not cells:
             reasons = {v: c.left_out for by in setup.counts.values() for v, c in by.items()}
@@ -304,7 +301,12 @@ def recorded_grid(config: PaperConfig) -> Grid:
         LorakitError: As for `read_log`.
     """
     _, setup = read_log(config.log_folder)
-    return Grid(config, setup)
+    return Grid(_with_dtype(config, setup), setup)
+
+
+def _with_dtype(config: PaperConfig, setup: GridSetup) -> PaperConfig:
+    """Return the configuration with the dtype that the grid has fixed."""
+    return replace(config, base=replace(config.base, dtype=setup.dtype))  # type: ignore[arg-type]
 
 
 def preview(config: PaperConfig) -> Grid:
@@ -317,7 +319,7 @@ def preview(config: PaperConfig) -> Grid:
     for data_set in config.study.data_sets:
         draw_training_data(config, data_set, setup, write=False)
     _count_parameters(config, setup)
-    return Grid(config, setup)
+    return Grid(_with_dtype(config, setup) if setup.dtype else config, setup)
 
 
 def _settings(config: PaperConfig) -> dict[str, Any]:

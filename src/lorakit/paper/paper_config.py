@@ -165,7 +165,12 @@ class PaperConfig:
 
     @property
     def study(self) -> Study:
-        """The table's study, narrowed to `tasks` and `methods`."""
+        """The table's study, narrowed to `tasks` and `methods`.
+
+        Raises:
+            ConfigurationError: The table is table1, which does not consist of training runs.
+        """
+        require_choice("table", self.table, STUDIES)
         return STUDIES[self.table].choose(self.tasks, self.methods)
 
     @property

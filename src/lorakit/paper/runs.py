@@ -231,8 +231,8 @@ class Runner:
         try:
             result = train(config)
         except DivergenceError as error:
-            steps = [line for line in _metrics(folder) if line["split"] == "train"]
-            last = steps[-1] if steps else {}
+            metrics = _read_metrics(folder)
+            last = next((line for line in reversed(metrics) if line["split"] == "train"), {})
             record = replace(
                 record,
                 failure=str(error),
@@ -242,6 +242,7 @@ class Runner:
                 processor_seconds=round(time.process_time() - began, 3),
             )
         else:
+            metrics = _read_metrics(folder)
             record = replace(
                 record,
                 steps=result.steps,
@@ -254,9 +255,7 @@ class Runner:
                 tokens=result.tokens,
             )
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        return self._write(
-            run, replace(record, curve=_curve(_metrics(folder)), **_sessions(folder))
-        )
+        return self._write(run, replace(record, curve=_curve(metrics), **_sessions(folder)))
 
     def _score(self, run: TableRun) -> dict[str, Any]:
         """Score the best adapter of a run, and return the fields of its record."""
@@ -351,7 +350,7 @@ def device_name(name: str) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()}{library})"
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; none if it failed before its first step."""
     return [record for _, record in read_lines(folder / METRICS)]
 

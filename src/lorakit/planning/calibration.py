@@ -78,6 +78,7 @@ def fit(
     known, and two runs cannot separate more rates. Memory: fit the share beyond tensors to the last, largest run.
 
     `measured` has for each run ``ready`` and ``peak``, bytes before the first step and at the peak, and ``seconds``.
+    `timings` are seconds of products.
     """
     traffic = sum(s.work.traffic for s in steps)
     predicted = sum(machine.seconds(s.work, timings) for s in steps)

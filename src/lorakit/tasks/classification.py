@@ -240,7 +240,10 @@ def number(value: object, column: str) -> float:
 
 
 def _are_scores(rows: Iterable[Fields]) -> bool:
-    """Return whether the labels are scores: numbers, some with a fraction. Reject fractions beside other labels."""
+    """Return whether the labels are scores: numbers, some with a fraction.
+
+    Reject labels of which some have a fraction and others are not numbers.
+    """
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
     numbers = [_number_or_none(label) for label in labels]
     if all(value is None or value.is_integer() for value in numbers):
