@@ -33,11 +33,7 @@ def installed(group: str) -> dict[str, EntryPoint]:
 
 
 def load_installed(point: EntryPoint, kind: str) -> object:
-    """Return the object of an entry point.
-
-    Args:
-        point: The entry point.
-        kind: "task" or "method", for messages.
+    """Return the object of an entry point; `kind` is "task" or "method", for messages.
 
     Raises:
         ConfigurationError: The object cannot be imported.

@@ -16,8 +16,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.paper import budget
 from lorakit.paper import grid as grid_module
 from lorakit.paper.grid import open_grid
-from lorakit.paper.grid_setup import GridSetup
-from lorakit.paper.log import GRID
+from lorakit.paper.log import GRID, GridSetup
 from lorakit.paper.paper_config import PaperConfig, PaperDataConfig
 from lorakit.paper.run_table import run_table
 from lorakit.paper.runs import Runner

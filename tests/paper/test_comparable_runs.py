@@ -11,6 +11,7 @@ from lorakit.models.processor import processor_name
 from lorakit.paper import comparable
 from lorakit.paper import runs as runs_module
 from lorakit.paper.grid import open_grid
+from lorakit.paper.record import Record, changed_settings
 from lorakit.training.environment import versions
 
 
@@ -26,13 +27,13 @@ def one_run(table2, data, tmp_path, monkeypatch):
 
     def train(runner, run):
         config = runner.train_config(run)
-        record = runs_module.Record(
+        record = Record(
             data_set="mrpc",
             variant="lora",
             rate=run.rate,
             seed=run.seed,
             held_out={"accuracy": 0.5},
-            settings=runs_module.changed_settings(config),
+            settings=changed_settings(config),
             inputs=comparable.digests_of(config),
             processor=processor_name(),
             device=runs_module.device_name("cpu"),

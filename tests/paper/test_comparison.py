@@ -14,10 +14,11 @@ from lorakit.errors import RunFolderError
 from lorakit.paper.comparison import Comparison, _published_difference, compare
 from lorakit.paper.figures import comparison_figure, table_page
 from lorakit.paper.grid import Grid
-from lorakit.paper.grid_setup import GridSetup, ParameterCount
+from lorakit.paper.log import GridSetup, ParameterCount
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.record import Record, recorded_settings
 from lorakit.paper.report import markdown
-from lorakit.paper.runs import Record, TableRun, recorded_settings
+from lorakit.paper.runs import TableRun
 from lorakit.paper.studies import STUDIES
 
 

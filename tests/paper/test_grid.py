@@ -29,11 +29,12 @@ from lorakit.paper import grid as grid_module
 from lorakit.paper import runs as runs_module
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import open_grid
-from lorakit.paper.grid_setup import GridSetup
+from lorakit.paper.log import GridSetup
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.record import Record
 from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
-from lorakit.paper.runs import Record, Runner, TableRun
+from lorakit.paper.runs import Runner, TableRun
 from lorakit.tasks import TASKS
 
 

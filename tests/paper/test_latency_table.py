@@ -78,6 +78,12 @@ def test_options_of_training_runs_are_refused(option: str, value: object) -> Non
         PaperConfig(table="table1", **{option: value})
 
 
+def test_a_table_of_latencies_has_no_study() -> None:
+    config = PaperConfig(table="table1", reproduce="rte/lora/0")
+    with pytest.raises(ConfigurationError, match="table is 'table1'; it must be one of table2, "):
+        _ = config.study
+
+
 def test_adapters_have_about_the_asked_for_parameters_and_one_too_large_is_refused():
     model = build("llama")
     size = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ import pytest
 
 from lorakit import storage
 from lorakit.cli import main
-from lorakit.errors import RunFolderError
+from lorakit.errors import ConfigurationError, RunFolderError
 from lorakit.paper import reproduction
 from lorakit.paper.comparison import compare
 from lorakit.paper.grid import open_grid, recorded_grid
@@ -64,6 +64,13 @@ def test_a_plan_with_values_of_other_types_is_refused(log, values):
     content = storage.read_record(log / "grid.json", RunFolderError)
     change(log / "grid.json", plan={**content["plan"], **values})
     with pytest.raises(RunFolderError, match=r"Another version of lorakit wrote '.*grid.json'"):
+        open_log(log)
+
+
+def test_a_plan_without_a_dtype_is_refused(log):
+    plan = storage.read_record(log / "grid.json", RunFolderError)["plan"]
+    change(log / "grid.json", plan={**plan, "dtype": ""})
+    with pytest.raises(ConfigurationError, match=r"base\.dtype is ''"):
         open_log(log)
 
 

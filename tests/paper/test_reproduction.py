@@ -18,6 +18,7 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.paper import runs
 from lorakit.paper.log import GRID
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.record import Record
 from lorakit.paper.reproduction import (
     RepeatedScore,
     Reproduction,
@@ -28,7 +29,7 @@ from lorakit.paper.reproduction import (
     spread_of,
 )
 from lorakit.paper.run_table import run_table
-from lorakit.paper.runs import Record, TableRun
+from lorakit.paper.runs import TableRun
 from lorakit.paper.studies import STUDIES
 
 LOGS = Path(__file__).parents[2] / "docs" / "results" / "runs"

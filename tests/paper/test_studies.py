@@ -6,8 +6,8 @@ from lorakit.configuration import nested
 from lorakit.errors import ConfigurationError
 from lorakit.methods.registry import SECTIONS
 from lorakit.paper.published import PUBLISHED
-from lorakit.paper.runs import Record
-from lorakit.paper.studies import STUDIES, study
+from lorakit.paper.record import Record
+from lorakit.paper.studies import STUDIES
 from lorakit.paper.study import MAX_TRIALS
 from lorakit.training.config import TrainConfig
 
@@ -64,7 +64,7 @@ def test_columns_of_table_14_find_scores_without_java():
 
 
 def test_a_study_narrows_to_what_is_named_in_the_table_s_order():
-    chosen = study("table2").choose(("rte", "mrpc"), ("lora", "full"))
+    chosen = STUDIES["table2"].choose(("rte", "mrpc"), ("lora", "full"))
     assert [d.key for d in chosen.data_sets] == ["mrpc", "rte"]
     assert [v.key for v in chosen.variants] == ["full", "lora"]
 
@@ -79,4 +79,4 @@ def test_a_study_narrows_to_what_is_named_in_the_table_s_order():
 )
 def test_names_that_a_table_does_not_have(tasks, methods, message):
     with pytest.raises(ConfigurationError, match=message):
-        study("table2").choose(tasks, methods)
+        STUDIES["table2"].choose(tasks, methods)

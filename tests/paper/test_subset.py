@@ -10,10 +10,10 @@ from lorakit.cli.paper import _predicted
 from lorakit.data import DataConfig, load_examples
 from lorakit.errors import DataError
 from lorakit.paper.comparison import compare
-from lorakit.paper.grid import draw_training_data, open_grid, preview
-from lorakit.paper.grid_setup import GridSetup
+from lorakit.paper.grid import open_grid, preview
+from lorakit.paper.log import GridSetup
 from lorakit.paper.report import markdown
-from lorakit.paper.subset import draw_rows
+from lorakit.paper.subset import draw_rows, draw_training_data
 
 
 def test_a_smaller_draw_is_the_beginning_of_a_larger_one(data):

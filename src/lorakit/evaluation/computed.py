@@ -37,7 +37,7 @@ def computed(
     collate: Collate,
     *,
     batch_size: BatchSize,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     rank: int = 0,
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -61,8 +61,7 @@ def computed(
                 lengths=[len(examples[i]) for i in chosen],
                 during="the scoring of examples",
             )
-            if progress is not None:
-                progress("examples scored", start + len(chosen), len(order))
+            progress("examples scored", start + len(chosen), len(order))
         for _ in range(-(-len(starts) // count) - len(starts[rank::count])):
             objective.loss_sum(model, collate([examples[order[0]]]))
     return [batch for part_of_one in gather(own) for batch in part_of_one]

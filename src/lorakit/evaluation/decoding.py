@@ -9,9 +9,6 @@ from typing import Any
 from lorakit.configuration import conform, strict
 from lorakit.errors import ConfigurationError, require_at_least
 
-SEARCH = ("beams", "length_penalty")
-"""Settings of `Decoding` for beam search only."""
-
 
 @strict
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,7 @@ class Decoding:
 
     def over(self, defaults: Mapping[str, Any] | None) -> Decoding:
         """Return these settings, with `defaults` for the unset ones. Sampling ignores defaults of beam search."""
-        ignored = SEARCH if self.temperature else ()
+        ignored = ("beams", "length_penalty") if self.temperature else ()
         applied = {name: value for name, value in (defaults or {}).items() if name not in ignored}
         return Decoding(**{**applied, **self._settings()})
 

@@ -37,7 +37,7 @@ from lorakit.errors import (
 from lorakit.evaluation.computed import Progress, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
-from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.generate import generate
 from lorakit.evaluation.inputs import by_prompt, prompts_of
 from lorakit.evaluation.scoring_config import ScoredSplit
 from lorakit.formatting import counted, number
@@ -95,20 +95,22 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    data, decoding = _read(config, AdapterFile.read(config.adapter)), config.decoding or Decoding()
+    adapter = AdapterFile.read(config.adapter)
+    data = _read(config, adapter)
     task = data.task
     base = open_adapted(
         config.base,
-        data.adapter,
+        adapter,
         task=task,
         allow_other_base=config.allow_other_base,
         tokenizer=data.tokenizer,
     )
     check_context(base, data.examples)
-    decoding = decoding.over(task.type.decoding)
+    decoding = (config.decoding or Decoding()).over(task.type.decoding)
     if "text" in config.scores and task.has_references:  # an error must not come after the losses
         prompts_of(base, by_prompt(data.examples), decoding.new_tokens)
     score = functools.partial(_score, config, base, task, data.examples, decoding)
+    progress = (lambda *_: None) if progress is None else progress
     result = score(progress=progress)
     if result.cut:
         _LOG.warning(
@@ -122,7 +124,7 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
         handle = handle_of(base.model)
         assert handle is not None
         handle.activate(None)
-        compared = score(progress=_renamed(progress, "by the base"))
+        compared = score(progress=lambda what, *counts: progress(f"{what} by the base", *counts))
         result = dataclasses.replace(result, base_scores=compared.scores)
     result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
     if config.output is not None:
@@ -149,7 +151,6 @@ def check_evaluation(config: EvaluateConfig, adapter: AdapterFile | None = None)
 class _ScoredData:
     """What an evaluation scores."""
 
-    adapter: AdapterFile | None
     task: DataTask
     split: ScoredSplit
     tokenizer: PreTrainedTokenizerBase
@@ -182,14 +183,11 @@ def _read(config: EvaluateConfig, adapter: AdapterFile | None) -> _ScoredData:
         reader=reader,
         is_encoder_decoder=is_encoder_decoder(base_of(config.base, adapter)),
     )
-    groups: Groups = [[example] for example in loaded]
-    if task.has_references:
-        groups = by_prompt(loaded)
+    groups: Groups = by_prompt(loaded) if task.has_references else [[e] for e in loaded]
     groups = evenly_spaced(groups, config.limit)
     if "text" in config.scores or not task.has_references:
         task.type.check_scoring(groups)
     return _ScoredData(
-        adapter=adapter,
         task=task,
         split=split,
         tokenizer=tokenizer,
@@ -213,7 +211,7 @@ def _score(
     examples: Sequence[Example],
     decoding: Decoding,
     *,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Evaluation:
     """Score the model with its active adapter."""
     result = Evaluation()
@@ -241,13 +239,6 @@ def _score(
     return dataclasses.replace(result, examples=len(examples))
 
 
-def _renamed(progress: Progress | None, suffix: str) -> Progress | None:
-    """Return `progress` with `suffix` added to what is done."""
-    if progress is None:
-        return None
-    return lambda what, done, total: progress(f"{what} {suffix}", done, total)
-
-
 def held_out(
     model: nn.Module,
     objective: Objective,
@@ -257,7 +248,7 @@ def held_out(
     batch_size: BatchSize,
     task: type[Task],
     labels: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     rank: int = 0,
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -311,7 +302,7 @@ def generated(
     quick: bool = False,
     lowercase: bool = True,
     batch_size: BatchSize | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
     rank: int = 0,
     count: int = 1,
     gather: Callable[[Any], list[Any]] = lambda own: [own],
@@ -324,14 +315,8 @@ def generated(
     """
     groups = by_prompt(examples)
     tokenizer = base.text_tokenizer
-    stop_ids = task.stop_ids(tokenizer)
-    settings = generation_config(base.model, tokenizer, decoding or Decoding(), stop_ids)
-    prompts = prompts_of(base, groups, settings.max_new_tokens)
-
-    def answered(done: int) -> None:
-        if progress is not None:
-            progress("prompts answered", done, len(prompts))
-
+    decoding = decoding or Decoding()
+    prompts = prompts_of(base, groups, decoding.new_tokens)
     cut: set[int] = set()
     own = generate(
         base.model,
@@ -339,9 +324,9 @@ def generated(
         prompts[rank::count],
         decoding,
         batch_size=batch_size,
-        progress=answered,
+        progress=lambda done: progress("prompts answered", done, len(prompts)),
         on_cut=cut.add,
-        stop_ids=stop_ids,
+        stop_ids=task.stop_ids(tokenizer),
     )
     # A task may end a text itself, at a blank line: then nothing is missing.
     cut = {i for i in cut if task.answer(f"{own[i]} a") != task.answer(own[i])}
@@ -372,8 +357,7 @@ def _scores(
 ) -> dict[str, float]:
     """Return the scores of a task as numbers of Python: a record cannot hold those of NumPy and torch.
 
-    Raises:
-        LorakitError: A score is not a number.
+    Reject a score that is not a number.
     """
     scores: dict[str, float] = {}
     for name, score in task.score(outputs, examples, **settings).items():
@@ -414,11 +398,7 @@ def _task(config: EvaluateConfig, adapter: AdapterFile | None, reader: RowReader
 
 
 def _require_labels(columns: ColumnMap, task: type[Labelled], adapter: str) -> None:
-    """Reject rows that have the texts of `task` and no labels.
-
-    Raises:
-        DataError: `lorakit predict` reads these rows.
-    """
+    """Reject rows that have the texts of `task` and no labels; `lorakit predict` reads these."""
     if columns.has_inputs(task) and set(columns.fields).isdisjoint(task.targets):
         target = next(name for name in task.layouts[0] if name in task.targets)
         raise DataError(

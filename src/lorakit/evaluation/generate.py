@@ -48,7 +48,7 @@ def generate(
     *,
     batch_size: BatchSize | None = None,
     progress: Callable[[int], None] | None = None,
-    on_cut: Callable[[int], None] | None = None,
+    on_cut: Callable[[int], None] = lambda _: None,
     stop_ids: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     interrupted: Callable[[], bool] | None = None,
@@ -148,7 +148,7 @@ def generate(
         for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
             new = list(itertools.takewhile(lambda token: token not in ends, row))
             texts[i] = continuation_text(tokenizer, before[i], new)
-            if on_cut and len(new) == settings.max_new_tokens:
+            if len(new) == settings.max_new_tokens:
                 on_cut(i)
 
     done = 0
@@ -171,12 +171,8 @@ def computed_prompts(
 ) -> DynamicCache | None:
     """Return the keys and values of the prompts without their last tokens, repeated for each beam.
 
-    `model.generate` itself would compute every prompt once for each of its beams.
-
-    Args:
-        model: A model; None is returned for those whose cache cannot be repeated, as with recurrent layers.
-        inputs: Those of `padded`, (B, longest prompt).
-        settings: Those of the search.
+    `model.generate` itself would compute every prompt once for each of its beams. Return None for a model whose cache
+    cannot be repeated, as with recurrent layers. `inputs` are those of `padded`, (B, longest prompt).
     """
     past = empty_cache(model)
     if past is None or not all(hasattr(x, "batch_repeat_interleave") for x in past.layers):
@@ -210,12 +206,9 @@ def only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterato
 def require_room(
     model: PreTrainedModel, prompts: Iterable[tuple[str, Sequence[int]]], new_tokens: int
 ) -> None:
-    """Reject a prompt that exceeds the model's context together with its new tokens.
+    """Reject a prompt that exceeds the model's context together with its new tokens and the adapter's virtual ones.
 
-    Args:
-        model: A model with its active adapter, whose virtual tokens count too.
-        prompts: For each prompt its name in a message, and its token ids.
-        new_tokens: Maximum number of new tokens.
+    `prompts` are pairs of a name, for the message, and token ids.
 
     Raises:
         DataError: A prompt is too long.

@@ -101,12 +101,9 @@ def _task(config: PredictConfig, adapter: AdapterFile) -> DataTask:
 
 
 def _make_writable(data: DataRows, config: DataConfig) -> None:
-    """Prepare the rows in place for a JSON file.
+    """Prepare the rows in place for a JSON file. Reject a column that a prediction would replace.
 
     NaN and infinities become null. A row that UTF-8 cannot hold becomes a problem, which the configuration may skip.
-
-    Raises:
-        DataError: A row is invalid and the configuration says stop, or a prediction would replace a column.
     """
     for name in ("prediction", "probabilities"):
         if name in data.columns:

@@ -44,7 +44,8 @@ class PromptCache:
         """
         values, known, adapters = self._values, self._ids, self._adapters
         self._clear()
-        self._adapters = _active(model)
+        handle = handle_of(model)
+        self._adapters = {} if handle is None else handle.active
         new = empty_cache(model)
         if new is None or any(type(layer) is not DynamicLayer for layer in new.layers):
             return None  # layers with a window or a state cannot remove their last tokens
@@ -61,8 +62,3 @@ class PromptCache:
     def keep(self, values: DynamicCache, ids: Sequence[int]) -> None:
         """Store the cache of a generation whose prompt and text are `ids`. It lacks the last token."""
         self._values, self._ids = values, list(ids[: values.get_seq_length()])
-
-
-def _active(model: PreTrainedModel) -> dict[str, float]:
-    handle = handle_of(model)
-    return {} if handle is None else handle.active

@@ -73,21 +73,12 @@ def classification(
         from sklearn import metrics
     occurring = {*labels, *predictions}
     binary = classes == 2 or (classes is None and occurring <= {0, 1})
-    return {
-        "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        "f1": float(
-            metrics.f1_score(
-                labels,
-                predictions,
-                average="binary" if binary else "macro",
-                zero_division=0,  # type: ignore[arg-type]
-            )
-        ),
-        # scikit-learn also returns 0 for a single class, but warns.
-        "matthews": float(metrics.matthews_corrcoef(labels, predictions))
-        if len(occurring) > 1
-        else 0.0,
-    }
+    average = "binary" if binary else "macro"
+    accuracy = metrics.accuracy_score(labels, predictions)
+    f1 = metrics.f1_score(labels, predictions, average=average, zero_division=0)  # type: ignore[arg-type]
+    # scikit-learn also returns 0 for a single class, but warns.
+    matthews = metrics.matthews_corrcoef(labels, predictions) if len(occurring) > 1 else 0.0
+    return {"accuracy": float(accuracy), "f1": float(f1), "matthews": float(matthews)}
 
 
 def regression(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:

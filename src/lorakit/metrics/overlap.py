@@ -77,7 +77,13 @@ def rouge(
     check_texts(outputs, references)
     with requires_extra("train"):
         from rouge_score.rouge_scorer import RougeScorer
-    check_rouge_references(references)
+    texts = [text for group in references for text in group]
+    lettered = next((text for text in texts if any(map(str.isalpha, text))), None)
+    if lettered is not None and not any(re.search("[a-z0-9]", text.lower()) for text in texts):
+        raise DataError(
+            f"No reference has a word of a-z or 0-9, the only characters that ROUGE compares; one is {lettered!r:.80}. "
+            "The rouge_l of task completion compares all letters: lorakit train and evaluate, --data.task completion."
+        )
     names = {"ROUGE_1": "rouge1", "ROUGE_2": "rouge2", "ROUGE_L": "rougeL"}
     scorer = RougeScorer(list(names.values()), use_stemmer=stem)
     scores = [
@@ -88,21 +94,6 @@ def rouge(
         name: sum(max(score[key].fmeasure for score in group) for group in scores) / len(scores)
         for name, key in names.items()
     }
-
-
-def check_rouge_references(references: Sequence[Sequence[str]]) -> None:
-    """Check that :func:`rouge` can compare some of the references.
-
-    Raises:
-        DataError: All references are in another script.
-    """
-    texts = [text for group in references for text in group]
-    lettered = next((text for text in texts if any(map(str.isalpha, text))), None)
-    if lettered is not None and not any(re.search("[a-z0-9]", text.lower()) for text in texts):
-        raise DataError(
-            f"No reference has a word of a-z or 0-9, the only characters that ROUGE compares; one is {lettered!r:.80}. "
-            "The rouge_l of task completion compares all letters: lorakit train and evaluate, --data.task completion."
-        )
 
 
 class _Words:

@@ -12,8 +12,7 @@ from lorakit import storage
 from lorakit.adapters.formats import lorakit_json
 from lorakit.compute.base import open_base
 from lorakit.configuration import nested
-from lorakit.data import DataTask, load_examples
-from lorakit.data.sources import read_source
+from lorakit.data import DataTask, RowReader, load_examples
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.paper.runs import EVALUATIONS, Runner, Say, TableRun
@@ -141,9 +140,7 @@ def _count_scored(runner: Runner, data_set: StudyData) -> int:
     config = runner.config
     data = runner.evaluate_config(data_set, config.folder).data
     if task_type(data_set.task).kind != "text":
-        source = data.source(data_set.split)
-        assert source is not None  # the study names a split of the data set
-        count = len(read_source(source, data.hub_split(data_set.split)).rows)
+        count = len(RowReader().read(data, data_set.split).rows)
     else:
         base = open_base(config.base, DataTask(name=data_set.task))
         count = len({e.prompt for e in load_examples(data, data_set.split, base.text_tokenizer)})

@@ -8,7 +8,8 @@ from typing import Any
 
 from lorakit.configuration import as_dict, differences, flat_settings
 from lorakit.errors import ConfigurationError
-from lorakit.paper.runs import Record, Runner, TableRun, changed_settings
+from lorakit.paper.record import Record, changed_settings
+from lorakit.paper.runs import Runner, TableRun
 from lorakit.paper.study import StudyData
 from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig

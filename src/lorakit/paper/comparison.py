@@ -183,7 +183,7 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
                 cells[column.name] = Measured(
                     value=centre(values.values()),
                     mean=statistics.fmean(values.values()),
-                    spread=_spread(values),
+                    spread=statistics.stdev(values.values()) if len(values) > 1 else None,
                     seeds=values,
                 )
     return OwnRow(
@@ -192,10 +192,6 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
         left_out="" if fitting else next(iter(counts.values())).left_out,
         cells=cells,
     )
-
-
-def _spread(seeds: dict[int, float]) -> float | None:
-    return statistics.stdev(seeds.values()) if len(seeds) > 1 else None
 
 
 def _average(cells: Sequence[Measured]) -> Measured:

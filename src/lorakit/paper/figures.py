@@ -13,8 +13,7 @@ from lorakit.reporting.scatter import Point, scatter_chart
 def comparison_figure(comparison: Comparison) -> Figure | None:
     """Plot scores against trained parameters, one panel per column: measured filled, published hollow.
 
-    Returns:
-        The figure; None without measured numbers.
+    Return None without measured numbers.
     """
     columns = [n for n in comparison.columns if any(n in row.cells for row in comparison.own)]
     if not columns:

@@ -13,7 +13,7 @@ from lorakit import storage
 from lorakit.adapters.summary import count_parameters
 from lorakit.compute.base import open_base
 from lorakit.configuration import as_dict, differences, flat_settings
-from lorakit.data import DataConfig, DataTask
+from lorakit.data import DataTask
 from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
 from lorakit.models.dtype_choice import resolve_dtype
@@ -21,26 +21,16 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.comparable import require_comparable
-from lorakit.paper.grid_setup import GridSetup, ParameterCount
-from lorakit.paper.log import GRID, read_log
+from lorakit.paper.log import GRID, GridSetup, ParameterCount, read_log
 from lorakit.paper.paper_config import CHANGE_NO_NUMBER, PaperConfig
-from lorakit.paper.runs import (
-    HELD_OUT_SHARE,
-    Measure,
-    Record,
-    Runner,
-    Say,
-    TableRun,
-    require_measure,
-)
+from lorakit.paper.record import Record
+from lorakit.paper.runs import Measure, Runner, Say, TableRun, require_measure
 from lorakit.paper.study import MAX_TRIALS, Study, StudyData, Variant
-from lorakit.paper.subset import draw_rows
+from lorakit.paper.subset import draw_training_data
 from lorakit.tasks.registry import task_type
 
 SUFFIXES = ("md", "json", "png", "html")
 """Of the files of a table in the output folder."""
-MOST_HELD_OUT, LEAST_HELD_OUT = 1_000, 200
-"""Bounds on the held-out examples that are drawn in addition to limited training data."""
 
 _DIVIDED = ("tasks", "methods", "seeds")
 """Options that determine each run's share of a budget; without one, a folder may have runs of several."""
@@ -109,14 +99,13 @@ class Grid:
     def chosen_rate(self, data_set: StudyData, variant: Variant) -> float | None:
         """Return the rate with the fewest diverged seeds, among these the one with the best mean held-out score.
 
+        Return None if a trial is missing or all diverged.
+
         One seed is too little to choose a rate: the next seed of the best rate can make another one the best, which
         then gets its own seeds. The choice is final when the best rate has all of them.
 
         Held-out data is part of the training data, or a validation set if the table scores a test set. The data that
         the table scores never affects the choice.
-
-        Returns:
-            The rate; None if a trial is missing or all diverged.
         """
         rates = [run.rate for run in self.trials(data_set, variant)]
         return self._best(data_set, variant, rates)
@@ -155,7 +144,12 @@ class Grid:
 
     def all_records(self) -> list[Record]:
         """Return the records of all finished runs, each once."""
-        return self._records(run for cell in self.cells() for run in self._runs(*cell))
+        return [record for _, record in self._finished_runs()]
+
+    def _finished_runs(self) -> list[tuple[TableRun, Record]]:
+        """Return all finished runs with their records, each once."""
+        runs = (run for cell in self.cells() for run in self._runs(*cell))
+        return [(run, record) for run in runs if (record := self.runner.record(run)) is not None]
 
     def _runs(self, data_set: StudyData, variant: Variant) -> Collection[TableRun]:
         """Return all runs of a cell that are known so far, each once."""
@@ -186,18 +180,18 @@ class Grid:
     def run(self, after_each: Callable[[], object], say: Say = print) -> None:
         """Execute every unfinished run: the trials and the first seed, then the other seeds.
 
-        Args:
-            after_each: Called whenever a cell has a new record.
-            say: Receives progress, one line per call.
+        Calls `after_each` whenever a cell has a new record.
 
         Raises:
             LorakitError: A run cannot be trained or scored. What can be checked is checked before the first run.
         """
         last = self.config.seeds - 1
         unfinished = [cell[0] for cell in self.cells() if self._next_run(cell, last) is not None]
-        for data_set in {data_set.key: data_set for data_set in unfinished}.values():
+        finished = self._finished_runs()
+        for key, data_set in {data_set.key: data_set for data_set in unfinished}.items():
             self.runner.check_scoring(data_set)
-            self._require_comparable(data_set)
+            recorded = [(run, record) for run, record in finished if record.data_set == key]
+            require_comparable(self.runner, data_set, recorded)
         for seed in range(self.config.seeds):
             for cell in self.cells():
                 self._finish_seed(cell, seed, say)
@@ -206,8 +200,13 @@ class Grid:
     def _finish_seed(self, cell: tuple[StudyData, Variant], seed: int, say: Say) -> None:
         """Train and score a cell's seeds up to this one. Each new score can change the choice of the rate."""
         while (run := self._next_run(cell, seed)) is not None:
+            is_trained = self.runner.record(run) is not None
+            if not is_trained:
+                say(f"[{self.finished + 1}/{self.total}] {run.name}")
             # Train all first: only the runs of the chosen rate are scored.
-            self._finish(run, say, scored=self.runner.record(run) is not None)
+            record = self.runner.finish(run, scored=is_trained)
+            if record.failure:
+                say(f"{run.name}: {record.failure}")
         runs = self.scored_runs(*cell)
         if not runs:
             say(f"{cell[0].key}/{cell[1].key}: training diverged at every learning rate")
@@ -228,27 +227,6 @@ class Grid:
                 return run
         return None
 
-    def _finish(self, run: TableRun, say: Say, *, scored: bool) -> None:
-        if self.runner.record(run) is None:
-            say(f"[{self.finished + 1}/{self.total}] {run.name}")
-        record = self.runner.finish(run, scored=scored)
-        if record.failure:
-            say(f"{run.name}: {record.failure}")
-
-    def _require_comparable(self, data_set: StudyData) -> None:
-        """Reject recorded runs on a data set that are not comparable with a new one."""
-        require_comparable(
-            self.runner,
-            data_set,
-            [
-                (run, record)
-                for cell in self.cells()
-                if cell[0].key == data_set.key
-                for run in self._runs(*cell)
-                if (record := self.runner.record(run)) is not None
-            ],
-        )
-
 
 def held_out_scores(records: Sequence[Record], data_set: StudyData) -> list[float]:
     """Return the held-out scores of the runs that did not diverge."""
@@ -261,11 +239,6 @@ def open_grid(
     config: PaperConfig, say: Say, amplification: Measure | None = None
 ) -> Iterator[Grid]:
     """Lock the folder of a grid for this process, and fix its setup: parameter counts, training data and steps.
-
-    Args:
-        config: The table, the model and the size of the grid.
-        say: Receives progress, one line per call.
-        amplification: Measures how an adapter amplifies its base; required for table 7.
 
     Raises:
         RunFolderError: Another process holds the folder, or it contains other files.
@@ -401,38 +374,3 @@ def _count_parameters(config: PaperConfig, setup: GridSetup) -> None:
                 continue
             trained = sum(n for path, n in by_layer.items() if not is_inside(path, *heads))
             counts[variant.key] = ParameterCount(trained=trained, head=head_size)
-
-
-def draw_training_data(
-    config: PaperConfig, data_set: StudyData, setup: GridSetup, *, write: bool = True
-) -> None:
-    """Draw the training data of a limited grid into the output folder, unless it is there, and set the held-out share.
-
-    Without `write`, only count the rows that would be drawn.
-    """
-    key, limit = data_set.key, training_limit(config, data_set)
-    if limit is None:
-        if data_set.holds_out:
-            setup.held_out.setdefault(key, HELD_OUT_SHARE)
-        return
-    held_out = min(max(limit, LEAST_HELD_OUT), MOST_HELD_OUT) if data_set.holds_out else 0
-    count = limit + held_out
-    path = config.drawn_data / f"{data_set.task}-{count}.jsonl"
-    if key in setup.rows and (path.exists() or not write):
-        return
-    data = DataConfig(task=data_set.task, root=config.data.root)
-    rows = draw_rows(data, count)
-    if write:  # so that every run trains on the same rows
-        storage.write_rows(path, rows)
-        setup.training[key] = path.name
-    if data_set.holds_out:
-        # A smaller set supplies `limit` rows as long as a tenth of it can be held out.
-        share = max(1 - limit / len(rows), min(held_out / count, HELD_OUT_SHARE))
-        setup.held_out.setdefault(key, round(share, 6))
-    setup.rows[key] = len(rows) - round(len(rows) * setup.held_out.get(key, 0.0))
-
-
-def training_limit(config: PaperConfig, data_set: StudyData) -> int | None:
-    """Return the number of training examples; None for all."""
-    limits = [limit for limit in (config.limit, data_set.limit) if limit is not None]
-    return min(limits, default=None)

@@ -13,12 +13,9 @@ from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import shell_command
 from lorakit.models.base_config import BaseConfig
-from lorakit.paper.studies import STUDIES, study
+from lorakit.paper.studies import STUDIES
 from lorakit.paper.study import MAX_TRIALS, Study
 from lorakit.training.config import Sampling
-
-TABLES = ("table1", *STUDIES)
-"""The tables that can be run: latency (table1), and those that consist of training runs."""
 
 CHANGE_NO_NUMBER = (
     *("output", "log", "reproduce", "background", "keep_weights", "dry_run"),
@@ -112,16 +109,14 @@ class PaperConfig:
     def __post_init__(self) -> None:
         conform(self)
         name = self.table if self.table.startswith("table") else f"table{self.table}"
-        require_choice("table", name, TABLES)
+        require_choice("table", name, ("table1", *STUDIES))
         object.__setattr__(self, "table", name)
         usual_base = STUDIES[name].base if name in STUDIES else "smollm2-135m"
         if not self.base.name:
             object.__setattr__(self, "base", replace(self.base, name=usual_base))
-        for option in ("seeds", "trials", "batch_size"):
-            require_at_least(option, getattr(self, option), 1)
-        for option, least in (("limit", 8), ("eval_limit", 1)):
-            if (value := getattr(self, option)) is not None:
-                require_at_least(option, value, least)
+        least = {"seeds": 1, "trials": 1, "batch_size": 1, "limit": 8, "eval_limit": 1}
+        for option, bound in least.items():
+            require_at_least(option, getattr(self, option), bound)
         if self.trials > MAX_TRIALS:
             raise ConfigurationError(
                 f"trials is {self.trials}; it must be at most {MAX_TRIALS} learning rates."
@@ -170,8 +165,13 @@ class PaperConfig:
 
     @property
     def study(self) -> Study:
-        """The table's study, narrowed to `tasks` and `methods`."""
-        return study(self.table).choose(self.tasks, self.methods)
+        """The table's study, narrowed to `tasks` and `methods`.
+
+        Raises:
+            ConfigurationError: The table is table1, which does not consist of training runs.
+        """
+        require_choice("table", self.table, STUDIES)
+        return STUDIES[self.table].choose(self.tasks, self.methods)
 
     @property
     def folder(self) -> Path:

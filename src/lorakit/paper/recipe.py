@@ -1,4 +1,4 @@
-"""A recipe, as settings of a run, and a family of recipes that share one source."""
+"""A recipe, as settings of a run; a family of recipes that share one source; and the settings of methods."""
 
 from __future__ import annotations
 
@@ -121,6 +121,38 @@ class Family:
             decoding=decoding,
             notes=tuple(notes),
         )
+
+
+def lora(rank: int, *targets: str, alpha: float = 16.0) -> dict[str, Any]:
+    """Return the settings of LoRA on these target roles."""
+    return {"method": "lora", "lora.rank": rank, "lora.alpha": alpha, "lora.targets": targets}
+
+
+def bottleneck(kind: str, size: int) -> dict[str, Any]:
+    """Return the settings of bottleneck adapters."""
+    return {"method": "bottleneck", "bottleneck.kind": kind, "bottleneck.size": size}
+
+
+def prefix(method: str, length: int, infix: int) -> dict[str, Any]:
+    """Return the settings of prefix_embedding or prefix_layer."""
+    return {
+        "method": method,
+        f"{method}.prefix_length": length,
+        f"{method}.infix_length": infix,
+    }
+
+
+def tables_by_method(text: str) -> dict[str, str]:
+    """Split a table whose first column names methods into one table as in `Family.tasks` for each method.
+
+    Rows without a method are for all of them.
+    """
+    (_, head), *lines = (line.split("|", 1) for line in text.strip().splitlines())
+    rows: dict[str, list[str]] = {}
+    for method, row in lines:
+        rows.setdefault(method.strip(), []).append(row)
+    shared = [head, *rows.pop("", [])]
+    return {method: "\n".join([*shared, *own]) for method, own in rows.items()}
 
 
 def _value(text: str) -> int | float | str:

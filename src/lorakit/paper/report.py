@@ -15,6 +15,7 @@ from lorakit.models.packaged import BY_NAME
 from lorakit.paper.comparison import Comparison, OwnRow
 from lorakit.paper.grid import Grid, held_out_scores
 from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.record import Record
 from lorakit.paper.resampling import RESAMPLES
 from lorakit.paper.runs import FALLBACK_EPOCHS, HELD_OUT_SHARE, WARMUP
 from lorakit.version import __version__
@@ -266,14 +267,14 @@ def _trials(comparison: Comparison) -> list[str]:
 def _computing_time(grid: Grid) -> list[str]:
     """Return the section on the time of the processor, by data set and method, with all learning rates and seeds."""
     hours: dict[str, dict[str, float]] = {}
-    processors: dict[str, None] = {}
-    for record in grid.all_records():
+    records = grid.all_records()
+    for record in records:
         by_method = hours.setdefault(record.data_set, {})
         spent = record.processor_seconds / 3600
         by_method[record.variant] = by_method.get(record.variant, 0.0) + spent
-        processors |= dict.fromkeys([record.processor] if record.processor else [])
     if not hours:
         return []
+    processors = dict.fromkeys(r.processor for r in records if r.processor)
     variants = [v for v in grid.study.variants if any(v.key in by for by in hours.values())]
     body = [
         [key, *(f"{by[v.key]:.2f}" if v.key in by else _EMPTY for v in variants)]
@@ -297,43 +298,46 @@ def _notes(comparison: Comparison) -> list[str]:
     ]
 
 
-def own_notes(comparison: Comparison) -> list[str]:
-    """Return notes on how the measured numbers were obtained."""
+def own_notes(comparison: Comparison) -> Iterator[str]:
+    """Yield notes on how the measured numbers were obtained."""
     grid = comparison.grid
-    notes = [
-        _protocol(grid),
-        _training(grid),
-        *_base(grid.config.base.name),
-        *_average(comparison),
-        *_method_settings(grid),
-        *(
-            f"{row.variant.label} is left out: {row.left_out}"
-            for row in comparison.own
-            if row.left_out
-        ),
-        *_selected_seed(comparison),
-        *_diverged(grid),
-        *_commonest(grid),
-        *grid.study.notes,
-        *(d.note for d in grid.study.data_sets if d.note),
-        *_sources(grid),
-    ]
-    if grid.config.eval_limit:
-        notes.append(
-            f"Only {grid.config.eval_limit:,} examples or prompts are scored, evenly spaced over the file."
+    config, study, records = grid.config, grid.study, grid.all_records()
+    yield _protocol(grid)
+    yield _training(grid)
+    if (model := BY_NAME.get(config.base.name.lower())) is not None:
+        yield f"`{config.base.name}` is {model.description}. {model.note}".rstrip()
+    if study.average in comparison.columns:
+        yield (
+            f"{study.average} is the mean of the columns. Its ± follows from theirs, taken as independent. Its "
+            "difference is that of the means."
         )
-    if beams := grid.config.decoding.beams:
-        decoding = "greedily" if beams == 1 else f"with {beams} beams"
-        notes.append(f"Text is generated {decoding}.")
-    if any(name.endswith(WITHOUT_JAVA) for r in grid.all_records() for name in r.scores):
-        notes.append(
-            "METEOR, ROUGE-L and CIDEr were computed without Java; see the guide to metrics."
+    yield from _method_settings(grid)
+    for row in comparison.own:
+        if row.left_out:
+            yield f"{row.variant.label} is left out: {row.left_out}"
+    yield from _selected_seed(comparison)
+    for data_set, variant in grid.cells():
+        if seeds := grid.diverged_seeds(data_set, variant):
+            yield (
+                f"{variant.label} on {data_set.key}: training diverged with {len(seeds)} of {config.seeds} seeds "
+                f"({', '.join(map(str, seeds))}); its numbers exclude them."
+            )
+    yield from _commonest(grid)
+    yield from study.notes
+    yield from (d.note for d in study.data_sets if d.note)
+    yield from _sources(records)
+    if config.eval_limit:
+        yield (
+            f"Only {config.eval_limit:,} examples or prompts are scored, evenly spaced over the file."
         )
-    if limit := grid.config.limit:
-        rows = {d.key: grid.setup.rows.get(d.key, limit) for d in grid.study.data_sets}
+    if beams := config.decoding.beams:
+        yield f"Text is generated {'greedily' if beams == 1 else f'with {beams} beams'}."
+    if any(name.endswith(WITHOUT_JAVA) for record in records for name in record.scores):
+        yield "METEOR, ROUGE-L and CIDEr were computed without Java; see the guide to metrics."
+    if config.limit:
+        rows = {d.key: grid.setup.rows.get(d.key, config.limit) for d in study.data_sets}
         drawn = ", ".join(f"{count:,} of {key}" for key, count in rows.items())
-        notes.append(f"All runs train on the same rows, drawn at random once: {drawn}.")
-    return notes
+        yield f"All runs train on the same rows, drawn at random once: {drawn}."
 
 
 def _selected_seed(comparison: Comparison) -> Iterator[str]:
@@ -357,21 +361,6 @@ def _selected_seed(comparison: Comparison) -> Iterator[str]:
         "average too high."
     )
     yield f"{note} Means of the other seeds: {', '.join(means)}." if means else note
-
-
-def _base(name: str) -> Iterator[str]:
-    """Yield what a packaged base is, and what it has learnt before."""
-    if (model := BY_NAME.get(name.lower())) is not None:
-        yield f"`{name}` is {model.description}. {model.note}".rstrip()
-
-
-def _average(comparison: Comparison) -> Iterator[str]:
-    name = comparison.grid.study.average
-    if name in comparison.columns:
-        yield (
-            f"{name} is the mean of the columns. Its ± follows from theirs, taken as independent. Its difference is "
-            "that of the means."
-        )
 
 
 def _method_settings(grid: Grid) -> Iterator[str]:
@@ -398,9 +387,9 @@ def _setting(value: Any) -> str:
     return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _sources(grid: Grid) -> Iterator[str]:
+def _sources(records: Sequence[Record]) -> Iterator[str]:
     """Yield a note if the runs were not all made with the same source files of lorakit."""
-    sources = [record.source for record in grid.all_records()]
+    sources = [record.source for record in records]
     if len(set(sources)) > 1:
         yield (
             f"Recorded states of lorakit's source files: {len(set(sources) - {''})}; {sources.count('')} of "
@@ -417,15 +406,6 @@ def _commonest(grid: Grid) -> Iterator[str]:
     ]
     if scores:
         yield f"A model that always answers with the commonest class scores {', '.join(scores)}."
-
-
-def _diverged(grid: Grid) -> Iterator[str]:
-    for data_set, variant in grid.cells():
-        if seeds := grid.diverged_seeds(data_set, variant):
-            yield (
-                f"{variant.label} on {data_set.key}: training diverged with {len(seeds)} of {grid.config.seeds} seeds "
-                f"({', '.join(map(str, seeds))}); its numbers exclude them."
-            )
 
 
 def _protocol(grid: Grid) -> str:

@@ -12,18 +12,12 @@ from lorakit import storage
 from lorakit.errors import ConfigurationError
 from lorakit.metrics import WITHOUT_JAVA
 from lorakit.paper.comparable import digests_of, other_settings
-from lorakit.paper.grid import draw_training_data, recorded_grid
+from lorakit.paper.grid import recorded_grid
 from lorakit.paper.log import GRID, recorded_config
 from lorakit.paper.paper_config import PaperConfig
-from lorakit.paper.runs import (
-    Measure,
-    Record,
-    Runner,
-    Say,
-    TableRun,
-    column_of,
-    require_measure,
-)
+from lorakit.paper.record import Record, column_of
+from lorakit.paper.runs import Measure, Runner, Say, TableRun, require_measure
+from lorakit.paper.subset import draw_training_data
 
 Verdict = Literal["equal", "within the spread", "outside the spread", "differs"]
 
@@ -77,11 +71,6 @@ def reproduce(
     config: PaperConfig, say: Say, *, amplification: Measure | None = None
 ) -> Reproduction:
     """Train and score the runs of a row of a log again, with the recorded settings, in the output folder.
-
-    Args:
-        config: The table, its log, and the row: DATA/METHOD or DATA/METHOD/SEED.
-        say: Receives progress, one line per call.
-        amplification: As for `lorakit.paper.run_table.run_table`.
 
     Raises:
         ConfigurationError: There is no log, or it has no such row. The output folder holds a repetition of the run

@@ -6,22 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorakit.errors import require_choice
-from lorakit.paper.method_settings import bottleneck, lora, prefix
 from lorakit.paper.published import PublishedTable, published
-from lorakit.paper.recipe import LABELS_FROM_HEAD, MNLI_OF_GPT3
+from lorakit.paper.recipe import LABELS_FROM_HEAD, MNLI_OF_GPT3, bottleneck, lora, prefix
 from lorakit.paper.resampling import ACCURACY, E2E_BLEU, MATTHEWS
 from lorakit.paper.study import Column, Study, StudyData, Variant
-
-
-def study(table: str) -> Study:
-    """Return the study of a table.
-
-    Raises:
-        ConfigurationError: The table is unknown, or does not consist of training runs.
-    """
-    require_choice("table", table, STUDIES)
-    return STUDIES[table]
 
 
 def _data(task: str, column: str, score: str = "accuracy", **options: Any) -> StudyData:

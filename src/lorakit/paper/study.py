@@ -34,7 +34,8 @@ class Variant:
 
     def rates(self, trials: int) -> list[float]:
         """Return the learning rates to try, ascending, with two significant digits."""
-        return sorted(self._rate(factor) for factor in _LADDER[:trials])
+        middle = min(default_rate(SECTIONS[name]()) for name in self.method_names)
+        return sorted(float(f"{middle * factor:.1e}") for factor in _LADDER[:trials])
 
     def wider(self, rates: list[float], best: float | None) -> list[float]:
         """Return the rates with the next one beyond `best`, if it is the smallest or the largest and there is one."""
@@ -43,10 +44,6 @@ class Variant:
         ladder = self.rates(MAX_TRIALS)
         at = ladder.index(best) + (1 if best == rates[-1] else -1)
         return sorted({*rates, *ladder[max(at, 0) : at + 1]})
-
-    def _rate(self, factor: float) -> float:
-        middle = min(default_rate(SECTIONS[name]()) for name in self.method_names)
-        return float(f"{middle * factor:.1e}")
 
     @property
     def method_names(self) -> tuple[str, ...]:

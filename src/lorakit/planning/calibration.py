@@ -77,11 +77,8 @@ def fit(
     Time: fit the rate of memory traffic so that the predicted total equals the measured one. The times of products are
     known, and two runs cannot separate more rates. Memory: fit the share beyond tensors to the last, largest run.
 
-    Args:
-        machine: Measured rates of single products and memory passes.
-        steps: Simulated work and memory of the runs.
-        measured: For each run ``ready`` and ``peak``, bytes before the first step and at the peak, and ``seconds``.
-        timings: Seconds of products.
+    `measured` has for each run ``ready`` and ``peak``, bytes before the first step and at the peak, and ``seconds``.
+    `timings` are seconds of products.
     """
     traffic = sum(s.work.traffic for s in steps)
     predicted = sum(machine.seconds(s.work, timings) for s in steps)

@@ -141,13 +141,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 
 def find_machine(device: torch.device, dtype: torch.dtype, *, here: bool) -> Machine:
-    """Return the cached calibration of this machine, or measure its rates.
-
-    Args:
-        device: Device of the run.
-        dtype: Dtype that the run computes in.
-        here: Whether this machine has the device. If not, return an assumed GPU.
-    """
+    """Return the cached calibration of this machine, or measure its rates; an assumed GPU if the device is not here."""
     if not here:
         return A100
     return read_calibration(device, dtype) or measure(device, dtype)

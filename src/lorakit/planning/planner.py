@@ -177,7 +177,10 @@ def plan(
         raise ConfigurationError(
             "target_tokens counts tokens of length; set length too, for example --length 512."
         )
-    device, here = _device(config)
+    try:
+        device, here = pick_device(config.base.device), True
+    except ConfigurationError:  # this machine does not have it
+        device, here = torch.device(config.base.device), False
     if device.type == "cpu":
         limit_processor()
     progress("reading the base's configuration")
@@ -194,7 +197,7 @@ def plan(
         keep_calibration(calibration.calibrate(device, dtype), device, dtype)
     progress("reading the data")
     batches = _batches(config, shape, length, target_tokens, processes)
-    examples = TOKEN_BYTES * batches.kept_tokens if device.type == "cpu" else 0
+    examples = TOKEN_BYTES * batches.kept_tokens
     progress("measuring this machine")
     machine = machine or find_machine(device, dtype, here=here)
     progress("simulating a step")
@@ -272,14 +275,6 @@ def _loading(
     return INTERPRETER + IMPORTS + run.base + beside
 
 
-def _device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """Return the device of the run, and whether this machine has it."""
-    try:
-        return pick_device(config.base.device), True
-    except ConfigurationError:
-        return torch.device(config.base.device), False
-
-
 def _batches(
     config: TrainConfig, shape: Shape, length: int | None, target_tokens: int | None, processes: int
 ) -> Batches:
@@ -354,11 +349,7 @@ def _predict(
 def _peak(run: SimulatedRun, processes: int, *, whole: int, held: int) -> dict[str, int]:
     """Return the bytes of a step's tensors at the peak: in the fullest batch, or when the processes add gradients.
 
-    Args:
-        run: The run.
-        processes: Their number.
-        whole: Trained parameters that each process holds whole.
-        held: Trained parameters of a process, with its parts of sharded ones.
+    A process holds `whole` trained parameters whole, and `held` with its parts of sharded ones.
     """
     in_batch: dict[str, int] = {**run.fullest.peak}
     # From the second batch of a step on, the gradients of the earlier ones exist.

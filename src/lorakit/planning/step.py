@@ -76,15 +76,10 @@ def run_step(
     autocast: AbstractContextManager[Any],
     accumulates: bool,
 ) -> Step:
-    """Run a step of `model`, whose parameters are fake tensors, in their `FakeTensorMode`.
+    """Run a step of `model`, whose parameters are fake tensors, on a batch of ordinary ones, in a `FakeTensorMode`.
 
-    Args:
-        model: A model after `shorten`.
-        blocks: Its blocks, as `shorten` returned them.
-        objective: The loss.
-        batch: A batch of ordinary tensors.
-        autocast: Context of the forward pass.
-        accumulates: Whether gradients of an earlier batch of the step exist. They are not counted.
+    `blocks` are those that `shorten` returned. With `accumulates`, gradients of an earlier batch of the step exist;
+    they are not counted.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:

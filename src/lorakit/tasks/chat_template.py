@@ -211,10 +211,11 @@ class ChatTemplate:
     def _turn_error(
         self, messages: list[Message], ids: list[int], part: list[int], advice: str
     ) -> BadRow:
-        number = sum(m["role"] == "assistant" for m in messages)
+        number, at = sum(m["role"] == "assistant" for m in messages), common_length(ids, part)
+        actual, expected = (str(self.tokenizer.decode(x[at : at + 8])) for x in (part, ids))
         return bad_messages(
             f"cannot be split into turns: the chat template renders the conversation up to assistant turn {number} "
-            f"differently from the same part of the whole conversation, {self._difference(ids, part)}. {advice}"
+            f"differently from the same part of the whole conversation, {actual!r} instead of {expected!r}. {advice}"
         )
 
     def _stop(self, ids: list[int], upto: list[int], start: int) -> int | None:
@@ -251,11 +252,6 @@ class ChatTemplate:
         if expected != [ids[index] for index in indices]:
             return []
         return [(*match.span(), index) for match, index in zip(found, indices, strict=True)]
-
-    def _difference(self, whole: list[int], part: list[int]) -> str:
-        at = common_length(whole, part)
-        actual, expected = (str(self.tokenizer.decode(ids[at : at + 8])) for ids in (part, whole))
-        return f"{actual!r} instead of {expected!r}"
 
     def _source(self, tools: list | None) -> str:
         """Return the text of the template; a tokenizer may have one of its own for tools."""

@@ -242,14 +242,14 @@ def number(value: object, column: str) -> float:
 def _are_scores(rows: Iterable[Fields]) -> bool:
     """Return whether the labels are scores: numbers, some with a fraction.
 
-    Raises:
-        BadRow: Some labels have a fraction, and others are not numbers.
+    Reject labels of which some have a fraction and others are not numbers.
     """
     labels = [row["label"] for row in rows if row.get("label") not in (None, "")]
-    if not any(map(_has_fraction, labels)):
+    numbers = [_number_or_none(label) for label in labels]
+    if all(value is None or value.is_integer() for value in numbers):
         return False
-    other = next((label for label in labels if not _is_number(label)), None)
-    if other is not None:
+    if None in numbers:
+        other = labels[numbers.index(None)]
         raise BadRow(
             f"has decimal numbers and {other!r:.80}. Set data.task to regression, which reports the rows without a "
             "number, or to classification, which makes a class of each label",
@@ -258,13 +258,8 @@ def _are_scores(rows: Iterable[Fields]) -> bool:
     return True
 
 
-def _is_number(label: object) -> bool:
+def _number_or_none(label: object) -> float | None:
     try:
-        number(label, "label")
+        return number(label, "label")
     except BadRow:
-        return False
-    return True
-
-
-def _has_fraction(label: object) -> bool:
-    return _is_number(label) and not number(label, "label").is_integer()
+        return None

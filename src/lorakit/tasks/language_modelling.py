@@ -201,13 +201,9 @@ def continuation_text(
     *,
     special: bool = False,
 ) -> str:
-    """Return the text of tokens that continue others. SentencePiece strips the blank at the start of a text only.
+    """Return the text of tokens that continue those `before`, with special tokens if `special`.
 
-    Args:
-        tokenizer: Decodes the tokens.
-        before: The tokens before them, possibly none.
-        ids: The tokens.
-        special: Whether the text includes special tokens.
+    SentencePiece strips the blank at the start of a text only.
     """
 
     def decode(tokens: list[int]) -> str:

@@ -87,7 +87,8 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
     try:
         yield
     except (TemplateSyntaxError, SyntaxError) as error:
-        raise _refusal(name, f"line {error.lineno}: {_first_line(error)}") from error
+        first, *_ = [*str(error).splitlines(), type(error).__name__]
+        raise _refusal(name, f"line {error.lineno}: {first}") from error
     except RecursionError as error:
         raise _refusal(name, "it calls itself without an end, or is nested too deeply") from error
     except (SecurityError, OverflowError, MemoryError, _TooMuchError) as error:
@@ -98,10 +99,6 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
         raise BadRow(f"was rejected by the chat template: {error}", "messages") from error
     finally:
         _budget.reset(token)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _refusal(name: str, reason: str) -> DataError:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, lora
-from lorakit.paper.recipe import Family
+from lorakit.paper.recipe import Family, bottleneck, lora, tables_by_method
 
 _AVERAGED = "The paper reports the median over 5 seeds of the best epoch of each run."
 _HEAD = "The classification head is also trained; the paper's parameter counts exclude it."
@@ -34,22 +33,22 @@ _ROBERTA_CODE = {
     "seed": 0,
 }
 
+_ROBERTA_BASE = Family(
+    model="roberta-base",
+    method="lora",
+    origin="paper",
+    source=_TABLE9,
+    settings={**lora(8, "attention.qv", alpha=8), **_ROBERTA_PAPER, "data.max_length": 512},
+    tasks="""
+                            | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
+    batch_size              | 16   | 16   | 16   | 32   | 32   | 16   | 32   | 16
+    epochs                  | 30   | 60   | 30   | 80   | 25   | 25   | 80   | 40
+    optimizer.learning_rate | 5e-4 | 5e-4 | 4e-4 | 4e-4 | 4e-4 | 5e-4 | 5e-4 | 4e-4
+    start                   | -    | -    | mnli | -    | -    | -    | mnli | mnli
+    """,
+    notes=(_AVERAGED, _HEAD, _BATCH, "alpha is 8 in the paper and 16 in the code."),
+)
 _ROBERTA = (
-    Family(
-        model="roberta-base",
-        method="lora",
-        origin="paper",
-        source=_TABLE9,
-        settings={**lora(8, "attention.qv", alpha=8), **_ROBERTA_PAPER, "data.max_length": 512},
-        tasks="""
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        batch_size              | 16   | 16   | 16   | 32   | 32   | 16   | 32   | 16
-        epochs                  | 30   | 60   | 30   | 80   | 25   | 25   | 80   | 40
-        optimizer.learning_rate | 5e-4 | 5e-4 | 4e-4 | 4e-4 | 4e-4 | 5e-4 | 5e-4 | 4e-4
-        start                   | -    | -    | mnli | -    | -    | -    | mnli | mnli
-        """,
-        notes=(_AVERAGED, _HEAD, _BATCH, "alpha is 8 in the paper and 16 in the code."),
-    ),
     Family(
         model="roberta-base",
         method="lora",
@@ -126,14 +125,27 @@ _BOTTLENECK: dict[str, Any] = {
 }
 
 
-def _adapter(method: str, kind: str, size: int, tasks: str, *notes: str) -> Family:
+_ADAPTER_TASKS = tables_by_method("""
+method        | setting                 | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
+pfeiffer-3m   | epochs                  | 10   | 20   | 20   | 20   | 10   | 20   | 20   | 20
+pfeiffer-3m   | optimizer.learning_rate | 3e-5 | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+pfeiffer-0.8m | epochs                  | 5    | 20   | 20   | 20   | 10   | 20   | 20   | 20
+pfeiffer-0.8m | optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+houlsby-6m    | epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
+houlsby-6m    | optimizer.learning_rate | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+houlsby-0.8m  | epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
+houlsby-0.8m  | optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
+""")
+
+
+def _adapter(method: str, kind: str, size: int, *notes: str) -> Family:
     return Family(
         model="roberta-large",
         method=method,
         origin="paper",
         source=f"{_TABLE9} (†)",
         settings={**bottleneck(kind, size), **_BOTTLENECK},
-        tasks=tasks,
+        tasks=_ADAPTER_TASKS[method],
         notes=(_AVERAGED, _HEAD, *notes),
     )
 
@@ -164,47 +176,10 @@ def _adapter_script(method: str, kind: str, size: int, activation: str) -> Famil
 
 
 _ADAPTERS = (
-    _adapter(
-        "pfeiffer-3m",
-        "pfeiffer",
-        64,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 20   | 20   | 20   | 10   | 20   | 20   | 20
-        optimizer.learning_rate | 3e-5 | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "pfeiffer-0.8m",
-        "pfeiffer",
-        16,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 5    | 20   | 20   | 20   | 10   | 20   | 20   | 20
-        optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "houlsby-6m",
-        "houlsby",
-        64,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
-        optimizer.learning_rate | 3e-5 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-    ),
-    _adapter(
-        "houlsby-0.8m",
-        "houlsby",
-        8,
-        """
-                                | mnli | sst2 | mrpc | cola | qnli | qqp  | rte  | stsb
-        epochs                  | 10   | 5    | 10   | 10   | 5    | 20   | 20   | 10
-        optimizer.learning_rate | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4 | 3e-4
-        """,
-        "MNLI has 10 epochs in the paper and 5 in the code.",
-    ),
+    _adapter("pfeiffer-3m", "pfeiffer", 64),
+    _adapter("pfeiffer-0.8m", "pfeiffer", 16),
+    _adapter("houlsby-6m", "houlsby", 64),
+    _adapter("houlsby-0.8m", "houlsby", 8, "MNLI has 10 epochs in the paper and 5 in the code."),
     _adapter_script("houlsby-0.8m", "houlsby", 8, "silu"),
     _adapter_script("pfeiffer-0.8m", "pfeiffer", 16, "relu"),
 )
@@ -265,21 +240,17 @@ _DEBERTA = (
     ),
 )
 
-_MPNET = tuple(
-    replace(
-        family,
-        model="mpnet-base",
-        origin="derived",
-        source=f"{family.source}, RoBERTa-base",
-        notes=(
-            *family.notes,
-            "These are the settings of RoBERTa-base, which has the same number of layers and the same width.",
-            "MPNet-base was trained further on pairs that include NLI, Quora and SQuAD data: its scores on MNLI, QQP "
-            "and QNLI are not comparable.",
-        ),
-    )
-    for family in _ROBERTA
-    if family.model == "roberta-base" and family.origin == "paper"
+_MPNET = replace(
+    _ROBERTA_BASE,
+    model="mpnet-base",
+    origin="derived",
+    source=f"{_TABLE9}, RoBERTa-base",
+    notes=(
+        *_ROBERTA_BASE.notes,
+        "These are the settings of RoBERTa-base, which has the same number of layers and the same width.",
+        "MPNet-base was trained further on pairs that include NLI, Quora and SQuAD data: its scores on MNLI, QQP "
+        "and QNLI are not comparable.",
+    ),
 )
 
-GLUE: tuple[Family, ...] = (*_ROBERTA, *_ADAPTERS, *_DEBERTA, *_MPNET)
+GLUE: tuple[Family, ...] = (_ROBERTA_BASE, *_ROBERTA, *_ADAPTERS, *_DEBERTA, _MPNET)

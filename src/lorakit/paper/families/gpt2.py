@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, lora
-from lorakit.paper.recipe import Family
+from lorakit.paper.recipe import Family, bottleneck, lora, tables_by_method
 
 _BEAMS = {"beams": 10, "no_repeat_ngram": 4}
 _BASE_DROPOUT = "The code sets the model's own dropout to 0; a run keeps the base's."
@@ -81,79 +80,52 @@ _GPT2 = (
     ),
 )
 
-_LI_AND_LIANG = "Li and Liang 2021, Prefix-Tuning, table of hyper-parameters"
 _STARRED = "Source of the paper's starred rows; Li and Liang's table omits warm-up, decay and the beam width (5)."
+_SIZE = "The bottleneck size is inferred from the number of parameters that the paper prints."
+
+_PRIOR_TASKS = tables_by_method("""
+method       | setting                    | e2e_nlg | webnlg | dart
+prefix_layer | prefix_layer.prefix_length | 5       | 5      | 10
+prefix_layer | optimizer.learning_rate    | 8e-5    | 5e-5   | 5e-5
+prefix_layer | epochs                     | 5       | 5      | 10
+prefix_layer | batch_size                 | 10      | 5      | 5
+lin-11m      | optimizer.learning_rate    | 5e-5    | 5e-5   | 5e-5
+lin-11m      | epochs                     | 5       | 5      | 5
+lin-11m      | batch_size                 | 5       | 5      | 5
+lin-0.4m     | optimizer.learning_rate    | 8e-5    | 5e-5   | 8e-5
+lin-0.4m     | epochs                     | 10      | 10     | 5
+lin-0.4m     | batch_size                 | 5       | 5      | 5
+full         | optimizer.learning_rate    | 5e-5    | 1e-5   | 1e-5
+full         | epochs                     | 5       | 10     | 10
+full         | batch_size                 | 10      | 6      | 6
+full-top2    | optimizer.learning_rate    | 5e-5    | 5e-5   | 5e-5
+full-top2    | epochs                     | 5       | 10     | 5
+full-top2    | batch_size                 | 10      | 9      | 5
+""")
 
 
-def _prior(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
+def _prior(method: str, settings: dict[str, Any], *notes: str) -> Family:
     return Family(
         model="gpt2-medium",
         method=method,
         origin="prior",
-        source=_LI_AND_LIANG,
+        source="Li and Liang 2021, Prefix-Tuning, table of hyper-parameters",
         settings={"data.max_length": 512, "optimizer.schedule": "linear", **settings},
-        tasks=tasks,
+        tasks=_PRIOR_TASKS[method],
         notes=(_STARRED, *notes),
     )
 
-
-_SIZE = "The bottleneck size is inferred from the number of parameters that the paper prints."
 
 _GPT2_PRIOR = (
     _prior(
         "prefix_layer",
         {"method": "prefix_layer"},
-        """
-                                   | e2e_nlg | webnlg | dart
-        prefix_layer.prefix_length | 5       | 5      | 10
-        optimizer.learning_rate    | 8e-5    | 5e-5   | 5e-5
-        epochs                     | 5       | 5      | 10
-        batch_size                 | 10      | 5      | 5
-        """,
         "Li and Liang train the keys and values of each block, through an MLP; PrefixLayer trains activations.",
     ),
-    _prior(
-        "lin-11m",
-        bottleneck("lin", 224),
-        """
-                                | e2e_nlg | webnlg | dart
-        optimizer.learning_rate | 5e-5    | 5e-5   | 5e-5
-        epochs                  | 5       | 5      | 5
-        batch_size              | 5       | 5      | 5
-        """,
-        _SIZE,
-    ),
-    _prior(
-        "lin-0.4m",
-        bottleneck("lin", 6),
-        """
-                                | e2e_nlg | webnlg | dart
-        optimizer.learning_rate | 8e-5    | 5e-5   | 8e-5
-        epochs                  | 10      | 10     | 5
-        batch_size              | 5       | 5      | 5
-        """,
-        _SIZE,
-    ),
-    _prior(
-        "full",
-        {"method": "full"},
-        """
-                                | e2e_nlg | webnlg | dart
-        optimizer.learning_rate | 5e-5    | 1e-5   | 1e-5
-        epochs                  | 5       | 10     | 10
-        batch_size              | 10      | 6      | 6
-        """,
-    ),
-    _prior(
-        "full-top2",
-        {"method": "full", "full.top_layers": 2},
-        """
-                                | e2e_nlg | webnlg | dart
-        optimizer.learning_rate | 5e-5    | 5e-5   | 5e-5
-        epochs                  | 5       | 10     | 5
-        batch_size              | 10      | 9      | 5
-        """,
-    ),
+    _prior("lin-11m", bottleneck("lin", 224), _SIZE),
+    _prior("lin-0.4m", bottleneck("lin", 6), _SIZE),
+    _prior("full", {"method": "full"}),
+    _prior("full-top2", {"method": "full", "full.top_layers": 2}),
 )
 
 GPT2: tuple[Family, ...] = (*_GPT2, *_GPT2_PRIOR)

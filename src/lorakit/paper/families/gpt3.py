@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.paper.method_settings import bottleneck, prefix
-from lorakit.paper.recipe import Family
+from lorakit.paper.recipe import Family, bottleneck, prefix, tables_by_method
 
 _UNPUBLISHED = "The paper does not print Adam's betas, the prompts or the number of GPUs for GPT-3."
 _ALPHA = (
@@ -73,39 +72,30 @@ _GPT3 = (
     ),
 )
 
-_LOW_DATA_RUNS = """
-                        | mnli-100 | mnli-1k | mnli-10k | mnli-392k
-batch_size              | 20       | 20      | 100      | 128
-epochs                  | 40       | 40      | 4        | 2
-"""
+_LOW_DATA_TASKS = tables_by_method("""
+method           | setting                        | mnli-100 | mnli-1k | mnli-10k | mnli-392k
+                 | batch_size                     | 20       | 20      | 100      | 128
+                 | epochs                         | 40       | 40      | 4        | 2
+full             | optimizer.learning_rate        | 5e-6     | 5e-6    | 5e-6     | 5e-6
+prefix_embedding | optimizer.learning_rate        | 2e-4     | 2e-4    | 4e-4     | 5e-4
+prefix_embedding | prefix_embedding.prefix_length | 16       | 32      | 64       | 256
+prefix_layer     | optimizer.learning_rate        | 5e-5     | 5e-5    | 5e-5     | 1e-4
+lora             | optimizer.learning_rate        | 2e-4     | 2e-4    | 2e-4     | 2e-4
+""")
 
 
-def _low_data(method: str, settings: dict[str, Any], tasks: str, *notes: str) -> Family:
+def _low_data(method: str, settings: dict[str, Any], *notes: str) -> Family:
     settings = {**_SHARED, "data.max_length": 768, **settings}
-    return _family(method, "Table 17", settings, _LOW_DATA_RUNS + tasks.strip(), *notes)
+    return _family(method, "Table 17", settings, _LOW_DATA_TASKS[method], *notes)
 
 
 _GPT3_LOW_DATA = (
-    _low_data("full", {"method": "full"}, "optimizer.learning_rate | 5e-6 | 5e-6 | 5e-6 | 5e-6"),
+    _low_data("full", {"method": "full"}),
     _low_data(
-        "prefix_embedding",
-        {"method": "prefix_embedding", "prefix_embedding.infix_length": 8},
-        """
-optimizer.learning_rate        | 2e-4 | 2e-4 | 4e-4 | 5e-4
-prefix_embedding.prefix_length | 16   | 32   | 64   | 256
-        """,
+        "prefix_embedding", {"method": "prefix_embedding", "prefix_embedding.infix_length": 8}
     ),
-    _low_data(
-        "prefix_layer",
-        prefix("prefix_layer", 8, 8),
-        "optimizer.learning_rate | 5e-5 | 5e-5 | 5e-5 | 1e-4",
-    ),
-    _low_data(
-        "lora",
-        _lora(8, "attention.qv"),
-        "optimizer.learning_rate | 2e-4 | 2e-4 | 2e-4 | 2e-4",
-        _ALPHA,
-    ),
+    _low_data("prefix_layer", prefix("prefix_layer", 8, 8)),
+    _low_data("lora", _lora(8, "attention.qv"), _ALPHA),
 )
 
 GPT3: tuple[Family, ...] = (*_GPT3, *_GPT3_LOW_DATA)

@@ -8,8 +8,6 @@ from typing import Literal
 
 from lorakit.errors import ConfigurationError, nearest
 
-Statistic = Literal["mean", "median", "best", "single"]
-
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _CELL = re.compile(rf"({_NUMBER})(?: ± ({_NUMBER}))?")
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -71,7 +69,7 @@ class PublishedTable:
     """For example table2, as numbered in arXiv version 2."""
     title: str
     rows: tuple[PublishedRow, ...]
-    statistic: Statistic
+    statistic: Literal["mean", "median", "best", "single"]
     """The statistic over the seeds that a cell prints."""
     seeds: int | None = None
     """Runs per cell; None if the paper does not say."""
