@@ -118,12 +118,7 @@ def resolve_dtype(
     """Return `base` with the name of a dtype in place of ``auto``, and the reason for it.
 
     The reason is empty for a dtype that the user chose. A device that this machine lacks counts as a GPU that
-    multiplies bfloat16.
-
-    Args:
-        base: The base and its settings.
-        batch_size: Examples of a batch.
-        copies: Number of processes that load the base on this machine; see `choose_dtype`.
+    multiplies bfloat16. `batch_size` and `copies` are those of `choose_dtype`.
     """
     if base.dtype != "auto":
         return base, ""

@@ -26,13 +26,7 @@ _GPT2_SPLIT_AFTER_DIGITS = frozenset(
 def read_tokenizer(
     gguf: Path, metadata: dict[str, Any], config: PretrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Return the tokenizer, and notices if it may differ from that of the training.
-
-    Args:
-        gguf: The file.
-        metadata: The settings in its header.
-        config: The model's configuration.
-    """
+    """Return the tokenizer, and notices if it may differ from that of the training."""
     from transformers import AutoTokenizer
 
     # Without trust_remote_code, a tokenizer_config.json beside the file could make transformers ask for its code.

@@ -29,48 +29,25 @@ def rounded_rows(count: int) -> int:
 
 
 def gather_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` at the indices `at`, which may repeat.
+    """Gather the rows of `x` (N, d) at the int64 indices `at` (...), which may repeat: (..., d).
 
     The backward pass adds the gradients of a row in a fixed order. That of indexing adds them atomically on a CPU with
     several threads, in another order each time, and takes longer.
-
-    Args:
-        x: Shape (N, d).
-        at: Int64, any shape.
-
-    Returns:
-        The shape of `at`, then d.
     """
     return F.embedding(at, x)
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` at the unique indices `at`.
+    """Gather the rows of `x` (N, ...) at the unique int64 indices `at` (M,): (M, ...).
 
     The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
     and unique ones do not.
-
-    Args:
-        x: Shape (N, ...).
-        at: Int64, shape (M,), each index once.
-
-    Returns:
-        Shape (M, ...).
     """
     return apply(_Take, x, at)
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    """Scatter `rows` to the indices `at` of a zero tensor with `count` rows.
-
-    Args:
-        rows: Shape (M, ...).
-        at: Int64, shape (M,), each index once.
-        count: Number of rows, N.
-
-    Returns:
-        Shape (N, ...).
-    """
+    """Scatter `rows` (M, ...) to the unique int64 indices `at` (M,) of a zero tensor with `count` rows."""
     return apply(_Put, rows, at, count)
 
 

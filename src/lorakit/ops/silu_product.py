@@ -10,14 +10,10 @@ from lorakit.ops.derivatives import Function, apply, once_differentiable
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Return ``silu(gate) * up`` (Shazeer 2020, equation 6), with ``silu(x) = x * sigmoid(x)``.
+    """Return ``silu(gate) * up`` (Shazeer 2020, equation 6), with ``silu(x) = x * sigmoid(x)``, for any equal shapes.
 
     Two separate operations would also save silu(gate), a tensor as large as `gate`. Here the backward pass
     recomputes it.
-
-    Args:
-        gate: Any shape.
-        up: The shape and dtype of `gate`.
     """
     return apply(_SiLUProduct, gate, up)
 

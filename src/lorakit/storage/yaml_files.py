@@ -131,12 +131,7 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
 
 
 def read_yaml(path: str | Path, error: type[LorakitError], *, secret: bool = False) -> Any:
-    """Return the value in a YAML file.
-
-    Args:
-        path: The file.
-        error: The error to raise.
-        secret: Name only the line of invalid YAML; its own message quotes the text.
+    """Return the value in a YAML file; for a `secret` one, an error gives only the line of invalid YAML, not its text.
 
     Raises:
         error: The file cannot be read, is not valid UTF-8 or YAML, or exceeds a limit.
