@@ -221,11 +221,7 @@ class LoRA:
 
     @contextmanager
     def _table(self, name: str) -> Iterator[PatternTable[Any]]:
-        """Yield the table of rank_pattern or alpha_pattern, for one operation with a time limit of its own.
-
-        Raises:
-            ConfigurationError: A pattern is not a regular expression, or takes too long.
-        """
+        """Yield the table of rank_pattern or alpha_pattern, for one operation with a time limit of its own."""
         from lorakit.models.patterns import Matcher, PatternTable, pattern_errors
 
         with pattern_errors(name, ConfigurationError):
