@@ -17,13 +17,11 @@ def round_up(count: int, step: int) -> int:
 
 
 def rounded_rows(count: int) -> int:
-    """Return `count` rounded up, so that batches with varying row counts share a few sizes.
+    """Return `count` rounded up to a multiple of a power of two: at most 32, and at most an eighth of `count`.
 
-    The CPU library prepares and caches a kernel for each new row count. On a CPU with matrix units each takes up to
-    five milliseconds and three megabytes, which can exceed the product itself.
-
-    Returns:
-        The next multiple of a power of two. This power is at most an eighth of `count`, and at most 32.
+    Batches with varying row counts then share a few sizes. The CPU library prepares and caches a kernel for each new
+    one. On a CPU with matrix units each takes up to five milliseconds and three megabytes, which can exceed the product
+    itself.
     """
     return round_up(count, min(STEP, 2 ** max(0, (count // 8).bit_length() - 1)))
 
