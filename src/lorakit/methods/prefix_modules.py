@@ -60,7 +60,7 @@ class VirtualPositions:
         return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
 
     def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
-        """Write the rows of `vectors` (prefix + infix, d) into `hidden` (B, T, d) at the virtual tokens."""
+        """Return `hidden` (B, T, d) with the rows of `vectors` (prefix + infix, d) at the virtual tokens."""
         ids = self.ids.to(vectors.device)
         if self.rows is None or self.columns is None:
             index = _vector_index(ids, prefix).clamp(0, len(vectors) - 1)

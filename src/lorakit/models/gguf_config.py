@@ -13,7 +13,7 @@ from lorakit.models.gguf_header import Header, read_float32
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_READ_OR_WITHOUT_EFFECT = frozenset(
+_SKIPPED = frozenset(
     {
         # Read by other functions of this module.
         *("rope.freq_base", "rope.freq_base_swa", "rope.global.freq_base", "rope.local.freq_base"),
@@ -34,6 +34,7 @@ _READ_OR_WITHOUT_EFFECT = frozenset(
         *("use_parallel_residual", "tensor_data_layout", "pooling_type"),
     }
 )
+"""Settings that `_read_others` skips."""
 _ATTRIBUTES = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
@@ -184,7 +185,7 @@ def _read_others(config: PretrainedConfig, settings: dict[str, Any]) -> list[str
                 setattr(config, attribute, settings[name])
                 read.add(name)
     unread = []
-    for name in sorted(settings.keys() - read - _READ_OR_WITHOUT_EFFECT):
+    for name in sorted(settings.keys() - read - _SKIPPED):
         value = settings[name]
         if isinstance(value, str | None):
             unread.append(name)
