@@ -148,6 +148,6 @@ def _quota() -> float:
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = " ".join((_CGROUPS / name).read_text() for name in names).split()
-            # Without a quota it is "max" in version 2 and -1 in version 1.
-            return int(quota) / int(period) if quota.isdecimal() else math.inf
+            # Without a quota it is "max" in version 2, and -1 or 0 in version 1.
+            return math.inf if quota in ("max", "-1", "0") else int(quota) / int(period)
     return math.inf
