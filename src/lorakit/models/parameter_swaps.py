@@ -251,8 +251,8 @@ class ReplacedParameters(AdapterSlot):
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
     """Return the base's own parameter, also while a trained or merged tensor replaces it."""
     slot = layer._modules.get(ADAPTERS)
-    replaced = slot.replaced if isinstance(slot, ReplacedParameters) else {}
-    return replaced.get(attribute, layer._parameters[attribute])  # type: ignore[return-value]
+    replaced = slot.replaced.get(attribute) if isinstance(slot, ReplacedParameters) else None
+    return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
 
 def named_base_parameters(
