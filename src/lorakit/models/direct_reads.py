@@ -42,29 +42,27 @@ def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
         if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
         if "init" not in name
     ]
-    uses: set[tuple[str, str]] = set()
+    uses: dict[str, set[str]] = {"read": set(), "read in training": set(), "called": set()}
     if any("weight" in method.__code__.co_names for method in methods):
         try:
             for method in methods:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-                uses.update(_uses(tree, [], is_quantised))
+                for name, use in _uses(tree, [], is_quantised):
+                    uses[use].add(name)
         except (OSError, SyntaxError):  # no source
             return frozenset()
-    read, in_training, called = (
-        {name for name, of_name in uses if of_name == use}
-        for use in ("read", "in training", "called")
-    )
-    return frozenset(read - called | in_training)
+    return frozenset(uses["read"] - uses["called"] | uses["read in training"])
 
 
 def _uses(node: ast.AST, around: list[ast.AST], is_quantised: bool) -> Iterator[tuple[str, str]]:
-    """Yield the attributes of `self` below a node, and their uses; `around` are the outer nodes, the innermost last."""
+    """Yield each attribute of `self` below a node, and its use; `around` are the outer nodes, the innermost last."""
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Load()):
             match around[-2:]:
                 case [outer, ast.Attribute(attr="weight", ctx=ast.Load())]:
                     if not _is_harmless(outer):
-                        yield name, "in training" if any(map(_tests_training, around)) else "read"
+                        in_training = any(map(_tests_training, around))
+                        yield name, "read in training" if in_training else "read"
                 case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
                     pass
                 case _:

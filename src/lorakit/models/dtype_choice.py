@@ -80,8 +80,8 @@ class Trial:
         fast, slow = "bfloat16", "float32"
         if self.bfloat16 < LEAD * self.float32:
             fast, slow = slow, fast
-        rates = _rate(getattr(self, fast)), _rate(getattr(self, slow))
-        reason = f"its products run at {rates[0]}, those of {slow} at {rates[1]}"
+        fast_rate, slow_rate = _rate(getattr(self, fast)), _rate(getattr(self, slow))
+        reason = f"its products run at {fast_rate}, those of {slow} at {slow_rate}"
         if not self.steady:
             reason += ", on a machine whose speed varies, so it is measured again next time"
         return DtypeChoice(getattr(torch, fast), reason)
