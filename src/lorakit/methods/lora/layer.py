@@ -233,14 +233,14 @@ class LoRALayer(AdapterModule):
         The norm is a constant for the gradient (Liu et al. 2024, section 4.3).
         """
         A, B = self.factors()
-        norms = self.merged_norms(layer, A.detach(), B.detach())
-        return self._row_factors(norms[self._rows()])
+        norms, rows = self.merged_norms(layer, A.detach(), B.detach()), self._rows()
+        return self._row_factors(norms[rows], rows)
 
-    def _row_factors(self, norms: Tensor) -> Tensor:
-        """Return `row_factors` from the norms of the adapted rows; rows outside the slices have the factor 1."""
+    def _row_factors(self, norms: Tensor, rows: Tensor) -> Tensor:
+        """Return `row_factors` from the norms and indices of the adapted rows; other rows have the factor 1."""
         assert self.magnitude is not None
         factors = dora_factor(self.magnitude.to(norms.dtype), norms)
-        return norms.new_ones(self.out_features).index_copy(0, self._rows(), factors)
+        return norms.new_ones(self.out_features).index_copy(0, rows, factors)
 
     def adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, factors: Tensor) -> Tensor:
         """Return DoRA's output ``factors * (W + dW) x + b``, with the `row_factors` of the layer."""
@@ -328,8 +328,9 @@ class LoRALayer(AdapterModule):
             return None
         W = self.weight_matrix(layer)
         merged = W.to(wide_dtype(W)) + self.delta_matrix().to(wide_dtype(W))
-        norms = torch.linalg.vector_norm(merged.detach()[self._rows()], dim=1)
-        return self._as_weight(self._row_factors(norms)[:, None] * merged, layer)
+        rows = self._rows()
+        norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
+        return self._as_weight(self._row_factors(norms, rows)[:, None] * merged, layer)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.form.kind}"
