@@ -120,9 +120,14 @@ def with_head(
 ) -> Method:
     """Add the modules with new, random weights to the method's ``train_modules``.
 
-    These are the modules of the task head, whose paths are `head`, unless ``train_modules`` names modules already, and
-    every other module with `new_weights` (parameters that the checkpoint lacked) that the method does not train, such
-    as a pooler.
+    These are the modules of the task head, unless ``train_modules`` names modules already, and every other module with
+    new weights that the method does not train, such as a pooler.
+
+    Args:
+        method: The method to attach.
+        model: The base model.
+        head: Paths of the modules of the head; none if the model has no task head.
+        new_weights: Names of the parameters that the checkpoint lacked.
 
     Raises:
         ConfigurationError: The method has no setting ``train_modules``.

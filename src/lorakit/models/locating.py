@@ -28,6 +28,7 @@ class Located:
     path: str
     """The folder or hub id."""
     files: Sequence[str]
+    """Names of the files there."""
     options: dict[str, Any]
     """Options of transformers for this path."""
     notices: list[str]

@@ -17,17 +17,17 @@ def round_up(count: int, step: int) -> int:
 
 
 def rounded_rows(count: int) -> int:
-    """Return `count` rounded up to a multiple of a power of two: at most 32, and at most an eighth of `count`.
+    """Return `count` rounded up, so that batches with varying row counts share a few sizes.
 
-    Batches with varying row counts then share a few sizes. The CPU library prepares and caches a kernel for each new
-    one. On a CPU with matrix units each takes up to five milliseconds and three megabytes, which can exceed the product
-    itself.
+    The result is a multiple of a power of two. This power is at most an eighth of `count`, and at most 32. The CPU
+    library prepares and caches a kernel for each new row count. On a CPU with matrix units each takes up to five
+    milliseconds and three megabytes, which can exceed the product itself.
     """
     return round_up(count, min(STEP, 2 ** max(0, (count // 8).bit_length() - 1)))
 
 
 def gather_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` (N, d) at the int64 indices `at` (...), which may repeat: (..., d).
+    """Gather the rows of `x` (N, d) at the int64 indices `at` (...), which may repeat, into (..., d).
 
     The backward pass adds the gradients of a row in a fixed order. That of indexing adds them atomically on a CPU with
     several threads, in another order each time, and takes longer.
@@ -36,7 +36,7 @@ def gather_rows(x: Tensor, at: Tensor) -> Tensor:
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` (N, ...) at the unique int64 indices `at` (M,): (M, ...).
+    """Gather the rows of `x` (N, ...) at the unique int64 indices `at` (M,), into (M, ...).
 
     The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
     and unique ones do not.

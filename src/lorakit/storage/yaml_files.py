@@ -131,7 +131,9 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
 
 
 def read_yaml(path: str | Path, error: type[LorakitError], *, secret: bool = False) -> Any:
-    """Return the value in a YAML file; for a `secret` one, an error gives only the line of invalid YAML, not its text.
+    """Return the value in a YAML file.
+
+    With `secret`, the error for invalid YAML names only its line: the message of the YAML library quotes the text.
 
     Raises:
         error: The file cannot be read, is not valid UTF-8 or YAML, or exceeds a limit.
