@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorakit
 from benchmarks import report
 from benchmarks.runs import process_parser, runs_of, write_result
+from lorakit.models.parameter_swaps import base_parameter
 
 ADAPTERS = 8
 CYCLES, QUICK_CYCLES = 1000, 100
@@ -73,7 +74,7 @@ def exact_merges(handle: lorakit.Adapters) -> bool:
     modules = handle.modules(next(iter(handle.merged)))
     for path, module in modules.items():
         layer = handle.model.get_submodule(path)
-        W = layer.adapters.base(layer, "weight").detach()
+        W = base_parameter(layer, "weight").detach()
         delta = module.scaling * (module.lora_B.detach() @ module.lora_A.detach())
         if not torch.equal(layer.weight, (W.float() + delta).to(W.dtype)):
             return False

@@ -37,7 +37,7 @@ def test_norms_of_chunks(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torc
     layer = LAYERS[kind]().to(dtype)
     module = module_on(layer, is_random=True)
     W = module.weight_matrix(layer).detach().double() + module.delta_matrix().double()
-    norms = module.row_norms(layer, *module.factors())
+    norms = module.merged_norms(layer, *module.factors())
     assert norms.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(norms.double(), W.norm(dim=1), rtol=1e-6, atol=1e-6)
 
@@ -67,8 +67,8 @@ def test_many_adapters_by_vmap() -> None:
     module = module_on(layer, is_random=True)
     A, B = module.factors()
     several = torch.stack([A, 2 * A]), torch.stack([B, B])
-    norms = torch.vmap(lambda A, B: module.row_norms(layer, A, B))(*several)
-    torch.testing.assert_close(norms[1], module.row_norms(layer, 2 * A, B))
+    norms = torch.vmap(lambda A, B: module.merged_norms(layer, A, B))(*several)
+    torch.testing.assert_close(norms[1], module.merged_norms(layer, 2 * A, B))
 
 
 def test_a_weight_that_is_trained_too() -> None:

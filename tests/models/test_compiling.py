@@ -37,6 +37,10 @@ def batches() -> list[torch.Tensor]:
     ]
 
 
+def count_compiled(model: nn.Module) -> int:
+    return sum(module._compiled_call_impl is not None for module in model.modules())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "backend"), [("llama", "eager"), ("bert", "aot_eager")])
 def test_compiled_blocks_compute_the_same_gradients(arch: str, backend: str) -> None:
@@ -46,7 +50,8 @@ def test_compiled_blocks_compute_the_same_gradients(arch: str, backend: str) -> 
         model.set_attn_implementation("sdpa")
         keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
         if compiled:
-            assert compile_blocks(model, backend=backend) == 1
+            compile_blocks(model, backend=backend)
+            assert count_compiled(model) == 1
             assert (list(model.state_dict()), [type(m) for m in model.modules()]) == (keys, kinds)
         adapters = attach(model, LoRA(rank=2, alpha=3, targets="attention.qv"), seed=0)
         randomise(adapters)
@@ -72,7 +77,8 @@ def test_evaluation_runs_the_uncompiled_blocks() -> None:
         compiled.append(graph)
         return graph
 
-    assert compile_blocks(model, backend=backend) == 2  # type: ignore[arg-type]
+    compile_blocks(model, backend=backend)  # type: ignore[arg-type]
+    assert count_compiled(model) == 2
     ids = batches()[0]
     with evaluating(model):
         first = model(ids).logits

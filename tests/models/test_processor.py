@@ -59,7 +59,7 @@ def test_quota_of_version_2(system: Path, content: str, expected: int) -> None:
     assert usable_cores() == expected
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("200000", 2)])
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("0", 4), ("200000", 2)])
 def test_quota_of_version_1(system: Path, quota: str, expected: int) -> None:
     (system / "cpu").mkdir()
     (system / "cpu/cpu.cfs_quota_us").write_text(quota)

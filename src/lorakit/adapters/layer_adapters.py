@@ -108,7 +108,7 @@ class LayerAdapters(ReplacedParameters):
         """Return the parameters that a blend needs on this layer and that are not in place now."""
         if self.activation.merged:
             return {}
-        wanted: dict[str, Tensor] = {a: self.current_base(layer, a) for a in self.replaced}
+        wanted: dict[str, Tensor] = {a: self.current_base(a) for a in self.replaced}
         for name, _ in blend:
             if name in self:
                 wanted.update(self[name].trained)

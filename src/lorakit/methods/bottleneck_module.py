@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +9,6 @@ from torch import Tensor, nn
 from lorakit.methods.module import AdapterModule
 from lorakit.models.checkpoints import caches_outputs
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
 INIT_STD = 0.02
 """Standard deviation of both initial matrices: RoBERTa's initializer_range, as in the paper's code."""
 
@@ -26,7 +19,7 @@ class Bottleneck(AdapterModule):
     Args:
         width: Width d of the output, shape (..., d).
         size: Width r of the bottleneck.
-        activation: The nonlinearity's name.
+        activation: The nonlinearity's name in `torch.nn.functional`.
         own_norm: Normalise the input of f with a trained LayerNorm.
         renormalise: The layer is a LayerNorm: add f of its output to its input and normalise again.
         options: Device and dtype of the tensors.
@@ -70,7 +63,7 @@ class Bottleneck(AdapterModule):
             weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
             x = F.layer_norm(x, weight.shape, weight, bias)
         h = F.linear(x, self.down_weight.to(x.dtype), self.down_bias.to(x.dtype))
-        h = _ACTIVATIONS[self.activation](h)
+        h = getattr(F, self.activation)(h)
         return F.linear(h, self.up_weight.to(h.dtype), self.up_bias.to(h.dtype))
 
     def extra_repr(self) -> str:

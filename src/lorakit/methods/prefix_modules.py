@@ -60,13 +60,7 @@ class VirtualPositions:
         return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
 
     def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
-        """Write the rows of `vectors` into `hidden` (B, T, d) at the virtual tokens, out of place.
-
-        Args:
-            hidden: The hidden states.
-            vectors: Shape (prefix + infix, d), in any dtype.
-            prefix: Number of prefix tokens.
-        """
+        """Return `hidden` (B, T, d) with the rows of `vectors` (prefix + infix, d) at the virtual tokens."""
         ids = self.ids.to(vectors.device)
         if self.rows is None or self.columns is None:
             index = _vector_index(ids, prefix).clamp(0, len(vectors) - 1)
@@ -181,11 +175,7 @@ def _needs_vectors(adapters: Any, choice: Any) -> bool:
 
 
 def _vectors_by_row(adapters: Any, of_pass: Any, batch: int) -> list[VirtualVectors | None]:
-    """Return the module with the vectors of each row's virtual tokens, or None for a row without.
-
-    Raises:
-        AdapterStateError: The choice is by token, or for another number of rows.
-    """
+    """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
     choice = of_pass.choice
     if not _needs_vectors(adapters, choice):
         return [None] * batch
@@ -213,11 +203,7 @@ def _module(adapters: Any, name: str) -> Any:
 
 
 def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) -> None:
-    """Reject ids whose virtual tokens are not those of the active adapter.
-
-    Raises:
-        AdapterStateError: With the row, its virtual tokens and the fix.
-    """
+    """Reject ids whose virtual tokens are not those of the active adapter."""
     batch = len(positions.ids)
     modules = _vectors_by_row(adapters, adapters.activation.moment().of_pass, batch)
     assert positions.rows is not None

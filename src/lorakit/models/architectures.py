@@ -218,7 +218,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         model_types=("mpt",),
         layers={"attn.Wqkv": _QKV, "attn.out_proj": O, "ffn.up_proj": UP, "ffn.down_proj": DOWN},
     ),
-    Architecture(model_types=("opt",), layers=_BART_LAYERS, output_norm="final_layer_norm"),
     Architecture(
         model_types=(
             *("llama", "mistral", "ministral", "ministral3", "smollm3", "stablelm", "seed_oss"),
@@ -260,14 +259,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
     ),
     Architecture(
-        model_types=("bart", "marian"),
+        model_types=("bart", "marian", "opt"),
         layers=_BART_LAYERS,
         output_norm="final_layer_norm",
     ),
-    Architecture(
-        model_types=("mbart", "m2m_100", "pegasus"),
-        layers=_BART_LAYERS,
-    ),
+    Architecture(model_types=("mbart", "m2m_100", "pegasus"), layers=_BART_LAYERS),
     Architecture(model_types=("vit",), layers={**_attention("attention"), **_FC_MLP}),
     Architecture(
         model_types=("clip_text_model", "clip_vision_model"),

@@ -17,16 +17,12 @@ from lorakit.models.blocks import blocks_of
 from lorakit.ops.compiling import allow_graphs
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Compile the blocks of `model` in place for batches of any length; return their number.
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks of `model` in place, with a backend of `torch.compile`, for batches of any length.
 
     Blocks are compiled instead of the model, because all blocks of a stack share one compilation. The model
     keeps its classes and keys. Functions that the compiler cannot trace (the attention of
     `lorakit.models.faster`) run eagerly between two compiled halves.
-
-    Args:
-        model: Changed in place.
-        backend: A backend of `torch.compile`.
 
     Raises:
         ConfigurationError: The model has no list of blocks, or no compiler is installed, or on a GPU no Triton.
@@ -42,7 +38,6 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     allow_graphs()
     for block in blocks:
         block.compile(dynamic=True, backend=backend)
-    return len(blocks)
 
 
 @contextmanager

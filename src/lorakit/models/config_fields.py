@@ -36,14 +36,12 @@ _IN_TRAINING = re.compile("drop|loss|jitter")
 
 
 def computing_fields(config: Any) -> dict[str, Any] | None:
-    """Return the fields of a configuration that change the computation, as JSON values.
+    """Return the fields of a configuration that change the computation, as JSON values, and `VERSION`.
 
     The fields of a nested configuration have dotted names: ``text_config.rms_norm_eps``. Fields that only generation
     reads are left out, also the ids of the bos, eos and pad tokens: `load_base` sets the pad id itself. Floats are
-    rounded to six digits, because GGUF stores float32.
-
-    Returns:
-        The fields and `VERSION`; None if `config` is not a configuration of transformers.
+    rounded to six digits, because GGUF stores float32. The result is None if `config` is not a configuration of
+    transformers.
     """
     if not hasattr(config, "to_dict"):  # do not import transformers for other models
         return None

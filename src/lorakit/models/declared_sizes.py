@@ -40,12 +40,7 @@ _FINITE = re.compile(r".*(eps|epsilon|theta|dropout|drop|pdrop|initializer_range
 
 
 def check_declared(name: str, config: Mapping[str, Any], path: str | Path) -> None:
-    """Check the numbers of a model's configuration, also against the weights in its folder.
-
-    Args:
-        name: Name of the model, for messages.
-        config: The content of config.json.
-        path: The model's folder. A hub id has no weights to compare with.
+    """Check the numbers of a model's config.json, also against the weights if `path` is a folder, not a hub id.
 
     Raises:
         BaseModelError: A size is not plausible, or the weights have far fewer layers.

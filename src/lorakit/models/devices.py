@@ -31,6 +31,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def device_exists(device: torch.device) -> bool:
+    """Return whether this machine has a CUDA GPU of this index; True for other devices."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
 def available_memory(device: torch.device) -> int | None:
     """Return the bytes of memory that are free on a CPU or a CUDA GPU; None for other devices.
 

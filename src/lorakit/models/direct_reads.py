@@ -42,42 +42,33 @@ def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
         if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
         if "init" not in name
     ]
-    read: set[str] = set()
-    read_in_training: set[str] = set()
-    called: set[str] = set()
+    uses: dict[str, set[str]] = {"read": set(), "read in training": set(), "called": set()}
     if any("weight" in method.__code__.co_names for method in methods):
         try:
             for method in methods:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-                _collect(tree, [], is_quantised, read, read_in_training, called)
+                for name, use in _uses(tree, [], is_quantised):
+                    uses[use].add(name)
         except (OSError, SyntaxError):  # no source
             return frozenset()
-    return frozenset(read - called | read_in_training)
+    return frozenset(uses["read"] - uses["called"] | uses["read in training"])
 
 
-def _collect(
-    node: ast.AST,
-    around: list[ast.AST],
-    is_quantised: bool,
-    read: set[str],
-    read_in_training: set[str],
-    called: set[str],
-) -> None:
-    """Add the attributes of `self` below a node; `around` are the nodes around it, the innermost last."""
+def _uses(node: ast.AST, around: list[ast.AST], is_quantised: bool) -> Iterator[tuple[str, str]]:
+    """Yield each attribute of `self` below a node, and its use; `around` are the outer nodes, the innermost last."""
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Load()):
             match around[-2:]:
                 case [outer, ast.Attribute(attr="weight", ctx=ast.Load())]:
                     if not _is_harmless(outer):
-                        read.add(name)
-                        if any(_tests_training(outside) for outside in around):
-                            read_in_training.add(name)
+                        in_training = any(map(_tests_training, around))
+                        yield name, "read in training" if in_training else "read"
                 case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
                     pass
                 case _:
-                    called.add(name)
+                    yield name, "called"
     for child in _children(node, is_quantised):
-        _collect(child, [*around, node], is_quantised, read, read_in_training, called)
+        yield from _uses(child, [*around, node], is_quantised)
 
 
 def _children(node: ast.AST, is_quantised: bool) -> Iterator[ast.AST]:

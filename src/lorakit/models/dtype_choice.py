@@ -19,7 +19,7 @@ from lorakit.errors import BaseModelError, LorakitError
 from lorakit.formatting import size
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
-from lorakit.models.devices import available_memory, pick_device
+from lorakit.models.devices import available_memory, device_exists, pick_device
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name, dtype_of_name, multiplies_bfloat16
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
 from lorakit.models.processor import limit_processor, processor_name
@@ -80,15 +80,11 @@ class Trial:
         fast, slow = "bfloat16", "float32"
         if self.bfloat16 < LEAD * self.float32:
             fast, slow = slow, fast
-        busy = (
-            ""
-            if self.steady
-            else ", on a machine whose speed varies, so it is measured again next time"
-        )
-        return DtypeChoice(
-            getattr(torch, fast),
-            f"its products run at {_rate(getattr(self, fast))}, those of {slow} at {_rate(getattr(self, slow))}{busy}",
-        )
+        fast_rate, slow_rate = _rate(getattr(self, fast)), _rate(getattr(self, slow))
+        reason = f"its products run at {fast_rate}, those of {slow} at {slow_rate}"
+        if not self.steady:
+            reason += ", on a machine whose speed varies, so it is measured again next time"
+        return DtypeChoice(getattr(torch, fast), reason)
 
 
 def compute_dtype(
@@ -122,12 +118,7 @@ def resolve_dtype(
     """Return `base` with the name of a dtype in place of ``auto``, and the reason for it.
 
     The reason is empty for a dtype that the user chose. A device that this machine lacks counts as a GPU that
-    multiplies bfloat16.
-
-    Args:
-        base: The base and its settings.
-        batch_size: Examples of a batch.
-        copies: Number of processes that load the base on this machine; see `choose_dtype`.
+    multiplies bfloat16. `batch_size` and `copies` are those of `choose_dtype`.
     """
     if base.dtype != "auto":
         return base, ""
@@ -136,7 +127,7 @@ def resolve_dtype(
     except LorakitError:  # a planned run on another machine
         device = torch.device(base.device)
     config = None
-    if _exists(device):
+    if device_exists(device):
         with suppress(BaseModelError):  # loading it raises a better message
             config = shape_of(base).config
     choice = choose_dtype(device, config, batch_size=batch_size, copies=copies)
@@ -173,14 +164,16 @@ def choose_dtype(
 def _fastest(device: torch.device, config: PretrainedConfig | None, batch_size: int) -> DtypeChoice:
     """Return the dtype to compute in, whatever the memory."""
     if not multiplies_bfloat16(device):
-        return DtypeChoice(torch.float32, f"this {_kind(device)} has no bfloat16 arithmetic")
-    if not _exists(device):
+        kind = {"cpu": "processor", "cuda": "GPU"}.get(device.type, f"{device.type} device")
+        return DtypeChoice(torch.float32, f"this {kind} has no bfloat16 arithmetic")
+    if not device_exists(device):
         return DtypeChoice(torch.bfloat16, "assumed for a device that this machine lacks")
     stored = getattr(config, "dtype", None)
     if getattr(config, MERGED, False) and stored in (torch.float32, torch.bfloat16):
         return DtypeChoice(stored, "the merged model is stored in it")
     widths = _widths(config) if config is not None else _WIDTHS
-    rows = _rows(batch_size) * (1 if device.type == "cpu" else 8)
+    # Few numbers of rows, so that runs share a trial.
+    rows = (64 if batch_size < 4 else 512) * (1 if device.type == "cpu" else 8)
     if sum(2 * rows * a * b for a, b in _products(widths)) < NEGLIGIBLE:
         return DtypeChoice(torch.float32, "the products of this small model take little time")
     if device.type == "cpu":
@@ -197,7 +190,7 @@ def _that_fits(device: torch.device, config: PretrainedConfig, copies: int) -> D
     if stored not in (torch.bfloat16, torch.float16) or quantised:
         return None
     copies = copies if device.type == "cpu" else 1
-    needed, free = 4 * (_parameters(config) or 0) * copies, available_memory(device)
+    needed, free = 4 * _parameters(config) * copies, available_memory(device)
     if free is None or needed <= free:
         return None
     where = f" in {copies} processes" if copies > 1 else ""
@@ -205,8 +198,8 @@ def _that_fits(device: torch.device, config: PretrainedConfig, copies: int) -> D
     return DtypeChoice(torch.bfloat16, reason, saves_memory=True)
 
 
-def _parameters(config: PretrainedConfig) -> int | None:
-    """Return the number of parameters of a model; None if transformers cannot build it without code from the hub."""
+def _parameters(config: PretrainedConfig) -> int:
+    """Return the number of parameters of a model; 0 if transformers cannot build it without code from the hub."""
     import transformers
 
     try:
@@ -217,13 +210,8 @@ def _parameters(config: PretrainedConfig) -> int | None:
             model = build(copy.deepcopy(config))
     # A configuration is untrusted input, and loading the model raises a better message.
     except Exception:
-        return None
+        return 0
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _exists(device: torch.device) -> bool:
-    """Return whether this machine has the device."""
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 @functools.cache
@@ -327,15 +315,6 @@ def _width(config: PretrainedConfig, *names: str) -> int | None:
         if value:
             return max(value) if isinstance(value, list | tuple) else int(value)
     return None
-
-
-def _rows(batch_size: int) -> int:
-    """Return the rows of the products for batches of this size: few values, so that runs share a trial."""
-    return 64 if batch_size < 4 else 512
-
-
-def _kind(device: torch.device) -> str:
-    return {"cpu": "processor", "cuda": "GPU"}.get(device.type, f"{device.type} device")
 
 
 def _rate(operations: float) -> str:

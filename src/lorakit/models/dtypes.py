@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.models.devices import device_exists
 
 Quantisation = Literal["nf4", "int8"]
 """nf4: 4 bits per number, one scale per 64 numbers (QLoRA). int8: 8 bits, one scale per output row."""
@@ -48,8 +49,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return device.type == "cpu" and _cpu_multiplies_bfloat16()
-    exists = (device.index or 0) < torch.cuda.device_count()
-    return not exists or torch.cuda.get_device_capability(device)[0] >= 8
+    return not device_exists(device) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @functools.cache

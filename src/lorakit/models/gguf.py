@@ -175,11 +175,7 @@ def _smallest_dtype(gguf: Path, header: Header) -> torch.dtype:
 
 
 def _require_room(gguf: Path, header: Header, dtype: torch.dtype, cache: Path) -> None:
-    """Compare the size of the converted model with the free memory, and with the free space of the cache folder.
-
-    Raises:
-        BaseModelError: The model does not fit.
-    """
+    """Reject a model that does not fit into the free memory, or into the free space of the cache folder."""
     needed = sum(tensor.elements for tensor in header.tensors) * dtype.itemsize
     memory, disk = available_memory(torch.device("cpu")), shutil.disk_usage(cache).free
     if memory is not None and needed > memory:
@@ -195,11 +191,7 @@ def _require_room(gguf: Path, header: Header, dtype: torch.dtype, cache: Path) -
 
 
 def _require_used(gguf: Path, header: Header, model: PreTrainedModel) -> None:
-    """Compare the number of weights in the file and in the model, which loaded all of its own from the file.
-
-    Raises:
-        BaseModelError: The file holds more: transformers drops silently what the model has no place for.
-    """
+    """Reject a file with more weights than its model: transformers drops silently what the model has no place for."""
     head, embedding = cast(Any, model.get_output_embeddings()), model.get_input_embeddings()
     tied = {"output.weight"} if head.weight is embedding.weight else set()
     stored = {

@@ -13,49 +13,28 @@ from lorakit.models.gguf_header import Header, read_float32
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_READ_HERE = frozenset(
+_SKIPPED = frozenset(
     {
-        "rope.freq_base",
-        "rope.freq_base_swa",
-        "rope.global.freq_base",
-        "rope.local.freq_base",
-        "rope.scale_linear",
-        "rope.dimension_count",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.attn_factor",
-        "attention.sliding_window",
-    }
-)
-_WITHOUT_EFFECT = frozenset(
-    {
+        # Read by other functions of this module.
+        *("rope.freq_base", "rope.freq_base_swa", "rope.global.freq_base", "rope.local.freq_base"),
+        *("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
+        *("rope.scaling.attn_factor", "rope.dimension_count", "attention.sliding_window"),
         # Sizes: with others the tensors would not load.
-        "vocab_size",
-        "context_length",
-        "feed_forward_length",
-        "decoder_block_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "expert_feed_forward_length",
-        "expert_shared_feed_forward_length",
+        *("vocab_size", "context_length", "feed_forward_length", "decoder_block_count"),
+        *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+        *("expert_feed_forward_length", "expert_shared_feed_forward_length"),
         # Of these two an architecture uses one.
-        "attention.layer_norm_epsilon",
-        "attention.layer_norm_rms_epsilon",
+        *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
         # Details of a scaling that `_read_rope` rejects or that the file does not use.
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.yarn_ext_factor",
-        "rope.scaling.yarn_attn_factor",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
+        *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
+        *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+        *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
         "rope.scaling.yarn_log_multiplier",
         # llama.cpp reads these for other architectures, or to compute embeddings.
-        "use_parallel_residual",
-        "tensor_data_layout",
-        "pooling_type",
+        *("use_parallel_residual", "tensor_data_layout", "pooling_type"),
     }
 )
+"""Settings that `_read_others` skips."""
 _ATTRIBUTES = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
@@ -206,7 +185,7 @@ def _read_others(config: PretrainedConfig, settings: dict[str, Any]) -> list[str
                 setattr(config, attribute, settings[name])
                 read.add(name)
     unread = []
-    for name in sorted(settings.keys() - read - _WITHOUT_EFFECT - _READ_HERE):
+    for name in sorted(settings.keys() - read - _SKIPPED):
         value = settings[name]
         if isinstance(value, str | None):
             unread.append(name)

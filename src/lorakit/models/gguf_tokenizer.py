@@ -12,15 +12,8 @@ _GPT2_SPLIT = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "mellum", "tri
 """llama.cpp's names of pre-tokenizers that split like GPT-2, as transformers does for a name it does not know."""
 _STARTS_WITH_BOS = frozenset(
     {
-        "llama3",
-        "llama-v3",
-        "llama-bpe",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-        "tekken",
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1"),
+        *("pixtral", "midm-2.0", "lfm2", "tekken"),
     }
 )
 """Pre-tokenizers whose texts llama.cpp starts with bos, unless the file says otherwise."""
@@ -33,13 +26,7 @@ _GPT2_SPLIT_AFTER_DIGITS = frozenset(
 def read_tokenizer(
     gguf: Path, metadata: dict[str, Any], config: PretrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Return the tokenizer, and notices if it may differ from that of the training.
-
-    Args:
-        gguf: The file.
-        metadata: The settings in its header.
-        config: The model's configuration.
-    """
+    """Return the tokenizer, and notices if it may differ from that of the training."""
     from transformers import AutoTokenizer
 
     # Without trust_remote_code, a tokenizer_config.json beside the file could make transformers ask for its code.

@@ -13,17 +13,13 @@ from lorakit.models.sources import ModelSource, check_files, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A model on the hub.
-
-    Attributes:
-        commit: The commit.
-        files: Names of its files outside folders; without the hub, of those in the local cache.
-        problem: Why the hub cannot be used; empty if it can.
-    """
+    """A model on the hub."""
 
     commit: str
     files: tuple[str, ...]
+    """Names of its files outside folders; without the hub, of those in the local cache."""
     problem: str = ""
+    """Why the hub cannot be used; empty if it can."""
 
 
 _KEPT, _FAILURE_KEPT = 60, 10

@@ -99,10 +99,9 @@ def base_modules(
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop()
-        if remove_duplicate:
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
+        if remove_duplicate and id(module) in seen:
+            continue
+        seen.add(id(module))
         yield path, module
         if not module._modules:
             continue

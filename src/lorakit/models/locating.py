@@ -21,20 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A base model that transformers can load.
-
-    Attributes:
-        source: The source; for the hub, its revision is the commit.
-        path: The folder or hub id.
-        files: Names of the files there.
-        options: Options of transformers for this path.
-        notices: Sentences for the user.
-    """
+    """A base model that transformers can load, with notices for the user."""
 
     source: ModelSource
+    """The source; for the hub, its revision is the commit."""
     path: str
+    """The folder or hub id."""
     files: Sequence[str]
+    """Names of the files there."""
     options: dict[str, Any]
+    """Options of transformers for this path."""
     notices: list[str]
 
 

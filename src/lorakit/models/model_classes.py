@@ -41,10 +41,8 @@ _BY_SUFFIX: dict[str, ModelHead] = {
 def head_of_class(class_name: str, *, is_encoder_decoder: bool) -> ModelHead | None:
     """Return the head of a model class by its name; None if the name ends in none of the known heads.
 
-    Args:
-        class_name: Name of the class.
-        is_encoder_decoder: Setting of the model. Decoders of images and text, such as Gemma 3, have the suffix of
-            encoder-decoders.
+    Decoders of images and text, such as Gemma 3, have the suffix of encoder-decoders; `is_encoder_decoder` tells them
+    apart.
     """
     for suffix, head in _BY_SUFFIX.items():
         if class_name.endswith(suffix):

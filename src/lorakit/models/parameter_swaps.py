@@ -196,7 +196,8 @@ class ReplacedParameters(AdapterSlot):
             mark = torch.ones(1, dtype=torch.uint8, device=original.device)
         # Nothing is allocated from here on, so a lack of memory leaves the layer as it was.
         if quantised_weight(layer, original) is not None:
-            self.quantised_class = _make_plain(layer)
+            self.quantised_class = type(layer)
+            layer.__class__ = nn.Linear  # its base class, which can use a plain weight
         else:
             self.unmoved[attribute] = original.data
             self.register_buffer(f"base_{attribute}", self.unmoved[attribute], persistent=False)
@@ -206,23 +207,23 @@ class ReplacedParameters(AdapterSlot):
 
     def restore(self, layer: nn.Module) -> None:
         """Restore all replaced parameters of the layer, on the model's current device and dtype."""
-        for attribute in list(self.replaced):
-            self._restore(layer, attribute)
-
-    def _restore(self, layer: nn.Module, attribute: str) -> None:
-        data = self._buffers.get(f"base_{attribute}")
-        quantised_class = self.quantised_class
-        original = self.forget(attribute)
-        if data is None:  # a quantised weight has no buffer
-            assert quantised_class is not None
-            _make_quantised(layer, original, quantised_class)
-            return
         compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
-        if compatible(original.data, data):
-            original.data = data
-        else:  # on another device type, which needs a new parameter object
-            original = nn.Parameter(data, requires_grad=original.requires_grad)
-        layer._parameters[attribute] = original
+        for attribute in list(self.replaced):
+            data, quantised_class = self._buffers.get(f"base_{attribute}"), self.quantised_class
+            original = self.forget(attribute)
+            if data is None:  # a quantised weight has no buffer
+                assert quantised_class is not None
+                device = layer._parameters["weight"].device  # type: ignore[union-attr]
+                layer._parameters["weight"] = original
+                layer.__class__ = quantised_class
+                if original.device != device:
+                    layer.to(device)
+                continue
+            if compatible(original.data, data):
+                original.data = data
+            else:  # on another device type, which needs a new parameter object
+                original = nn.Parameter(data, requires_grad=original.requires_grad)
+            layer._parameters[attribute] = original
 
     def forget(self, attribute: str) -> nn.Parameter:
         """Drop and return the original of a replaced parameter; the replacement stays."""
@@ -236,16 +237,10 @@ class ReplacedParameters(AdapterSlot):
             delattr(self, MARK)
         return original
 
-    def base(self, layer: nn.Module, attribute: str) -> nn.Parameter:
-        """Return the layer's own parameter, also while it is replaced."""
-        replaced = self.replaced.get(attribute)
-        return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
-
-    def current_base(self, layer: nn.Module, attribute: str) -> Tensor:
-        """Return the layer's own parameter; its data alone if the model has moved since it was replaced."""
-        data = self._buffers.get(f"base_{attribute}")
-        has_moved = data is not self.unmoved.get(attribute)
-        return self.original_data(attribute) if has_moved else self.base(layer, attribute)
+    def current_base(self, attribute: str) -> Tensor:
+        """Return the original of a replaced parameter; its data alone if the model has moved since."""
+        has_moved = self._buffers.get(f"base_{attribute}") is not self.unmoved.get(attribute)
+        return self.original_data(attribute) if has_moved else self.replaced[attribute]
 
     def original_data(self, attribute: str) -> Tensor:
         """Return the data of a replaced parameter on the model's current device."""
@@ -256,8 +251,8 @@ class ReplacedParameters(AdapterSlot):
 def base_parameter(layer: nn.Module, attribute: str) -> nn.Parameter:
     """Return the base's own parameter, also while a trained or merged tensor replaces it."""
     slot = layer._modules.get(ADAPTERS)
-    own = slot.base(layer, attribute) if isinstance(slot, ReplacedParameters) else None
-    return layer._parameters[attribute] if own is None else own  # type: ignore[return-value]
+    replaced = slot.replaced.get(attribute) if isinstance(slot, ReplacedParameters) else None
+    return layer._parameters[attribute] if replaced is None else replaced  # type: ignore[return-value]
 
 
 def named_base_parameters(
@@ -282,25 +277,3 @@ def grouped_base_parameters(
     for name, layer, parameter in named_base_parameters(model, remove_duplicate=remove_duplicate):
         groups.setdefault(id(parameter), ([], layer, parameter))[0].append(name)
     return list(groups.values())
-
-
-def _make_plain(layer: nn.Module) -> type[nn.Module]:
-    """Turn a quantised layer into an `nn.Linear`, its base class, so that it can use a plain weight.
-
-    Returns:
-        The layer's class, which `_make_quantised` needs.
-    """
-    quantised_class = type(layer)
-    layer.__class__ = nn.Linear
-    return quantised_class
-
-
-def _make_quantised(
-    layer: nn.Module, packed: nn.Parameter, quantised_class: type[nn.Module]
-) -> None:
-    """Undo `_make_plain`: restore the packed weight unchanged, on the layer's current device."""
-    device = layer._parameters["weight"].device  # type: ignore[union-attr]
-    layer._parameters["weight"] = packed
-    layer.__class__ = quantised_class
-    if packed.device != device:
-        layer.to(device)

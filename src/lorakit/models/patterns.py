@@ -110,8 +110,8 @@ class PatternTable(Generic[V]):
         self._keys, self._values = list(patterns), list(patterns.values())
         self.matcher = matcher
         # A dot in a name matches any character, so names are compared without their characters at those positions.
-        self._names: dict[tuple[int, ...], dict[str, list[int]]] = {}
-        self._dots_by_length: dict[int, list[tuple[int, ...]]] = {}
+        self._names: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        """The indices of the keys by length of the name, positions of its dots, and name."""
         self._expressions: list[tuple[int, str]] = []
         for index, key in enumerate(self._keys):
             name = _name(key)
@@ -121,10 +121,8 @@ class PatternTable(Generic[V]):
                 self._expressions.append((index, expression))
                 continue
             dots = tuple(m.start() for m in re.finditer(_ANY, name))
-            of_shape = self._names.setdefault((len(name), *dots), {})
-            if not of_shape:
-                self._dots_by_length.setdefault(len(name), []).append(dots)
-            of_shape.setdefault(name, []).append(index)
+            by_name = self._names.setdefault(len(name), {}).setdefault(dots, {})
+            by_name.setdefault(name, []).append(index)
 
     def get(self, path: str, default: V) -> V:
         """Return the value of the first key that covers the path, else the default.
@@ -158,11 +156,11 @@ class PatternTable(Generic[V]):
         for ending in endings(path):
             texts = (ending, _START + ending) if len(ending) == len(path) else (ending,)
             for text in texts:
-                for dots in self._dots_by_length.get(len(text), ()):
+                for dots, by_name in self._names.get(len(text), {}).items():
                     masked = text
                     for i in dots:
                         masked = f"{masked[:i]}{_ANY}{masked[i + 1 :]}"
-                    yield from self._names[(len(text), *dots)].get(masked, ())
+                    yield from by_name.get(masked, ())
         self.matcher.left -= time.thread_time() - start
 
 

@@ -10,7 +10,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
@@ -145,15 +145,9 @@ def _core_of(cpu: int) -> str:
 
 def _quota() -> float:
     """Return the CPUs that control groups (version 2 or 1) let this process use; infinite without a quota."""
-    try:
-        quota, period = (_CGROUPS / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota, period = (
-            int((_CGROUPS / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
-        )
-        return quota / period if quota > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((_CGROUPS / name).read_text() for name in names).split()
+            # Without a quota it is "max" in version 2, and -1 or 0 in version 1.
+            return math.inf if quota in ("max", "-1", "0") else int(quota) / int(period)
+    return math.inf

@@ -174,11 +174,7 @@ def _loaded_library() -> Any:
 
 
 def dequantise_model(model: nn.Module) -> int:
-    """Dequantise every quantised layer: its weight becomes ``W_q``.
-
-    Returns:
-        Number of dequantised layers.
-    """
+    """Dequantise every quantised layer, so that its weight becomes ``W_q``; return the number of layers."""
     weights = [weight for _, weight in quantised_weights(model)]
     for weight in weights:
         dequantise_layer(weight, weight.matrix())

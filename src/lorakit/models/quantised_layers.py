@@ -41,11 +41,7 @@ class OriginalWeight:
 
 
 class NF4Linear(bnb.nn.Linear4bit):
-    """A linear layer in NF4 (Dettmers et al. 2023): 4 bits per number, a float32 scale per 64.
-
-    Args:
-        layer: The `nn.Linear` or `Conv1D` to replace; it is not changed.
-    """
+    """An `nn.Linear` or `Conv1D` in NF4 (Dettmers et al. 2023): 4 bits per number, a float32 scale per 64."""
 
     def __init__(self, layer: nn.Module) -> None:
         W = _matrix(layer)
@@ -73,11 +69,7 @@ class NF4Linear(bnb.nn.Linear4bit):
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
-    """A linear layer in int8: 8 bits per number, symmetric, a float32 scale per output row.
-
-    Args:
-        layer: The `nn.Linear` or `Conv1D` to replace; it is not changed.
-    """
+    """An `nn.Linear` or `Conv1D` in int8: 8 bits per number, symmetric, a float32 scale per output row."""
 
     def __init__(self, layer: nn.Module) -> None:
         W = _matrix(layer)

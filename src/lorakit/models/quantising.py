@@ -69,19 +69,16 @@ def projections_as_stored() -> Iterator[dict[str, torch.dtype]]:
 def quantise(
     model: nn.Module, kind: Quantisation, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> int:
-    """Quantise the weights of a model's projections in place to 4 or 8 bits, one layer at a time.
+    """Quantise a model's projections in place to 4 or 8 bits, one layer at a time; return their number.
 
     The projections are the linear layers (GPT-2's `Conv1D` included) in the model's numbered blocks.
     Embeddings, norms, biases, heads, experts in stacked tensors and layers outside the blocks do not change.
 
     Args:
         model: A model with unquantised weights and no adapters. Its compute dtype does not change.
-        kind: The kind of quantisation.
+        kind: nf4 or int8.
         dtypes: Dtypes to cast the weights of some layers to before they are quantised, by the layer's path. A quantised
             layer computes in the dtype of its original weight.
-
-    Returns:
-        Number of quantised layers.
 
     Raises:
         ConfigurationError: `kind` is not known, or bitsandbytes is not installed.

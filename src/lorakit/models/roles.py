@@ -128,13 +128,10 @@ def _check_adaptable(modules: list[LocatedModule], hits: list[LocatedModule], en
 def _check_called(hits: list[LocatedModule], entry: str) -> None:
     for at in hits:
         if is_never_called(at):
-            is_table = isinstance(at.module, nn.Embedding)
+            fix = "Leave it out."
+            if isinstance(at.module, nn.Embedding):
+                fix = "Write 'embedding' for the embeddings that it calls."
             raise TargetError(
                 f"Target '{entry}' matches '{at.path}', which {type(at.parent).__name__} never calls, or not "
-                "in training: then it uses only the weight, and an adapter would have no effect. "
-                + (
-                    "Write 'embedding' for the embeddings that it calls."
-                    if is_table
-                    else "Leave it out."
-                )
+                f"in training: then it uses only the weight, and an adapter would have no effect. {fix}"
             )

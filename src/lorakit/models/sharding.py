@@ -32,10 +32,7 @@ def shard_blocks(model: nn.Module, device: torch.device) -> None:
 
     The class of each block gets the prefix ``FSDP``. The tensors that adapters add are not sharded. A trained copy
     of a base tensor takes the place of that tensor and is sharded like it; its gradient is the sum over the processes.
-
-    Args:
-        model: A model with blocks, changed in place. While it is on the CPU, one block at a time moves to the device.
-        device: The device of this process.
+    While the model is on the CPU, one block at a time moves to the device.
     """
     from torch.distributed.fsdp import share_comm_ctx  # older PyTorch cannot shard, and lacks it
 

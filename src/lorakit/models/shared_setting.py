@@ -10,8 +10,7 @@ from contextlib import contextmanager
 class SharedSetting:
     """A setting of the process: the first of several open blocks changes it, and the last one restores it.
 
-    Args:
-        change: Changes the setting, and returns the function that restores it.
+    `change` changes the setting, and returns the function that restores it.
     """
 
     def __init__(self, change: Callable[[], Callable[[], object]]) -> None:

@@ -138,10 +138,6 @@ def _resolve_path(path: Path) -> ModelSource:
 def check_files(name: str, files: Iterable[str]) -> None:
     """Reject a folder or a hub id whose files are not those of a base model.
 
-    Args:
-        name: The folder or hub id.
-        files: Names of its files.
-
     Raises:
         BaseModelError: It is an adapter, or has no config.json.
     """

@@ -356,11 +356,8 @@ class _KeptWeights:
         rows = None if keys is None else keys.of_rows(shape)
         if keys is None or rows is None:
             return
-        self._draw, self._rows, self._width = (
-            Draw(p, query.device),
-            blocks.split(rows[..., None], K),
-            S,
-        )
+        self._draw, self._width = Draw(p, query.device), S
+        self._rows = blocks.split(rows[..., None], K)
         columns = keys.columns(shape)
         if columns is not None:
             self._width = keys.width

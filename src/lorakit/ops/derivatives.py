@@ -16,15 +16,12 @@ from torch.autograd import forward_ad
 
 from lorakit.errors import LorakitError
 
-STOCK_LAYERS = "lorakit.models.faster.make_stock(model) restores the model's own layers"
-"""The fix where the function is part of the faster layers."""
-
 
 class Function(torch.autograd.Function):
     """Base of lorakit's autograd functions. Call them with `apply` of this module."""
 
-    instead = STOCK_LAYERS
-    """What to use where a derivative is not supported."""
+    instead = "lorakit.models.faster.make_stock(model) restores the model's own layers"
+    """What to use where a derivative is not supported; by default, the fix for a function of the faster layers."""
 
 
 def is_transformed(*tensors: Any) -> bool:

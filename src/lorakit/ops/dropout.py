@@ -72,12 +72,7 @@ def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 class Draw:
-    """The random bits of one call of dropout.
-
-    Args:
-        p: The probability.
-        device: Device of the bits.
-    """
+    """The random bits of one call of dropout."""
 
     def __init__(self, p: float, device: torch.device) -> None:
         # Gradient checkpointing restores the state of this generator, so it draws the same again.

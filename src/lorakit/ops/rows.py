@@ -19,58 +19,33 @@ def round_up(count: int, step: int) -> int:
 def rounded_rows(count: int) -> int:
     """Return `count` rounded up, so that batches with varying row counts share a few sizes.
 
-    The CPU library prepares and caches a kernel for each new row count. On a CPU with matrix units each takes up to
-    five milliseconds and three megabytes, which can exceed the product itself.
-
-    Returns:
-        The next multiple of a power of two. This power is at most an eighth of `count`, and at most 32.
+    The result is a multiple of a power of two. This power is at most an eighth of `count`, and at most 32. The CPU
+    library prepares and caches a kernel for each new row count. On a CPU with matrix units each takes up to five
+    milliseconds and three megabytes, which can exceed the product itself.
     """
     return round_up(count, min(STEP, 2 ** max(0, (count // 8).bit_length() - 1)))
 
 
 def gather_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` at the indices `at`, which may repeat.
+    """Gather the rows of `x` (N, d) at the int64 indices `at` (...), which may repeat, into (..., d).
 
     The backward pass adds the gradients of a row in a fixed order. That of indexing adds them atomically on a CPU with
     several threads, in another order each time, and takes longer.
-
-    Args:
-        x: Shape (N, d).
-        at: Int64, any shape.
-
-    Returns:
-        The shape of `at`, then d.
     """
     return F.embedding(at, x)
 
 
 def take_rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather the rows of `x` at the unique indices `at`.
+    """Gather the rows of `x` (N, ...) at the unique int64 indices `at` (M,), into (M, ...).
 
     The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
     and unique ones do not.
-
-    Args:
-        x: Shape (N, ...).
-        at: Int64, shape (M,), each index once.
-
-    Returns:
-        Shape (M, ...).
     """
     return apply(_Take, x, at)
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    """Scatter `rows` to the indices `at` of a zero tensor with `count` rows.
-
-    Args:
-        rows: Shape (M, ...).
-        at: Int64, shape (M,), each index once.
-        count: Number of rows, N.
-
-    Returns:
-        Shape (N, ...).
-    """
+    """Scatter `rows` (M, ...) to the unique int64 indices `at` (M,) of a zero tensor with `count` rows."""
     return apply(_Put, rows, at, count)
 
 

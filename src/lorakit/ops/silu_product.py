@@ -12,12 +12,8 @@ from lorakit.ops.derivatives import Function, apply, once_differentiable
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up`` (Shazeer 2020, equation 6), with ``silu(x) = x * sigmoid(x)``.
 
-    Two separate operations would also save silu(gate), a tensor as large as `gate`. Here the backward pass
-    recomputes it.
-
-    Args:
-        gate: Any shape.
-        up: The shape and dtype of `gate`.
+    `gate` and `up` have the same shape and dtype. Two separate operations would also save silu(gate), a tensor as large
+    as `gate`. Here the backward pass recomputes it.
     """
     return apply(_SiLUProduct, gate, up)
 

@@ -74,11 +74,8 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
 
     On any exception `path` keeps its old content and the temporary file is removed. The new file has
-    the mode of the old one: a private file stays private.
-
-    Args:
-        path: The file.
-        overwrite: Replace a file. Otherwise the new file gets a name beside it, and an error names it.
+    the mode of the old one: a private file stays private. If `path` exists at the end and `overwrite`
+    is false, the new file gets a name beside it, and an error names it.
 
     Raises:
         RunFolderError: `path` is a folder or a device, cannot be written, or is a file and

@@ -38,10 +38,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
 def require_free_file(path: str | Path, *, overwrite: bool = False, option: str = "") -> Path:
     """Return the real path of an output file that can be written. Call this before long work.
 
-    Args:
-        path: The file.
-        overwrite: Whether it may exist.
-        option: The option that names the file, if it is not the usual --output.
+    `option` is the command-line option that names the file, if it is not the usual --output.
 
     Raises:
         RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is

@@ -24,11 +24,8 @@ def read_safetensors(
 ) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file.
 
-    Args:
-        path: The file.
-        error: The class of errors.
-        mapped: Copy the tensors out of a memory map, which needs half the memory. Only for files that nothing writes
-            to: one that is cut meanwhile ends the process.
+    `mapped` copies the tensors out of a memory map, which needs half the memory. Only for files that nothing writes to:
+    one that is cut meanwhile ends the process.
 
     Raises:
         error: The file is missing, truncated, or not a safetensors file; or the process has too many open files.

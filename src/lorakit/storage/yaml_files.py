@@ -133,10 +133,7 @@ def parse_yaml(text: str, name: str = "the text") -> Any:
 def read_yaml(path: str | Path, error: type[LorakitError], *, secret: bool = False) -> Any:
     """Return the value in a YAML file.
 
-    Args:
-        path: The file.
-        error: The error to raise.
-        secret: Name only the line of invalid YAML; its own message quotes the text.
+    With `secret`, the error for invalid YAML names only its line: the message of the YAML library quotes the text.
 
     Raises:
         error: The file cannot be read, is not valid UTF-8 or YAML, or exceeds a limit.

@@ -6,11 +6,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ConfigurationError, TargetError
-from lorakit.methods.lora.attention import AttentionLoRA, OutProjectionLoRA
 from lorakit.methods.lora.convolution import ConvLoRA
 from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
-from lorakit.methods.lora.linear import LinearLoRA
+from lorakit.methods.lora.linear import AttentionLoRA, LinearLoRA, OutProjectionLoRA
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings

@@ -232,13 +232,15 @@ class LoRALayer(AdapterModule):
 
         The norm is a constant for the gradient (Liu et al. 2024, section 4.3).
         """
-        assert self.magnitude is not None
         A, B = self.factors()
-        norms = self.row_norms(layer, A.detach(), B.detach())
-        rows = self._rows()
-        magnitude = self.magnitude.to(norms.dtype)
-        # Rows outside the slices keep the factor 1.
-        return torch.ones_like(norms).index_copy(0, rows, dora_factor(magnitude, norms[rows]))
+        norms, rows = self.merged_norms(layer, A.detach(), B.detach()), self._rows()
+        return self._row_factors(norms[rows], rows)
+
+    def _row_factors(self, norms: Tensor, rows: Tensor) -> Tensor:
+        """Return `row_factors` from the norms and indices of the adapted rows; other rows have the factor 1."""
+        assert self.magnitude is not None
+        factors = dora_factor(self.magnitude.to(norms.dtype), norms)
+        return norms.new_ones(self.out_features).index_copy(0, rows, factors)
 
     def adapt_rows(self, layer: nn.Module, x: Tensor, output: Tensor, factors: Tensor) -> Tensor:
         """Return DoRA's output ``factors * (W + dW) x + b``, with the `row_factors` of the layer."""
@@ -270,32 +272,29 @@ class LoRALayer(AdapterModule):
         """Return the shape in which one number per output row broadcasts against the layer's output."""
         return (-1,)
 
-    def row_norms(
-        self, layer: nn.Module, A: Tensor | None = None, B: Tensor | None = None
-    ) -> Tensor:
-        """Return the Euclidean norm of each row of W, or of ``W + scaling * B A``."""
+    def row_norms(self, layer: nn.Module) -> Tensor:
+        """Return the Euclidean norm of each row of W, in float32 or wider."""
         W = self.weight_matrix(layer)
-        dtype = wide_dtype(W)
-        if A is None or B is None:
-            return torch.linalg.vector_norm(W.to(dtype), dim=1)
-        with no_autocast(W):
-            return self._merged_norms(W, A.to(dtype), B.to(dtype))
+        return torch.linalg.vector_norm(W.to(wide_dtype(W)), dim=1)
 
-    def _merged_norms(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Return the norm of each row of ``W + scaling * B A`` in the dtype of A and B."""
-        # The rows of a grouped convolution have different A, and vmap has no in-place product.
-        if self.form.groups > 1 or is_transformed(W, A, B):
-            merged = W.to(A.dtype) + self.scaling * self._product(A, B)
-            return torch.linalg.vector_norm(merged, dim=1)
-        A, B = A.flatten(1), B.flatten(1)  # of a convolution
-        numbers = _CHUNK if W.device.type == "cpu" else _LARGE_CHUNK
-        rows = max(1, numbers // max(1, W.shape[1]))
-        norms = []
-        for W_part, B_part in zip(W.split(rows), B.split(rows), strict=True):
-            # A copy keeps the layout of W, and so the order of a row's sum.
-            merged = W_part.to(A.dtype, copy=True).addmm_(B_part, A, alpha=self.scaling)
-            norms.append(torch.linalg.vector_norm(merged, dim=1))
-        return torch.cat(norms)
+    def merged_norms(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        """Return the Euclidean norm of each row of ``W + scaling * B A``, in float32 or wider."""
+        W = self.weight_matrix(layer)
+        A, B = A.to(wide_dtype(W)), B.to(wide_dtype(W))
+        with no_autocast(W):
+            # The rows of a grouped convolution have different A, and vmap has no in-place product.
+            if self.form.groups > 1 or is_transformed(W, A, B):
+                merged = W.to(A.dtype) + self.scaling * self._product(A, B)
+                return torch.linalg.vector_norm(merged, dim=1)
+            A, B = A.flatten(1), B.flatten(1)  # of a convolution
+            numbers = _CHUNK if W.device.type == "cpu" else _LARGE_CHUNK
+            rows = max(1, numbers // max(1, W.shape[1]))
+            norms = []
+            for W_part, B_part in zip(W.split(rows), B.split(rows), strict=True):
+                # A copy keeps the layout of W, and so the order of a row's sum.
+                merged = W_part.to(A.dtype, copy=True).addmm_(B_part, A, alpha=self.scaling)
+                norms.append(torch.linalg.vector_norm(merged, dim=1))
+            return torch.cat(norms)
 
     # --- merging ---------------------------------------------------------------------------------
 
@@ -331,9 +330,7 @@ class LoRALayer(AdapterModule):
         merged = W.to(wide_dtype(W)) + self.delta_matrix().to(wide_dtype(W))
         rows = self._rows()
         norms = torch.linalg.vector_norm(merged.detach()[rows], dim=1)
-        magnitude = self.magnitude.to(merged.dtype)
-        factor = torch.ones_like(merged[:, 0]).index_copy(0, rows, dora_factor(magnitude, norms))
-        return self._as_weight(factor[:, None] * merged, layer)
+        return self._as_weight(self._row_factors(norms, rows)[:, None] * merged, layer)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.form.kind}"

@@ -1,4 +1,8 @@
-"""LoRA on linear layers: `nn.Linear`, GPT-2's `Conv1D` (weight stored transposed), fused projections."""
+"""LoRA on linear layers: `nn.Linear`, GPT-2's `Conv1D` (weight stored transposed), fused projections.
+
+`nn.MultiheadAttention` reads the weights of its projections without calling a layer, so the adapter cannot add to an
+output. There the effective weight replaces the parameter during the call.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.methods.lora.forms import LinearForm
+from lorakit.methods.lora.forms import AttentionForm, LinearForm
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
 from lorakit.models.checkpoints import caches_outputs
@@ -47,6 +51,19 @@ class LinearLoRA(LoRALayer):
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+class AttentionLoRA(LoRALayer):
+    """Adapts the `in_proj_weight` of `nn.MultiheadAttention`, whole or by its q, k and v rows."""
+
+    form_class = AttentionForm
+    shadows = ("in_proj_weight",)
+
+
+class OutProjectionLoRA(LinearLoRA):
+    """Adapts the `out_proj` of `nn.MultiheadAttention`, a linear layer that is never called."""
+
+    shadows = ("weight",)
 
 
 def output_is_unshared(layer: nn.Module) -> bool:

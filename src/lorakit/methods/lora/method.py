@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError, TargetError, nearest, require_at_least
 from lorakit.formatting import listed
 from lorakit.methods.lora.init import Init
-from lorakit.methods.method import as_names
+from lorakit.methods.method import TrainsModules, as_names
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ Scaling = Literal["standard", "rslora"]
 
 @strict
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(TrainsModules):
     """Low-rank adaptation: ``h = W0 x + scaling * B A x`` (Hu et al. 2021, section 4.1).
 
     ``A`` is (rank, in_features), ``B`` is (out_features, rank); both are trained, ``W0`` is not.
@@ -73,9 +73,8 @@ class LoRA:
     """Apply the adapter of a tied input embedding to the output head as well."""
 
     def __post_init__(self) -> None:
-        conform(self)
-        for name in ("targets", "train_modules"):
-            object.__setattr__(self, name, as_names(name, getattr(self, name)))
+        super().__post_init__()
+        object.__setattr__(self, "targets", as_names("targets", self.targets))
         if not self.targets:
             raise ConfigurationError(
                 "targets is empty. Name at least one, for example 'attention.qv'."
@@ -221,11 +220,7 @@ class LoRA:
 
     @contextmanager
     def _table(self, name: str) -> Iterator[PatternTable[Any]]:
-        """Yield the table of rank_pattern or alpha_pattern, for one operation with a time limit of its own.
-
-        Raises:
-            ConfigurationError: A pattern is not a regular expression, or takes too long.
-        """
+        """Yield the table of rank_pattern or alpha_pattern, for one operation with a time limit of its own."""
         from lorakit.models.patterns import Matcher, PatternTable, pattern_errors
 
         with pattern_errors(name, ConfigurationError):
