@@ -27,9 +27,10 @@ from lorakit.serving.engine import (
     Token,
     factor,
 )
+from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
 from lorakit.serving.http.base_logprobs import base_logprobs, require_base
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_at_most
+from lorakit.serving.http.errors import ApiError, api_error, require_at_most
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
 from lorakit.serving.http.state import (
@@ -244,7 +245,8 @@ class Generation:
         """Yield the events of all answers with the answer's index, until all have ended.
 
         Raises:
-            ApiError: An answer ended with an error, or because the server ends.
+            ApiError: An answer ended with an error.
+            EngineStoppedError: An answer was cancelled, because the server ends.
         """
         metrics, last = self._serving.metrics, dict[int, float]()
         while len(self._ends) < len(self.requests):
@@ -262,12 +264,7 @@ class Generation:
                     failure = event.error or RuntimeError("the engine gave no reason")
                     raise api_error(failure, self._record.id)
                 if event.reason == "cancelled":
-                    raise ApiError(
-                        503,
-                        "The server ended the request.",
-                        code="unavailable",
-                        retry=RETRY_SECONDS,
-                    )
+                    raise EngineStoppedError("The server ended the request.")
             yield index, event
 
     @property

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
 from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
-from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
     ApiError,
@@ -291,10 +291,11 @@ def require_capacity(serving: Serving) -> None:
     """Reject a request for tokens or classes that the server cannot accept now.
 
     Raises:
-        ApiError: 503 if the server is not well, 429 if its queue is full.
+        EngineStoppedError: The server is not well.
+        ApiError: 429 if its queue is full.
     """
     if problem := serving.problem():
-        raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
+        raise EngineStoppedError(problem)
     if serving.computing >= serving.most_requests:
         raise busy(serving)
 
