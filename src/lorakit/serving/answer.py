@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Answer:
-    """The answer to one request; also its `Ticket`.
+    """The answer to one request.
 
     Args:
         request: The request.
@@ -47,7 +47,7 @@ class Answer:
         return self.request.lease.receipt.fingerprint
 
     def cancel(self) -> None:
-        """Let the engine stop computing the request (`Ticket.cancel`)."""
+        """Stop computing the request. Its End follows with the reason "cancelled", unless it has ended."""
         self.is_cancelled = True
         self._wake()
 

@@ -19,15 +19,9 @@ from typing import Any
 
 import torch
 
-from lorakit.serving.engine import (
-    End,
-    Engine,
-    Event,
-    GenerationRequest,
-    Receipt,
-    Ticket,
-    Token,
-)
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import End, Event, GenerationRequest, Receipt, Token
+from lorakit.serving.threaded_engine import ThreadedEngine
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +74,7 @@ class VerifiedEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ThreadedEngine,
         share: float,
         *,
         bound: float,
@@ -94,8 +88,8 @@ class VerifiedEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
-        """Queue a request (`Engine.submit`)."""
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Queue a request (`ThreadedEngine.submit`)."""
         if self._random.random() >= self._share:
             return self._engine.submit(request, deliver)
         recorded = dataclasses.replace(request, top_logprobs=request.top_logprobs or 0)
@@ -143,3 +137,7 @@ class VerifiedEngine:
             self._report(lease.receipt, verdict)
 
         self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
+
+
+Engine = ThreadedEngine | VerifiedEngine
+"""An engine, with or without verification."""

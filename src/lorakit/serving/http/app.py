@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from lorakit.serving.engine import Classifier, Engine
+from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.http import (
     adapters,
     chat,
@@ -25,6 +25,7 @@ from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
 from lorakit.serving.store import AdapterStore
+from lorakit.serving.verification import Engine
 from lorakit.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def create_app(
     settings: HttpSettings,
     *,
     keys: KeyRing | None = None,
-    classifier: Classifier | None = None,
+    classifier: ClassifyingEngine | None = None,
 ) -> FastAPI:
     """Return the application.
 

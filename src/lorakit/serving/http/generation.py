@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from lorakit.serving.answer import Answer
 from lorakit.serving.engine import (
     End,
     Event,
@@ -23,7 +24,6 @@ from lorakit.serving.engine import (
     Piece,
     QueueFullError,
     Sampling,
-    Ticket,
     Token,
     factor,
 )
@@ -194,7 +194,7 @@ class Generation:
         self._serving, self._record, self._answers = serving, record, answers
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._submitted: list[Answer] = []
         self._ends: dict[int, End] = {}
         self._ids: list[list[int]] = [[] for _ in requests]
         """Tokens of each answer so far."""
@@ -216,7 +216,7 @@ class Generation:
             for index, request in enumerate(self.requests):
                 ended = holders.add()
                 deliver = partial(self._deliver, index, ended)
-                self._tickets.append(self._serving.engine.submit(request, deliver))
+                self._submitted.append(self._serving.engine.submit(request, deliver))
         except BaseException as error:
             ended()  # of the request that the engine has not accepted
             self.cancel()
@@ -238,8 +238,8 @@ class Generation:
 
     def cancel(self) -> None:
         """Stop computing. The Ends follow, and with the last the lease is released."""
-        for ticket in self._tickets:
-            ticket.cancel()
+        for answer in self._submitted:
+            answer.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield the events of all answers with the answer's index, until all have ended.
@@ -296,7 +296,7 @@ class Generation:
 
     def _finish(self) -> None:
         """Give back the tokens that were not used, and release the lease."""
-        if self._tickets:
+        if self._submitted:
             self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
             self._reserved -= self.prompt_tokens
         self._record.key.give_back_tokens(max(self._reserved, 0))

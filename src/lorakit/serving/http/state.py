@@ -15,7 +15,8 @@ from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
-from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
+from lorakit.serving.classifying import ClassifyingEngine
+from lorakit.serving.engine import Lease, QueueFullError
 from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
@@ -28,6 +29,7 @@ from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.store import AdapterStore
+from lorakit.serving.verification import Engine
 
 T = TypeVar("T")
 
@@ -56,7 +58,7 @@ class Serving:
     store: AdapterStore
     settings: HttpSettings
     keys: KeyRing | None
-    classifier: Classifier | None
+    classifier: ClassifyingEngine | None
     metrics: Metrics
     began: float = field(default_factory=time.time)
     in_flight: int = 0
