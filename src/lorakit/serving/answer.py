@@ -76,20 +76,16 @@ class Answer:
 
     def _add(self, token: Token) -> None:
         self.tokens.append(token.id)
-        if token.id in self._ends:
-            self._give(Piece(self._text.finish(), (token,)))
-            self.end("stop")
-            return
-        text = self._text.push(token.id)
-        is_last = len(self.tokens) >= self.request.max_tokens
-        if self._text.stopped:
-            self._give(Piece(text, (token,)))
+        is_end = token.id in self._ends
+        is_last = is_end or len(self.tokens) >= self.request.max_tokens
+        text = "" if is_end else self._text.push(token.id)
+        if is_last:
+            text += self._text.finish()
+        self._give(Piece(text, (token,)))
+        if is_end or self._text.stopped:
             self.end("stop")
         elif is_last:
-            self._give(Piece(text + self._text.finish(), (token,)))
-            self.end("stop" if self._text.stopped else "length")
-        else:
-            self._give(Piece(text, (token,)))
+            self.end("length")
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

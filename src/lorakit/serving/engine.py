@@ -139,14 +139,9 @@ class GenerationRequest:
     """Tokens that end the answer, besides those of the model and of the lease's tokenizer."""
     top_logprobs: int | None = None
     """How many of the most likely tokens are reported for each token; None reports no log-probabilities."""
-    is_continuation: bool = False
-    """Whether prompt and answer are one text, so that a space between them belongs to the answer. The answer of a chat
-    or of an encoder-decoder is a text of its own."""
-
-    @property
-    def text_before(self) -> Sequence[int]:
-        """The tokens that the text of the answer continues."""
-        return self.prompt if self.is_continuation else ()
+    text_before: Sequence[int] = ()
+    """The tokens that the text of the answer continues, so that a space between them belongs to the answer. The answer
+    of a chat or of an encoder-decoder is a text of its own."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ async def begin(
     """
     serving, record = serving_of(request), record_of(request)
     settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
+    continues = not is_chat and not serving.engine.limits.is_encoder_decoder
     require_capacity(serving)
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
@@ -129,7 +130,7 @@ async def begin(
                 stop=settings.stop,
                 stop_ids=stop_ids,
                 top_logprobs=settings.top_logprobs,
-                is_continuation=not is_chat and not serving.engine.limits.is_encoder_decoder,
+                text_before=ids if continues else (),
             )
             for p, ids in enumerate(prompts)
             for k in range(settings.answers)
