@@ -256,7 +256,7 @@ class Generation:
                 if index in last:
                     metrics.between_tokens(at - last[index], len(event.tokens))
                 else:
-                    metrics.first_token(at - self._record.began)
+                    metrics.first_token.observe(at - self._record.began)
                 last[index] = at
                 self._ids[index] += [token.id for token in event.tokens]
             if isinstance(event, End):

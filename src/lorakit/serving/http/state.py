@@ -239,7 +239,7 @@ class Serving:
     def _count(self, change: int) -> None:
         with self._lock:
             self.computing += change
-            self.metrics.open_requests(self.computing)
+            self.metrics.open_requests.set(self.computing)
 
 
 def serving_of(request: Request) -> Serving:
