@@ -108,7 +108,11 @@ class AdapterSource:
 
 @dataclass(frozen=True)
 class RunSource:
-    """A run that may still be training: its newest checkpoint, or its adapter once it is finished."""
+    """A run that may still be training: its newest checkpoint, or its adapter once it is finished.
+
+    Checkpoints hold tensors alone, so the run must have saved an adapter that describes them. It saves one after its
+    first validation. Without a checkpoint, that adapter is served.
+    """
 
     path: str
 
