@@ -29,8 +29,9 @@ from lorakit.serving.engine import (
 )
 from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
-from lorakit.serving.http.base_logprobs import base_logprobs, require_base
-from lorakit.serving.http.errors import ApiError, api_error, require_at_most
+from lorakit.serving.http.errors import ApiError, api_error, require_at_most, unknown_model
+from lorakit.serving.http.keys import Key
+from lorakit.serving.http.logprobs import finite
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
 from lorakit.serving.http.state import (
@@ -114,7 +115,7 @@ async def begin(
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
-            require_base(serving, record.key)
+            _require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
         field = "messages" if is_chat else "prompt"
         sampling = settings.sampling
@@ -146,6 +147,19 @@ async def begin(
         return generation
 
     return await guarded(request, work())
+
+
+def _require_base(serving: Serving, key: Key) -> None:
+    """Reject a request for the base's log-probabilities before its answer is computed. Runs in a worker thread.
+
+    Raises:
+        ApiError: The key may not use the base.
+        AdapterStateError: The base cannot compute alone, because its head is not trained.
+    """
+    name = serving.settings.base_name
+    if not key.allows(name):
+        raise unknown_model(name, serving.models(key), "base_logprobs")
+    serving.store.acquire(None).release()
 
 
 def _room(serving: Serving, ids: Sequence[int], settings: Settings, field: str) -> int:
@@ -233,9 +247,24 @@ class Generation:
         return await self._serving.in_worker(work) if reports else work()
 
     async def base_logprobs(self, index: int) -> list[float]:
-        """Return the log-probabilities under the base alone of the tokens of an answer that has ended."""
-        prompt, ids = self.requests[index].prompt, self._ids[index]
-        return await base_logprobs(self._serving, self._record, prompt, ids)
+        """Return the log-probabilities of the tokens of an answer that has ended, by one pass of the base alone.
+
+        The lease of the base is released after the pass, also if nobody waits for it any more.
+
+        Raises:
+            LorakitError: The engine has ended.
+        """
+        serving, record, prompt = self._serving, self._record, self.requests[index].prompt
+        tokens = [*prompt, *self._ids[index]]
+        # A record of its own: the metrics count the request under its adapters.
+        own = RequestRecord(record.id, record.began, record.key)
+        lease, _ = await serving.acquire_and_prepare(
+            own, lambda lease: None, serving.settings.base_name
+        )
+        future = serving.submit_leased(
+            lease, lambda: serving.engine.score(tokens, lease, start=len(prompt))
+        )
+        return [finite(value) for value in await asyncio.wrap_future(future)]
 
     def cancel(self) -> None:
         """Stop computing. The Ends follow, and with the last the lease is released."""
