@@ -34,6 +34,7 @@ from lorakit.serving.http.keys import Key
 from lorakit.serving.http.logprobs import finite
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
+from lorakit.serving.http.settings import HttpLimits
 from lorakit.serving.http.state import (
     RequestRecord,
     Serving,
@@ -50,46 +51,32 @@ Prompts = tuple[list[list[int]], frozenset[int]]
 """Token ids of each prompt, and the tokens that end an answer."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the answers of a request are generated."""
-
-    sampling: Sampling
-    answers: int
-    """Answers for each prompt."""
-    max_tokens: int | None
-    """None is what the context leaves."""
-    stop: tuple[str, ...]
-    top_logprobs: int | None
-
-
-def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) -> Settings:
-    """Return the settings of a request within the server's limits.
+def _require_limits(limits: HttpLimits, body: CompletionRequest | ChatRequest) -> None:
+    """Reject a request with a field above one of the server's limits.
 
     Raises:
         ApiError: A field exceeds a limit.
     """
-    limits, answers = serving.settings.limits, body.n or 1
     tokens_field, max_tokens = body.max_tokens_field
     logprobs_field, top_logprobs = body.top_logprobs_field
-    prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    answers = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
     require_at_most(tokens_field, max_tokens or 0, limits.max_tokens, "max_tokens")
-    require_at_most(
-        "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
-    )
+    require_at_most("n", answers, limits.max_choices, "max_choices", "answers (prompts times n)")
     require_at_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
     for text in body.stops:
         require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
     require_at_most(logprobs_field, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
-    sampling = Sampling(
+
+
+def _sampling(body: CompletionRequest | ChatRequest) -> Sampling:
+    return Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
         top_k=body.top_k or 0,
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
-    return Settings(sampling, answers, max_tokens, body.stops, top_logprobs)
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -109,32 +96,30 @@ async def begin(
         ApiError: The request cannot be answered. Then nothing is leased.
     """
     serving, record = serving_of(request), record_of(request)
-    settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
-    continues = not is_chat and not serving.engine.limits.is_encoder_decoder
+    _require_limits(serving.settings.limits, body)
     require_capacity(serving)
+    answers, sampling = body.n or 1, _sampling(body)
+    is_chat = isinstance(body, ChatRequest)
+    continues = not is_chat and not serving.engine.limits.is_encoder_decoder
 
     def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
         if body.base_logprobs:
             _require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
         field = "messages" if is_chat else "prompt"
-        sampling = settings.sampling
-        stop_ids |= special_stops(lease.tokenizer, settings.stop)
+        stop_ids |= special_stops(lease.tokenizer, body.stops)
         requests = [
             GenerationRequest(
                 prompt=ids,
                 lease=lease,
-                max_tokens=_room(serving, ids, settings, field),
-                sampling=replace(
-                    sampling, seed=derived_seed(sampling.seed, p * settings.answers + k)
-                ),
-                stop=settings.stop,
+                max_tokens=_room(serving, ids, body.max_tokens_field[1], field),
+                sampling=replace(sampling, seed=derived_seed(sampling.seed, index)),
+                stop=body.stops,
                 stop_ids=stop_ids,
-                top_logprobs=settings.top_logprobs,
+                top_logprobs=body.top_logprobs_field[1],
                 text_before=ids if continues else (),
             )
-            for p, ids in enumerate(prompts)
-            for k in range(settings.answers)
+            for index, ids in enumerate(ids for ids in prompts for _ in range(answers))
         ]
         return requests, sum(map(len, prompts))
 
@@ -142,7 +127,7 @@ async def begin(
         lease, (requests, prompt_tokens) = await serving.acquire_and_prepare(
             record, prepare, body.model, body.lora
         )
-        generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)
+        generation = Generation(serving, record, requests, lease, prompt_tokens, answers)
         generation.start()
         return generation
 
@@ -162,14 +147,14 @@ def _require_base(serving: Serving, key: Key) -> None:
     serving.store.acquire(None).release()
 
 
-def _room(serving: Serving, ids: Sequence[int], settings: Settings, field: str) -> int:
-    """Return the most new tokens after a prompt, which the request has in `field`.
+def _room(serving: Serving, ids: Sequence[int], wanted: int | None, field: str) -> int:
+    """Return the most new tokens after a prompt, which the request has in `field`; None wants all that have room.
 
     Raises:
         ApiError: The prompt is too long.
     """
     limits, engine = serving.settings.limits, serving.engine.limits
-    most, room, wanted = limits.max_prompt_tokens, engine.room_after(len(ids)), settings.max_tokens
+    most, room = limits.max_prompt_tokens, engine.room_after(len(ids))
     if most is not None:
         require_at_most(field, len(ids), most, "max_prompt_tokens", "tokens")
     if room < 1:
