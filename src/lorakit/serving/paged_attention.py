@@ -192,7 +192,6 @@ class Step:
                 if most * (stop + 1 - start) > WASTE * total + 4:
                     break
                 stop += 1
-            stop = max(stop, start + 1)
             own = parts[start:stop]
             most = max(counts[start:stop])
             pages = [
@@ -285,7 +284,6 @@ class _StepCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0. Positions are given, and this attention needs no mask."""
-        del layer_idx
         return 0
 
 

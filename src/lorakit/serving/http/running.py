@@ -74,7 +74,6 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; uvicorn's own handler would refuse new connections without an answer."""
-        del sig, frame
         if self._serving.is_draining:
             self.should_exit = self.force_exit = True
         self._serving.is_draining = True
