@@ -25,7 +25,6 @@ def test_the_page_and_its_files(serve: Serve) -> None:
     assert page.content == FILES[INDEX].content
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     kinds = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-    kinds |= {".svg": "image/svg+xml"}
     for name, file in FILES.items():
         answer = client.get(f"/playground/{name}")
         assert answer.content == file.content
