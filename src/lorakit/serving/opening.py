@@ -184,11 +184,8 @@ def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
                 visible(path),
                 nearest_path(path),
             )
-    places = (
-        [folders.AdapterSource(f"{root}/{name}") for name in folders.adapters_in(root)]
-        if root
-        else []
-    )
+    names = folders.adapters_in(root) if root else ()
+    places = [folders.AdapterSource(f"{root}/{name}") for name in names]
     cards: list[Card] = []
     runs: list[Card] = []
     for source in [*places, *map(folders.RunSource, followed.values())]:
