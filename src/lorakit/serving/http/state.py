@@ -95,12 +95,6 @@ class Serving:
             return "The server is shutting down."
         return None
 
-    @property
-    def most_requests(self) -> int:
-        """Requests for tokens or classes at a time."""
-        limits = self.engine.limits
-        return self.settings.limits.max_requests or limits.running + limits.queue
-
     def models(self, key: Key) -> list[str]:
         """Return the names of the models that a key may use: the base, then the adapters."""
         # A folder that has got the base's name since the start cannot be requested.
@@ -298,7 +292,8 @@ def require_capacity(serving: Serving) -> None:
     """
     if problem := serving.problem():
         raise EngineStoppedError(problem)
-    if serving.computing >= serving.most_requests:
+    limits = serving.engine.limits
+    if serving.computing >= (serving.settings.limits.max_requests or limits.running + limits.queue):
         raise busy(serving)
 
 
