@@ -102,13 +102,13 @@ async def begin(
     is_chat = isinstance(body, ChatRequest)
     continues = not is_chat and not serving.engine.limits.is_encoder_decoder
 
-    def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
+    def prepare(lease: Lease) -> list[GenerationRequest]:
         if body.base_logprobs:
             _require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
         field = "messages" if is_chat else "prompt"
         stop_ids |= special_stops(lease.tokenizer, body.stops)
-        requests = [
+        return [
             GenerationRequest(
                 prompt=ids,
                 lease=lease,
@@ -121,13 +121,10 @@ async def begin(
             )
             for index, ids in enumerate(ids for ids in prompts for _ in range(answers))
         ]
-        return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        lease, (requests, prompt_tokens) = await serving.acquire_and_prepare(
-            record, prepare, body.model, body.lora
-        )
-        generation = Generation(serving, record, requests, lease, prompt_tokens, answers)
+        _, requests = await serving.acquire_and_prepare(record, prepare, body.model, body.lora)
+        generation = Generation(serving, record, requests, answers)
         generation.start()
         return generation
 
@@ -179,6 +176,12 @@ class Generation:
     """The answers of one request while the engine computes them.
 
     The lease is released exactly once, after the last answer's End, whatever happens to the HTTP request.
+
+    Args:
+        serving: The server.
+        record: The HTTP request.
+        requests: One for each answer, prompt by prompt, with a common lease.
+        answers: Answers for each prompt.
     """
 
     def __init__(
@@ -186,11 +189,10 @@ class Generation:
         serving: Serving,
         record: RequestRecord,
         requests: list[GenerationRequest],
-        lease: Lease,
-        prompt_tokens: int,
         answers: int,
     ) -> None:
-        self.lease, self.requests, self.prompt_tokens = lease, requests, prompt_tokens
+        self.requests, self.lease = requests, requests[0].lease
+        self.prompt_tokens = sum(len(request.prompt) for request in requests[::answers])
         self._serving, self._record, self._answers = serving, record, answers
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
