@@ -21,7 +21,6 @@ from lorakit.serving.http import (
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
 from lorakit.serving.http.keys import KeyRing
-from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
 from lorakit.serving.store import AdapterStore
@@ -72,14 +71,7 @@ def create_app(
         redirect_slashes=False,  # a redirect repeats the client's Host header
         responses=_ERRORS,
     )
-    app.state.serving = Serving(
-        engine=engine,
-        store=store,
-        settings=settings,
-        keys=keys,
-        classifier=classifier,
-        metrics=Metrics(engine.status, store.stats),
-    )
+    app.state.serving = Serving(engine, store, settings, keys, classifier)
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)

@@ -59,7 +59,6 @@ class Serving:
     settings: HttpSettings
     keys: KeyRing | None
     classifier: ClassifyingEngine | None
-    metrics: Metrics
     began: float = field(default_factory=time.time)
     in_flight: int = 0
     """Requests that are not answered yet, and that arrived before the signal to end: shutdown waits for these only."""
@@ -83,6 +82,7 @@ class Serving:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine.status, self.store.stats)
         self.memory_queue = AdapterMemoryQueue()
         self.store.freed = self.memory_queue.freed
 
