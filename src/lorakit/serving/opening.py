@@ -25,7 +25,7 @@ from lorakit.serving.engine import Limits, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.threaded_engine import ThreadedEngine
-from lorakit.serving.verification import Engine, Verdict, VerifiedEngine, bound_for
+from lorakit.serving.verification import Engine, Verdict, VerifiedEngine
 from lorakit.tasks import TASKS
 
 _LOG = logging.getLogger(__name__)
@@ -95,8 +95,7 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
     engine: Engine = threaded_engine
     classifier = threaded_engine if isinstance(threaded_engine, ClassifyingEngine) else None
     if config.verify:
-        bound = bound_for(base.model.dtype)
-        engine = VerifiedEngine(threaded_engine, config.verify, bound=bound, report=report)
+        engine = VerifiedEngine(threaded_engine, config.verify, report=report)
     notice = _memory_notice(config, cards, threaded_engine.limits)
     return Opened(base, name, store, engine, threaded_engine, classifier, notice)
 

@@ -65,7 +65,6 @@ class VerifiedEngine:
     Args:
         engine: The engine.
         share: Share of the answers, from 0 to 1.
-        bound: Largest mean difference of the log-probabilities of an answer's tokens.
         report: Called with the receipt and the verdict of each chosen answer, in the engine's thread. The verdict is
             None if the answer was not replayed: too many wait, or the forward pass has failed.
         pending: Most answers that wait to be replayed. Others are not replayed then, so that a busy server does not
@@ -77,11 +76,10 @@ class VerifiedEngine:
         engine: ThreadedEngine,
         share: float,
         *,
-        bound: float,
         report: Callable[[Receipt, Verdict | None], Any],
         pending: int = 64,
     ) -> None:
-        self._engine, self._share, self._bound, self._report = engine, share, bound, report
+        self._engine, self._share, self._report = engine, share, report
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
 
@@ -121,14 +119,15 @@ class VerifiedEngine:
                 _LOG.warning("An answer could not be replayed: %s", done.exception())
                 self._report(lease.receipt, None)
                 return
-            verdict = Verdict(lease.receipt, served, tuple(done.result()), self._bound)
+            bound = bound_for(self._engine.model.dtype)
+            verdict = Verdict(lease.receipt, served, tuple(done.result()), bound)
             if not verdict.agrees:
                 _LOG.error(
                     "An answer does not agree with its receipt %s: its log-probabilities differ from those computed "
                     "alone by %.3g on average, and the bound is %.3g. Prompt %s, tokens %s, served %s, alone %s.",
                     lease.receipt.fingerprint,
                     verdict.difference,
-                    self._bound,
+                    bound,
                     list(prompt),
                     list(ids),
                     [round(value, 3) for value in served],

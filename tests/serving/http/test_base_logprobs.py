@@ -219,7 +219,7 @@ def test_the_request_counts_under_its_adapter(serve: Serve) -> None:
 
 def test_a_verified_engine_scores(serve: Serve) -> None:
     inner = FakeEngine()
-    engine: Any = VerifiedEngine(inner, 0.0, bound=1.0, report=lambda *_: None)  # type: ignore[arg-type]
+    engine: Any = VerifiedEngine(inner, 0.0, report=lambda *_: None)  # type: ignore[arg-type]
     engine.pause = None
     served = serve(engine=engine)
     (choice,) = served.complete(logprobs=0, base_logprobs=True).json()["choices"]
