@@ -166,15 +166,11 @@ class CompletionRequest(Generating):
         return value
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> Any:
+    def _agree(self) -> Any:
         if self.best_of not in (None, self.n or 1):
             raise unsupported(
                 "best_of", "'best_of' other than n is not supported by this server. Leave it out."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _base_needs_logprobs(self) -> Any:
         if self.base_logprobs and self.logprobs is None:
             raise unsupported(
                 "base_logprobs",
