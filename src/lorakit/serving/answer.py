@@ -41,11 +41,6 @@ class Answer:
         self._ends = ends | request.stop_ids
         self._text = TextStream(request.lease.tokenizer, request.stop, request.text_before)
 
-    @property
-    def key(self) -> str:
-        """What requests with the same adapters have in common."""
-        return self.request.lease.receipt.fingerprint
-
     def cancel(self) -> None:
         """Stop computing the request. Its End follows with the reason "cancelled", unless it has ended."""
         self.is_cancelled = True

@@ -126,7 +126,7 @@ class ThreadedEngine(ABC):
             # could never be queued.
             if is_full and not any(a.request.lease is request.lease for a in self._waiting):
                 raise QueueFullError(f"{self.limits.queue} requests wait already")
-            self._waiting.put(answer.key, answer)
+            self._waiting.put(request.lease.receipt.fingerprint, answer)
             self._changed.notify()
         return answer
 
