@@ -47,11 +47,7 @@ def factor(weight: float) -> str:
 
 
 class Holders:
-    """Reference count that runs an action when the last holder leaves.
-
-    Args:
-        action: Runs in the thread in which the last one leaves.
-    """
+    """Reference count that runs an action when the last holder leaves, in that holder's thread."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action, self._lock, self._count = action, threading.Lock(), 0

@@ -191,14 +191,10 @@ class Digests:
 
 
 def require_size(state: State, most: int) -> None:
-    """Reject a file that is too large to be read.
-
-    Args:
-        state: The files.
-        most: Most bytes of a file with tensors.
+    """Reject files that are too large to be read.
 
     Raises:
-        AdapterFileError: A file is larger.
+        AdapterFileError: A file with tensors has more than `most` bytes, or another more than `LARGEST_OTHER`.
     """
     for file in state:
         allowed = most if file.path.endswith((".safetensors", ".bin")) else LARGEST_OTHER

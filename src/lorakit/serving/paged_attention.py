@@ -154,10 +154,7 @@ class _Run:
 class Step:
     """One forward pass: where its keys and values are stored, and which tokens see which.
 
-    Args:
-        storage: The cache.
-        parts: The requests, those with one token first.
-        device: Where the model computes.
+    The requests in `parts` that compute one token come first.
     """
 
     def __init__(self, storage: PagedStorage, parts: Sequence[Part], device: torch.device) -> None:

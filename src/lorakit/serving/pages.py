@@ -30,11 +30,7 @@ def next_key(key: Key, tokens: Sequence[int]) -> Key:
 
 
 class PagePool:
-    """The pages by number.
-
-    Args:
-        count: Number of pages, besides `ZEROS`.
-    """
+    """The pages by number: `count` of them, besides `ZEROS`."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -177,11 +177,7 @@ class Generation:
 
     The lease is released exactly once, after the last answer's End, whatever happens to the HTTP request.
 
-    Args:
-        serving: The server.
-        record: The HTTP request.
-        requests: One for each answer, prompt by prompt, with a common lease.
-        answers: Answers for each prompt.
+    The engine requests have a common lease. Those of one prompt, `answers` of them, follow one another.
     """
 
     def __init__(
