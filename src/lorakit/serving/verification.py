@@ -80,6 +80,7 @@ class VerifiedEngine:
         pending: int = 64,
     ) -> None:
         self._engine, self._share, self._report = engine, share, report
+        self._bound = bound_for(engine.model.dtype)
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
 
@@ -119,15 +120,14 @@ class VerifiedEngine:
                 _LOG.warning("An answer could not be replayed: %s", done.exception())
                 self._report(lease.receipt, None)
                 return
-            bound = bound_for(self._engine.model.dtype)
-            verdict = Verdict(lease.receipt, served, tuple(done.result()), bound)
+            verdict = Verdict(lease.receipt, served, tuple(done.result()), self._bound)
             if not verdict.agrees:
                 _LOG.error(
                     "An answer does not agree with its receipt %s: its log-probabilities differ from those computed "
                     "alone by %.3g on average, and the bound is %.3g. Prompt %s, tokens %s, served %s, alone %s.",
                     lease.receipt.fingerprint,
                     verdict.difference,
-                    bound,
+                    self._bound,
                     list(prompt),
                     list(ids),
                     [round(value, 3) for value in served],

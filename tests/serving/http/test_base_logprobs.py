@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,8 +219,9 @@ def test_the_request_counts_under_its_adapter(serve: Serve) -> None:
 
 
 def test_a_verified_engine_scores(serve: Serve) -> None:
-    inner = FakeEngine()
-    engine: Any = VerifiedEngine(inner, 0.0, report=lambda *_: None)  # type: ignore[arg-type]
+    inner: Any = FakeEngine()
+    inner.model = SimpleNamespace(dtype=torch.float32)
+    engine: Any = VerifiedEngine(inner, 0.0, report=lambda *_: None)
     engine.pause = None
     served = serve(engine=engine)
     (choice,) = served.complete(logprobs=0, base_logprobs=True).json()["choices"]
