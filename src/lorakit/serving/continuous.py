@@ -225,9 +225,8 @@ class ContinuousEngine(ThreadedEngine):
 
     def _schedule(self) -> list[_Running]:
         """Return the requests of the next step, those with one token first; each has its number of tokens."""
-        budget = (
-            self._step_tokens
-        )  # holds at least the next tokens of all answers, which come first
+        # At least as many as running requests, so each answer gets its token before prompts get the rest.
+        budget = self._step_tokens
         requests = sorted(self._requests, key=lambda request: request.is_prefill)
         for request in requests:
             request.count = min(budget, len(request.tokens) - request.past)

@@ -82,8 +82,10 @@ class Location:
             AdapterFileError: The folder cannot be read.
         """
         with storage.reading(self.path, AdapterFileError):
-            own = sorted(_states(self.checkpoint)) if self.checkpoint else ()
-            return (*sorted(_states(self.folder)), *own)
+            files = sorted(_states(self.folder))
+            if self.checkpoint:
+                files += sorted(_states(self.checkpoint))
+            return tuple(files)
 
     def read(self) -> StoredAdapter:
         """Read the adapter.
@@ -194,7 +196,7 @@ def require_size(state: State, most: int) -> None:
     """Reject files that are too large to be read.
 
     Raises:
-        AdapterFileError: A file with tensors has more than `most` bytes, or another more than `LARGEST_OTHER`.
+        AdapterFileError: A file with tensors has more than `most` bytes, or another file more than `LARGEST_OTHER`.
     """
     for file in state:
         allowed = most if file.path.endswith((".safetensors", ".bin")) else LARGEST_OTHER

@@ -97,6 +97,8 @@ class ThreadedEngine(ABC):
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
         """Queue a request.
 
+        Requests with one lease are answers of one request: if one of them waits, the queue accepts the others.
+
         Args:
             request: The request.
             deliver: Called with each event, in the engine's thread. It must return at once, without an error.

@@ -194,7 +194,7 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     if kind == "missing":
         message = f"{name} is missing." if param else "The body is empty; send a JSON object."
         return ApiError(400, message, param=param, code="missing_field")
-    if kind in ("unsupported", "unknown"):  # ours, at the object that has the field
+    if kind in ("unsupported", "unknown"):  # own kinds, whose path lacks the field
         param = ".".join(map(str, [*path, context["field"]]))
         if kind == "unknown":
             message = (

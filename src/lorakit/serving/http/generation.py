@@ -113,13 +113,14 @@ async def begin(
                 prompt=ids,
                 lease=lease,
                 max_tokens=_room(serving, ids, body.max_tokens_field[1], field),
-                sampling=replace(sampling, seed=derived_seed(sampling.seed, index)),
+                sampling=replace(sampling, seed=derived_seed(sampling.seed, p * answers + k)),
                 stop=body.stops,
                 stop_ids=stop_ids,
                 top_logprobs=body.top_logprobs_field[1],
                 text_before=ids if continues else (),
             )
-            for index, ids in enumerate(ids for ids in prompts for _ in range(answers))
+            for p, ids in enumerate(prompts)
+            for k in range(answers)
         ]
 
     async def work() -> Generation:
