@@ -347,7 +347,8 @@ def test_requests_stay_within_the_limits_of_the_options(serving: Serve) -> None:
 def test_a_failed_verification_stops_the_server_if_asked(
     serving: Serve, monkeypatch: pytest.MonkeyPatch, capsys: Any, stops: bool, is_draining: bool
 ) -> None:
-    monkeypatch.setattr("lorakit.serving.opening.bound_for", lambda dtype: -1.0)  # all answers fail
+    # All answers fail.
+    monkeypatch.setattr("lorakit.serving.verification.bound_for", lambda dtype: -1.0)
     monkeypatch.setattr("os.kill", lambda *_: pytest.fail("on Windows it ends the process"))
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ended.set())

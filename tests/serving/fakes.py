@@ -53,8 +53,6 @@ class FakeLease:
 
 
 class FakeStore:
-    base_digest = BASE_DIGEST
-
     def __init__(self, records: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.tokenizer = tiny_tokenizer()
         self.records = dict(

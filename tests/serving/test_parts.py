@@ -45,7 +45,7 @@ class Pages(RuleBasedStateMachine):
     @rule(target=held)
     def take(self):
         if not self.pool.available:
-            with pytest.raises(IndexError):
+            with pytest.raises(KeyError):
                 self.pool.take()
             return None
         page = self.pool.take()

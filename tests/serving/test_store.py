@@ -163,8 +163,6 @@ def test_no_file_is_opened_for_an_adapter_that_is_loaded(
 def test_files_that_change_while_they_are_read_are_read_again(
     store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.serving import folders
-
     original, reads = folders.Location.read, []
 
     def read_and_replace(self: folders.Location) -> Any:
@@ -184,8 +182,6 @@ def test_files_that_change_while_they_are_read_are_read_again(
 def test_files_that_change_all_the_time_are_refused(
     store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.serving import folders
-
     original = folders.Location.read
 
     def read_and_touch(self: folders.Location) -> Any:
@@ -768,8 +764,8 @@ def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
             )
         )
 
-    store = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE)
-    store.follow(run, "live")
+    followed = {"live": str(run)}
+    store = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE, followed=followed)
     assert "live" in store.names()
     with pytest.raises(AdapterFileError, match="has saved no adapter yet"):
         store.acquire("live")
@@ -784,8 +780,7 @@ def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
     assert same_tensors(tensors_on_model(store, newest), tensors_on_model(store, final))
     (run / "checkpoints").rename(tmp_path / "larger disk")
     (run / "checkpoints").symlink_to(tmp_path / "larger disk")
-    later = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE)
-    later.follow(run, "live")
+    later = AdapterStore(load_base(source, dtype="float32"), root, budget=LARGE, followed=followed)
     with later.acquire("live") as linked:
         assert same_tensors(tensors_on_model(later, linked), tensors_on_model(store, final))
     train(4)
@@ -793,5 +788,8 @@ def test_a_run_is_followed_while_it_trains(root: Path, tmp_path: Path) -> None:
         assert store.describe("live")["step"] == 4
         assert same_tensors(tensors_on_model(store, lease), load_file(run / "adapter" / TENSORS))
         assert not same_tensors(tensors_on_model(store, lease), tensors_on_model(store, newest))
-    with pytest.raises(AdapterStateError, match="'live' already"):
-        store.follow(run, "live")
+
+
+def test_a_followed_run_cannot_have_the_name_of_an_adapter(root: Path) -> None:
+    with pytest.raises(AdapterStateError, match="'a' already"):
+        AdapterStore(open_base(), root, budget=LARGE, followed={"a": str(root / "b")})

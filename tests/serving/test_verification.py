@@ -28,8 +28,7 @@ def verified(engine, verdicts, share=1.0, **settings):
         assert verdict is None or verdict.receipt == receipt
         verdicts.append(verdict)
 
-    bound = bound_for(engine.model.dtype)
-    return VerifiedEngine(engine, share, bound=bound, report=report, **settings)
+    return VerifiedEngine(engine, share, report=report, **settings)
 
 
 def wait_for(verdicts, count):

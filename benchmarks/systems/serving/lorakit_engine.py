@@ -9,8 +9,9 @@ from benchmarks.serving_load import Answer, Request, wait_until
 from benchmarks.systems.serving import Setup
 from lorakit.models.loading import load_base
 from lorakit.models.processor import in_own_thread
+from lorakit.serving.answer import Answer as Ticket
 from lorakit.serving.choosing import engine_for
-from lorakit.serving.engine import End, Event, GenerationRequest, Sampling, Ticket
+from lorakit.serving.engine import End, Event, GenerationRequest, Sampling
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.threaded_engine import ThreadedEngine
 

@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Answer:
-    """The answer to one request; also its `Ticket`.
+    """The answer to one request.
 
     Args:
         request: The request.
@@ -41,13 +41,8 @@ class Answer:
         self._ends = ends | request.stop_ids
         self._text = TextStream(request.lease.tokenizer, request.stop, request.text_before)
 
-    @property
-    def key(self) -> str:
-        """What requests with the same adapters have in common."""
-        return self.request.lease.receipt.fingerprint
-
     def cancel(self) -> None:
-        """Let the engine stop computing the request (`Ticket.cancel`)."""
+        """Stop computing the request. Its End follows with the reason "cancelled", unless it has ended."""
         self.is_cancelled = True
         self._wake()
 
@@ -76,20 +71,16 @@ class Answer:
 
     def _add(self, token: Token) -> None:
         self.tokens.append(token.id)
-        if token.id in self._ends:
-            self._give(Piece(self._text.finish(), (token,)))
-            self.end("stop")
-            return
-        text = self._text.push(token.id)
-        is_last = len(self.tokens) >= self.request.max_tokens
-        if self._text.stopped:
-            self._give(Piece(text, (token,)))
+        is_end = token.id in self._ends
+        is_last = is_end or len(self.tokens) >= self.request.max_tokens
+        text = "" if is_end else self._text.push(token.id)
+        if is_last:
+            text += self._text.finish()
+        self._give(Piece(text, (token,)))
+        if is_end or self._text.stopped:
             self.end("stop")
         elif is_last:
-            self._give(Piece(text + self._text.finish(), (token,)))
-            self.end("stop" if self._text.stopped else "length")
-        else:
-            self._give(Piece(text, (token,)))
+            self.end("length")
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

@@ -56,13 +56,8 @@ class BatchedEngine(StaticBatchEngine):
         notice: str | None = None,
     ) -> None:
         context, bound = context_of(model, tokenizer, prompt_tokens)
-        super().__init__(
-            model,
-            tokenizer,
-            Limits(context, queue, running, model.config.is_encoder_decoder),
-            notice,
-            bound,
-        )
+        limits = Limits(context, queue, running, model.config.is_encoder_decoder)
+        super().__init__(model, tokenizer, limits, notice, bound)
 
     def _fits(self, batch: Sequence[Answer]) -> bool:
         """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""

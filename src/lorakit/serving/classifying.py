@@ -64,7 +64,7 @@ class _Row(NamedTuple):
 
 
 class ClassifyingEngine(StaticBatchEngine):
-    """Engine for classes and scores. Implements `Engine`, without text, and `Classifier`.
+    """Engine for classes and scores. It generates no text.
 
     Args:
         base: A base with a head of classes or a score.
@@ -91,7 +91,16 @@ class ClassifyingEngine(StaticBatchEngine):
         raise DataError("This server classifies texts and generates none. Use /v1/classify.")
 
     def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
-        """Queue examples (`Classifier.classify`)."""
+        """Queue examples. The result is the logits (examples, outputs) of the adapter's own head, float32 on the CPU.
+
+        The examples carry token types besides ids, which BERT's pairs of texts need. The caller releases the lease
+        after the result. A future that is cancelled before is not computed.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+            EngineStoppedError: The engine has died or is closed.
+            DataError: A text has a token that the base lacks.
+        """
         require_embeddings(self.model, (("The text", e.input_ids) for e in examples))
         job = _Job(examples, lease)
         with self._changed:

@@ -225,18 +225,13 @@ class ContinuousEngine(ThreadedEngine):
 
     def _schedule(self) -> list[_Running]:
         """Return the requests of the next step, those with one token first; each has its number of tokens."""
+        # At least as many as running requests, so each answer gets its token before prompts get the rest.
         budget = self._step_tokens
-        decoding = [request for request in self._requests if not request.is_prefill]
-        for request in decoding:
-            request.count = 1
-            budget -= 1
-        filling = []
-        for request in self._requests:
-            if request.is_prefill and budget > 0:
-                request.count = min(budget, len(request.tokens) - request.past)
-                budget -= request.count
-                filling.append(request)
-        batch = sorted(decoding + filling, key=lambda request: request.count > 1)
+        requests = sorted(self._requests, key=lambda request: request.is_prefill)
+        for request in requests:
+            request.count = min(budget, len(request.tokens) - request.past)
+            budget -= request.count
+        batch = sorted((r for r in requests if r.count), key=lambda request: request.count > 1)
         for request in batch:
             while len(request.pages) * PAGE < request.past + request.count:
                 page = self._pool.take()

@@ -1,23 +1,16 @@
-"""The interface of an engine: requests, events, leases and limits.
-
-An engine computes requests that each name their adapters, in mixed batches on one base. It runs in a thread of its
-own. All methods of `Engine` return at once and may be called from any thread, also from an event loop.
-"""
+"""What engines receive and deliver: requests, events, leases and limits."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.choice import Blend
 from lorakit.compute.batching import room_after
-from lorakit.tasks import LabelledExample
 
 Ending = Literal["stop", "length", "cancelled", "error"]
 
@@ -54,11 +47,7 @@ def factor(weight: float) -> str:
 
 
 class Holders:
-    """Reference count that runs an action when the last holder leaves.
-
-    Args:
-        action: Runs in the thread in which the last one leaves.
-    """
+    """Reference count that runs an action when the last holder leaves, in that holder's thread."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action, self._lock, self._count = action, threading.Lock(), 0
@@ -146,14 +135,9 @@ class GenerationRequest:
     """Tokens that end the answer, besides those of the model and of the lease's tokenizer."""
     top_logprobs: int | None = None
     """How many of the most likely tokens are reported for each token; None reports no log-probabilities."""
-    is_continuation: bool = False
-    """Whether prompt and answer are one text, so that a space between them belongs to the answer. The answer of a chat
-    or of an encoder-decoder is a text of its own."""
-
-    @property
-    def text_before(self) -> Sequence[int]:
-        """The tokens that the text of the answer continues."""
-        return self.prompt if self.is_continuation else ()
+    text_before: Sequence[int] = ()
+    """The tokens that the text of the answer continues, so that a space between them belongs to the answer. The answer
+    of a chat or of an encoder-decoder is a text of its own."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +173,6 @@ class End:
 
 
 Event = Piece | End
-
-
-class Ticket(Protocol):
-    """A submitted request."""
-
-    def cancel(self) -> None:
-        """Stop computing the request. Its End follows with the reason "cancelled", if it has not ended before."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -237,61 +213,3 @@ class EngineStatus:
 
 class QueueFullError(Exception):
     """As many requests wait as the engine accepts."""
-
-
-class Engine(Protocol):
-    """Computes requests in mixed batches."""
-
-    @property
-    def name(self) -> str:
-        """What it is: continuous, batched or classifying."""
-        ...
-
-    @property
-    def notice(self) -> str | None:
-        """What the operator should know, such as why the model runs on the batched engine; None without a notice."""
-        ...
-
-    @property
-    def limits(self) -> Limits:
-        """What the engine can hold."""
-        ...
-
-    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
-        """Queue a request. `deliver` is called in the engine's thread, and must return at once without an error.
-
-        Requests with one lease are answers of one request: where one of them waits, the queue accepts the others.
-
-        Raises:
-            QueueFullError: Too many requests wait.
-            LorakitError: The engine has died or is closed, or the request exceeds a limit.
-        """
-        ...
-
-    def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
-        """Return the log-probabilities of ``tokens[start:]``, each given all tokens before it, computed alone.
-
-        `start` is at least 1, and the tokens fit the context. The result also serves as the reference of
-        `Token.logprob`: nothing else is in its forward passes.
-        """
-        ...
-
-    def status(self) -> EngineStatus:
-        """Return the engine's state and counters."""
-        ...
-
-
-class Classifier(Protocol):
-    """Computes classes and scores, beside or instead of text."""
-
-    def classify(self, examples: Sequence[LabelledExample], lease: Lease) -> Future[Tensor]:
-        """Queue examples. The result is the logits (examples, outputs) of the adapter's own head, float32 on the CPU.
-
-        The examples carry token types besides ids, which BERT's pairs of texts need. The caller releases the lease
-        after the result. A future that is cancelled before is not computed.
-
-        Raises:
-            QueueFullError: Too many requests wait.
-            LorakitError: The classifier has died or is closed.
-        """
-        ...

@@ -14,4 +14,4 @@ class StoreFullError(LorakitError):
 
 
 class EngineStoppedError(LorakitError):
-    """The engine accepts no more requests: it was closed, or has failed."""
+    """No more requests are accepted: the engine was closed or has failed, or the server shuts down."""

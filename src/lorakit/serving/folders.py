@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lorakit import storage
 from lorakit.adapters import formats
@@ -82,9 +82,10 @@ class Location:
             AdapterFileError: The folder cannot be read.
         """
         with storage.reading(self.path, AdapterFileError):
-            return tuple(sorted(_states(self.folder))) + (
-                tuple(sorted(_states(self.checkpoint))) if self.checkpoint else ()
-            )
+            files = sorted(_states(self.folder))
+            if self.checkpoint:
+                files += sorted(_states(self.checkpoint))
+            return tuple(files)
 
     def read(self) -> StoredAdapter:
         """Read the adapter.
@@ -95,14 +96,6 @@ class Location:
         return read_checkpoint(self.checkpoint) if self.checkpoint else formats.read(self.folder)
 
 
-class Source(Protocol):
-    """Where the adapter of a public name comes from: a folder, or a training run."""
-
-    def locate(self) -> Location | None:
-        """Return where the adapter is now; None if there is none."""
-        ...
-
-
 @dataclass(frozen=True)
 class AdapterSource:
     """A folder with an adapter, or a finished run whose adapter is in its folder ``adapter``."""
@@ -110,19 +103,23 @@ class AdapterSource:
     path: str
 
     def locate(self) -> Location | None:
-        return next(
-            (Location(path) for path in (self.path, f"{self.path}/{ADAPTER}") if is_adapter(path)),
-            None,
-        )
+        """Return where the adapter is now; None if there is none."""
+        found = filter(is_adapter, (self.path, f"{self.path}/{ADAPTER}"))
+        return next(map(Location, found), None)
 
 
 @dataclass(frozen=True)
 class RunSource:
-    """A run that may still be training: its newest checkpoint, or its adapter once it is finished."""
+    """A run that may still be training: its newest checkpoint, or its adapter once it is finished.
+
+    Checkpoints hold tensors alone, so the run must have saved an adapter that describes them. It saves one after its
+    first validation. Without a checkpoint, that adapter is served.
+    """
 
     path: str
 
     def locate(self) -> Location | None:
+        """Return where the adapter is now; None if there is none."""
         saved = [folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")]
         if not saved:
             return None
@@ -132,6 +129,10 @@ class RunSource:
         with suppress(OSError):
             found = checkpoints_in(Path(self.path, CHECKPOINTS))
         return Location(saved[0], str(found[-1]) if found else None)
+
+
+Source = AdapterSource | RunSource
+"""Where the adapter of a public name comes from."""
 
 
 def is_adapter(folder: str) -> bool:
@@ -192,14 +193,10 @@ class Digests:
 
 
 def require_size(state: State, most: int) -> None:
-    """Reject a file that is too large to be read.
-
-    Args:
-        state: The files.
-        most: Most bytes of a file with tensors.
+    """Reject files that are too large to be read.
 
     Raises:
-        AdapterFileError: A file is larger.
+        AdapterFileError: A file with tensors has more than `most` bytes, or another file more than `LARGEST_OTHER`.
     """
     for file in state:
         allowed = most if file.path.endswith((".safetensors", ".bin")) else LARGEST_OTHER

@@ -72,12 +72,7 @@ class StoreStats:
 
 
 class LoadedAdapters:
-    """The adapters on one model, by digest.
-
-    Args:
-        handle: The handle on the model.
-        budget: Most bytes of their tensors.
-    """
+    """The adapters on the model of a handle, by digest. Their tensors have at most `budget` bytes."""
 
     def __init__(self, handle: Adapters, budget: int) -> None:
         self.handle, self.budget = handle, budget

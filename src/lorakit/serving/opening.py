@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
@@ -21,11 +21,11 @@ from lorakit.serving import folders
 from lorakit.serving.cards import Card, card_of_run, read_card
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Engine, Limits, Receipt
+from lorakit.serving.engine import Limits, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.threaded_engine import ThreadedEngine
-from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
+from lorakit.serving.verification import Engine, Verdict, VerifiedEngine
 from lorakit.tasks import TASKS
 
 _LOG = logging.getLogger(__name__)
@@ -95,9 +95,7 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
     engine: Engine = threaded_engine
     classifier = threaded_engine if isinstance(threaded_engine, ClassifyingEngine) else None
     if config.verify:
-        bound = bound_for(base.model.dtype)
-        verified = VerifiedEngine(threaded_engine, config.verify, bound=bound, report=report)
-        engine = cast(Engine, verified)
+        engine = VerifiedEngine(threaded_engine, config.verify, report=report)
     notice = _memory_notice(config, cards, threaded_engine.limits)
     return Opened(base, name, store, engine, threaded_engine, classifier, notice)
 
@@ -185,11 +183,8 @@ def _cards(root: Path | None, followed: dict[str, str]) -> list[Card]:
                 visible(path),
                 nearest_path(path),
             )
-    places = (
-        [folders.AdapterSource(f"{root}/{name}") for name in folders.adapters_in(root)]
-        if root
-        else []
-    )
+    names = folders.adapters_in(root) if root else ()
+    places = [folders.AdapterSource(f"{root}/{name}") for name in names]
     cards: list[Card] = []
     runs: list[Card] = []
     for source in [*places, *map(folders.RunSource, followed.values())]:

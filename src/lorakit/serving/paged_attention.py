@@ -154,10 +154,7 @@ class _Run:
 class Step:
     """One forward pass: where its keys and values are stored, and which tokens see which.
 
-    Args:
-        storage: The cache.
-        parts: The requests, those with one token first.
-        device: Where the model computes.
+    The requests in `parts` that compute one token come first.
     """
 
     def __init__(self, storage: PagedStorage, parts: Sequence[Part], device: torch.device) -> None:
@@ -192,7 +189,6 @@ class Step:
                 if most * (stop + 1 - start) > WASTE * total + 4:
                     break
                 stop += 1
-            stop = max(stop, start + 1)
             own = parts[start:stop]
             most = max(counts[start:stop])
             pages = [
@@ -285,7 +281,6 @@ class _StepCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0. Positions are given, and this attention needs no mask."""
-        del layer_idx
         return 0
 
 

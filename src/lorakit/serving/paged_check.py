@@ -131,11 +131,7 @@ def _require_windows(model: PreTrainedModel, windows: set[int | None]) -> None:
     """Reject a model whose masks hide keys that its layers would see over pages.
 
     Such keys are farther away than the trial's prompts are long, so its scores do not show them. Masks are not built
-    for this attention: it needs the window as an argument.
-
-    Args:
-        model: The model.
-        windows: What its layers passed to the attention.
+    for this attention: it needs the window as an argument. `windows` are those that the layers passed to it.
     """
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):

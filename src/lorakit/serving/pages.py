@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 Key = bytes
@@ -30,11 +30,7 @@ def next_key(key: Key, tokens: Sequence[int]) -> Key:
 
 
 class PagePool:
-    """The pages by number.
-
-    Args:
-        count: Number of pages, besides `ZEROS`.
-    """
+    """The pages by number: `count` of them, besides `ZEROS`."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -42,7 +38,7 @@ class PagePool:
         self._holders: Counter[int] = Counter()
         self._page_of: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
-        self._idle: dict[int, None] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
         """Pages that no request holds but whose content is known, the least recently used first."""
 
     @property
@@ -54,16 +50,13 @@ class PagePool:
         """Return a page of unknown content, held once; forgets the prefix that was used least recently if needed.
 
         Raises:
-            IndexError: Requests hold all pages.
+            KeyError: Requests hold all pages.
         """
-        if not self._free:
-            if not self._idle:
-                raise IndexError("all pages are held")
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            self.forget([oldest])
-            self._free.append(oldest)
-        page = self._free.pop()
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            self.forget([page])
         self._holders[page] = 1
         return page
 

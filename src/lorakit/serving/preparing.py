@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -152,14 +152,11 @@ def _pad_head(
             f"most labels of all adapters: --num_labels {count}."
         )
     for name in names:
-        stored.trained[name] = _padded(stored.trained[name], rows)
+        tensor = stored.trained[name]
+        missing = (0, 0) * (tensor.ndim - 1) + (0, rows - len(tensor))
+        stored.trained[name] = F.pad(tensor, missing)  # (k, ...) to (rows, ...)
     recorded = stored.provenance.get("labels")
     return count, _names(recorded if isinstance(recorded, list) else [], count)
-
-
-def _padded(tensor: Tensor, rows: int) -> Tensor:
-    """Return a tensor (k, ...) with zero rows appended, (rows, ...)."""
-    return F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, rows - len(tensor)))
 
 
 def _names(recorded: Sequence[Any], count: int) -> tuple[str, ...]:

@@ -49,10 +49,8 @@ class FairQueue(Generic[T]):
         if removed:
             gone = {id(item) for item in removed}
             for key, line in list(self._lines.items()):
-                kept = deque(item for item in line if id(item) not in gone)
-                if kept:
-                    self._lines[key] = kept
-                else:
+                self._lines[key] = deque(item for item in line if id(item) not in gone)
+                if not self._lines[key]:
                     del self._lines[key]
             self._size -= len(removed)
         return removed

@@ -17,9 +17,7 @@ LARGEST = 20_000_000
 def find_report(folder: str, root: str | Path) -> Path | None:
     """Return the report of the run with this adapter folder; None if there is none that may be shown.
 
-    Args:
-        folder: The adapter folder.
-        root: The folder that a report must be in. Symbolic links may not lead out of it.
+    A report must be in the folder `root`. Symbolic links may not lead out of it.
     """
     run, name = os.path.split(folder.rstrip(os.sep))
     path = Path(run, REPORT)

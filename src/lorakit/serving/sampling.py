@@ -77,22 +77,16 @@ def choose(
     if reported:
         rows = _rows(scores, reported)
         logprobs = rows - rows.logsumexp(-1, keepdim=True)
-        own = (
-            logprobs.gather(-1, torch.tensor([[tokens[i]] for i in reported], device=rows.device))
-            .squeeze(-1)
-            .tolist()
-        )
-        most = max(choosers[i].top_logprobs or 0 for i in reported)
-        most = min(most, scores.shape[-1])
+        own = torch.tensor([[tokens[i]] for i in reported], device=rows.device)
+        own_logprobs = logprobs.gather(-1, own)[:, 0].tolist()
+        most = min(max(choosers[i].top_logprobs or 0 for i in reported), scores.shape[-1])
         values, ids = logprobs.topk(most) if most else (logprobs[:, :0], logprobs[:, :0])
-        for i, logprob, row_ids, row in zip(
-            reported, own, ids.tolist(), values.tolist(), strict=True
-        ):
-            wanted = choosers[i].top_logprobs or 0
-            top = tuple(zip(map(int, row_ids[:wanted]), row[:wanted], strict=True))
-            token = tokens[i]
+        found = zip(reported, own_logprobs, ids.tolist(), values.tolist(), strict=True)
+        for i, logprob, likely, row in found:
+            token, count = tokens[i], choosers[i].top_logprobs
             assert token is not None
-            chosen[i] = Token(token, logprob, top)
+            top = zip(likely[:count], row[:count], strict=True)
+            chosen[i] = Token(token, logprob, tuple(top))
     for chooser in choosers:
         chooser.advance()
     return chosen

@@ -91,9 +91,9 @@ class AdapterStore:
 
     Args:
         base: The base. The store keeps a handle on its model, `handle`, until the process ends.
-        root: The folder whose direct subfolders hold adapters; None serves only those that `follow` adds.
+        root: The folder whose direct subfolders hold adapters; None serves the followed runs alone.
         budget: Most bytes of the tensors of loaded adapters.
-        followed: Runs to `follow`, path by name.
+        followed: Training runs, path by name. Each is served while it goes on, and may be outside the root.
         pinned: Names of adapters that are loaded now and stay loaded. No forward pass may run yet.
         between_steps: Runs an action while no forward pass of the model runs, and returns its result.
         allow_other_base: Load adapters that record another base, and log a warning.
@@ -135,7 +135,8 @@ class AdapterStore:
         """Called, in any thread, when adapters may have become idle; not by an `acquire` that fails."""
         self._pinned = frozenset(pinned)
         for name, run in (followed or {}).items():
-            self.follow(run, name)
+            self._require_free(name)
+            self._entries[name] = _Entry(RunSource(os.path.realpath(run)))
         for name in sorted(self._pinned):
             self.acquire(name).release()
         self._loaded.between_steps = between_steps
@@ -218,20 +219,22 @@ class AdapterStore:
             raise AdapterStateError(
                 f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
-        source = AdapterSource(self._inside(path, allows))
-        self._put(name, source, replace=replace)
-
-    def follow(self, run: str | Path, name: str) -> None:
-        """Serve the newest adapter of a training run, also while the run goes on.
-
-        Until the run is finished, that is its newest checkpoint, or the best adapter if it has no checkpoint yet.
-        Checkpoints hold tensors alone, so the run must have saved an adapter that describes them: it does so after its
-        first validation. The run may be outside the root.
-
-        Raises:
-            AdapterStateError: The name is taken.
-        """
-        self._put(name, RunSource(os.path.realpath(run)), replace=False, load=False)
+        entry = _Entry(AdapterSource(self._inside(path, allows)))
+        with self._lock:
+            before = self._entries.get(name)
+        if not replace:
+            self._require_free(name)
+        loaded = self._acquire(name, entry)
+        try:
+            with self._lock:
+                if not replace and self._entries.get(name) is not before:
+                    raise _taken(name)  # another thread was faster
+                self._entries[name] = entry
+                self._removed.pop(name, None)
+                self._retain()
+        finally:
+            self._loaded.give_back(loaded)
+            self.freed()
 
     def _inside(self, path: str | Path, allows: Callable[[str], bool]) -> str:
         if self.root is None:
@@ -251,24 +254,6 @@ class AdapterStore:
                 f"{str(path)!r} holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
             )
         return joined
-
-    def _put(self, name: str, source: Source, *, replace: bool, load: bool = True) -> None:
-        entry = _Entry(source)
-        with self._lock:
-            before = self._entries.get(name)
-        if not replace:
-            self._require_free(name)
-        loaded = self._acquire(name, entry) if load else None
-        try:
-            with self._lock:
-                if not replace and self._entries.get(name) is not before:
-                    raise _taken(name)  # another thread was faster
-                self._entries[name] = entry
-                self._removed.pop(name, None)
-                self._retain()
-        finally:
-            self._loaded.give_back(*filter(None, [loaded]))
-            self.freed()
 
     def _require_free(self, name: str) -> None:
         with suppress(UnknownAdapterError):

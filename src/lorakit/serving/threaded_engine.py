@@ -1,4 +1,8 @@
-"""The thread of an engine: it takes requests from a fair queue, computes them, and runs short actions in between."""
+"""The thread of an engine: it takes requests from a fair queue, computes them, and runs short actions in between.
+
+An engine computes requests that each name their adapters, in mixed batches on one base. Its public methods may be
+called from any thread, also from an event loop; all but `close` return at once.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ FAILED = "The engine has failed. Restart the server; its log has the reason."
 
 
 class ThreadedEngine(ABC):
-    """Base class of the engines (`lorakit.serving.engine.Engine`): their thread, their queue, and scoring.
+    """Base class of the engines: their thread, their queue, and scoring.
 
     Args:
         model: The base. Nothing else may compute with it until `close`.
@@ -62,6 +66,7 @@ class ThreadedEngine(ABC):
     """
 
     name: str
+    """What it is: continuous, batched or classifying."""
 
     def __init__(
         self,
@@ -90,7 +95,19 @@ class ThreadedEngine(ABC):
     # --- called from any thread --------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
-        """Queue a request (`Engine.submit`)."""
+        """Queue a request.
+
+        Requests with one lease are answers of one request: if one of them waits, the queue accepts the others.
+
+        Args:
+            request: The request.
+            deliver: Called with each event, in the engine's thread. It must return at once, without an error.
+
+        Raises:
+            QueueFullError: Too many requests wait.
+            EngineStoppedError: The engine has died or is closed.
+            DataError: The request is empty, exceeds the context, or has a token that the base lacks.
+        """
         if not request.prompt:
             raise DataError("The prompt is empty; it must have at least one token.")
         if request.max_tokens < 1:
@@ -111,12 +128,16 @@ class ThreadedEngine(ABC):
             # could never be queued.
             if is_full and not any(a.request.lease is request.lease for a in self._waiting):
                 raise QueueFullError(f"{self.limits.queue} requests wait already")
-            self._waiting.put(answer.key, answer)
+            self._waiting.put(request.lease.receipt.fingerprint, answer)
             self._changed.notify()
         return answer
 
     def score(self, tokens: Sequence[int], lease: Lease, *, start: int = 1) -> Future[list[float]]:
-        """Return log-probabilities of given tokens (`Engine.score`)."""
+        """Return the log-probabilities of ``tokens[start:]``, each given all tokens before it, computed alone.
+
+        `start` is at least 1, and the tokens fit the context. The result also serves as the reference of
+        `Token.logprob`: nothing else is in its forward passes.
+        """
         return self._queued(lambda: self._score(list(tokens), lease, start), is_change=False)
 
     def between_steps(self, action: Callable[[], T]) -> Future[T]:
@@ -132,7 +153,7 @@ class ThreadedEngine(ABC):
         return future
 
     def status(self) -> EngineStatus:
-        """Return the engine's state and counters (`Engine.status`)."""
+        """Return the engine's state and counters."""
         return EngineStatus(
             is_alive=self._thread.is_alive() and not self._has_failed,
             running=len(self._running()),

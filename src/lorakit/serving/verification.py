@@ -19,15 +19,9 @@ from typing import Any
 
 import torch
 
-from lorakit.serving.engine import (
-    End,
-    Engine,
-    Event,
-    GenerationRequest,
-    Receipt,
-    Ticket,
-    Token,
-)
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import End, Event, GenerationRequest, Receipt, Token
+from lorakit.serving.threaded_engine import ThreadedEngine
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +65,6 @@ class VerifiedEngine:
     Args:
         engine: The engine.
         share: Share of the answers, from 0 to 1.
-        bound: Largest mean difference of the log-probabilities of an answer's tokens.
         report: Called with the receipt and the verdict of each chosen answer, in the engine's thread. The verdict is
             None if the answer was not replayed: too many wait, or the forward pass has failed.
         pending: Most answers that wait to be replayed. Others are not replayed then, so that a busy server does not
@@ -80,22 +73,22 @@ class VerifiedEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ThreadedEngine,
         share: float,
         *,
-        bound: float,
         report: Callable[[Receipt, Verdict | None], Any],
         pending: int = 64,
     ) -> None:
-        self._engine, self._share, self._bound, self._report = engine, share, bound, report
+        self._engine, self._share, self._report = engine, share, report
+        self._bound = bound_for(engine.model.dtype)
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Ticket:
-        """Queue a request (`Engine.submit`)."""
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Queue a request (`ThreadedEngine.submit`)."""
         if self._random.random() >= self._share:
             return self._engine.submit(request, deliver)
         recorded = dataclasses.replace(request, top_logprobs=request.top_logprobs or 0)
@@ -143,3 +136,7 @@ class VerifiedEngine:
             self._report(lease.receipt, verdict)
 
         self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
+
+
+Engine = ThreadedEngine | VerifiedEngine
+"""An engine, with or without verification."""

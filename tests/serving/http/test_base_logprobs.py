@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fakes import FakeEngine, score_of
 from served import BASE, Serve, Served, wait_for
+from test_completions import events
 from test_errors import error_of
 from test_keys import SQL, bearer, ring
 from test_live import connect, request
@@ -35,16 +36,12 @@ ROUTES: dict[str, dict[str, Any]] = {
 ASKED = {"model": "sql", "base_logprobs": True}
 
 
-def events_of(answer: Any) -> list[dict[str, Any]]:
-    parts = [part.removeprefix("data: ") for part in answer.text.split("\n\n") if part]
-    assert parts[-1] == "[DONE]", parts[-1]
-    return [json.loads(part) for part in parts[:-1]]
-
-
 def last_choices(answer: Any) -> dict[int, dict[str, Any]]:
     """Return the last choice of each answer of a stream; no other one may have the field."""
     last = {}
-    for event in events_of(answer):
+    *parts, done = events(answer.text)
+    assert done == "[DONE]"
+    for event in parts:
         for choice in event["choices"]:
             assert ("base_logprobs" in choice) == (choice["finish_reason"] is not None)
             last[choice["index"]] = choice
@@ -154,8 +151,7 @@ def test_a_score_that_fails_is_an_error(serve: Serve, case: str, stream: bool) -
     if not stream:
         assert words in error_of(answer, status)["message"]
         return
-    *_, last = [part for part in answer.text.split("\n\n") if part]
-    assert words in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert words in events(answer.text)[-1]["error"]["message"]
 
 
 def test_an_engine_that_takes_no_score_is_an_error(serve: Serve) -> None:
@@ -223,8 +219,9 @@ def test_the_request_counts_under_its_adapter(serve: Serve) -> None:
 
 
 def test_a_verified_engine_scores(serve: Serve) -> None:
-    inner = FakeEngine()
-    engine: Any = VerifiedEngine(inner, 0.0, bound=1.0, report=lambda *_: None)  # type: ignore[arg-type]
+    inner: Any = FakeEngine()
+    inner.model = SimpleNamespace(dtype=torch.float32)
+    engine: Any = VerifiedEngine(inner, 0.0, report=lambda *_: None)
     engine.pause = None
     served = serve(engine=engine)
     (choice,) = served.complete(logprobs=0, base_logprobs=True).json()["choices"]

@@ -290,11 +290,8 @@ def test_a_failure_is_logged_under_the_id_of_its_request(
 
 
 def test_an_error_of_one_choice_cancels_the_others(serve: Serve) -> None:
-    import threading
-
     served = serve()
     served.engine.pause = threading.Event()
-    served.engine.text = lambda request: TEXT
     refused = served.engine.submit
     calls = []
 

@@ -110,8 +110,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     base_logprobs: list[float] | None = None
-    """Not of OpenAI's API: log-probabilities of the answer's tokens under the base alone. In a stream, the answer's
-    last event has them."""
+    """As in `CompletionChoice`."""
     finish_reason: FinishReason
 
 
@@ -137,8 +136,7 @@ class ChatPart(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     base_logprobs: list[float] | None = None
-    """Not of OpenAI's API: log-probabilities of the answer's tokens under the base alone. In a stream, the answer's
-    last event has them."""
+    """As in `CompletionChoice`."""
     finish_reason: FinishReason | None = None
 
 

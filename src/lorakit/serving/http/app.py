@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from lorakit.serving.engine import Classifier, Engine
+from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.http import (
     adapters,
     chat,
@@ -21,10 +21,10 @@ from lorakit.serving.http import (
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
 from lorakit.serving.http.keys import KeyRing
-from lorakit.serving.http.metrics import Metrics
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
 from lorakit.serving.store import AdapterStore
+from lorakit.serving.verification import Engine
 from lorakit.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def create_app(
     settings: HttpSettings,
     *,
     keys: KeyRing | None = None,
-    classifier: Classifier | None = None,
+    classifier: ClassifyingEngine | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -71,14 +71,7 @@ def create_app(
         redirect_slashes=False,  # a redirect repeats the client's Host header
         responses=_ERRORS,
     )
-    app.state.serving = Serving(
-        engine=engine,
-        store=store,
-        settings=settings,
-        keys=keys,
-        classifier=classifier,
-        metrics=Metrics(engine.status, store.stats),
-    )
+    app.state.serving = Serving(engine, store, settings, keys, classifier)
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)

@@ -37,24 +37,24 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     rows = body.rows
     require_at_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
     require_capacity(serving)
-    examples: list[LabelledExample] = []
 
-    def prepare(lease: Lease) -> None:
+    def prepare(lease: Lease) -> list[LabelledExample]:
         task, context = _task(body.model, lease), serving.engine.limits.context
-        examples.extend(_encode(task, lease.tokenizer, rows, context))
+        examples = _encode(task, lease.tokenizer, rows, context)
         record.key.reserve_tokens(sum(map(len, examples)))
+        return examples
 
-    async def work() -> tuple[Lease, Tensor]:
-        lease, _ = await serving.acquire_and_prepare(record, prepare, body.model)
+    async def work() -> tuple[Lease, int, Tensor]:
+        lease, examples = await serving.acquire_and_prepare(record, prepare, body.model)
+        tokens = sum(map(len, examples))
         try:
             future = serving.submit_leased(lease, lambda: classifier.classify(examples, lease))
         except BaseException:
-            record.key.give_back_tokens(sum(map(len, examples)))
+            record.key.give_back_tokens(tokens)
             raise
-        return lease, await asyncio.wrap_future(future)
+        return lease, tokens, await asyncio.wrap_future(future)
 
-    lease, logits = await guarded(request, work())
-    tokens = sum(map(len, examples))
+    lease, tokens, logits = await guarded(request, work())
     serving.metrics.tokens(record.model, prompt=tokens)
     answer = ClassifyAnswer(
         id=f"classify-{record.id}",

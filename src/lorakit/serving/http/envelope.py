@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakit.serving.http.errors import LOG, ApiError, api_error, error_answer
-from lorakit.serving.http.keys import OPEN
 from lorakit.serving.http.playground import PUBLIC
 from lorakit.serving.http.state import RequestRecord, Serving
 
@@ -59,21 +57,21 @@ class Envelope:
         finally:
             self.serving.in_flight -= counts
             seconds = time.monotonic() - record.began
-            self.serving.metrics.request(record.model, _route(scope), record.status, seconds)
+            # The route's pattern: paths of clients must not become labels.
+            route = getattr(scope.get("route"), "path", "(none)")
+            self.serving.metrics.request(record.model, route, record.status, seconds)
 
     def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         """Reject a request to another host, or without a valid key. Covers every route but the page's files."""
-        hosts = self.serving.settings.hosts
-        if hosts and _host(headers.get("host", "")) not in hosts:
+        hosts, host = self.serving.settings.hosts, headers.get("host", "")
+        if hosts and re.sub(r":\d*$", "", host) not in hosts:  # without the port
             raise ApiError(
                 403,
-                f"The Host header is {headers.get('host', '')!r:.100}. This server answers to {', '.join(hosts)} only, "
+                f"The Host header is {host!r:.100}. This server answers to {', '.join(hosts)} only, "
                 "since it has no keys. Add --keys FILE, or let the proxy send 'Host: 127.0.0.1'.",
                 code="host_not_allowed",
             )
-        if self.serving.keys is None:
-            record.key = OPEN
-        elif not self._is_public(scope["method"], scope["path"]):
+        if self.serving.keys is not None and not self._is_public(scope["method"], scope["path"]):
             record.key = self.serving.keys.find(headers.get("authorization"))
 
     def _is_public(self, method: str, path: str) -> bool:
@@ -81,13 +79,3 @@ class Envelope:
         if path == HEALTH:
             return self.serving.settings.health_without_key
         return method == "GET" and path in PUBLIC
-
-
-def _host(header: str) -> str:
-    """Return the name in a Host header, without the port."""
-    return header.rpartition(":")[0] if re.search(r":\d*$", header) else header
-
-
-def _route(scope: dict[str, Any] | Scope) -> str:
-    """Return the route's pattern, so that paths of clients never become labels."""
-    return getattr(scope.get("route"), "path", "(none)")

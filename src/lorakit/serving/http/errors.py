@@ -189,24 +189,20 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
     problem = max(problems, key=lambda p: len(_path(p)))
     path = _path(problem)
     param = ".".join(map(str, path)) or None
-    kind, shown = problem["type"], _shown(problem.get("input"))
-    if isinstance(wrong := problem.get("ctx", {}).get("error"), ApiError):
-        return wrong
+    kind, message, context = problem["type"], str(problem["msg"]), problem.get("ctx", {})
     name = f"'{param}'" if param else "The body"
-    if kind == "unsupported":
-        field = problem["ctx"]["field"]
-        param = ".".join([*map(str, path), field])
-        return ApiError(400, str(problem["msg"]), param=param, code="unsupported_field")
     if kind == "missing":
         message = f"{name} is missing." if param else "The body is empty; send a JSON object."
         return ApiError(400, message, param=param, code="missing_field")
-    if kind == "unknown":
-        param = ".".join([*map(str, path), problem["ctx"]["field"]])
-        message = f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
-        return ApiError(400, message, param=param, code="unknown_field")
-    expected = _expected(kind, str(problem["msg"]), problem.get("ctx", {}))
-    text = f"{name} is {shown}; it must {expected}."
-    return invalid_value(text, param)
+    if kind in ("unsupported", "unknown"):  # own kinds, whose path lacks the field
+        param = ".".join(map(str, [*path, context["field"]]))
+        if kind == "unknown":
+            message = (
+                f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
+            )
+        return ApiError(400, message, param=param, code=f"{kind}_field")
+    expected = _expected(kind, message, context)
+    return invalid_value(f"{name} is {_shown(problem.get('input'))}; it must {expected}.", param)
 
 
 def _expected(kind: str, message: str, bounds: Mapping[str, Any]) -> str:
@@ -231,8 +227,5 @@ _MEMBERS = frozenset({"str", "int", "float", "bool", "TextPart"})
 
 def _shown(value: object) -> str:
     """Return the first characters of a value as JSON."""
-    try:
-        text = json.dumps(value, default=str)
-    except (TypeError, ValueError):
-        text = str(type(value).__name__)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 100 else f"{text[:100]}..."

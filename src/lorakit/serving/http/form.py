@@ -26,13 +26,7 @@ _NOT_OPENAIS: Any = {"choices": {"__all__": {"base_logprobs"}}}
 
 
 class Form(ABC, Generic[Body, Logprobs]):
-    """Puts the events of a generation into a form of OpenAI's API.
-
-    Args:
-        generation: The generation.
-        body: The request.
-        identity: The answer's id.
-    """
+    """Puts the events of a generation into a form of OpenAI's API."""
 
     def __init__(self, generation: Generation, body: Body, identity: str) -> None:
         self.generation, self.body = generation, body

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from lorakit.serving.answer import Answer
 from lorakit.serving.engine import (
     End,
     Event,
@@ -23,15 +24,17 @@ from lorakit.serving.engine import (
     Piece,
     QueueFullError,
     Sampling,
-    Ticket,
     Token,
     factor,
 )
+from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.http.answers import FinishReason, PromptTokens, Usage
-from lorakit.serving.http.base_logprobs import base_logprobs, require_base
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError, api_error, require_at_most
+from lorakit.serving.http.errors import ApiError, api_error, require_at_most, unknown_model
+from lorakit.serving.http.keys import Key
+from lorakit.serving.http.logprobs import finite
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
+from lorakit.serving.http.settings import HttpLimits
 from lorakit.serving.http.state import (
     RequestRecord,
     Serving,
@@ -48,46 +51,32 @@ Prompts = tuple[list[list[int]], frozenset[int]]
 """Token ids of each prompt, and the tokens that end an answer."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the answers of a request are generated."""
-
-    sampling: Sampling
-    answers: int
-    """Answers for each prompt."""
-    max_tokens: int | None
-    """None is what the context leaves."""
-    stop: tuple[str, ...]
-    top_logprobs: int | None
-
-
-def checked_settings(serving: Serving, body: CompletionRequest | ChatRequest) -> Settings:
-    """Return the settings of a request within the server's limits.
+def _require_limits(limits: HttpLimits, body: CompletionRequest | ChatRequest) -> None:
+    """Reject a request with a field above one of the server's limits.
 
     Raises:
         ApiError: A field exceeds a limit.
     """
-    limits, answers = serving.settings.limits, body.n or 1
     tokens_field, max_tokens = body.max_tokens_field
     logprobs_field, top_logprobs = body.top_logprobs_field
-    prompts = 1 if isinstance(body, ChatRequest) else len(body.prompts)
+    answers = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
     require_at_most(tokens_field, max_tokens or 0, limits.max_tokens, "max_tokens")
-    require_at_most(
-        "n", answers * prompts, limits.max_choices, "max_choices", "answers (prompts times n)"
-    )
+    require_at_most("n", answers, limits.max_choices, "max_choices", "answers (prompts times n)")
     require_at_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
     for text in body.stops:
         require_at_most(
             "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
         )
     require_at_most(logprobs_field, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
-    sampling = Sampling(
+
+
+def _sampling(body: CompletionRequest | ChatRequest) -> Sampling:
+    return Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
         top_k=body.top_k or 0,
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
-    return Settings(sampling, answers, max_tokens, body.stops, top_logprobs)
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -107,53 +96,63 @@ async def begin(
         ApiError: The request cannot be answered. Then nothing is leased.
     """
     serving, record = serving_of(request), record_of(request)
-    settings, is_chat = checked_settings(serving, body), isinstance(body, ChatRequest)
+    _require_limits(serving.settings.limits, body)
     require_capacity(serving)
+    answers, sampling = body.n or 1, _sampling(body)
+    is_chat = isinstance(body, ChatRequest)
+    continues = not is_chat and not serving.engine.limits.is_encoder_decoder
 
-    def prepare(lease: Lease) -> tuple[list[GenerationRequest], int]:
+    def prepare(lease: Lease) -> list[GenerationRequest]:
         if body.base_logprobs:
-            require_base(serving, record.key)
+            _require_base(serving, record.key)
         prompts, stop_ids = encode(lease)
         field = "messages" if is_chat else "prompt"
-        sampling = settings.sampling
-        stop_ids |= special_stops(lease.tokenizer, settings.stop)
-        requests = [
+        stop_ids |= special_stops(lease.tokenizer, body.stops)
+        return [
             GenerationRequest(
                 prompt=ids,
                 lease=lease,
-                max_tokens=_room(serving, ids, settings, field),
-                sampling=replace(
-                    sampling, seed=derived_seed(sampling.seed, p * settings.answers + k)
-                ),
-                stop=settings.stop,
+                max_tokens=_room(serving, ids, body.max_tokens_field[1], field),
+                sampling=replace(sampling, seed=derived_seed(sampling.seed, p * answers + k)),
+                stop=body.stops,
                 stop_ids=stop_ids,
-                top_logprobs=settings.top_logprobs,
-                is_continuation=not is_chat and not serving.engine.limits.is_encoder_decoder,
+                top_logprobs=body.top_logprobs_field[1],
+                text_before=ids if continues else (),
             )
             for p, ids in enumerate(prompts)
-            for k in range(settings.answers)
+            for k in range(answers)
         ]
-        return requests, sum(map(len, prompts))
 
     async def work() -> Generation:
-        lease, (requests, prompt_tokens) = await serving.acquire_and_prepare(
-            record, prepare, body.model, body.lora
-        )
-        generation = Generation(serving, record, requests, lease, prompt_tokens, settings.answers)
+        _, requests = await serving.acquire_and_prepare(record, prepare, body.model, body.lora)
+        generation = Generation(serving, record, requests, answers)
         generation.start()
         return generation
 
     return await guarded(request, work())
 
 
-def _room(serving: Serving, ids: Sequence[int], settings: Settings, field: str) -> int:
-    """Return the most new tokens after a prompt, which the request has in `field`.
+def _require_base(serving: Serving, key: Key) -> None:
+    """Reject a request for the base's log-probabilities before its answer is computed. Runs in a worker thread.
+
+    Raises:
+        ApiError: The key may not use the base.
+        AdapterStateError: The base cannot compute alone, because its head is not trained.
+    """
+    name = serving.settings.base_name
+    if not key.allows(name):
+        raise unknown_model(name, serving.models(key), "base_logprobs")
+    serving.store.acquire(None).release()
+
+
+def _room(serving: Serving, ids: Sequence[int], wanted: int | None, field: str) -> int:
+    """Return the most new tokens after a prompt, which the request has in `field`; None wants all that have room.
 
     Raises:
         ApiError: The prompt is too long.
     """
     limits, engine = serving.settings.limits, serving.engine.limits
-    most, room, wanted = limits.max_prompt_tokens, engine.room_after(len(ids)), settings.max_tokens
+    most, room = limits.max_prompt_tokens, engine.room_after(len(ids))
     if most is not None:
         require_at_most(field, len(ids), most, "max_prompt_tokens", "tokens")
     if room < 1:
@@ -178,6 +177,8 @@ class Generation:
     """The answers of one request while the engine computes them.
 
     The lease is released exactly once, after the last answer's End, whatever happens to the HTTP request.
+
+    The engine requests have a common lease. Those of one prompt, `answers` of them, follow one another.
     """
 
     def __init__(
@@ -185,15 +186,14 @@ class Generation:
         serving: Serving,
         record: RequestRecord,
         requests: list[GenerationRequest],
-        lease: Lease,
-        prompt_tokens: int,
         answers: int,
     ) -> None:
-        self.lease, self.requests, self.prompt_tokens = lease, requests, prompt_tokens
+        self.requests, self.lease = requests, requests[0].lease
+        self.prompt_tokens = sum(len(request.prompt) for request in requests[::answers])
         self._serving, self._record, self._answers = serving, record, answers
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
-        self._tickets: list[Ticket] = []
+        self._submitted: list[Answer] = []
         self._ends: dict[int, End] = {}
         self._ids: list[list[int]] = [[] for _ in requests]
         """Tokens of each answer so far."""
@@ -215,7 +215,7 @@ class Generation:
             for index, request in enumerate(self.requests):
                 ended = holders.add()
                 deliver = partial(self._deliver, index, ended)
-                self._tickets.append(self._serving.engine.submit(request, deliver))
+                self._submitted.append(self._serving.engine.submit(request, deliver))
         except BaseException as error:
             ended()  # of the request that the engine has not accepted
             self.cancel()
@@ -231,20 +231,36 @@ class Generation:
         return await self._serving.in_worker(work) if reports else work()
 
     async def base_logprobs(self, index: int) -> list[float]:
-        """Return the log-probabilities under the base alone of the tokens of an answer that has ended."""
-        prompt, ids = self.requests[index].prompt, self._ids[index]
-        return await base_logprobs(self._serving, self._record, prompt, ids)
+        """Return the log-probabilities of the tokens of an answer that has ended, by one pass of the base alone.
+
+        The lease of the base is released after the pass, also if nobody waits for it any more.
+
+        Raises:
+            LorakitError: The engine has ended.
+        """
+        serving, record, prompt = self._serving, self._record, self.requests[index].prompt
+        tokens = [*prompt, *self._ids[index]]
+        # A record of its own: the metrics count the request under its adapters.
+        own = RequestRecord(record.id, record.began, record.key)
+        lease, _ = await serving.acquire_and_prepare(
+            own, lambda lease: None, serving.settings.base_name
+        )
+        future = serving.submit_leased(
+            lease, lambda: serving.engine.score(tokens, lease, start=len(prompt))
+        )
+        return [finite(value) for value in await asyncio.wrap_future(future)]
 
     def cancel(self) -> None:
         """Stop computing. The Ends follow, and with the last the lease is released."""
-        for ticket in self._tickets:
-            ticket.cancel()
+        for answer in self._submitted:
+            answer.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield the events of all answers with the answer's index, until all have ended.
 
         Raises:
-            ApiError: An answer ended with an error, or because the server ends.
+            ApiError: An answer ended with an error.
+            EngineStoppedError: An answer was cancelled, because the server ends.
         """
         metrics, last = self._serving.metrics, dict[int, float]()
         while len(self._ends) < len(self.requests):
@@ -253,7 +269,7 @@ class Generation:
                 if index in last:
                     metrics.between_tokens(at - last[index], len(event.tokens))
                 else:
-                    metrics.first_token(at - self._record.began)
+                    metrics.first_token.observe(at - self._record.began)
                 last[index] = at
                 self._ids[index] += [token.id for token in event.tokens]
             if isinstance(event, End):
@@ -262,12 +278,7 @@ class Generation:
                     failure = event.error or RuntimeError("the engine gave no reason")
                     raise api_error(failure, self._record.id)
                 if event.reason == "cancelled":
-                    raise ApiError(
-                        503,
-                        "The server ended the request.",
-                        code="unavailable",
-                        retry=RETRY_SECONDS,
-                    )
+                    raise EngineStoppedError("The server ended the request.")
             yield index, event
 
     @property
@@ -299,7 +310,7 @@ class Generation:
 
     def _finish(self) -> None:
         """Give back the tokens that were not used, and release the lease."""
-        if self._tickets:
+        if self._submitted:
             self._serving.metrics.tokens(self._record.model, prompt=self.prompt_tokens)
             self._reserved -= self.prompt_tokens
         self._record.key.give_back_tokens(max(self._reserved, 0))

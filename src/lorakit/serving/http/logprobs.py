@@ -23,9 +23,7 @@ LOWEST = -9999.0
 class TokenTexts:
     """The text of each token of one answer, with the blanks that it has after the tokens before it.
 
-    Args:
-        tokenizer: Decodes the tokens.
-        before: Tokens that the answer continues.
+    The answer continues the tokens `before`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:

@@ -48,7 +48,7 @@ class Metrics:
             "cached_prompt_tokens", "Tokens of prompts taken from the cache", ["adapter"], **own
         )
         self._generated = Counter("generated_tokens", "Generated tokens", ["adapter"], **own)
-        self._first = Histogram(
+        self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From the request to its first token",
             buckets=_SECONDS,
@@ -76,7 +76,7 @@ class Metrics:
             buckets=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0),
             **own,
         )
-        self._open = Gauge(
+        self.open_requests = Gauge(
             "open_requests",
             "Requests for tokens or classes without an answer yet, also those that wait for adapters",
             **own,
@@ -100,25 +100,14 @@ class Metrics:
         self._requests.labels(self.label(adapter), route, str(status)).inc()
         self._whole.labels(route).observe(seconds)
 
-    def open_requests(self, count: int) -> None:
-        """Record the number of requests for tokens or classes that are not answered yet."""
-        self._open.set(count)
-
     def tokens(
         self, adapter: str | None, *, prompt: int = 0, cached: int = 0, generated: int = 0
     ) -> None:
         """Count the tokens of a request."""
         label = self.label(adapter)
-        for series, count in (
-            (self._prompt, prompt),
-            (self._cached, cached),
-            (self._generated, generated),
-        ):
-            series.labels(label).inc(count)
-
-    def first_token(self, seconds: float) -> None:
-        """Record the time from a request to its first token."""
-        self._first.observe(seconds)
+        self._prompt.labels(label).inc(prompt)
+        self._cached.labels(label).inc(cached)
+        self._generated.labels(label).inc(generated)
 
     def between_tokens(self, seconds: float, count: int) -> None:
         """Record the time from one token to the last of `count` next ones."""

@@ -7,9 +7,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.http.answers import Health
 from lorakit.serving.http.envelope import HEALTH
-from lorakit.serving.http.errors import RETRY_SECONDS, ApiError
+from lorakit.serving.http.errors import ApiError
 from lorakit.serving.http.state import record_of, serving_of
 
 router = APIRouter()
@@ -19,7 +20,7 @@ router = APIRouter()
 async def health(request: Request) -> Health:
     """Return 200 while the server answers requests; 503 once the engine is dead or the server shuts down."""
     if problem := serving_of(request).problem():
-        raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
+        raise EngineStoppedError(problem)
     return Health()
 
 

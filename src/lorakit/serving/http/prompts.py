@@ -73,15 +73,7 @@ def encode_chat(
         ApiError: The template rejects the conversation, or the text is too long.
         DataError: The tokenizer has no chat template, or one that cannot be rendered.
     """
-    turns = [
-        {
-            "role": m.role,
-            "content": m.content
-            if isinstance(m.content, str)
-            else [p.model_dump() for p in m.content],
-        }
-        for m in messages
-    ]
+    turns = [message.model_dump() for message in messages]
     try:
         template = ChatTemplate(tokenizer)
         rows = template.prepared(checked_messages({"messages": turns}, empty_answers=True))

@@ -71,31 +71,18 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
         super().__init__(config)
         self._serving = serving
-        self._ending: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; uvicorn's own handler would refuse new connections without an answer."""
-        del sig, frame
         if self._serving.is_draining:
             self.should_exit = self.force_exit = True
-            return
         self._serving.is_draining = True
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._begin_end)
 
-    def _begin_end(self) -> None:
-        self._ending = asyncio.ensure_future(self._end())
-
-    async def _end(self) -> None:
-        while self._serving.in_flight and not self.should_exit:
-            await asyncio.sleep(0.05)
-        self.should_exit = True
+    async def on_tick(self, counter: int) -> bool:
+        """End once the last request is answered; uvicorn calls this ten times a second."""
+        if self._serving.is_draining and not self._serving.in_flight:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def run(

@@ -44,7 +44,8 @@ class Strict(BaseModel):
             value = data.get(name)
             if value is None or any(value == n and type(value) is type(n) for n in neutral):
                 continue
-            also = f", or set it to {_listed(neutral)}" if neutral else ""
+            listed = " or ".join(map(json.dumps, neutral))
+            also = f", or set it to {listed}" if neutral else ""
             raise unsupported(
                 name,
                 f"'{name}' is a field of OpenAI's API that this server does not support. Leave it out{also}.",
@@ -54,10 +55,6 @@ class Strict(BaseModel):
             if name not in cls.model_fields:
                 raise PydanticCustomError("unknown", "is not a field", {"field": name})
         return known
-
-
-def _listed(values: tuple[Any, ...]) -> str:
-    return " or ".join(map(json.dumps, values))
 
 
 class StreamOptions(Strict):
@@ -112,8 +109,8 @@ class Generating(Strict):
     @field_validator("stop", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        texts = [value] if isinstance(value, str) else value
-        if value is not None and not (isinstance(texts, list) and all(map(_is_text, texts))):
+        texts = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(text, str) and text for text in texts):
             raise ValueError("a text, or a list of texts; none is empty")
         return value
 
@@ -169,15 +166,11 @@ class CompletionRequest(Generating):
         return value
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> Any:
+    def _agree(self) -> Any:
         if self.best_of not in (None, self.n or 1):
             raise unsupported(
                 "best_of", "'best_of' other than n is not supported by this server. Leave it out."
             )
-        return self
-
-    @model_validator(mode="after")
-    def _base_needs_logprobs(self) -> Any:
         if self.base_logprobs and self.logprobs is None:
             raise unsupported(
                 "base_logprobs",
@@ -201,10 +194,6 @@ class CompletionRequest(Generating):
         if isinstance(self.prompt, str) or _is_ids(self.prompt):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
 
 
 def _is_ids(value: Any) -> bool:

@@ -15,8 +15,9 @@ from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
-from lorakit.serving.engine import Classifier, Engine, Lease, QueueFullError
-from lorakit.serving.errors import UnknownAdapterError
+from lorakit.serving.classifying import ClassifyingEngine
+from lorakit.serving.engine import Lease, QueueFullError
+from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
     ApiError,
@@ -28,6 +29,7 @@ from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.store import AdapterStore
+from lorakit.serving.verification import Engine
 
 T = TypeVar("T")
 
@@ -56,8 +58,7 @@ class Serving:
     store: AdapterStore
     settings: HttpSettings
     keys: KeyRing | None
-    classifier: Classifier | None
-    metrics: Metrics
+    classifier: ClassifyingEngine | None
     began: float = field(default_factory=time.time)
     in_flight: int = 0
     """Requests that are not answered yet, and that arrived before the signal to end: shutdown waits for these only."""
@@ -81,6 +82,7 @@ class Serving:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine.status, self.store.stats)
         self.memory_queue = AdapterMemoryQueue()
         self.store.freed = self.memory_queue.freed
 
@@ -92,12 +94,6 @@ class Serving:
         if self.is_draining:
             return "The server is shutting down."
         return None
-
-    @property
-    def most_requests(self) -> int:
-        """Requests for tokens or classes at a time."""
-        limits = self.engine.limits
-        return self.settings.limits.max_requests or limits.running + limits.queue
 
     def models(self, key: Key) -> list[str]:
         """Return the names of the models that a key may use: the base, then the adapters."""
@@ -237,7 +233,7 @@ class Serving:
     def _count(self, change: int) -> None:
         with self._lock:
             self.computing += change
-            self.metrics.open_requests(self.computing)
+            self.metrics.open_requests.set(self.computing)
 
 
 def serving_of(request: Request) -> Serving:
@@ -291,11 +287,13 @@ def require_capacity(serving: Serving) -> None:
     """Reject a request for tokens or classes that the server cannot accept now.
 
     Raises:
-        ApiError: 503 if the server is not well, 429 if its queue is full.
+        EngineStoppedError: The server is not well.
+        ApiError: 429 if its queue is full.
     """
     if problem := serving.problem():
-        raise ApiError(503, problem, code="unavailable", retry=RETRY_SECONDS)
-    if serving.computing >= serving.most_requests:
+        raise EngineStoppedError(problem)
+    limits = serving.engine.limits
+    if serving.computing >= (serving.settings.limits.max_requests or limits.running + limits.queue):
         raise busy(serving)
 
 

@@ -84,16 +84,15 @@ async def started(
     request: Request, generation: Generation, events: AsyncIterator[str], headers: dict[str, str]
 ) -> EventStream:
     """Return a stream whose first event has been computed, so that an error before it has a status of its own."""
-    iterator = events.__aiter__()
     try:
-        first = await guarded(request, iterator.__anext__())
+        first = await guarded(request, anext(events))
     except BaseException:
         generation.cancel()
         raise
 
     async def all_events() -> AsyncIterator[str]:
         yield first
-        async for text in iterator:
+        async for text in events:
             yield text
 
     return EventStream(generation, all_events(), headers)

@@ -2,7 +2,7 @@
 
 import { ApiError, hasKey, listModels, readReport, reportPath, setKey } from "./api.js";
 import { code } from "./code.js";
-import { BLEND, Pane, trainedOn } from "./pane.js";
+import { BLEND, element, Pane, trainedOn } from "./pane.js";
 import { exported, forgetTally, fromHash, imported, MOST_PANES, readTally, toHash, vote } from "./session.js";
 import { watchTokens } from "./tokens.js";
 
@@ -61,9 +61,7 @@ const page = {
     page.changed();
     (panes[Math.min(position, panes.length - 1)]?.select ?? at("add-pane")).focus();
   },
-  began() {
-    showButtons();
-  },
+  began: showButtons,
   ended(pane) {
     const answer = pane.turns.at(-1)?.answer;
     const how = answer?.error ? "has an error" : answer?.ended === "stopped" ? "was stopped" : "has finished";
@@ -275,7 +273,11 @@ function endEdit() {
   at("editing").hidden = true;
 }
 
-function clear() {
+at("cancel-edit").addEventListener("click", () => {
+  endEdit();
+  prompt.focus();
+});
+at("clear").addEventListener("click", () => {
   endEdit();
   for (const pane of panes) {
     pane.stop();
@@ -286,14 +288,6 @@ function clear() {
   }
   hideVote();
   showButtons();
-}
-
-at("cancel-edit").addEventListener("click", () => {
-  endEdit();
-  prompt.focus();
-});
-at("clear").addEventListener("click", () => {
-  clear();
   prompt.value = "";
   keepAddress();
   prompt.focus();
@@ -353,10 +347,9 @@ function askForVote() {
   const failed = blind.filter((pane) => pane.turns.at(-1)?.answer?.error);
   if (failed.length) return reveal("A model failed, so there is no vote.");
   const buttons = [...blind, null].map((pane) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = pane ? pane.letter : "None is better";
-    button.ariaLabel = pane ? `Answer ${pane.letter} is best` : "None is better";
+    const textContent = pane ? pane.letter : "None is better";
+    const ariaLabel = pane ? `Answer ${pane.letter} is best` : "None is better";
+    const button = element("button", { type: "button", textContent, ariaLabel });
     button.addEventListener("click", () => {
       const letters = blind.map((other) => [other.letter, other]);
       for (const other of blind) other.letter = null;
@@ -465,11 +458,7 @@ async function showCard(pane) {
   });
   at("card-title").textContent = pane.name;
   at("card-facts").replaceChildren(
-    ...facts.flatMap(([name, value]) => {
-      const [term, fact] = [document.createElement("dt"), document.createElement("dd")];
-      [term.textContent, fact.textContent] = [name, value];
-      return [term, fact];
-    }),
+    ...facts.flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]),
   );
   const reported = models.find(({ id, details }) => names.includes(id) && details.report);
   at("show-report").hidden = !reported;

@@ -10,7 +10,8 @@ const WAIT = 350; // milliseconds after a slider moved until the answer is compu
 
 const template = document.getElementById("pane-template");
 
-function element(name, properties = {}, ...children) {
+/** Return an element with these properties and children. */
+export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
   return made;

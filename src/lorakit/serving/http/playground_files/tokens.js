@@ -3,7 +3,7 @@
 const STEPS = [0.25, 1, 2.5]; // differences of log-probabilities, in nats
 
 /** Return the class of a token: up1 to up3, down1 to down3, or nothing. */
-export function shade(difference) {
+function shade(difference) {
   const size = STEPS.filter((step) => Math.abs(difference) >= step).length;
   return size ? `${difference > 0 ? "up" : "down"}${size}` : "";
 }
@@ -15,7 +15,7 @@ function percent(logprob) {
 }
 
 /** Return a difference of log-probabilities as a factor. */
-export function factor(difference) {
+function factor(difference) {
   const ratio = Math.exp(Math.abs(difference));
   if (ratio < 1.05) return "as likely as under the base";
   const shown = ratio > 9999 ? "over 9,999" : ratio.toFixed(ratio < 10 ? 1 : 0);
@@ -26,7 +26,7 @@ export function factor(difference) {
  * Cut a text into its tokens. Tokens that are parts of one character become one piece, and tokens that are not in the
  * text, such as the one that ends an answer, are left out.
  */
-export function pieces(text, tokens) {
+function pieces(text, tokens) {
   const found = [];
   let at = 0;
   let held = { logprob: 0, base: 0 };
