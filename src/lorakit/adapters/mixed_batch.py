@@ -27,8 +27,6 @@ from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import with_parameters
 from lorakit.ops.lora_segments import Segment, lora_segments
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 class MixableAdapters(Protocol):
     """What this module uses of `LayerAdapters`, whose import would be circular."""
@@ -41,7 +39,6 @@ class MixableAdapters(Protocol):
     def __contains__(self, key: str) -> bool: ...
     def keys(self) -> KeysView[str]: ...
     def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
-    def changes(self, layer: nn.Module, blend: Blend) -> bool: ...
 
 
 class Call(NamedTuple):
@@ -157,9 +154,10 @@ def _adapt_parts(
         flat = output.flatten(0, -2)
         return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
     for blend, entries in of_pass.parts(len(x), x.device):
-        if adapters.changes(call.layer, blend):
-            rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
-            output = put(output, entries, rows)
+        own = take(output, entries)
+        adapted = _adapt(adapters, call, take(x, entries), own, blend)
+        if adapted is not own:
+            output = put(output, entries, adapted)
     return output
 
 
@@ -230,11 +228,10 @@ def adapt_by(
 def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:
     """Return why the layer's forward with other parameters may differ from a call of the layer; None if it cannot."""
     hooks = (
-        *(*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()),
-        *(
-            *torch_module._global_forward_pre_hooks.values(),
-            *torch_module._global_forward_hooks.values(),
-        ),
+        *layer._forward_pre_hooks.values(),
+        *layer._forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
     )
     for hook in hooks:
         if not (getattr(hook, "__module__", None) or "").startswith("lorakit."):
@@ -254,4 +251,4 @@ def _features(layer: nn.Module) -> int:
     """Return how many of the last axes of the layer's input are not batch or length."""
     if isinstance(layer, nn.Embedding):
         return 0
-    return layer.weight.ndim - 1 if isinstance(layer, _CONVOLUTIONS) else 1
+    return layer.weight.ndim - 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
