@@ -44,12 +44,7 @@ _PACKAGED = {model.name for model in PACKAGED_MODELS}
 
 
 def card(stored: StoredAdapter, form: PeftForm | None) -> str:
-    """Return the card's text.
-
-    Args:
-        stored: The adapter.
-        form: The adapter in PEFT's format, or None if PEFT cannot load the folder.
-    """
+    """Return the card's text; `form` is the adapter in PEFT's format, or None if PEFT cannot load the folder."""
     sections = [
         _front_matter(stored, form),
         f"# {_title(stored)}",
@@ -213,7 +208,7 @@ def vllm_obstacle(form: PeftForm) -> str | None:
     config = form.config
     ranks = {config["r"], *config["rank_pattern"].values()}
     merge = "Merge the adapter and serve the model."
-    for applies, reason in (
+    obstacles = (
         (config["task_type"] != "CAUSAL_LM", "it adapts only causal language models."),
         (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
         (config["use_dora"], f"it uses DoRA. {merge}"),
@@ -224,10 +219,8 @@ def vllm_obstacle(form: PeftForm) -> str | None:
         (any("lora_embedding" in key for key in form.tensors), f"it adapts an embedding. {merge}"),
         (any(t.ndim > 2 for t in form.tensors.values()), f"it adapts convolutions. {merge}"),
         (max(ranks) > _VLLM_RANKS[-1], f"its rank is above {_VLLM_RANKS[-1]}. {merge}"),
-    ):
-        if applies:
-            return reason
-    return None
+    )
+    return next((reason for applies, reason in obstacles if applies), None)
 
 
 def _scores(provenance: Mapping[str, Any]) -> str:

@@ -61,10 +61,7 @@ def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
 def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> None:
     """Write lorakit.json. Call it last, since it records the checksums of the other files.
 
-    Args:
-        stored: The adapter.
-        folder: The folder that contains its tensors and all other files.
-        form: The adapter in PEFT's format, or None if the tensors are in `lorakit_model.safetensors`.
+    `form` is the adapter in PEFT's format, or None if the tensors are in `lorakit_model.safetensors`.
 
     Raises:
         ConfigurationError: The provenance holds a value that JSON cannot represent.
