@@ -304,11 +304,10 @@ class Activation:
     @contextlib.contextmanager
     def generation(self, choice: Choice) -> Iterator[None]:
         """Keep a choice for all forward passes of a generation."""
-        with contextlib.ExitStack() as stack:
-            # Merged weights act anyway, and cannot change while the generation runs.
-            if self.merged is None:
-                stack.enter_context(self.local(choice, is_generation=True))
-            stack.enter_context(self.running.within(None))
+        # Merged weights act anyway, and cannot change while the generation runs.
+        is_merged = self.merged is not None
+        block = contextlib.nullcontext() if is_merged else self.local(choice, is_generation=True)
+        with block, self.running.within(None):
             yield
 
     def forbid_recomputation(self, action: str, names: frozenset[str] | None = None) -> None:

@@ -65,8 +65,8 @@ def from_peft(peft_model: Any) -> Adapters:
         adapter.notices += _notices(adapter, name, named[name])
         check_base(base, adapter, name, allow_other_base=False, tokenizer=None)
         modules = build_modules(base, adapter, f"'{name}'")
-        check_installable(base, modules, list(adapter.trained))
         trained = list(adapter.trained)
+        check_installable(base, modules, trained)
         converted[name] = InstalledAdapter(named[name], adapter.method, modules, trained)
     trainable = {name for name in names if _is_trainable(wrappers.values(), name)}
     choice = {named[name]: 1.0 for name in active}
@@ -98,11 +98,9 @@ def _read(folder: Path, name: str) -> StoredAdapter:
 
 def _require_configured_scalings(peft_model: Any, wrappers: dict[str, Any]) -> None:
     """Reject a scaling that `set_scale` or `scale_layer` has changed: an adapter's configuration does not hold it."""
-    # Others have a copy of a module (modules_to_save), and the attributes of the original.
-    layers = {
-        path: wrapper for path, wrapper in wrappers.items() if "base_layer" in wrapper._modules
-    }
-    for path, layer in layers.items():
+    for path, layer in wrappers.items():
+        if "base_layer" not in layer._modules:
+            continue  # it has a copy of a module (modules_to_save), and the attributes of the original
         for name, scaling in getattr(layer, "scaling", {}).items():
             rank, alpha = layer.r[name], layer.lora_alpha[name]
             expected = alpha / (
@@ -129,27 +127,20 @@ def _are_disabled(wrappers: Iterable[Any]) -> bool:
 
 def _is_trainable(wrappers: Iterable[Any], name: str) -> bool:
     """Return whether a tensor of the adapter requires a gradient."""
-    for wrapper in wrappers:
-        for attribute in wrapper.adapter_layer_names:
-            held = getattr(wrapper, attribute, {})
-            if name not in held:
-                continue
-            part = held[name]
-            tensors = part.parameters() if isinstance(part, nn.Module) else [part]
-            if any(tensor.requires_grad for tensor in tensors):
-                return True
-    return False
+    held = (getattr(w, attribute, {}) for w in wrappers for attribute in w.adapter_layer_names)
+    parts = (by_name[name] for by_name in held if name in by_name)
+    tensors = (p.parameters() if isinstance(p, nn.Module) else [p] for p in parts)
+    return any(tensor.requires_grad for of_part in tensors for tensor in of_part)
 
 
 def _usable_names(names: Sequence[str]) -> dict[str, str]:
     """Return the adapter's name in lorakit by its name in PEFT; a name that can be kept is."""
-    usable = {name: name for name in names if usable_name(name) == name}
-    for name in names:
-        if name not in usable:
-            own = usable_name(name)
-            while own in usable.values():
-                own += "_2"
-            usable[name] = own
+    usable: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: usable_name(name) != name):
+        own = usable_name(name)
+        while own in usable.values():
+            own += "_2"
+        usable[name] = own
     return usable
 
 
