@@ -322,13 +322,8 @@ def check_base(
 ) -> None:
     """Validate and complete `stored` against the model, compare the base that it records, and log its notices.
 
-    Args:
-        model: The base.
-        stored: The adapter; changed in place.
-        path: Its file, for messages.
-        allow_other_base: Accept another base than the recorded one.
-        tokenizer: Digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known.
-        record: Fingerprint of the whole base, from a caller that knows that it has not changed.
+    `tokenizer` is the digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known. A
+    caller that knows that the base has not changed gives its fingerprint as `record`.
 
     Raises:
         AdapterFileError: The options and tensors of the file do not fit the model.

@@ -111,11 +111,7 @@ def why_not_by_token(
 ) -> str | None:
     """Return why a choice by token cannot use an adapter on a layer, or None if it can.
 
-    Args:
-        layer: The layer.
-        layout: Where the rows of a batch are in its input.
-        module: What the adapter adds to its output; None if nothing.
-        trained: The attributes of the layer of which the adapter has trained copies.
+    The adapter adds `module` to the layer's output, if it is not None, and trains copies of its attributes `trained`.
 
     A forward pass may refuse more: a layer that sees another number of tokens than the batch has, such as the pooler of
     an encoder, which sees the first token of each row.

@@ -170,11 +170,9 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of a model without the wrappers of PEFT, which shares all tensors; the model is not changed.
+    """Return a copy of a module without the wrappers of PEFT, which shares all tensors; the module is not changed.
 
-    Args:
-        module: The model, or a module of it.
-        done: The copies made so far, by the `id` of the original.
+    `done` holds the copies made so far, by the `id` of the original.
     """
     while (inner := _inner(module)) is not None:
         module = inner

@@ -67,10 +67,7 @@ class PeftForm:
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
-    """Write the two files of a PEFT adapter into an existing folder.
-
-    Returns:
-        The form that was written.
+    """Write the two files of a PEFT adapter into an existing folder, and return their content.
 
     Raises:
         NotExpressibleError: PEFT's format cannot represent this adapter; nothing is written.
