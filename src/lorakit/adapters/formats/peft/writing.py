@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,17 @@ _EXPERTS = {
 """PEFT's `_MOE_TARGET_MODULE_MAPPING`: the names that it replaces by those of stacked experts, on every path."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeftForm:
     """An adapter in PEFT's form, with the key of each of its parts."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    layer_keys: dict[str, str] = field(default_factory=dict)
+    layer_keys: dict[str, str]
     """Prefix of the keys of each adapted layer, without `trained.PREFIX`, by path."""
-    trained_keys: dict[str, str] = field(default_factory=dict)
+    trained_keys: dict[str, str]
     """Key of each parameter trained in full, by name."""
-    notices: list[str] = field(default_factory=list)
+    notices: list[str]
     """Sentences for the user on what the folder means to PEFT."""
 
 
@@ -101,20 +101,14 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
-    form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
     arithmetic = written_notices(entries, attention)
     model_type = stored.base.architecture.model_type if stored.base is not None else None
-    form.notices = [*arithmetic, *_taken_for_experts(entries, model_type)]
-    for path, entry in entries.items():
-        form.tensors.update(_layer_tensors(keys[path], entry))
     trained_form = trained.assign_keys(stored, layout, keys)
-    form.tensors.update(trained_form.tensors)
-    form.trained_keys = trained_form.keys
     if len({layer.B_bias is None for layer in entries.values()}) > 1:
         raise NotExpressibleError(
             "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
         )
-    form.config = {
+    config = {
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets, layout.modules if layout else None),
         "modules_to_save": trained_form.modules or None,
@@ -128,13 +122,22 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "init_lora_weights": True,
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
-        form.config["lora_bias"] = True  # PEFT has it since 0.14
+        config["lora_bias"] = True  # PEFT has it since 0.14
     embeds = any(layer.kind == EmbeddingForm.kind for layer in entries.values())
     if arithmetic or (embeds and stored.from_peft is None):
-        form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
+        config["peft_version"] = LAST_VERSION  # decides what a reader computes
     elif version := (stored.from_peft or {}).get("peft_version"):
-        form.config["peft_version"] = version
-    return form
+        config["peft_version"] = version
+    tensors: dict[str, Tensor] = {}
+    for path, entry in entries.items():
+        tensors |= _layer_tensors(keys[path], entry)
+    return PeftForm(
+        config,
+        tensors | trained_form.tensors,
+        layer_keys={path: keys[path] for path in stored.layers},
+        trained_keys=trained_form.keys,
+        notices=[*arithmetic, *_taken_for_experts(entries, model_type)],
+    )
 
 
 def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
