@@ -25,12 +25,7 @@ from lorakit.ops.autocast import no_autocast, wide_dtype
 
 
 class LayerAdapters(ReplacedParameters):
-    """The adapters on one layer, by name: the layer's child module `adapters`.
-
-    Args:
-        activation: The active adapters of the whole model.
-        layout: Where the rows of a batch are in the layer's input.
-    """
+    """The adapters on one layer, by name: the layer's child module `adapters`."""
 
     def __init__(self, activation: Activation, layout: RowLayout) -> None:
         super().__init__()

@@ -77,15 +77,13 @@ def _title(stored: StoredAdapter) -> str:
 
 
 def _summary(stored: StoredAdapter) -> str:
-    method = stored.method
+    method, base = stored.method, stored.base
     rows = {"Base model": _code(stored.base_name or "not recorded")}
-    if stored.base is not None:
-        if stored.base.source.revision:
-            rows["Base revision"] = _code(stored.base.source.revision)
-        rows["Base class"] = _code(stored.base.architecture.class_name)
-        rows["Base weights"] = (
-            f"{stored.base.weights.dtype}, SHA-256 {_hash(stored.base.weights.exact)}"
-        )
+    if base is not None:
+        if base.source.revision:
+            rows["Base revision"] = _code(base.source.revision)
+        rows["Base class"] = _code(base.architecture.class_name)
+        rows["Base weights"] = f"{base.weights.dtype}, SHA-256 {_hash(base.weights.exact)}"
     if isinstance(method, LoRA):
         ranks = sorted({layer.rank for layer in stored.layers.values()})
         scalings = sorted({layer.scaling for layer in stored.layers.values()})
@@ -251,12 +249,8 @@ def _data(provenance: Mapping[str, Any]) -> str:
     rows = []
     for split, about in sorted(data.items()):
         about = about if isinstance(about, Mapping) else {"source": about}
-        details = (
-            _plain(about.get("source", "")),
-            _number(about.get("examples")),
-            _hash(about.get("sha256")),
-        )
-        rows.append((_plain(split), *details))
+        source, digest = _plain(about.get("source", "")), _hash(about.get("sha256"))
+        rows.append((_plain(split), source, _number(about.get("examples")), digest))
     return "## Data\n\n" + _table(("split", "source", "examples", "SHA-256"), rows)
 
 
