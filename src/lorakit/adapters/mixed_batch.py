@@ -111,7 +111,8 @@ def why_not_by_token(
 ) -> str | None:
     """Return why a choice by token cannot use an adapter on a layer, or None if it can.
 
-    The adapter adds `module` to the layer's output, if it is not None, and trains copies of its attributes `trained`.
+    The adapter adds `module`, if it is not None, to the layer's output, and trains copies of the layer's attributes
+    `trained`.
 
     A forward pass may refuse more: a layer that sees another number of tokens than the batch has, such as the pooler of
     an encoder, which sees the first token of each row.

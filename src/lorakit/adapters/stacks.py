@@ -119,8 +119,8 @@ class Stacks:
     ) -> Arrangement | None:
         """Return how the stacks compute a batch; None if each layer must compute its adapters without them.
 
-        That is so if they do not fit into memory, or if a step of another thread than the step `user` lives: the stacks
-        do not change while it does.
+        It is None if the stacks do not fit into memory, or if they would have to change while a step of another thread
+        than that of the step `user` lives.
         """
         known = self._arrangement
         if not (
