@@ -109,6 +109,10 @@ class LayerAdapters(ReplacedParameters):
                 wanted.update(self[name].trained)
         return {a: tensor for a, tensor in wanted.items() if layer._parameters.get(a) is not tensor}
 
+    def changes(self, layer: nn.Module, blend: Blend) -> bool:
+        """Whether the layer's output has to change for a blend."""
+        return any(name in self for name, _ in blend) or bool(self.parameters_to_swap(layer, blend))
+
     # --- effective weights -------------------------------------------------------------------------
 
     def effective_weight(

@@ -39,6 +39,7 @@ class MixableAdapters(Protocol):
     def __contains__(self, key: str) -> bool: ...
     def keys(self) -> KeysView[str]: ...
     def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
+    def changes(self, layer: nn.Module, blend: Blend) -> bool: ...
 
 
 class Call(NamedTuple):
@@ -151,10 +152,9 @@ def _adapt_parts(
         flat = output.flatten(0, -2)
         return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
     for blend, entries in of_pass.parts(len(x), x.device):
-        own = take(output, entries)
-        adapted = _adapt(adapters, call, take(x, entries), own, blend)
-        if adapted is not own:
-            output = put(output, entries, adapted)
+        if adapters.changes(call.layer, blend):
+            rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
+            output = put(output, entries, rows)
     return output
 
 
