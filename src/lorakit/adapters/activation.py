@@ -139,11 +139,12 @@ class Activation:
                 )
         if block.choice.whole != self.active.whole:
             for name in block.choice.names | self.active.names:
-                if (path := self.adapters[name].read_directly) is not None:
+                adapter = self.adapters.get(name)
+                if adapter is not None and adapter.read_directly is not None:
                     raise AdapterStateError(
-                        f"'{name}' trains '{path}' in full, and the model may read it without calling its layer, so "
-                        f"per_sample and per_token cannot replace it. Use activate('{name}') for a whole batch, and "
-                        "activate(None) before a block of other adapters."
+                        f"'{name}' trains '{adapter.read_directly}' in full, and the model may read it without "
+                        f"calling its layer, so per_sample and per_token cannot replace it. Use activate('{name}') for "
+                        "a whole batch, and activate(None) before a block of other adapters."
                     )
         return block.choice
 
@@ -250,7 +251,8 @@ class Activation:
 
     def _swapping(self, names: frozenset[str]) -> frozenset[str]:
         """Return those of these adapters that have trained copies and are still on the model."""
-        return frozenset(n for n in names & self.adapters.keys() if self.adapters[n].swaps)
+        adapters = list(self.adapters.items())  # another thread may add or remove one meanwhile
+        return names & {name for name, adapter in adapters if adapter.swaps}
 
     # --- changing the choice -----------------------------------------------------------------------------
 

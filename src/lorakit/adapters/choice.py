@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -97,8 +97,17 @@ BASE = Choice()
 """The base alone."""
 
 
-Get = Callable[[str], Any]
-"""Returns the `InstalledAdapter` of a name, or raises an error with the known names."""
+class Adapter(Protocol):
+    """What a choice needs to know of an adapter (`InstalledAdapter`)."""
+
+    @property
+    def method(self) -> object: ...
+    @property
+    def scales(self) -> bool: ...
+
+
+Get = Callable[[str], Adapter]
+"""Returns the adapter of a name, or raises an error with the known names."""
 
 
 def choice_for_batch(choice: AdapterChoice, get: Get) -> Choice:

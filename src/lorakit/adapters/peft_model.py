@@ -127,10 +127,16 @@ def _are_disabled(wrappers: Iterable[Any]) -> bool:
 
 def _is_trainable(wrappers: Iterable[Any], name: str) -> bool:
     """Return whether a tensor of the adapter requires a gradient."""
-    held = (getattr(w, attribute, {}) for w in wrappers for attribute in w.adapter_layer_names)
-    parts = (by_name[name] for by_name in held if name in by_name)
-    tensors = (p.parameters() if isinstance(p, nn.Module) else [p] for p in parts)
-    return any(tensor.requires_grad for of_part in tensors for tensor in of_part)
+    for wrapper in wrappers:
+        for attribute in wrapper.adapter_layer_names:
+            held = getattr(wrapper, attribute, {})
+            if name not in held:
+                continue
+            part = held[name]
+            tensors = part.parameters() if isinstance(part, nn.Module) else [part]
+            if any(tensor.requires_grad for tensor in tensors):
+                return True
+    return False
 
 
 def _usable_names(names: Sequence[str]) -> dict[str, str]:

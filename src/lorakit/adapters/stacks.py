@@ -119,8 +119,8 @@ class Stacks:
     ) -> Arrangement | None:
         """Return how the stacks compute a batch; None if each layer must compute its adapters without them.
 
-        It is None if the stacks do not fit into memory, or if they would have to change while a step of another thread
-        than that of the step `user` lives.
+        That is so if they do not fit into memory. It is also so if they would have to change while a step of another
+        thread lives; `user` is the step of this thread. `shape` is the batch's, (batch, length).
         """
         known = self._arrangement
         if not (

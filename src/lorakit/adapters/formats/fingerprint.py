@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
@@ -98,9 +98,9 @@ class BaseRecord:
             AdapterFileError: A part is missing or of another type.
         """
         try:
+            values = converted(values, dict[str, Any], "the record")
             parts: dict[str, Any] = {
-                name: kind(**converted(values.get(name), dict[str, str | None], name))
-                for name, kind in _PARTS.items()
+                name: _part(values.get(name), name, kind) for name, kind in _PARTS.items()
             }
             return cls(
                 **parts,
@@ -110,8 +110,19 @@ class BaseRecord:
                 ),
                 tokenizer=converted(values.get("tokenizer"), str | None, "tokenizer"),
             )
-        except (ConfigurationError, TypeError, AttributeError) as error:
+        except ConfigurationError as error:
             raise AdapterFileError(f"the record of the base model is not valid: {error}") from error
+
+
+def _part(value: Any, name: str, kind: type) -> Any:
+    """Return a part of a record, built from its entry in the file."""
+    entries = converted(value, dict[str, str | None], name)
+    names = [f.name for f in fields(kind)]
+    if entries.keys() != set(names):
+        raise ConfigurationError(
+            f"{name} has {', '.join(entries) or 'no entries':.60}; it must have {', '.join(names)}."
+        )
+    return kind(**entries)
 
 
 _PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}

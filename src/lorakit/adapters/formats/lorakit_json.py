@@ -369,7 +369,7 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     shapes = {name: torch.empty(description[name], device="meta") for name in ("A", "B")}
     if description["pissa"]:
         shapes |= {"initial_A": shapes["A"], "initial_B": shapes["B"]}
-    for name in parts.keys() - {"A", "B"}:
+    for name in parts.keys() & {"magnitude", "B_bias"}:
         shapes[name] = torch.empty(shapes["B"].shape[0], device="meta")
     original = _build(description, shapes)
     # PEFT has one rank for both projections of an attention module; zeros pad the smaller one. Cut them off.
