@@ -5,16 +5,35 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend
 from lorakit.methods.module import LowRank
-from lorakit.models.layers import AdapterSlot
 from lorakit.models.optimizer_steps import optimizer_steps
 from lorakit.ops.autocast import wide_dtype
+
+
+class Layout(Protocol):
+    """How a layer receives the rows of a batch (`RowLayout`)."""
+
+    def is_in_order(self, shape: torch.Size) -> bool: ...
+
+
+class LayerAdaptersLike(Protocol):
+    """What this module and `stacks` use of `LayerAdapters`, whose import would be circular."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    replaced: dict[str, nn.Parameter]
+    _modules: dict[str, Any]
+
+    def __len__(self) -> int: ...
+    def __hash__(self) -> int: ...
+
 
 _versions = operator.attrgetter("_version")
 _SETTING = (bool, int, float, str)
@@ -26,14 +45,16 @@ class BlendFactors:
     `is_active` says that `activate` chose the blend, so that its trained copies are in place.
     """
 
-    def __init__(self, blend: Blend, layers: Iterable[AdapterSlot], *, is_active: bool) -> None:
+    def __init__(
+        self, blend: Blend, layers: Iterable[LayerAdaptersLike], *, is_active: bool
+    ) -> None:
         self.dtype = torch.float32
         """The dtype in which the products are computed: wide enough for all factors."""
-        self.ranks: dict[AdapterSlot, int] = {}
+        self.ranks: dict[LayerAdaptersLike, int] = {}
         """The sum of ranks on each layer where the blend only adds low-rank products."""
-        self.others: set[AdapterSlot] = set()
+        self.others: set[LayerAdaptersLike] = set()
         """The layers where the blend has another effect."""
-        self._acting: dict[AdapterSlot, list[tuple[Any, float]]] = {}
+        self._acting: dict[LayerAdaptersLike, list[tuple[Any, float]]] = {}
         self._places: list[tuple[dict[str, Any], str]] = []
         parts: list[nn.Module] = []
         for adapters in layers:
@@ -51,13 +72,13 @@ class BlendFactors:
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._state = self._current_state()
 
-    def _read(self, adapters: AdapterSlot, blend: Blend, is_active: bool) -> list[nn.Module]:
+    def _read(self, adapters: LayerAdaptersLike, blend: Blend, is_active: bool) -> list[nn.Module]:
         """Read the factors on a layer, and return the modules that they are computed from."""
         acting, rank = [], 0
         places: list[tuple[dict[str, Any], str]] = []
         parts: list[nn.Module] = []
         for name, weight in blend:
-            module: Any = adapters._modules.get(name)
+            module = adapters._modules.get(name)
             if module is None or (module.leaves_output and (is_active or not module.trained)):
                 continue
             product = None if module.trained and not is_active else module.low_rank()
@@ -80,7 +101,7 @@ class BlendFactors:
         self._places += places
         return parts
 
-    def products(self, adapters: AdapterSlot) -> Iterator[LowRank]:
+    def products(self, adapters: LayerAdaptersLike) -> Iterator[LowRank]:
         """Yield what the blend adds to a layer's output, each product scaled by its weight."""
         for module, weight in self._acting.get(adapters, ()):
             product = module.low_rank()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from lorakit.adapters.blend_factors import LayerAdaptersLike
 from lorakit.adapters.choice import Choice
 from lorakit.adapters.row_factors import RowFactors
 from lorakit.adapters.stacks import Arrangement, SharedInput, Stacks
-from lorakit.models.layers import AdapterSlot
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
@@ -42,11 +42,15 @@ class Decoding:
     ) -> Step | None:
         """Return the decoding step that a forward pass with these arguments is, or None.
 
-        `is_active` says that `activate` made the choice.
-
         A prompt discards the stacks and the row factors. So an edit through `tensor.data`, which PyTorch does not
         count, acts from the next prompt on. A prompt with a choice by token keeps the stacks, and with `unchanged` the
         factors too: a server computes such passes between the steps.
+
+        Args:
+            choice: The adapters of the pass.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            is_active: Whether `activate` made the choice.
         """
         x = None if torch.is_grad_enabled() else _input(args, kwargs)
         is_short = x is not None and x.shape[1:2].numel() <= FEW_TOKENS
@@ -87,7 +91,7 @@ class Step:
         self._version: int | None = None
         self._shared: SharedInput | None = None
 
-    def adapt(self, adapters: AdapterSlot, x: Tensor, output: Tensor) -> Tensor | None:
+    def adapt(self, adapters: LayerAdaptersLike, x: Tensor, output: Tensor) -> Tensor | None:
         """Return the layer's output with the effect of its adapters; None if the stacks cannot compute it."""
         arrangement = self.arrangement
         part = arrangement.parts.get(adapters)

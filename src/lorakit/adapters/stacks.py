@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.blend_factors import BlendFactors
+from lorakit.adapters.blend_factors import BlendFactors, LayerAdaptersLike
 from lorakit.adapters.choice import Blend, Choice, Entries, take
 from lorakit.errors import is_out_of_memory
-from lorakit.models.layers import AdapterSlot
 
 MANY_TOKENS = 8
 """Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
@@ -70,7 +69,7 @@ class Arrangement(NamedTuple):
     """Whether `activate` made the choice, so that trained copies are in place."""
     shape: torch.Size
     """Shape of the batch, (batch, length)."""
-    parts: dict[AdapterSlot, Part]
+    parts: dict[LayerAdaptersLike, Part]
     rows: dict[torch.device, Rows] | None
     """None if all tokens have the same adapters. An input of another shape than the batch's can then be read too."""
 
@@ -79,7 +78,7 @@ class Stacks:
     """The stacks of one model."""
 
     def __init__(self) -> None:
-        self._input_dtypes: dict[AdapterSlot, torch.dtype | None] = {}
+        self._input_dtypes: dict[LayerAdaptersLike, torch.dtype | None] = {}
         """The dtype of each layer's input; None if the layer cannot use stacks."""
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._forget(is_active=False)
@@ -92,7 +91,7 @@ class Stacks:
         self._factors: dict[Blend, BlendFactors] = {}
         self._in_use: list[BlendFactors] = []
         self._arrangement: Arrangement | None = None
-        self._of_layer: dict[AdapterSlot, Stack] = {}
+        self._of_layer: dict[LayerAdaptersLike, Stack] = {}
         self._compositions = self._most_rows = 0
         self._build([], 0)
 
@@ -106,7 +105,7 @@ class Stacks:
         self._slots = [None if other == blend else other for other in self._slots]
         self._in_use, self._arrangement = [], None
 
-    def record_dtype(self, adapters: AdapterSlot, x: Any) -> None:
+    def record_dtype(self, adapters: LayerAdaptersLike, x: Any) -> None:
         """Record the dtype of a layer's input in its first call."""
         if adapters not in self._input_dtypes and isinstance(x, Tensor):
             is_readable = not (isinstance(x, nn.Parameter) or x.is_nested)
@@ -167,7 +166,7 @@ class Stacks:
         layers.difference_update(*(factors.others for factors in self._in_use))
         layers = {layer for layer in layers if self._input_dtypes[layer] is not None}
         if not self._is_active:
-            layers = {layer for layer in layers if layer.layout.is_in_order(shape)}  # type: ignore[operator, union-attr]
+            layers = {layer for layer in layers if layer.layout.is_in_order(shape)}
         ranks = {
             layer: max(factors.ranks.get(layer, 0) for factors in self._in_use) for layer in layers
         }
@@ -222,15 +221,18 @@ class Stacks:
         # Spare slots are up to half of all.
         return most * (1 if self._left_out else 4) < self._rows
 
-    def _fits(self, adapters: AdapterSlot) -> bool:
+    def _fits(self, adapters: LayerAdaptersLike) -> bool:
         """Return whether the blends in use fit into a layer's slots; True for a layer left out for lack of memory."""
         stack = self._of_layer.get(adapters)
         return adapters in self._left_out if stack is None else all(map(stack.fits, self._in_use))
 
-    def _build(self, layers: Iterable[AdapterSlot], count: int, *, least: int = 0) -> None:
+    def _build(self, layers: Iterable[LayerAdaptersLike], count: int, *, least: int = 0) -> None:
         """Build empty stacks for these layers and those that have one, with room for the blends in use.
 
-        Each has `count` slots, or `least` if memory is short.
+        Args:
+            layers: The layers.
+            count: Number of slots.
+            least: Number of slots if memory is short.
         """
         stacks = {**self._of_layer}
         for layer in layers:
@@ -238,8 +240,8 @@ class Stacks:
             assert dtype is not None
             if layer not in stacks:
                 stacks[layer] = Stack(layer, dtype, self._in_use)
-        self._of_layer: dict[AdapterSlot, Stack] = {}
-        self._left_out: set[AdapterSlot] = set()
+        self._of_layer: dict[LayerAdaptersLike, Stack] = {}
+        self._left_out: set[LayerAdaptersLike] = set()
         for stack in stacks.values():
             stack.make_room(self._in_use)
         wanted = sum(stack.bytes_of(count) for stack in stacks.values())
@@ -260,7 +262,7 @@ class Stacks:
         # Reading the sizes of thousands of small adapters takes longer than a step.
         if wanted <= LARGEST_STACKS:
             return LARGEST_STACKS
-        modules = [m for adapters in self._input_dtypes for m in adapters.values()]
+        modules = [m for adapters in self._input_dtypes for m in adapters._modules.values()]
         tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         return max(LARGEST_STACKS, SHARE * sum(tensor.nbytes for tensor in tensors))
 
@@ -294,10 +296,16 @@ class Stacks:
 
 
 class Stack:
-    """The low-rank products of one layer, a slot for each blend; at least one of `blends` acts on the layer."""
+    """The low-rank products of one layer, a slot for each blend.
+
+    Args:
+        adapters: The adapters of the layer.
+        input_dtype: The dtype of its input.
+        blends: Blends, of which at least one acts on the layer.
+    """
 
     def __init__(
-        self, adapters: AdapterSlot, input_dtype: torch.dtype, blends: Iterable[BlendFactors]
+        self, adapters: LayerAdaptersLike, input_dtype: torch.dtype, blends: Iterable[BlendFactors]
     ) -> None:
         A, B, _ = next(product for factors in blends for product in factors.products(adapters))
         self.adapters, self.device = adapters, A.device
