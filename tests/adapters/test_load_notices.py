@@ -41,7 +41,7 @@ def test_another_configuration_is_another_base(folder, caplog):
     with pytest.raises(WrongBaseError, match=r"rms_norm_eps 1e-06 -> 0\.5.*allow_other_base"):
         lorakit.load(other(), folder)
     lorakit.load(other(), folder, allow_other_base=True)
-    assert any("rms_norm_eps" in message for message in messages(caplog))
+    assert any("allow_other_base is set" in m and "rms_norm_eps" in m for m in messages(caplog))
 
 
 def test_another_tokenizer_is_reported_where_one_is_known(tmp_path, caplog):
@@ -54,14 +54,6 @@ def test_another_tokenizer_is_reported_where_one_is_known(tmp_path, caplog):
         tiny_models.build("llama"), tmp_path / "adapter", tokenizer=tiny_tokenizer(adds_bos=True)
     )
     assert ["another tokenizer" in message for message in messages(caplog)] == [True]
-
-
-def test_the_decision_for_another_base_is_logged(folder, caplog):
-    other = tiny_models.build("llama", "causal-lm")
-    with torch.no_grad():
-        other.model.layers[0].mlp.up_proj.weight.add_(1)
-    lorakit.load(other, folder, allow_other_base=True)
-    assert any("allow_other_base" in message for message in messages(caplog))
 
 
 def test_adapters_of_runs_have_the_names_of_the_runs(tmp_path: Path) -> None:

@@ -167,6 +167,20 @@ def test_experts_on_routed_tokens(seed: int) -> None:
     torch.testing.assert_close(actual, separately(adapters, ["a", "a"], lambda: model(x)))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rows_of_lora_around_a_row_of_dora(gradients: bool) -> None:
+    """The rows of LoRA are gathered into a copy of the output, and LoRA adds its product to that copy in place."""
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 2, 4)
+    adapters = adapted(model, ("0",))
+    attach(model, LoRA(rank=2, targets=("0",), dora=True), name="dora")
+    randomise(adapters, "dora", seed=3)
+    rows = ["a", "dora", "a"]
+    with torch.set_grad_enabled(gradients):
+        with adapters.per_sample(rows):
+            actual = model(x)
+        torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
+
+
 class SequenceFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()

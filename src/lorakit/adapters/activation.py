@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -46,21 +45,29 @@ class Moment(NamedTuple):
 
 
 @dataclass(eq=False)
+class Registered:
+    """An adapter of the model. One that is added later under the same name is another object."""
+
+    swaps: bool
+    """Whether it has trained copies of base tensors, which replace these tensors while it is active."""
+    read_directly: str | None
+    """Path of a layer with a trained copy that the model may read without calling the layer."""
+
+
+@dataclass(eq=False)
 class _Block:
     """An open `per_sample` or `per_token` block, or a running `generate`."""
 
     activation: Activation
     choice: Choice
-    adapters: dict[str, int]
-    """Serial number of each adapter of the choice when the block began."""
+    adapters: dict[str, Registered]
+    """The adapters of the choice when the block began."""
     is_generation: bool = False
     is_open: bool = True
 
 
 _BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("lorakit_blocks", default=())
 """The blocks of this thread or task, of all models, innermost last."""
-
-_SERIALS = itertools.count()
 
 
 class _Thread(threading.local):
@@ -80,12 +87,8 @@ class Activation:
 
     active: Choice = BASE
     """What `activate` set."""
-    adapters: dict[str, int] = field(default_factory=dict)
-    """Each adapter of the model, with a serial number that no other adapter ever has."""
-    swapping: set[str] = field(default_factory=set)
-    """Names of the adapters with trained copies of base tensors, which replace these tensors while active."""
-    read_directly: dict[str, str] = field(default_factory=dict)
-    """By adapter, the path of a layer with a trained copy that the model may read without calling the layer."""
+    adapters: dict[str, Registered] = field(default_factory=dict)
+    """The adapters of the model by name."""
     merged: Choice | None = None
     """What is merged into the weights, if anything."""
 
@@ -129,18 +132,20 @@ class Activation:
                 "leave the block."
             )
         for name in block.choice.names:
-            if self.adapters.get(name) != block.adapters[name]:
+            if self.adapters.get(name) is not block.adapters[name]:
                 raise AdapterStateError(
                     f"'{name}' was removed while a per_sample or per_token block that uses it was open. Leave the "
                     "block and choose again."
                 )
         if block.choice.whole != self.active.whole:
-            for name in (block.choice.names | self.active.names) & self.read_directly.keys():
-                raise AdapterStateError(
-                    f"'{name}' trains '{self.read_directly[name]}' in full, and the model may read it without calling "
-                    f"its layer, so per_sample and per_token cannot replace it. Use activate('{name}') for a whole "
-                    "batch, and activate(None) before a block of other adapters."
-                )
+            for name in block.choice.names | self.active.names:
+                adapter = self.adapters.get(name)
+                if adapter is not None and adapter.read_directly is not None:
+                    raise AdapterStateError(
+                        f"'{name}' trains '{adapter.read_directly}' in full, and the model may read it without "
+                        f"calling its layer, so per_sample and per_token cannot replace it. Use activate('{name}') for "
+                        "a whole batch, and activate(None) before a block of other adapters."
+                    )
         return block.choice
 
     @property
@@ -236,15 +241,18 @@ class Activation:
                 "A checkpointed block is recomputed whose forward pass ran without its adapters: they were attached "
                 "or unmerged after it. Call backward() first, then attach or unmerge."
             )
-        if moment.active != self.active and (
-            (moment.active.names | self.active.names) & self.swapping
-        ):
+        if moment.active != self.active and self._swapping(moment.active.names | self.active.names):
             raise AdapterStateError(
                 "The active adapter changed between the forward and the backward pass of a checkpointed block, and "
                 "biases or modules trained in full were swapped. Keep the same adapter active until backward() "
                 "has returned."
             )
         return moment
+
+    def _swapping(self, names: frozenset[str]) -> frozenset[str]:
+        """Return those of these adapters that have trained copies and are still on the model."""
+        adapters = list(self.adapters.items())  # another thread may add or remove one meanwhile
+        return names & {name for name, adapter in adapters if adapter.swaps}
 
     # --- changing the choice -----------------------------------------------------------------------------
 
@@ -256,8 +264,8 @@ class Activation:
             AdapterStateError: The block ended in another thread or task than it began in.
         """
         self.running.drop_interrupted()
-        serials = {name: self.adapters[name] for name in choice.names}
-        block = _Block(self, choice, serials, is_generation)
+        adapters = {name: self.adapters[name] for name in choice.names}
+        block = _Block(self, choice, adapters, is_generation)
         before, thread = self._thread.block, threading.get_ident()
         # One that ended in another thread is still among them, with its model.
         _BLOCKS.set((*(b for b in _BLOCKS.get() if b.is_open), block))
@@ -298,11 +306,10 @@ class Activation:
     @contextlib.contextmanager
     def generation(self, choice: Choice) -> Iterator[None]:
         """Keep a choice for all forward passes of a generation."""
-        with contextlib.ExitStack() as stack:
-            # Merged weights act anyway, and cannot change while the generation runs.
-            if self.merged is None:
-                stack.enter_context(self.local(choice, is_generation=True))
-            stack.enter_context(self.running.within(None))
+        # Merged weights act anyway, and cannot change while the generation runs.
+        is_merged = self.merged is not None
+        block = contextlib.nullcontext() if is_merged else self.local(choice, is_generation=True)
+        with block, self.running.within(None):
             yield
 
     def forbid_recomputation(self, action: str, names: frozenset[str] | None = None) -> None:
@@ -313,7 +320,7 @@ class Activation:
             names: Only checkpoints that used one of these adapters; None is all.
         """
         for checkpoint, moment in list(self._records.items()):
-            swapped = moment.active.names & self.swapping
+            swapped = self._swapping(moment.active.names)
             if names is None or names & (moment.of_pass.choice.names | swapped):
                 error = AdapterStateError(
                     f"An adapter was {action} between the forward and the backward pass of a checkpointed block, "
@@ -321,19 +328,9 @@ class Activation:
                 )
                 forbid_recomputation(checkpoint, error)
 
-    def add(self, name: str, *, swaps: bool, read_directly: str | None) -> None:
-        """Register an adapter; `swaps` says that it has trained copies of base tensors."""
-        self.adapters[name] = next(_SERIALS)
-        if swaps:
-            self.swapping.add(name)
-        if read_directly is not None:
-            self.read_directly[name] = read_directly
-
     def remove(self, name: str) -> None:
         """Forget an adapter."""
         del self.adapters[name]
-        self.swapping.discard(name)
-        self.read_directly.pop(name, None)
         if self.adapters:
             self.decoding.remove(name)
         else:

@@ -42,10 +42,7 @@ _SETTING = (bool, int, float, str)
 class BlendFactors:
     """The low-rank factors of one blend on each layer, and the state of their tensors when this object was built.
 
-    Args:
-        blend: The adapters.
-        layers: The layers to read, each as its child module `adapters`.
-        is_active: Whether `activate` chose the blend, so that its trained copies are in place.
+    `is_active` says that `activate` chose the blend, so that its trained copies are in place.
     """
 
     def __init__(

@@ -191,9 +191,9 @@ def guard_loading(model: nn.Module) -> None:
 
     def needs_check(module: nn.Module) -> bool:
         if id(module) not in contains:
-            children = [child for child in module._modules.values() if child is not None]
             contains[id(module)] = records_statistics(module) or any(
-                isinstance(child, LayerAdapters) or needs_check(child) for child in children
+                isinstance(child, LayerAdapters) or needs_check(child)
+                for child in module.children()
             )
         return contains[id(module)]
 
@@ -321,29 +321,19 @@ def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], pre
     keys = [key for key in state_dict if is_of_adapter(key.removeprefix(prefix))]
     if not keys:
         return
-    slots = {
-        f".{path}" if path else path: module._modules[ADAPTERS]
-        for path, module in base_modules(model, remove_duplicate=False)
-        if ADAPTERS in module._modules
-    }
+    known: dict[str, set[str] | None] = {}  # None for a module of the base with this name
+    for path, module in base_modules(model, remove_duplicate=False):
+        if (slot := module._modules.get(ADAPTERS)) is not None:
+            own = {MARK, *slot.state_dict()} if isinstance(slot, LayerAdapters) else None
+            known[f".{path}" if path else path] = own
     for key in keys:
         path, _, name = f".{key.removeprefix(prefix)}".partition(f".{ADAPTERS}.")
-        slot = slots.get(path)
-        if slot is None or (isinstance(slot, LayerAdapters) and not _has_tensor(slot, name)):
+        names = known.get(path, set())
+        if names is not None and name not in names:
             raise AdapterStateError(
                 f"'{key}' belongs to an adapter, and this layer of the model has no such tensor. Attach the adapters "
                 "that the file was saved with, under the same names, before you load it."
             )
-
-
-def _has_tensor(adapters: LayerAdapters, name: str) -> bool:
-    """Return whether one of a layer's adapters has a tensor of this name, or whether it is the layer's mark."""
-    *parents, attribute = name.split(".")
-    module: nn.Module | None = adapters
-    for parent in parents:
-        module = None if module is None else module._modules.get(parent)
-    tensors = {} if module is None else {**module._parameters, **module._buffers}
-    return name == MARK or tensors.get(attribute) is not None
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import export, merging, saving
-from lorakit.adapters.activation import Activation
+from lorakit.adapters.activation import Activation, Registered
 from lorakit.adapters.choice import (
     BASE,
     AdapterChoice,
@@ -314,6 +314,7 @@ class Adapters:
                 others = {other: w for other, w in self.active.items() if other != name}
                 self._set_active(choice_for_batch(others, self._get))
             self._remove(adapter)
+            export.guard_loading(self.model)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
@@ -492,13 +493,10 @@ class Adapters:
             raise
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
-        self._activation.add(
-            name,
-            swaps=bool(adapter.trained),
-            read_directly=next(adapter.read_directly(self.model), None),
+        self._activation.adapters[name] = Registered(
+            swaps=bool(adapter.trained), read_directly=adapter.read_directly(self.model)
         )
-        if adapter.is_first_somewhere:
-            export.guard_loading(self.model)
+        export.guard_loading(self.model)
         if is_first:
             self._freeze_base()
         return adapter
@@ -528,8 +526,7 @@ class Adapters:
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
         self._activation.remove(adapter.name)
-        if uninstall(self.model, adapter, self._installed.values()):
-            export.guard_loading(self.model)
+        uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
         """Remove all adapters and undo `_set_up_model`."""

@@ -47,8 +47,6 @@ class InstalledAdapter:
     trained: list[str] = field(default_factory=list)
     """Names of the base parameters trained in full; of a tied one the first."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    is_first_somewhere: bool = False
-    """Whether a layer had no adapter before."""
 
     @property
     def scales(self) -> bool:
@@ -60,13 +58,14 @@ class InstalledAdapter:
         """Hooks that the adapter's modules declare for the model's backbone."""
         return [hook for module in self.modules.values() for hook in module.backbone_hooks]
 
-    def read_directly(self, model: nn.Module) -> Iterator[str]:
-        """Yield the paths of the layers with trained copies whose weights the model may read without a call."""
-        if not self.trained:
-            return
-        for path, _, adapters in self.layers(model):
-            if adapters[self.name].trained and adapters.layout.is_read_directly:
-                yield path
+    def read_directly(self, model: nn.Module) -> str | None:
+        """Return the path of a layer with a trained copy whose weight the model may read without calling the layer."""
+        paths = (
+            path
+            for path, _, adapters in self.layers(model)
+            if adapters[self.name].trained and adapters.layout.is_read_directly
+        )
+        return next(paths, None) if self.trained else None
 
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
         """Yield path, layer and `adapters` child of each layer that has the adapter.
@@ -125,19 +124,8 @@ def install(
     """Add an adapter's modules to the model's layers, with a copy of each base tensor in `trained_names`.
 
     `modules` receives a plain `AdapterModule` for each layer that only has trained copies. A warning names each layer
-    into which the adapter cannot be merged because of its forward method (`lorakit.adapters.linearity`).
-
-    Args:
-        model: The model.
-        name: The adapter's name.
-        method: Its method.
-        modules: Its modules by layer path.
-        trained_names: Names of the base parameters to train in full.
-        activation: The active adapters of the model.
-
-    Raises:
-        ConfigurationError: As for `check_installable`.
-        AdapterStateError: As for `check_installable`.
+    into which the adapter cannot be merged because of its forward method (`lorakit.adapters.linearity`). Errors are
+    those of `check_installable`.
     """
     check_installable(model, modules, trained_names)
     installed = InstalledAdapter(name, method, modules)
@@ -158,12 +146,10 @@ def install(
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )
-    installed.is_first_somewhere = bool(layouts)
     for path, module in modules.items():
         layer = layers[path]
         owner = model.get_submodule(path.rpartition(".")[0])
-        layout: Any = layouts[path] if path in layouts else layer.adapters.layout  # noqa: SIM401
-        add_module(layer, owner, name, module, activation, layout)
+        add_module(layer, owner, name, module, activation, layouts.get(path))
         if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
             _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     without_bias = (_why_no_bias(path, layers[path], m) for path, m in modules.items())
@@ -213,16 +199,10 @@ def _refuse_offloaded(model: nn.Module, tensors: dict[str, Tensor | None]) -> No
 
 def uninstall(
     model: nn.Module, adapter: InstalledAdapter, others: Iterable[InstalledAdapter]
-) -> bool:
-    """Remove an adapter's modules from the model, with the hooks that no other adapter needs.
-
-    Returns:
-        Whether a layer has no adapter any more.
-    """
-    is_last = False
+) -> None:
+    """Remove an adapter's modules from the model, with the hooks that no other adapter needs."""
     for _, layer, adapters in adapter.layers(model):
         remove_adapter(layer, adapters, adapter.name)
-        is_last = is_last or not adapters
     if hooks := {*adapter.backbone_hooks}:
         needed = {hook for other in others for hook in other.backbone_hooks}
         remove_hooks(backbone_of(model), *(hook.run for hook in hooks - needed))
@@ -232,7 +212,6 @@ def uninstall(
         if ignored:
             setattr(model, _DDP_IGNORES, ignored)
     remove_idle_hooks(model)
-    return is_last
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:

@@ -25,12 +25,7 @@ from lorakit.ops.autocast import no_autocast, wide_dtype
 
 
 class LayerAdapters(ReplacedParameters):
-    """The adapters on one layer, by name: the layer's child module `adapters`.
-
-    Args:
-        activation: The active adapters of the whole model.
-        layout: Where the rows of a batch are in the layer's input.
-    """
+    """The adapters on one layer, by name: the layer's child module `adapters`."""
 
     def __init__(self, activation: Activation, layout: RowLayout) -> None:
         super().__init__()
@@ -227,19 +222,14 @@ def add_module(
     name: str,
     module: AdapterModule,
     activation: Activation,
-    layout: RowLayout,
+    layout: RowLayout | None,
 ) -> None:
-    """Add an adapter's module to a layer, with the `adapters` child and the hooks that it needs.
+    """Add an adapter's module to a layer inside `owner`, with the `adapters` child and the hooks that it needs.
 
-    Args:
-        layer: The adapted layer.
-        owner: Its parent module.
-        name: Name of the adapter.
-        module: Its tensors for this layer.
-        activation: The active adapters of the whole model.
-        layout: Where the rows of a batch are in the layer's input.
+    `layout` may be None for a layer that already has an adapter.
     """
     if ADAPTERS not in layer._modules:
+        assert layout is not None
         layer.register_module(ADAPTERS, LayerAdapters(activation, layout).train(layer.training))
         layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
@@ -92,8 +91,7 @@ def load_stored(
     tokenizer: Any = None,
 ) -> Adapters:
     """Load an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
-    if not name:
-        name = default_name(path)
+    name = name or default_name(path)
     handle = handle_for(model)
     handle.check_can_add(name)
     model = handle.model
@@ -129,15 +127,7 @@ def put_on(
 ) -> Adapters:
     """Build a stored adapter's modules on the model's layers and activate it; `load_stored` without its checks.
 
-    Args:
-        model: The base.
-        stored: The adapter.
-        name: Its name on this model.
-        trainable: Whether its tensors require a gradient.
-        origin: The adapter's file, or a phrase for it, for messages.
-
-    Raises:
-        AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
+    Errors are those of `build_modules`, and name the adapter's file by `origin`.
     """
     handle = handle_for(model)
     handle.check_can_add(name)
@@ -221,8 +211,9 @@ def _build_other_modules(
         expected, in_file = shapes.get(path, {}), stored.modules.get(path, {})
         if expected.keys() != in_file.keys():
             raise AdapterFileError(
-                f"{origin} holds {_listed(in_file)} for '{path}', and {type(stored.method).__name__} needs "
-                f"{_listed(expected)} on this model. Load it on the model class it was trained with."
+                f"{origin} holds {', '.join(in_file) or 'no tensor'} for '{path}', and {type(stored.method).__name__} "
+                f"needs {', '.join(expected) or 'no tensor'} on this model. Load it on the model class it was trained "
+                "with."
             )
         for name, tensor in in_file.items():
             if tensor.shape != expected[name].shape:
@@ -241,10 +232,6 @@ def _build_other_modules(
         tensors = {name: t.to(shapes[path][name].device, copy=True) for name, t in in_file.items()}
         module.load_state_dict(tensors, assign=True)  # in the file's dtype
     return modules
-
-
-def _listed(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(tensors) or "no tensor"
 
 
 def _build_layer(
@@ -335,13 +322,8 @@ def check_base(
 ) -> None:
     """Validate and complete `stored` against the model, compare the base that it records, and log its notices.
 
-    Args:
-        model: The base.
-        stored: The adapter; changed in place.
-        path: Its file, for messages.
-        allow_other_base: Accept another base than the recorded one.
-        tokenizer: Digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known.
-        record: Fingerprint of the whole base, from a caller that knows that it has not changed.
+    `tokenizer` is the digest of the tokenizer that is used with the model (`tokenizer_digest`), if it is known. A
+    caller that knows that the base has not changed gives its fingerprint as `record`.
 
     Raises:
         AdapterFileError: The options and tensors of the file do not fit the model.
@@ -351,8 +333,19 @@ def check_base(
     if stored.base is not None:
         if record is None or stored.trained:
             record = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
-        live = replace(record, tokenizer=tokenizer)
-        _compare_base(model, stored, stored.base, live, allow_other_base)
+        try:
+            stored.notices += formats.compare(stored.base, replace(record, tokenizer=tokenizer))
+        except WrongBaseError as error:
+            if not allow_other_base:
+                if getattr(getattr(model, "config", None), MERGED, False):
+                    raise WrongBaseError(
+                        f"{error} This base is a merged model of lorakit, which has its adapter in it already: use it "
+                        "without an adapter (--adapter null)."
+                    ) from None
+                raise
+            stored.notices.append(
+                f"loaded on another base because allow_other_base is set: {error}"
+            )
     elif (note := _other_name(model, stored)) is not None:
         stored.notices.append(note)
     # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
@@ -362,10 +355,8 @@ def check_base(
 
 def _other_name(model: nn.Module, stored: StoredAdapter) -> str | None:
     """Return a notice if a folder of PEFT names another base than this model; it records nothing else of its base."""
-    recorded, here = (
-        stored.base_name,
-        getattr(getattr(model, "config", None), "_name_or_path", None),
-    )
+    recorded = stored.base_name
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
     # A local copy has the name of the hub id's last part.
     names = [PurePath(str(name)).name.lower() for name in (recorded, here) if name]
     if len(names) < 2 or names[0] == names[1]:
@@ -374,23 +365,3 @@ def _other_name(model: nn.Module, stored: StoredAdapter) -> str | None:
         f"It was trained on '{recorded}', and this model is '{here}'. The file records no more of its base, so only "
         "shapes are compared: make sure that the weights are the same."
     )
-
-
-def _compare_base(
-    model: nn.Module,
-    stored: StoredAdapter,
-    recorded: BaseRecord,
-    live: BaseRecord,
-    allow_other_base: bool,
-) -> None:
-    try:
-        stored.notices.extend(formats.compare(recorded, live))
-    except WrongBaseError as error:
-        if not allow_other_base:
-            if getattr(getattr(model, "config", None), MERGED, False):
-                raise WrongBaseError(
-                    f"{error} This base is a merged model of lorakit, which has its adapter in it already: use it "
-                    "without an adapter (--adapter null)."
-                ) from None
-            raise
-        stored.notices.append(f"loaded on another base because allow_other_base is set: {error}")

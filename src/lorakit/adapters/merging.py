@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,8 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
     """As `merge`, but drop the base weight of each layer before the next one is merged.
 
     This needs the memory of one more layer, and not of all. Every layer of a quantised base becomes an ordinary layer.
-    `tie_word_embeddings` is cleared if the merge unties all that it ties.
-
-    Args:
-        model: The adapted model.
-        blend: The adapters to merge, with their weights.
-        abandon: Called if an error stops the merge between two layers, for example for lack of memory.
+    `tie_word_embeddings` is cleared if the merge unties all that it ties. `abandon` is called if an error stops the
+    merge between two layers, for example for lack of memory.
 
     Raises:
         AdapterStateError: As for `merge`, before anything has changed.
@@ -192,26 +189,25 @@ def unmerge(model: nn.Module) -> None:
     _restore_hooks(model)
 
 
-def _separated(model: nn.Module, state: dict[str, Tensor]) -> tuple[str, str] | None:
-    """Return two names of a tied parameter of the base that are different tensors in `state`; None without one."""
-    for first, *others in tied_names(model):
-        for other in others:
-            if state[first].data_ptr() != state[other].data_ptr():
-                return first, other
-    return None
-
-
 def _record_untying(model: nn.Module) -> None:
     """Clear `tie_word_embeddings` if the merge has untied all that it ties."""
-    config, state = getattr(model, "config", None), model.state_dict()
-    is_tied = getattr(config, "tie_word_embeddings", False)
-    if is_tied and unties(model, state):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    elif is_tied and (separated := _separated(model, state)):
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    state = model.state_dict()
+    separated = (
+        (first, other)
+        for first, *others in tied_names(model)
+        for other in others
+        if state[first].data_ptr() != state[other].data_ptr()
+    )
+    if unties(model, state):
+        config.tie_word_embeddings = False
+    elif pair := next(separated, None):
         _LOG.warning(
             "'%s' and '%s' were one tensor and are two after the merge, which the configuration of %s cannot record. "
             "resize_token_embeddings() and tie_weights() would make them one again, without the adapter. Resize the "
             "base before you attach or load the adapter.",
-            *separated,
+            *pair,
             type(model).__name__,
         )

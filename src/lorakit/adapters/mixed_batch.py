@@ -27,8 +27,6 @@ from lorakit.methods.module import AdapterModule
 from lorakit.models.parameter_swaps import with_parameters
 from lorakit.ops.lora_segments import Segment, lora_segments
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 class MixableAdapters(Protocol):
     """What this module uses of `LayerAdapters`, whose import would be circular."""
@@ -114,11 +112,8 @@ def why_not_by_token(
 ) -> str | None:
     """Return why a choice by token cannot use an adapter on a layer, or None if it can.
 
-    Args:
-        layer: The layer.
-        layout: Where the rows of a batch are in its input.
-        module: What the adapter adds to its output; None if nothing.
-        trained: The attributes of the layer of which the adapter has trained copies.
+    The adapter adds `module`, if it is not None, to the layer's output, and trains copies of the layer's attributes
+    `trained`.
 
     A forward pass may refuse more: a layer that sees another number of tokens than the batch has, such as the pooler of
     an encoder, which sees the first token of each row.
@@ -230,11 +225,10 @@ def adapt_by(
 def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:
     """Return why the layer's forward with other parameters may differ from a call of the layer; None if it cannot."""
     hooks = (
-        *(*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()),
-        *(
-            *torch_module._global_forward_pre_hooks.values(),
-            *torch_module._global_forward_hooks.values(),
-        ),
+        *layer._forward_pre_hooks.values(),
+        *layer._forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
     )
     for hook in hooks:
         if not (getattr(hook, "__module__", None) or "").startswith("lorakit."):
@@ -254,4 +248,4 @@ def _features(layer: nn.Module) -> int:
     """Return how many of the last axes of the layer's input are not batch or length."""
     if isinstance(layer, nn.Embedding):
         return 0
-    return layer.weight.ndim - 1 if isinstance(layer, _CONVOLUTIONS) else 1
+    return layer.weight.ndim - 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1

@@ -65,8 +65,8 @@ def from_peft(peft_model: Any) -> Adapters:
         adapter.notices += _notices(adapter, name, named[name])
         check_base(base, adapter, name, allow_other_base=False, tokenizer=None)
         modules = build_modules(base, adapter, f"'{name}'")
-        check_installable(base, modules, list(adapter.trained))
         trained = list(adapter.trained)
+        check_installable(base, modules, trained)
         converted[name] = InstalledAdapter(named[name], adapter.method, modules, trained)
     trainable = {name for name in names if _is_trainable(wrappers.values(), name)}
     choice = {named[name]: 1.0 for name in active}
@@ -98,11 +98,9 @@ def _read(folder: Path, name: str) -> StoredAdapter:
 
 def _require_configured_scalings(peft_model: Any, wrappers: dict[str, Any]) -> None:
     """Reject a scaling that `set_scale` or `scale_layer` has changed: an adapter's configuration does not hold it."""
-    # Others have a copy of a module (modules_to_save), and the attributes of the original.
-    layers = {
-        path: wrapper for path, wrapper in wrappers.items() if "base_layer" in wrapper._modules
-    }
-    for path, layer in layers.items():
+    for path, layer in wrappers.items():
+        if "base_layer" not in layer._modules:
+            continue  # it has a copy of a module (modules_to_save), and the attributes of the original
         for name, scaling in getattr(layer, "scaling", {}).items():
             rank, alpha = layer.r[name], layer.lora_alpha[name]
             expected = alpha / (
@@ -143,13 +141,12 @@ def _is_trainable(wrappers: Iterable[Any], name: str) -> bool:
 
 def _usable_names(names: Sequence[str]) -> dict[str, str]:
     """Return the adapter's name in lorakit by its name in PEFT; a name that can be kept is."""
-    usable = {name: name for name in names if usable_name(name) == name}
-    for name in names:
-        if name not in usable:
-            own = usable_name(name)
-            while own in usable.values():
-                own += "_2"
-            usable[name] = own
+    usable: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: usable_name(name) != name):
+        own = usable_name(name)
+        while own in usable.values():
+            own += "_2"
+        usable[name] = own
     return usable
 
 
@@ -179,11 +176,9 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of a model without the wrappers of PEFT, which shares all tensors; the model is not changed.
+    """Return a copy of a module without the wrappers of PEFT, which shares all tensors; the module is not changed.
 
-    Args:
-        module: The model, or a module of it.
-        done: The copies made so far, by the `id` of the original.
+    `done` holds the copies made so far, by the `id` of the original.
     """
     while (inner := _inner(module)) is not None:
         module = inner

@@ -70,7 +70,7 @@ class RowLayout:
             raise self.refuse(self.refused)
         if isinstance(x, nn.Parameter):
             raise self.refuse("its input is a parameter")
-        if self.is_table and not _entered_the_model(x, of_pass):
+        if self.is_table and not (x.ndim and _identity(x) in of_pass.inputs):
             raise self.refuse("its input is not known to be an input of the model")
         if choice.unit == "token":
             return self._count_tokens(x, of_pass, axes)
@@ -175,10 +175,6 @@ def _declaring(around: list[nn.Module]) -> nn.Module | None:
 def _batch_axis(around: list[nn.Module]) -> int:
     declaring: Any = _declaring(around)
     return 0 if declaring is None or declaring.batch_first else 1
-
-
-def _entered_the_model(x: Tensor, of_pass: Pass) -> bool:
-    return x.ndim > 0 and _identity(x) in of_pass.inputs
 
 
 def _identity(x: Tensor) -> tuple[int, int]:

@@ -110,10 +110,8 @@ def _store_layer(
     layer: nn.Module, module: LoRALayer, copy: _Copy, tied_head: str | None
 ) -> StoredLayer:
     """Return the stored form of the adapter on one layer, which may act on a tied head too."""
-    form, live = (
-        module.form,
-        {field: getattr(module, name) for field, name in LAYER_ATTRIBUTES.items()},
-    )
+    form = module.form
+    live = {field: getattr(module, name) for field, name in LAYER_ATTRIBUTES.items()}
     tensors: dict[str, Any] = {field: copy(t) for field, t in live.items() if t is not None}
     return StoredLayer(
         **tensors,

@@ -118,13 +118,8 @@ class Stacks:
     ) -> Arrangement | None:
         """Return how the stacks compute a batch; None if each layer must compute its adapters without them.
 
-        That is so while a step of another thread uses the stacks, and if they do not fit into memory.
-
-        Args:
-            choice: The adapters of each row or token.
-            shape: Shape of the batch.
-            user: The step. While a step of another `thread` lives, the stacks do not change.
-            is_active: Whether `activate` made the choice.
+        That is so if they do not fit into memory. It is also so if they would have to change while a step of another
+        thread lives; `user` is the step of this thread. `shape` is the batch's, (batch, length).
         """
         known = self._arrangement
         if not (

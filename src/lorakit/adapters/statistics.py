@@ -27,7 +27,8 @@ def layers_with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def record_statistics(model: nn.Module) -> None:
     """Record the statistics of all layers."""
     for _, layer in layers_with_statistics(model):
-        layer.__dict__[_RECORDED] = {name: buffer.clone() for name, buffer in _statistics(layer)}
+        buffers = layer.named_buffers(recurse=False)
+        layer.__dict__[_RECORDED] = {name: buffer.clone() for name, buffer in buffers}
 
 
 def record_loaded(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
@@ -67,7 +68,7 @@ def restore_statistics(model: nn.Module) -> None:
 def _changed(layer: nn.Module) -> dict[str, Tensor]:
     """Return the recorded statistics of a layer if any of them has changed, else nothing."""
     recorded: dict[str, Tensor] = layer.__dict__.get(_RECORDED, {})
-    now = dict(_statistics(layer))
+    now = dict(layer.named_buffers(recurse=False))
     same = all(_is_same(now[name], tensor) for name, tensor in recorded.items())
     return {} if same else recorded
 
@@ -79,9 +80,3 @@ def _is_same(buffer: Tensor, recorded: Tensor) -> bool:
     halves = (torch.bfloat16, torch.float16) if buffer.is_floating_point() else ()
     recorded = recorded.to(buffer.device)
     return any(buffer.equal(recorded.to(d).to(buffer.dtype)) for d in (buffer.dtype, *halves))
-
-
-def _statistics(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in layer._buffers.items():
-        if buffer is not None:
-            yield name, buffer

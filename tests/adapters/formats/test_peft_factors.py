@@ -32,8 +32,7 @@ from lorakit.adapters.formats.peft.factors import (
     peft_rank,
     to_peft,
 )
-from lorakit.adapters.formats.peft.targets import target_modules
-from lorakit.adapters.formats.peft.writing import _alpha
+from lorakit.adapters.formats.peft.writing import _alpha, target_modules
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.models.layers import RowSlice

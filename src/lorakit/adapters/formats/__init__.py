@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaseRecord",
-    "NotExpressibleError",
     "StoredAdapter",
     "base_record",
     "check_replaceable",
@@ -54,7 +53,6 @@ __all__ = [
     "tensors_of",
     "write",
     "write_loralib",
-    "write_peft",
 ]
 
 TOKENIZER_FILES = (

@@ -44,12 +44,7 @@ _PACKAGED = {model.name for model in PACKAGED_MODELS}
 
 
 def card(stored: StoredAdapter, form: PeftForm | None) -> str:
-    """Return the card's text.
-
-    Args:
-        stored: The adapter.
-        form: The adapter in PEFT's format, or None if PEFT cannot load the folder.
-    """
+    """Return the card's text; `form` is the adapter in PEFT's format, or None if PEFT cannot load the folder."""
     sections = [
         _front_matter(stored, form),
         f"# {_title(stored)}",
@@ -82,15 +77,13 @@ def _title(stored: StoredAdapter) -> str:
 
 
 def _summary(stored: StoredAdapter) -> str:
-    method = stored.method
+    method, base = stored.method, stored.base
     rows = {"Base model": _code(stored.base_name or "not recorded")}
-    if stored.base is not None:
-        if stored.base.source.revision:
-            rows["Base revision"] = _code(stored.base.source.revision)
-        rows["Base class"] = _code(stored.base.architecture.class_name)
-        rows["Base weights"] = (
-            f"{stored.base.weights.dtype}, SHA-256 {_hash(stored.base.weights.exact)}"
-        )
+    if base is not None:
+        if base.source.revision:
+            rows["Base revision"] = _code(base.source.revision)
+        rows["Base class"] = _code(base.architecture.class_name)
+        rows["Base weights"] = f"{base.weights.dtype}, SHA-256 {_hash(base.weights.exact)}"
     if isinstance(method, LoRA):
         ranks = sorted({layer.rank for layer in stored.layers.values()})
         scalings = sorted({layer.scaling for layer in stored.layers.values()})
@@ -213,7 +206,7 @@ def vllm_obstacle(form: PeftForm) -> str | None:
     config = form.config
     ranks = {config["r"], *config["rank_pattern"].values()}
     merge = "Merge the adapter and serve the model."
-    for applies, reason in (
+    obstacles = (
         (config["task_type"] != "CAUSAL_LM", "it adapts only causal language models."),
         (config["modules_to_save"], f"modules are trained in full (modules_to_save). {merge}"),
         (config["use_dora"], f"it uses DoRA. {merge}"),
@@ -224,10 +217,8 @@ def vllm_obstacle(form: PeftForm) -> str | None:
         (any("lora_embedding" in key for key in form.tensors), f"it adapts an embedding. {merge}"),
         (any(t.ndim > 2 for t in form.tensors.values()), f"it adapts convolutions. {merge}"),
         (max(ranks) > _VLLM_RANKS[-1], f"its rank is above {_VLLM_RANKS[-1]}. {merge}"),
-    ):
-        if applies:
-            return reason
-    return None
+    )
+    return next((reason for applies, reason in obstacles if applies), None)
 
 
 def _scores(provenance: Mapping[str, Any]) -> str:
@@ -258,12 +249,8 @@ def _data(provenance: Mapping[str, Any]) -> str:
     rows = []
     for split, about in sorted(data.items()):
         about = about if isinstance(about, Mapping) else {"source": about}
-        details = (
-            _plain(about.get("source", "")),
-            _number(about.get("examples")),
-            _hash(about.get("sha256")),
-        )
-        rows.append((_plain(split), *details))
+        source, digest = _plain(about.get("source", "")), _hash(about.get("sha256"))
+        rows.append((_plain(split), source, _number(about.get("examples")), digest))
     return "## Data\n\n" + _table(("split", "source", "examples", "SHA-256"), rows)
 
 

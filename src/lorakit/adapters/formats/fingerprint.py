@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
-from lorakit.errors import AdapterFileError, WrongBaseError
+from lorakit.configuration import converted
+from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
 from lorakit.models.dtypes import FLOATS, dtype_name
@@ -81,9 +83,8 @@ class BaseRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        parts = {name: vars(getattr(self, name)) for name in _PARTS}
         return {
-            **parts,
+            **{name: vars(getattr(self, name)) for name in _PARTS},
             "excluded": list(self.excluded),
             "configuration": self.configuration,
             "tokenizer": self.tokenizer,
@@ -96,33 +97,32 @@ class BaseRecord:
         Raises:
             AdapterFileError: A part is missing or of another type.
         """
-        parts: dict[str, Any] = {}
-        for name, kind in _PARTS.items():
-            part = values.get(name) if isinstance(values, Mapping) else None
-            names = [f.name for f in fields(kind)]
-            if (
-                not isinstance(part, Mapping)
-                or part.keys() != set(names)
-                or not all(isinstance(value, str | None) for value in part.values())
-            ):
-                raise AdapterFileError(
-                    f"the record of the base model has no valid '{name}': it holds {part!r}, but texts or null "
-                    f"for {', '.join(names)} were expected."
-                )
-            parts[name] = kind(**part)
-        excluded = values.get("excluded", [])
-        if not isinstance(excluded, list) or not all(isinstance(n, str) for n in excluded):
-            raise AdapterFileError(
-                f"the record of the base model has {excluded!r:.60} as 'excluded'; a list of names was expected."
+        try:
+            values = converted(values, dict[str, Any], "the record")
+            parts: dict[str, Any] = {
+                name: _part(values.get(name), name, kind) for name, kind in _PARTS.items()
+            }
+            return cls(
+                **parts,
+                excluded=converted(values.get("excluded", ()), tuple[str, ...], "excluded"),
+                configuration=converted(
+                    values.get("configuration"), dict[str, Any] | None, "configuration"
+                ),
+                tokenizer=converted(values.get("tokenizer"), str | None, "tokenizer"),
             )
-        for name, kind in (("configuration", dict), ("tokenizer", str)):
-            parts[name] = values.get(name)
-            if not isinstance(parts[name], kind | None):
-                raise AdapterFileError(
-                    f"the record of the base model has {parts[name]!r:.60} as '{name}'; a {kind.__name__} or null was "
-                    "expected."
-                )
-        return cls(**parts, excluded=tuple(excluded))
+        except ConfigurationError as error:
+            raise AdapterFileError(f"the record of the base model is not valid: {error}") from error
+
+
+def _part(value: Any, name: str, kind: type) -> Any:
+    """Return a part of a record, built from its entry in the file."""
+    entries = converted(value, dict[str, str | None], name)
+    names = [f.name for f in fields(kind)]
+    if entries.keys() != set(names):
+        raise ConfigurationError(
+            f"{name} has {', '.join(entries) or 'no entries':.60}; it must have {', '.join(names)}."
+        )
+    return kind(**entries)
 
 
 _PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}
@@ -282,16 +282,11 @@ def _describe(record: BaseRecord) -> str:
 def hash_weights(
     weights: Iterable[tuple[str, Tensor | QuantisedWeight]], *, reuse: bool = False
 ) -> Weights:
-    """Hash named weights; their order does not matter.
-
-    Args:
-        weights: The weights.
-        reuse: Use earlier hashes of weights that have not changed since.
-    """
+    """Hash named weights in any order; `reuse` takes earlier hashes of weights that have not changed since."""
     weights = list(weights)
     plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (
-        ("meta", _is_meta),
+        ("meta", attrgetter("is_meta")),
         ("sharded", is_sharded),
         ("quantised", _is_packed),
     ):
@@ -333,15 +328,8 @@ def _dtype_label(weights: Iterable[Tensor | QuantisedWeight]) -> str:
 
 def _combine(digest_of: dict[str, bytes]) -> str:
     """Return one SHA-256 of the digests of all weights, by name, in the order of the names."""
-    whole = hashlib.sha256()
-    for name in sorted(digest_of):
-        whole.update(f"{name}\0".encode())
-        whole.update(digest_of[name])
-    return whole.hexdigest()
-
-
-def _is_meta(parameter: Tensor) -> bool:
-    return parameter.is_meta
+    entries = (f"{name}\0".encode() + digest_of[name] for name in sorted(digest_of))
+    return hashlib.sha256(b"".join(entries)).hexdigest()
 
 
 def _is_packed(parameter: Tensor) -> bool:

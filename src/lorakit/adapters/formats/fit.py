@@ -174,15 +174,17 @@ def _sort_base_copies(
     stored: StoredAdapter, path: str | Path, names: ParameterNames, embeddings: set[str]
 ) -> None:
     """Empty `base_copies`: drop those that equal the model's, move the others to `trained`."""
-    live = names.parameters
+    live, is_peft = names.parameters, stored.peft_config is not None
     unknown, changed = [], []
     for name, tensor in stored.base_copies.items():
         if name not in live:
             unknown.append(name)
             continue
         base = live[name]
+        if equals_base(tensor, base):
+            continue
         is_explained = name in embeddings or name.rpartition(".")[0] in stored.layers
-        if stored.peft_config is not None and not is_explained and not equals_base(tensor, base):
+        if is_peft and not is_explained:
             raise AdapterFileError(
                 f"'{path}' has a '{name}' that differs from the model's, and its options do not train it. Only "
                 "weights of embeddings and of adapted layers may differ. Load it on the base it was trained on."
@@ -193,14 +195,13 @@ def _sort_base_copies(
                 f"{tuple(base.shape)}. If the vocabulary grew, resize the model first: "
                 f"model.resize_token_embeddings({tensor.shape[0]})."
             )
-        if not equals_base(tensor, base):
-            if name.removesuffix(".weight") in stored.layers and stored.peft_config is None:
-                raise AdapterFileError(
-                    f"'{path}' has a '{name}' that differs from the model's: the file was saved with its "
-                    "adapter merged into the weights (in eval mode), or belongs to another base."
-                )
-            changed.append(name)
-    if unknown and stored.peft_config is not None:
+        if name.removesuffix(".weight") in stored.layers and not is_peft:
+            raise AdapterFileError(
+                f"'{path}' has a '{name}' that differs from the model's: the file was saved with its "
+                "adapter merged into the weights (in eval mode), or belongs to another base."
+            )
+        changed.append(name)
+    if unknown and is_peft:
         raise AdapterFileError(
             f"'{path}' has '{unknown[0]}', but the model does not.{nearest(unknown[0], live)} "
             "Load it on the model class it was trained with."

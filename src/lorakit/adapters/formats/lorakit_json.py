@@ -61,10 +61,7 @@ def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
 def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> None:
     """Write lorakit.json. Call it last, since it records the checksums of the other files.
 
-    Args:
-        stored: The adapter.
-        folder: The folder that contains its tensors and all other files.
-        form: The adapter in PEFT's format, or None if the tensors are in `lorakit_model.safetensors`.
+    `form` is the adapter in PEFT's format, or None if the tensors are in `lorakit_model.safetensors`.
 
     Raises:
         ConfigurationError: The provenance holds a value that JSON cannot represent.
@@ -352,9 +349,7 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
         lora_bias=description.get("lora_bias", False),
     )
     parts = {name: _pop(tensors, key) for name, key in keys.items()}
-    A, B, magnitude, B_bias = (parts.get(name) for name in ("A", "B", "magnitude", "B_bias"))
-    assert A is not None
-    assert B is not None
+    A, B, magnitude, B_bias = parts["A"], parts["B"], parts.get("magnitude"), parts.get("B_bias")
     if magnitude is not None:
         magnitude = magnitude.flatten()
     if _is_unchanged(description, A, B):
@@ -374,10 +369,8 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     shapes = {name: torch.empty(description[name], device="meta") for name in ("A", "B")}
     if description["pissa"]:
         shapes |= {"initial_A": shapes["A"], "initial_B": shapes["B"]}
-    if magnitude is not None:
-        shapes["magnitude"] = torch.empty(shapes["B"].shape[0], device="meta")
-    if B_bias is not None:
-        shapes["B_bias"] = torch.empty(shapes["B"].shape[0], device="meta")
+    for name in parts.keys() & {"magnitude", "B_bias"}:
+        shapes[name] = torch.empty(shapes["B"].shape[0], device="meta")
     original = _build(description, shapes)
     # PEFT has one rank for both projections of an attention module; zeros pad the smaller one. Cut them off.
     rank = peft_rank(original)

@@ -85,8 +85,7 @@ class StoredLayer:
         self.scaling, self.alpha = float(self.scaling), float(self.alpha)
         for name, tensor in self.tensors.items():
             check_tensor(name, tensor)
-        self._check_factors()
-        self._check_extras()
+        self._check_shapes()
 
     @property
     def form(self) -> FactorForm:
@@ -139,16 +138,14 @@ class StoredLayer:
         # A has r * K rows, and scaling / alpha is 1 / r.
         return max(1, round(self.A.shape[:1].numel() * self.scaling / self.alpha))
 
-    def _check_factors(self) -> None:
-        required = self.form.required_shapes(self.A, self.B)
+    def _check_shapes(self) -> None:
+        form = self.form
+        required = form.required_shapes(self.A, self.B)
         if required is not None:
             raise AdapterFileError(
                 f"A has shape {tuple(self.A.shape)} and B has shape {tuple(self.B.shape)}; a {self.kind} layer "
                 f"needs {required}."
             )
-
-    def _check_extras(self) -> None:
-        form = self.form
         if self.slices != form.slices:
             raise AdapterFileError(f"a {self.kind} layer cannot be adapted by slices of its rows.")
         if self.slices:

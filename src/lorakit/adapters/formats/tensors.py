@@ -24,9 +24,7 @@ def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
         AdapterFileError: The file cannot be read, or holds anything but named tensors.
     """
     if path.suffix == SAFETENSORS:
-        return dict(
-            sorted(read_safetensors(path).items())
-        )  # safetensors changes the order from read to read
+        return dict(sorted(read_safetensors(path).items()))  # their order changes with each read
     content = read_pickle(path)
     # `dict.get` and `dict.items`: a pickle can put attributes in the place of an OrderedDict's methods.
     if isinstance(content, dict) and isinstance(inner := dict.get(content, section), dict):

@@ -222,11 +222,7 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
 
 
 def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | None:
-    """Return the layers of a live model that PEFT would adapt with these options.
-
-    Args:
-        options: The content of adapter_config.json.
-        model: The base model; lorakit's adapters on it are skipped.
+    """Return the layers of a live model that PEFT would adapt with the options of an adapter_config.json.
 
     Returns:
         The paths; for an `nn.MultiheadAttention` also its `out_proj`, since PEFT adapts both. None if

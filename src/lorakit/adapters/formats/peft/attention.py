@@ -44,9 +44,7 @@ def attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None
 def as_computed(layers: dict[str, StoredLayer], version: Any) -> list[str]:
     """Double the scaling of output projections, in place, as the PEFT that wrote the file does.
 
-    Args:
-        layers: The layers of the file by path.
-        version: The file's peft_version; PEFT records it since 0.18.
+    `version` is the file's peft_version, which PEFT records since 0.18.
 
     Returns:
         A notice, if a layer was changed.

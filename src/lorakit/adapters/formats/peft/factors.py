@@ -71,14 +71,7 @@ def from_peft(
     magnitude: Tensor | None,
     B_bias: Tensor | None = None,
 ) -> StoredLayer:
-    """Undo `to_peft`.
-
-    Args:
-        layer: The original layer, with tensors on the meta device for their shapes.
-        A: lora_A of `to_peft`.
-        B: lora_B of `to_peft`.
-        magnitude: DoRA's magnitudes of all rows, or None.
-        B_bias: The bias of B for all rows, or None.
+    """Undo `to_peft`, which returned A, B, magnitude and B_bias. `layer` has meta tensors of the original shapes.
 
     Raises:
         AdapterFileError: The tensors are not of that form.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_peft(folder: str | Path) -> StoredAdapter:
 
 def _tensors_path(folder: Path) -> Path:
     for name in (TENSORS_NAME, PICKLE_NAME):
-        if (folder / name).is_symlink() or (folder / name).exists():
+        if os.path.lexists(folder / name):
             return folder / name
     raise AdapterFileError(
         f"'{folder}' has a {CONFIG_NAME}, but neither {TENSORS_NAME} nor {PICKLE_NAME}: the download "

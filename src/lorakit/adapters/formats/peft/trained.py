@@ -42,10 +42,7 @@ def assign_keys(
 ) -> TrainedForm:
     """Assign PEFT's key to each parameter trained in full: that of a bias, or of a part of a whole module.
 
-    Args:
-        stored: The adapter.
-        layout: The layout of its base, if it is known.
-        layer_keys: Path of every layer that PEFT wraps -> prefix of its keys.
+    `layer_keys` has the prefix of the keys of every layer that PEFT wraps, by path.
 
     Raises:
         NotExpressibleError: A parameter is neither a bias nor in a module that is trained in full.

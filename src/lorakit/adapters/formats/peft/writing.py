@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import conversion_mapping
 
 from lorakit import storage
 from lorakit.adapters.formats.peft import trained
@@ -21,13 +22,14 @@ from lorakit.adapters.formats.peft.attention import (
     both_projections,
     written_notices,
 )
-from lorakit.adapters.formats.peft.experts import taken_for_experts
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
-from lorakit.adapters.formats.peft.targets import target_modules
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
+from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
+from lorakit.models.layers import natural
+from lorakit.models.patterns import endings
 from lorakit.storage.tensors import write_safetensors
 
 TENSORS_NAME = "adapter_model.safetensors"
@@ -40,26 +42,32 @@ _KEYS = {
     EmbeddingForm.kind: ("lora_embedding_A", "lora_embedding_B"),
 }
 
+_EXPERT_TYPES: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+"""Model type -> the type whose names of experts it has. PEFT 0.21 selects by this private table of transformers."""
 
-@dataclass
+_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""PEFT's `_MOE_TARGET_MODULE_MAPPING`: the names that it replaces by those of stacked experts, on every path."""
+
+
+@dataclass(frozen=True)
 class PeftForm:
     """An adapter in PEFT's form, with the key of each of its parts."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    layer_keys: dict[str, str] = field(default_factory=dict)
+    layer_keys: dict[str, str]
     """Prefix of the keys of each adapted layer, without `trained.PREFIX`, by path."""
-    trained_keys: dict[str, str] = field(default_factory=dict)
+    trained_keys: dict[str, str]
     """Key of each parameter trained in full, by name."""
-    notices: list[str] = field(default_factory=list)
+    notices: list[str]
     """Sentences for the user on what the folder means to PEFT."""
 
 
 def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
-    """Write the two files of a PEFT adapter into an existing folder.
-
-    Returns:
-        The form that was written.
+    """Write the two files of a PEFT adapter into an existing folder, and return their content.
 
     Raises:
         NotExpressibleError: PEFT's format cannot represent this adapter; nothing is written.
@@ -93,20 +101,14 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
     keys = {path: _key_start(path, attention) for path in entries}
-    form = PeftForm({}, {}, {path: keys[path] for path in stored.layers})
     arithmetic = written_notices(entries, attention)
     model_type = stored.base.architecture.model_type if stored.base is not None else None
-    form.notices = [*arithmetic, *taken_for_experts(entries, model_type)]
-    for path, entry in entries.items():
-        form.tensors.update(_layer_tensors(keys[path], entry))
     trained_form = trained.assign_keys(stored, layout, keys)
-    form.tensors.update(trained_form.tensors)
-    form.trained_keys = trained_form.keys
     if len({layer.B_bias is None for layer in entries.values()}) > 1:
         raise NotExpressibleError(
             "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
         )
-    form.config = {
+    config = {
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets, layout.modules if layout else None),
         "modules_to_save": trained_form.modules or None,
@@ -120,13 +122,22 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "init_lora_weights": True,
     }
     if any(layer.B_bias is not None for layer in stored.layers.values()):
-        form.config["lora_bias"] = True  # PEFT has it since 0.14
+        config["lora_bias"] = True  # PEFT has it since 0.14
     embeds = any(layer.kind == EmbeddingForm.kind for layer in entries.values())
     if arithmetic or (embeds and stored.from_peft is None):
-        form.config["peft_version"] = LAST_VERSION  # decides what a reader computes
+        config["peft_version"] = LAST_VERSION  # decides what a reader computes
     elif version := (stored.from_peft or {}).get("peft_version"):
-        form.config["peft_version"] = version
-    return form
+        config["peft_version"] = version
+    tensors: dict[str, Tensor] = {}
+    for path, entry in entries.items():
+        tensors |= _layer_tensors(keys[path], entry)
+    return PeftForm(
+        config,
+        tensors | trained_form.tensors,
+        layer_keys={path: keys[path] for path in stored.layers},
+        trained_keys=trained_form.keys,
+        notices=[*arithmetic, *_taken_for_experts(entries, model_type)],
+    )
 
 
 def _tied_heads(entries: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
@@ -229,6 +240,51 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 def _template(path: str) -> str:
     """Return a pattern for the path in which each number matches any number."""
     return "^" + r"\.".join(r"\d+" if p.isdigit() else re.escape(p) for p in path.split("."))
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> list[str] | str:
+    """Return the shortest list of path endings that match the targets and no other module.
+
+    Args:
+        targets: Paths of the adapted layers.
+        modules: Paths of all modules of the model; None if they are not known: then whole paths are
+            returned.
+
+    Returns:
+        A list if possible, since every reader of PEFT files supports lists. A pattern of whole paths if
+        some other module's path ends in a target's whole path: any list would match that module too.
+    """
+    targets = set(targets)
+    others = set(modules or ()) - targets
+    ambiguous = {ending for path in others for ending in endings(path)}
+    chosen: set[str] = set()
+    for path in targets:
+        shortest_first = [*endings(path)][::-1] if modules is not None else [path]
+        ending = next((e for e in shortest_first if e not in ambiguous), None)
+        if ending is None:
+            return "|".join(re.escape(path) for path in sorted(targets, key=natural))
+        chosen.add(ending)
+    return sorted(chosen, key=natural)
+
+
+def _taken_for_experts(paths: Collection[str], model_type: str | None) -> list[str]:
+    """Return a notice if PEFT would take adapted layers of a mixture of experts for experts.
+
+    transformers 5 stacks the experts of these models in one tensor. PEFT therefore replaces their names in
+    `target_modules`, also for the linear layers with the same names: those of shared experts and of dense blocks.
+    """
+    names = _EXPERTS.get(_EXPERT_TYPES.get(model_type or "", ""), ())
+    left_out = sorted(path for path in paths if path.rpartition(".")[2] in names)
+    if not left_out:
+        return []
+    return [
+        f"PEFT with transformers 5 takes {listed([*map(repr, left_out)], 1)} for experts, because of the names. It "
+        "ignores their adapters, or refuses the folder. Load it with lorakit, or merge it: lorakit merge ADAPTER "
+        "OUTPUT."
+    ]
 
 
 # --- the base ------------------------------------------------------------------------------------
