@@ -215,19 +215,21 @@ def test_disabled_adapters_stay_disabled(settings: dict) -> None:
 
 
 def test_names_that_lorakit_cannot_use_are_changed(caplog: pytest.LogCaptureFixture) -> None:
-    """`base` is an attribute of the module that holds a layer's adapters."""
+    """`layout` is an attribute of the module that holds a layer's adapters."""
     model = peft_model()
-    for seed, name in enumerate(("base", "a b", "a_b")):
+    for seed, name in enumerate(("layout", "a b", "a_b")):
         model.add_adapter(name, peft.LoraConfig(r=2, target_modules=["up_proj"]))
         randomise(model, seed)
-    model.set_adapter("base")
+    model.set_adapter("layout")
     expected = logits(model)
     adapters = lorakit.from_peft(model)
-    assert adapters.names == ("default", "base_adapter", "a_b_2", "a_b")
-    assert adapters.active == {"base_adapter": 1.0}
+    assert adapters.names == ("default", "layout_adapter", "a_b_2", "a_b")
+    assert adapters.active == {"layout_adapter": 1.0}
     torch.testing.assert_close(logits(adapters.model), expected, atol=1e-5, rtol=0)
     notices = [record.getMessage() for record in caplog.records]
-    assert "base: lorakit cannot use this name, so the adapter is named 'base_adapter'." in notices
+    assert (
+        "layout: lorakit cannot use this name, so the adapter is named 'layout_adapter'." in notices
+    )
     assert sum("cannot use this name" in notice for notice in notices) == 2
 
 

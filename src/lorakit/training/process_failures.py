@@ -24,6 +24,9 @@ from lorakit.errors import LorakitError
 
 CHECKED_FOR = 2.0
 """Seconds in which the system closes all connections of a process that ends."""
+STORE_KEPT_FOR = 5.0
+"""Longest wait of process 0 for the others to read the error of a process from its store, in seconds. On a busy machine
+they need more than a moment. One that hangs never reads it."""
 CONNECTION_TIMEOUT = 30.0
 """Longest wait for a connection to another process, in seconds."""
 START_TIMEOUT = datetime.timedelta(minutes=30)
@@ -91,7 +94,7 @@ class Peers:
 
     def close(self) -> None:
         """Close the connections. After a failure, keep the store until the other processes have read it."""
-        until = time.monotonic() + CHECKED_FOR
+        until = time.monotonic() + STORE_KEPT_FOR
         if self._noticed and self._rank == 0 and not _launcher_has_store():
             while time.monotonic() < until and not all(map(self._is_done, self._others)):
                 time.sleep(0.05)

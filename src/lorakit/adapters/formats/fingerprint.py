@@ -119,8 +119,9 @@ def _part(value: Any, name: str, kind: type) -> Any:
     entries = converted(value, dict[str, str | None], name)
     names = [f.name for f in fields(kind)]
     if entries.keys() != set(names):
-        raise ConfigurationError(
-            f"{name} has {', '.join(entries) or 'no entries':.60}; it must have {', '.join(names)}."
+        raise AdapterFileError(
+            f"the record of the base model has {', '.join(entries) or 'no entries':.60} in '{name}'; it must have "
+            f"{', '.join(names)}."
         )
     return kind(**entries)
 
