@@ -20,6 +20,7 @@ import torch
 from lorakit import cli
 from lorakit.compute.batch_size import BatchSize
 from lorakit.data import DataConfig
+from lorakit.data.batches import cut
 from lorakit.errors import (
     BaseModelError,
     LorakitError,
@@ -217,7 +218,7 @@ def test_half_of_the_examples_that_did_not_fit() -> None:
     batch_size, tried = BatchSize(16), []
 
     def compute() -> list[list[int]]:
-        batches = [list(batch) for batch in batch_size.cut(range(5))]
+        batches = cut([*range(5)], batch_size.size)
         tried.append(max(map(len, batches)))
         if tried[-1] > 1:
             raise MemoryError

@@ -11,7 +11,6 @@ from lorakit.errors import LorakitError, is_out_of_memory, requested_memory
 
 _LOG = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ADVICE = "Lower data.max_length with data.too_long truncate, or load the base in 4 bits (base.dtype nf4)."
@@ -41,10 +40,6 @@ class BatchSize:
     def in_all(self) -> int:
         """The size that is equal in all processes: the configured one, if each halves its own."""
         return self.size if self._smaller else self.configured
-
-    def cut(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        """Return the items in batches of the present size."""
-        return [items[at : at + self.size] for at in range(0, len(items), self.size)]
 
     def fit(self, compute: Callable[[], Result], *, lengths: Sequence[int], during: str) -> Result:
         """Return `compute()`. If it runs out of memory, halve the size, log a warning, and call it again.

@@ -14,6 +14,7 @@ from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import Collate
 from lorakit.compute.mode import evaluating
 from lorakit.compute.objective import LabelLoss, Objective
+from lorakit.data.batches import cut
 from lorakit.tasks import Example
 
 Progress = Callable[[str, int, int], None]
@@ -79,11 +80,11 @@ def _part(
     examples: Sequence[Example],
     collate: Collate,
     batch_size: BatchSize,
-    chosen: Sequence[int],
+    chosen: list[int],
 ) -> list[ComputedBatch]:
     """Compute the chosen examples, in batches that fit into memory."""
     parts = []
-    for places in batch_size.cut(chosen):
+    for places in cut(chosen, batch_size.size):
         batch = collate([examples[i] for i in places])
         count = objective.count(batch)
         if isinstance(objective, LabelLoss):

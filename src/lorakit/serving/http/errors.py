@@ -196,11 +196,11 @@ def validation_error(problems: Iterable[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, message, param=param, code="missing_field")
     if kind in ("unsupported", "unknown"):  # own kinds, whose path lacks the field
         param = ".".join(map(str, [*path, context["field"]]))
-        if kind == "unknown":
-            message = (
-                f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
-            )
-        return ApiError(400, message, param=param, code=f"{kind}_field")
+    if kind == "unsupported":
+        return ApiError(400, message, param=param, code="unsupported_field")
+    if kind == "unknown":
+        message = f"'{param:.200}' is not a field of this route. /openapi.json lists the fields."
+        return ApiError(400, message, param=param, code="unknown_field")
     expected = _expected(kind, message, context)
     return invalid_value(f"{name} is {_shown(problem.get('input'))}; it must {expected}.", param)
 
