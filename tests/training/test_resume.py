@@ -112,27 +112,6 @@ def test_a_crash_elsewhere(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_earlier_version_resumes(
-    tmp_path, base, undisturbed, monkeypatch
-) -> None:
-    """They stored the states of random generators beside the weights, and `evaluated` was `started`."""
-    config = settings(tmp_path, base)
-    with monkeypatch.context() as patch:
-        crash_in_step(patch, 8)
-        with pytest.raises(Crash):
-            train(config)
-    for folder in (tmp_path / "run" / "checkpoints").iterdir():
-        (folder / "random.safetensors").write_bytes(b"states")
-        path = folder / checkpoint.STATE
-        record = storage.read_record(path, RunFolderError)
-        record["state"]["started"] = record["state"].pop("evaluated")
-        record["files"]["random.safetensors"] = storage.sha256(folder / "random.safetensors")
-        storage.write_record(path, record)
-    train(dataclasses.replace(config, resume=True))
-    assert_same_run(tmp_path / "run", undisturbed)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["clip_gradients", "save_adapter"])
 def test_the_best_adapter_is_the_one_of_the_result(tmp_path, base, monkeypatch, place) -> None:
     """Also if a resumed run computes other numbers, as on another processor."""

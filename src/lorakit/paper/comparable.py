@@ -16,7 +16,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.opening import NOT_COMPARED, ROUNDING
 from lorakit.training.setup import prepare
 
-_CHANGE_NO_NUMBER = {*NOT_COMPARED} - {*ROUNDING}
+_MAY_DIFFER = {*NOT_COMPARED} - {*ROUNDING}
 """Settings that may differ between the runs of a grid: not one that a resumed run may change although it rounds."""
 
 
@@ -44,7 +44,7 @@ def require_comparable(
         changed = [
             f"{name} was {then!r} and is {now!r}"
             for name, then, now in other_settings(record.settings, runner.train_config(run))
-            if not {name, name.split(".")[0]}.intersection(_CHANGE_NO_NUMBER)
+            if not {name, name.split(".")[0]}.intersection(_MAY_DIFFER)
         ]
         changed += [
             f"{name} has other content"

@@ -217,10 +217,7 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
         except RunFolderError as error:
             damages.append(str(error))
             continue
-        fields = record["state"]
-        if "started" in fields:  # of earlier versions, which evaluated before each checkpoint
-            fields["evaluated"] = fields.pop("started")
-        state = from_fields(State, fields, path / STATE)
+        state = from_fields(State, record["state"], path / STATE)
         if damages:
             _LOG.warning("%s The run resumes from step %d.", " ".join(damages), state.step)
         return path, state
@@ -233,8 +230,7 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
 def _verified_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json after verifying the digest of every file."""
     record = storage.read_record(path / STATE, RunFolderError)
-    # Earlier versions stored the states of random generators too.
-    if record.keys() != {"state", "files"} or not record["files"].keys() >= set(TENSOR_FILES):
+    if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
         raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
     for name in TENSOR_FILES:
         with storage.reading(path / name, RunFolderError):
