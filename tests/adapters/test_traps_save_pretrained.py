@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, Method]] = {
     "convolution": ("vit", LoRA(rank=2, targets="projection", train_modules="classifier")),
     "tied embedding": ("gpt2", LoRA(rank=2, targets=("embedding", "mlp"))),
     "tied embedding in full": ("gpt2", LoRA(rank=2, train_modules="wte")),
+    "two of four tied in full": ("t5", LoRA(rank=2, train_modules="embed_tokens")),
+    "three of four tied in full": ("bart", LoRA(rank=2, train_modules=("embed_tokens", "lm_head"))),
     "full": ("llama", FullFineTuning()),
     "full, tied": ("t5", FullFineTuning()),
     "top layers": ("gpt2", FullFineTuning(top_layers=1)),
@@ -434,3 +436,40 @@ def test_load_with_assign_while_a_trained_copy_is_active_is_refused() -> None:
     with pytest.raises(AdapterStateError, match="assign"):
         model.load_state_dict(state, assign=True)
     assert adapters.trainable_parameters()[0].requires_grad
+
+
+def test_a_bias_of_b_without_a_bias_of_the_layer_is_checkpointed(tmp_path: Path) -> None:
+    """It cannot be merged, so the folder resumes a training and loads as no model."""
+    method = LoRA(rank=2, targets="attention.qv", lora_bias=True)
+    model, resumed = tiny_models.build("llama"), tiny_models.build("llama")
+    randomise(attach(model, method))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no part of the weights"):
+        load(model, tmp_path)
+    attach(resumed, method)
+    resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(logits(resumed), logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}], ids=str)
+def test_a_checkpoint_does_not_load_into_a_base_that_came_from_it(
+    options: dict, tmp_path: Path
+) -> None:
+    """The adapter would act twice."""
+    method = LoRA(rank=2, **options)
+    model = tiny_models.build("llama")
+    adapters = attach(model, method)
+    model.save_pretrained(tmp_path / "new")
+    randomise(adapters)
+    model.save_pretrained(tmp_path / "trained")
+    # An adapter without an effect is not in the base.
+    base = load(model, tmp_path / "new")
+    attach(base, method)
+    base.load_state_dict(load_file(tmp_path / "new" / "model.safetensors"), strict=False)
+
+    twice = load(model, tmp_path / "trained")
+    attach(twice, method)
+    before = tensors_of(twice)
+    with pytest.raises(AdapterStateError, match=r"would act twice\. Load the original base"):
+        twice.load_state_dict(load_file(tmp_path / "trained" / "model.safetensors"), strict=False)
+    assert_same_tensors(tensors_of(twice), before)

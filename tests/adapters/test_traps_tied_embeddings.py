@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
+from lorakit.methods.method import Method
 
 ARCHITECTURES = ("gpt2", "llama", "gemma2", "opt", "bart", "t5")
 """With a plain table, a scaled one (gemma2, bart), and tables of encoder and decoder (bart, t5)."""
@@ -225,3 +227,74 @@ def test_adapting_the_head_alone_leaves_the_embedding(tmp_path: Path) -> None:
     assert torch.equal(model.get_input_embeddings()(ids), table)
     assert_close(logits(model), adapted)
     assert_close(logits(reloaded(model, tmp_path)), adapted)
+
+
+# --- methods of transformers that tie and resize -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2, train_modules="embed_tokens"), FullFineTuning()])
+def test_tie_weights_leaves_a_trained_copy_and_the_base(method: Method) -> None:
+    model = build("llama")
+    base = logits(model)
+    adapters = attach(model, method)
+    randomise(adapters)
+    adapted = logits(model)
+    model.tie_weights()
+    model.resize_token_embeddings(model.config.vocab_size)  # ties too
+    assert torch.equal(logits(model), adapted)
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+    assert not {"tie_weights", "resize_token_embeddings"} & vars(model).keys()
+
+
+def test_tie_weights_leaves_a_merged_embedding() -> None:
+    model = build("llama")
+    base = logits(model)
+    adapters = adapt(model)
+    adapters.merge()
+    merged = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), merged)
+    adapters.detach()
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("llama", {"targets": "head"}),
+        ("llama", {"targets": "attention", "train_modules": "embed_tokens"}),
+        ("t5", {"targets": "embedding"}),  # the decoder's is tied to `shared`, which is resized
+    ],
+)
+def test_a_resize_does_not_drop_an_adapter(arch: str, options: dict) -> None:
+    model = build(arch)
+    adapters = attach(model, LoRA(rank=2, **options))
+    randomise(adapters)
+    before, count = logits(model), model.config.vocab_size
+    for arguments in ({"new_num_tokens": count + 6}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(AdapterStateError, match="Resize the base before you attach"):
+            model.resize_token_embeddings(**arguments)
+    assert torch.equal(logits(model), before)
+    assert model.config.vocab_size == count
+
+
+def test_a_model_with_adapters_elsewhere_is_resized() -> None:
+    model = build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    randomise(adapters)
+    before, count = logits(model), model.config.vocab_size
+    model.resize_token_embeddings(count + 6)
+    assert torch.equal(logits(model)[..., :count], before)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+@pytest.mark.parametrize("modules", [("shared",), ("shared", "lm_head")])
+def test_an_embedding_that_is_never_called_is_not_trained_alone(
+    arch: str, modules: tuple[str, ...]
+) -> None:
+    model = build(arch)
+    with pytest.raises(TargetError, match=r"shared' is to be trained.*decoder\.embed_tokens"):
+        attach(model, LoRA(rank=2, train_modules=modules))
+    attach(model, LoRA(rank=2, train_modules=(*modules, "embed_tokens")))

@@ -15,6 +15,7 @@ from lorakit.configuration import is_whole
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule, ModuleHook
+from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.layers import uncompiled
 from lorakit.ops.seeding import seeded
@@ -70,6 +71,7 @@ def attach(
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
         _check_modules(modules)
+        require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
         handle.activate(name)  # before a forward pass of another thread can begin
     if (layer := next(layers_with_statistics(handle.model), None)) is not None:

@@ -35,7 +35,7 @@ from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
-from lorakit.models.parameter_swaps import MARK, grouped_base_parameters
+from lorakit.models.parameter_swaps import MARK, base_parameter, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def save_pretrained(
     tied = getattr(config, "tie_word_embeddings", None)
     if tied and unties(model, state):
         config.tie_word_embeddings = False
+    separate_names(tied_names(model), state)
     # Undoing the renames of an architecture's old checkpoints would rename the adapters' keys as well.
     kwargs.setdefault("save_original_format", False)
     try:
@@ -226,9 +227,11 @@ def check_loading(
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
-            copy replaces; or the file holds tensors that no adapter of this model has.
+            copy replaces; or the file holds tensors that no adapter of this model has; or the base was loaded from the
+            file itself.
     """
     _refuse_unknown_tensors(module, state_dict, prefix)
+    _refuse_merged_base(module, state_dict, prefix)
     adapted = [*adapted_layers(module)]
     for path, _, adapters in adapted:
         start = f"{prefix}{path}." if path else prefix  # of the layer's keys
@@ -336,6 +339,36 @@ def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], pre
             )
 
 
+def _refuse_merged_base(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Reject the file of a base that was loaded from it, and so contains the adapter's effect already."""
+    has_effect = False
+    for path, layer, adapters in adapted_layers(model):
+        start = f"{prefix}{path}." if path else prefix
+        if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
+            continue
+        for name, module in adapters.items():
+            if (
+                module.trained
+            ):  # `state_dict` marks a layer with an active copy, and its weight is the base's
+                continue
+            B = state_dict.get(f"{start}{ADAPTERS}.{name}.lora_B")
+            B0 = state_dict.get(f"{start}{ADAPTERS}.{name}.initial_B")  # of PiSSA
+            acts = B is not None and bool(B.any() if B0 is None else B.ne(B0).any())
+            changed = [a for a in module.changed_weights(layer) if start + a in state_dict]
+            if not acts or not changed:
+                continue
+            if not all(
+                equals_base(state_dict[start + a], base_parameter(layer, a)) for a in changed
+            ):
+                return
+            has_effect = True
+    if has_effect:
+        raise AdapterStateError(
+            "The base of this model was loaded from a checkpoint that holds the same adapter merged, so the adapter "
+            "would act twice. Load the original base, attach the adapter, and resume from the checkpoint."
+        )
+
+
 def tied_names(model: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that several layers of the base share."""
     return [names for names, *_ in grouped_base_parameters(model) if len(names) > 1]
@@ -349,6 +382,23 @@ def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """
     groups = [[state[n].data_ptr() for n in names if n in state] for names in tied_names(model)]
     return bool(groups) and all(len({*group}) == len(group) for group in groups)
+
+
+def separate_names(groups: list[list[str]], tensors: dict[str, Tensor]) -> None:
+    """Give each name of a tied parameter a tensor of its own in `tensors`, unless all names still have the same.
+
+    transformers saves tensors that share memory once, under the name in its table of tied weights. While all names of
+    this table agree, that is enough. T5 ties four names, and without this a file would lack the two embeddings that
+    are still one.
+    """
+    for names in groups:
+        present = [name for name in names if name in tensors]
+        if len({tensors[name].data_ptr() for name in present}) > 1:
+            seen = set()
+            for name in present:
+                if (address := tensors[name].data_ptr()) in seen:
+                    tensors[name] = tensors[name].clone()
+                seen.add(address)
 
 
 def _copies(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import export, merging, saving
+from lorakit.adapters import export, merging, saving, ties
 from lorakit.adapters.activation import Activation, Registered
 from lorakit.adapters.choice import (
     BASE,
@@ -57,6 +57,12 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """A name that an adapter can have, unless it is an attribute (`is_attribute`)."""
 
 _HANDLE = "_lorakit_adapters"
+_REPLACED = {
+    "save_pretrained": export.save_pretrained,
+    "resize_token_embeddings": ties.resize_token_embeddings,
+    "tie_weights": ties.tie_weights,
+}
+"""Functions in place of the methods of transformers while the model has adapters."""
 
 
 def is_attribute(name: str) -> bool:
@@ -508,10 +514,10 @@ class Adapters:
             parameter.grad = None
 
     def _set_up_model(self) -> None:
-        """Put the handle on the model, and replace its `save_pretrained`, when it gets its first adapter."""
+        """Put the handle on the model, and replace its methods of `_REPLACED`, when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
-        if torch._dynamo.config.skip_nnmodule_hook_guards:
+        if getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False):
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
@@ -521,7 +527,8 @@ class Adapters:
         record_statistics(self.model)
         export.guard_loading(self.model)
         for module in self.model.modules():  # also parts of it, such as the backbone
-            replace_method(module, "save_pretrained", export.save_pretrained)
+            for name, function in _REPLACED.items():
+                replace_method(module, name, function)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -542,7 +549,8 @@ class Adapters:
         self._is_kept = False
         unwatch(self.model)
         for module in self.model.modules():
-            restore_method(module, "save_pretrained", export.save_pretrained)
+            for name, function in _REPLACED.items():
+                restore_method(module, name, function)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.export import tied_names, unties
+from lorakit.adapters.export import separate_names, tied_names, unties
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
@@ -73,6 +73,7 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
             change.replace(tensors)
             unquantised += change.forget(kept)
         _record_untying(model)
+        _separate_names(model)
         unquantised += sum(change.forget() for change in changes)
         others = dequantise_model(model)
     except BaseException:
@@ -187,6 +188,19 @@ def unmerge(model: nn.Module) -> None:
     for _, layer, adapters in adapted_layers(model):
         adapters.restore(layer)
     _restore_hooks(model)
+
+
+def _separate_names(model: nn.Module) -> None:
+    """Give each name of a parameter that the merge has untied in part a parameter of its own."""
+    for names in tied_names(model):
+        owners = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
+        tensors = {name: model.get_parameter(name) for name in names}
+        own: dict[str, Tensor] = dict(tensors)
+        separate_names([names], own)
+        for name, (layer, attribute) in zip(names, owners, strict=True):
+            if own[name] is not tensors[name]:
+                flag = tensors[name].requires_grad
+                layer._parameters[attribute] = nn.Parameter(own[name], requires_grad=flag)
 
 
 def _record_untying(model: nn.Module) -> None:

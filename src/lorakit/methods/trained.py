@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorakit.errors import TargetError, nearest
-from lorakit.models.layers import base_modules, is_inside
+from lorakit.models.heads import called_instead
+from lorakit.models.layers import base_modules, is_inside, walk
 from lorakit.models.parameter_swaps import named_base_parameters
 from lorakit.models.quantised import quantised_weights
 
@@ -29,6 +30,30 @@ def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:
             )
         matches.update(dict.fromkeys(hits))
     return list(matches)
+
+
+def require_called(model: nn.Module, names: set[str]) -> None:
+    """Reject the training of an embedding that the model never calls without those that it calls instead.
+
+    T5 and BART share one weight between `shared`, which only holds it, and the embeddings of encoder and decoder.
+
+    Args:
+        model: The base.
+        names: The names of the trained parameters.
+
+    Raises:
+        TargetError: The training would have no effect.
+    """
+    for at in walk(model):
+        if f"{at.path}.weight" not in names:
+            continue
+        start = at.path[: at.path.rfind(".") + 1]
+        instead = [start + path for path in called_instead(at)]
+        if not {f"{path}.weight" for path in instead} <= names:
+            raise TargetError(
+                f"'{at.path}' is to be trained in full, and {type(at.parent).__name__} never calls it, so that would "
+                f"have no effect. Name the embeddings that it calls in its place: {', '.join(instead)}."
+            )
 
 
 def parameter_names(model: nn.Module) -> list[str]:

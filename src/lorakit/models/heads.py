@@ -62,7 +62,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
     embeddings = [input_embeddings(part) for part in parts]
     called: set[str] = set()
     for at in modules:
-        if tied := _called_instead(at):
+        if tied := called_instead(at):
             start = at.path[: at.path.rfind(".") + 1]
             called |= {start + path for path in tied}
         elif any(at.module is one for one in embeddings):
@@ -77,7 +77,7 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
 
 def is_never_called(at: LocatedModule) -> bool:
     """Whether the model uses this layer's weight without calling it, always or in training."""
-    return bool(_called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
+    return bool(called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
 
 
 def is_adaptable(at: LocatedModule) -> bool:
@@ -85,8 +85,8 @@ def is_adaptable(at: LocatedModule) -> bool:
     return why_not_adaptable(at.module) is None and not is_never_called(at)
 
 
-def _called_instead(at: LocatedModule) -> list[str]:
-    """Return the embeddings inside the parent of an embedding that are tied to it and called in its place."""
+def called_instead(at: LocatedModule) -> list[str]:
+    """Return the embeddings that are tied to an embedding and called in its place, by their paths in its parent."""
     keys = getattr(at.parent, "_tied_weights_keys", None)  # of a class of transformers
     if not isinstance(keys, dict) or not isinstance(at.module, nn.Embedding):
         return []

@@ -314,7 +314,8 @@ class LoRALayer(AdapterModule):
         return {name: self.form.weight(matrix, getattr(layer, name).shape)}
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
-        return [self.form.weight_name, *([] if self.lora_B_bias is None else ["bias"])]
+        has_bias = self.lora_B_bias is not None and layer.bias is not None
+        return [self.form.weight_name, *(["bias"] if has_bias else [])]
 
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         deltas = self._as_weight(self.delta_matrix(), layer)
