@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.errors import AdapterStateError
 from lorakit.models.checkpoints import Checkpoint, forbid_recomputation, running_checkpoints
 
 BOTH = pytest.mark.parametrize("use_reentrant", [False, True])
@@ -107,3 +108,15 @@ def test_a_forbidden_recomputation_raises_the_error(use_reentrant: bool) -> None
     forbid_recomputation(keys[0], ZeroDivisionError("forbidden"))
     with pytest.raises(ZeroDivisionError, match="forbidden"):
         output.backward()
+
+
+def test_a_checkpoint_of_an_unknown_form_is_an_error() -> None:
+    """Without it, a recomputation would use the adapters that are active then."""
+
+    def pack_hook(x: Tensor) -> Tensor:
+        return x
+
+    pack_hook.__module__ = "torch.utils.checkpoint"
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x)
+    with hooks, pytest.raises(AdapterStateError, match="marks its checkpoints in another way"):
+        running_checkpoints()

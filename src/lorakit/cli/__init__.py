@@ -56,38 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"lorakit {__version__}")
-        return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(
-            f"lorakit: unknown command '{visible(command)}'.{nearest(command, COMMANDS)} "
-            f"Commands: {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
-        return 2
-    if command != "train" and is_one_of_several():
-        message = (
-            f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
-            f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun."
-        )
-        if os.environ.get("RANK") == "0":
-            print(message, file=sys.stderr)
-        report_error(message)
-        return 2
+    command, *rest = arguments or ["--help"]
     _set_encodings()
     try:
-        # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
-        module = import_module(f"lorakit.cli.{command}")
-        with memory_errors():
-            status = module.run(rest) or 0
-        if sys.stdout is not None:  # None if the process started with stdout closed
-            sys.stdout.flush()
-        return status
+        try:
+            return _run(command, rest)
+        except SystemExit:  # after --help
+            _flush()
+            raise
     except LorakitError as error:
         print(f"lorakit {command}: {error}", file=sys.stderr)
         report_error(str(error))
@@ -105,6 +81,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"'{error.filename}': " if error.filename else ""
         print(f"lorakit {command}: {visible(f'{name}{error.strerror or error}')}.", file=sys.stderr)
         return 1
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
+    """Run a command, or print the help or the version; return the exit status."""
+    if command in ("-h", "--help", "help"):
+        print(_overview(), flush=True)
+        return 0
+    if command in ("-V", "--version"):
+        print(f"lorakit {__version__}", flush=True)
+        return 0
+    if command not in COMMANDS:
+        print(
+            f"lorakit: unknown command '{visible(command)}'.{nearest(command, COMMANDS)} "
+            f"Commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
+        return 2
+    if command != "train" and is_one_of_several():
+        message = (
+            f"lorakit {command}: torchrun started this command in {os.environ['WORLD_SIZE']} processes, but only "
+            f"lorakit train shares its work between processes. Run 'lorakit {command}' without torchrun."
+        )
+        if os.environ.get("RANK") == "0":
+            print(message, file=sys.stderr)
+        report_error(message)
+        return 2
+    # A command imports PyTorch only after it has parsed its arguments, so that --help is fast.
+    module = import_module(f"lorakit.cli.{command}")
+    with memory_errors():
+        status = module.run(rest) or 0
+    _flush()
+    return status
+
+
+def _flush() -> None:
+    """Write what was printed now, where a closed pipe is handled."""
+    if sys.stdout is not None:  # None if the process started with stdout closed
+        sys.stdout.flush()
 
 
 def _set_encodings() -> None:

@@ -29,6 +29,8 @@ from torch.utils.checkpoint import (
     _CachingTorchDispatchMode,
 )
 
+from lorakit.errors import AdapterStateError
+
 _HOOKS: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _FIRST_RUN = CheckpointFunction.forward.__code__
@@ -82,7 +84,11 @@ def _non_reentrant() -> list[Checkpoint]:
 
 
 def _of_hook(pack_hook: Any) -> Checkpoint | None:
-    """Return the checkpoint of a saved-tensor hook; None for the hooks of other code."""
+    """Return the checkpoint of a saved-tensor hook; None for the hooks of other code.
+
+    Raises:
+        AdapterStateError: It is one of PyTorch's checkpoints, in a form that this version of lorakit does not know.
+    """
     pack_hook = inspect.unwrap(pack_hook)
     code = getattr(pack_hook, "__code__", None)
     if code is None:
@@ -92,6 +98,12 @@ def _of_hook(pack_hook: Any) -> Checkpoint | None:
             return Checkpoint(cell.cell_contents, is_recomputation=False)
         if name == "target_frame_ref":
             return Checkpoint(cell.cell_contents(), is_recomputation=True)
+    if pack_hook.__module__ == "torch.utils.checkpoint":
+        raise AdapterStateError(
+            f"PyTorch {torch.__version__} marks its checkpoints in another way than the versions that lorakit knows, "
+            "so a recomputation could use other adapters than its first run. Install an older PyTorch or a newer "
+            "lorakit, or train without gradient checkpointing."
+        )
     return None
 
 

@@ -148,6 +148,11 @@ def _reading(gguf: Path) -> Iterator[None]:
             yield
     except LorakitError:
         raise
+    except ImportError as error:
+        raise BaseModelError(
+            f"Reading '{gguf.name}' with transformers {version('transformers')} failed: {error}. Install the package "
+            "that this names. If it names a part of transformers, install a newer lorakit or an older transformers."
+        ) from error
     # Only the header is validated: other damage can make the readers raise any exception.
     except Exception as error:
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
