@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from lorakit.data.examples import evenly_spaced
 from lorakit.errors import DivergenceError, LorakitError
+from lorakit.evaluation.computed import ALONE, Progress, Workers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, generated, held_out
 from lorakit.evaluation.inputs import by_prompt
@@ -82,7 +81,10 @@ def _scores(
     run: RunFolder, job: Job, step: int, interruption: Interruption
 ) -> tuple[dict[str, float], list[str]]:
     """Return the scores of the validation data, and what they are of."""
-    settings, share = job.config.evaluation, _share_of(job, interruption)
+    settings, processes, sharded = job.config.evaluation, job.processes, job.config.shard
+    workers = Workers(processes.rank, processes.count, interruption.gather)
+    # Every pass of a model with sharded weights needs all processes: none may stop early, and all generate all texts.
+    progress: Progress = (lambda *_: None) if sharded else interruption.check
     with job.autocast():
         evaluation = held_out(
             job.model,
@@ -91,12 +93,13 @@ def _scores(
             job.collate,
             batch_size=job.evaluation_batch_size,
             task=job.task,
-            **share,
+            progress=progress,
+            workers=workers,
         )
         scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
         if settings.samples:
-            sampled = _sample(run, job, step, {} if job.config.shard else share)
+            sampled = _sample(run, job, step, progress, ALONE if sharded else workers)
             scores = {**scores, **sampled.scores}
             cut = f", {sampled.cut} cut at {settings.max_new_tokens} tokens" if sampled.cut else ""
             notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}{cut}")
@@ -118,11 +121,10 @@ def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
             )
 
 
-def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Evaluation:
-    """Generate text for some validation prompts, record it in samples.jsonl, and score it.
-
-    The processes share the prompts. If the weights are sharded, all generate the same texts.
-    """
+def _sample(
+    run: RunFolder, job: Job, step: int, progress: Progress, workers: Workers
+) -> Evaluation:
+    """Generate text for some validation prompts, record it in samples.jsonl, and score it."""
     settings = job.config.evaluation
     assert job.validation is not None
     groups = by_prompt(job.validation)
@@ -133,7 +135,8 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
         batch_size=job.evaluation_batch_size,
         task=job.task,
         quick=True,
-        **share,
+        progress=progress,
+        workers=workers,
     )
 
     def record() -> None:
@@ -142,11 +145,3 @@ def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Ev
 
     job.processes.on_first(record)
     return evaluation
-
-
-def _share_of(job: Job, interruption: Interruption) -> dict[str, Any]:
-    """Return the arguments of an evaluation that all processes share, and that a signal ends."""
-    processes = job.processes
-    share = {"rank": processes.rank, "count": processes.count, "gather": interruption.gather}
-    # Every pass of a model whose weights are sharded needs all processes, so none may leave one out.
-    return share if job.config.shard else {**share, "progress": interruption.check}
