@@ -9,6 +9,7 @@ read the same clock, so the time until the last process begins the sum is waitin
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.examples import shared_data
 from benchmarks.runs import Runs, process_parser, runs_of, write_result
 from benchmarks.workloads import SEED
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.dtypes import dtype_name
 from lorakit.training.config import OptimizerConfig, TrainConfig
 from lorakit.training.distributed import Processes, joined
@@ -121,7 +123,10 @@ def measure(method: str, threads: int, scratch: Path) -> dict[str, Any] | None:
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )
     with joined("cpu") as processes:
-        job = prepare(config, processes)
+        base, _ = processes.on_first(
+            lambda: resolve_dtype(config.base, batch_size=config.batch_size, copies=processes.here)
+        )
+        job = prepare(dataclasses.replace(config, base=base), processes)
         times, tokens = [], 0
         for number, examples in zip(range(STEPS), job.step_plan.steps(), strict=False):
             began, summing = time.monotonic(), Timed(Processes.sum_gradients)

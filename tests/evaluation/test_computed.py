@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.evaluation.computed import computed
+from lorakit.evaluation.computed import Workers, computed
 
 
 def passes(count: int, examples: int, *, configured: int, size: int, halves: bool) -> list[int]:
@@ -32,8 +32,7 @@ def passes(count: int, examples: int, *, configured: int, size: int, halves: boo
             texts,
             list,  # type: ignore[arg-type] - a batch here is the list of its examples
             batch_size=batch_size,
-            rank=rank,
-            count=count,
+            workers=Workers(rank, count),
         )
         counted += sum(batch.count for batch in batches)
     assert counted == examples

@@ -1,5 +1,6 @@
 """Norms with a trained float32 bias and a frozen bfloat16 weight."""
 
+import dataclasses
 from pathlib import Path
 
 import tiny_runs
@@ -9,6 +10,7 @@ from torch import nn
 
 from lorakit.models import dtype_choice
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.training.loop import train
 from lorakit.training.mixed_precision import cast_mixed_norms
 from lorakit.training.setup import prepare
@@ -52,7 +54,8 @@ def test_auto_is_what_the_chosen_device_multiplies(tmp_path, monkeypatch):
     )
     base = tiny_runs.save_base(tmp_path / "base")
     config = tiny_runs.config(tmp_path, base, base=BaseConfig(name=base, device="cpu"), max_steps=1)
-    job = prepare(config)
+    resolved, _ = resolve_dtype(config.base)
+    job = prepare(dataclasses.replace(config, base=resolved))
     assert job.model.dtype == job.dtype == torch.float32
     assert train(config)
     assert "dtype: float32" in (Path(config.output) / "config.yaml").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,25 @@ from lorakit.tasks import Example
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, such as "examples scored", how many are done, and their total."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share an evaluation, seen from the one with this `rank`; by default it is the only one."""
+
+    rank: int = 0
+    count: int = 1
+    gather: Callable[[Any], list[Any]] = lambda own: [own]
+    """Returns the values of all processes, by rank."""
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items that this process computes: each `count`-th, from `rank` on."""
+        return items[self.rank :: self.count]
+
+
+ALONE = Workers()
 
 
 @dataclass(frozen=True)
@@ -39,23 +58,22 @@ def computed(
     *,
     batch_size: BatchSize,
     progress: Progress = lambda *_: None,
-    rank: int = 0,
-    count: int = 1,
-    gather: Callable[[Any], list[Any]] = lambda own: [own],
+    workers: Workers = ALONE,
 ) -> list[ComputedBatch]:
     """Compute all examples, in batches that fit into memory.
 
-    `count` processes can share the work: the one with this `rank` computes each `count`-th batch, and `gather` returns
-    what all of them have computed, in the same order for each. All run as many forward passes, because those of a model
-    that is sharded over the processes need all of them. A process with fewer batches repeats one, which does not count.
+    The `workers` share the batches, and all of them return the same result. All run as many forward passes, because
+    those of a model that is sharded over the processes need all of them. A process with fewer batches repeats one,
+    which does not count.
     """
     # Sorted by length, so that batches hold little padding. The order is fixed, so the sum is reproducible.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     own: list[ComputedBatch] = []
     size = batch_size.in_all  # all processes must cut the same parts
     starts = range(0, len(order), size)
+    own_starts = workers.share(starts)
     with evaluating(model):
-        for start in starts[rank::count]:
+        for start in own_starts:
             chosen = order[start : start + size]
             own += batch_size.fit(
                 functools.partial(_part, model, objective, examples, collate, batch_size, chosen),
@@ -63,9 +81,9 @@ def computed(
                 during="the scoring of examples",
             )
             progress("examples scored", start + len(chosen), len(order))
-        for _ in range(-(-len(starts) // count) - len(starts[rank::count])):
+        for _ in range(-(-len(starts) // workers.count) - len(own_starts)):
             objective.loss_sum(model, collate([examples[order[0]]]))
-    return [batch for part_of_one in gather(own) for batch in part_of_one]
+    return [batch for part_of_one in workers.gather(own) for batch in part_of_one]
 
 
 def logits_of(batches: Sequence[ComputedBatch]) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lorakit.errors import (
     LorakitError,
     RunFolderError,
 )
-from lorakit.evaluation.computed import Progress, computed, logits_of
+from lorakit.evaluation.computed import ALONE, Progress, Workers, computed, logits_of
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.generate import generate
@@ -249,14 +249,12 @@ def held_out(
     task: type[Task],
     labels: Sequence[str] = (),
     progress: Progress = lambda *_: None,
-    rank: int = 0,
-    count: int = 1,
-    gather: Callable[[Any], list[Any]] = lambda own: [own],
+    workers: Workers = ALONE,
 ) -> Evaluation:
     """Return the mean loss over all targets of `examples`, and the scores that need no generation.
 
     Language modelling adds the perplexity. Labels add the scores of `task`. Records name the classes if `labels` gives
-    their names, in index order. `count` processes can share the work, as in `computed`.
+    their names, in index order. The `workers` share the batches.
     """
     scored = computed(
         model,
@@ -265,9 +263,7 @@ def held_out(
         collate,
         batch_size=batch_size,
         progress=progress,
-        rank=rank,
-        count=count,
-        gather=gather,
+        workers=workers,
     )
     loss = sum(batch.loss for batch in scored) / max(sum(batch.count for batch in scored), 1)
     if not math.isfinite(loss):
@@ -303,15 +299,12 @@ def generated(
     lowercase: bool = True,
     batch_size: BatchSize | None = None,
     progress: Progress = lambda *_: None,
-    rank: int = 0,
-    count: int = 1,
-    gather: Callable[[Any], list[Any]] = lambda own: [own],
+    workers: Workers = ALONE,
 ) -> Evaluation:
     """Generate once per distinct prompt of `examples` and score against all completions it has there.
 
     The scores are those of `task`, with `quick` only the cheap ones. `batch_size` overrides that of `decoding`, and
-    keeps the number of prompts that fit into memory. `count` processes can share the prompts: the one with this `rank`
-    answers each `count`-th prompt, and `gather` returns the answers of all.
+    keeps the number of prompts that fit into memory. The `workers` share the prompts, and each returns all answers.
     """
     groups = by_prompt(examples)
     tokenizer = base.text_tokenizer
@@ -321,7 +314,7 @@ def generated(
     own = generate(
         base.model,
         tokenizer,
-        prompts[rank::count],
+        workers.share(prompts),
         decoding,
         batch_size=batch_size,
         progress=lambda done: progress("prompts answered", done, len(prompts)),
@@ -331,8 +324,8 @@ def generated(
     # A task may end a text itself, at a blank line: then nothing is missing.
     cut = {i for i in cut if task.answer(f"{own[i]} a") != task.answer(own[i])}
     texts, total = [""] * len(prompts), 0
-    for other, (answers_of_one, cut_of_one) in enumerate(gather((own, len(cut)))):
-        texts[other::count] = answers_of_one
+    for rank, (answers_of_one, cut_of_one) in enumerate(workers.gather((own, len(cut)))):
+        texts[rank :: workers.count] = answers_of_one
         total += cut_of_one
     added = tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in added if token.special]

@@ -115,7 +115,7 @@ def _train_to_end(
     """Train from `state`, which this changes, to the last step, or until the run is interrupted."""
     if not state.evaluated:  # a new run, or an interruption before or in an evaluation
         with _kept_weights(run, job, state):
-            validate(run, job, state, log, show, interruption)
+            validate(run, job, state, interruption, show, log)
         if state.is_best and not job.is_over(state):
             _save_checkpoint(run, job, state)
     if state.step == 0 and job.config.optimizer.on_divergence == "rewind":
@@ -155,7 +155,7 @@ def _train_to_end(
             if job.saves_after(state.step):
                 _save_checkpoint(run, job, state)
             with _kept_weights(run, job, state):
-                validate(run, job, state, log, show, interruption)
+                validate(run, job, state, interruption, show, log)
             trim_heap()
         if interruption.requested:
             break
@@ -279,7 +279,7 @@ def _save_checkpoint(run: RunFolder, job: Job, state: State) -> None:
         DivergenceError: A weight is not finite, in all processes.
     """
     require_finite_weights(state.step, job.weights, job.processes)
-    rewinds = run.config.optimizer.on_divergence == "rewind"
+    rewinds = job.config.optimizer.on_divergence == "rewind"
     old = step_to_keep(state.step) if rewinds else None
     weights, of_optimizer = (
         gather_in_first(tensors, job.processes)
@@ -294,7 +294,7 @@ def _save_checkpoint(run: RunFolder, job: Job, state: State) -> None:
             state,
             weights,
             of_optimizer,
-            keep=run.config.checkpoints.keep,
+            keep=job.config.checkpoints.keep,
             old=old,
         )
 

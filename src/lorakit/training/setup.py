@@ -40,7 +40,7 @@ from lorakit.methods.lora.init import placeholders
 from lorakit.methods.method import describe, with_head
 from lorakit.models.compiling import compile_blocks
 from lorakit.models.devices import pick_device
-from lorakit.models.dtype_choice import compute_dtype, resolve_dtype
+from lorakit.models.dtype_choice import compute_dtype
 from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.models.sharding import is_sharded
@@ -297,12 +297,13 @@ def prepare(
 ) -> Job:
     """Load data, base and adapter, and choose how batches and the loss are computed.
 
-    Without `processes`, this process is the only one. If the run `resumes`, a checkpoint will replace the initial
-    weights, which are then placeholders.
+    The dtype of `config` must be resolved (`resolve_dtype`), for all processes alike. Without `processes`, this process
+    is the only one. If the run `resumes`, a checkpoint will replace the initial weights, which are then placeholders.
 
     Raises:
         LorakitError: The data, the base or the adapter cannot be read, or a setting does not fit them.
     """
+    assert config.base.dtype != "auto"  # the base and `Job.dtype` could choose different dtypes
     processes = processes or Processes()
     if config.shard:
         require_support(processes)
@@ -325,8 +326,6 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> Job:
     # With the task set, load_examples does not infer it again for each split.
     data = dataclasses.replace(config.data, task=task.name)
     dataclasses.replace(config, data=data)  # checks the settings that fit some tasks only
-    resolved, _ = resolve_dtype(config.base, batch_size=config.batch_size)  # as `train` did before
-    config = dataclasses.replace(config, base=resolved)
     # The parts of a sharded base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
     tokenizer = read_text_tokenizer(config.base)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from lorakit.data.examples import evenly_spaced
 from lorakit.errors import DivergenceError, LorakitError
+from lorakit.evaluation.computed import ALONE, Progress, Workers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, generated, held_out
 from lorakit.evaluation.inputs import by_prompt
@@ -27,9 +27,9 @@ def validate(
     run: RunFolder,
     job: Job,
     state: State,
-    log: Loggers,
-    show: Reporter,
     interruption: Interruption,
+    show: Reporter,
+    log: Loggers,
 ) -> None:
     """Score the validation data, and note in `state` whether the adapter is the best so far.
 
@@ -44,7 +44,7 @@ def validate(
         state.evaluated = True
         return
     try:
-        scores, notes = _scores(run, job, state.step, interruption)
+        scores, samples, notes = _evaluate(job, interruption)
     except Interrupted:
         return
     except DivergenceError as error:  # which advises another base
@@ -53,36 +53,47 @@ def validate(
         raise DivergenceError(
             f"Training diverged at step {state.step}: the held-out loss is not finite. {ADVICE}"
         ) from error
+
+    def record() -> None:
+        for sample in samples:
+            run.samples.append(step=state.step, **sample)
+
+    job.processes.on_first(record)
     state.evaluated = True
-    settings = job.config.evaluation
     # A task of the user may score the same texts differently in another process.
     state.scores = job.processes.from_first(scores)
     record_batch_sizes(run, job, state)
-    _require_usable(state.scores, job.task.name, settings.metric)
+    _require_usable(state.scores, job.task.name, job.config.evaluation.metric)
     log.scores(state)
     if state.step == 0:
         state.scores_before = state.scores
-        show.scores(state, notes)
-        return
-    best, before = (s.get(settings.metric) for s in (state.best_scores, state.scores_before))
-    score, less = state.scores[settings.metric], job.task.less_is_better
-    if is_better(settings.metric, score, best, less_is_better=less):
-        is_worse = before is not None and is_better(
-            settings.metric, before, score, less_is_better=less
-        )
-        notes.append("best so far, but worse than before training" if is_worse else "best")
-        state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
     else:
-        state.without_best += 1
-        state.stopped_early = job.is_out_of_patience(state) and state.step < job.step_plan.total
+        notes += _compare_with_best(job, state)
     show.scores(state, notes)
 
 
-def _scores(
-    run: RunFolder, job: Job, step: int, interruption: Interruption
-) -> tuple[dict[str, float], list[str]]:
-    """Return the scores of the validation data, and what they are of."""
-    settings, share = job.config.evaluation, _share_of(job, interruption)
+def _compare_with_best(job: Job, state: State) -> list[str]:
+    """Update the best scores, or the number of evaluations since them and early stopping; return notes for the user."""
+    metric, less = job.config.evaluation.metric, job.task.less_is_better
+    score = state.scores[metric]
+    best, before = (scores.get(metric) for scores in (state.best_scores, state.scores_before))
+    if not is_better(metric, score, best, less_is_better=less):
+        state.without_best += 1
+        state.stopped_early = job.is_out_of_patience(state) and state.step < job.step_plan.total
+        return []
+    state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
+    is_worse = before is not None and is_better(metric, before, score, less_is_better=less)
+    return ["best so far, but worse than before training" if is_worse else "best"]
+
+
+def _evaluate(
+    job: Job, interruption: Interruption
+) -> tuple[dict[str, float], list[dict[str, Any]], list[str]]:
+    """Return the scores of the validation data, the generated samples, and notes on what was scored."""
+    settings, processes, sharded = job.config.evaluation, job.processes, job.config.shard
+    workers = Workers(processes.rank, processes.count, interruption.gather)
+    # Every pass of a model with sharded weights needs all processes: none may stop early, and all generate all texts.
+    progress: Progress = (lambda *_: None) if sharded else interruption.check
     with job.autocast():
         evaluation = held_out(
             job.model,
@@ -91,16 +102,16 @@ def _scores(
             job.collate,
             batch_size=job.evaluation_batch_size,
             task=job.task,
-            **share,
+            progress=progress,
+            workers=workers,
         )
-        scores = evaluation.scores
         notes = [counted(len(job.scored), "example")]
-        if settings.samples:
-            sampled = _sample(run, job, step, {} if job.config.shard else share)
-            scores = {**scores, **sampled.scores}
-            cut = f", {sampled.cut} cut at {settings.max_new_tokens} tokens" if sampled.cut else ""
-            notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}{cut}")
-    return scores, notes
+        if not settings.samples:
+            return evaluation.scores, [], notes
+        sampled = _sample(job, progress, ALONE if sharded else workers)
+    cut = f", {sampled.cut} cut at {settings.max_new_tokens} tokens" if sampled.cut else ""
+    notes.append(f"texts of {counted(len(sampled.outputs), 'sample')}{cut}")
+    return {**evaluation.scores, **sampled.scores}, sampled.outputs, notes
 
 
 def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
@@ -118,35 +129,18 @@ def _require_usable(scores: dict[str, float], task: str, metric: str) -> None:
             )
 
 
-def _sample(run: RunFolder, job: Job, step: int, share: Mapping[str, Any]) -> Evaluation:
-    """Generate text for some validation prompts, record it in samples.jsonl, and score it.
-
-    The processes share the prompts. If the weights are sharded, all generate the same texts.
-    """
+def _sample(job: Job, progress: Progress, workers: Workers) -> Evaluation:
+    """Generate text for some validation prompts, and score it."""
     settings = job.config.evaluation
     assert job.validation is not None
     groups = by_prompt(job.validation)
-    evaluation = generated(
+    return generated(
         job.base,
         [example for group in evenly_spaced(groups, settings.samples) for example in group],
         Decoding(max_new_tokens=settings.max_new_tokens),
         batch_size=job.evaluation_batch_size,
         task=job.task,
         quick=True,
-        **share,
+        progress=progress,
+        workers=workers,
     )
-
-    def record() -> None:
-        for output in evaluation.outputs:
-            run.samples.append(step=step, **output)
-
-    job.processes.on_first(record)
-    return evaluation
-
-
-def _share_of(job: Job, interruption: Interruption) -> dict[str, Any]:
-    """Return the arguments of an evaluation that all processes share, and that a signal ends."""
-    processes = job.processes
-    share = {"rank": processes.rank, "count": processes.count, "gather": interruption.gather}
-    # Every pass of a model whose weights are sharded needs all processes, so none may leave one out.
-    return share if job.config.shard else {**share, "progress": interruption.check}
