@@ -96,16 +96,13 @@ def random_projection(rank: int, base_norm: float, rows: int, columns: int) -> f
     return rank * base_norm / math.sqrt(rows * columns)
 
 
-def similarity_to_base(
-    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, base_directions: float = 0.1
-) -> Tensor:
+def similarity_to_base(W: Tensor, A: Tensor, B: Tensor, *, base_directions: float = 0.1) -> Tensor:
     """Return ``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
 
     Args:
         W: Base weight, (out, in).
         A: (r, in).
         B: (out, r).
-        scaling: Factor on the product.
         base_directions: Number of W's leading directions, as a share of its width.
 
     Returns:
@@ -119,7 +116,7 @@ def similarity_to_base(
         "base_directions", base_directions, "a share of the base's directions", example=0.1
     )
     _require_one_shape(W, A, B)
-    Vh = change_directions(A, B, scaling)[2]
+    Vh = change_directions(A, B)[2]
     leading = max(1, round(base_directions * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
 
