@@ -11,7 +11,7 @@ from lorakit.errors import DivergenceError, LorakitError
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, generated, held_out
 from lorakit.evaluation.inputs import by_prompt
-from lorakit.evaluation.score import is_better
+from lorakit.evaluation.score import directions_of, is_better
 from lorakit.formatting import counted
 from lorakit.training.checkpoint import State
 from lorakit.training.divergence import ADVICE
@@ -65,11 +65,9 @@ def validate(
         show.scores(state, notes)
         return
     best, before = (s.get(settings.metric) for s in (state.best_scores, state.scores_before))
-    score, less = state.scores[settings.metric], job.task.less_is_better
-    if is_better(settings.metric, score, best, less_is_better=less):
-        is_worse = before is not None and is_better(
-            settings.metric, before, score, less_is_better=less
-        )
+    score, direction = state.scores[settings.metric], directions_of(job.task)[settings.metric]
+    if is_better(score, best, direction):
+        is_worse = before is not None and is_better(before, score, direction)
         notes.append("best so far, but worse than before training" if is_worse else "best")
         state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
     else:
