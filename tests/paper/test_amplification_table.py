@@ -8,10 +8,9 @@ import torch
 from made_data import pairs, write
 
 from lorakit import LoRA, attach
-from lorakit.analysis import adapter_amplification
+from lorakit.analysis import adapter_amplification, table7_row
 from lorakit.analysis.base_weights import open_weights
 from lorakit.analysis.deltas import read
-from lorakit.cli.paper import _amplification
 from lorakit.errors import ConfigurationError
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import load_base
@@ -36,7 +35,7 @@ def test_the_query_of_the_middle_block_is_found_by_its_role(tmp_path, arch, laye
     adapters.save(tmp_path / "adapter")
     stored = read(tmp_path / "adapter")
     expected = adapter_amplification(stored, open_weights(config, stored)).layers[middle]
-    found = _amplification(tmp_path / "adapter", config)
+    found = table7_row(tmp_path / "adapter", config)
     assert found["amplification"] == pytest.approx(expected.factor)
     assert found["norm of ΔW"] == pytest.approx(expected.change_norm)
 
@@ -45,7 +44,8 @@ def test_the_query_of_the_middle_block_is_found_by_its_role(tmp_path, arch, laye
 def test_the_measure_is_required_before_anything_is_trained(table2, reproduce_or_run):
     config = table2(table="table7", tasks=None, methods=("r4",), seeds=1, trials=1)
     with pytest.raises(
-        ConfigurationError, match=r"amplification is not set.* lorakit paper table7"
+        ConfigurationError,
+        match=r"is not set.* lorakit\.analysis\.table7_row.* lorakit paper table7",
     ):
         reproduce_or_run(config, lambda text: None)
     assert not config.folder.exists()
@@ -72,7 +72,7 @@ def test_a_row_is_the_amplification_of_the_query_in_the_middle(table2, tmp_path)
         trials=1,
         data={"root": str(tmp_path / "data")},
     )
-    found = run_table(config, lambda text: None, amplification=_amplification)
+    found = run_table(config, lambda text: None, amplification=table7_row)
     (row,) = found.comparison.own
     (best,) = config.folder.glob("runs/mnli/r4/*/best")
     stored = read(best)

@@ -17,6 +17,7 @@ from browser import HOSTILE
 from lorakit import LoRA, storage
 from lorakit.configuration import as_dict
 from lorakit.errors import RunFolderError
+from lorakit.evaluation.score import DIRECTIONS
 from lorakit.formatting import number
 from lorakit.methods.registry import SECTIONS
 from lorakit.reporting import RunRecord, measures, read_run, run_page
@@ -321,6 +322,30 @@ def test_runs_are_ranked_only_by_scores_whose_better_direction_is_known(run: Pat
         "each.",
         "The runs differ in batch_size.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("directions", "best"),
+    [(("min", "min"), ["b"]), (("max", "max"), ["a"]), (("min", "max"), [])],
+)
+def test_runs_are_ranked_by_the_direction_that_they_record(
+    run: Path, directions: tuple[str, str], best: list[str]
+) -> None:
+    record = read_run(run)
+    session = record.sessions[-1]
+    assert session["score_directions"] == DIRECTIONS
+    records = [
+        dataclasses.replace(
+            record,
+            label=label,
+            config={**record.config, "batch_size": value},
+            sessions=[{**session, "score_directions": {"own": direction}}],
+            result={**(record.result or {}), "scores": {"own": float(value)}},
+        )
+        for label, value, direction in zip("ab", (2, 1), directions, strict=True)
+    ]
+    ranked = [line for line in comparison_page(records).summary if " is best in " in line]
+    assert [line.split(" is best in ")[1][0] for line in ranked] == best
 
 
 def test_losses_over_other_tokens_are_not_ranked(run: Path) -> None:

@@ -16,6 +16,7 @@ from lorakit.errors import ConfigurationError, LorakitError, WrongBaseError
 from lorakit.evaluation.evaluate import evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.models.base_config import BaseConfig
+from lorakit.reporting.run_record import read_run
 from lorakit.training.config import HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.loop import train
 
@@ -228,6 +229,35 @@ def test_a_score_that_is_no_number_is_refused_before_the_first_step(
     data = dataclasses.replace(settings.data, task=f"{tmp_path / 'mine.py'}:Mine")
     with pytest.raises(LorakitError, match=r"score right of task mine is None; it must be a num"):
         train(dataclasses.replace(settings, data=data))
+
+
+@pytest.mark.parametrize(
+    ("less_is_better", "change", "verdict"),
+    [('("right",)', 1, "worse"), ("()", 1, "better"), ("()", -1, "worse")],
+)
+def test_a_report_judges_the_scores_of_a_task_of_ones_own_as_training_did(
+    less_is_better: str, change: int, verdict: str, tmp_path: Path, base: str, capsys
+) -> None:
+    """Without the code of the task, which may be missing by then."""
+    code = OWN_SCORES.format(score=f"10 + {change} * cls.calls, 'other': cls.calls")
+    code = code.replace(
+        "        return", "        cls.calls = getattr(cls, 'calls', 0) + 1\n        return"
+    )
+    (tmp_path / "mine.py").write_text(f"{code}\nMine.less_is_better = {less_is_better}\n")
+    evaluation = HeldOutConfig(samples=1, max_new_tokens=1)
+    settings = tiny_runs.config(tmp_path, base, max_steps=1, evaluation=evaluation)
+    settings = dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, task=f"{tmp_path / 'mine.py'}:Mine"),
+        evaluation=dataclasses.replace(evaluation, metric="right"),
+    )
+    folder = train(settings).folder
+    assert ("worse than before training" in capsys.readouterr().err) == (verdict == "worse")
+    (tmp_path / "mine.py").unlink()
+    record = read_run(folder)
+    assert record.never_improved == (verdict == "worse")
+    verdicts = {name: record.better(name, 9.0 + change, 9.0) for name in ("right", "other")}
+    assert verdicts == {"right": verdict == "better", "other": None}  # the task does not list other
 
 
 @pytest.mark.slow

@@ -137,14 +137,14 @@ def test_a_session_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
     for folder in leftovers:
         folder.mkdir(parents=True)
         (folder / "weights.safetensors").write_bytes(b"half")
-    RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {})
+    RunFolder(tmp_path / "run", config).begin(State(), torch.device("cpu"), {}, {})
     assert not any(map(Path.exists, leftovers))
 
 
 def test_the_command_that_resumes_on_several_machines(tmp_path: Path, monkeypatch) -> None:
     run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
     run.path.mkdir()
-    run.begin(State(), torch.device("cpu"), {})
+    run.begin(State(), torch.device("cpu"), {}, {})
     command = f"-m lorakit train --config {run.path / 'config.yaml'} --resume"
     for here, options in (("16", "--nproc-per-node 16"), ("8", "SAME_OPTIONS")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
@@ -156,7 +156,7 @@ def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_pa
     run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
     run.path.mkdir()
     (run.path / "result.json").write_text("{}")
-    run.begin(State(), torch.device("cpu"), {})
+    run.begin(State(), torch.device("cpu"), {}, {})
     assert not (run.path / "result.json").exists()
 
 

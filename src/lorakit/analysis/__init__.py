@@ -11,6 +11,7 @@ from lorakit.analysis.amplification import (
     amplification,
     random_projection,
     similarity_to_base,
+    table7_row,
 )
 from lorakit.analysis.base_weights import Weights, open_weights, read_weights
 from lorakit.analysis.combine import combine_adapters, dare, ties
@@ -72,5 +73,6 @@ __all__ = [
     "similarity_to_base",
     "spectrum",
     "subspace_similarity",
+    "table7_row",
     "ties",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.analysis.base_weights import Weights
+from lorakit.analysis.base_weights import Weights, empty_model, open_weights
 from lorakit.analysis.deltas import base_matrix, chosen, deltas_of, notices, read
 from lorakit.analysis.leading import leading_svd
 from lorakit.analysis.similarity import similarity_of_directions
 from lorakit.analysis.spectrum import UNTRAINED, require_share
 from lorakit.analysis.thin_svd import change_directions
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.models.base_config import BaseConfig
+from lorakit.models.places import find_places
 from lorakit.ops.autocast import wide_dtype
 
 
@@ -96,16 +99,13 @@ def random_projection(rank: int, base_norm: float, rows: int, columns: int) -> f
     return rank * base_norm / math.sqrt(rows * columns)
 
 
-def similarity_to_base(
-    W: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, base_directions: float = 0.1
-) -> Tensor:
+def similarity_to_base(W: Tensor, A: Tensor, B: Tensor, *, base_directions: float = 0.1) -> Tensor:
     """Return ``phi(i, j)`` between the leading input directions of W (i) and those of ``B A`` (j): figure 8.
 
     Args:
         W: Base weight, (out, in).
         A: (r, in).
         B: (out, r).
-        scaling: Factor on the product.
         base_directions: Number of W's leading directions, as a share of its width.
 
     Returns:
@@ -119,7 +119,7 @@ def similarity_to_base(
         "base_directions", base_directions, "a share of the base's directions", example=0.1
     )
     _require_one_shape(W, A, B)
-    Vh = change_directions(A, B, scaling)[2]
+    Vh = change_directions(A, B)[2]
     leading = max(1, round(base_directions * min(W.shape)))
     return similarity_of_directions(leading_svd(W, leading)[2].double(), Vh)
 
@@ -221,3 +221,37 @@ def adapter_amplification(
         raise AdapterFileError(UNTRAINED)
     sentences = [*untrained, *notices(stored), *weights.notices]
     return AdapterAmplification(layers=layers, phi=phi, widths=widths, notices=sentences)
+
+
+def table7_row(adapter: StoredAdapter | str | Path, base: BaseConfig) -> dict[str, float]:
+    """Return a row of Table 7 by column: the amplification of W_q in the middle block, as layer 48 of GPT-3's 96.
+
+    In a fused projection, W_q is the rows of the queries.
+
+    Args:
+        adapter: A lorakit or PEFT folder, or an adapter already read.
+        base: The base of the adapter.
+
+    Raises:
+        LorakitError: The adapter or the base cannot be read, they do not fit each other, or the adapter has no change
+            of this matrix.
+    """
+    stored = read(adapter)
+    weights = open_weights(base, stored)
+    only = f"^{re.escape(_middle_query(stored, base))}$"
+    (layer,) = adapter_amplification(stored, weights, only=only).layers.values()
+    return {
+        "from ΔW": layer.projected,
+        "from W": layer.projected_own,
+        "random": layer.expected_random,
+        "norm of ΔW": layer.change_norm,
+        "amplification": layer.factor,
+    }
+
+
+def _middle_query(stored: StoredAdapter, base: BaseConfig) -> str:
+    """Return the adapter's name for W_q of the middle block: that of a layer, or of the rows of a fused one."""
+    class_name = stored.base.architecture.class_name if stored.base else None
+    queries = find_places(empty_model(base, class_name), "attention.q")
+    middle = queries[(len(queries) - 1) // 2]
+    return middle.path if middle.slice is None else f"{middle.path} {middle.slice}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.cli.background import IN_BACKGROUND, run_in_background
@@ -15,7 +13,6 @@ from lorakit.formatting import visible
 from lorakit.paper.paper_config import PaperConfig
 
 if TYPE_CHECKING:
-    from lorakit.models.base_config import BaseConfig
     from lorakit.paper.grid import Grid
     from lorakit.paper.study import StudyData, Variant
 
@@ -62,11 +59,12 @@ def _latency(config: PaperConfig) -> None:
 
 
 def _run(config: PaperConfig) -> None:
+    from lorakit.analysis import table7_row
     from lorakit.cli.console import console
     from lorakit.paper.report import rows
     from lorakit.paper.run_table import run_table
 
-    result = run_table(config, say=_say, amplification=_amplification)
+    result = run_table(config, say=_say, amplification=table7_row)
     study = result.comparison.grid.study
     console().print(f"\n{study.table.title}\n", markup=False)
     console().print(_table(*rows(result.comparison)))
@@ -76,10 +74,11 @@ def _run(config: PaperConfig) -> None:
 
 
 def _reproduce(config: PaperConfig) -> None:
+    from lorakit.analysis import table7_row
     from lorakit.cli.console import console
     from lorakit.paper.reproduction import reproduce
 
-    result = reproduce(config, _say, amplification=_amplification)
+    result = reproduce(config, _say, amplification=table7_row)
     head = ["run", "score", "recorded", "repeated", "difference", "verdict"]
     body = [
         [
@@ -95,39 +94,6 @@ def _reproduce(config: PaperConfig) -> None:
         print(visible(difference))
     if not result.holds:
         sys.exit(1)
-
-
-def _amplification(adapter: Path, base: BaseConfig) -> dict[str, float]:
-    """Return a row of table 7, measured on W_q of the middle block."""
-    from lorakit.analysis import adapter_amplification
-    from lorakit.analysis.base_weights import open_weights
-    from lorakit.analysis.deltas import read
-
-    stored = read(adapter)
-    weights, only = open_weights(base, stored), f"^{re.escape(_middle_query(base))}$"
-    (layer,) = adapter_amplification(stored, weights, only=only).layers.values()
-    return {
-        "from ΔW": layer.projected,
-        "from W": layer.projected_own,
-        "random": layer.expected_random,
-        "norm of ΔW": layer.change_norm,
-        "amplification": layer.factor,
-    }
-
-
-def _middle_query(base: BaseConfig) -> str:
-    """Return the name of W_q of the middle block in a classifier: of a layer, or of the rows of a fused one."""
-    import torch
-
-    from lorakit.models.base_shape import shape_of
-    from lorakit.models.places import find_places
-    from lorakit.planning.shape import build, new_mode, planning
-
-    with planning(new_mode()):
-        model = build(shape_of(base), base, "sequence-classification", 0, dtype=torch.float32)
-        queries = find_places(model, "attention.q")
-    middle = queries[(len(queries) - 1) // 2]
-    return middle.path if middle.slice is None else f"{middle.path} {middle.slice}"
 
 
 def _preview(config: PaperConfig) -> None:

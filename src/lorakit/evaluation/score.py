@@ -1,12 +1,17 @@
-"""Scores of the generic tasks, and their directions."""
+"""Directions of scores: whether lower or higher is better."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-DIRECTIONS: dict[str, Literal["min", "max"]] = {
+if TYPE_CHECKING:
+    from lorakit.tasks import Task
+
+Direction = Literal["min", "max"]
+"""Whether lower ("min") or higher ("max") is better."""
+
+DIRECTIONS: dict[str, Direction] = {
     "loss": "min",
     "perplexity": "min",
     "bleu": "max",
@@ -18,17 +23,21 @@ DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "spearman": "max",
     "mse": "min",
 }
-"""Whether lower ("min") or higher ("max") is better, for each score of the generic tasks."""
+"""The direction of each score of the generic tasks."""
 
 
-def is_better(
-    score: str, new: float, old: float | None, *, less_is_better: Sequence[str] = ()
-) -> bool:
-    """Return whether `new` is better than `old` in the direction of `score`; NaN is never better.
+def directions_of(task: type[Task]) -> dict[str, Direction]:
+    """Return the directions of the generic scores and of a task's own.
 
-    For a task's own scores higher is better, unless `less_is_better` names them.
+    For its own scores higher is better, unless `less_is_better` names them.
     """
+    names = (*DIRECTIONS, *task.scores, *task.quick_scores)
+    lower = {name for name in names if name in task.less_is_better or DIRECTIONS.get(name) == "min"}
+    return {name: "min" if name in lower else "max" for name in names}
+
+
+def is_better(new: float, old: float | None, direction: Direction) -> bool:
+    """Return whether `new` is better than `old`: NaN never is, and any other number is better than None."""
     if math.isnan(new):
         return False
-    lower = score in less_is_better or DIRECTIONS.get(score) == "min"
-    return old is None or (new < old if lower else new > old)
+    return old is None or (new < old if direction == "min" else new > old)

@@ -124,7 +124,7 @@ class Grid:
             if (
                 best is None
                 or diverged < best[0]
-                or (diverged == best[0] and is_better(data_set.metric, mean, best[1]))
+                or (diverged == best[0] and is_better(mean, best[1], data_set.direction))
             ):
                 best = diverged, mean, rate
         return best and best[2]

@@ -40,7 +40,7 @@ def run_table(
         config: The table, the model and the size of the grid.
         say: Receives progress, one line per call.
         amplification: Returns the numbers of a row of table 7 by column, from an adapter folder and its base. Table 7
-            needs it, and the command `lorakit paper table7` sets it.
+            needs it: pass `lorakit.analysis.table7_row`.
 
     Raises:
         LorakitError: Invalid settings, data, base or folder.

@@ -71,8 +71,8 @@ def require_measure(config: PaperConfig, amplification: Measure | None) -> None:
     """
     if config.study.measures == "amplification" and amplification is None:
         raise ConfigurationError(
-            f"amplification is not set, and {config.table} consists of its numbers. Set it to the function that "
-            f"measures an adapter, or run the command, which has one: lorakit paper {config.table}."
+            f"amplification is not set, and {config.table} consists of its numbers. Set it to "
+            f"lorakit.analysis.table7_row, or run: lorakit paper {config.table}."
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.errors import ConfigurationError, nearest
+from lorakit.evaluation.score import Direction, directions_of
 from lorakit.methods.registry import SECTIONS, default_rate
 from lorakit.paper.published import PublishedTable
 from lorakit.paper.resampling import ExampleSums
@@ -107,6 +108,11 @@ class StudyData:
         """The held-out score that selects the learning rate and the step."""
         task = task_type(self.task)
         return "loss" if task.kind == "text" else task.metric
+
+    @property
+    def direction(self) -> Direction:
+        """Whether a lower or a higher metric is better."""
+        return directions_of(task_type(self.task))[self.metric]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,18 +103,17 @@ def _have_other_tokens(runs: Sequence[RunRecord]) -> bool:
 def _best(name: str, runs: Sequence[RunRecord]) -> str:
     """Return the sentence that names the best run of a score; "" if the runs are not comparable.
 
-    They are if they are scored on the same number of examples, and if it is known which scores are better.
+    They are if they are scored on the same number of examples, and if the score has one known direction in all.
     """
     scored, counts = _scored(name, runs)
     if len(scored) < 2 or name == "perplexity" or len(counts) > 1 or "" in counts:
         return ""
-    ranked = sorted(scored, key=lambda run: run.scores("after")[name])
-    low, high = (run.scores("after")[name] for run in (ranked[0], ranked[-1]))
-    higher_is_better = measures.better(name, high, low)
-    if higher_is_better:
-        ranked.reverse()
+    direction, *others = {run.directions.get(name) for run in scored}
+    if direction is None or others:
+        return ""
+    ranked = sorted(scored, key=lambda run: run.scores("after")[name], reverse=direction == "max")
     first, second = (run.scores("after")[name] for run in ranked[:2])
-    if higher_is_better is None or first == second:
+    if first == second:
         return ""
     return (
         f"{measures.score_name(name)} of {counts[0]} is best in {ranked[0].name} ({number(first)}), followed by "

@@ -1,10 +1,8 @@
-"""Names, directions and changes of scores."""
+"""Names and changes of scores."""
 
 from __future__ import annotations
 
-from lorakit.evaluation.score import DIRECTIONS, is_better
 from lorakit.formatting import number, percentage
-from lorakit.tasks import TASKS
 
 SCORE_NAMES = {
     "loss": "Loss",
@@ -23,15 +21,6 @@ SCORE_NAMES = {
 def score_name(key: str) -> str:
     """Return the usual spelling of a score's name."""
     return SCORE_NAMES.get(key, key.replace("_", " "))
-
-
-def better(key: str, new: float, old: float) -> bool | None:
-    """Return whether `new` is better than `old`; None if they are equal or the direction is unknown."""
-    task_scores = {score for task in TASKS.values() for score in task.scores}
-    if new == old or key not in {*DIRECTIONS, *task_scores}:
-        return None
-    less_is_better = [score for task in TASKS.values() for score in task.less_is_better]
-    return is_better(key, new, old, less_is_better=less_is_better)
 
 
 def change(new: float, old: float) -> str:

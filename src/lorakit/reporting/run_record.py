@@ -11,10 +11,10 @@ from typing import Any
 from lorakit import storage
 from lorakit.configuration import setting
 from lorakit.errors import RunFolderError
-from lorakit.evaluation.score import DIRECTIONS
+from lorakit.evaluation.score import DIRECTIONS, Direction, directions_of, is_better
 from lorakit.formatting import counted
 from lorakit.methods.registry import SECTIONS
-from lorakit.reporting.measures import better
+from lorakit.tasks import TASKS
 from lorakit.training.run_folder import (
     ADAPTER,
     CONFIG,
@@ -97,6 +97,14 @@ class RunRecord:
         return self.sessions[-1].get("sizes", {}) if self.sessions else {}
 
     @property
+    def directions(self) -> Mapping[str, Direction]:
+        """Whether a lower or a higher score is better, by name; those of lorakit's tasks if the run recorded none."""
+        recorded = self.sessions[-1].get("score_directions") if self.sessions else None
+        if recorded is not None:
+            return recorded
+        return {name: d for task in TASKS.values() for name, d in directions_of(task).items()}
+
+    @property
     def command(self) -> str | None:
         """The command that started the run."""
         return self.sessions[0].get("command") if self.sessions else None
@@ -122,7 +130,9 @@ class RunRecord:
         """Whether even the best validation score is worse than the one before training."""
         metric = str(setting(self.config, "evaluation.metric"))
         before, best = self.scores("before").get(metric), self.scores("best").get(metric)
-        return before is not None and best is not None and better(metric, best, before) is False
+        return (
+            before is not None and best is not None and self.better(metric, best, before) is False
+        )
 
     @property
     def data(self) -> dict[str, Mapping[str, Any]]:
@@ -206,6 +216,11 @@ class RunRecord:
             for name in order
             if name not in ("step", "split") and isinstance(value := scores.get(name), (int, float))
         }
+
+    def better(self, name: str, new: float, old: float) -> bool | None:
+        """Return whether a score improved from `old` to `new`; None if it did not change or has no known direction."""
+        direction = self.directions.get(name)
+        return None if new == old or direction is None else is_better(new, old, direction)
 
     def total(self, name: str) -> float | None:
         """Return the sum of "tokens", "computed_tokens" or "seconds" over all steps so far."""

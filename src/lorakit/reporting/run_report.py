@@ -117,7 +117,7 @@ def _scores(run: RunRecord) -> list[Block]:
     rows: list[list[Cell]] = []
     for name, value in after.items():
         old = before.get(name)
-        verdict = None if old is None else measures.better(name, value, old)
+        verdict = None if old is None else run.better(name, value, old)
         row: list[Cell] = [
             measures.score_name(name),
             run.scored_on(name),

@@ -101,7 +101,7 @@ def _score_sentences(run: RunRecord) -> list[str]:
         of = f" of {count}" if count else ""
         changes.append(f"{in_sentence(measures.score_name(name))}{of} {change}")
     if changes:
-        verdicts = {measures.better(name, after[name], before[name]) for name in names}
+        verdicts = {run.better(name, after[name], before[name]) for name in names}
         verdict = ""
         if len(verdicts) == 1:
             verdict = {True: ": better", False: ": worse than before", None: ""}[verdicts.pop()]

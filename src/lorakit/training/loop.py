@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from lorakit.errors import ConfigurationError, DivergenceError, LorakitError, memory_errors
+from lorakit.evaluation.score import directions_of
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import faster_float32
 from lorakit.training import checkpoint
@@ -195,9 +196,11 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
     _require_patience(run, job, state)
     slow_down(job.optimizer, SLOWDOWN**state.rewinds)
     adopt_batch_sizes(job, state)
-    model_sizes = sizes(job.model, job.parameters)
+    model_sizes, directions = sizes(job.model, job.parameters), directions_of(job.task)
     # The run folder changes only from here on: a run that fails above leaves an old run intact.
-    processes.on_first(lambda: run.begin(state, job.device, model_sizes, processes=processes.count))
+    processes.on_first(
+        lambda: run.begin(state, job.device, model_sizes, directions, processes=processes.count)
+    )
     return job, state
 
 

@@ -2,7 +2,7 @@
 
 =================  ===================================================================================
 config.yaml        every setting, also defaults; ``--config`` with this file repeats the run
-environment.json   software, processor and threads, one entry per session (a resumed run has several)
+environment.json   software, machine, model sizes and score directions, one entry per session
 metrics.jsonl      one line per step and per evaluation
 samples.jsonl      text generated at each evaluation
 events.json        what went wrong and did not end the run: memory that ran out, a loss that diverged
@@ -34,6 +34,7 @@ from lorakit import storage
 from lorakit.adapters.formats import other_files
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import RunFolderError
+from lorakit.evaluation.score import Direction
 from lorakit.formatting import resume_command
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
@@ -206,7 +207,13 @@ class RunFolder:
         return resume_command(self.path, changed, start=start)
 
     def begin(
-        self, state: State, device: torch.device, sizes: Mapping[str, int], *, processes: int = 1
+        self,
+        state: State,
+        device: torch.device,
+        sizes: Mapping[str, int],
+        directions: Mapping[str, Direction],
+        *,
+        processes: int = 1,
     ) -> None:
         """Write config.yaml and this session of the run, and drop what was recorded after `state`.
 
@@ -237,7 +244,12 @@ class RunFolder:
         with storage.writing(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
         self.return_to(state)
-        session = {"from_step": state.step, **environment(device, processes), "sizes": dict(sizes)}
+        session = {
+            "from_step": state.step,
+            **environment(device, processes),
+            "sizes": dict(sizes),
+            "score_directions": dict(directions),
+        }
         with storage.atomic_file(self.path / ENVIRONMENT) as temporary:
             storage.write_record(temporary, {"sessions": [*sessions, session]})
 

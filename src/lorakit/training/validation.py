@@ -11,7 +11,7 @@ from lorakit.evaluation.computed import ALONE, Progress, Workers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.evaluate import Evaluation, generated, held_out
 from lorakit.evaluation.inputs import by_prompt
-from lorakit.evaluation.score import is_better
+from lorakit.evaluation.score import directions_of, is_better
 from lorakit.formatting import counted
 from lorakit.training.checkpoint import State
 from lorakit.training.divergence import ADVICE
@@ -74,15 +74,15 @@ def validate(
 
 def _compare_with_best(job: Job, state: State) -> list[str]:
     """Update the best scores, or the number of evaluations since them and early stopping; return notes for the user."""
-    metric, less = job.config.evaluation.metric, job.task.less_is_better
-    score = state.scores[metric]
+    metric = job.config.evaluation.metric
+    score, direction = state.scores[metric], directions_of(job.task)[metric]
     best, before = (scores.get(metric) for scores in (state.best_scores, state.scores_before))
-    if not is_better(metric, score, best, less_is_better=less):
+    if not is_better(score, best, direction):
         state.without_best += 1
         state.stopped_early = job.is_out_of_patience(state) and state.step < job.step_plan.total
         return []
     state.best_step, state.best_scores, state.without_best = state.step, state.scores, 0
-    is_worse = before is not None and is_better(metric, before, score, less_is_better=less)
+    is_worse = before is not None and is_better(before, score, direction)
     return ["best so far, but worse than before training" if is_worse else "best"]
 
 
