@@ -27,6 +27,7 @@ from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.formatting import number
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 
@@ -271,10 +272,31 @@ def test_results_are_scored_beside_their_inputs(call, folder, tmp_path):
     assert number(after["loss"]) in out
 
 
+def test_scoring_completes_only_a_copy(folder, tmp_path, caplog) -> None:
+    """Opening an adapter on its base adds notices to it, here that the base has another dtype."""
+    source = saving.Input.read(folder / "one")
+    assert source.stored is not None
+    made = analysis.combine_adapters([source.stored])
+    scored = analysis.save(
+        made,
+        tmp_path / "out",
+        inputs=[source],
+        settings={},
+        scoring=ScoringConfig(data=DataConfig(test=str(folder / "test.jsonl"))),
+        base=BaseConfig(name=str(folder / "base"), dtype="bfloat16"),
+    ).scores
+    assert scored[str(folder / "one")] == scored["result"]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        str(folder / "one"),
+        str(tmp_path / "out"),
+    ]
+    assert source.stored.notices == made.adapter.notices == []
+
+
 def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "one", tmp_path / "result")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(saving, "_score", lambda stored, *_: {"rank": stored.method.rank})
+    monkeypatch.setattr(saving, "_score", lambda file, *_: {"rank": file.stored.method.rank})
     made = analysis.compress_adapter("result", rank=2)
     scoring = ScoringConfig(data=DataConfig(test="test.jsonl"))
     saved = analysis.save(made, "small", inputs=["result"], settings={}, scoring=scoring)
@@ -297,7 +319,7 @@ def test_an_input_that_a_training_replaces_meanwhile(
 
     scored = []
     monkeypatch.setattr(analysis, name, compute_meanwhile)
-    monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
+    monkeypatch.setattr(saving, "_score", lambda file, *_: scored.append(file.stored) or {})
     argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
     status, _, err = call(*argv, "--data.test", folder / "test.jsonl")
     assert (status, err) == (0, "")
@@ -405,8 +427,8 @@ def test_an_output_that_exists_is_kept_until_the_scores_are_known(
     shutil.copytree(folder / "one", output)
     ranks = []
 
-    def score(stored: Any, *_: Any) -> dict[str, float]:
-        ranks.append(max(layer.rank for layer in stored.layers.values()))
+    def score(file: AdapterFile, *_: Any) -> dict[str, float]:
+        ranks.append(max(layer.rank for layer in file.stored.layers.values()))
         if len(ranks) == 1:
             raise ConfigurationError("no score")
         return {"loss": 1.0}

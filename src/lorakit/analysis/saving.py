@@ -22,7 +22,7 @@ from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.base import read_text_tokenizer
 from lorakit.data import DataConfig
 from lorakit.errors import BaseModelError
-from lorakit.evaluation.evaluate import check_evaluation, evaluate
+from lorakit.evaluation.evaluate import check_evaluation, evaluate_adapter
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
@@ -130,6 +130,7 @@ def save(
     """
     require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
+    made.adapter.require_no_base_copies()  # the scores come before the file if it replaces one
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
     folders = [source.folder for source in adapters.values() if source.folder is not None]
@@ -150,7 +151,8 @@ def save(
         recorded = {**provenance, "scores": scores[RESULT]} if scores else provenance
         stored = dataclasses.replace(made.adapter, provenance=recorded)
         with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-            notices = _write(stored, temporary, tokenizer, for_peft=for_peft)
+            notices = _write_tokenizer(tokenizer, temporary)
+            notices += formats.write(stored, temporary, for_peft=for_peft)
         return Saved(folder=Path(output), scores=scores, notices=notices)
 
     if scoring is None or scoring.data == DataConfig():
@@ -166,8 +168,14 @@ def save(
             stored = source.stored or read(path, alpha=its_alpha)
             # An input of this name keeps a column of its own.
             name = str(path.absolute() if str(path) == RESULT else path)
-            scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
-        scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
+            file = AdapterFile(str(source.folder), stored)
+            scores[name] = _score(file, scoring, base, allow_other_base)
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # a saved tokenizer may differ from the one in memory
+            _write_tokenizer(tokenizer, Path(folder))
+            file = AdapterFile(str(output), made.adapter, tokenizer_folder=folder)
+            scores[RESULT] = _score(file, scoring, base, allow_other_base)
     except BaseException:
         if written:
             _LOG.warning("the computed adapter is in %s, without scores", output)
@@ -211,16 +219,10 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
 
 
 def _score(
-    stored: StoredAdapter,
-    tokenizer: PreTrainedTokenizerBase | Path | None,
-    scoring: ScoringConfig,
-    base: BaseConfig | None,
-    allow_other_base: bool,
+    file: AdapterFile, scoring: ScoringConfig, base: BaseConfig | None, allow_other_base: bool
 ) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        _write(stored, Path(folder), tokenizer, for_peft=False)
-        config = _evaluation(scoring, base=base, adapter=folder, allow_other_base=allow_other_base)
-        return evaluate(config).scores
+    config = _evaluation(scoring, base=base, allow_other_base=allow_other_base)
+    return evaluate_adapter(config, dataclasses.replace(file, stored=file.stored.copy())).scores
 
 
 def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
@@ -228,20 +230,13 @@ def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
     return EvaluateConfig(**shared, compare=False, **settings)
 
 
-def _write(
-    stored: StoredAdapter,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase | Path | None,
-    *,
-    for_peft: bool,
-) -> list[str]:
-    """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
-    notices = []
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase | Path | None, folder: Path) -> list[str]:
+    """Write a tokenizer, or a copy of the one in another folder; return a notice if it was left out."""
     if isinstance(tokenizer, Path):
         formats.copy_tokenizer(tokenizer, folder)
     elif tokenizer is not None:
-        notices = formats.save_tokenizer(tokenizer, folder)
-    return [*notices, *formats.write(stored, folder, for_peft=for_peft)]
+        return formats.save_tokenizer(tokenizer, folder)
+    return []
 
 
 def _folder(path: Path) -> Path | None:
