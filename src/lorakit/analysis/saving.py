@@ -162,20 +162,17 @@ def save(
     if written:
         write({}, overwrite=False)
     scores: dict[str, dict[str, float]] = {}
+    config = _evaluation(scoring, base=base, allow_other_base=allow_other_base)
     try:
         for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
-            source = adapters[path]
-            stored = source.stored or read(path, alpha=its_alpha)
             # An input of this name keeps a column of its own.
             name = str(path.absolute() if str(path) == RESULT else path)
-            file = AdapterFile(str(source.folder), stored)
-            scores[name] = _score(file, scoring, base, allow_other_base)
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # a saved tokenizer may differ from the one in memory
+            scores[name] = _score(_adapter_file(adapters[path], its_alpha), config)
+        # The tokenizer is read from a folder, as from the output: saving may change it.
+        with tempfile.TemporaryDirectory() as folder:
             _write_tokenizer(tokenizer, Path(folder))
-            file = AdapterFile(str(output), made.adapter, tokenizer_folder=folder)
-            scores[RESULT] = _score(file, scoring, base, allow_other_base)
+            result = AdapterFile(str(output), made.adapter, tokenizer_folder=folder)
+            scores[RESULT] = _score(result, config)
     except BaseException:
         if written:
             _LOG.warning("the computed adapter is in %s, without scores", output)
@@ -209,7 +206,7 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
         return
     adapter = None
     if source.folder is not None:
-        adapter = AdapterFile(str(source.folder), source.stored or read(source.path))
+        adapter = _adapter_file(source)
     elif base is not None:  # the result has the tokenizer of this model, if there is one
         model = dataclasses.replace(base, name=str(source.path), revision=None)
         with suppress(BaseModelError):
@@ -218,10 +215,12 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
     check_evaluation(_evaluation(scoring, base=base), adapter)
 
 
-def _score(
-    file: AdapterFile, scoring: ScoringConfig, base: BaseConfig | None, allow_other_base: bool
-) -> dict[str, float]:
-    config = _evaluation(scoring, base=base, allow_other_base=allow_other_base)
+def _adapter_file(source: Input, alpha: float | None = None) -> AdapterFile:
+    """Return an input with its folder's tokenizer; read the adapter if it has not been read."""
+    return AdapterFile(str(source.folder), source.stored or read(source.path, alpha=alpha))
+
+
+def _score(file: AdapterFile, config: EvaluateConfig) -> dict[str, float]:
     return evaluate_adapter(config, dataclasses.replace(file, stored=file.stored.copy())).scores
 
 

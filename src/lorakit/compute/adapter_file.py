@@ -31,10 +31,10 @@ class AdapterFile:
     """An adapter that has been read from disk; the command then needs both its record and its tensors."""
 
     path: str
-    """For messages."""
+    """Its folder or file; for a computed adapter, the folder that it is saved in."""
     stored: StoredAdapter
     tokenizer_folder: str | None = None
-    """Folder that may have a tokenizer; None is `path`."""
+    """The folder whose tokenizer it uses, if that has one; None is `path`."""
 
     @classmethod
     def read(cls, path: str | Path | None) -> AdapterFile | None:
