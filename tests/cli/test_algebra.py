@@ -382,6 +382,15 @@ def test_data_that_cannot_be_read_is_found_before_the_computation(
     assert "tets.jsonl" in err
 
 
+def test_a_gguf_file_is_a_model_and_no_adapter(call, folder, tmp_path) -> None:
+    tuned = tmp_path / "tuned.gguf"
+    tuned.write_bytes(b"GGUF")
+    argv = ["extract", tuned, tmp_path / "out", "--rank", "2", "--base.name", folder / "base"]
+    status, _, err = call(*argv, "--data.test", tmp_path / "tets.jsonl")
+    assert status == 1
+    assert "tets.jsonl" in err
+
+
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [

@@ -242,8 +242,10 @@ def _folder(path: Path) -> Path | None:
     """Return the folder of an adapter's tokenizer and configuration, or the loralib file; None for a model."""
     if is_checkpoint(path):
         return saved_adapter(path)
+    if path.is_file():
+        return None if path.suffix.lower() == ".gguf" else path
     names = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path if path.is_file() or any((path / name).exists() for name in names) else None
+    return path if any((path / name).exists() for name in names) else None
 
 
 def _is_lorakit_only(path: Path) -> bool:
