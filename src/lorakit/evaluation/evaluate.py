@@ -110,8 +110,8 @@ def evaluate_adapter(
 ) -> Evaluation:
     """Score a base model with an adapter that has been read; None scores the base alone.
 
-    The adapter takes the place of `config.adapter`, and `config.output` is not written. As in `open_adapted`,
-    `adapter.stored` is completed for the base.
+    The adapter replaces that of `config.adapter`, and `config.output` is not written. Loading completes
+    `adapter.stored` in place; pass a copy to keep it.
 
     Raises:
         LorakitError: As for `evaluate`.
