@@ -24,7 +24,7 @@ from lorakit.analysis import saving
 from lorakit.compute import base as compute_base
 from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.formatting import number
 from lorakit.models.base_config import BaseConfig
@@ -291,6 +291,19 @@ def test_scoring_completes_only_a_copy(folder, tmp_path, caplog) -> None:
         str(tmp_path / "out"),
     ]
     assert source.stored.notices == made.adapter.notices == []
+
+
+def test_what_no_file_can_hold_is_found_before_the_scores(folder, tmp_path, monkeypatch) -> None:
+    """Also where the file is written after the scores, because it replaces another."""
+    output = shutil.copytree(folder / "two", tmp_path / "out")
+    stored = formats.read(folder / "one")
+    stored.base_copies["lm_head.weight"] = torch.ones(1)
+    made = analysis.Derived(adapter=stored, layers={})
+    monkeypatch.setattr(saving, "_score", lambda *_: pytest.fail("scored"))
+    scoring = ScoringConfig(data=DataConfig(test=str(folder / "test.jsonl")))
+    options: dict[str, Any] = {"settings": {}, "scoring": scoring, "overwrite": True}
+    with pytest.raises(AdapterFileError, match="contains base weights"):
+        analysis.save(made, output, inputs=[folder / "one"], **options)
 
 
 def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
