@@ -24,9 +24,10 @@ from lorakit.analysis import saving
 from lorakit.compute import base as compute_base
 from lorakit.compute.adapter_file import AdapterFile, recorded_data, recorded_task
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.formatting import number
+from lorakit.models.base_config import BaseConfig
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.loop import train
 
@@ -271,10 +272,44 @@ def test_results_are_scored_beside_their_inputs(call, folder, tmp_path):
     assert number(after["loss"]) in out
 
 
+def test_scoring_completes_only_a_copy(folder, tmp_path, caplog) -> None:
+    """Opening an adapter on its base adds notices to it, here that the base has another dtype."""
+    source = saving.Input.read(folder / "one")
+    assert source.stored is not None
+    made = analysis.combine_adapters([source.stored])
+    scored = analysis.save(
+        made,
+        tmp_path / "out",
+        inputs=[source],
+        settings={},
+        scoring=ScoringConfig(data=DataConfig(test=str(folder / "test.jsonl"))),
+        base=BaseConfig(name=str(folder / "base"), dtype="bfloat16"),
+    ).scores
+    assert scored[str(folder / "one")] == scored["result"]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        str(folder / "one"),
+        str(tmp_path / "out"),
+    ]
+    assert source.stored.notices == made.adapter.notices == []
+
+
+def test_what_no_file_can_hold_is_found_before_the_scores(folder, tmp_path, monkeypatch) -> None:
+    """Also where the file is written after the scores, because it replaces another."""
+    output = shutil.copytree(folder / "two", tmp_path / "out")
+    stored = formats.read(folder / "one")
+    stored.base_copies["lm_head.weight"] = torch.ones(1)
+    made = analysis.Derived(adapter=stored, layers={})
+    monkeypatch.setattr(saving, "_score", lambda *_: pytest.fail("scored"))
+    scoring = ScoringConfig(data=DataConfig(test=str(folder / "test.jsonl")))
+    options: dict[str, Any] = {"settings": {}, "scoring": scoring, "overwrite": True}
+    with pytest.raises(AdapterFileError, match="contains base weights"):
+        analysis.save(made, output, inputs=[folder / "one"], **options)
+
+
 def test_an_input_named_result_keeps_its_scores(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "one", tmp_path / "result")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(saving, "_score", lambda stored, *_: {"rank": stored.method.rank})
+    monkeypatch.setattr(saving, "_score", lambda file, *_: {"rank": file.stored.method.rank})
     made = analysis.compress_adapter("result", rank=2)
     scoring = ScoringConfig(data=DataConfig(test="test.jsonl"))
     saved = analysis.save(made, "small", inputs=["result"], settings={}, scoring=scoring)
@@ -297,7 +332,7 @@ def test_an_input_that_a_training_replaces_meanwhile(
 
     scored = []
     monkeypatch.setattr(analysis, name, compute_meanwhile)
-    monkeypatch.setattr(saving, "_score", lambda stored, *_: scored.append(stored) or {})
+    monkeypatch.setattr(saving, "_score", lambda file, *_: scored.append(file.stored) or {})
     argv = [command, tmp_path / "best", "--output", tmp_path / "small", "--rank", "2"]
     status, _, err = call(*argv, "--data.test", folder / "test.jsonl")
     assert (status, err) == (0, "")
@@ -360,6 +395,15 @@ def test_data_that_cannot_be_read_is_found_before_the_computation(
     assert "tets.jsonl" in err
 
 
+def test_a_gguf_file_is_a_model_and_no_adapter(call, folder, tmp_path) -> None:
+    tuned = tmp_path / "tuned.gguf"
+    tuned.write_bytes(b"GGUF")
+    argv = ["extract", tuned, tmp_path / "out", "--rank", "2", "--base.name", folder / "base"]
+    status, _, err = call(*argv, "--data.test", tmp_path / "tets.jsonl")
+    assert status == 1
+    assert "tets.jsonl" in err
+
+
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
@@ -405,8 +449,8 @@ def test_an_output_that_exists_is_kept_until_the_scores_are_known(
     shutil.copytree(folder / "one", output)
     ranks = []
 
-    def score(stored: Any, *_: Any) -> dict[str, float]:
-        ranks.append(max(layer.rank for layer in stored.layers.values()))
+    def score(file: AdapterFile, *_: Any) -> dict[str, float]:
+        ranks.append(max(layer.rank for layer in file.stored.layers.values()))
         if len(ranks) == 1:
             raise ConfigurationError("no score")
         return {"loss": 1.0}

@@ -22,7 +22,7 @@ from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.base import read_text_tokenizer
 from lorakit.data import DataConfig
 from lorakit.errors import BaseModelError
-from lorakit.evaluation.evaluate import check_evaluation, evaluate
+from lorakit.evaluation.evaluate import check_evaluation, evaluate_adapter
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.models.base_config import BaseConfig
@@ -130,6 +130,7 @@ def save(
     """
     require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
+    made.adapter.require_no_base_copies()  # the scores come before the file if it replaces one
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
     folders = [source.folder for source in adapters.values() if source.folder is not None]
@@ -150,7 +151,8 @@ def save(
         recorded = {**provenance, "scores": scores[RESULT]} if scores else provenance
         stored = dataclasses.replace(made.adapter, provenance=recorded)
         with storage.atomic_folder(output, overwrite=overwrite) as temporary:
-            notices = _write(stored, temporary, tokenizer, for_peft=for_peft)
+            notices = _write_tokenizer(tokenizer, temporary)
+            notices += formats.write(stored, temporary, for_peft=for_peft)
         return Saved(folder=Path(output), scores=scores, notices=notices)
 
     if scoring is None or scoring.data == DataConfig():
@@ -160,14 +162,17 @@ def save(
     if written:
         write({}, overwrite=False)
     scores: dict[str, dict[str, float]] = {}
+    config = _evaluation(scoring, base=base, allow_other_base=allow_other_base)
     try:
         for path, its_alpha in zip(adapters, alphas([*adapters], alpha), strict=True):
-            source = adapters[path]
-            stored = source.stored or read(path, alpha=its_alpha)
             # An input of this name keeps a column of its own.
             name = str(path.absolute() if str(path) == RESULT else path)
-            scores[name] = _score(stored, source.folder, scoring, base, allow_other_base)
-        scores[RESULT] = _score(made.adapter, tokenizer, scoring, base, allow_other_base)
+            scores[name] = _score(_adapter_file(adapters[path], its_alpha), config)
+        # The tokenizer is read from a folder, as from the output: saving may change it.
+        with tempfile.TemporaryDirectory() as folder:
+            _write_tokenizer(tokenizer, Path(folder))
+            result = AdapterFile(str(output), made.adapter, tokenizer_folder=folder)
+            scores[RESULT] = _score(result, config)
     except BaseException:
         if written:
             _LOG.warning("the computed adapter is in %s, without scores", output)
@@ -201,7 +206,7 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
         return
     adapter = None
     if source.folder is not None:
-        adapter = AdapterFile(str(source.folder), source.stored or read(source.path))
+        adapter = _adapter_file(source)
     elif base is not None:  # the result has the tokenizer of this model, if there is one
         model = dataclasses.replace(base, name=str(source.path), revision=None)
         with suppress(BaseModelError):
@@ -210,17 +215,13 @@ def check_scoring(scoring: ScoringConfig, base: BaseConfig | None, source: Input
     check_evaluation(_evaluation(scoring, base=base), adapter)
 
 
-def _score(
-    stored: StoredAdapter,
-    tokenizer: PreTrainedTokenizerBase | Path | None,
-    scoring: ScoringConfig,
-    base: BaseConfig | None,
-    allow_other_base: bool,
-) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        _write(stored, Path(folder), tokenizer, for_peft=False)
-        config = _evaluation(scoring, base=base, adapter=folder, allow_other_base=allow_other_base)
-        return evaluate(config).scores
+def _adapter_file(source: Input, alpha: float | None = None) -> AdapterFile:
+    """Return an input with its folder's tokenizer; read the adapter if it has not been read."""
+    return AdapterFile(str(source.folder), source.stored or read(source.path, alpha=alpha))
+
+
+def _score(file: AdapterFile, config: EvaluateConfig) -> dict[str, float]:
+    return evaluate_adapter(config, dataclasses.replace(file, stored=file.stored.copy())).scores
 
 
 def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
@@ -228,28 +229,23 @@ def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:
     return EvaluateConfig(**shared, compare=False, **settings)
 
 
-def _write(
-    stored: StoredAdapter,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase | Path | None,
-    *,
-    for_peft: bool,
-) -> list[str]:
-    """Write an adapter folder with a tokenizer, or a copy of the one in another folder; see `formats.write`."""
-    notices = []
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase | Path | None, folder: Path) -> list[str]:
+    """Write a tokenizer, or a copy of the one in another folder; return a notice if it was left out."""
     if isinstance(tokenizer, Path):
         formats.copy_tokenizer(tokenizer, folder)
     elif tokenizer is not None:
-        notices = formats.save_tokenizer(tokenizer, folder)
-    return [*notices, *formats.write(stored, folder, for_peft=for_peft)]
+        return formats.save_tokenizer(tokenizer, folder)
+    return []
 
 
 def _folder(path: Path) -> Path | None:
     """Return the folder of an adapter's tokenizer and configuration, or the loralib file; None for a model."""
     if is_checkpoint(path):
         return saved_adapter(path)
+    if path.is_file():
+        return None if path.suffix.lower() == ".gguf" else path
     names = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path if path.is_file() or any((path / name).exists() for name in names) else None
+    return path if any((path / name).exists() for name in names) else None
 
 
 def _is_lorakit_only(path: Path) -> bool:

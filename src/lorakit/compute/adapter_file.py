@@ -31,7 +31,10 @@ class AdapterFile:
     """An adapter that has been read from disk; the command then needs both its record and its tensors."""
 
     path: str
+    """Its folder or file; for a computed adapter, the folder that it is saved in."""
     stored: StoredAdapter
+    tokenizer_folder: str | None = None
+    """The folder whose tokenizer it uses, if that has one; None is `path`."""
 
     @classmethod
     def read(cls, path: str | Path | None) -> AdapterFile | None:
@@ -54,9 +57,10 @@ class AdapterFile:
         Raises:
             AdapterFileError: It cannot be read, or needs Python code of its own.
         """
-        if not (Path(self.path) / "tokenizer_config.json").exists():
+        folder = self.path if self.tokenizer_folder is None else self.tokenizer_folder
+        if not (Path(folder) / "tokenizer_config.json").exists():
             return None
-        return tokenizer_in(self.path)
+        return tokenizer_in(folder)
 
 
 def recorded_task(adapter: AdapterFile, configured: str | None = None) -> DataTask | None:

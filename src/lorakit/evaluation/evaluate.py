@@ -95,7 +95,27 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
     """
     if config.output is not None:
         storage.require_free_file(config.output, overwrite=config.overwrite)
-    adapter = AdapterFile.read(config.adapter)
+    result = evaluate_adapter(config, AdapterFile.read(config.adapter), progress=progress)
+    if config.output is not None:
+        try:
+            result.write_outputs(config.output, overwrite=config.overwrite)
+        except RunFolderError as error:
+            # The disk may be full after hours of work: show the scores in the error.
+            raise RunFolderError(*error.args, *_score_lines(result)) from error
+    return result
+
+
+def evaluate_adapter(
+    config: EvaluateConfig, adapter: AdapterFile | None, *, progress: Progress | None = None
+) -> Evaluation:
+    """Score a base model with an adapter that has been read; None scores the base alone.
+
+    The adapter replaces that of `config.adapter`, and `config.output` is not written. Loading completes
+    `adapter.stored` in place; pass a copy to keep it.
+
+    Raises:
+        LorakitError: As for `evaluate`.
+    """
     data = _read(config, adapter)
     task = data.task
     base = open_adapted(
@@ -120,20 +140,13 @@ def evaluate(config: EvaluateConfig, *, progress: Progress | None = None) -> Eva
             result.cut,
             counted(len(result.outputs), "answer"),
         )
-    if config.compare and config.adapter is not None and task.generates:
+    if config.compare and adapter is not None and task.generates:
         handle = handle_of(base.model)
         assert handle is not None
         handle.activate(None)
         compared = score(progress=lambda what, *counts: progress(f"{what} by the base", *counts))
         result = dataclasses.replace(result, base_scores=compared.scores)
-    result = dataclasses.replace(result, split=data.split, sha256=data.sha256)
-    if config.output is not None:
-        try:
-            result.write_outputs(config.output, overwrite=config.overwrite)
-        except RunFolderError as error:
-            # The disk may be full after hours of work: show the scores in the error.
-            raise RunFolderError(*error.args, *_score_lines(result)) from error
-    return result
+    return dataclasses.replace(result, split=data.split, sha256=data.sha256)
 
 
 def check_evaluation(config: EvaluateConfig, adapter: AdapterFile | None = None) -> None:

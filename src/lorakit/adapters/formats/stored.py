@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +54,21 @@ class StoredAdapter:
         for tensors in (self.trained, self.base_copies, self.module_tensors):
             for name, tensor in tensors.items():
                 check_tensor(f"'{name}'", tensor)
+
+    def copy(self) -> StoredAdapter:
+        """Return a copy that can be loaded onto a model, which would complete this adapter in place.
+
+        It shares the layers and tensors, which loading does not change.
+        """
+        return replace(
+            self,
+            layers=dict(self.layers),
+            modules={path: dict(tensors) for path, tensors in self.modules.items()},
+            trained=dict(self.trained),
+            provenance=dict(self.provenance),
+            notices=[*self.notices],
+            base_copies=dict(self.base_copies),
+        )
 
     @property
     def base_name(self) -> str | None:
