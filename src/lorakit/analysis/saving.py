@@ -25,8 +25,8 @@ from lorakit.errors import BaseModelError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
+from lorakit.file_names import WEIGHTS
 from lorakit.models.base_config import BaseConfig
-from lorakit.training.checkpoint import WEIGHTS
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
 

@@ -12,10 +12,7 @@ from lorakit import storage
 from lorakit.configuration import setting
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS
-from lorakit.formatting import counted
-from lorakit.methods.registry import SECTIONS
-from lorakit.reporting.measures import better
-from lorakit.training.run_folder import (
+from lorakit.file_names import (
     ADAPTER,
     CONFIG,
     ENVIRONMENT,
@@ -24,9 +21,11 @@ from lorakit.training.run_folder import (
     PREDICTION,
     RESULT,
     SAMPLES,
-    read_lines,
-    read_settings,
 )
+from lorakit.formatting import counted
+from lorakit.methods.registry import SECTIONS
+from lorakit.reporting.measures import better
+from lorakit.training.run_folder import read_lines, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)

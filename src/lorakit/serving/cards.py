@@ -10,10 +10,11 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.adapters.formats import lorakit_json, peft
+from lorakit.file_names import CONFIG
 from lorakit.serving.folders import TOKENIZER_CONFIG, Location, State
 from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import step_of
-from lorakit.training.run_folder import CONFIG, read_settings
+from lorakit.training.run_folder import read_settings
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 

@@ -22,10 +22,10 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.file_names import ADAPTER, BEST, CHECKPOINTS, RESULT, STATE, WEIGHTS
 from lorakit.formatting import size
-from lorakit.training.checkpoint import STATE, WEIGHTS, checkpoints_in
+from lorakit.training.checkpoint import checkpoints_in
 from lorakit.training.checkpoint_adapter import read_checkpoint
-from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
 
 CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
 """A folder with one of these files is an adapter."""

@@ -14,6 +14,7 @@ from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
+from lorakit.file_names import ADAPTER
 from lorakit.formatting import counted, visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import NEW_WEIGHTS, Base
@@ -163,7 +164,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
         return root, followed
     if followed or (config.base is not None and config.base.name):
         return None, followed
-    if not (Path(DEMO) / "adapter").is_dir():
+    if not Path(DEMO, ADAPTER).is_dir():
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
             f"{DEMO}, which this command then serves as 'demo'."

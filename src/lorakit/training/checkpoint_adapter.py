@@ -9,10 +9,10 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES
 from lorakit.errors import AdapterFileError
+from lorakit.file_names import ADAPTER, BEST, CONFIG, WEIGHTS
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
-from lorakit.training.checkpoint import NAME, WEIGHTS, step_of
-from lorakit.training.run_folder import ADAPTER, BEST, CONFIG
+from lorakit.training.checkpoint import NAME, step_of
 from lorakit.training.setup import TRAINED
 
 

@@ -1,19 +1,4 @@
-"""The folder of a run: its files and its result.
-
-=================  ===================================================================================
-config.yaml        every setting, also defaults; ``--config`` with this file repeats the run
-environment.json   software, processor and threads, one entry per session (a resumed run has several)
-metrics.jsonl      one line per step and per evaluation
-samples.jsonl      text generated at each evaluation
-events.json        what went wrong and did not end the run: memory that ran out, a loss that diverged
-checkpoints/       step-000100/ and so on, for ``--resume``
-best/              the adapter with the best validation score
-adapter/           the adapter after the last step
-result.json        written last: a run with this file is finished
-prediction.json    the planner's prediction, if the run was planned
-report.html        the report, written by ``lorakit train`` and ``lorakit report``
-=================  ===================================================================================
-"""
+"""The folder of a run: its files (`lorakit.file_names`) and its result."""
 
 from __future__ import annotations
 
@@ -34,6 +19,19 @@ from lorakit import storage
 from lorakit.adapters.formats import other_files
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import RunFolderError
+from lorakit.file_names import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    EVENTS,
+    METRICS,
+    RESULT,
+    RUN_FILES,
+    RUN_FOLDERS,
+    SAMPLES,
+)
 from lorakit.formatting import resume_command
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
@@ -43,14 +41,8 @@ from lorakit.training.memory import peak_memory
 
 _LOG = logging.getLogger(__name__)
 
-CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
-METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
 OUT_OF_MEMORY, REWIND = "out of memory", "rewind"
 """Kinds of events in events.json."""
-REPORT, PREDICTION = "report.html", "prediction.json"
-CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, EVENTS, REPORT, PREDICTION)
-FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +310,11 @@ def _delete(path: Path) -> None:
 
     If this is interrupted, the folder contains an unfinished run, which can be resumed or overwritten.
     """
-    entries = [RESULT, *(n for n in (*FILES, *FOLDERS) if n not in (RESULT, CONFIG)), CONFIG]
+    entries = [
+        RESULT,
+        *(n for n in (*RUN_FILES, *RUN_FOLDERS) if n not in (RESULT, CONFIG)),
+        CONFIG,
+    ]
     for name in entries:
         entry = path / name
         with storage.writing(entry):

@@ -31,6 +31,7 @@ from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
+from lorakit.file_names import ADAPTER, BEST, CHECKPOINTS, CONFIG, OPTIMIZER, RESULT
 from lorakit.formatting import resume_command
 from lorakit.storage.tensors import write_safetensors
 
@@ -252,10 +253,10 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 def _reject_run_without_adapter(folder: Path) -> None:
     """Raise an error for a run that is not finished, and so has no adapter/ yet, or whose adapter/ was deleted."""
-    config, best = folder / "config.yaml", folder / "best"
-    is_finished = (folder / "result.json").is_file()
-    is_run = config.is_file() and (is_finished or (folder / "checkpoints").is_dir())
-    if not is_run or (folder / "adapter").exists():
+    config, best = folder / CONFIG, folder / BEST
+    is_finished = (folder / RESULT).is_file()
+    is_run = config.is_file() and (is_finished or (folder / CHECKPOINTS).is_dir())
+    if not is_run or (folder / ADAPTER).exists():
         return
     command = resume_command(folder)
     instead = f", or use its best adapter, '{best}'" if best.is_dir() else ""
@@ -279,7 +280,7 @@ def _no_adapter_in(folder: Path) -> str:
         hint = f" Did you mean '{adapters[0]}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
-    elif (folder / "optimizer.safetensors").exists():
+    elif (folder / OPTIMIZER).exists():
         hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
     elif tensors and not hint:
         hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
