@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import alphas, read, require_list
@@ -25,7 +24,7 @@ from lorakit.errors import BaseModelError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
-from lorakit.file_names import WEIGHTS
+from lorakit.file_names import ADAPTER_CONFIGS, LORAKIT_JSON, PEFT_CONFIG, WEIGHTS
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
@@ -248,13 +247,14 @@ def _folder(path: Path) -> Path | None:
     """Return the folder of an adapter's tokenizer and configuration, or the loralib file; None for a model."""
     if is_checkpoint(path):
         return saved_adapter(path)
-    names = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path if path.is_file() or any((path / name).exists() for name in names) else None
+    return (
+        path if path.is_file() or any((path / name).exists() for name in ADAPTER_CONFIGS) else None
+    )
 
 
 def _is_lorakit_only(path: Path) -> bool:
     """Return whether a lorakit folder lacks PEFT's files, for example because PEFT does not support a base layer."""
-    return (path / lorakit_json.NAME).exists() and not (path / peft.CONFIG_NAME).exists()
+    return (path / LORAKIT_JSON).exists() and not (path / PEFT_CONFIG).exists()
 
 
 def _name(path: Path) -> str:

@@ -18,6 +18,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
+from lorakit.file_names import TOKENIZER_CONFIG
 from lorakit.models.model_classes import head_of_class
 from lorakit.models.tokenizer import tokenizer_in
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
@@ -54,7 +55,7 @@ class AdapterFile:
         Raises:
             AdapterFileError: It cannot be read, or needs Python code of its own.
         """
-        if not (Path(self.path) / "tokenizer_config.json").exists():
+        if not (Path(self.path) / TOKENIZER_CONFIG).exists():
             return None
         return tokenizer_in(self.path)
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, nearest, nearest_path
+from lorakit.file_names import LORAKIT_JSON, PEFT_CONFIG
 from lorakit.models.base_config import NO_NAME
 from lorakit.models.packaged import BY_NAME, PackagedModel
 
-_ADAPTER_FILES = ("adapter_config.json", "lorakit.json")
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors|pytorch_model[^/]*\.bin")
 
 _HINTS = (
@@ -164,7 +164,7 @@ def check_files(name: str, files: Iterable[str]) -> None:
 
 def adapter_file(files: Iterable[str]) -> str | None:
     """Return the name of the file that makes a folder or hub id with these files an adapter; None without one."""
-    return next((name for name in _ADAPTER_FILES if name in files), None)
+    return next((name for name in (PEFT_CONFIG, LORAKIT_JSON) if name in files), None)
 
 
 def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:

@@ -17,6 +17,7 @@ from lorakit.file_names import (
     CONFIG,
     ENVIRONMENT,
     EVENTS,
+    LORAKIT_JSON,
     METRICS,
     PREDICTION,
     RESULT,
@@ -231,7 +232,7 @@ def read_run(folder: str | Path) -> RunRecord:
         )
     metrics = [record for _, record in read_lines(folder / METRICS)]
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))
-    adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
+    adapter = _record(folder / ADAPTER / LORAKIT_JSON, checked=False)
     return RunRecord(
         folder=folder,
         config=config,

@@ -19,20 +19,25 @@ from typing import NamedTuple
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, LorakitError
-from lorakit.file_names import ADAPTER, BEST, CHECKPOINTS, RESULT, STATE, WEIGHTS
+from lorakit.file_names import (
+    ADAPTER,
+    ADAPTER_CONFIGS,
+    ADAPTER_TENSORS,
+    BEST,
+    CHECKPOINTS,
+    RESULT,
+    STATE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    WEIGHTS,
+)
 from lorakit.formatting import size
 from lorakit.training.checkpoint import checkpoints_in
 from lorakit.training.checkpoint_adapter import read_checkpoint
 
-CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
-"""A folder with one of these files is an adapter."""
-TOKENIZER_CONFIG = "tokenizer_config.json"
-"""A folder with this file has a tokenizer."""
-_TENSORS = (lorakit_json.TENSORS_NAME, peft.TENSORS_NAME)
-_FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
+_FILES = frozenset({*ADAPTER_CONFIGS, *ADAPTER_TENSORS, WEIGHTS, STATE})
 
 _RESOLUTION = 20_000_000
 """Nanoseconds: two writes of a file that are further apart have different times."""
@@ -137,7 +142,7 @@ Source = AdapterSource | RunSource
 
 def is_adapter(folder: str) -> bool:
     """Return whether a folder has one of the files that describe an adapter."""
-    return any(os.path.lexists(f"{folder}/{name}") for name in CONFIG_NAMES)
+    return any(os.path.lexists(f"{folder}/{name}") for name in ADAPTER_CONFIGS)
 
 
 def adapters_in(root: Path) -> Iterator[str]:
