@@ -24,7 +24,7 @@ from lorakit.errors import BaseModelError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
-from lorakit.file_names import ADAPTER_CONFIGS, LORAKIT_JSON, PEFT_CONFIG, WEIGHTS
+from lorakit.file_names import LORAKIT_JSON, PEFT_CONFIG, WEIGHTS
 from lorakit.models.base_config import BaseConfig
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
@@ -247,9 +247,7 @@ def _folder(path: Path) -> Path | None:
     """Return the folder of an adapter's tokenizer and configuration, or the loralib file; None for a model."""
     if is_checkpoint(path):
         return saved_adapter(path)
-    return (
-        path if path.is_file() or any((path / name).exists() for name in ADAPTER_CONFIGS) else None
-    )
+    return path if path.is_file() or formats.is_adapter(path) else None
 
 
 def _is_lorakit_only(path: Path) -> bool:

@@ -18,7 +18,6 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.data import DataConfig, DataTask
 from lorakit.data.templates import Template
 from lorakit.errors import AdapterFileError, ConfigurationError, require_choice
-from lorakit.file_names import TOKENIZER_CONFIG
 from lorakit.models.model_classes import head_of_class
 from lorakit.models.tokenizer import tokenizer_in
 from lorakit.tasks import GENERIC, TASKS, Chat, NamedText, task_type
@@ -55,7 +54,7 @@ class AdapterFile:
         Raises:
             AdapterFileError: It cannot be read, or needs Python code of its own.
         """
-        if not (Path(self.path) / TOKENIZER_CONFIG).exists():
+        if not formats.has_tokenizer(self.path):
             return None
         return tokenizer_in(self.path)
 

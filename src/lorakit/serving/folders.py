@@ -29,7 +29,6 @@ from lorakit.file_names import (
     CHECKPOINTS,
     RESULT,
     STATE,
-    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     WEIGHTS,
 )
@@ -78,7 +77,7 @@ class Location:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder has a tokenizer."""
-        return os.path.exists(os.path.join(self.folder, TOKENIZER_CONFIG))
+        return formats.has_tokenizer(self.folder)
 
     def state(self) -> State:
         """Return the state of the files that determine the adapter.
@@ -109,7 +108,7 @@ class AdapterSource:
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""
-        found = filter(is_adapter, (self.path, f"{self.path}/{ADAPTER}"))
+        found = filter(formats.is_adapter, (self.path, f"{self.path}/{ADAPTER}"))
         return next(map(Location, found), None)
 
 
@@ -125,7 +124,11 @@ class RunSource:
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""
-        saved = [folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")]
+        saved = [
+            folder
+            for name in (ADAPTER, BEST)
+            if formats.is_adapter(folder := f"{self.path}/{name}")
+        ]
         if not saved:
             return None
         if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
@@ -138,11 +141,6 @@ class RunSource:
 
 Source = AdapterSource | RunSource
 """Where the adapter of a public name comes from."""
-
-
-def is_adapter(folder: str) -> bool:
-    """Return whether a folder has one of the files that describe an adapter."""
-    return any(os.path.lexists(f"{folder}/{name}") for name in ADAPTER_CONFIGS)
 
 
 def adapters_in(root: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters import formats
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
@@ -151,7 +152,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
             raise ConfigurationError(
                 f"adapters is '{root}', which is not a folder. Check the path."
             )
-        if folders.is_adapter(str(root)):
+        if formats.is_adapter(root):
             raise ConfigurationError(
                 f"adapters is '{root}', which is an adapter itself. Name the folder that holds it: --adapters "
                 f"{root.parent}."

@@ -44,6 +44,7 @@ from lorakit.file_names import (
     OPTIMIZER,
     PEFT_CONFIG,
     RESULT,
+    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
 )
 from lorakit.formatting import resume_command
@@ -60,6 +61,8 @@ __all__ = [
     "check_targets",
     "compare",
     "copy_tokenizer",
+    "has_tokenizer",
+    "is_adapter",
     "read",
     "read_loralib",
     "read_peft",
@@ -157,6 +160,21 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
     (folder / MODEL_CARD).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder has one of the files that describe an adapter, even as a broken link."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in ADAPTER_CONFIGS)
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Return whether an adapter's folder has a tokenizer of its own.
+
+    Raises:
+        AdapterFileError: The folder cannot be read.
+    """
+    with storage.reading(folder, AdapterFileError):
+        return Path(folder, TOKENIZER_CONFIG).exists()
 
 
 def tensor_file(path: str | Path) -> Path | None:
@@ -275,7 +293,7 @@ def _reject_run_without_adapter(folder: Path) -> None:
 def _no_adapter_in(folder: Path) -> str:
     """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
-    adapters = [p for p in entries if p.is_dir() and any((p / n).exists() for n in ADAPTER_CONFIGS)]
+    adapters = [p for p in entries if p.is_dir() and is_adapter(p)]
     tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
     hint = hint_of(p.name for p in entries)
     if adapters:
