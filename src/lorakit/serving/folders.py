@@ -25,7 +25,6 @@ from lorakit.file_names import (
     ADAPTER,
     ADAPTER_CONFIGS,
     ADAPTER_TENSORS,
-    BEST,
     CHECKPOINTS,
     RESULT,
     STATE,
@@ -35,6 +34,7 @@ from lorakit.file_names import (
 from lorakit.formatting import size
 from lorakit.training.checkpoint import checkpoints_in
 from lorakit.training.checkpoint_adapter import read_checkpoint
+from lorakit.training.run_folder import adapter_of_run
 
 _FILES = frozenset({*ADAPTER_CONFIGS, *ADAPTER_TENSORS, WEIGHTS, STATE})
 
@@ -124,19 +124,15 @@ class RunSource:
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""
-        saved = [
-            folder
-            for name in (ADAPTER, BEST)
-            if formats.is_adapter(folder := f"{self.path}/{name}")
-        ]
-        if not saved:
+        saved = adapter_of_run(self.path)
+        if saved is None:
             return None
-        if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
-            return Location(saved[0])
+        if saved.name == ADAPTER and os.path.exists(f"{self.path}/{RESULT}"):
+            return Location(str(saved))
         found: list[Path] = []
         with suppress(OSError):
             found = checkpoints_in(Path(self.path, CHECKPOINTS))
-        return Location(saved[0], str(found[-1]) if found else None)
+        return Location(str(saved), str(found[-1]) if found else None)
 
 
 Source = AdapterSource | RunSource

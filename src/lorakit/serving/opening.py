@@ -165,7 +165,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
         return root, followed
     if followed or (config.base is not None and config.base.name):
         return None, followed
-    if not Path(DEMO, ADAPTER).is_dir():
+    if not formats.is_adapter(Path(DEMO, ADAPTER)):
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
             f"{DEMO}, which this command then serves as 'demo'."

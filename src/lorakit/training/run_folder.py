@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorakit import storage
-from lorakit.adapters.formats import other_files
+from lorakit.adapters import formats
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import RunFolderError
 from lorakit.file_names import (
@@ -274,10 +274,22 @@ class RunFolder:
     def result(self) -> RunResult | None:
         """Return the result of a finished run; None if it is unfinished, extended or will be overwritten."""
         path = self.path / RESULT
-        if self.config.overwrite or self.extends or not (path.exists() and self.adapter.exists()):
+        if (
+            self.config.overwrite
+            or self.extends
+            or not (path.exists() and formats.is_adapter(self.adapter))
+        ):
             return None
         record = storage.read_record(path, RunFolderError)
         return from_fields(RunResult, {"folder": self.path, **record}, path)
+
+
+def adapter_of_run(run: str | Path) -> Path | None:
+    """Return the adapter that a run has saved: that of its last step, else the best one so far; None before both.
+
+    A folder that holds no adapter, such as an empty adapter/, does not count.
+    """
+    return next(filter(formats.is_adapter, (Path(run, ADAPTER), Path(run, BEST))), None)
 
 
 def set_aside(folder: Path) -> None:
@@ -288,7 +300,7 @@ def set_aside(folder: Path) -> None:
     Raises:
         RunFolderError: It cannot be read or renamed.
     """
-    others = other_files(folder)
+    others = formats.other_files(folder)
     if not others:
         return
     numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))

@@ -276,10 +276,10 @@ def _reject_run_without_adapter(folder: Path) -> None:
     config, best = folder / CONFIG, folder / BEST
     is_finished = (folder / RESULT).is_file()
     is_run = config.is_file() and (is_finished or (folder / CHECKPOINTS).is_dir())
-    if not is_run or (folder / ADAPTER).exists():
+    if not is_run or is_adapter(folder / ADAPTER):
         return
     command = resume_command(folder)
-    instead = f", or use its best adapter, '{best}'" if best.is_dir() else ""
+    instead = f", or use its best adapter, '{best}'" if is_adapter(best) else ""
     if is_finished:
         raise AdapterFileError(
             f"'{folder}' is a finished run whose adapter was deleted. Continue it from its newest checkpoint, or from "
