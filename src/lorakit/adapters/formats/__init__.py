@@ -48,6 +48,7 @@ from lorakit.file_names import (
     TOKENIZER_FILES,
 )
 from lorakit.formatting import resume_command
+from lorakit.models.sources import is_gguf
 from lorakit.storage.tensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
             raise AdapterFileError(
                 f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
             )
-        if path.suffix.lower() == ".gguf":
+        if is_gguf(path):
             raise AdapterFileError(
                 f"'{path}' is a GGUF file, which can be a base (--base.name) but no adapter. Give the PEFT folder from "
                 "which the GGUF file was made."
