@@ -163,12 +163,12 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
     return notices
 
 
-def is_adapter(folder: str | os.PathLike[str]) -> bool:
+def is_adapter(folder: str | Path) -> bool:
     """Return whether a folder has one of the files that describe an adapter, even as a broken link."""
     return any(os.path.lexists(os.path.join(folder, name)) for name in ADAPTER_CONFIGS)
 
 
-def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+def has_tokenizer(folder: str | Path) -> bool:
     """Return whether an adapter's folder has a tokenizer of its own.
 
     Raises:
