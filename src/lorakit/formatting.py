@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.file_names import CONFIG
+
 
 def number(value: float, *, sign: bool = False) -> str:
     """Return an integer in full, another number with four significant digits: 1,234, 1.453, 0.05000, 12,346, 1.2e-05.
@@ -93,7 +95,7 @@ def resume_command(
         settings: Settings by dotted name that override its config.yaml; by default the folder, which may have moved.
         start: The words before `train`.
     """
-    config = run / "config.yaml"
+    config = run / CONFIG
     options = [
         word
         for name, value in ({"output": str(run)} if settings is None else settings).items()

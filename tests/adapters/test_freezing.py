@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
 from lorakit.adapters import Adapters, attach, count_parameters, handle_of, load
-from lorakit.adapters.formats.peft.writing import TENSORS_NAME
 from lorakit.errors import AdapterStateError, TargetError
+from lorakit.file_names import PEFT_TENSORS
 from lorakit.methods import BitFit, FullFineTuning, LoRA, Method, PrefixLayer
 
 
@@ -204,7 +204,7 @@ def test_statistics_of_a_model_that_was_cast_and_cast_back_are_unchanged(
     attach(model, LoRA(rank=2, targets="0")).save(tmp_path / "first")
     model.bfloat16().float()
     handle_of(model).save(tmp_path / "second")  # type: ignore[union-attr]
-    first, second = (load_file(tmp_path / name / TENSORS_NAME) for name in ("first", "second"))
+    first, second = (load_file(tmp_path / name / PEFT_TENSORS) for name in ("first", "second"))
     assert second.keys() == first.keys()
 
 

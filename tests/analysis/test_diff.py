@@ -184,8 +184,11 @@ def test_checkpoints_of_a_run(tmp_path):
     # The last checkpoint equals the adapter folder.
     assert adapter_diff(late, run / "adapter").overall.distance == 0
 
-    for name in ("adapter", "best"):
-        shutil.rmtree(run / name)
+    # Without the files of adapter/, those of best/ describe the checkpoints.
+    shutil.rmtree(run / "adapter")
+    (run / "adapter").mkdir()
+    assert adapter_diff(early, late).overall == found.overall
+    shutil.rmtree(run / "best")
     with pytest.raises(AdapterFileError, match="saved no adapter yet"):
         adapter_diff(early, late)
 

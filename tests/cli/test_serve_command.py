@@ -110,6 +110,9 @@ def test_what_is_served_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigurationError, match="lorakit demo writes out/demo"):
         sources(ServeConfig())
     (tmp_path / "out/demo/adapter").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match="lorakit demo writes out/demo"):
+        sources(ServeConfig())
+    (tmp_path / "out/demo/adapter/lorakit.json").touch()
     assert sources(ServeConfig()) == (None, {"demo": "out/demo"})
     # The demo's adapter needs the base of the demo.
     assert sources(ServeConfig(base=BaseConfig(name="another"))) == (None, {})

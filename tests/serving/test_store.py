@@ -34,7 +34,7 @@ from stores import (
 from tiny_tokenizer import tiny_tokenizer
 
 import lorakit
-from lorakit.adapters import handle_of
+from lorakit.adapters import formats, handle_of
 from lorakit.data import DataConfig
 from lorakit.errors import AdapterFileError, AdapterStateError, WrongBaseError
 from lorakit.methods.method import Method
@@ -219,9 +219,9 @@ def test_another_spelling_of_a_folder_is_another_name(
     store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows and macOS open "a" by "A" too; unloading "a" would leave that one."""
-    is_adapter, upper, lower = folders.is_adapter, str(root / "A"), str(root / "a")
+    is_adapter, upper, lower = formats.is_adapter, str(root / "A"), str(root / "a")
     monkeypatch.setattr(
-        folders, "is_adapter", lambda folder: is_adapter(folder.replace(upper, lower))
+        formats, "is_adapter", lambda folder: is_adapter(folder.replace(upper, lower))
     )
     with pytest.raises(UnknownAdapterError):
         store.acquire("A")

@@ -18,7 +18,7 @@ from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.loop import train
-from lorakit.training.run_folder import RunFolder
+from lorakit.training.run_folder import RunFolder, adapter_of_run
 
 
 def test_a_finished_run_is_refused_resumed_as_it_is_or_overwritten(tmp_path, base) -> None:
@@ -156,8 +156,30 @@ def test_a_finished_run_that_lost_its_adapter_has_no_result_until_it_ends(tmp_pa
     run = RunFolder(tmp_path / "run", tiny_runs.config(tmp_path, "base"))
     run.path.mkdir()
     (run.path / "result.json").write_text("{}")
+    run.adapter.mkdir()  # only its files were deleted
+    assert run.result() is None
     run.begin(State(), torch.device("cpu"), {}, {})
     assert not (run.path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ((), None),
+        (("best/lorakit.json",), "best"),
+        (("best/lorakit.json", "adapter/adapter_config.json"), "adapter"),
+        (("best/lorakit.json", "adapter/adapter_model.safetensors"), "best"),
+        (("adapter/lorakit.json",), "adapter"),
+        (("best/README.md", "adapter/README.md"), None),
+    ],
+)
+def test_the_adapter_of_a_run_is_the_last_one_else_the_best(
+    tmp_path: Path, files: tuple[str, ...], expected: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert adapter_of_run(tmp_path) == (None if expected is None else tmp_path / expected)
 
 
 def test_files_of_an_editor_in_best_do_not_end_a_run(

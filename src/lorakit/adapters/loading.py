@@ -20,6 +20,7 @@ from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
 from lorakit.adapters.installed import InstalledAdapter, base_parameters
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
+from lorakit.file_names import ADAPTER
 from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
@@ -104,7 +105,7 @@ def default_name(path: str | Path) -> str:
     """Return the name of an adapter that the user does not name: its folder's, and for RUN/adapter the run's."""
     path = Path(path).resolve()
     word = path.stem if path.is_file() else path.name
-    if word == "adapter" and path.is_dir():
+    if word == ADAPTER and path.is_dir():
         word = path.parent.name
     return usable_name(word)
 

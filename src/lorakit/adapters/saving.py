@@ -18,6 +18,7 @@ from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.installed import InstalledAdapter
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
+from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
@@ -100,7 +101,7 @@ def save(
             for notice in formats.save_tokenizer(tokenizer, temporary):
                 _LOG.warning("%s: %s", folder, notice)
         notices = formats.write(stored, temporary)
-        if (temporary / formats.peft.CONFIG_NAME).exists():
+        if (temporary / PEFT_CONFIG).exists():
             for notice in notices:  # on what PEFT computes
                 _LOG.warning("%s: %s", folder, notice)
     return folder

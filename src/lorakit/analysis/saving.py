@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.loading import default_name
 from lorakit.analysis.deltas import alphas, read, require_list
@@ -25,8 +24,9 @@ from lorakit.errors import BaseModelError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate_adapter
 from lorakit.evaluation.evaluate_config import EvaluateConfig
 from lorakit.evaluation.scoring_config import ScoringConfig
+from lorakit.file_names import LORAKIT_JSON, PEFT_CONFIG, WEIGHTS
 from lorakit.models.base_config import BaseConfig
-from lorakit.training.checkpoint import WEIGHTS
+from lorakit.models.sources import is_gguf
 from lorakit.training.checkpoint_adapter import is_checkpoint, saved_adapter
 from lorakit.training.environment import versions
 
@@ -243,14 +243,13 @@ def _folder(path: Path) -> Path | None:
     if is_checkpoint(path):
         return saved_adapter(path)
     if path.is_file():
-        return None if path.suffix.lower() == ".gguf" else path
-    names = (lorakit_json.NAME, peft.CONFIG_NAME)
-    return path if any((path / name).exists() for name in names) else None
+        return None if is_gguf(path) else path
+    return path if formats.is_adapter(path) else None
 
 
 def _is_lorakit_only(path: Path) -> bool:
     """Return whether a lorakit folder lacks PEFT's files, for example because PEFT does not support a base layer."""
-    return (path / lorakit_json.NAME).exists() and not (path / peft.CONFIG_NAME).exists()
+    return (path / LORAKIT_JSON).exists() and not (path / PEFT_CONFIG).exists()
 
 
 def _name(path: Path) -> str:

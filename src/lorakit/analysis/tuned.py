@@ -13,13 +13,13 @@ from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.export import tied_names
-from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters, grouped_base_parameters
 from lorakit.analysis import base_weights
 from lorakit.analysis.base_weights import Weights, empty_model, load_float32
 from lorakit.compute.adapted import require_known_tokens
 from lorakit.errors import AdapterFileError, BaseModelError, LorakitError
+from lorakit.file_names import LORAKIT_JSON
 from lorakit.formatting import listed
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.config_fields import changed_fields, computing_fields
@@ -43,7 +43,7 @@ def open_tuned(
         AdapterFileError: It is an adapter, or the folder cannot be read.
         BaseModelError: The model does not exist, or its configuration cannot be read.
     """
-    if not (Path(tuned) / lorakit_json.NAME).is_file():
+    if not (Path(tuned) / LORAKIT_JSON).is_file():
         located = locate(resolve(str(tuned)), base.trust_remote_code, weights=False)
         source = dataclasses.replace(base, name=str(tuned), revision=located.source.revision)
         model = WholeModel(empty_model(source), source, located)

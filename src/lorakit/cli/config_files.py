@@ -12,6 +12,7 @@ from lorakit import storage
 from lorakit.cli.option_names import OTHER_NAMES, suggestion, unknown_options
 from lorakit.cli.options import options_of, sections_of
 from lorakit.errors import ConfigurationError
+from lorakit.file_names import CONFIG
 
 
 def read_options(
@@ -68,7 +69,7 @@ def shortest_names(skipped: Iterable[str], values: Mapping[str, Any]) -> list[st
 
 
 def _read(path: str) -> dict[str, Any]:
-    file = Path(path, "config.yaml")
+    file = Path(path, CONFIG)
     if file.is_file():
         raise ConfigurationError(f"--config {path} is a folder. Name its file: --config {file}.")
     content = storage.read_yaml(path, ConfigurationError)

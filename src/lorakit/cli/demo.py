@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorakit.cli.parsing import parse
 from lorakit.configuration import changed
 from lorakit.errors import RunFolderError, require_at_least
+from lorakit.file_names import CONFIG
 from lorakit.formatting import shell_command
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
@@ -197,7 +198,7 @@ def _demonstrate(config: DemoConfig) -> None:
 def _require_demo_folder(output: Path) -> None:
     """Reject a folder that holds a run other than a demo."""
     from lorakit.configuration import setting
-    from lorakit.training.run_folder import CONFIG, read_settings
+    from lorakit.training.run_folder import read_settings
 
     if (output / CONFIG).exists() and setting(read_settings(output), "data.train") != "docstrings":
         raise RunFolderError(

@@ -15,6 +15,7 @@ from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
 from lorakit.errors import ConfigurationError, DataError
+from lorakit.file_names import ADAPTER
 from lorakit.formatting import shell_command, visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.tasks import Completion, generic_task
@@ -165,7 +166,7 @@ data:  # validation_fraction holds out part of the training data; or set validat
 {comments}  # test: test.jsonl  # for lorakit evaluate
 
 output: {_yaml(output)}  # the run's folder; a second run needs another name, --overwrite or --resume
-adapter: {_yaml(output + "/adapter")}  # read by generate, evaluate and merge
+adapter: {_yaml(f"{output}/{ADAPTER}")}  # read by generate, evaluate and merge
 
 method: lora
 lora:

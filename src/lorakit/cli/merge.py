@@ -9,6 +9,7 @@ from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdaptedConfig
 from lorakit.errors import RunFolderError
+from lorakit.file_names import TOKENIZER_FILES
 from lorakit.models.base_config import BaseConfig
 
 MODEL_FILES = (
@@ -52,7 +53,6 @@ def run(argv: Sequence[str]) -> None:
     from transformers.utils import logging
 
     from lorakit.adapters import handle_of
-    from lorakit.adapters.formats import TOKENIZER_FILES
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from lorakit.configuration import YAML, converted, default_of, hints_of
 from lorakit.errors import ConfigurationError
+from lorakit.file_names import CONFIG
 from lorakit.formatting import resume_command
 
 Config = TypeVar("Config")
@@ -96,7 +97,7 @@ def _run_to_resume(values: Mapping[str, Any]) -> Path | None:
     if "resume" not in values:
         return None
     folders = [Path(str(values[name])) for name in ("output", "resume") if name in values]
-    return next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _build(config_class: type[Config], values: Mapping[str, Any], prefix: str, base: Any) -> Config:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.cli.parsing import parse
+from lorakit.file_names import ADAPTER, BEST
 from lorakit.formatting import shell_command
 
 SCORED = ("data.task", "data.max_length", "data.too_long")
@@ -78,7 +79,7 @@ def _show(recipe: Any) -> None:
         settings = {**data, **{f"decoding.{k}": v for k, v in recipe.decoding.items()}}
         options = " ".join(f"--{k} {_text(v)}" for k, v in settings.items())
         # The paper scores the best epoch.
-        folder = "best" if recipe.origin == "paper" else "adapter"
+        folder = BEST if recipe.origin == "paper" else ADAPTER
         print(f"\nScore its adapter with: lorakit evaluate --adapter out/run/{folder} {options}")
     print()
     for note in recipe.notes:

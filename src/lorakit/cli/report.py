@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdapterFileConfig
 from lorakit.errors import ConfigurationError, require_suffix
+from lorakit.file_names import ADAPTER, PREDICTION, REPORT
 
 if TYPE_CHECKING:
     from lorakit.reporting import Page
@@ -51,7 +52,6 @@ def run(argv: Sequence[str]) -> None:
     )
     from lorakit import storage
     from lorakit.reporting.drawing import require_drawing
-    from lorakit.training.run_folder import REPORT
 
     require_drawing()
     one = len(config.runs) == 1
@@ -73,7 +73,6 @@ def page_of(runs: Sequence[str | Path]) -> Page:
     from lorakit.reporting.comparison import comparison_page
     from lorakit.reporting.run_record import read_run
     from lorakit.reporting.run_report import run_page
-    from lorakit.training.run_folder import ADAPTER
 
     records = [read_run(folder) for folder in runs]
     # The adapter after the last step. Only finished runs have one, until the user deletes it.
@@ -91,7 +90,6 @@ def write_run_report(folder: Path, *, predicted: Mapping[str, float] | None = No
     Saves `predicted`, by the keys of `lorakit.reporting.run_report.PREDICTED`, in the folder for later reports.
     """
     from lorakit import storage
-    from lorakit.training.run_folder import PREDICTION, REPORT
 
     def write() -> Path:
         if predicted is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
+from lorakit.file_names import CHECKPOINTS, CONFIG, RESULT
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.training.checkpoint import newest_step
     from lorakit.training.distributed import started_processes
     from lorakit.training.loop import train
-    from lorakit.training.run_folder import CHECKPOINTS, CONFIG
 
     processes = started_processes()
     finished = _finished(config)
@@ -83,8 +83,6 @@ def run(argv: Sequence[str]) -> None:
 
 def _finished(config: TrainConfig) -> int | None:
     """Return when the run in the output folder was finished; None if it is not."""
-    from lorakit.training.run_folder import RESULT
-
     result = Path(config.output, RESULT)
     return result.stat().st_mtime_ns if result.exists() else None
 

@@ -22,7 +22,7 @@ from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base, set_padding
-from lorakit.models.sources import resolve
+from lorakit.models.sources import is_gguf, resolve
 from lorakit.models.tokenizer import tokenizer_digest
 
 _LOG = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def recorded_base(base: BaseConfig, name: str, revision: str | None) -> BaseConf
     Raises:
         ConfigurationError: It is the name of a GGUF file, whose folder is not recorded, and not in this folder.
     """
-    is_file_name = name.lower().endswith(".gguf") and PurePath(name).name == name
+    is_file_name = is_gguf(name) and PurePath(name).name == name
     if is_file_name and not os.path.exists(name):  # `resolve` explains a missing path
         raise ConfigurationError(
             f"The adapter was made for the GGUF file '{name}', which is not in this folder. Name its path: --base.name "

@@ -58,7 +58,7 @@ class AdapterFile:
             AdapterFileError: It cannot be read, or needs Python code of its own.
         """
         folder = self.path if self.tokenizer_folder is None else self.tokenizer_folder
-        if not (Path(folder) / "tokenizer_config.json").exists():
+        if not formats.has_tokenizer(folder):
             return None
         return tokenizer_in(folder)
 

@@ -6,15 +6,15 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from lorakit import storage
 from lorakit.errors import BaseModelError, nearest, nearest_path
+from lorakit.file_names import LORAKIT_JSON, PEFT_CONFIG
 from lorakit.models.base_config import NO_NAME
 from lorakit.models.packaged import BY_NAME, PackagedModel
 
-_ADAPTER_FILES = ("adapter_config.json", "lorakit.json")
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors|pytorch_model[^/]*\.bin")
 
 _HINTS = (
@@ -91,6 +91,11 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Mod
     return source
 
 
+def is_gguf(name: str | os.PathLike[str]) -> bool:
+    """Return whether a name or path has the ending of a GGUF file."""
+    return PurePath(name).suffix.lower() == ".gguf"
+
+
 def did_you_mean(name: str) -> str:
     """Return a sentence that suggests the closest short name, else the closest path, or an empty string."""
     return nearest(name.lower(), BY_NAME) or nearest_path(name)
@@ -102,7 +107,7 @@ def _resolve_packaged(model: PackagedModel, name: str, revision: str | None) -> 
         return ModelSource(
             name=model.name,
             path_or_id=str(path),
-            kind="gguf" if path.suffix == ".gguf" else "folder",
+            kind="gguf" if is_gguf(path) else "folder",
             note=f"'{name}' is {model.description}, from {model.origin}.",
             packaged=True,
         )
@@ -127,7 +132,7 @@ def _resolve_path(path: Path) -> ModelSource:
         return ModelSource(name=folder.name, path_or_id=str(folder), kind="folder")
     # In the hub's cache, the name of the target is a hash: then the name of the link counts.
     for file in (path.resolve(), path.parent.resolve() / path.name):
-        if file.suffix.lower() == ".gguf":
+        if is_gguf(file):
             return ModelSource(name=file.name, path_or_id=str(file), kind="gguf")
     raise BaseModelError(
         f"'{path}' is a file, but a base model is a folder with config.json or a .gguf file. "
@@ -153,7 +158,7 @@ def check_files(name: str, files: Iterable[str]) -> None:
             "trained on, then load the adapter onto it."
         )
     advice = ""
-    if ggufs := sorted(file for file in names if file.lower().endswith(".gguf")):
+    if ggufs := sorted(filter(is_gguf, names)):
         advice = f" Download one of its GGUF files, and name that: hf download {name} {ggufs[0]}"
         if os.path.isabs(name):
             advice = f" Name the file in it instead: '{os.path.join(name, ggufs[0])}'."
@@ -164,7 +169,7 @@ def check_files(name: str, files: Iterable[str]) -> None:
 
 def adapter_file(files: Iterable[str]) -> str | None:
     """Return the name of the file that makes a folder or hub id with these files an adapter; None without one."""
-    return next((name for name in _ADAPTER_FILES if name in files), None)
+    return next((name for name in (PEFT_CONFIG, LORAKIT_JSON) if name in files), None)
 
 
 def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
@@ -173,7 +178,7 @@ def _resolve_hub_id(text: str, revision: str | None) -> ModelSource:
 
     matches = ((re.fullmatch(pattern, text, re.IGNORECASE), hint) for pattern, hint in _HINTS)
     copied = next((f" {hint.format(*match.groups())}" for match, hint in matches if match), "")
-    path_like = text.startswith(("/", "./", "../", "~", "\\")) or text.lower().endswith(".gguf")
+    path_like = text.startswith(("/", "./", "../", "~", "\\")) or is_gguf(text)
     if "://" not in text and (path_like or text.count("/") > 1):
         folder = Path(os.path.expanduser(text)).parent
         missing = "" if folder.is_dir() else copied or f" Neither does its folder, '{folder}'."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import AdapterFileError, BaseModelError, LorakitError, is_momentary
+from lorakit.file_names import TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def read_tokenizer(
     whole = isinstance(length, int | float) and not isinstance(length, bool) and length % 1 == 0
     if not (whole and length >= 1):
         raise error(
-            f"'{Path(path) / 'tokenizer_config.json'}' has {length!r:.40} as model_max_length; a whole number of 1 or "
+            f"'{Path(path) / TOKENIZER_CONFIG}' has {length!r:.40} as model_max_length; a whole number of 1 or "
             "more was expected. Correct it, or remove it to set no limit."
         )
     tokenizer.model_max_length = int(length)  # 512.0 fails in the first call that truncates
@@ -158,7 +159,7 @@ def save_sentencepiece(
         return
     shutil.copyfile(file, folder / name)
     added = {i: token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     config = {**json.loads(path.read_bytes()), "added_tokens_decoder": added}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 

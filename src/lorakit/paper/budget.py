@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit import storage
-from lorakit.adapters.formats import lorakit_json
 from lorakit.compute.base import open_base
 from lorakit.configuration import nested
 from lorakit.data import DataTask, RowReader, load_examples
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate import evaluate
+from lorakit.file_names import LORAKIT_JSON
 from lorakit.paper.runs import EVALUATIONS, Runner, Say, TableRun
 from lorakit.paper.study import StudyData, Variant
 from lorakit.tasks.registry import task_type
@@ -114,7 +114,7 @@ def _time(runner: Runner, data_set: StudyData, variants: Sequence[Variant]) -> d
             adapter = result.best or result.adapter
             if not scoring:
                 # A row of WebNLG or DART is several examples, which the run has counted.
-                data = storage.read_json(adapter / lorakit_json.NAME)["provenance"]["data"]
+                data = storage.read_json(adapter / LORAKIT_JSON)["provenance"]["data"]
                 examples = {split: part["examples"] for split, part in data.items()}
                 most_held_out = runner.settings(run)["evaluation.limit"]
                 for limit in (FEW, MORE):

@@ -20,6 +20,7 @@ from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, DivergenceError, RunFolderError
 from lorakit.evaluation.evaluate import check_evaluation, evaluate
 from lorakit.evaluation.evaluate_config import EvaluateConfig
+from lorakit.file_names import ADAPTER, BEST, CHECKPOINTS, ENVIRONMENT, METRICS, RESULT
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.devices import pick_device
 from lorakit.models.float32_products import onednn_is_faster
@@ -33,15 +34,7 @@ from lorakit.tasks.registry import task_type
 from lorakit.training.config import TrainConfig
 from lorakit.training.environment import environment, versions
 from lorakit.training.loop import train
-from lorakit.training.run_folder import (
-    ADAPTER,
-    BEST,
-    CHECKPOINTS,
-    ENVIRONMENT,
-    METRICS,
-    RESULT,
-    read_lines,
-)
+from lorakit.training.run_folder import read_lines
 
 WARMUP = 0.06
 """Warm-up as a share of the steps: the paper's value for RoBERTa."""

@@ -12,21 +12,21 @@ from lorakit import storage
 from lorakit.configuration import setting
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import DIRECTIONS, Direction, directions_of, is_better
-from lorakit.formatting import counted
-from lorakit.methods.registry import SECTIONS
-from lorakit.tasks import TASKS
-from lorakit.training.run_folder import (
+from lorakit.file_names import (
     ADAPTER,
     CONFIG,
     ENVIRONMENT,
     EVENTS,
+    LORAKIT_JSON,
     METRICS,
     PREDICTION,
     RESULT,
     SAMPLES,
-    read_lines,
-    read_settings,
 )
+from lorakit.formatting import counted
+from lorakit.methods.registry import SECTIONS
+from lorakit.tasks import TASKS
+from lorakit.training.run_folder import read_lines, read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ def read_run(folder: str | Path) -> RunRecord:
         )
     metrics = [record for _, record in read_lines(folder / METRICS)]
     weights = sorted((folder / ADAPTER).glob("*.safetensors"))
-    adapter = _record(folder / ADAPTER / "lorakit.json", checked=False)
+    adapter = _record(folder / ADAPTER / LORAKIT_JSON, checked=False)
     return RunRecord(
         folder=folder,
         config=config,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from lorakit.configuration import setting
+from lorakit.file_names import CONFIG
 from lorakit.formatting import duration, percentage, rounded_count, shell_command, size
 from lorakit.reporting import measures
 from lorakit.reporting.axes import Mark
@@ -25,7 +26,6 @@ from lorakit.reporting.run_record import RunRecord
 from lorakit.reporting.run_settings import main_settings, settings_text
 from lorakit.reporting.run_summary import in_sentence, key_figures, subtitle, summary
 from lorakit.reporting.texts import compared, plain
-from lorakit.training.run_folder import CONFIG
 
 SHOWN_SAMPLES = 12
 SMOOTHED_FROM = 40

@@ -9,11 +9,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorakit import storage
-from lorakit.adapters.formats import lorakit_json, peft
-from lorakit.serving.folders import TOKENIZER_CONFIG, Location, State
+from lorakit.file_names import CONFIG, LORAKIT_JSON, PEFT_CONFIG, TOKENIZER_CONFIG
+from lorakit.serving.folders import Location, State
 from lorakit.tasks import TASKS
 from lorakit.training.checkpoint import step_of
-from lorakit.training.run_folder import CONFIG, read_settings
+from lorakit.training.run_folder import read_settings
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -53,8 +53,8 @@ def read_card(location: Location, state: State) -> Card:
     # A checkpoint replaces the tensors of the folder that describes them.
     start = os.path.join(location.path, "")
     size = sum(file.size for file in tensors if file.path.startswith(start))
-    if not os.path.lexists(folder / lorakit_json.NAME):
-        options = storage.read_json(folder / peft.CONFIG_NAME)
+    if not os.path.lexists(folder / LORAKIT_JSON):
+        options = storage.read_json(folder / PEFT_CONFIG)
         return Card(
             path=location.path,
             size=size,
@@ -66,7 +66,7 @@ def read_card(location: Location, state: State) -> Card:
             task=_typed(options.get("task_type"), str),
             chat=chat,
         )
-    record = storage.read_json(folder / lorakit_json.NAME)
+    record = storage.read_json(folder / LORAKIT_JSON)
     method, provenance = _mapping(record, "method"), _mapping(record, "provenance")
     labels, scores = provenance.get("labels"), _mapping(provenance, "scores")
     step = provenance.get("step")

@@ -19,20 +19,24 @@ from typing import NamedTuple
 
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import TOKENIZER_FILES, lorakit_json, peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.file_names import (
+    ADAPTER,
+    ADAPTER_CONFIGS,
+    ADAPTER_TENSORS,
+    CHECKPOINTS,
+    RESULT,
+    STATE,
+    TOKENIZER_FILES,
+    WEIGHTS,
+)
 from lorakit.formatting import size
-from lorakit.training.checkpoint import STATE, WEIGHTS, checkpoints_in
+from lorakit.training.checkpoint import checkpoints_in
 from lorakit.training.checkpoint_adapter import read_checkpoint
-from lorakit.training.run_folder import ADAPTER, BEST, CHECKPOINTS, RESULT
+from lorakit.training.run_folder import adapter_of_run
 
-CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
-"""A folder with one of these files is an adapter."""
-TOKENIZER_CONFIG = "tokenizer_config.json"
-"""A folder with this file has a tokenizer."""
-_TENSORS = (lorakit_json.TENSORS_NAME, peft.TENSORS_NAME)
-_FILES = frozenset({*CONFIG_NAMES, *_TENSORS, peft.PICKLE_NAME, WEIGHTS, STATE})
+_FILES = frozenset({*ADAPTER_CONFIGS, *ADAPTER_TENSORS, WEIGHTS, STATE})
 
 _RESOLUTION = 20_000_000
 """Nanoseconds: two writes of a file that are further apart have different times."""
@@ -73,7 +77,7 @@ class Location:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder has a tokenizer."""
-        return os.path.exists(os.path.join(self.folder, TOKENIZER_CONFIG))
+        return formats.has_tokenizer(self.folder)
 
     def state(self) -> State:
         """Return the state of the files that determine the adapter.
@@ -104,7 +108,7 @@ class AdapterSource:
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""
-        found = filter(is_adapter, (self.path, f"{self.path}/{ADAPTER}"))
+        found = filter(formats.is_adapter, (self.path, f"{self.path}/{ADAPTER}"))
         return next(map(Location, found), None)
 
 
@@ -120,24 +124,19 @@ class RunSource:
 
     def locate(self) -> Location | None:
         """Return where the adapter is now; None if there is none."""
-        saved = [folder for name in (ADAPTER, BEST) if is_adapter(folder := f"{self.path}/{name}")]
-        if not saved:
+        saved = adapter_of_run(self.path)
+        if saved is None:
             return None
-        if saved[0].endswith(ADAPTER) and os.path.exists(f"{self.path}/{RESULT}"):
-            return Location(saved[0])
+        if saved.name == ADAPTER and os.path.exists(f"{self.path}/{RESULT}"):
+            return Location(str(saved))
         found: list[Path] = []
         with suppress(OSError):
             found = checkpoints_in(Path(self.path, CHECKPOINTS))
-        return Location(saved[0], str(found[-1]) if found else None)
+        return Location(str(saved), str(found[-1]) if found else None)
 
 
 Source = AdapterSource | RunSource
 """Where the adapter of a public name comes from."""
-
-
-def is_adapter(folder: str) -> bool:
-    """Return whether a folder has one of the files that describe an adapter."""
-    return any(os.path.lexists(f"{folder}/{name}") for name in CONFIG_NAMES)
 
 
 def adapters_in(root: Path) -> Iterator[str]:

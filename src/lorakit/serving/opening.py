@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters import formats
 from lorakit.compute.adapted import TEXT, recorded_base
 from lorakit.compute.base import open_base
 from lorakit.data import DataTask
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError, nearest_path
+from lorakit.file_names import ADAPTER
 from lorakit.formatting import counted, visible
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.loading import NEW_WEIGHTS, Base
@@ -150,7 +152,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
             raise ConfigurationError(
                 f"adapters is '{root}', which is not a folder. Check the path."
             )
-        if folders.is_adapter(str(root)):
+        if formats.is_adapter(root):
             raise ConfigurationError(
                 f"adapters is '{root}', which is an adapter itself. Name the folder that holds it: --adapters "
                 f"{root.parent}."
@@ -163,7 +165,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
         return root, followed
     if followed or (config.base is not None and config.base.name):
         return None, followed
-    if not (Path(DEMO) / "adapter").is_dir():
+    if not formats.is_adapter(Path(DEMO, ADAPTER)):
         raise ConfigurationError(
             "There is no adapter to serve. Name a folder of adapters, --adapters DIR, or make one: lorakit demo writes "
             f"{DEMO}, which this command then serves as 'demo'."

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lorakit import storage
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.file_names import ADAPTER, BEST, REPORT
 from lorakit.serving import folders
-from lorakit.training.run_folder import ADAPTER, BEST, REPORT
 
 LARGEST = 20_000_000
 """Most bytes of a report."""

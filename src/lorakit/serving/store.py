@@ -25,6 +25,7 @@ from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary, nearest
+from lorakit.file_names import ADAPTER_CONFIGS
 from lorakit.formatting import listed
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
@@ -251,7 +252,7 @@ class AdapterStore:
         folder = os.path.relpath(os.path.realpath(joined), root).split(os.sep)[0]
         if not allows(folder) or AdapterSource(joined).locate() is None:
             raise AdapterFileError(
-                f"{str(path)!r} holds no adapter: neither {' nor '.join(folders.CONFIG_NAMES)} is there."
+                f"{str(path)!r} holds no adapter: neither {' nor '.join(ADAPTER_CONFIGS)} is there."
             )
         return joined
 

@@ -31,15 +31,14 @@ from torch import Tensor, nn
 
 from lorakit import storage
 from lorakit.errors import RunFolderError
+from lorakit.file_names import OPTIMIZER, STATE, WEIGHTS
 from lorakit.models.config_fields import VERSION, changed_fields
 from lorakit.models.sharding import shard_like
 from lorakit.storage.tensors import read_safetensors, write_safetensors
 
 _LOG = logging.getLogger(__name__)
 
-TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
-WEIGHTS, OPTIMIZER = TENSOR_FILES
-STATE = "state.json"
+TENSOR_FILES = (WEIGHTS, OPTIMIZER)
 NAME = re.compile(r"step-(\d{6,})")
 
 KEPT_LOSSES = 60

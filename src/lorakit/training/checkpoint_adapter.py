@@ -9,10 +9,11 @@ from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES
 from lorakit.errors import AdapterFileError
+from lorakit.file_names import ADAPTER, BEST, CONFIG, WEIGHTS
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
-from lorakit.training.checkpoint import NAME, WEIGHTS, step_of
-from lorakit.training.run_folder import ADAPTER, BEST, CONFIG
+from lorakit.training.checkpoint import NAME, step_of
+from lorakit.training.run_folder import adapter_of_run
 from lorakit.training.setup import TRAINED
 
 
@@ -32,13 +33,13 @@ def saved_adapter(checkpoint: str | Path) -> Path:
     paths = (Path(checkpoint).absolute(), Path(checkpoint).resolve())
     runs = [path.parent.parent for path in paths]
     run = next((run for run in runs if (run / CONFIG).exists()), runs[-1])
-    saved = [run / name for name in (ADAPTER, BEST) if (run / name).is_dir()]
-    if not saved:
+    saved = adapter_of_run(run)
+    if saved is None:
         raise AdapterFileError(
             f"'{checkpoint}' contains only tensors, and the run has saved no adapter yet that describes them. The run "
             f"saves one in '{run / BEST}' after its first validation, and in '{run / ADAPTER}' at its end."
         )
-    return saved[0]
+    return saved
 
 
 def read_checkpoint(path: str | Path) -> StoredAdapter:

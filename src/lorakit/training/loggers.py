@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit import storage
 from lorakit.errors import ConfigurationError
+from lorakit.file_names import TENSORBOARD
 from lorakit.training.checkpoint import State
 from lorakit.training.distributed import Processes
 from lorakit.training.run_folder import RunFolder
@@ -122,7 +123,7 @@ class TensorBoard:
     """Logger that writes event files to tensorboard/ in the run folder."""
 
     def __init__(self, folder: Path, *, after: int) -> None:
-        self._folder = str(folder / "tensorboard")
+        self._folder = str(folder / TENSORBOARD)
         self._writer = self._opened(after)
 
     def _opened(self, after: int) -> SummaryWriter:

@@ -13,6 +13,7 @@ from typing import cast
 from lorakit import storage
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import ConfigurationError, RunFolderError
+from lorakit.file_names import CHECKPOINTS, CONFIG, RESULT, RUN_FILES, RUN_FOLDERS
 from lorakit.formatting import resume_command
 from lorakit.methods.registry import default_rate
 from lorakit.models.devices import pick_device
@@ -21,16 +22,7 @@ from lorakit.training.checkpoint import newest_step
 from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.environment import versions
-from lorakit.training.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    FILES,
-    FOLDERS,
-    RESULT,
-    RunFolder,
-    read_settings,
-    recorded_and_present,
-)
+from lorakit.training.run_folder import RunFolder, read_settings, recorded_and_present
 from lorakit.training.warm_start import method_of
 
 ROUNDING = ("gradient_checkpointing", "evaluation.batch_size")
@@ -162,7 +154,7 @@ def _require_first_start(path: Path) -> None:
 
 def _require_inputs_elsewhere(path: Path, config: TrainConfig) -> None:
     """Reject overwriting a run that contains the adapter or the data of the new one."""
-    deleted = [path / name for name in (*FILES, *FOLDERS)]
+    deleted = [path / name for name in (*RUN_FILES, *RUN_FOLDERS)]
     settings = {
         "from_adapter": config.from_adapter,
         "data.train": config.data.train,
@@ -185,9 +177,9 @@ def _require_resumable(path: Path, config: TrainConfig) -> None:
             f"{path} contains {state}. Set resume (--resume) to continue it, overwrite (--overwrite) to delete it, or "
             "choose another output."
         )
-    for name in (*FILES, *FOLDERS):
-        if (path / name).exists() and (path / name).is_dir() != (name in FOLDERS):
-            actual, expected = ("folder", "file") if name in FILES else ("file", "folder")
+    for name in (*RUN_FILES, *RUN_FOLDERS):
+        if (path / name).exists() and (path / name).is_dir() != (name in RUN_FOLDERS):
+            actual, expected = ("folder", "file") if name in RUN_FILES else ("file", "folder")
             raise RunFolderError(
                 f"{path / name} is a {actual}; a run has a {expected} of this name. Move it away to resume the run."
             )

@@ -1,19 +1,4 @@
-"""The folder of a run: its files and its result.
-
-=================  ===================================================================================
-config.yaml        every setting, also defaults; ``--config`` with this file repeats the run
-environment.json   software, machine, model sizes and score directions, one entry per session
-metrics.jsonl      one line per step and per evaluation
-samples.jsonl      text generated at each evaluation
-events.json        what went wrong and did not end the run: memory that ran out, a loss that diverged
-checkpoints/       step-000100/ and so on, for ``--resume``
-best/              the adapter with the best validation score
-adapter/           the adapter after the last step
-result.json        written last: a run with this file is finished
-prediction.json    the planner's prediction, if the run was planned
-report.html        the report, written by ``lorakit train`` and ``lorakit report``
-=================  ===================================================================================
-"""
+"""The folder of a run: its files (`lorakit.file_names`) and its result."""
 
 from __future__ import annotations
 
@@ -31,10 +16,23 @@ from typing import Any
 import torch
 
 from lorakit import storage
-from lorakit.adapters.formats import other_files
+from lorakit.adapters import formats
 from lorakit.configuration import differences, flat_settings
 from lorakit.errors import RunFolderError
 from lorakit.evaluation.score import Direction
+from lorakit.file_names import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    EVENTS,
+    METRICS,
+    RESULT,
+    RUN_FILES,
+    RUN_FOLDERS,
+    SAMPLES,
+)
 from lorakit.formatting import resume_command
 from lorakit.training.checkpoint import State, from_fields
 from lorakit.training.config import TrainConfig
@@ -44,14 +42,8 @@ from lorakit.training.memory import peak_memory
 
 _LOG = logging.getLogger(__name__)
 
-CONFIG, RESULT, ENVIRONMENT = "config.yaml", "result.json", "environment.json"
-METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.json"
 OUT_OF_MEMORY, REWIND = "out of memory", "rewind"
 """Kinds of events in events.json."""
-REPORT, PREDICTION = "report.html", "prediction.json"
-CHECKPOINTS, BEST, ADAPTER, TENSORBOARD = "checkpoints", "best", "adapter", "tensorboard"
-FILES = (CONFIG, RESULT, ENVIRONMENT, METRICS, SAMPLES, EVENTS, REPORT, PREDICTION)
-FOLDERS = (CHECKPOINTS, BEST, ADAPTER, TENSORBOARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,10 +286,22 @@ class RunFolder:
     def result(self) -> RunResult | None:
         """Return the result of a finished run; None if it is unfinished, extended or will be overwritten."""
         path = self.path / RESULT
-        if self.config.overwrite or self.extends or not (path.exists() and self.adapter.exists()):
+        if (
+            self.config.overwrite
+            or self.extends
+            or not (path.exists() and formats.is_adapter(self.adapter))
+        ):
             return None
         record = storage.read_record(path, RunFolderError)
         return from_fields(RunResult, {"folder": self.path, **record}, path)
+
+
+def adapter_of_run(run: str | Path) -> Path | None:
+    """Return the adapter that a run has saved: that of its last step, else the best one so far; None before both.
+
+    A folder that holds no adapter, such as an empty adapter/, does not count.
+    """
+    return next(filter(formats.is_adapter, (Path(run, ADAPTER), Path(run, BEST))), None)
 
 
 def set_aside(folder: Path) -> None:
@@ -308,7 +312,7 @@ def set_aside(folder: Path) -> None:
     Raises:
         RunFolderError: It cannot be read or renamed.
     """
-    others = other_files(folder)
+    others = formats.other_files(folder)
     if not others:
         return
     numbered = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
@@ -330,7 +334,11 @@ def _delete(path: Path) -> None:
 
     If this is interrupted, the folder contains an unfinished run, which can be resumed or overwritten.
     """
-    entries = [RESULT, *(n for n in (*FILES, *FOLDERS) if n not in (RESULT, CONFIG)), CONFIG]
+    entries = [
+        RESULT,
+        *(n for n in (*RUN_FILES, *RUN_FOLDERS) if n not in (RESULT, CONFIG)),
+        CONFIG,
+    ]
     for name in entries:
         entry = path / name
         with storage.writing(entry):

@@ -155,7 +155,10 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     expected = f"'{run}' is an unfinished run, which has no adapter yet. Finish it: {command}"
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
         formats.read(run / name)
-    (run / "best").mkdir()
+    (run / "best").mkdir()  # empty: neither the best adapter nor a reason to name one
+    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
+        formats.read(run / name)
+    formats.write(adapter({"a": linear(6, 8, 2)}), run / "best")
     best = f"{expected}, or use its best adapter, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
         formats.read(run / name)
@@ -170,6 +173,9 @@ def test_a_finished_run_whose_adapter_was_deleted(tmp_path, name) -> None:
     expected = f"'{run}' is a finished run whose adapter was deleted. "
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
         formats.read(run / name)
+    (run / "adapter").mkdir()  # only its files were deleted
+    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
+        formats.read(run)
 
 
 def test_files_of_the_user_beside_an_adapter_make_no_run(tmp_path) -> None:

@@ -31,7 +31,24 @@ from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
+from lorakit.file_names import (
+    ADAPTER,
+    ADAPTER_CONFIGS,
+    ADAPTER_TENSORS,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    LORAKIT_JSON,
+    LORAKIT_TENSORS,
+    MODEL_CARD,
+    OPTIMIZER,
+    PEFT_CONFIG,
+    RESULT,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+)
 from lorakit.formatting import resume_command
+from lorakit.models.sources import is_gguf
 from lorakit.storage.tensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -45,6 +62,8 @@ __all__ = [
     "check_targets",
     "compare",
     "copy_tokenizer",
+    "has_tokenizer",
+    "is_adapter",
     "read",
     "read_loralib",
     "read_peft",
@@ -54,18 +73,6 @@ __all__ = [
     "write",
     "write_loralib",
 ]
-
-TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
-    *("additional_chat_templates", "additional_chat_templates/*.jinja"),
-    *("vocab.*", "merges.txt", "*.model"),
-)
-"""File names of a tokenizer saved by transformers."""
-
-_CONFIG_NAMES = (lorakit_json.NAME, peft.CONFIG_NAME)
-"""A folder with one of these files is an adapter."""
-
-_TENSOR_NAMES = (peft.TENSORS_NAME, peft.PICKLE_NAME, lorakit_json.TENSORS_NAME)
 
 
 def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
@@ -90,11 +97,11 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
 
 def _read(path: Path, alpha: float | None) -> StoredAdapter:
     if path.is_file():
-        if path.name in (*_TENSOR_NAMES, *_CONFIG_NAMES):
+        if path.name in (*ADAPTER_TENSORS, *ADAPTER_CONFIGS):
             raise AdapterFileError(
                 f"'{path}' is one file of an adapter folder. Give the folder: '{path.parent}'."
             )
-        if path.suffix.lower() == ".gguf":
+        if is_gguf(path):
             raise AdapterFileError(
                 f"'{path}' is a GGUF file, which can be a base (--base.name) but no adapter. Give the PEFT folder from "
                 "which the GGUF file was made."
@@ -108,9 +115,9 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
             f"'{path}' does not exist.{nearest_path(path) or ' Check the path.'} Download an adapter on the Hugging "
             "Face hub first: hf download OWNER/NAME --local-dir FOLDER."
         )
-    if os.path.lexists(path / lorakit_json.NAME):  # a broken link is an error, not a PEFT folder
+    if os.path.lexists(path / LORAKIT_JSON):  # a broken link is an error, not a PEFT folder
         stored = lorakit_json.read(path)
-    elif os.path.lexists(path / peft.CONFIG_NAME):
+    elif os.path.lexists(path / PEFT_CONFIG):
         stored = read_peft(path)
     else:
         _reject_run_without_adapter(path)
@@ -150,16 +157,31 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
         notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
-        write_safetensors(folder / lorakit_json.TENSORS_NAME, lorakit_json.tensors_of(stored))
-    (folder / lorakit_json.CARD_NAME).write_bytes(card.card(stored, form).encode())
+        write_safetensors(folder / LORAKIT_TENSORS, lorakit_json.tensors_of(stored))
+    (folder / MODEL_CARD).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether a folder has one of the files that describe an adapter, even as a broken link."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in ADAPTER_CONFIGS)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether an adapter's folder has a tokenizer of its own.
+
+    Raises:
+        AdapterFileError: The folder cannot be read.
+    """
+    with storage.reading(folder, AdapterFileError):
+        return Path(folder, TOKENIZER_CONFIG).exists()
 
 
 def tensor_file(path: str | Path) -> Path | None:
     """Return the file with the tensors of an adapter: `path`, or the file of the folder that `read` reads."""
     path = Path(path)
-    files = [path] if path.is_file() else [path / name for name in _TENSOR_NAMES]
+    files = [path] if path.is_file() else [path / name for name in ADAPTER_TENSORS]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -218,7 +240,7 @@ def check_replaceable(folder: str | Path) -> None:
         RunFolderError: The folder has other files, or files but no adapter.
     """
     storage.require_replaceable(
-        folder, "an adapter's", written=_written(folder), marks=_CONFIG_NAMES
+        folder, "an adapter's", written=_written(folder), marks=ADAPTER_CONFIGS
     )
 
 
@@ -228,16 +250,16 @@ def other_files(folder: Path) -> list[str]:
     Raises:
         RunFolderError: The folder cannot be read.
     """
-    return storage.other_files(folder, written=_written(folder), marks=_CONFIG_NAMES)
+    return storage.other_files(folder, written=_written(folder), marks=ADAPTER_CONFIGS)
 
 
 def _written(folder: str | Path) -> list[str]:
     """Return patterns of the files that a save of an adapter writes, with those that lorakit.json names."""
     saved: object = None
     with suppress(LorakitError):  # of PEFT, new or damaged
-        saved = storage.read_json(Path(folder) / lorakit_json.NAME).get("files")
+        saved = storage.read_json(Path(folder) / LORAKIT_JSON).get("files")
     listed = map(glob.escape, saved) if isinstance(saved, Mapping) else ()
-    return [*_CONFIG_NAMES, *_TENSOR_NAMES, lorakit_json.CARD_NAME, *TOKENIZER_FILES, *listed]
+    return [*ADAPTER_CONFIGS, *ADAPTER_TENSORS, MODEL_CARD, *TOKENIZER_FILES, *listed]
 
 
 def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None:
@@ -252,13 +274,13 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 def _reject_run_without_adapter(folder: Path) -> None:
     """Raise an error for a run that is not finished, and so has no adapter/ yet, or whose adapter/ was deleted."""
-    config, best = folder / "config.yaml", folder / "best"
-    is_finished = (folder / "result.json").is_file()
-    is_run = config.is_file() and (is_finished or (folder / "checkpoints").is_dir())
-    if not is_run or (folder / "adapter").exists():
+    config, best = folder / CONFIG, folder / BEST
+    is_finished = (folder / RESULT).is_file()
+    is_run = config.is_file() and (is_finished or (folder / CHECKPOINTS).is_dir())
+    if not is_run or is_adapter(folder / ADAPTER):
         return
     command = resume_command(folder)
-    instead = f", or use its best adapter, '{best}'" if best.is_dir() else ""
+    instead = f", or use its best adapter, '{best}'" if is_adapter(best) else ""
     if is_finished:
         raise AdapterFileError(
             f"'{folder}' is a finished run whose adapter was deleted. Continue it from its newest checkpoint, or from "
@@ -272,18 +294,18 @@ def _reject_run_without_adapter(folder: Path) -> None:
 def _no_adapter_in(folder: Path) -> str:
     """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
-    adapters = [p for p in entries if p.is_dir() and any((p / n).exists() for n in _CONFIG_NAMES)]
+    adapters = [p for p in entries if p.is_dir() and is_adapter(p)]
     tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
     hint = hint_of(p.name for p in entries)
     if adapters:
         hint = f" Did you mean '{adapters[0]}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
-    elif (folder / "optimizer.safetensors").exists():
+    elif (folder / OPTIMIZER).exists():
         hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
     elif tensors and not hint:
         hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
     return (
-        f"'{folder}' holds no adapter: it has neither {lorakit_json.NAME} nor {peft.CONFIG_NAME}, only "
+        f"'{folder}' holds no adapter: it has neither {LORAKIT_JSON} nor {PEFT_CONFIG}, only "
         f"{', '.join(p.name for p in entries[:5]) or 'nothing'}.{hint}"
     )

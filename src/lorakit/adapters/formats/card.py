@@ -23,6 +23,7 @@ from lorakit.methods.method import describe
 from lorakit.methods.registry import METHODS, unused_settings
 from lorakit.models.model_classes import head_of_class
 from lorakit.models.packaged import PACKAGED_MODELS
+from lorakit.models.sources import is_gguf
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of vLLM's --max-lora-rank."""
@@ -176,7 +177,7 @@ def _base_code(stored: StoredAdapter) -> str:
 def _name_of_lorakit(stored: StoredAdapter) -> str | None:
     """Return the name of a base that transformers does not load: a GGUF file, or a short name for a Python package."""
     name = stored.base_name
-    if name is not None and name.lower().endswith(".gguf"):
+    if name is not None and is_gguf(name):
         return f"path/to/{PurePath(name).name}"
     return name if name in _PACKAGED else None
 

@@ -14,12 +14,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from lorakit.adapters.export import equals_base
 from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameters_by_name
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
-from lorakit.adapters.formats.peft import CONFIG_NAME, expected_layers
+from lorakit.adapters.formats.peft import expected_layers
 from lorakit.adapters.formats.peft.adapter_config import parse
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, nearest
+from lorakit.file_names import PEFT_CONFIG
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
@@ -62,7 +63,7 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
             parts = [f"no tensors for {listed(without, 1)}, which they select"] if without else []
             parts += [f"tensors for {listed(extra, 1)}, which they do not select"] if extra else []
             raise AdapterFileError(
-                f"'{path}': the options in {CONFIG_NAME} and the tensors disagree on this model. The "
+                f"'{path}': the options in {PEFT_CONFIG} and the tensors disagree on this model. The "
                 f"file has {' and '.join(parts)}. Load it on the model class it was trained with."
             )
     if stored.base_copies or stored.trained:
@@ -141,7 +142,7 @@ def _require_saved_modules(
         is_selected = name.endswith(entries) and any(True for _ in module.parameters())
         if is_selected and not any(is_inside(parameter, name) for parameter in trained):
             raise AdapterFileError(
-                f"'{path}' has no tensors for '{name}', which modules_to_save in {CONFIG_NAME} selects. Save or "
+                f"'{path}' has no tensors for '{name}', which modules_to_save in {PEFT_CONFIG} selects. Save or "
                 "download the adapter again."
             )
 

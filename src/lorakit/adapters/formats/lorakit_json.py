@@ -24,6 +24,14 @@ from lorakit.adapters.formats.peft.writing import factor_keys, layer_keys
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import TENSORS, StoredLayer, located, rank_notices
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, is_momentary
+from lorakit.file_names import (
+    LORAKIT_JSON,
+    LORAKIT_TENSORS,
+    MODEL_CARD,
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    TOKENIZER_CONFIG,
+)
 from lorakit.methods import METHODS, Combined, Method
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.methods.registry import recorded_method
@@ -31,10 +39,7 @@ from lorakit.models.layers import RowSlice
 from lorakit.storage.tensors import read_safetensors
 from lorakit.version import __version__
 
-NAME = "lorakit.json"
-TENSORS_NAME = "lorakit_model.safetensors"
 FORMAT_VERSION = 1
-CARD_NAME = "README.md"
 
 _FIELDS = ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head")
 """Fields of a `StoredLayer` that lorakit.json holds unchanged."""
@@ -73,7 +78,7 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "format_version": FORMAT_VERSION,
         "lorakit_version": __version__,
         "method": _method_record(stored.method),
-        "tensors": TENSORS_NAME if form is None else peft.TENSORS_NAME,
+        "tensors": LORAKIT_TENSORS if form is None else PEFT_TENSORS,
         "layers": {
             path: _describe(layer, key_starts.get(path)) for path, layer in stored.layers.items()
         },
@@ -85,13 +90,13 @@ def write(stored: StoredAdapter, folder: Path, form: peft.PeftForm | None) -> No
         "files": {
             path.relative_to(folder).as_posix(): storage.sha256(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path != folder / NAME
+            if path.is_file() and path != folder / LORAKIT_JSON
         },
     }
     try:
         if (key := _other_key(stored.provenance)) is not None:  # JSON would convert it to a string
             raise TypeError(f"the key {key!r} is not a string")
-        storage.write_record(folder / NAME, record)
+        storage.write_record(folder / LORAKIT_JSON, record)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
             f"The provenance cannot be written as JSON: {error}. Use texts, finite numbers, true, false, "
@@ -118,20 +123,22 @@ def read(folder: Path) -> StoredAdapter:
     """
     # lorakit.json has the checksum of each file. If it is the same afterwards, all that was read belongs to it.
     return storage.read_unchanged(
-        folder, lambda: storage.read_json(folder / NAME), lambda record: _read(record, folder)
+        folder,
+        lambda: storage.read_json(folder / LORAKIT_JSON),
+        lambda record: _read(record, folder),
     )
 
 
 def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
     """Return the adapter that `record`, the content of the folder's lorakit.json, describes."""
-    path = folder / NAME
+    path = folder / LORAKIT_JSON
     _check_record(record, path)
     _check_keys(record, path)
     notices = _check_files(record, folder)
     tensors_name = record.get("tensors")
-    if tensors_name not in (TENSORS_NAME, peft.TENSORS_NAME) or tensors_name not in record["files"]:
+    if tensors_name not in (LORAKIT_TENSORS, PEFT_TENSORS) or tensors_name not in record["files"]:
         raise AdapterFileError(
-            f"'{path}' names {tensors_name!r} as its tensor file; {TENSORS_NAME} or {peft.TENSORS_NAME} was expected. "
+            f"'{path}' names {tensors_name!r} as its tensor file; {LORAKIT_TENSORS} or {PEFT_TENSORS} was expected. "
             "Download or save the adapter again."
         )
     tensors = read_safetensors(folder / tensors_name)
@@ -140,7 +147,7 @@ def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
             path: {name: _pop(tensors, f"modules.{path}.{name}") for name in names}
             for path, names in record.get("modules", {}).items()
         }
-        in_peft_form = tensors_name == peft.TENSORS_NAME
+        in_peft_form = tensors_name == PEFT_TENSORS
         layers, trained = {}, {}
         for layer_path, description in record["layers"].items():
             with located(f"'{layer_path}'"):
@@ -155,7 +162,8 @@ def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
             tensors.pop(key, None)
         if tensors:
             raise AdapterFileError(
-                f"the tensor file holds {len(tensors)} tensors that {NAME} does not list, the first '{min(tensors)}'."
+                f"the tensor file holds {len(tensors)} tensors that {LORAKIT_JSON} does not list, the first "
+                f"'{min(tensors)}'."
             )
         return StoredAdapter(
             method=_method(record.get("method")),
@@ -267,7 +275,7 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     files = record.get("files")
     if not isinstance(files, Mapping):
         raise AdapterFileError(
-            f"'{folder / NAME}' has {files!r:.40} as 'files'; names with checksums were expected. Download or "
+            f"'{folder / LORAKIT_JSON}' has {files!r:.40} as 'files'; names with checksums were expected. Download or "
             "save the adapter again."
         )
     notices = []
@@ -275,22 +283,22 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or any(char in name for char in "\\\0:"):
             raise AdapterFileError(
-                f"'{folder / NAME}' lists {name!r}, which can be outside its folder, so it was not opened."
+                f"'{folder / LORAKIT_JSON}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
-        if name in (CARD_NAME, "tokenizer_config.json") and not os.path.lexists(folder / name):
-            if name != CARD_NAME:  # then the folder has no tokenizer
+        if name in (MODEL_CARD, TOKENIZER_CONFIG) and not os.path.lexists(folder / name):
+            if name != MODEL_CARD:  # then the folder has no tokenizer
                 notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
             continue
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
-        if name != CARD_NAME:
+        if name != MODEL_CARD:
             as_peft = (  # PEFT's save always changes its configuration
-                f" If PEFT saved into this folder, or you edited the file, delete {NAME}: the folder is then read as "
-                "PEFT's, without the record of its base, task and templates."
+                f" If PEFT saved into this folder, or you edited the file, delete {LORAKIT_JSON}: the folder is then "
+                "read as PEFT's, without the record of its base, task and templates."
             )
             raise AdapterFileError(
                 f"'{folder / name}' has changed since the adapter was saved: it was damaged or edited. "
-                f"Download or save the adapter again.{as_peft if name == peft.CONFIG_NAME else ''}"
+                f"Download or save the adapter again.{as_peft if name == PEFT_CONFIG else ''}"
             )
         notices.append(f"'{folder / name}' was edited after the adapter was saved.")
     return notices
@@ -333,7 +341,7 @@ def _unchanged_layer(
     for name, factor in parts.items():
         if list(factor.shape) != description[name]:
             raise AdapterFileError(
-                f"{name} has shape {tuple(factor.shape)}, but {NAME} describes {tuple(description[name])}."
+                f"{name} has shape {tuple(factor.shape)}, but {LORAKIT_JSON} describes {tuple(description[name])}."
             )
     for name in TENSORS:
         parts.setdefault(name, tensors.pop(f"layers.{path}.{name}", None))

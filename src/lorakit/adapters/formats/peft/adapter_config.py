@@ -18,11 +18,10 @@ from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.layers import base_modules
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
-
-CONFIG_NAME = "adapter_config.json"
 
 _NO_EFFECT = {
     "auto_mapping",
@@ -260,7 +259,7 @@ def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.M
 
 def _valid(option: str, pattern: str = "") -> AbstractContextManager[None]:
     """Raise an AdapterFileError that names the option if one of its patterns is invalid or takes too long."""
-    return pattern_errors(option, AdapterFileError, pattern, f" in {CONFIG_NAME}")
+    return pattern_errors(option, AdapterFileError, pattern, f" in {PEFT_CONFIG}")
 
 
 def _check_supported(options: Mapping[str, Any]) -> None:
@@ -280,7 +279,7 @@ def _check_supported(options: Mapping[str, Any]) -> None:
         raise AdapterFileError(
             f"init_lora_weights is {init!r}: the adapter belongs to a base whose weights PEFT changed before "
             f"training. {'' if init == 'loftq' else conversion}To load it on the changed base, which "
-            f"peft_model.unload() returns, set init_lora_weights to true in {CONFIG_NAME}."
+            f"peft_model.unload() returns, set init_lora_weights to true in {PEFT_CONFIG}."
         )
     for option, value in options.items():
         if not value or option in _NO_EFFECT or option in _IMPLEMENTED:

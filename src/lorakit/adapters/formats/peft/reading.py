@@ -11,19 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME, PeftConfig, parse
+from lorakit.adapters.formats.peft.adapter_config import PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
-from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE, TENSORS_NAME
+from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.file_names import PEFT_CONFIG, PEFT_PICKLE, PEFT_TENSORS
 from lorakit.methods.lora import LoRA
 from lorakit.models.layers import parents
 from lorakit.models.patterns import endings
-
-PICKLE_NAME = "adapter_model.bin"
 
 _PART = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"
@@ -48,7 +47,7 @@ def read_peft(folder: str | Path) -> StoredAdapter:
             does not implement.
     """
     folder = Path(folder)
-    config_path = folder / CONFIG_NAME
+    config_path = folder / PEFT_CONFIG
     options = storage.read_json(config_path)
     with located(f"'{config_path}'"):
         config = parse(options)
@@ -58,11 +57,11 @@ def read_peft(folder: str | Path) -> StoredAdapter:
 
 
 def _tensors_path(folder: Path) -> Path:
-    for name in (TENSORS_NAME, PICKLE_NAME):
+    for name in (PEFT_TENSORS, PEFT_PICKLE):
         if os.path.lexists(folder / name):
             return folder / name
     raise AdapterFileError(
-        f"'{folder}' has a {CONFIG_NAME}, but neither {TENSORS_NAME} nor {PICKLE_NAME}: the download "
+        f"'{folder}' has a {PEFT_CONFIG}, but neither {PEFT_TENSORS} nor {PEFT_PICKLE}: the download "
         "or save is incomplete. Download or save it again."
     )
 
@@ -183,7 +182,7 @@ def _layer(
     rank = config.rank_of(options_path)
     if A.numel() and A.shape[:1] != (rank,):  # `StoredLayer` rejects an empty one
         raise AdapterFileError(
-            f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {CONFIG_NAME} gives it rank {rank}."
+            f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {PEFT_CONFIG} gives it rank {rank}."
         )
     kind = "conv" if A.ndim > 2 else "linear"
     if embedding or is_attention:
@@ -329,7 +328,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             train_modules=tuple(e for e in config.modules_to_save if e in saved_modules),
         )
     except ConfigurationError as error:
-        raise AdapterFileError(f"{CONFIG_NAME}: {error}") from error
+        raise AdapterFileError(f"{PEFT_CONFIG}: {error}") from error
 
 
 def _provenance(options: Mapping[str, Any]) -> dict[str, Any]:

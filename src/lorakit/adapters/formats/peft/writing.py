@@ -15,7 +15,6 @@ from transformers import conversion_mapping
 
 from lorakit import storage
 from lorakit.adapters.formats.peft import trained
-from lorakit.adapters.formats.peft.adapter_config import CONFIG_NAME
 from lorakit.adapters.formats.peft.attention import (
     LAST_VERSION,
     attention_paths,
@@ -25,14 +24,13 @@ from lorakit.adapters.formats.peft.attention import (
 from lorakit.adapters.formats.peft.factors import NotExpressibleError, to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
+from lorakit.file_names import PEFT_CONFIG, PEFT_TENSORS
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.layers import natural
 from lorakit.models.patterns import endings
 from lorakit.storage.tensors import write_safetensors
-
-TENSORS_NAME = "adapter_model.safetensors"
 
 MAGNITUDE = "lora_magnitude_vector"
 B_BIAS = "lora_B.bias"
@@ -73,8 +71,8 @@ def write_peft(stored: StoredAdapter, folder: str | Path) -> PeftForm:
         NotExpressibleError: PEFT's format cannot represent this adapter; nothing is written.
     """
     form = peft_form(stored)
-    write_safetensors(Path(folder, TENSORS_NAME), form.tensors)
-    storage.write_json(Path(folder, CONFIG_NAME), form.config)
+    write_safetensors(Path(folder, PEFT_TENSORS), form.tensors)
+    storage.write_json(Path(folder, PEFT_CONFIG), form.config)
     return form
 
 
