@@ -84,10 +84,10 @@ class Replica:
         settings = config.http_settings(opened.name)
         keys = None if config.keys is None else read_keys(config.keys)
         self.app = create_app(
-            opened.engine, opened.store, settings, keys=keys, classifier=opened.classifier
+            opened.engine, opened.store, settings, keys=keys, verifier=opened.verifier
         )
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
-        opened.threaded_engine.start()
+        opened.engine.start()
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Part]:
         """Yield the parts of an answer. A caller that stops reading cancels the request."""

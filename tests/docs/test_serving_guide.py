@@ -49,7 +49,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
     more = ["--cache_memory", "20MB", "--allow_loading", "true"]
     config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], *more])
     opened = open_all(config, lambda verdict: None)
-    opened.threaded_engine.start()
+    opened.engine.start()
     app = serve.app_of(config, opened, keys=None)
     with socket.create_server(("127.0.0.1", 0)) as listener, redirect_stdout(StringIO()) as printed:
         serve._greet(config, listener, opened)
@@ -59,7 +59,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", printed.getvalue()
         server.should_exit = True
         thread.join(10)
-    assert opened.threaded_engine.close(10)
+    assert opened.engine.close(10)
 
 
 def shape(value: Any) -> Any:

@@ -70,12 +70,11 @@ def serve() -> Iterator[Serve]:
             store: Any = None,
             limits: dict[str, Any] | None = None,
             keys: Any = None,
-            classifier: Any = None,
             **settings: Any,
         ) -> Served:
             engine, store = engine or FakeEngine(), store or FakeStore()
             options = HttpSettings(base_name=BASE, limits=HttpLimits(**(limits or {})), **settings)
-            app = create_app(engine, store, options, keys=keys, classifier=classifier)
+            app = create_app(engine, store, options, keys=keys)
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             made.append(Served(app, engine, store, client))
             return made[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fakes import FakeClassifier, FakeEngine, FakeStore
+from fakes import FakeClassifier, FakeStore
 from hypothesis import HealthCheck, settings
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -17,10 +17,9 @@ from lorakit.serving.http.settings import HttpSettings
 
 _store = FakeStore()
 _app = create_app(
-    FakeEngine(),
+    FakeClassifier(),
     _store,
     HttpSettings(base_name=BASE, allow_loading=True),
-    classifier=FakeClassifier(),
 )
 schema = schemathesis.openapi.from_asgi("/openapi.json", _app)
 

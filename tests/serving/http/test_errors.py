@@ -434,7 +434,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(
     monkeypatch.setattr(classify, "TOKENISING", None)
     text = "a " * 100_000
     if route == "classify":
-        served = serve(store=classifying_store(), classifier=FakeClassifier())
+        served = serve(store=classifying_store(), engine=FakeClassifier())
         answer = served.post("/v1/classify", model="reviews", input=["a" * 10, text][1:])
     else:
         served = serve()

@@ -215,7 +215,7 @@ class Generation:
             for index, request in enumerate(self.requests):
                 ended = holders.add()
                 deliver = partial(self._deliver, index, ended)
-                self._submitted.append(self._serving.engine.submit(request, deliver))
+                self._submitted.append(self._serving.submit(request, deliver))
         except BaseException as error:
             ended()  # of the request that the engine has not accepted
             self.cancel()

@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
-from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Lease, QueueFullError
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Event, GenerationRequest, Lease, QueueFullError
 from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
@@ -29,7 +29,8 @@ from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
 from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.store import AdapterStore
-from lorakit.serving.verification import Engine
+from lorakit.serving.threaded_engine import ThreadedEngine
+from lorakit.serving.verification import Verifier
 
 T = TypeVar("T")
 
@@ -54,11 +55,11 @@ class RequestRecord:
 class Serving:
     """The objects that all routes of a server use."""
 
-    engine: Engine
+    engine: ThreadedEngine
     store: AdapterStore
     settings: HttpSettings
     keys: KeyRing | None
-    classifier: ClassifyingEngine | None
+    verifier: Verifier | None
     began: float = field(default_factory=time.time)
     in_flight: int = 0
     """Requests that are not answered yet, and that arrived before the signal to end: shutdown waits for these only."""
@@ -206,6 +207,12 @@ class Serving:
         except BaseException:
             self._count(-1)
             raise
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Queue a request for text (`ThreadedEngine.submit`). The verifier, if there is one, may replay its answer."""
+        if self.verifier is not None:
+            request, deliver = self.verifier.watch(request, deliver)
+        return self.engine.submit(request, deliver)
 
     def submit_leased(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
         """Queue a leased request with `submit`, and return its future.
