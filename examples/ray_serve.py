@@ -81,10 +81,14 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         opened = in_own_thread(lambda: open_all(config, lambda receipt, verdict: None))
-        settings = config.http_settings(opened.name)
         keys = None if config.keys is None else read_keys(config.keys)
         self.app = create_app(
-            opened.engine, opened.store, settings, keys=keys, verifier=opened.verifier
+            opened.engine,
+            opened.store,
+            config,
+            base_name=opened.name,
+            keys=keys,
+            verifier=opened.verifier,
         )
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
         opened.engine.start()

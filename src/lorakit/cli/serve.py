@@ -65,7 +65,8 @@ def app_of(config: ServeConfig, opened: Opened, keys: KeyRing | None) -> FastAPI
     return create_app(
         opened.engine,
         opened.store,
-        config.http_settings(opened.name),
+        config,
+        base_name=opened.name,
         keys=keys,
         verifier=opened.verifier,
     )

@@ -23,7 +23,7 @@ from lorakit.version import __version__
 
 
 def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
-    served = serve(limits={"max_top_logprobs": 7})
+    served = serve(max_top_logprobs=7)
     listed = served.client.get("/v1/models").json()
     assert listed["object"] == "list"
     base, e2e, sql = listed["data"]
@@ -145,7 +145,7 @@ def test_an_invalid_load(serve: Serve, case: str) -> None:
     body, param, words = LOADS[case]
     served = serve(allow_loading=True)
     if case == "the base's name":
-        object.__setattr__(served.app.state.serving.settings, "base_name", "base")
+        served.app.state.serving.base_name = "base"
     error = error_of(served.post("/v1/load_lora_adapter", **body), 400)
     assert error["param"] == param
     assert words in error["message"]

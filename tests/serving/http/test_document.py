@@ -10,16 +10,17 @@ from hypothesis import HealthCheck, settings
 
 schemathesis = pytest.importorskip("schemathesis")
 
-from served import BASE
+from served import ANY_HOST, BASE
 
 from lorakit.serving.http.app import create_app
-from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.serve_config import ServeConfig
 
 _store = FakeStore()
 _app = create_app(
     FakeClassifier(),
     _store,
-    HttpSettings(base_name=BASE, allow_loading=True),
+    ServeConfig(allow_loading=True, **ANY_HOST),
+    base_name=BASE,
 )
 schema = schemathesis.openapi.from_asgi("/openapi.json", _app)
 

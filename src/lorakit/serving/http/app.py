@@ -20,8 +20,8 @@ from lorakit.serving.http import (
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
 from lorakit.serving.http.keys import KeyRing
-from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
+from lorakit.serving.serve_config import ServeConfig
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.threaded_engine import ThreadedEngine
 from lorakit.serving.verification import Verifier
@@ -48,8 +48,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def create_app(
     engine: ThreadedEngine,
     store: AdapterStore,
-    settings: HttpSettings,
+    config: ServeConfig,
     *,
+    base_name: str,
     keys: KeyRing | None = None,
     verifier: Verifier | None = None,
 ) -> FastAPI:
@@ -58,7 +59,8 @@ def create_app(
     Args:
         engine: Generates text. A `ClassifyingEngine` computes classes and scores instead.
         store: The adapters.
-        settings: What is allowed.
+        config: Options of `lorakit serve`. The application reads its limits, switches and allowed hosts.
+        base_name: Name of the base in the field `model`.
         keys: The API keys; None answers everyone.
         verifier: Replays a share of the answers; None replays none.
     """
@@ -71,7 +73,7 @@ def create_app(
         redirect_slashes=False,  # a redirect repeats the client's Host header
         responses=_ERRORS,
     )
-    app.state.serving = Serving(engine, store, settings, keys, verifier)
+    app.state.serving = Serving(engine, store, config, base_name, keys, verifier)
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)

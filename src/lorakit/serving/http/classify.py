@@ -36,7 +36,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
     if not isinstance(engine, ClassifyingEngine):
         raise invalid_value("This server generates text; none of its models classifies.", "model")
     rows = body.rows
-    require_at_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
+    require_at_most("input", len(rows), serving.config.max_inputs, "max_inputs", "texts")
     require_capacity(serving)
 
     def prepare(lease: Lease) -> list[LabelledExample]:
