@@ -81,13 +81,17 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         opened = in_own_thread(lambda: open_all(config, lambda receipt, verdict: None))
-        settings = config.http_settings(opened.name)
         keys = None if config.keys is None else read_keys(config.keys)
         self.app = create_app(
-            opened.engine, opened.store, settings, keys=keys, classifier=opened.classifier
+            opened.engine,
+            opened.store,
+            config,
+            base_name=opened.name,
+            keys=keys,
+            verifier=opened.verifier,
         )
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
-        opened.threaded_engine.start()
+        opened.engine.start()
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Part]:
         """Yield the parts of an answer. A caller that stops reading cancels the request."""

@@ -30,7 +30,7 @@ from lorakit.serving.engine import EngineStatus, Receipt
 from lorakit.serving.loaded import StoreStats
 from lorakit.serving.opening import sources
 from lorakit.serving.serve_config import ServeConfig, bytes_of
-from lorakit.serving.verification import Verdict, VerifiedEngine
+from lorakit.serving.verification import Verdict, Verifier
 
 
 def error_of(capsys: Any, *arguments: str) -> str:
@@ -173,7 +173,6 @@ def greet(config: ServeConfig, memory_notice: str | None = None) -> str:
         store=SimpleNamespace(names=lambda: ["sql"]),
         base=SimpleNamespace(model=SimpleNamespace(dtype="torch.float32", device="cpu")),
         engine=SimpleNamespace(name="continuous", notice=None),
-        classifier=None,
         memory_notice=memory_notice,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -221,12 +220,13 @@ def test_every_answer_that_is_chosen_for_verification_is_counted(
 
     def open_all(config: ServeConfig, report: Any) -> Any:
         seen["report"] = report
-        threaded = SimpleNamespace(start=lambda: None, close=lambda timeout: None)
-        engine = SimpleNamespace(status=lambda: EngineStatus(True, 0, 0, 0.0, 0, 0))
-        store = SimpleNamespace(stats=lambda: StoreStats(0, 0, 0, 0, 0, 0))
-        return SimpleNamespace(
-            name="b", engine=engine, store=store, classifier=None, threaded_engine=threaded
+        engine = SimpleNamespace(
+            start=lambda: None,
+            close=lambda timeout: None,
+            status=lambda: EngineStatus(True, 0, 0, 0.0, 0, 0),
         )
+        store = SimpleNamespace(stats=lambda: StoreStats(0, 0, 0, 0, 0, 0))
+        return SimpleNamespace(name="b", engine=engine, store=store, verifier=None)
 
     def answer(app: Any, listener: Any, **_: Any) -> None:
         seen["app"] = app
@@ -361,8 +361,8 @@ def test_a_failed_verification_stops_the_server_if_asked(
             client.app.state.serving.is_draining = is_draining  # type: ignore[attr-defined]
             original(*arguments)
 
-        original = VerifiedEngine._replay
-        monkeypatch.setattr(VerifiedEngine, "_replay", replay)
+        original = Verifier._replay
+        monkeypatch.setattr(Verifier, "_replay", replay)
         assert status(client, **ASKED) == 200
         failure = 'lorakit_verified_answers_total{adapter="sql",result="failed"} 1.0'
         end = time.monotonic() + 60

@@ -26,7 +26,6 @@ from lorakit.cli.parsing import parse
 from lorakit.serving.engine import EngineStatus
 from lorakit.serving.http.keys import read_keys
 from lorakit.serving.http.metrics import Metrics
-from lorakit.serving.http.settings import HttpLimits
 from lorakit.serving.loaded import StoreStats
 from lorakit.serving.opening import open_all
 from lorakit.serving.serve_config import ServeConfig
@@ -49,7 +48,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
     more = ["--cache_memory", "20MB", "--allow_loading", "true"]
     config = parse(ServeConfig, "serve", "", [*words(step.text)[2:], *more])
     opened = open_all(config, lambda verdict: None)
-    opened.threaded_engine.start()
+    opened.engine.start()
     app = serve.app_of(config, opened, keys=None)
     with socket.create_server(("127.0.0.1", 0)) as listener, redirect_stdout(StringIO()) as printed:
         serve._greet(config, listener, opened)
@@ -59,7 +58,7 @@ def server(reader: Callable[[str], Path]) -> Iterator[tuple[str, str]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", printed.getvalue()
         server.should_exit = True
         thread.join(10)
-    assert opened.threaded_engine.close(10)
+    assert opened.engine.close(10)
 
 
 def shape(value: Any) -> Any:
@@ -111,7 +110,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         for name, value in zip(re.findall(r"`(max_\w+)`", names), values.split(", "), strict=False):
             shown[name] = value
     known = {f.name: f.default for f in fields(ServeConfig) if f.name.startswith("max_")}
-    assert {f.name for f in fields(HttpLimits)} <= shown.keys()
+    assert known.keys() - shown.keys() == {"max_running"}  # no request exceeds it
     for name, value in shown.items():
         assert known[name] is None or value == f"{known[name]:g}" or value == str(known[name]), name
 

@@ -14,6 +14,7 @@ import torch
 from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 from lorakit.errors import LorakitError
+from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import (
     End,
     EngineStatus,
@@ -199,16 +200,16 @@ def score_of(tokens: Sequence[int]) -> list[float]:
     return [-(token % 8) / 8 for token in tokens]
 
 
-class FakeClassifier:
-    """The first output of each row is its number of tokens, the others are 0."""
+class FakeClassifier(FakeEngine, ClassifyingEngine):
+    """The first output of each row is its number of tokens, the others are 0. Texts are those of `FakeEngine`."""
 
     def __init__(self, outputs: int = 2) -> None:
+        super().__init__()
         self.outputs = outputs
-        self.error: Exception | None = None
 
     def classify(self, examples: Sequence[Any], lease: Any) -> Future[torch.Tensor]:
-        if self.error is not None:
-            raise self.error
+        if self.refuses is not None:
+            raise self.refuses
         logits = torch.zeros(len(examples), self.outputs)
         logits[:, 0] = torch.tensor([float(len(e)) for e in examples])
         future: Future[torch.Tensor] = Future()

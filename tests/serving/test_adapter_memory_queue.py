@@ -19,9 +19,9 @@ from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
 from lorakit.serving.errors import StoreFullError
 from lorakit.serving.folders import Location
 from lorakit.serving.http.app import create_app
-from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import THREADS, RequestRecord
 from lorakit.serving.preparing import prepare
+from lorakit.serving.serve_config import ServeConfig
 from lorakit.serving.store import AdapterStore
 
 
@@ -136,7 +136,7 @@ def test_adapters_of_a_blend_that_is_still_read_are_in_use(
     """A request that waits for their memory is served as soon as the blend has ended, in any way."""
     write_adapter(root / "big", method=dataclasses.replace(LORA, rank=4))
     store = AdapterStore(open_base(), root, budget=3 * size_of_one(root))
-    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+    serving = create_app(FakeEngine(), store, ServeConfig(), base_name="base").state.serving
     begun, go = threading.Event(), threading.Event()
 
     def slow(base: Base, location: Location, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def test_the_base_and_pinned_adapters_overtake_those_that_wait(
     """They hold no memory that another request could have."""
     monkeypatch.setattr(adapter_memory_queue, "PATIENCE", 0)
     store = AdapterStore(open_base(), root, budget=2 * size_of_one(root), pinned=["a"])
-    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+    serving = create_app(FakeEngine(), store, ServeConfig(), base_name="base").state.serving
 
     async def ask(model: str, lora: dict[str, float] | None = None) -> Any:
         lease, _ = await serving.acquire_and_prepare(
@@ -206,7 +206,7 @@ def test_the_base_and_pinned_adapters_do_not_wait_while_another_is_read(
 ) -> None:
     """Enough requests for one adapter wait for it to fill all threads; and then enough long prompts to fill theirs."""
     store = AdapterStore(open_base(), root, budget=10**9, pinned=["a"])
-    serving = create_app(FakeEngine(), store, HttpSettings(base_name="base")).state.serving
+    serving = create_app(FakeEngine(), store, ServeConfig(), base_name="base").state.serving
     go, begun, acquire = threading.Event(), list[str](), store.acquire
 
     def slow(*args: Any, **options: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_engines import CHOICES, TOKENIZER, model_with_adapters, prompts
 from lorakit.serving import continuous
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import Receipt, Sampling
-from lorakit.serving.verification import Verdict, VerifiedEngine, bound_for
+from lorakit.serving.verification import Verdict, Verifier, bound_for
 
 
 @pytest.fixture
@@ -23,12 +24,16 @@ def verdicts():
     return []
 
 
-def verified(engine, verdicts, share=1.0, **settings):
+def verified(engine, verdicts, share=1.0, seed=None, **settings):
+    """An object for `send` that submits requests as the server does."""
+
     def report(receipt, verdict):
         assert verdict is None or verdict.receipt == receipt
         verdicts.append(verdict)
 
-    return VerifiedEngine(engine, share, report=report, **settings)
+    verifier = Verifier(engine, share, report=report, **settings)
+    verifier._random.seed(seed)
+    return SimpleNamespace(submit=lambda *arguments: engine.submit(*verifier.watch(*arguments)))
 
 
 def wait_for(verdicts, count):
@@ -101,8 +106,7 @@ def test_an_answer_of_another_adapter_is_found(verdicts):
 
 def test_a_share_is_replayed(verdicts):
     with running(ContinuousEngine(model_with_adapters(), TOKENIZER)) as engine:
-        some = verified(engine, verdicts, share=0.25)
-        some._random.seed(1)
+        some = verified(engine, verdicts, share=0.25, seed=1)
         sent = [send(some, [5, 6, 7], PlainLease((), TOKENIZER), 2) for _ in range(80)]
         for answer in sent:
             answer.wait()

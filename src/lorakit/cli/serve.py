@@ -65,9 +65,10 @@ def app_of(config: ServeConfig, opened: Opened, keys: KeyRing | None) -> FastAPI
     return create_app(
         opened.engine,
         opened.store,
-        config.http_settings(opened.name),
+        config,
+        base_name=opened.name,
         keys=keys,
-        classifier=opened.classifier,
+        verifier=opened.verifier,
     )
 
 
@@ -90,7 +91,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
     opened = in_own_thread(lambda: open_all(config, report))
     app = app_of(config, opened, keys)
     logging.getLogger("lorakit").setLevel(logging.INFO)
-    opened.threaded_engine.start()
+    opened.engine.start()
     try:
         run_server(
             app,
@@ -99,7 +100,7 @@ def _serve(config: ServeConfig, listener: socket.socket, keys: KeyRing | None) -
             access_log=config.access_log,
         )
     finally:
-        opened.threaded_engine.close(timeout=10)
+        opened.engine.close(timeout=10)
     if failed:
         print("lorakit serve: stopped, because an answer failed its verification.", file=sys.stderr)
     return int(bool(failed))
@@ -125,6 +126,7 @@ def _listener(config: ServeConfig) -> socket.socket:
 def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None:
     """Print where the server is, what it serves, and a command to try. Open the playground if asked."""
     from lorakit.models.dtypes import dtype_name
+    from lorakit.serving.classifying import ClassifyingEngine
 
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}"
@@ -140,7 +142,7 @@ def _greet(config: ServeConfig, listener: socket.socket, opened: Opened) -> None
         print(visible(f"note: {notice}"), file=sys.stderr)
     print(f"playground: {address}")
     name = names[0] if names else opened.name
-    is_text = opened.classifier is None
+    is_text = not isinstance(opened.engine, ClassifyingEngine)
     route = "completions" if is_text else "classify"
     body = {"model": name, "prompt" if is_text else "input": "Hello"}
     curl = shell_command(["curl", f"{address}/v1/{route}"])

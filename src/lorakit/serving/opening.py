@@ -27,7 +27,7 @@ from lorakit.serving.engine import Limits, Receipt
 from lorakit.serving.serve_config import DEMO, ServeConfig, bytes_of
 from lorakit.serving.store import AdapterStore
 from lorakit.serving.threaded_engine import ThreadedEngine
-from lorakit.serving.verification import Engine, Verdict, VerifiedEngine
+from lorakit.serving.verification import Verdict, Verifier
 from lorakit.tasks import TASKS
 
 _LOG = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ class Opened:
     name: str
     """Name of the base in requests."""
     store: AdapterStore
-    engine: Engine
-    threaded_engine: ThreadedEngine
-    """`engine` without its verification. Start it last, and close it at the end."""
-    classifier: ClassifyingEngine | None
+    engine: ThreadedEngine
+    """Start it last, and close it at the end."""
+    verifier: Verifier | None
+    """None without --verify."""
     memory_notice: str | None = None
     """How many adapters and tokens fit into the memory for them; None if all adapters and a whole context fit."""
 
@@ -58,7 +58,7 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
 
     Args:
         config: The options of `lorakit serve`.
-        report: Called with the verdict on each answer that --verify has chosen (`VerifiedEngine`).
+        report: Called with the verdict on each answer that --verify has chosen (`Verifier`).
 
     Raises:
         LorakitError: The base or a pinned adapter cannot be opened, or nothing is to be served.
@@ -79,14 +79,14 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
     # Adapters bring their heads; the store refuses those that do not.
     for notice in (text for text in base.notices if not text.startswith(NEW_WEIGHTS)):
         _LOG.warning("%s", visible(f"{base.source.name}: {notice}"))
-    threaded_engine = _threaded_engine(base, config, task)
+    engine = _engine(base, config, task)
     store = AdapterStore(
         base,
         root,
         budget=bytes_of("adapter_memory", config.adapter_memory),
         followed=followed,
         pinned=config.pin,
-        between_steps=lambda action: threaded_engine.between_steps(action).result(),
+        between_steps=lambda action: engine.between_steps(action).result(),
         allow_other_base=config.allow_other_base,
     )
     name = config.served_name or re.sub(r"\.gguf$", "", base.source.name, flags=re.IGNORECASE)
@@ -94,12 +94,9 @@ def open_all(config: ServeConfig, report: Callable[[Receipt, Verdict | None], An
         raise ConfigurationError(
             f"An adapter has the name of the base, '{name}'. Rename its folder, or name the base: --served_name NAME."
         )
-    engine: Engine = threaded_engine
-    classifier = threaded_engine if isinstance(threaded_engine, ClassifyingEngine) else None
-    if config.verify:
-        engine = VerifiedEngine(threaded_engine, config.verify, report=report)
-    notice = _memory_notice(config, cards, threaded_engine.limits)
-    return Opened(base, name, store, engine, threaded_engine, classifier, notice)
+    verifier = Verifier(engine, config.verify, report=report) if config.verify else None
+    notice = _memory_notice(config, cards, engine.limits)
+    return Opened(base, name, store, engine, verifier, notice)
 
 
 def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> str | None:
@@ -120,7 +117,7 @@ def _memory_notice(config: ServeConfig, cards: list[Card], limits: Limits) -> st
     return "; ".join(parts) or None
 
 
-def _threaded_engine(base: Base, config: ServeConfig, task: DataTask) -> ThreadedEngine:
+def _engine(base: Base, config: ServeConfig, task: DataTask) -> ThreadedEngine:
     limits: dict[str, Any] = {
         "running": config.max_running,
         "queue": config.max_queue,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from lorakit.configuration import conform
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.models.base_config import BaseConfig
-from lorakit.serving.http.settings import HttpLimits, HttpSettings
 
 DEMO = "out/demo"
 """Run folder of `lorakit demo`, whose adapter is served if neither an adapter nor a base is named."""
@@ -35,9 +34,36 @@ _AT_MOST = {"verify": 1, "port": 65535}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(HttpLimits):
-    """Options of `lorakit serve`."""
+class ServeConfig:
+    """Options of `lorakit serve`. A request above a limit, such as `max_tokens`, gets a 4xx answer that names it."""
 
+    max_body: int = 2_000_000
+    """Maximum size of a request body, in bytes."""
+    max_body_seconds: float = 30.0
+    """Time limit for receiving a request body, in seconds."""
+    max_prompt_tokens: int | None = None
+    """Maximum length of a prompt, in tokens. Default: the model's context. Raises the context of a model that states
+    none."""
+    max_tokens: int = 4096
+    """Maximum number of new tokens in an answer. Also the default of a chat, if the context has room."""
+    max_choices: int = 16
+    """Maximum number of answers in a request: prompts times n."""
+    max_stops: int = 4
+    """Maximum number of stop texts in a request."""
+    max_stop_length: int = 256
+    """Maximum length of a stop text, in characters."""
+    max_top_logprobs: int = 20
+    """Maximum number of most likely tokens to report for each token."""
+    max_messages: int = 1024
+    """Maximum number of messages in a chat."""
+    max_inputs: int = 256
+    """Maximum number of texts in a request for classes."""
+    max_blend: int = 8
+    """Maximum number of adapters in a blend."""
+    max_seconds: float = 600.0
+    """Time limit of a request in seconds. A longer one is cancelled."""
+    max_requests: int | None = None
+    """Maximum number of requests at a time. Default: as many as the engine runs and queues."""
     base: BaseConfig | None = None
     """The base model. Default: the base recorded in the adapters."""
     served_name: str | None = None
@@ -107,16 +133,15 @@ class ServeConfig(HttpLimits):
                 "--allow_public true to let anyone use the server."
             )
 
-    def http_settings(self, base_name: str) -> HttpSettings:
-        """Return the settings of the HTTP server for a base of this name."""
-        local = ("localhost", "127.0.0.1", "[::1]", self.host)
-        return HttpSettings(
-            base_name=base_name,
-            limits=self,
-            allow_loading=self.allow_loading,
-            health_without_key=self.health_without_key,
-            hosts=tuple(dict.fromkeys(local)) if self.is_loopback and self.keys is None else (),
-        )
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        """Names in the Host header that are answered; empty is any.
+
+        A page of another site cannot then reach a server on this machine through a name of its own (DNS rebinding).
+        """
+        if not self.is_loopback or self.keys is not None:
+            return ()
+        return tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", self.host)))
 
     @property
     def is_loopback(self) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from lorakit.serving.answer import Answer
 from lorakit.serving.engine import End, Event, GenerationRequest, Receipt, Token
 from lorakit.serving.threaded_engine import ThreadedEngine
 
@@ -59,11 +58,11 @@ class Verdict:
         return self.difference <= self.bound
 
 
-class VerifiedEngine:
-    """An engine that replays a share of its answers. All attributes but `submit` are those of the engine.
+class Verifier:
+    """Replays a share of the answers of an engine.
 
     Args:
-        engine: The engine.
+        engine: The engine. It also computes the replays.
         share: Share of the answers, from 0 to 1.
         report: Called with the receipt and the verdict of each chosen answer, in the engine's thread. The verdict is
             None if the answer was not replayed: too many wait, or the forward pass has failed.
@@ -84,13 +83,16 @@ class VerifiedEngine:
         self._pending = threading.Semaphore(pending)
         self._random = random.Random()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+    def watch(
+        self, request: GenerationRequest, deliver: Callable[[Event], Any]
+    ) -> tuple[GenerationRequest, Callable[[Event], Any]]:
+        """Choose whether to replay the answer to a request. Return the request and the `deliver` to submit.
 
-    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
-        """Queue a request (`ThreadedEngine.submit`)."""
+        Both are unchanged if the answer is not chosen. Otherwise the request asks for log-probabilities, and `deliver`
+        collects the tokens and replays them after the last one.
+        """
         if self._random.random() >= self._share:
-            return self._engine.submit(request, deliver)
+            return request, deliver
         recorded = dataclasses.replace(request, top_logprobs=request.top_logprobs or 0)
         tokens: list[Token] = []
 
@@ -103,7 +105,7 @@ class VerifiedEngine:
             finally:
                 deliver(event)
 
-        return self._engine.submit(recorded, record)
+        return recorded, record
 
     def _replay(self, request: GenerationRequest, tokens: Sequence[Token]) -> None:
         if not self._pending.acquire(blocking=False):
@@ -136,7 +138,3 @@ class VerifiedEngine:
             self._report(lease.receipt, verdict)
 
         self._engine.score([*prompt, *ids], lease, start=len(prompt)).add_done_callback(compare)
-
-
-Engine = ThreadedEngine | VerifiedEngine
-"""An engine, with or without verification."""

@@ -66,7 +66,7 @@ class Site:
 def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
     with served(folder, **options) as (client, opened):
         site = Site(live(SimpleNamespace(app=client.app)), opened)
-        advance = opened.threaded_engine._advance
+        advance = opened.engine._advance
 
         def held() -> bool:
             while site.steps >= site.last_step:
@@ -75,7 +75,7 @@ def site_of(folder: Path, live: Any, **options: Any) -> Iterator[Site]:
             site.steps += computed
             return computed
 
-        opened.threaded_engine._advance = held  # type: ignore[method-assign]
+        opened.engine._advance = held  # type: ignore[method-assign]
         yield site
 
 

@@ -16,9 +16,11 @@ from fastapi.testclient import TestClient
 
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.running import Server, TimedProtocol
-from lorakit.serving.http.settings import HttpLimits, HttpSettings
+from lorakit.serving.serve_config import ServeConfig
 
 BASE = "tiny/base"
+ANY_HOST = {"host": "0.0.0.0", "allow_public": True}
+"""Options with which requests may have any Host header."""
 
 
 @dataclasses.dataclass
@@ -68,14 +70,12 @@ def serve() -> Iterator[Serve]:
             *,
             engine: Any = None,
             store: Any = None,
-            limits: dict[str, Any] | None = None,
             keys: Any = None,
-            classifier: Any = None,
-            **settings: Any,
+            **options: Any,
         ) -> Served:
             engine, store = engine or FakeEngine(), store or FakeStore()
-            options = HttpSettings(base_name=BASE, limits=HttpLimits(**(limits or {})), **settings)
-            app = create_app(engine, store, options, keys=keys, classifier=classifier)
+            config = ServeConfig(**{**ANY_HOST, **options})
+            app = create_app(engine, store, config, base_name=BASE, keys=keys)
             client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
             made.append(Served(app, engine, store, client))
             return made[-1]

@@ -23,7 +23,7 @@ from lorakit.version import __version__
 
 
 def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
-    served = serve(limits={"max_top_logprobs": 7})
+    served = serve(max_top_logprobs=7)
     listed = served.client.get("/v1/models").json()
     assert listed["object"] == "list"
     base, e2e, sql = listed["data"]
@@ -145,7 +145,7 @@ def test_an_invalid_load(serve: Serve, case: str) -> None:
     body, param, words = LOADS[case]
     served = serve(allow_loading=True)
     if case == "the base's name":
-        object.__setattr__(served.app.state.serving.settings, "base_name", "base")
+        served.app.state.serving.base_name = "base"
     error = error_of(served.post("/v1/load_lora_adapter", **body), 400)
     assert error["param"] == param
     assert words in error["message"]
@@ -176,7 +176,7 @@ def test_a_load_that_finds_no_room_may_be_repeated(serve: Serve) -> None:
 
 
 def test_a_pair_is_classified_as_in_training(serve: Serve) -> None:
-    served = serve(store=classifying_store(), classifier=FakeClassifier())
+    served = serve(store=classifying_store(), engine=FakeClassifier())
     answer = served.post("/v1/classify", model="mrpc", input=[["The pub", "A pub"], ["a", "b"]])
     assert answer.status_code == 200, answer.text
     content = answer.json()
@@ -194,7 +194,7 @@ def test_a_pair_is_classified_as_in_training(serve: Serve) -> None:
 
 @pytest.mark.parametrize("given", ["The pub", ["The pub", "A park"]])
 def test_texts_are_classified(serve: Serve, given: Any) -> None:
-    served = serve(store=classifying_store(), classifier=FakeClassifier())
+    served = serve(store=classifying_store(), engine=FakeClassifier())
     content = served.post("/v1/classify", model="reviews", input=given).json()
     assert [row["label"] for row in content["data"]] == ["bad"] * (
         1 if isinstance(given, str) else 2
@@ -202,7 +202,7 @@ def test_texts_are_classified(serve: Serve, given: Any) -> None:
 
 
 def test_a_score_has_no_label(serve: Serve) -> None:
-    served = serve(store=classifying_store(), classifier=FakeClassifier(outputs=1))
+    served = serve(store=classifying_store(), engine=FakeClassifier(outputs=1))
     (row,) = served.post("/v1/classify", model="stsb", input=[["a", "b"]]).json()["data"]
     assert (row["label"], row["scores"]) == (None, {})
     assert row["score"] == len(served.store.tokenizer("a", "b")["input_ids"])
@@ -225,7 +225,7 @@ CLASSIFIED = {
 @pytest.mark.parametrize("case", CLASSIFIED)
 def test_an_invalid_classification_names_its_field(serve: Serve, case: str) -> None:
     body, param, words = CLASSIFIED[case]
-    served = serve(store=classifying_store(), classifier=FakeClassifier())
+    served = serve(store=classifying_store(), engine=FakeClassifier())
     error = error_of(served.post("/v1/classify", **body), 400)
     assert error["param"] == param
     assert words in error["message"], error["message"]
@@ -243,15 +243,15 @@ def test_a_server_for_text_does_not_classify(serve: Serve) -> None:
 )
 def test_errors_of_the_classifier(serve: Serve, error: Exception, status: int) -> None:
     classifier = FakeClassifier()
-    classifier.error = error
-    served = serve(store=classifying_store(), classifier=classifier)
+    classifier.refuses = error
+    served = serve(store=classifying_store(), engine=classifier)
     error_of(served.post("/v1/classify", model="reviews", input="a"), status)
 
 
 def test_the_task_is_that_of_the_leased_adapter(serve: Serve) -> None:
     """Another adapter may have its name by now."""
     store = classifying_store()
-    served = serve(store=store, classifier=FakeClassifier())
+    served = serve(store=store, engine=FakeClassifier())
     acquire = store.acquire
 
     def acquire_and_replace(choice: Any) -> Any:
@@ -266,8 +266,8 @@ def test_the_task_is_that_of_the_leased_adapter(serve: Serve) -> None:
 def test_unused_tokens_of_a_key_are_given_back(serve: Serve) -> None:
     key = Key(name="k", digest=digest_of("k" * 20), tokens=Budget(100, now=lambda: 0.0))
     classifier = FakeClassifier()
-    classifier.error = QueueFullError()
-    served = serve(store=classifying_store(), classifier=classifier, keys=KeyRing([key]))
+    classifier.refuses = QueueFullError()
+    served = serve(store=classifying_store(), engine=classifier, keys=KeyRing([key]))
     served.client.headers["authorization"] = "Bearer " + "k" * 20
     error_of(served.post("/v1/classify", model="reviews", input="a b c"), 429)
     assert key.tokens.take(100) == 0  # type: ignore[union-attr]
@@ -279,7 +279,7 @@ def test_an_output_that_is_not_finite_is_an_error(serve: Serve) -> None:
     import torch
 
     classifier = FakeClassifier()
-    served = serve(store=classifying_store(), classifier=classifier)
+    served = serve(store=classifying_store(), engine=classifier)
 
     def classify(examples: Any, lease: Any) -> Future[torch.Tensor]:
         future: Future[torch.Tensor] = Future()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from whole import post, served
 import lorakit
 from lorakit.errors import AdapterStateError
 from lorakit.serving.errors import EngineStoppedError
-from lorakit.serving.verification import VerifiedEngine
 
 __all__ = ["connect"]
 
@@ -219,16 +217,6 @@ def test_the_request_counts_under_its_adapter(serve: Serve) -> None:
     assert BASE not in page
 
 
-def test_a_verified_engine_scores(serve: Serve) -> None:
-    inner: Any = FakeEngine()
-    inner.model = SimpleNamespace(dtype=torch.float32)
-    engine: Any = VerifiedEngine(inner, 0.0, report=lambda *_: None)
-    engine.pause = None
-    served = serve(engine=engine)
-    (choice,) = served.complete(logprobs=0, base_logprobs=True).json()["choices"]
-    assert choice["base_logprobs"] == score_of(inner.scored[0][0][inner.scored[0][2] :])
-
-
 # --- real engines --------------------------------------------------------------------------------------
 
 
@@ -247,7 +235,7 @@ def test_they_are_those_of_the_bare_model(text: Path, model: Any, verify: float)
     chosen = {"model": "base", "lora": model} if isinstance(model, dict) else {"model": model}
     sent: list[tuple[list[int], list[int]]] = []
     with served(text, verify=verify) as (client, opened):
-        submit = opened.threaded_engine.submit
+        submit = opened.engine.submit
 
         def recording(asked: Any, deliver: Any) -> Any:
             tokens: list[int] = []
@@ -259,7 +247,7 @@ def test_they_are_those_of_the_bare_model(text: Path, model: Any, verify: float)
 
             return submit(asked, record)
 
-        opened.threaded_engine.submit = recording  # type: ignore[method-assign]
+        opened.engine.submit = recording  # type: ignore[method-assign]
         found, own = [], []
         for path, body in ROUTES.items():
             body = {**body, **chosen, "base_logprobs": True, "seed": 3, "n": 2, "max_tokens": 6}

@@ -87,7 +87,7 @@ def test_the_default_length_is_what_the_context_leaves(serve: Serve) -> None:
     served.chat()
     request = served.engine.tickets[0].request
     assert request.max_tokens == 256 - len(request.prompt)
-    served = serve(limits={"max_tokens": 7})
+    served = serve(max_tokens=7)
     served.chat()
     assert served.engine.tickets[0].request.max_tokens == 7
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fakes import FakeClassifier, FakeEngine, FakeStore
+from fakes import FakeClassifier, FakeStore
 from hypothesis import HealthCheck, settings
 
 schemathesis = pytest.importorskip("schemathesis")
 
-from served import BASE
+from served import ANY_HOST, BASE
 
 from lorakit.serving.http.app import create_app
-from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.serve_config import ServeConfig
 
 _store = FakeStore()
 _app = create_app(
-    FakeEngine(),
+    FakeClassifier(),
     _store,
-    HttpSettings(base_name=BASE, allow_loading=True),
-    classifier=FakeClassifier(),
+    ServeConfig(allow_loading=True, **ANY_HOST),
+    base_name=BASE,
 )
 schema = schemathesis.openapi.from_asgi("/openapi.json", _app)
 

@@ -336,7 +336,7 @@ def test_items_are_counted_before_they_are_validated(
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_large_body_is_413(serve: Serve, is_chunked: bool) -> None:
-    served = serve(limits={"max_body": 1000})
+    served = serve(max_body=1000)
     whole = json.dumps({"model": "sql", "prompt": "a" * 2000}).encode()
     content = iter([whole[:900], whole[900:]]) if is_chunked else whole
     answer = served.client.post(
@@ -434,7 +434,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(
     monkeypatch.setattr(classify, "TOKENISING", None)
     text = "a " * 100_000
     if route == "classify":
-        served = serve(store=classifying_store(), classifier=FakeClassifier())
+        served = serve(store=classifying_store(), engine=FakeClassifier())
         answer = served.post("/v1/classify", model="reviews", input=["a" * 10, text][1:])
     else:
         served = serve()
@@ -453,7 +453,7 @@ def test_a_full_queue_is_429(serve: Serve) -> None:
 
 
 def test_requests_beyond_the_most_are_429_before_any_work(serve: Serve) -> None:
-    served = serve(limits={"max_requests": 1})
+    served = serve(max_requests=1)
     served.store.hold = threading.Event()
     answers: list[Any] = []
     first = threading.Thread(target=lambda: answers.append(served.complete()))
@@ -499,7 +499,7 @@ def test_an_engine_that_dies_at_a_request_is_503(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_long_request_is_cancelled(serve: Serve, stream: bool) -> None:
-    served = serve(limits={"max_seconds": 0.3})
+    served = serve(max_seconds=0.3)
     served.engine.pause = threading.Event()
     answer = served.complete(stream=stream)
     if stream:
@@ -513,7 +513,7 @@ def test_a_long_request_is_cancelled(serve: Serve, stream: bool) -> None:
 def test_a_long_stream_is_cancelled_before_its_client_reads_the_error(serve: Serve) -> None:
     cancelled: list[bool] = []
     generation = SimpleNamespace(cancel=lambda: cancelled.append(True))
-    app = serve(limits={"max_seconds": 0.05}).app
+    app = serve(max_seconds=0.05).app
     record = RequestRecord("x", time.monotonic())
     scope = {"type": "http", "app": app, "lorakit.record": record, "headers": []}
 
@@ -533,7 +533,7 @@ def test_a_long_stream_is_cancelled_before_its_client_reads_the_error(serve: Ser
 
 
 def test_a_slow_preparation_is_cancelled_and_its_lease_released(serve: Serve) -> None:
-    served = serve(limits={"max_seconds": 0.2})
+    served = serve(max_seconds=0.2)
     served.store.hold = threading.Event()
     error_of(served.complete(), 408)
     served.store.hold.set()
@@ -569,7 +569,7 @@ def test_the_openapi_document_names_every_route(serve: Serve) -> None:
 
 
 def test_another_host_is_rejected_where_hosts_are_named(serve: Serve) -> None:
-    served = serve(hosts=("localhost", "127.0.0.1", "[::1]"))
+    served = serve(host="127.0.0.1")
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
         assert served.client.get("/health", headers={"host": host}).status_code == 200
     for host in ("evil.example", "evil.example:8000", "localhost.evil.example", ""):

@@ -118,7 +118,7 @@ def chunks(*parts: bytes) -> bytes:
 def test_a_body_without_a_length_is_read_up_to_the_limit(
     connect: Connect, serve: Serve, live: Live
 ) -> None:
-    served = serve(limits={"max_body": 1000})
+    served = serve(max_body=1000)
     connection = connect(live(served))
     connection.sendall(chunks(b"[" * 800, b"[" * 800))  # and no end
     answer = read_all(connection)
@@ -130,14 +130,14 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(
 def test_a_declared_length_above_the_limit_is_rejected_unread(
     connect: Connect, serve: Serve, live: Live
 ) -> None:
-    connection = connect(live(serve(limits={"max_body": 1000})))
+    connection = connect(live(serve(max_body=1000)))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(head + b"Content-Length: 99999999999\r\n\r\n")
     assert read_all(connection).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_slow_body_is_408(connect: Connect, serve: Serve, live: Live) -> None:
-    served = serve(limits={"max_body_seconds": 0.3})
+    served = serve(max_body_seconds=0.3)
     connection = connect(live(served))
     connection.sendall(request(BODY)[:-5])
     answer = read_all(connection)
@@ -329,7 +329,7 @@ def test_the_official_client_does_not_repeat_a_request_in_vain(
 ) -> None:
     import openai
 
-    served = serve(limits={"max_seconds": 0.2})
+    served = serve(max_seconds=0.2)
     if status == 408:
         served.engine.pause = threading.Event()
     else:
@@ -351,14 +351,15 @@ sys.path[:0] = ["tests", "tests/serving"]
 from fakes import FakeEngine, FakeStore
 from lorakit.serving.http.app import create_app
 from lorakit.serving.http.running import run
-from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.serve_config import ServeConfig
 from starlette.responses import Response
 
 engine = FakeEngine()
 engine.pause = threading.Event()
 threading.Thread(target=lambda: sys.stdin.readline() and engine.pause.set(), daemon=True).start()
 listener = socket.create_server(("127.0.0.1", 0))
-app = create_app(engine, FakeStore(), HttpSettings(base_name="base"))
+config = ServeConfig(host="0.0.0.0", allow_public=True)  # requests may have any Host header
+app = create_app(engine, FakeStore(), config, base_name="base")
 app.add_route("/large", lambda _: Response(b"x" * 20_000_000))
 run(app, listener, started=lambda: print(listener.getsockname()[1], flush=True))
 print("ended", flush=True)

@@ -72,7 +72,7 @@ def test_only_the_page_needs_no_key(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_the_page_has_its_host_only(serve: Serve) -> None:
-    client = serve(hosts=("127.0.0.1",)).client
+    client = serve(host="127.0.0.1").client
     for path in playground.PUBLIC:
         error_of(client.get(path, headers={"host": "evil.example"}), 403)
         assert client.get(path, headers={"host": "127.0.0.1:8000"}).status_code == 200

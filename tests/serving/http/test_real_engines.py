@@ -21,6 +21,7 @@ from lorakit.compute.base import open_base
 from lorakit.errors import ConfigurationError
 from lorakit.models.loading import Base
 from lorakit.serving import classifying
+from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import QueueFullError
 from lorakit.serving.http.keys import Key, KeyRing, digest_of
 from lorakit.tasks import LabelledExample
@@ -266,8 +267,8 @@ def test_the_queue_of_a_classifier_is_bounded(
     monkeypatch.setattr(classifying, "MOST_TEXTS", 5)
     text = LabelledExample(prompt="", completion="", input_ids=[5, 6], label=0)
     with served(classes, max_queue=2, max_running=1) as (_, opened):
-        engine, lease = opened.classifier, opened.store.acquire("two")
-        assert engine is not None
+        engine, lease = opened.engine, opened.store.acquire("two")
+        assert isinstance(engine, ClassifyingEngine)
         assert engine.limits.queue == 2
         futures = []
 

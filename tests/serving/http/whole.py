@@ -47,12 +47,12 @@ def served(
     )
     opened = open_all(config, report)
     app = serve.app_of(config, opened, keys)
-    opened.threaded_engine.start()
+    opened.engine.start()
     try:
         with TestClient(app, base_url="http://localhost") as client:
             yield client, opened
     finally:
-        assert opened.threaded_engine.close(10)
+        assert opened.engine.close(10)
 
 
 def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:

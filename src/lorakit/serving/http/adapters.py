@@ -63,7 +63,7 @@ async def load_adapter(request: Request, body: LoadRequest) -> LoadAnswer:
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
     _require_operator(serving, key, name)
-    if name == serving.settings.base_name:
+    if name == serving.base_name:
         raise ApiError(
             400,
             f"'lora_name' is {name!r}, the name of the base. Choose another.",
@@ -96,7 +96,7 @@ async def unload_adapter(request: Request, body: UnloadRequest) -> LoadAnswer:
     serving, name = serving_of(request), body.lora_name
     key = record_of(request).key
     _require_operator(serving, key, name)
-    if name == serving.settings.base_name:
+    if name == serving.base_name:
         raise ApiError(
             400,
             f"'lora_name' is {name!r}, the base. Only adapters can be unloaded.",
@@ -111,7 +111,7 @@ async def unload_adapter(request: Request, body: UnloadRequest) -> LoadAnswer:
 
 
 def _require_operator(serving: Serving, key: Key, name: str) -> None:
-    if not serving.settings.allow_loading:
+    if not serving.config.allow_loading:
         raise ApiError(
             403,
             "This server does not load or unload adapters by HTTP. Start it with --allow_loading true.",
@@ -133,8 +133,8 @@ def _require_operator(serving: Serving, key: Key, name: str) -> None:
 
 def _model(serving: Serving, name: str, described: dict[str, Any]) -> Model:
     """Describe a model; `described` is of the base."""
-    base, created, engine = serving.settings.base_name, int(serving.began), serving.engine
-    limits = {name: getattr(serving.settings.limits, name) for name in _SHOWN_LIMITS}
+    base, created, engine = serving.base_name, int(serving.began), serving.engine
+    limits = {name: getattr(serving.config, name) for name in _SHOWN_LIMITS}
     # Adapters have these too: a key may allow adapters without the base.
     shared = {"kind": described["kind"], "limits": limits}
     if name == base:

@@ -8,7 +8,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.http import (
     adapters,
     chat,
@@ -21,10 +20,11 @@ from lorakit.serving.http import (
 from lorakit.serving.http.envelope import Envelope
 from lorakit.serving.http.errors import ErrorAnswer, answer_http_error, answer_validation_error
 from lorakit.serving.http.keys import KeyRing
-from lorakit.serving.http.settings import HttpSettings
 from lorakit.serving.http.state import Serving
+from lorakit.serving.serve_config import ServeConfig
 from lorakit.serving.store import AdapterStore
-from lorakit.serving.verification import Engine
+from lorakit.serving.threaded_engine import ThreadedEngine
+from lorakit.serving.verification import Verifier
 from lorakit.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -46,21 +46,23 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    engine: Engine,
+    engine: ThreadedEngine,
     store: AdapterStore,
-    settings: HttpSettings,
+    config: ServeConfig,
     *,
+    base_name: str,
     keys: KeyRing | None = None,
-    classifier: ClassifyingEngine | None = None,
+    verifier: Verifier | None = None,
 ) -> FastAPI:
     """Return the application.
 
     Args:
-        engine: Computes the requests for text.
+        engine: Generates text. A `ClassifyingEngine` computes classes and scores instead.
         store: The adapters.
-        settings: What is allowed.
+        config: Options of `lorakit serve`. The application reads its limits, switches and allowed hosts.
+        base_name: Name of the base in the field `model`.
         keys: The API keys; None answers everyone.
-        classifier: Computes classes and scores; None for a base that generates text.
+        verifier: Replays a share of the answers; None replays none.
     """
     app = FastAPI(
         title="lorakit",
@@ -71,7 +73,7 @@ def create_app(
         redirect_slashes=False,  # a redirect repeats the client's Host header
         responses=_ERRORS,
     )
-    app.state.serving = Serving(engine, store, settings, keys, classifier)
+    app.state.serving = Serving(engine, store, config, base_name, keys, verifier)
     for module in (completions, chat, classify, adapters, reports, operations, playground):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, answer_http_error)

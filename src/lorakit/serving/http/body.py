@@ -33,15 +33,15 @@ class StrictRequest(Request):
         """
         if not hasattr(self, "_body"):
             record_of(self).key.take_request()
-            limits = serving_of(self).settings.limits
+            config = serving_of(self).config
             try:
                 self._body = await asyncio.wait_for(
-                    self._read(limits.max_body), limits.max_body_seconds
+                    self._read(config.max_body), config.max_body_seconds
                 )
             except asyncio.TimeoutError:
                 raise ApiError(
                     408,
-                    f"The body did not arrive within {limits.max_body_seconds:g} seconds, the limit "
+                    f"The body did not arrive within {config.max_body_seconds:g} seconds, the limit "
                     "max_body_seconds of this server.",
                     code="max_body_seconds",
                     close=True,

@@ -36,7 +36,7 @@ router = APIRouter(route_class=StrictRoute)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation with the base, an adapter, or a blend of adapters."""
     serving = serving_of(request)
-    most = serving.settings.limits.max_messages
+    most = serving.config.max_messages
     require_at_most("messages", len(body.messages), most, "max_messages", "messages")
 
     def encode(lease: Lease) -> Prompts:

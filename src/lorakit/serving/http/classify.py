@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data import DataTask
+from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.engine import Lease
 from lorakit.serving.http.answers import ClassifyAnswer, ClassifyRow, PromptTokens, Usage
 from lorakit.serving.http.body import StrictRoute
@@ -31,15 +32,15 @@ router = APIRouter(route_class=StrictRoute)
 async def classify(request: Request, body: ClassifyRequest) -> Response:
     """Predict the class or the score of texts, or of pairs of texts, with an adapter."""
     serving, record = serving_of(request), record_of(request)
-    classifier = serving.classifier
-    if classifier is None:
+    engine = serving.engine
+    if not isinstance(engine, ClassifyingEngine):
         raise invalid_value("This server generates text; none of its models classifies.", "model")
     rows = body.rows
-    require_at_most("input", len(rows), serving.settings.limits.max_inputs, "max_inputs", "texts")
+    require_at_most("input", len(rows), serving.config.max_inputs, "max_inputs", "texts")
     require_capacity(serving)
 
     def prepare(lease: Lease) -> list[LabelledExample]:
-        task, context = _task(body.model, lease), serving.engine.limits.context
+        task, context = _task(body.model, lease), engine.limits.context
         examples = _encode(task, lease.tokenizer, rows, context)
         record.key.reserve_tokens(sum(map(len, examples)))
         return examples
@@ -48,7 +49,7 @@ async def classify(request: Request, body: ClassifyRequest) -> Response:
         lease, examples = await serving.acquire_and_prepare(record, prepare, body.model)
         tokens = sum(map(len, examples))
         try:
-            future = serving.submit_leased(lease, lambda: classifier.classify(examples, lease))
+            future = serving.submit_leased(lease, lambda: engine.classify(examples, lease))
         except BaseException:
             record.key.give_back_tokens(tokens)
             raise

@@ -63,7 +63,7 @@ class Envelope:
 
     def _check(self, scope: Scope, headers: Headers, record: RequestRecord) -> None:
         """Reject a request to another host, or without a valid key. Covers every route but the page's files."""
-        hosts, host = self.serving.settings.hosts, headers.get("host", "")
+        hosts, host = self.serving.config.allowed_hosts, headers.get("host", "")
         if hosts and re.sub(r":\d*$", "", host) not in hosts:  # without the port
             raise ApiError(
                 403,
@@ -77,5 +77,5 @@ class Envelope:
     def _is_public(self, method: str, path: str) -> bool:
         """Return whether a request needs no key."""
         if path == HEALTH:
-            return self.serving.settings.health_without_key
+            return self.serving.config.health_without_key
         return method == "GET" and path in PUBLIC

@@ -34,7 +34,6 @@ from lorakit.serving.http.keys import Key
 from lorakit.serving.http.logprobs import finite
 from lorakit.serving.http.prompts import special_stops
 from lorakit.serving.http.schemas import ChatRequest, CompletionRequest
-from lorakit.serving.http.settings import HttpLimits
 from lorakit.serving.http.state import (
     RequestRecord,
     Serving,
@@ -44,6 +43,7 @@ from lorakit.serving.http.state import (
     require_capacity,
     serving_of,
 )
+from lorakit.serving.serve_config import ServeConfig
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ Prompts = tuple[list[list[int]], frozenset[int]]
 """Token ids of each prompt, and the tokens that end an answer."""
 
 
-def _require_limits(limits: HttpLimits, body: CompletionRequest | ChatRequest) -> None:
+def _require_limits(config: ServeConfig, body: CompletionRequest | ChatRequest) -> None:
     """Reject a request with a field above one of the server's limits.
 
     Raises:
@@ -60,14 +60,14 @@ def _require_limits(limits: HttpLimits, body: CompletionRequest | ChatRequest) -
     tokens_field, max_tokens = body.max_tokens_field
     logprobs_field, top_logprobs = body.top_logprobs_field
     answers = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
-    require_at_most(tokens_field, max_tokens or 0, limits.max_tokens, "max_tokens")
-    require_at_most("n", answers, limits.max_choices, "max_choices", "answers (prompts times n)")
-    require_at_most("stop", len(body.stops), limits.max_stops, "max_stops", "stop texts")
+    require_at_most(tokens_field, max_tokens or 0, config.max_tokens, "max_tokens")
+    require_at_most("n", answers, config.max_choices, "max_choices", "answers (prompts times n)")
+    require_at_most("stop", len(body.stops), config.max_stops, "max_stops", "stop texts")
     for text in body.stops:
         require_at_most(
-            "stop", len(text), limits.max_stop_length, "max_stop_length", "characters in a text"
+            "stop", len(text), config.max_stop_length, "max_stop_length", "characters in a text"
         )
-    require_at_most(logprobs_field, top_logprobs or 0, limits.max_top_logprobs, "max_top_logprobs")
+    require_at_most(logprobs_field, top_logprobs or 0, config.max_top_logprobs, "max_top_logprobs")
 
 
 def _sampling(body: CompletionRequest | ChatRequest) -> Sampling:
@@ -96,7 +96,7 @@ async def begin(
         ApiError: The request cannot be answered. Then nothing is leased.
     """
     serving, record = serving_of(request), record_of(request)
-    _require_limits(serving.settings.limits, body)
+    _require_limits(serving.config, body)
     require_capacity(serving)
     answers, sampling = body.n or 1, _sampling(body)
     is_chat = isinstance(body, ChatRequest)
@@ -139,7 +139,7 @@ def _require_base(serving: Serving, key: Key) -> None:
         ApiError: The key may not use the base.
         AdapterStateError: The base cannot compute alone, because its head is not trained.
     """
-    name = serving.settings.base_name
+    name = serving.base_name
     if not key.allows(name):
         raise unknown_model(name, serving.models(key), "base_logprobs")
     serving.store.acquire(None).release()
@@ -151,8 +151,8 @@ def _room(serving: Serving, ids: Sequence[int], wanted: int | None, field: str) 
     Raises:
         ApiError: The prompt is too long.
     """
-    limits, engine = serving.settings.limits, serving.engine.limits
-    most, room = limits.max_prompt_tokens, engine.room_after(len(ids))
+    config, engine = serving.config, serving.engine.limits
+    most, room = config.max_prompt_tokens, engine.room_after(len(ids))
     if most is not None:
         require_at_most(field, len(ids), most, "max_prompt_tokens", "tokens")
     if room < 1:
@@ -170,7 +170,7 @@ def _room(serving: Serving, ids: Sequence[int], wanted: int | None, field: str) 
             param=field,
             code="context_length_exceeded",
         )
-    return wanted or min(room, limits.max_tokens)
+    return wanted or min(room, config.max_tokens)
 
 
 class Generation:
@@ -215,7 +215,7 @@ class Generation:
             for index, request in enumerate(self.requests):
                 ended = holders.add()
                 deliver = partial(self._deliver, index, ended)
-                self._submitted.append(self._serving.engine.submit(request, deliver))
+                self._submitted.append(self._serving.submit(request, deliver))
         except BaseException as error:
             ended()  # of the request that the engine has not accepted
             self.cancel()
@@ -242,9 +242,7 @@ class Generation:
         tokens = [*prompt, *self._ids[index]]
         # A record of its own: the metrics count the request under its adapters.
         own = RequestRecord(record.id, record.began, record.key)
-        lease, _ = await serving.acquire_and_prepare(
-            own, lambda lease: None, serving.settings.base_name
-        )
+        lease, _ = await serving.acquire_and_prepare(own, lambda lease: None, serving.base_name)
         future = serving.submit_leased(
             lease, lambda: serving.engine.score(tokens, lease, start=len(prompt))
         )

@@ -32,7 +32,7 @@ async def get_report(request: Request, model: str) -> Response:
 
     def read() -> bytes:
         serving.require_model(key, model)
-        path = None if model == serving.settings.base_name else serving.store.report(model)
+        path = None if model == serving.base_name else serving.store.report(model)
         if path is None:
             raise ApiError(
                 404,

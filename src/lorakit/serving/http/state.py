@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.serving.adapter_memory_queue import AdapterMemoryQueue
-from lorakit.serving.classifying import ClassifyingEngine
-from lorakit.serving.engine import Lease, QueueFullError
+from lorakit.serving.answer import Answer
+from lorakit.serving.engine import Event, GenerationRequest, Lease, QueueFullError
 from lorakit.serving.errors import EngineStoppedError, UnknownAdapterError
 from lorakit.serving.http.errors import (
     RETRY_SECONDS,
@@ -27,9 +27,10 @@ from lorakit.serving.http.errors import (
 )
 from lorakit.serving.http.keys import OPEN, Key, KeyRing
 from lorakit.serving.http.metrics import Metrics, model_label
-from lorakit.serving.http.settings import HttpSettings
+from lorakit.serving.serve_config import ServeConfig
 from lorakit.serving.store import AdapterStore
-from lorakit.serving.verification import Engine
+from lorakit.serving.threaded_engine import ThreadedEngine
+from lorakit.serving.verification import Verifier
 
 T = TypeVar("T")
 
@@ -54,11 +55,13 @@ class RequestRecord:
 class Serving:
     """The objects that all routes of a server use."""
 
-    engine: Engine
+    engine: ThreadedEngine
     store: AdapterStore
-    settings: HttpSettings
+    config: ServeConfig
+    base_name: str
+    """Name of the base in the field `model`."""
     keys: KeyRing | None
-    classifier: ClassifyingEngine | None
+    verifier: Verifier | None
     began: float = field(default_factory=time.time)
     in_flight: int = 0
     """Requests that are not answered yet, and that arrived before the signal to end: shutdown waits for these only."""
@@ -98,7 +101,7 @@ class Serving:
     def models(self, key: Key) -> list[str]:
         """Return the names of the models that a key may use: the base, then the adapters."""
         # A folder that has got the base's name since the start cannot be requested.
-        names = dict.fromkeys([self.settings.base_name, *self.store.names()])
+        names = dict.fromkeys([self.base_name, *self.store.names()])
         return [name for name in names if key.allows(name)]
 
     def require_model(self, key: Key, name: str) -> None:
@@ -118,14 +121,14 @@ class Serving:
             ApiError: 400 for a blend on an adapter, or of too many.
         """
         if lora is None:
-            return None if model == self.settings.base_name else model
-        if model != self.settings.base_name:
+            return None if model == self.base_name else model
+        if model != self.base_name:
             raise invalid_value(
                 f"'lora' blends adapters on the base, but 'model' is the adapter {model!r:.200}. Set it to "
-                f"{self.settings.base_name!r}.",
+                f"{self.base_name!r}.",
                 "lora",
             )
-        most = self.settings.limits.max_blend
+        most = self.config.max_blend
         if not lora or len(lora) > most or model in lora:
             raise invalid_value(
                 f"'lora' has {len(lora)} adapters; it must be a mapping from names of adapters to weights, with 1 to "
@@ -150,7 +153,7 @@ class Serving:
             known = self.models(record.key)
             param = next((p for p, name in named.items() if name not in known), "model")
             raise unknown_model(named[param], known, param) from None
-        record.model = model_label(lease.receipt, self.settings.base_name)
+        record.model = model_label(lease.receipt, self.base_name)
         return lease
 
     async def in_worker(self, work: Callable[[], T]) -> T:
@@ -199,13 +202,19 @@ class Serving:
 
         self._count(1)
         try:
-            names = {*(lora or [model])} - {self.settings.base_name}
+            names = {*(lora or [model])} - {self.base_name}
             are_pinned = self.store.are_pinned(names)
             pool = self.preparers if are_pinned else self.loaders
             return await self.memory_queue.acquire(attempt, overtakes=are_pinned)
         except BaseException:
             self._count(-1)
             raise
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Event], Any]) -> Answer:
+        """Queue a request for text (`ThreadedEngine.submit`). The verifier, if there is one, may replay its answer."""
+        if self.verifier is not None:
+            request, deliver = self.verifier.watch(request, deliver)
+        return self.engine.submit(request, deliver)
 
     def submit_leased(self, lease: Lease, submit: Callable[[], Future[T]]) -> Future[T]:
         """Queue a leased request with `submit`, and return its future.
@@ -253,7 +262,7 @@ async def guarded(request: Request, work: Awaitable[T]) -> T:
         ClientGone: The client closed the connection.
         ApiError: 408, after `max_seconds` from the start of the request.
     """
-    most = serving_of(request).settings.limits.max_seconds
+    most = serving_of(request).config.max_seconds
     left = record_of(request).began + most - time.monotonic()
     task: asyncio.Future[T] = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
@@ -293,7 +302,7 @@ def require_capacity(serving: Serving) -> None:
     if problem := serving.problem():
         raise EngineStoppedError(problem)
     limits = serving.engine.limits
-    if serving.computing >= (serving.settings.limits.max_requests or limits.running + limits.queue):
+    if serving.computing >= (serving.config.max_requests or limits.running + limits.queue):
         raise busy(serving)
 
 
