@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import partial
 
@@ -148,6 +149,27 @@ def test_relu_in_place_in_a_compiled_model(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(gradients(adapters, compiled(x)), gradients(adapters, model(x)))
     torch._dynamo.reset()
+
+
+# --- tracing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",  # a size of W in a Python expression
+)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), Conv1D(8, 8), nn.Conv1d(8, 8, 1)], ids=repr)
+def test_a_traced_model(layer: nn.Module, dora: bool) -> None:
+    """`torch.jit.trace` also compares the traced model with and without gradients."""
+    model = nn.Sequential(layer, nn.ReLU(inplace=True))
+    adapters = adapted(model, LoRA(rank=2, targets="0", dora=dora))
+    traced = torch.jit.trace(model, torch.randn(5, 8, 8))
+    torch.jit.save(traced, io.BytesIO())
+    x = torch.randn(5, 8, 8)
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(gradients(adapters, traced(x)), gradients(adapters, model(x)))
+    adapters.detach()
 
 
 # --- operations on the input --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.models.layers import uncompiled
+from lorakit.models.layers import base_modules, unwrapped
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -120,10 +120,10 @@ def handle_for(model: nn.Module) -> Adapters:
         if isinstance(getattr(model, "model", None), nn.Module):
             instead = f" Pass the model that the {type(model).__name__} has: its attribute model."
         raise ConfigurationError(f"model is {model!r:.100}; it must be a PyTorch module.{instead}")
-    model = uncompiled(model)
+    model = unwrapped(model)
     handle = handle_of(model)
     if handle is None:
-        for path, module in model.named_modules():
+        for path, module in base_modules(model):
             if type(module).__module__.startswith("peft."):
                 convert = (
                     "Convert them with lorakit.from_peft(model), or use the base without them: model.unload()."

@@ -34,7 +34,13 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS, base_modules, is_of_adapter
+from lorakit.models.layers import (
+    ADAPTERS,
+    base_modules,
+    is_of_adapter,
+    state_dict_key,
+    without_wrappers,
+)
 from lorakit.models.parameter_swaps import MARK, base_parameter, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
@@ -140,8 +146,11 @@ def _prevent_loading(folder: Path, name: str) -> None:
 
 @torch.no_grad()
 def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with the active adapters merged into the base keys, and a mark for every changed layer."""
-    result = dict(state)
+    """Return `state` with the active adapters merged into the base keys, and a mark for every changed layer.
+
+    Its keys are those of the model without wrappers (`torch.compile` of a block), so that every model loads it.
+    """
+    result = {without_wrappers(key): tensor for key, tensor in state.items()}
     replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
@@ -161,7 +170,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     _expand_quantised(model, result, replaced)
     # A copy of a base tensor may have several keys (the base's own, and every tied one): write it once.
     copies = _copies(model)
-    seen = {id(p) for name, p in model.named_parameters() if name not in copies}
+    seen = {id(p) for name, p in model.named_parameters() if without_wrappers(name) not in copies}
     for key, parameter in copies.items():
         if id(parameter) in seen:
             result.pop(key, None)
@@ -230,11 +239,12 @@ def check_loading(
             copy replaces; or the file holds tensors that no adapter of this model has; or the base was loaded from the
             file itself.
     """
+    _add_wrappers(module, state_dict, prefix)
     _refuse_unknown_tensors(module, state_dict, prefix)
     _refuse_merged_base(module, state_dict, prefix)
     adapted = [*adapted_layers(module)]
     for path, _, adapters in adapted:
-        start = f"{prefix}{path}." if path else prefix  # of the layer's keys
+        start = f"{prefix}{state_dict_key(module, path)}." if path else prefix
         if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
             raise AdapterStateError(
                 "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
@@ -263,6 +273,14 @@ def check_loading(
     is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
     if is_base and (adapted or not prefix):
         record_loaded(module, state_dict, prefix)
+
+
+def _add_wrappers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give tensors of a file without wrappers the keys that they have in a model with wrapped parts."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name == without_wrappers(name) and (own := state_dict_key(module, name)) != name:
+            state_dict[prefix + own] = state_dict.pop(key)
 
 
 def equals_base(loaded: Tensor, base: Tensor) -> bool:
@@ -301,7 +319,7 @@ def keep_base_weights(
 def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Keep quantised weights for which the file holds the equal dequantised weight."""
     for path, weight in quantised_weights(model):
-        start = f"{prefix}{path}." if path else prefix
+        start = f"{prefix}{state_dict_key(model, path)}." if path else prefix
         key = f"{start}weight"
         in_file = state_dict.get(key)
         packed = weight.packed
@@ -328,7 +346,7 @@ def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], pre
     for path, module in base_modules(model, remove_duplicate=False):
         if (slot := module._modules.get(ADAPTERS)) is not None:
             own = {MARK, *slot.state_dict()} if isinstance(slot, LayerAdapters) else None
-            known[f".{path}" if path else path] = own
+            known[f".{state_dict_key(model, path)}" if path else path] = own
     for key in keys:
         path, _, name = f".{key.removeprefix(prefix)}".partition(f".{ADAPTERS}.")
         names = known.get(path, set())
@@ -343,7 +361,7 @@ def _refuse_merged_base(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     """Reject the file of a base that was loaded from it, and so contains the adapter's effect already."""
     has_effect = False
     for path, layer, adapters in adapted_layers(model):
-        start = f"{prefix}{path}." if path else prefix
+        start = f"{prefix}{state_dict_key(model, path)}." if path else prefix
         if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
             continue
         for name, module in adapters.items():

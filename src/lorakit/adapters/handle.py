@@ -49,7 +49,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
-from lorakit.models.layers import uncompiled
+from lorakit.models.layers import base_modules, unwrapped
 
 _LOG = logging.getLogger(__name__)
 
@@ -526,7 +526,7 @@ class Adapters:
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
-        for module in self.model.modules():  # also parts of it, such as the backbone
+        for _, module in base_modules(self.model):  # also parts of it, such as the backbone
             for name, function in _REPLACED.items():
                 replace_method(module, name, function)
 
@@ -548,7 +548,7 @@ class Adapters:
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         unwatch(self.model)
-        for module in self.model.modules():
+        for _, module in base_modules(self.model):
             for name, function in _REPLACED.items():
                 restore_method(module, name, function)
 
@@ -639,4 +639,4 @@ class Adapters:
 
 def handle_of(model: nn.Module) -> Adapters | None:
     """Return the handle of a model that has adapters, else None."""
-    return getattr(uncompiled(model), _HANDLE, None)
+    return getattr(unwrapped(model), _HANDLE, None)

@@ -25,7 +25,7 @@ from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.layers import ADAPTERS, base_modules, submodule
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
@@ -74,7 +74,7 @@ class InstalledAdapter:
         """
         for path, module in self.modules.items():
             try:
-                layer = model.get_submodule(path)
+                layer = submodule(model, path)
             except AttributeError:  # a parent was replaced
                 continue
             adapters = getattr(layer, ADAPTERS, None)  # also through a wrapper, as of torch.compile
@@ -133,7 +133,7 @@ def install(
     seen: set[tuple[int, str]] = set()
     for parameter_name in trained_names:
         path, _, attribute = parameter_name.rpartition(".")
-        layer = model.get_submodule(path)
+        layer = submodule(model, path)
         if (id(layer), attribute) in seen:  # one module at two paths
             continue
         seen.add((id(layer), attribute))
@@ -142,13 +142,13 @@ def install(
             copies[id(base)] = nn.Parameter(base.detach().clone())
             installed.trained.append(parameter_name)
         modules.setdefault(path, AdapterModule()).add_trained(attribute, copies[id(base)])
-    layers = {path: model.get_submodule(path) for path in modules}
+    layers = {path: submodule(model, path) for path in modules}
     layouts = row_layouts(
         model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
     )
     for path, module in modules.items():
         layer = layers[path]
-        owner = model.get_submodule(path.rpartition(".")[0])
+        owner = submodule(model, path.rpartition(".")[0])
         add_module(layer, owner, name, module, activation, layouts.get(path))
         if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
             _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
@@ -176,9 +176,9 @@ def check_installable(
     tensors: dict[str, Tensor | None] = {p: next(m.parameters(), None) for p, m in modules.items()}
     for name in trained_names:
         path, _, attribute = name.rpartition(".")
-        tensors[path] = base_parameter(model.get_submodule(path), attribute)
+        tensors[path] = base_parameter(submodule(model, path), attribute)
     for path in tensors:
-        check_free(path, model.get_submodule(path))
+        check_free(path, submodule(model, path))
     _refuse_offloaded(model, tensors)
 
 
@@ -298,7 +298,7 @@ def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
     """
     for name in trained:
         path, _, attribute = name.rpartition(".")
-        layer = model.get_submodule(path)
+        layer = submodule(model, path)
         quantised = quantised_weight(layer, base_parameter(layer, attribute))
         if quantised is not None:
             raise ConfigurationError(

@@ -31,7 +31,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules
+from lorakit.models.layers import base_modules, submodule
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
@@ -298,7 +298,7 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
                 f"{nearest(name, known)} Load it on the model class it was trained with."
             )
         if known[name].shape != tensor.shape:
-            owner = model.get_submodule(name.rpartition(".")[0])
+            owner = submodule(model, name.rpartition(".")[0])
             is_vocabulary = owner in (input_embeddings(model), output_embeddings(model))
             fix = (
                 f"If the vocabulary grew, resize the model first: model.resize_token_embeddings({len(tensor)})."

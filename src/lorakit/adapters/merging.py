@@ -16,6 +16,7 @@ from lorakit.adapters.export import separate_names, tied_names, unties
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
+from lorakit.models.layers import submodule, without_wrappers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 
 _LOG = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def unmerge(model: nn.Module) -> None:
 def _separate_names(model: nn.Module) -> None:
     """Give each name of a parameter that the merge has untied in part a parameter of its own."""
     for names in tied_names(model):
-        owners = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
+        owners = [(submodule(model, n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
         tensors = {name: model.get_parameter(name) for name in names}
         own: dict[str, Tensor] = dict(tensors)
         separate_names([names], own)
@@ -208,7 +209,7 @@ def _record_untying(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
-    state = model.state_dict()
+    state = {without_wrappers(key): tensor for key, tensor in model.state_dict().items()}
     separated = (
         (first, other)
         for first, *others in tied_names(model)

@@ -20,7 +20,7 @@ from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, parents, walk
+from lorakit.models.layers import base_modules, parents, submodule, walk
 
 _MAIN_INPUTS = (
     *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
@@ -122,8 +122,8 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     inputs = {id(input_embeddings(module)) for _, module in base_modules(model)}
     layouts = {}
     for path in paths:
-        layer, config = model.get_submodule(path), configs.get(path)
-        around = [model, *(model.get_submodule(parent) for parent in parents(path)), layer]
+        layer, config = submodule(model, path), configs.get(path)
+        around = [model, *(submodule(model, parent) for parent in parents(path)), layer]
         is_known = architecture_of(config) is not None or _declaring(around) is not None
         is_table = isinstance(layer, nn.Embedding) and id(layer) not in inputs
         layouts[path] = RowLayout(
@@ -157,7 +157,7 @@ def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
     root = getattr(model, "config", None)
     if getattr(root, "sub_configs", None) and not getattr(root, "is_encoder_decoder", False):
         text: Any = root.get_text_config()  # type: ignore[union-attr]
-        if config is not text and model.get_submodule(path) is not output_embeddings(model):
+        if config is not text and submodule(model, path) is not output_embeddings(model):
             return "its input holds images or audio, whose number can differ from the batch size"
     return None
 

@@ -22,6 +22,7 @@ from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
+from lorakit.models.layers import submodule
 from lorakit.models.parameter_swaps import hidden_parameters
 from lorakit.models.sharding import full_shape, full_tensor
 
@@ -59,7 +60,7 @@ def store(
     lora = {path: m for path, m in adapter.modules.items() if isinstance(m, LoRALayer)}
     heads = {m.source[0]: path for path, m in lora.items() if isinstance(m, TiedHeadLoRA)}
     layers = {
-        path: _store_layer(model.get_submodule(path), module, copy, heads.get(module))
+        path: _store_layer(submodule(model, path), module, copy, heads.get(module))
         for path, module in lora.items()
         if not isinstance(module, TiedHeadLoRA)
     }

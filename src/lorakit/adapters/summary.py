@@ -14,7 +14,8 @@ from lorakit.adapters.saving import file_bytes
 from lorakit.formatting import percentage, size
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.method import Method, describe, require_method
-from lorakit.models.layers import uncompiled
+from lorakit.models.layers import unwrapped
+from lorakit.models.parameter_swaps import named_base_parameters
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
         ConfigurationError: A setting does not fit the model, or `method` is no method with its settings.
     """
     require_method(method)
-    model = uncompiled(model)
+    model = unwrapped(model)
     modules = fake_modules(method, model)
     trained = method.trained_parameters(model)
     refuse_quantised(model, trained)
-    base = dict(model.named_parameters(remove_duplicate=False))
+    base = {name: p for name, _, p in named_base_parameters(model, remove_duplicate=False)}
     return _counts(
         model,
         [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
+from lorakit.models.layers import submodule
 from lorakit.ops.dropout import register_gathered
 from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 
@@ -99,9 +100,9 @@ def last_block(model: nn.Module) -> LastBlock | None:
     if located is None:
         return None
     (*before, _), parts = located
-    earlier = {id(m) for path in before for m in model.get_submodule(path).modules()}
+    earlier = {id(m) for path in before for m in submodule(model, path).modules()}
     return LastBlock(
-        parts=tuple(map(model.get_submodule, parts)),
+        parts=tuple(submodule(model, part) for part in parts),
         watched=tuple(m for m in model.modules() if id(m) not in earlier),
     )
 

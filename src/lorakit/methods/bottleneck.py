@@ -103,14 +103,15 @@ class BottleneckAdapter(TrainsModules):
         from torch import nn
 
         from lorakit.methods.bottleneck_module import Bottleneck
+        from lorakit.models.layers import submodule
 
         if self.size > site.width:
             raise ConfigurationError(
                 f"size {self.size} exceeds the width {site.width} of '{site.path}', so it is not a bottleneck. "
                 f"Use at most {site.width}."
             )
-        layer = model.get_submodule(site.path)
-        device = next(model.get_submodule(site.block).parameters()).device
+        layer = submodule(model, site.path)
+        device = next(submodule(model, site.block).parameters()).device
         return Bottleneck(
             site.width,
             self.size,

@@ -20,7 +20,7 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
-from lorakit.models.layers import ADAPTERS, base_modules, by_token
+from lorakit.models.layers import ADAPTERS, base_modules, by_token, submodule
 from lorakit.ops.rows import gather_rows
 
 INIT_STD = 0.02
@@ -330,7 +330,7 @@ def block_vectors(
         )
     modules: dict[str, AdapterModule] = {}
     for block in lists[0][1:]:
-        device = next(model.get_submodule(block).parameters()).device
+        device = next(submodule(model, block).parameters()).device
         options = {"device": device, "dtype": dtype or torch.float32}
         modules[block] = BlockVectors(tokens, config.hidden_size, options)
     return modules

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.errors import TargetError
 from lorakit.models.architectures import DOWN, GATE, UP, K, O, Q, V, architecture_of
-from lorakit.models.layers import LocatedModule, is_inside, walk, weight_shape
+from lorakit.models.layers import LocatedModule, is_inside, submodule, walk, weight_shape
 from lorakit.models.places import ATTENTION_ROLES, Place, all_places, name_in_block
 
 
@@ -52,7 +52,7 @@ def _structure(
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of all stacks, each once."""
     paths = [path for stack in stacks(model).values() for path in stack]
-    return list(dict.fromkeys(map(model.get_submodule, paths)))
+    return list(dict.fromkeys(submodule(model, path) for path in paths))
 
 
 def residual_branches(model: nn.Module) -> list[Site]:

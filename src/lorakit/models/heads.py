@@ -5,12 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.models.direct_reads import never_calls
-from lorakit.models.layers import LocatedModule, base_modules, is_inside, why_not_adaptable
+from lorakit.models.layers import (
+    LocatedModule,
+    base_modules,
+    is_inside,
+    submodule,
+    unwrapped,
+    why_not_adaptable,
+)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """Return the part of a model that computes hidden states; the model itself if it has no head."""
-    return getattr(model, "base_model", model)  # type: ignore[return-value]
+    return unwrapped(getattr(model, "base_model", model))  # type: ignore[arg-type]
 
 
 def classification_head(model: nn.Module) -> list[str]:
@@ -26,7 +33,7 @@ def classification_head(model: nn.Module) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if child is not base and any(True for _ in child.parameters())
+        if unwrapped(child) is not base and any(True for _ in child.parameters())
     ]
 
 
@@ -38,7 +45,7 @@ def logits_layer(model: nn.Module) -> str | None:
     count = getattr(getattr(model, "config", None), "num_labels", None)
     found = None
     for head in classification_head(model):
-        for path, module in base_modules(model.get_submodule(head)):
+        for path, module in base_modules(submodule(model, head)):
             if isinstance(module, nn.Linear) and module.out_features == count:
                 found = f"{head}.{path}" if path else head
     return found
@@ -47,7 +54,8 @@ def logits_layer(model: nn.Module) -> str | None:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that projects to the vocabulary, or None if the model has none."""
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter else None
+    layer = getter() if getter else None
+    return None if layer is None else unwrapped(layer)
 
 
 def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
@@ -111,6 +119,7 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that embeds the input, or None if the model has none."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
-        return getter() if getter else None
+        layer = getter() if getter else None
     except (AttributeError, NotImplementedError):  # transformers raises them if the model has none
         return None
+    return None if layer is None else unwrapped(layer)

@@ -44,9 +44,55 @@ class AdapterSlot(nn.ModuleDict):
     """The child module that holds a layer's adapters by name; not part of the base."""
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` wrapped; any other model unchanged."""
-    return getattr(model, "_orig_mod", model)
+_COMPILED = "_orig_mod"
+"""Name of the wrapped module in a wrapper of `torch.compile`."""
+
+_WRAPPED = (_COMPILED, "_checkpoint_wrapped_module")
+"""Names of the wrapped module in wrappers: that of `torch.compile`, and PyTorch's `checkpoint_wrapper`.
+
+`named_modules` and `named_parameters` of PyTorch contain these names, and keys of a state dict contain the first.
+lorakit's paths and names of parameters contain none, so they are the same before and after a part is wrapped."""
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` or `checkpoint_wrapper` wrapped; any other module unchanged."""
+    while (name := _wrapped_name(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    # accelerate's copy of a model, whose blocks it has compiled, keeps the model as a plain attribute.
+    return module.__dict__.get(_COMPILED, module)
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    """Return the name of the child that a module wraps; None if it is no wrapper."""
+    children = module._modules
+    return next((name for name in _WRAPPED if name in children), None) if children else None
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path of `base_modules`, where `model.get_submodule` may return a wrapper around it.
+
+    Raises:
+        AttributeError: The model has no such module.
+    """
+    return unwrapped(model.get_submodule(path))
+
+
+def without_wrappers(name: str) -> str:
+    """Return PyTorch's name of a module or parameter, or a key of a state dict, without the names of `_WRAPPED`."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def state_dict_key(model: nn.Module, name: str) -> str:
+    """Return the key of a parameter in ``model.state_dict()``; for a path, the start of the module's keys."""
+    parts: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        parts.append(part)
+        module = module._modules.get(part) if module is not None else None
+        while module is not None and (wrapped := _wrapped_name(module)) is not None:
+            parts += [wrapped] if wrapped == _COMPILED else []
+            module = module._modules[wrapped]
+    return ".".join(parts)
 
 
 def is_of_adapter(name: str) -> bool:
@@ -94,9 +140,9 @@ class RowSlice:
 def base_modules(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `model.named_modules()` without the adapters, in time that does not depend on their number."""
+    """Yield `model.named_modules()` without adapters and wrappers, in time that does not depend on their number."""
     seen: set[int] = set()
-    pending: list[tuple[str, nn.Module]] = [("", model)]
+    pending: list[tuple[str, nn.Module]] = [("", unwrapped(model))]
     while pending:
         path, module = pending.pop()
         if remove_duplicate and id(module) in seen:
@@ -107,7 +153,7 @@ def base_modules(
             continue
         start = f"{path}." if path else ""
         pending += [
-            (start + name, child)
+            (start + name, unwrapped(child))
             for name, child in reversed(list(module._modules.items()))  # another thread may add one
             if child is not None and not isinstance(child, AdapterSlot)
         ]
@@ -125,12 +171,15 @@ class LocatedModule(NamedTuple):
 
 
 def walk(model: nn.Module) -> Iterator[LocatedModule]:
-    """Yield every module of ``model`` below the root once, in model order, without adapters."""
+    """Yield every module of ``model`` below the root once, in model order, without adapters and wrappers."""
     seen = {id(model)}
 
     def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
         for name, child in list(parent._modules.items()):  # another thread may add one
-            if child is None or id(child) in seen or isinstance(child, AdapterSlot):
+            if child is None or isinstance(child, AdapterSlot):
+                continue
+            child = unwrapped(child)
+            if id(child) in seen:
                 continue
             seen.add(id(child))
             governing = _configuration(child) or config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.models.heads import is_adaptable
-from lorakit.models.layers import RowSlice, uncompiled, walk, weight_shape
+from lorakit.models.layers import RowSlice, unwrapped, walk, weight_shape
 from lorakit.models.places import ROLES, Place, all_places
 
 
@@ -64,7 +64,7 @@ class TargetList:
 
 def targets(model: nn.Module) -> TargetList:
     """List the adaptable layers of ``model``: every role with its modules, then layers by name."""
-    model = uncompiled(model)
+    model = unwrapped(model)
     modules = list(walk(model))
     shapes = {at.path: weight_shape(at.module) for at in modules if is_adaptable(at)}
     places = [place for place in all_places(model, modules) if place.path in shapes]

@@ -159,7 +159,7 @@ def quantised_weight(
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, QuantisedWeight]]:
     """Yield the path and weight of every layer that is quantised now."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         weight = quantised_weight(module)
         if weight is not None:
             yield path, weight

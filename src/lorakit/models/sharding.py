@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorakit.models.blocks import blocks_of
-from lorakit.models.layers import by_token, is_of_adapter
+from lorakit.models.layers import by_token, is_of_adapter, without_wrappers
 
 _REACHED = "_lorakit_reached"
 """Attribute of a sharded parameter that has got a gradient in this process."""
@@ -121,8 +121,10 @@ def sharded_part(model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         # Between forward and backward FSDP2 may hold plain parameters.
         if isinstance(module, FSDPModule):
-            return path or type(module).__name__
-    return next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+            return without_wrappers(path) or type(module).__name__
+    return next(
+        (without_wrappers(name) for name, p in model.named_parameters() if is_sharded(p)), None
+    )
 
 
 def full_shape(tensor: Tensor) -> torch.Size:

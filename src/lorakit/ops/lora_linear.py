@@ -36,7 +36,9 @@ def lora_linear(
     require_data(A, x)
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
-    if is_transformed(x, out, A, B):  # plain operations have every derivative
+    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    # Plain operations have every derivative, and torch.jit.trace cannot record a custom function that writes in place.
+    if is_traced or is_transformed(x, out, A, B):
         return out + (x @ A.to(out.dtype).T @ B.to(out.dtype).T) * scaling
     # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
     # addition anyway.

@@ -19,7 +19,7 @@ from lorakit.compute.adapted import require_new_weights
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.module import AdapterModule
 from lorakit.models.heads import logits_layer
-from lorakit.models.layers import ADAPTERS, base_modules
+from lorakit.models.layers import ADAPTERS, base_modules, submodule
 from lorakit.models.loading import Base
 from lorakit.serving.folders import Location
 
@@ -103,7 +103,7 @@ def _require_mixable(
         owner, _, attribute = name.rpartition(".")
         attributes.setdefault(owner, []).append(attribute)
     known = dict(base_modules(model))
-    layers = {p: known.get(p) or model.get_submodule(p) for p in (*modules, *attributes)}
+    layers = {p: known.get(p) or submodule(model, p) for p in (*modules, *attributes)}
     slots = {p: layer._modules.get(ADAPTERS) for p, layer in layers.items()}
     layouts = {p: s.layout for p, s in slots.items() if isinstance(s, LayerAdapters)}
     layouts |= row_layouts(model, [p for p in layers if p not in layouts])
@@ -143,7 +143,7 @@ def _pad_head(
     head = logits_layer(model)
     if head is None:
         return None, ()
-    rows = int(model.get_submodule(head).out_features)  # type: ignore[arg-type]
+    rows = int(submodule(model, head).out_features)  # type: ignore[arg-type]
     names = [name for name in stored.trained if name.rpartition(".")[0] == head]
     count = max((len(stored.trained[name]) for name in names), default=rows)
     if count > rows:

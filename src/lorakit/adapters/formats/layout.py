@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.models.layers import base_modules, is_of_adapter
+from lorakit.models.layers import base_modules, is_of_adapter, without_wrappers
 from lorakit.models.parameter_swaps import grouped_base_parameters
 
 
@@ -64,7 +64,7 @@ def base_layout(model: nn.Module) -> BaseLayout:
     return BaseLayout(
         modules=tuple(path for path, _ in base_modules(model) if path),
         shapes={
-            key: tuple(value.shape)
+            without_wrappers(key): tuple(value.shape)
             for key, value in model.state_dict().items()
             if isinstance(value, Tensor) and not is_of_adapter(key)
         },

@@ -13,7 +13,7 @@ from lorakit.methods.lora.linear import AttentionLoRA, LinearLoRA, OutProjection
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, why_not_adaptable
+from lorakit.models.layers import base_modules, submodule, why_not_adaptable
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
@@ -30,7 +30,7 @@ def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
     if isinstance(layer, nn.MultiheadAttention):
         return AttentionLoRA
     if isinstance(layer, (nn.Linear, Conv1D)):
-        owner = model.get_submodule(path.rpartition(".")[0])
+        owner = submodule(model, path.rpartition(".")[0])
         return OutProjectionLoRA if isinstance(owner, nn.MultiheadAttention) else LinearLoRA
     if isinstance(layer, nn.Embedding):
         return EmbeddingLoRA
@@ -57,7 +57,7 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
             "Remove tie_head; to adapt the head as well, add 'head' to targets."
         )
     parent, _, name = path_of[id(head)].rpartition(".")
-    if never_calls(model.get_submodule(parent), name):
+    if never_calls(submodule(model, parent), name):
         raise ConfigurationError(
             f"tie_head is set, and this model uses the weight of '{path_of[id(head)]}' without calling it, so an "
             "adapter would have no effect there. Remove tie_head."

@@ -109,6 +109,7 @@ class LoRA(TrainsModules):
         import torch
 
         from lorakit.methods.lora.kinds import kind_of, tied_head
+        from lorakit.models.layers import submodule
         from lorakit.models.roles import resolve_targets
 
         by_path: dict[str, list[Place]] = {}  # a fused layer has one place for each adapted slice
@@ -117,7 +118,7 @@ class LoRA(TrainsModules):
         self._check_patterns(list(by_path))
         layers = []
         for path, places in by_path.items():
-            layer = model.get_submodule(path)
+            layer = submodule(model, path)
             slices = tuple(place.slice for place in places if place.slice is not None)
             layers.append((path, layer, kind_of(layer, model, path), slices))
         # The narrowest layer first, so that the error names a rank that fits all layers.

@@ -20,7 +20,8 @@ from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
-from lorakit.models.layers import base_modules
+from lorakit.models.heads import output_embeddings
+from lorakit.models.layers import base_modules, unwrapped
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
 
 _NO_EFFECT = {
@@ -249,10 +250,10 @@ def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.M
     """Return PEFT's "all-linear": every linear layer except the output head or the classifier."""
     linear = {path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     if isinstance(model, PreTrainedModel):
-        head = model.get_output_embeddings()
+        head = output_embeddings(model)
         if head is None and config.task_type == "SEQ_CLS":
             heads = (getattr(model, name, None) for name in ("score", "classifier"))
-            head = next((head for head in heads if head is not None), None)
+            head = next((unwrapped(head) for head in heads if head is not None), None)
         linear -= {path for path, module in modules.items() if module is head}
     return linear
 

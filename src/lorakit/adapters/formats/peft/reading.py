@@ -21,7 +21,7 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG, PEFT_PICKLE, PEFT_TENSORS
 from lorakit.methods.lora import LoRA
-from lorakit.models.layers import parents
+from lorakit.models.layers import parents, without_wrappers
 from lorakit.models.patterns import endings
 
 _PART = re.compile(
@@ -67,10 +67,10 @@ def _tensors_path(folder: Path) -> Path:
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without PEFT's prefix, which transformers may omit, and without the adapter's name."""
+    """Return the tensors without PEFT's prefix, which transformers may omit, the adapter's name, and wrappers."""
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = _ADAPTER_NAME.sub(r"\1\2", key.removeprefix(PREFIX))
+        name = _ADAPTER_NAME.sub(r"\1\2", without_wrappers(key.removeprefix(PREFIX)))
         if name in named:
             raise AdapterFileError(
                 f"it holds '{name}' twice, with and without the prefix '{PREFIX}' or the adapter's name."
