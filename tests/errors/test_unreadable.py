@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import lorakit
 from lorakit.adapters import formats
 from lorakit.cli import main
 from lorakit.errors import AdapterFileError, LorakitError
+from lorakit.training.interruption import EXIT_TO_RESUME
 
 IN_PLACE: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: path.mkdir(),
@@ -279,6 +281,32 @@ def test_only_a_closed_standard_output_is_no_error(
     if not is_closed:
         os.close(reader)
     assert capsys.readouterr().err == ("" if is_closed else "lorakit inspect: Broken pipe.\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_into_a_closed_pipe(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert main(argv) == 0
+
+
+def test_a_closed_pipe_hides_no_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a training that SIGTERM interrupted, which a scheduler has to resume."""
+
+    def run(_: object) -> None:
+        print("text")
+        raise SystemExit(EXIT_TO_RESUME)
+
+    monkeypatch.setattr("lorakit.cli.import_module", lambda _: SimpleNamespace(run=run))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w") as pipe:  # its buffer cannot be written
+        monkeypatch.setattr("sys.stdout", pipe)
+        with pytest.raises(SystemExit) as end:
+            main(["train"])
+        assert end.value.code == EXIT_TO_RESUME
 
 
 def test_a_closed_standard_output(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,12 +141,13 @@ def test_no_bit_of_a_state_changes_unseen(half: TrainConfig) -> None:
         (path / "state.json").write_bytes(text)
 
 
-def test_a_checkpoint_of_another_version_says_so(half: TrainConfig) -> None:
+@pytest.mark.parametrize(("part", "name"), [("state", "new_counter"), ("files", "new.safetensors")])
+def test_a_checkpoint_of_another_version_says_so(part: str, name: str, half: TrainConfig) -> None:
     path = Path(half.output) / NEWEST / "state.json"
     record = storage.read_record(path, RunFolderError)
-    record["state"]["new_counter"] = 1
+    record[part][name] = "1"
     storage.write_record(path, record)
-    with pytest.raises(RunFolderError, match=r"another version.*new_counter"):
+    with pytest.raises(RunFolderError, match=rf"another version.*{name}"):
         train(half)
 
 

@@ -62,7 +62,7 @@ class Input:
     name: str
     """A name that a reader of the record recognises."""
     sha256: str | None
-    """Digest of the tensors; None for a model."""
+    """Digest of the file of the tensors, or of a GGUF file; None for another model."""
     folder: Path | None
     """Folder of an adapter's tokenizer and configuration; None for a model."""
     stored: StoredAdapter | None = None
@@ -130,7 +130,7 @@ def save(
     """
     require_list("inputs", inputs)
     check_output(output, overwrite=overwrite)
-    made.adapter.require_no_base_copies()  # the scores come before the file if it replaces one
+    made.adapter.require_no_base_copies()  # `write` may run only after the scores
     described = [x if isinstance(x, Input) else Input.of(x) for x in inputs]
     adapters = {source.path: source for source in described if source.folder is not None}
     folders = [source.folder for source in adapters.values() if source.folder is not None]

@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             return _run(command, rest)
-        except SystemExit:  # after --help
-            _flush()
+        except SystemExit as end:
+            if not end.code:  # after --help; another status must not become that of a closed pipe
+                _flush()
             raise
     except LorakitError as error:
         print(f"lorakit {command}: {error}", file=sys.stderr)

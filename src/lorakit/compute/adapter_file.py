@@ -28,13 +28,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter that has been read from disk; the command then needs both its record and its tensors."""
+    """An adapter that has been read or computed, with its path and its tokenizer."""
 
     path: str
     """Its folder or file; for a computed adapter, the folder that it is saved in."""
     stored: StoredAdapter
     tokenizer_folder: str | None = None
-    """The folder whose tokenizer it uses, if that has one; None is `path`."""
+    """The folder to read its tokenizer from; None is `path`. The folder may have no tokenizer."""
 
     @classmethod
     def read(cls, path: str | Path | None) -> AdapterFile | None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that share an evaluation, seen from the one with this `rank`; by default it is the only one."""
+    """The processes that share an evaluation, with the rank of this one; by default it is the only one."""
 
     rank: int = 0
     count: int = 1

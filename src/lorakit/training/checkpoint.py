@@ -216,6 +216,8 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
         except RunFolderError as error:
             damages.append(str(error))
             continue
+        if others := sorted(record["files"].keys() - set(TENSOR_FILES)):
+            raise _of_another_version(path / STATE, f"it lists {', '.join(others)}")
         state = from_fields(State, record["state"], path / STATE)
         if damages:
             _LOG.warning("%s The run resumes from step %d.", " ".join(damages), state.step)
@@ -229,7 +231,7 @@ def newest_whole(checkpoints: list[Path]) -> tuple[Path, State]:
 def _verified_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json after verifying the digest of every file."""
     record = storage.read_record(path / STATE, RunFolderError)
-    if record.keys() != {"state", "files"} or record["files"].keys() != set(TENSOR_FILES):
+    if record.keys() != {"state", "files"} or not record["files"].keys() >= set(TENSOR_FILES):
         raise RunFolderError(f"'{path / STATE}' is not the record of a checkpoint.")
     for name in TENSOR_FILES:
         with storage.reading(path / name, RunFolderError):
@@ -250,10 +252,14 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], path: Path) -> T:
     try:
         return kind(**fields)
     except TypeError as error:
-        raise RunFolderError(
-            f"{path} comes from another version of lorakit ({error}). Resume with that version, or start a new run "
-            "with from_adapter."
-        ) from None
+        raise _of_another_version(path, str(error)) from None
+
+
+def _of_another_version(path: Path, reason: str) -> RunFolderError:
+    return RunFolderError(
+        f"{path} comes from another version of lorakit ({reason}). Resume with that version, or start a new run with "
+        "from_adapter."
+    )
 
 
 def fields_input(source: str, fields: Mapping[str, Any] | None) -> dict[str, str]:
