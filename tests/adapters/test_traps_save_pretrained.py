@@ -473,3 +473,48 @@ def test_a_checkpoint_does_not_load_into_a_base_that_came_from_it(
     with pytest.raises(AdapterStateError, match=r"would act twice\. Load the original base"):
         twice.load_state_dict(load_file(tmp_path / "trained" / "model.safetensors"), strict=False)
     assert_same_tensors(tensors_of(twice), before)
+
+
+@pytest.mark.parametrize("case", ["embedding", "inactive", "weight 0", "trained copy", "rounded"])
+def test_a_checkpoint_of_an_adapter_without_effect_is_resumed(case: str, tmp_path: Path) -> None:
+    """Its base weights are those of the base, though lora_B is not zero."""
+    model = tiny_models.build("llama")
+    if case == "embedding":
+        attach(model, LoRA(rank=2, targets="embedding"))
+    else:
+        adapters = attach(model, LoRA(rank=2), name="one")
+        randomise(adapters)
+    if case == "inactive":
+        attach(model, LoRA(rank=2), name="two")
+    elif case == "weight 0":
+        adapters.activate({"one": 0.0})
+    elif case == "trained copy":
+        attach(model, FullFineTuning(), name="two")
+    elif case == "rounded":
+        model.bfloat16()
+        for parameter in adapters.trainable_parameters():
+            parameter.data.mul_(1e-4)
+    before = tensors_of(model)
+    model.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert_same_tensors(tensors_of(model), before)
+
+
+def test_a_change_that_is_rounded_away_at_one_layer_does_not_refuse_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """The training goes on in bfloat16, where the base's weight of that layer equals the merged one."""
+    method = LoRA(rank=2, targets="attention.q")
+    model, resumed = tiny_models.build("llama"), tiny_models.build("llama").bfloat16()
+    for one in (model, resumed):
+        one.model.layers[0].self_attn.q_proj.weight.data.fill_(1)
+    randomise(attach(model, method))
+    layer = model.model.layers[0].self_attn.q_proj.adapters["default"]
+    for factor in (layer.lora_A, layer.lora_B):
+        factor.data.fill_(0.01)
+    model.save_pretrained(tmp_path)
+    attach(resumed, method)
+    resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    loaded = resumed.model.layers[0].self_attn.q_proj.adapters["default"]
+    assert torch.equal(loaded.lora_B, layer.lora_B)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -277,6 +278,54 @@ def test_a_resize_does_not_drop_an_adapter(arch: str, options: dict) -> None:
             model.resize_token_embeddings(**arguments)
     assert torch.equal(logits(model), before)
     assert model.config.vocab_size == count
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5", "bart"])
+@pytest.mark.parametrize(
+    "options", [{"targets": ("embedding", "head")}, {"train_modules": ("embed_tokens", "lm_head")}]
+)
+def test_a_resize_to_the_same_size_changes_nothing(arch: str, options: dict) -> None:
+    """The own method of T5 puts `shared` in place of the embeddings that it calls."""
+    model = build(arch)
+    randomise(attach(model, LoRA(rank=2, **options)))
+    before, count = logits(model), model.config.vocab_size
+    for arguments in ((), (count,), (count, None), (count, 1), (None, count)):
+        assert model.resize_token_embeddings(*arguments) is model.get_input_embeddings()
+    assert torch.equal(logits(model), before)
+
+
+class _Flagged(nn.Module):
+    """A model of the user, with an attribute of the name of a method of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tie_weights = False
+        self.layer = nn.Linear(4, 4)
+
+
+class _Wrapper(nn.Module):
+    """A model of the user that finds the methods of the model inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def test_only_methods_are_replaced(tmp_path: Path) -> None:
+    flagged, wrapper = _Flagged(), _Wrapper()
+    attach(flagged, LoRA(rank=2, targets="layer"))
+    assert flagged.tie_weights is False
+    attach(wrapper, LoRA(rank=2))
+    wrapper.tie_weights()
+    wrapper.resize_token_embeddings(wrapper.config.vocab_size)
+    wrapper.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_model_with_adapters_elsewhere_is_resized() -> None:

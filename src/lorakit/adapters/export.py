@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
+from lorakit.adapters.choice import Blend
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
@@ -45,6 +46,9 @@ from lorakit.models.parameter_swaps import MARK, base_parameter, grouped_base_pa
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
+
+_CHANGED = 2
+"""Value of a layer's mark in a file, if its merged weights differ from the base's; 1 if they do not."""
 
 
 def save_pretrained(
@@ -160,11 +164,13 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             )
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
-        names = [name for name, _ in blend]
+        names, has_changed = [name for name, _ in blend], False
         for attribute in adapters.weights_changed_by(path, layer, names):
             # On a GPU, all merged weights together may not fit beside the base.
-            result[prefix + attribute] = adapters.effective_weight(layer, attribute, blend).cpu()
-            result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+            result[prefix + attribute], is_changed = _merged(adapters, layer, attribute, blend)
+            has_changed |= is_changed
+            mark = _CHANGED if has_changed else 1
+            result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.tensor([mark], dtype=torch.uint8)
             replaced.add(prefix + attribute)
         replaced.update(prefix + attribute for attribute in adapters.replaced)
     _expand_quantised(model, result, replaced)
@@ -176,6 +182,15 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             result.pop(key, None)
         seen.add(id(parameter))
     return result
+
+
+def _merged(
+    adapters: LayerAdapters, layer: nn.Module, attribute: str, blend: Blend
+) -> tuple[Tensor, bool]:
+    """Return a merged weight on the CPU, and whether it differs from the weight without the adapters."""
+    W, _, merged = adapters.merge_weight(layer, attribute, blend)
+    is_equal = merged.allclose(W.to(merged.dtype))  # PiSSA's initial factors cancel up to rounding
+    return merged.cpu(), not is_equal
 
 
 def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[str]) -> None:
@@ -359,32 +374,29 @@ def _refuse_unknown_tensors(model: nn.Module, state_dict: dict[str, Tensor], pre
 
 def _refuse_merged_base(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Reject the file of a base that was loaded from it, and so contains the adapter's effect already."""
-    has_effect = False
-    for path, layer, adapters in adapted_layers(model):
+    merged = {}
+    for path, layer, _ in adapted_layers(model):
         start = f"{prefix}{state_dict_key(model, path)}." if path else prefix
-        if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
-            continue
-        for name, module in adapters.items():
-            if (
-                module.trained
-            ):  # `state_dict` marks a layer with an active copy, and its weight is the base's
-                continue
-            B = state_dict.get(f"{start}{ADAPTERS}.{name}.lora_B")
-            B0 = state_dict.get(f"{start}{ADAPTERS}.{name}.initial_B")  # of PiSSA
-            acts = B is not None and bool(B.any() if B0 is None else B.ne(B0).any())
-            changed = [a for a in module.changed_weights(layer) if start + a in state_dict]
-            if not acts or not changed:
-                continue
-            if not all(
-                equals_base(state_dict[start + a], base_parameter(layer, a)) for a in changed
-            ):
-                return
-            has_effect = True
-    if has_effect:
+        mark = state_dict.get(f"{start}{ADAPTERS}.{MARK}")
+        if mark is not None and not mark.is_meta and bool(mark.eq(_CHANGED).all()):
+            merged[start] = layer
+    if merged and all(_equals_file(layer, state_dict, start) for start, layer in merged.items()):
         raise AdapterStateError(
             "The base of this model was loaded from a checkpoint that holds the same adapter merged, so the adapter "
             "would act twice. Load the original base, attach the adapter, and resume from the checkpoint."
         )
+    for start in merged:  # the modules inside this one need no check of their own
+        state_dict[f"{start}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+
+
+def _equals_file(layer: nn.Module, state_dict: dict[str, Tensor], start: str) -> bool:
+    """Return whether the base's own parameters of a layer are those of the file."""
+    attributes = [
+        a for a, p in layer._parameters.items() if p is not None and start + a in state_dict
+    ]
+    return bool(attributes) and all(
+        equals_base(state_dict[start + a], base_parameter(layer, a)) for a in attributes
+    )
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:

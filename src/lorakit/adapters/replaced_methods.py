@@ -13,9 +13,12 @@ OwnMethod = Callable[..., Any] | None
 
 
 def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let ``module.name(...)`` call ``function(module, own, ...)``, if the module has such a method."""
-    if hasattr(module, name):
-        own: OwnMethod = module.__dict__.get(name)
+    """Let ``module.name(...)`` call ``function(module, own, ...)``, if the module has such a method.
+
+    Another attribute of this name stays: a flag, a child, or a method that a wrapper's `__getattr__` finds in a child.
+    """
+    own: OwnMethod = module.__dict__.get(name)
+    if callable(getattr(type(module), name, None) if own is None else own):
         module.__dict__[name] = functools.partial(function, module, own)
 
 

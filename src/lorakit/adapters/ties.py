@@ -6,6 +6,7 @@ layer, and the tensor that an adapter trains or has merged would be tied away, o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -18,31 +19,44 @@ from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.parameter_swaps import base_parameter
 
 
-def resize_token_embeddings(
-    model: nn.Module, own: OwnMethod, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-) -> Any:
+def resize_token_embeddings(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """Resize by the model's own method, unless an adapter is on an embedding or on the head.
 
     Raises:
         AdapterStateError: An adapter is there, and the size would change.
     """
     embeddings = input_embeddings(model)
-    size = getattr(embeddings, "num_embeddings", None)
-    is_same = new_num_tokens in (None, size) and not (args or kwargs.get("pad_to_multiple_of"))
     resized = [
         base_parameter(layer, "weight")
         for layer in (embeddings, output_embeddings(model))
         if layer is not None and "weight" in layer._parameters
     ]
-    for path, layer, adapters in () if is_same else adapted_layers(model):
+    for path, layer, adapters in adapted_layers(model):
         if "weight" in layer._parameters:
             weight = base_parameter(layer, "weight")
-            if any(weight is one for one in resized):
-                raise AdapterStateError(
-                    f"resize_token_embeddings() would replace '{path}', which the adapter '{next(iter(adapters))}' "
-                    "changes. Resize the base before you attach or load the adapter."
-                )
-    return call_replaced(model, "resize_token_embeddings", own, new_num_tokens, *args, **kwargs)
+            if not any(weight is one for one in resized):
+                continue
+            size = getattr(embeddings, "num_embeddings", None)
+            if _new_size(size, *args, **kwargs) == size:
+                return embeddings  # T5's own method would put `shared` in place of the embeddings that it calls
+            raise AdapterStateError(
+                f"resize_token_embeddings() would replace '{path}', which the adapter '{next(iter(adapters))}' "
+                "changes. Resize the base before you attach or load the adapter."
+            )
+    return call_replaced(model, "resize_token_embeddings", own, *args, **kwargs)
+
+
+def _new_size(
+    size: int | None,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> int | None:
+    """Return the size that transformers gives an embedding of `size` rows."""
+    wanted = size if new_num_tokens is None else new_num_tokens
+    if wanted is None or not pad_to_multiple_of:
+        return wanted
+    return math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
 
 
 def tie_weights(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
