@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from random_adapters import randomise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import PerceiverConfig, PerceiverModel
 
 from lorakit.adapters import Adapters, attach, from_peft, load
 from lorakit.adapters.summary import count_parameters
 from lorakit.errors import AdapterStateError
 from lorakit.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, Method, PrefixLayer
 from lorakit.models.blocks import blocks_of, stacks
-from lorakit.models.layers import state_dict_key, submodule, without_wrappers
+from lorakit.models.layers import is_of_adapter, state_dict_key, submodule, without_wrappers
 from lorakit.models.listing import targets
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -149,6 +151,39 @@ def test_a_changed_base_weight_is_found_under_the_key_of_the_wrapper() -> None:
     key = "model.layers.0._orig_mod.mlp.up_proj.weight"
     with pytest.raises(AdapterStateError, match="differs from the base's weight"):
         model.load_state_dict({key: model.state_dict()[key] + 1}, strict=False)
+
+
+def test_a_key_does_not_replace_the_same_key_with_a_wrapper() -> None:
+    model = attach(base(compiled), LoRA(rank=2)).model
+    name, key = "model.layers.0.mlp.up_proj.weight", "model.layers.0._orig_mod.mlp.up_proj.weight"
+    state = model.state_dict()
+    before = state[key].clone()
+    with pytest.raises(RuntimeError, match=f'Unexpected key.*"{name}"'):
+        model.load_state_dict({**state, name: before + 1})
+    assert torch.equal(model.state_dict()[key], before)
+
+
+def test_ddp_ignores_constant_buffers(wrap: Wrap) -> None:
+    model: Any = base(wrap)
+    adapters = attach(model, LoRA(rank=2, train_modules="layers.0.mlp"))
+    named = {name for name, _ in model.named_buffers() if is_of_adapter(name)}
+    assert len(named) == 6  # of three layers: the mark, and the base's weight
+    assert named <= model._ddp_params_and_buffers_to_ignore
+    adapters.detach()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_a_method_that_names_parameters_as_pytorch_does(wrap: Wrap) -> None:
+    @dataclass(frozen=True)
+    class UpProjections(FullFineTuning):
+        def trained_parameters(self, model: nn.Module) -> list[str]:
+            return [n for n, _ in model.named_parameters() if n.endswith("up_proj.weight")]
+
+    model, method = base(wrap), UpProjections()
+    assert "model.layers.0.mlp.up_proj.weight" not in method.trained_parameters(model)
+    counts = count_parameters(model, method)
+    assert counts == count_parameters(base(), method)
+    assert attach(model, method).summary().counts == counts
 
 
 @in_both_orders
@@ -305,6 +340,21 @@ def test_adapters_of_peft_on_wrapped_blocks(tmp_path: Path) -> None:
     converted = from_peft(peft_model)
     assert_adapted(converted.model, expected)
     assert "model.layers.0.self_attn.q_proj" in converted.modules()
+
+
+def test_a_model_whose_input_embeddings_are_a_parameter() -> None:
+    config = PerceiverConfig(
+        num_latents=4,
+        d_latents=16,
+        d_model=16,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=2,
+    )
+    model = PerceiverModel(config)
+    assert isinstance(model.get_input_embeddings(), nn.Parameter)
+    assert attach(model, LoRA(rank=2, targets="all-linear")).modules()
 
 
 def test_names() -> None:

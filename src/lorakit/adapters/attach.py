@@ -17,7 +17,7 @@ from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.models.layers import base_modules, unwrapped
+from lorakit.models.layers import base_modules, unwrapped, without_wrappers
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def attach(
     with handle.changing():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
-        trained_names = method.trained_parameters(handle.model)
+        trained_names = [*map(without_wrappers, method.trained_parameters(handle.model))]
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
         _check_modules(modules)

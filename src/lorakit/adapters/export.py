@@ -294,8 +294,9 @@ def _add_wrappers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str)
     """Give tensors of a file without wrappers the keys that they have in a model with wrapped parts."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
-        if name == without_wrappers(name) and (own := state_dict_key(module, name)) != name:
-            state_dict[prefix + own] = state_dict.pop(key)
+        own = prefix + state_dict_key(module, name)
+        if name == without_wrappers(name) and own not in state_dict:
+            state_dict[own] = state_dict.pop(key)
 
 
 def equals_base(loaded: Tensor, base: Tensor) -> bool:

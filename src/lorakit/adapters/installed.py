@@ -25,7 +25,7 @@ from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import ADAPTERS, base_modules, submodule
+from lorakit.models.layers import ADAPTERS, base_modules, submodule, without_wrappers
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
@@ -98,13 +98,18 @@ class InstalledAdapter:
         unique = {id(p): p for module in self.modules.values() for p in module.parameters()}
         yield from unique.values()
 
-    def constant_buffers(self) -> set[str]:
-        """Return the names of the buffers that keep base parameters while the trained copies replace them."""
+    def constant_buffers(self, model: nn.Module) -> set[str]:
+        """Return the names of the buffers that keep base parameters while the trained copies replace them.
+
+        A buffer inside a wrapper has two: as in lorakit's paths, and as in `model.named_buffers()`.
+        """
+        trained = {path: module.trained for path, module in self.modules.items() if module.trained}
+        names = [name for name, _ in model.named_modules()] if trained else []
         return {
-            f"{path}.{ADAPTERS}.{buffer}".removeprefix(".")
-            for path, module in self.modules.items()
-            if module.trained
-            for buffer in buffers_for(module.trained)
+            f"{name}.{ADAPTERS}.{buffer}".removeprefix(".")
+            for name in (*trained, *names)
+            if (path := without_wrappers(name)) in trained
+            for buffer in buffers_for(trained[path])
         }
 
     def trained_tensors(self) -> dict[str, nn.Parameter]:
@@ -156,7 +161,7 @@ def install(
     if reason := next(filter(None, without_bias), None):
         _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
-    if constant := installed.constant_buffers():
+    if constant := installed.constant_buffers(model):
         # DistributedDataParallel would broadcast them before each forward pass.
         setattr(model, _DDP_IGNORES, constant.union(getattr(model, _DDP_IGNORES, ())))
     return installed
@@ -206,9 +211,9 @@ def uninstall(
     if hooks := {*adapter.backbone_hooks}:
         needed = {hook for other in others for hook in other.backbone_hooks}
         remove_hooks(backbone_of(model), *(hook.run for hook in hooks - needed))
-    if constant := adapter.constant_buffers():
+    if constant := adapter.constant_buffers(model):
         ignored = set(model.__dict__.pop(_DDP_IGNORES, ())) - constant
-        ignored.update(*(other.constant_buffers() for other in others))
+        ignored.update(*(other.constant_buffers(model) for other in others))
         if ignored:
             setattr(model, _DDP_IGNORES, ignored)
     remove_idle_hooks(model)

@@ -14,7 +14,7 @@ from lorakit.adapters.saving import file_bytes
 from lorakit.formatting import percentage, size
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.method import Method, describe, require_method
-from lorakit.models.layers import unwrapped
+from lorakit.models.layers import unwrapped, without_wrappers
 from lorakit.models.parameter_swaps import named_base_parameters
 
 
@@ -85,7 +85,7 @@ def count_parameters(model: nn.Module, method: Method) -> Counts:
     require_method(method)
     model = unwrapped(model)
     modules = fake_modules(method, model)
-    trained = method.trained_parameters(model)
+    trained = [*map(without_wrappers, method.trained_parameters(model))]
     refuse_quantised(model, trained)
     base = {name: p for name, _, p in named_base_parameters(model, remove_duplicate=False)}
     return _counts(

@@ -17,7 +17,7 @@ from lorakit.models.layers import (
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """Return the part of a model that computes hidden states; the model itself if it has no head."""
-    return unwrapped(getattr(model, "base_model", model))  # type: ignore[arg-type]
+    return unwrapped(getattr(model, "base_model", model))
 
 
 def classification_head(model: nn.Module) -> list[str]:
@@ -54,8 +54,7 @@ def logits_layer(model: nn.Module) -> str | None:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that projects to the vocabulary, or None if the model has none."""
     getter = getattr(model, "get_output_embeddings", None)
-    layer = getter() if getter else None
-    return None if layer is None else unwrapped(layer)
+    return unwrapped(getter()) if getter else None
 
 
 def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]:
@@ -119,7 +118,6 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that embeds the input, or None if the model has none."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
-        layer = getter() if getter else None
+        return unwrapped(getter()) if getter else None
     except (AttributeError, NotImplementedError):  # transformers raises them if the model has none
         return None
-    return None if layer is None else unwrapped(layer)

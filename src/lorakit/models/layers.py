@@ -54,10 +54,15 @@ _WRAPPED = (_COMPILED, "_checkpoint_wrapped_module")
 lorakit's paths and names of parameters contain none, so they are the same before and after a part is wrapped."""
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` or `checkpoint_wrapper` wrapped; any other module unchanged."""
+def unwrapped(module: Any) -> Any:
+    """Return the module that `torch.compile` or `checkpoint_wrapper` wrapped; anything else unchanged.
+
+    A getter or attribute of a model may return None, or a parameter, as Perceiver's `get_input_embeddings` does.
+    """
+    if not isinstance(module, nn.Module):
+        return module
     while (name := _wrapped_name(module)) is not None:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module._modules[name]
     # accelerate's copy of a model, whose blocks it has compiled, keeps the model as a plain attribute.
     return module.__dict__.get(_COMPILED, module)
 
@@ -79,6 +84,8 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 def without_wrappers(name: str) -> str:
     """Return PyTorch's name of a module or parameter, or a key of a state dict, without the names of `_WRAPPED`."""
+    if not any(part in name for part in _WRAPPED):
+        return name  # nearly all names, and a state dict has thousands
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 

@@ -70,10 +70,10 @@ def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without PEFT's prefix, which transformers may omit, the adapter's name, and wrappers."""
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = _ADAPTER_NAME.sub(r"\1\2", without_wrappers(key.removeprefix(PREFIX)))
+        name = _ADAPTER_NAME.sub(r"\1\2", without_wrappers(key).removeprefix(PREFIX))
         if name in named:
             raise AdapterFileError(
-                f"it holds '{name}' twice, with and without the prefix '{PREFIX}' or the adapter's name."
+                f"it holds '{name}' twice, with and without the prefix '{PREFIX}', the adapter's name or a wrapper's."
             )
         named[name] = tensor
     return named
