@@ -265,6 +265,7 @@ def test_options_of_peft_that_are_errors_or_have_no_effect(kind: str) -> None:
 def test_names_of_peft_and_loralib() -> None:
     import loralib
     import peft
+    from peft import optimizers
     from peft.utils import hotswap
 
     on_model = {*dir(peft.PeftModel), *dir(peft.LoraModel), "peft_config"}
@@ -273,7 +274,9 @@ def test_names_of_peft_and_loralib() -> None:
         if names := re.findall(r"\bmodel\.(\w+)", code):
             assert set(names) <= on_model, code
         elif name := re.match(r"(?!model)(\w+)(?=[(.]|$)", code):
-            found = any(hasattr(place, name[1]) for place in (peft, hotswap, peft.PeftModel))
+            found = any(
+                hasattr(place, name[1]) for place in (peft, hotswap, optimizers, peft.PeftModel)
+            )
             assert found, code
         checked += 1
     assert checked > 30

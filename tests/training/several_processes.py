@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +182,20 @@ def run(count: int, work: Callable[[int], object]) -> Outcomes:
     return Started(count, work).outcomes()
 
 
+def _free_port() -> int:
+    """Return a free port below those that the system gives away itself, so that no other test gets it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 class Started:
     """Processes that call `work` with their rank."""
 
     def __init__(self, count: int, work: Callable[[int], object]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self._deadline = time.monotonic() + LIMIT
         self._outputs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 - closed below
         self._children = [

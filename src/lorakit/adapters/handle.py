@@ -517,7 +517,7 @@ class Adapters:
         """Put the handle on the model, and replace its methods of `_REPLACED`, when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
-        if getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False):
+        if torch._dynamo.config.skip_nnmodule_hook_guards:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             torch._dynamo.reset()
         setattr(self.model, _HANDLE, self)
