@@ -36,9 +36,9 @@ from starlette.responses import Response, StreamingResponse
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
+from lorakit.cli.serve import app_of
 from lorakit.errors import ConfigurationError
 from lorakit.models.processor import in_own_thread
-from lorakit.serving.http.app import create_app
 from lorakit.serving.http.errors import ApiError, error_answer
 from lorakit.serving.http.keys import read_keys
 from lorakit.serving.opening import open_all
@@ -82,14 +82,7 @@ class Replica:
     def __init__(self, config: ServeConfig) -> None:
         opened = in_own_thread(lambda: open_all(config, lambda receipt, verdict: None))
         keys = None if config.keys is None else read_keys(config.keys)
-        self.app = create_app(
-            opened.engine,
-            opened.store,
-            config,
-            base_name=opened.name,
-            keys=keys,
-            verifier=opened.verifier,
-        )
+        self.app = app_of(config, opened, keys)
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
         opened.engine.start()
 

@@ -71,7 +71,8 @@ def attach(
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
         _check_modules(modules)
-        require_called(handle.model, {*trained_names})
+        if trained_names:
+            require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
         handle.activate(name)  # before a forward pass of another thread can begin
     if (layer := next(layers_with_statistics(handle.model), None)) is not None:

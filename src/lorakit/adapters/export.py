@@ -39,6 +39,7 @@ from lorakit.models.layers import (
     ADAPTERS,
     base_modules,
     is_of_adapter,
+    key_start,
     state_dict_key,
     without_wrappers,
 )
@@ -259,7 +260,7 @@ def check_loading(
     _refuse_merged_base(module, state_dict, prefix)
     adapted = [*adapted_layers(module)]
     for path, _, adapters in adapted:
-        start = f"{prefix}{state_dict_key(module, path)}." if path else prefix
+        start = prefix + key_start(module, path)
         if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
             raise AdapterStateError(
                 "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
@@ -335,7 +336,7 @@ def keep_base_weights(
 def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Keep quantised weights for which the file holds the equal dequantised weight."""
     for path, weight in quantised_weights(model):
-        start = f"{prefix}{state_dict_key(model, path)}." if path else prefix
+        start = prefix + key_start(model, path)
         key = f"{start}weight"
         in_file = state_dict.get(key)
         packed = weight.packed
@@ -377,7 +378,7 @@ def _refuse_merged_base(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     """Reject the file of a base that was loaded from it, and so contains the adapter's effect already."""
     merged = {}
     for path, layer, _ in adapted_layers(model):
-        start = f"{prefix}{state_dict_key(model, path)}." if path else prefix
+        start = prefix + key_start(model, path)
         mark = state_dict.get(f"{start}{ADAPTERS}.{MARK}")
         if mark is not None and not mark.is_meta and bool(mark.eq(_CHANGED).all()):
             merged[start] = layer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lorakit.models.layers import base_modules, state_dict_key
+from lorakit.models.layers import base_modules, key_start
 
 _RECORDED = "_lorakit_statistics"
 """Attribute of a layer: copies of its statistics, by name."""
@@ -34,7 +34,7 @@ def record_statistics(model: nn.Module) -> None:
 def record_loaded(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Record the statistics in a state dict of base weights, which is about to be loaded into `module`."""
     for path, layer in layers_with_statistics(module):
-        start = f"{prefix}{state_dict_key(module, path)}." if path else prefix
+        start = prefix + key_start(module, path)
         for name, recorded in layer.__dict__.get(_RECORDED, {}).items():
             loaded = state_dict.get(start + name)
             if loaded is not None and loaded.shape == recorded.shape:

@@ -102,6 +102,11 @@ def state_dict_key(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def key_start(model: nn.Module, path: str) -> str:
+    """Return the start of the keys of the module at a path in ``model.state_dict()``; it is empty for the root."""
+    return f"{state_dict_key(model, path)}." if path else ""
+
+
 def is_of_adapter(name: str) -> bool:
     """Whether a module path, parameter name or state-dict key belongs to an adapter, not to the base."""
     return f".{ADAPTERS}." in f".{name}."
