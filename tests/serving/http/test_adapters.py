@@ -39,7 +39,7 @@ def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
         "notice": None,
         "limits": {
             "max_tokens": 4096,
-            "max_choices": 16,
+            "max_choices": 32,
             "max_blend": 8,
             "max_stops": 4,
             "max_top_logprobs": 7,

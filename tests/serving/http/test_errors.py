@@ -126,8 +126,14 @@ COMPLETIONS = {
         "context_length_exceeded",
         "Shorten the prompt",
     ),
-    "too many answers": ({"n": 17}, "n", "max_choices", "at most 16"),
-    "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "max_choices", "has 18 answers"),
+    "too many answers": ({"n": 33}, "n", "max_choices", "at most 32"),
+    "too many answers to prompts": (
+        {"prompt": ["a"] * 17, "n": 2},
+        "n",
+        "max_choices",
+        "has 34 answers",
+    ),
+    "too many prompts": ({"prompt": ["a"] * 33}, "prompt", "max_choices", "has 33 prompts"),
     "too many stops": ({"stop": list("abcde")}, "stop", "max_stops", "at most 4"),
     "a long stop": ({"stop": "a" * 257}, "stop", "max_stop_length", "at most 256"),
     "base_logprobs alone": (
