@@ -68,6 +68,17 @@ def test_a_developer_is_a_system(serve: Serve) -> None:
     assert first == second
 
 
+def test_the_template_gets_the_names_of_authors(serve: Serve) -> None:
+    served = serve()
+    served.store.tokenizer = tiny_tokenizer(
+        chat_template="{% for m in messages %}{{ m.name or 'nobody' }}: {{ m.content }}\n{% endfor %}"
+    )
+    turns = [{**USER, "name": "Ann"}, {**USER, "name": None}, USER]
+    served.post("/v1/chat/completions", model="sql", messages=turns)
+    prompt = served.store.tokenizer.decode(served.engine.tickets[0].request.prompt)
+    assert prompt == "Ann: Which pub?\nnobody: Which pub?\nnobody: Which pub?\n"
+
+
 def test_a_template_without_a_system_role_gets_the_text_in_the_first_message(serve: Serve) -> None:
     served = serve()
     template = served.store.tokenizer.chat_template

@@ -177,10 +177,10 @@ CHATS = {
     "a long answer": ({"max_completion_tokens": 5000}, "max_completion_tokens", "at most 4,096"),
     "no messages": ({"messages": []}, "messages", "is []; it must have at least 1 item."),
     "an unknown role": ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "'assistant'"),
-    "a named message": (
-        {"messages": [{**USER, "name": "x"}]},
+    "a long name": (
+        {"messages": [{**USER, "name": "x" * 1001}]},
         "messages.0.name",
-        "does not support",
+        "at most 1,000 characters",
     ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -212,7 +212,6 @@ class Message(Strict):
 
     # A client may send back an answer of OpenAI's API as it is, where these are null or empty.
     unsupported = {
-        "name": (),
         "refusal": (),
         "audio": (),
         "annotations": ([],),
@@ -224,6 +223,8 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     """developer is another name of system."""
     content: str | List[TextPart]
+    name: Name | None = None
+    """The author, for chat templates that write it."""
 
     @field_validator("content", mode="before")
     @classmethod
