@@ -175,6 +175,26 @@ CHATS = {
     "logprobs as a number": ({"logprobs": 2}, "logprobs", "boolean"),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
     "a long answer": ({"max_completion_tokens": 5000}, "max_completion_tokens", "at most 4,096"),
+    "a variable that the template lacks": (
+        {"chat_template_kwargs": {"add_generation_promt": False}},
+        "chat_template_kwargs",
+        "has 'add_generation_promt', which is not a variable",
+    ),
+    "an argument of the renderer": (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs",
+        "has 'add_generation_prompt', which is not a variable",
+    ),
+    "the messages as a variable": (
+        {"chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs",
+        "has 'messages', which is not a variable",
+    ),
+    "too many variables": (
+        {"chat_template_kwargs": {f"a{i}": 1 for i in range(1001)}},
+        "chat_template_kwargs",
+        "at most 1,000 items",
+    ),
     "no messages": ({"messages": []}, "messages", "is []; it must have at least 1 item."),
     "an unknown role": ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "'assistant'"),
     "a long name": (

@@ -273,6 +273,8 @@ class ChatRequest(Generating):
     }
 
     messages: List[Message] = Field(min_length=1)
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MOST)] | None = None
+    """Not of OpenAI's API. More variables of the chat template, such as `enable_thinking` of Qwen 3."""
     max_completion_tokens: Count | None = None
     """New tokens of an answer. Default: what the context leaves, up to the server's limit."""
     logprobs: bool | None = False
