@@ -149,5 +149,19 @@ def test_a_tokenizer_is_given_up_without_the_record(base: Base, tmp_path: Path) 
     assert adapter is not None
     assert adapter.provenance.items() >= provenance.items()
     (notice,) = adapter.stored.notices
-    assert notice.endswith("tokenizer_config.json' is missing. Commands use the base's tokenizer.")
+    assert "so commands use the base's tokenizer" in notice
     assert add_adapter(base, adapter) is tokenizer
+
+
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_a_chat_template_without_its_tokenizer_is_reported(
+    is_peft: bool, base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, adapters = tmp_path / "adapter", attach(base.model, LoRA(rank=2))
+    adapters.save(folder)
+    adapters.detach()
+    if is_peft:
+        (folder / "lorakit.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    add_adapter(base, AdapterFile.read(folder))
+    assert "has chat_template.jinja but no tokenizer_config.json, so commands use" in caplog.text

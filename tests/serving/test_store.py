@@ -86,6 +86,25 @@ def test_reload_under_the_old_name_gives_the_new_content_and_old_leases_keep_the
     assert store.handle.names == (new.blend[0][0],)
 
 
+def test_a_replaced_folder_has_no_digest_until_it_is_read(store: AdapterStore, root: Path) -> None:
+    """The list must not show the facts of the new content with the digest of the old."""
+
+    def described() -> tuple[Any, ...]:
+        return tuple(store.describe("a")[fact] for fact in ("rank", "digest", "loaded"))
+
+    def serve() -> str:
+        with store.acquire("a") as lease:
+            return lease.receipt.adapters[0][1]
+
+    assert described() == (2, None, False)
+    digest = serve()
+    assert described() == (2, digest, True)
+    write_adapter(root / "a", method=lorakit.LoRA(rank=3, alpha=4, targets="attention.qv"))
+    assert described() == (3, None, False)
+    digest = serve()
+    assert described() == (3, digest, True)
+
+
 def test_a_name_outlives_a_folder_that_is_replaced_in_two_steps(root: Path) -> None:
     """`mv v1 old; mv new v1`, with requests in between."""
     store = AdapterStore(open_base(), root, budget=LARGE, pinned=["b"])

@@ -533,6 +533,12 @@ REFUSING = (
 )
 
 
+def test_variables_replace_no_special_token():
+    tokenizer = tiny_tokenizer(chat_template="{{ bos_token }}{{ messages[0].content }}")
+    with pytest.raises(BadRow, match="has 'bos_token', which is not a variable"):
+        ChatTemplate(tokenizer, {"bos_token": ""})
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, DEFAULT_SYSTEM, DROPPING, REFUSING])
 @pytest.mark.parametrize("role", ["system", "developer", "column"])
 def test_training_and_the_server_see_the_same_system_text(template, role):

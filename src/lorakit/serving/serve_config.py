@@ -46,7 +46,7 @@ class ServeConfig:
     none."""
     max_tokens: int = 4096
     """Maximum number of new tokens in an answer. Also the default of a chat, if the context has room."""
-    max_choices: int = 16
+    max_choices: int = 32  # LangChain sends 20 prompts in a request
     """Maximum number of answers in a request: prompts times n."""
     max_stops: int = 4
     """Maximum number of stop texts in a request."""

@@ -466,21 +466,24 @@ class AdapterStore:
         """Describe an adapter without loading it, for lists and cards.
 
         Returns:
-            The fields of `Card`, with ``digest``, ``loaded`` and ``report``, whether `report` finds one. ``chat`` says
-            whether the adapter answers chats. A damaged folder has ``error``, and None for the rest.
+            The fields of `Card`, with ``digest``, ``loaded`` and ``report``, whether `report` finds one. ``digest`` is
+            None until the files, as they are now, have been read. ``chat`` says whether the adapter answers chats. A
+            damaged folder has ``error``, and None for the rest.
 
         Raises:
             UnknownAdapterError: There is no such adapter.
         """
         entry = self._entry(name)
         location = entry.source.locate()
-        card, error = Card(), None
-        digest, report = entry.digest, self._report(entry.source, location)
-        own = {"digest": digest, "loaded": digest in self._loaded, "report": report is not None}
+        seen, card, error = entry.seen, Card(), None
+        report = self._report(entry.source, location)
+        own = {"digest": None, "loaded": False, "report": report is not None}
         if location is None:
             return {**vars(card), **own, "error": "no adapter yet"}
         try:
             state = location.state()
+            if seen is not None and seen.state == state:
+                own |= {"digest": seen.digest or None, "loaded": seen.digest in self._loaded}
             if entry.card is None or entry.card[0] != state:
                 self._require_allowed(entry.source, location)
                 entry.card = state, read_card(location, state)

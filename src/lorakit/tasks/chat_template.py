@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect
+from collections.abc import Mapping
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
@@ -30,10 +32,21 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Renders conversations and locates the assistant's turns in them."""
+    """A tokenizer's chat template. Renders conversations and locates the assistant's turns in them.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        tokenizer: The tokenizer.
+        variables: More variables of the template, such as Qwen 3's `enable_thinking`.
+
+    Raises:
+        DataError: The tokenizer has no chat template.
+        BadRow: The template does not read a variable, or its renderer sets it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.variables = tokenizer, variables or {}
         name = tokenizer.name_or_path
         self.name = f"'{name}'" if name else type(tokenizer).__name__
         if not tokenizer.chat_template:
@@ -45,6 +58,7 @@ class ChatTemplate:
         self.special_ids = {*tokenizer.all_special_ids, *added.values()}
         names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest match wins
         self._special = re.compile("|".join(names) or r"(?!)")
+        self._require_variables()
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn in the loss.
@@ -123,6 +137,20 @@ class ChatTemplate:
                     f"{'thoughts' if name in THOUGHTS else 'tools'}, or remove {name} from the row",
                     "tools" if name == "tools" else "messages",
                 )
+
+    def _require_variables(self) -> None:
+        """Reject variables that the template would ignore, and those that its renderer sets."""
+        if not self.variables:
+            return
+        read = set(re.findall(r"\w+", self._source(None)))
+        read -= {"messages", *self.tokenizer.special_tokens_map}
+        read -= signature(self.tokenizer.apply_chat_template).parameters.keys()
+        if wrong := self.variables.keys() - read:
+            raise BadRow(
+                f"has {min(wrong)!r}, which is not a variable that a request may set in the tokenizer's chat template. "
+                "Check its spelling, or leave it out",
+                "chat_template_kwargs",
+            )
 
     def text(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
@@ -273,9 +301,9 @@ class ChatTemplate:
     ) -> Any:
         from lorakit.tasks.rendering import bounded_rendering  # imports jinja2
 
-        with bounded_rendering(self.name, messages, tools):
+        with bounded_rendering(self.name, messages, tools, self.variables):
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=answer, **options
+                messages, tools=tools, add_generation_prompt=answer, **options, **self.variables
             )
 
 

@@ -75,7 +75,7 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
 
     Args:
         name: Name of the tokenizer, for messages.
-        inputs: What is rendered: the messages and the tools. The limit grows with their size.
+        inputs: What is rendered: the messages, the tools and other variables. The limit grows with their size.
 
     Raises:
         DataError: The template is invalid, breaks the sandbox's rules or exceeds the limits.

@@ -39,7 +39,7 @@ def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
         "notice": None,
         "limits": {
             "max_tokens": 4096,
-            "max_choices": 16,
+            "max_choices": 32,
             "max_blend": 8,
             "max_stops": 4,
             "max_top_logprobs": 7,
@@ -47,7 +47,7 @@ def test_models_are_the_base_and_the_adapters(serve: Serve) -> None:
         },
         "version": __version__,
     }
-    shared = {name: base["details"][name] for name in ("kind", "limits")}
+    shared = {name: base["details"][name] for name in ("kind", "context", "limits")}
     assert sql["details"] == {"rank": 8, "task": "completion", **shared}
     assert served.client.get("/v1/models/sql").json() == sql
     assert served.client.get(f"/v1/models/{BASE}").json() == base

@@ -6,7 +6,7 @@ import pytest
 from fakes import TEXT
 from served import Serve
 from test_completions import events
-from tiny_tokenizer import EOS, tiny_tokenizer
+from tiny_tokenizer import CHAT_TEMPLATE, EOS, tiny_tokenizer
 
 from lorakit.tasks.chat_template import ChatTemplate
 
@@ -66,6 +66,29 @@ def test_a_developer_is_a_system(serve: Serve) -> None:
         served.post("/v1/chat/completions", model="sql", messages=turns)
     first, second = (ticket.request.prompt for ticket in served.engine.tickets)
     assert first == second
+
+
+def test_the_template_gets_the_names_of_authors(serve: Serve) -> None:
+    served = serve()
+    served.store.tokenizer = tiny_tokenizer(
+        chat_template="{% for m in messages %}{{ m.name or 'nobody' }}: {{ m.content }}\n{% endfor %}"
+    )
+    turns = [{**USER, "name": "Ann"}, {**USER, "name": None}, USER]
+    served.post("/v1/chat/completions", model="sql", messages=turns)
+    prompt = served.store.tokenizer.decode(served.engine.tickets[0].request.prompt)
+    assert prompt == "Ann: Which pub?\nnobody: Which pub?\nnobody: Which pub?\n"
+
+
+@pytest.mark.parametrize("is_thinking", [True, False, None])
+def test_the_template_gets_variables(serve: Serve, is_thinking: bool | None) -> None:
+    """As Qwen 3's, which thinks unless `enable_thinking` is false."""
+    served = serve()
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    served.store.tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE + switch)
+    variables = None if is_thinking is None else {"enable_thinking": is_thinking}
+    assert served.chat(chat_template_kwargs=variables).status_code == 200
+    prompt = served.store.tokenizer.decode(served.engine.tickets[0].request.prompt)
+    assert prompt.endswith("assistant\n<think></think>") == (is_thinking is False)
 
 
 def test_a_template_without_a_system_role_gets_the_text_in_the_first_message(serve: Serve) -> None:

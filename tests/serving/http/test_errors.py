@@ -126,8 +126,14 @@ COMPLETIONS = {
         "context_length_exceeded",
         "Shorten the prompt",
     ),
-    "too many answers": ({"n": 17}, "n", "max_choices", "at most 16"),
-    "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "max_choices", "has 18 answers"),
+    "too many answers": ({"n": 33}, "n", "max_choices", "at most 32"),
+    "too many answers to prompts": (
+        {"prompt": ["a"] * 17, "n": 2},
+        "n",
+        "max_choices",
+        "has 34 answers",
+    ),
+    "too many prompts": ({"prompt": ["a"] * 33}, "prompt", "max_choices", "has 33 prompts"),
     "too many stops": ({"stop": list("abcde")}, "stop", "max_stops", "at most 4"),
     "a long stop": ({"stop": "a" * 257}, "stop", "max_stop_length", "at most 256"),
     "base_logprobs alone": (
@@ -169,12 +175,32 @@ CHATS = {
     "logprobs as a number": ({"logprobs": 2}, "logprobs", "boolean"),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
     "a long answer": ({"max_completion_tokens": 5000}, "max_completion_tokens", "at most 4,096"),
+    "a variable that the template lacks": (
+        {"chat_template_kwargs": {"add_generation_promt": False}},
+        "chat_template_kwargs",
+        "has 'add_generation_promt', which is not a variable",
+    ),
+    "an argument of the renderer": (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs",
+        "has 'add_generation_prompt', which is not a variable",
+    ),
+    "the messages as a variable": (
+        {"chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs",
+        "has 'messages', which is not a variable",
+    ),
+    "too many variables": (
+        {"chat_template_kwargs": {f"a{i}": 1 for i in range(1001)}},
+        "chat_template_kwargs",
+        "at most 1,000 items",
+    ),
     "no messages": ({"messages": []}, "messages", "is []; it must have at least 1 item."),
     "an unknown role": ({"messages": [{**USER, "role": "tool"}]}, "messages.0.role", "'assistant'"),
-    "a named message": (
-        {"messages": [{**USER, "name": "x"}]},
+    "a long name": (
+        {"messages": [{**USER, "name": "x" * 1001}]},
         "messages.0.name",
-        "does not support",
+        "at most 1,000 characters",
     ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

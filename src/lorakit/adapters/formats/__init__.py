@@ -123,7 +123,7 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
         _reject_run_without_adapter(path)
         raise AdapterFileError(_no_adapter_in(path))
     _check_alpha(stored, alpha, path)
-    stored.notices += peft.option_notices(stored.from_peft or {})
+    stored.notices += [*peft.option_notices(stored.from_peft or {}), *_tokenizer_notices(path)]
     return stored
 
 
@@ -203,9 +203,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     # The hub's cache consists of links from snapshots/REVISION to blobs.
     snapshots = [parent for parent in source.parents if parent.name == "snapshots"]
     homes = [source, *(parent.with_name("blobs") for parent in snapshots)]
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern)}):
-        if path.is_dir():
-            continue
+    for path in _tokenizer_files(source):
         target = Path(os.path.realpath(storage.regular_file(path)))
         if not any(home in target.parents for home in homes):
             raise AdapterFileError(
@@ -216,6 +214,22 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
         copy.parent.mkdir(exist_ok=True)
         with storage.reading(path, AdapterFileError):
             shutil.copyfile(path, copy)  # not the mode, which a mounted share may refuse
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if not path.is_dir())
+
+
+def _tokenizer_notices(folder: Path) -> list[str]:
+    """Return a notice if the folder has files of a tokenizer, such as a chat template, that are not used."""
+    files = [] if has_tokenizer(folder) else _tokenizer_files(folder)
+    if not files:
+        return []
+    return [
+        f"'{folder}' has {', '.join(file.name for file in files)} but no {TOKENIZER_CONFIG}, so commands use the "
+        "base's tokenizer and chat template. If the adapter was trained with others, save its whole tokenizer there."
+    ]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:

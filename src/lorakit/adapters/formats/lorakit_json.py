@@ -271,7 +271,7 @@ def _require_keys(
 
 
 def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
-    """Verify the checksum of every listed file; return notices of an edited card and a removed tokenizer."""
+    """Verify the checksum of every listed file, and return a notice of an edited card."""
     files = record.get("files")
     if not isinstance(files, Mapping):
         raise AdapterFileError(
@@ -286,9 +286,7 @@ def _check_files(record: Mapping[str, Any], folder: Path) -> list[str]:
                 f"'{folder / LORAKIT_JSON}' lists {name!r}, which can be outside its folder, so it was not opened."
             )
         if name in (MODEL_CARD, TOKENIZER_CONFIG) and not os.path.lexists(folder / name):
-            if name != MODEL_CARD:  # then the folder has no tokenizer
-                notices.append(f"'{folder / name}' is missing. Commands use the base's tokenizer.")
-            continue
+            continue  # a folder without the configuration has no tokenizer
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
         if name != MODEL_CARD:

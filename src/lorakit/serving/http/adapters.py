@@ -136,12 +136,11 @@ def _model(serving: Serving, name: str, described: dict[str, Any]) -> Model:
     base, created, engine = serving.base_name, int(serving.began), serving.engine
     limits = {name: getattr(serving.config, name) for name in _SHOWN_LIMITS}
     # Adapters have these too: a key may allow adapters without the base.
-    shared = {"kind": described["kind"], "limits": limits}
+    shared = {"kind": described["kind"], "context": engine.limits.context, "limits": limits}
     if name == base:
         details = {
             **described,
             **shared,
-            "context": engine.limits.context,
             "engine": engine.name,
             "notice": engine.notice,
             "version": __version__,

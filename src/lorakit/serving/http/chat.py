@@ -40,7 +40,8 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     require_at_most("messages", len(body.messages), most, "max_messages", "messages")
 
     def encode(lease: Lease) -> Prompts:
-        ids, stop_ids = encode_chat(lease.tokenizer, body.messages, serving.engine.limits.context)
+        context, variables = serving.engine.limits.context, body.chat_template_kwargs
+        ids, stop_ids = encode_chat(lease.tokenizer, body.messages, context, variables)
         return [ids], stop_ids
 
     generation = await begin(request, body, encode)

@@ -59,9 +59,10 @@ def _require_limits(config: ServeConfig, body: CompletionRequest | ChatRequest) 
     """
     tokens_field, max_tokens = body.max_tokens_field
     logprobs_field, top_logprobs = body.top_logprobs_field
-    answers = (body.n or 1) * (1 if isinstance(body, ChatRequest) else len(body.prompts))
+    prompts, n = (1 if isinstance(body, ChatRequest) else len(body.prompts)), body.n or 1
     require_at_most(tokens_field, max_tokens or 0, config.max_tokens, "max_tokens")
-    require_at_most("n", answers, config.max_choices, "max_choices", "answers (prompts times n)")
+    field, unit = ("prompt", "prompts") if n == 1 else ("n", "answers (prompts times n)")
+    require_at_most(field, prompts * n, config.max_choices, "max_choices", unit)
     require_at_most("stop", len(body.stops), config.max_stops, "max_stops", "stop texts")
     for text in body.stops:
         require_at_most(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -65,21 +66,24 @@ def encode_prompt(
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], context: int
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    context: int,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], frozenset[int]]:
     """Return the token ids of a conversation, rendered for an answer, and the tokens that end one.
 
     Raises:
-        ApiError: The template rejects the conversation, or the text is too long.
+        ApiError: The template rejects the conversation or one of its `variables`, or the text is too long.
         DataError: The tokenizer has no chat template, or one that cannot be rendered.
     """
     turns = [message.model_dump() for message in messages]
     try:
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, variables)
         rows = template.prepared(checked_messages({"messages": turns}, empty_answers=True))
         text = template.text(rows, answer=True)
     except BadRow as error:
-        raise invalid_value(f"{error}.", "messages") from None
+        raise invalid_value(f"{error}.", error.column) from None
     require_short(tokenizer, text, context, "messages")
     with TOKENISING:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]

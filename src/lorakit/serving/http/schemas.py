@@ -212,7 +212,6 @@ class Message(Strict):
 
     # A client may send back an answer of OpenAI's API as it is, where these are null or empty.
     unsupported = {
-        "name": (),
         "refusal": (),
         "audio": (),
         "annotations": ([],),
@@ -224,6 +223,8 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     """developer is another name of system."""
     content: str | List[TextPart]
+    name: Name | None = None
+    """The author, for chat templates that write it."""
 
     @field_validator("content", mode="before")
     @classmethod
@@ -272,6 +273,8 @@ class ChatRequest(Generating):
     }
 
     messages: List[Message] = Field(min_length=1)
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MOST)] | None = None
+    """Not of OpenAI's API. More variables of the chat template, such as `enable_thinking` of Qwen 3."""
     max_completion_tokens: Count | None = None
     """New tokens of an answer. Default: what the context leaves, up to the server's limit."""
     logprobs: bool | None = False
