@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import LocalPath, conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN, has_splits
 from lorakit.data.templates import Template
@@ -52,7 +52,7 @@ class DataConfig:
     """auto (chosen by the columns); a generic task: completion, chat, text (language modelling), classification or
     regression; a named task with its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart,
     wikisql or samsum; or a class of yours, `path/to/file.py:Class`."""
-    root: str | None = None
+    root: LocalPath | None = None
     """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
     hub."""
     encoding: str | None = None
