@@ -11,12 +11,25 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lorakit.errors import ConfigurationError, nearest
 from lorakit.other_names import OTHER_NAMES
 
 Config = TypeVar("Config")
+
+LocalPath = Annotated[str, "path"]
+"""Type of a setting that names a file or folder. A leading ``~`` is expanded: a shell leaves it in `--output=~/run`."""
 
 _SHOWN = 100
 """Longest excerpt of a wrong value in a message, in characters."""
@@ -100,7 +113,7 @@ def conform(config: Any, section: str = "") -> None:
     """Convert every field of a configuration to its annotated type. Call it in `__post_init__`.
 
     Equivalent values are converted: a list to a tuple, a whole number to a float, NumPy's numbers to
-    Python's, a path to a string, a mapping to a section.
+    Python's, a path to a string, a mapping to a section. The ``~`` of a `LocalPath` is expanded.
 
     Args:
         config: A dataclass, frozen or not.
@@ -109,7 +122,7 @@ def conform(config: Any, section: str = "") -> None:
     Raises:
         ConfigurationError: A value has another type, or is not one of the choices.
     """
-    hints = hints_of(type(config))
+    hints = hints_with_paths(type(config))
     for field in fields(config):
         path = f"{section}.{field.name}" if section else field.name
         value = converted(getattr(config, field.name), hints[field.name], path)
@@ -145,6 +158,8 @@ def converted(value: Any, annotation: Any, path: str, names: Names = PYTHON) -> 
 
 hints_of = functools.cache(get_type_hints)
 """Returns the types of the fields of a dataclass, by name."""
+hints_with_paths = functools.cache(functools.partial(get_type_hints, include_extras=True))
+"""Returns the same types, in which `LocalPath` is not `str`."""
 
 
 class _WrongType(Exception):
@@ -199,6 +214,8 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
     if annotation is Any:
         return value
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return os.path.expanduser(_convert(value, args[0], path))
     if origin in (Union, types.UnionType):
         return _convert_to_any(value, annotation, path)
     if origin is Literal:
@@ -261,6 +278,8 @@ def _is_fixed(annotation: Any) -> bool:
 def type_name(annotation: Any, names: Names = PYTHON, several: bool = False) -> str:
     """Return a type in words, such as "a whole number" or "one of none, all"; `several` gives the plural."""
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(args[0], names, several)
     if annotation in names:
         return names[annotation][several]
     if origin in (Union, types.UnionType):

@@ -5,7 +5,6 @@ from __future__ import annotations
 OTHER_NAMES = {
     # PEFT's LoraConfig
     "r": "lora.rank",
-    "lora_rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
@@ -93,5 +92,22 @@ OTHER_NAMES = {
     "early_stopping_patience": "evaluation.patience",
     "use_tensorboard": "loggers",
     "wandb_project": "loggers",
+    # LLaMA-Factory's YAML, beside the names of transformers and PEFT
+    "adapter_name_or_path": "from_adapter",
+    "model_revision": "base.revision",
+    "quantization_bit": "base.dtype",
+    "pure_bf16": "base.dtype",
+    "finetuning_type": "method",
+    "freeze_trainable_layers": "full.top_layers",
+    "lora_rank": "lora.rank",
+    "lora_target": "lora.targets",
+    "additional_target": "lora.train_modules",
+    "pissa_init": "lora.init",
+    "dataset": "data.train",
+    "val_size": "data.validation_fraction",
+    "cutoff_len": "data.max_length",
+    "max_samples": "data.limit",
+    "neat_packing": "packing",
+    "early_stopping_steps": "evaluation.patience",
 }
 """Name in another library: name in lorakit, with its section. docs/guides/from-peft.md describes each pair."""

@@ -133,6 +133,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder, chat, monkeypatch) 
     [
         ("/adaptor x", "Unknown command '/adaptor'. Did you mean '/adapter'?"),
         ("/adapter nowhere", "nowhere"),
+        ("/adapter ~no-such-user/a", "~no-such-user/a"),
         ("pub " * 100, "fills the model's context of 128"),
         ("\udcff", "is not UTF-8 (byte 0xff)"),
     ],

@@ -19,6 +19,7 @@ from lorakit.cli.merge import MergeConfig
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.options import options_of
 from lorakit.cli.parsing import parse
+from lorakit.configuration import converted, hints_with_paths
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
 from lorakit.evaluation.evaluate_config import EvaluateConfig
@@ -55,6 +56,39 @@ def shared(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(SHARED)
     return path
+
+
+# --- paths -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_home_folder_of_an_input_and_an_output_is_expanded_in_every_command(home: Path) -> None:
+    expanded = set()
+    for command in COMMANDS:
+        for config in import_module(f"lorakit.cli.{command}").CONFIGS:
+            annotations = hints_with_paths(config)
+            for name in {"adapter", "file", "output", "plot", "report"} & annotations.keys():
+                assert converted("~/a", annotations[name], name) == f"{home}/a", (config, name)
+                assert converted("~no-such-user/a", annotations[name], name) == "~no-such-user/a"
+                expanded.add((command, name))
+    assert len(expanded) > 25
+
+
+def test_the_home_folder_is_expanded_on_the_command_line_in_yaml_and_in_python(home: Path) -> None:
+    (home / "run.yaml").write_text("{base: b, data: {task: rte, root: ~/data}, output: ~/run}")
+    config = train("--config=~/run.yaml --from_adapter=~/old")
+    assert (config.output, config.from_adapter) == (f"{home}/run", f"{home}/old")
+    assert config.data.root == f"{home}/data"
+    data = DataConfig(task="rte", root="~/data")
+    base = BaseConfig(name="b")
+    assert config == TrainConfig(base=base, data=data, output="~/run", from_adapter="~/old")
+    combine = parse(CombineConfig, "combine", "", ["~/a", "--output=~/b"], "adapters")
+    assert (combine.adapters, combine.output) == ([f"{home}/a"], f"{home}/b")
 
 
 # --- one file for every command -------------------------------------------------------------------

@@ -46,8 +46,49 @@ def test_docstrings_bring_their_own_splits_and_files_do_not():
     assert built_in.source("validation") == built_in.source("test") == "docstrings"
     files = DataConfig(train="a.jsonl", test="b.jsonl")
     assert (files.source("validation"), files.source("test")) == (None, "b.jsonl")
-    held_out = DataConfig(train="a.jsonl", validation_fraction=0.1, train_split="all")
-    assert (held_out.source("validation"), held_out.hub_split("validation")) == ("a.jsonl", "all")
+    held_out = DataConfig(train="o/n", validation_fraction=0.1, train_split="all")
+    assert (held_out.source("validation"), held_out.hub_split("validation")) == ("o/n", "all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train": "o/n", "validation_split": "dev"},
+            r"data\.validation_split is 'dev', but data\.validation is not set\. .* --data\.validation o/n\.",
+        ),
+        (
+            {"train": "a.jsonl", "train_split": "train[:9]"},
+            r"data\.train_split is .*, but data\.train is 'a\.jsonl', and files have no splits",
+        ),
+        ({"train": "o/n", "test": ["a.csv", "b*.csv"], "test_split": "x"}, "files have no splits"),
+        (
+            {"task": "chat", "test_split": "x"},
+            r"data\.test is not set\. .* --data\.test owner/name",
+        ),
+        ({"train_split": "x"}, r"data\.train is not set"),
+        (
+            {"train": "o/n", "validation_fraction": 0.1, "validation_split": "dev"},
+            r"data\.validation_fraction takes the validation data from data\.train",
+        ),
+    ],
+)
+def test_a_split_that_no_source_has_is_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": ["a.jsonl", "o/n:config@main"], "train_split": "dev"},
+        {"train": "docstrings", "validation_split": "test"},
+        {"task": "mnli", "validation_split": "validation_matched"},
+        {"validation_split": "validation_matched"},  # the task can be that of an adapter
+    ],
+)
+def test_a_split_that_a_source_can_have_is_accepted(settings):
+    assert DataConfig(**settings)
 
 
 def test_the_command_line_sets_the_same_fields():

@@ -1,4 +1,4 @@
-"""The page "From PEFT, TRL and axolotl": its names, defaults and examples are those of the libraries and of lorakit."""
+"""The page "From PEFT, TRL ...": its names, defaults and examples are those of the libraries and of lorakit."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/guides/from-peft.md").read_text(encoding="utf-8")
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 
-PEFT, TRAINER, GENERATION, AXOLOTL = (
+PEFT, TRAINER, GENERATION, AXOLOTL, LLAMA_FACTORY = (
     "PEFT's LoraConfig",
     "transformers' TrainingArguments, TRL's SFTConfig",
     "Generation",
     "axolotl",
+    "LLaMA-Factory",
 )
 OLDER = {
     *("warmup_ratio", "overwrite_output_dir", "max_seq_length", "torch_dtype"),
@@ -41,7 +42,7 @@ OLDER = {
 """Settings of earlier versions of transformers and TRL."""
 OF_SCRIPTS = {"model_name_or_path", "dataset_name", "train_file", "validation_file"}
 """Settings of the example scripts of transformers and TRL."""
-ALIASES = {"lora_rank", "model", "model_name", "lr"}
+ALIASES = {"model", "model_name", "lr"}
 """Names in OTHER_NAMES that no library's table has: short forms."""
 
 
@@ -104,7 +105,7 @@ def test_every_other_name_is_on_the_page_beside_its_option(name: str) -> None:
 
 def _renamed() -> Iterable[tuple[str, str]]:
     """Yield each name of the page whose row names a lorakit option, and that option."""
-    for row in _rows_of(PEFT, TRAINER, GENERATION, AXOLOTL):
+    for row in _rows_of(PEFT, TRAINER, GENERATION, AXOLOTL, LLAMA_FACTORY):
         if not row.cells[1].startswith("`"):
             continue
         options = [_option(code) for code in row.ours]

@@ -391,7 +391,7 @@ def test_a_resumed_run_may_have_another_device_other_checkpoints_and_test_data(
     config = half_a_run(tmp_path, base, monkeypatch)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("device: cpu", "device: cuda:1"))
-    data = dataclasses.replace(config.data, test=config.data.validation, test_split="test")
+    data = dataclasses.replace(config.data, test="owner/name", test_split="test")
     train(dataclasses.replace(config, checkpoints=CheckpointConfig(every=1, keep=1), data=data))
     assert_same_run(tmp_path / "run", undisturbed)
 

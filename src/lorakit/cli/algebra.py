@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorakit.configuration import LocalPath
 from lorakit.evaluation.scoring_config import ScoringConfig
 from lorakit.formatting import percentage, visible
 from lorakit.models.base_config import BaseConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class ResultConfig(ScoringConfig):
     """Where to save a computed adapter, and how to score it. Without data, nothing is scored."""
 
-    output: str
+    output: LocalPath
     """Folder for the adapter. Must not exist unless overwrite is set."""
     overwrite: bool = False
     """Replace an existing adapter folder."""

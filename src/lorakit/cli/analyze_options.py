@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorakit.compute.adapted_config import AdaptedConfig, AdapterFileConfig
+from lorakit.configuration import LocalPath
 from lorakit.errors import require_suffix
 
 
@@ -16,9 +17,9 @@ class OutputFiles:
 
     json: bool = False
     """Print JSON."""
-    plot: str | None = None
+    plot: LocalPath | None = None
     """Write a figure to this file (.png, .svg or .pdf)."""
-    report: str | None = None
+    report: LocalPath | None = None
     """Write an HTML report to this file (.html)."""
     overwrite: bool = False
     """Replace an existing report."""
@@ -71,7 +72,7 @@ class Shown(OutputFiles, AdapterFileConfig):
 class OnBase(Shown, AdaptedConfig):
     """Options of measures that also read the weights of the base."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     only: str | None = None
     """Analyze only the matrices whose names match this regular expression."""
@@ -81,7 +82,7 @@ class OnBase(Shown, AdaptedConfig):
 class SpectrumConfig(Shown):
     """Options of `lorakit analyze spectrum`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
     energy: float = 0.9
     """Fraction of the squared norm that the suggested rank keeps."""
@@ -91,9 +92,9 @@ class SpectrumConfig(Shown):
 class PairConfig(Shown):
     """Options of `lorakit analyze diff`."""
 
-    first: str
+    first: LocalPath
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
-    second: str
+    second: LocalPath
     """The other side of the comparison: another adapter, or a later checkpoint (RUN/checkpoints/step-000100)."""
 
 
@@ -132,9 +133,9 @@ class IntrudersConfig(OnBase):
 class DriftConfig(OutputFiles, AdaptedConfig):
     """Options of `lorakit analyze drift`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT)."""
-    text: str
+    text: LocalPath
     """UTF-8 text file. Each non-blank line is one text."""
     limit: int | None = None
     """Number of texts to read, from the start. null reads all."""

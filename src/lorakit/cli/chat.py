@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdaptedConfig
+from lorakit.configuration import LocalPath
 from lorakit.errors import ConfigurationError, DataError, LorakitError, nearest
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import visible
@@ -28,7 +29,7 @@ COMMANDS = ("/adapter", "/base", "/reset", "/quit")
 class ChatConfig(AdaptedConfig):
     """Options of `lorakit chat`."""
 
-    adapter: str | None = None
+    adapter: LocalPath | None = None
     """Adapter folder. Omit to chat with the base model. /adapter loads others."""
     allow_other_base: bool = False
     """Allow adapters of a base other than this one."""
@@ -176,7 +177,7 @@ def _load(conversation: Conversation, name: str) -> None:
     if name in conversation.adapters:
         conversation.choose(name)
     else:
-        file = AdapterFile.read(Path(name).expanduser())
+        file = AdapterFile.read(os.path.expanduser(name))
         assert file is not None
         task = text_task(file)
         conversation.load(file)

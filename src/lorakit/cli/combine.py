@@ -8,13 +8,14 @@ from typing import Literal
 
 from lorakit.cli.algebra import OfAdaptersConfig, finish
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class CombineConfig(OfAdaptersConfig):
     """Options of `lorakit combine`."""
 
-    adapters: list[str]
+    adapters: list[LocalPath]
     """Adapter folders (lorakit or PEFT), loralib files, or checkpoint folders of runs."""
     weights: list[float] | None = None
     """One factor per adapter, for example 0.7 0.3. Default: 1 for all."""

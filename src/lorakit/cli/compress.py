@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from lorakit.cli.algebra import OfAdaptersConfig, finish
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig(OfAdaptersConfig):
     """Options of `lorakit compress`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT), a loralib file, or a run's checkpoint folder."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 from lorakit.formatting import visible
 
 
@@ -14,9 +15,9 @@ from lorakit.formatting import visible
 class ConvertConfig:
     """Options of `lorakit convert`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT), or a loralib file."""
-    output: str
+    output: LocalPath
     """Where to write: a folder for peft, a file for loralib."""
     to: Literal["peft", "loralib"] | None = None
     """The format to write. Default: loralib if `output` ends in .safetensors, .bin, .pt or .pth, else peft."""

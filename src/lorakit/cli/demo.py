@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
-from lorakit.configuration import changed
+from lorakit.configuration import LocalPath, changed
 from lorakit.errors import RunFolderError, require_at_least
 from lorakit.file_names import CONFIG
 from lorakit.formatting import shell_command
@@ -86,7 +86,7 @@ class DemoConfig:
 
     base: BaseConfig = field(default_factory=lambda: BaseConfig(name="smollm2-135m"))
     """The base model."""
-    output: str = "out/demo"
+    output: LocalPath = "out/demo"
     """Run folder. Replaces an earlier demo in it."""
     max_steps: int | None = None
     """Optimizer steps, 16 examples each. By default 12 to 480, so that the demo takes two to four minutes."""

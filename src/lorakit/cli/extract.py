@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit.cli.algebra import ResultConfig, finish
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 from lorakit.models.base_config import BaseConfig
 
 
@@ -15,7 +16,7 @@ from lorakit.models.base_config import BaseConfig
 class ExtractConfig(ResultConfig):
     """Options of `lorakit extract`."""
 
-    tuned: str
+    tuned: LocalPath
     """The fine-tuned model: a folder, a hub id, or the output of full fine-tuning with lorakit."""
     base: BaseConfig
     """The base model it was fine-tuned from."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdaptedConfig
+from lorakit.configuration import LocalPath
 from lorakit.errors import ConfigurationError, require_suffix
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import visible
@@ -35,11 +36,11 @@ class PromptDataConfig:
 class GenerateConfig(AdaptedConfig):
     """Options of `lorakit generate`."""
 
-    adapter: str | None = None
+    adapter: LocalPath | None = None
     """Adapter folder. Omit to use the base model."""
     prompt: str | None = None
     """The prompt."""
-    file: str | None = None
+    file: LocalPath | None = None
     """A file of prompts: one per line, or .jsonl, .json, .csv, .tsv or .parquet with `prompt`, `messages` or Alpaca's
     `instruction` in each row, or the columns that the adapter was trained on. A last assistant turn is the answer, and
     is left out. `-` reads standard input."""
@@ -52,7 +53,7 @@ class GenerateConfig(AdaptedConfig):
     system: str | None = None
     """Text of a system turn at the start of each conversation. If the chat template has no system role, it starts the
     first user message."""
-    output: str | None = None
+    output: LocalPath | None = None
     """Write prompts and outputs to this .jsonl file instead of printing them."""
     overwrite: bool = False
     """Replace an existing output file."""

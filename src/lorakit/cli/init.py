@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakit import storage
 from lorakit.cli.next_commands import commands_for
 from lorakit.cli.parsing import parse
-from lorakit.configuration import changed
+from lorakit.configuration import LocalPath, changed
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
 from lorakit.data.examples import DataTask, RowReader, task_of
@@ -48,7 +48,7 @@ class InitConfig:
 
     data: DataConfig = field(default_factory=lambda: DataConfig(too_long="truncate"))
     """The training data, whose columns determine the task."""
-    file: str = "run.yaml"
+    file: LocalPath = "run.yaml"
     """The file to write."""
     base: BaseConfig | None = None
     """The base model. Default: smollm2-135m for text, minilm-l6 for labels and scores."""

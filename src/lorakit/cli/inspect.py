@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdapterFileConfig
+from lorakit.configuration import LocalPath
 
 if TYPE_CHECKING:
     from lorakit.adapters.formats.stored import StoredAdapter
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class InspectConfig(AdapterFileConfig):
     """Options of `lorakit inspect`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder (lorakit or PEFT), or a loralib file."""
     alpha: float | None = None
     """alpha of a loralib file, which does not store it. Default: 1."""

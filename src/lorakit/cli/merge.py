@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdaptedConfig
+from lorakit.configuration import LocalPath
 from lorakit.errors import RunFolderError
 from lorakit.file_names import TOKENIZER_FILES
 from lorakit.models.base_config import BaseConfig
@@ -23,9 +24,9 @@ MODEL_FILES = (
 class MergeConfig(AdaptedConfig):
     """Options of `lorakit merge`."""
 
-    adapter: str
+    adapter: LocalPath
     """Adapter folder."""
-    output: str
+    output: LocalPath
     """Folder for the merged model. Must not exist unless overwrite is set."""
     base: BaseConfig | None = None
     """The base model; its dtype is that of the merged model. By default the base that the adapter records, in dtype

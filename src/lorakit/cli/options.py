@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from lorakit.configuration import YAML, converted, default_of, hints_of
+from lorakit.configuration import YAML, converted, default_of, hints_of, hints_with_paths
 from lorakit.errors import ConfigurationError
 from lorakit.file_names import CONFIG
 from lorakit.formatting import resume_command
@@ -144,11 +144,12 @@ def _members(
             yield name, section
             yield from _members(section, f"{name}.", default)
         else:
-            yield name, Option(name, annotation, default, texts.get(field.name, ""))
+            plain = hints_of(config_class)[field.name]
+            yield name, Option(name, plain, default, texts.get(field.name, ""))
 
 
 def _fields(config_class: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    hints = hints_of(config_class)
+    hints = hints_with_paths(config_class)
     return [(field, hints[field.name]) for field in dataclasses.fields(config_class)]
 
 

@@ -160,7 +160,7 @@ def _typed(
         given = [text] if equals else _take_values(option, words, bool(positional))
         value = _value(given, option, key)
         if option is _CONFIG:
-            files.append(value)
+            files.append(os.path.expanduser(value))
             continue
         names.append(f"{option.name}.{key}" if key else option.name)
         if key:

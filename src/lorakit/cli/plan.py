@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lorakit.cli.analyze_options import OutputFiles
 from lorakit.cli.methods_in_files import options_of_other_methods
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.training.config import TrainConfig
@@ -32,7 +33,7 @@ class PlanConfig(OutputFiles, TrainConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     """The training data. Without data.train, the plan uses synthetic examples, see length."""
-    output: str = "out"
+    output: LocalPath = "out"
     """Run folder. A plan does not write to it."""
     length: int | None = None
     """Tokens per example, instead of reading the data. Default without data: data.max_length, the upper bound."""
@@ -46,7 +47,7 @@ class PlanConfig(OutputFiles, TrainConfig):
     tensors. Caches the result in the user's cache folder for later plans."""
     json: bool = False
     """Print JSON, with sizes in bytes."""
-    plot: str | None = None
+    plot: LocalPath | None = None
     """Plot the memory by part and the time per step to this file (.png, .svg or .pdf)."""
 
     def __post_init__(self) -> None:

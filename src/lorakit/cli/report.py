@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.cli.parsing import parse
 from lorakit.compute.adapted_config import AdapterFileConfig
+from lorakit.configuration import LocalPath
 from lorakit.errors import ConfigurationError, require_suffix
 from lorakit.file_names import ADAPTER, PREDICTION, REPORT
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 class ReportConfig(AdapterFileConfig):
     """Options of `lorakit report`."""
 
-    runs: tuple[str, ...]
+    runs: tuple[LocalPath, ...]
     """Run folders. Several runs are compared in one report."""
-    output: str | None = None
+    output: LocalPath | None = None
     """The report. Default: report.html in the run folder, or ./comparison.html for several runs."""
-    figures: str | None = None
+    figures: LocalPath | None = None
     """Also write every figure to this folder, as PNG and SVG."""
     overwrite: bool = False
     """Replace an existing output and figures. Always replaces report.html in the run folder."""

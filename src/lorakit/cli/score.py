@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.cli.parsing import parse
+from lorakit.configuration import LocalPath
 from lorakit.evaluation.score_files import Family
 
 
@@ -13,9 +14,9 @@ from lorakit.evaluation.score_files import Family
 class ScoreConfig:
     """Options of `lorakit score`."""
 
-    outputs: str
+    outputs: LocalPath
     """File of generated texts: plain text, one per line, or rows (.jsonl, .csv, ...) with a column output."""
-    references: str | None = None
+    references: LocalPath | None = None
     """File of references: one per line, with an empty line between groups, or rows with references, label or
     WikiSQL's columns. Default: the rows of outputs contain them."""
     metrics: Family

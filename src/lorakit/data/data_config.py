@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from lorakit.configuration import conform, strict
+from lorakit.configuration import LocalPath, conform, strict
 from lorakit.data.own import OwnData
-from lorakit.data.sources import BUILT_IN
+from lorakit.data.sources import BUILT_IN, has_splits
 from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.tasks import GENERIC, Completion, Task, task_type
@@ -52,7 +52,7 @@ class DataConfig:
     """auto (chosen by the columns); a generic task: completion, chat, text (language modelling), classification or
     regression; a named task with its own data: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, e2e_nlg, webnlg, dart,
     wikisql or samsum; or a class of yours, `path/to/file.py:Class`."""
-    root: str | None = None
+    root: LocalPath | None = None
     """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
     hub."""
     encoding: str | None = None
@@ -99,6 +99,7 @@ class DataConfig:
                 "Set data.validation or data.validation_fraction, not both: one names the validation data, the other "
                 "holds out part of data.train."
             )
+        self._check_splits()
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
                 template = Template(text, name=option)  # raises for a malformed template
@@ -134,6 +135,35 @@ class DataConfig:
                     f"data.encoding is {self.encoding!r}, but task {self.task} has no encodings; remove it."
                 )
             require_choice("data.encoding", self.encoding, encodings)
+
+    def _check_splits(self) -> None:
+        """Reject the name of a split whose source has no splits, or that no source uses."""
+        for split in get_args(Split):
+            name, source = self._configured_split_name(split), self._configured_source(split)
+            if not name:
+                continue
+            found = f"data.{split}_split is {name!r}"
+            if split == "validation" and self.validation_fraction:
+                raise ConfigurationError(
+                    f"{found}, but data.validation_fraction takes the validation data from data.train, whose split is "
+                    "data.train_split. Remove one of the two."
+                )
+            if source is None:
+                # `lorakit evaluate` reads the task from the adapter, and a named task brings its data.
+                may_bring_data = self.task == "auto" and self.train is None and split != "train"
+                if self.own is not None or may_bring_data:
+                    continue
+                with_splits = isinstance(self.train, str) and has_splits(self.train)
+                example = self.train if with_splits else "owner/name"
+                raise ConfigurationError(
+                    f"{found}, but data.{split} is not set. Set data.{split} to the data set that has this split, for "
+                    f"example --data.{split} {example}."
+                )
+            if not any(map(has_splits, [source] if isinstance(source, str) else source)):
+                raise ConfigurationError(
+                    f"{found}, but data.{split} is {source!r:.100}, and files have no splits. Remove "
+                    f"data.{split}_split or set it to null; data.limit reads the first rows of a file."
+                )
 
     def _check_templates(self, option: str) -> None:
         task = self.task_type

@@ -26,7 +26,7 @@ class OwnData:
     def folder(self) -> Path:
         """Return the task's folder below `root`."""
         assert self.root is not None
-        return Path(self.root).expanduser() / self.data_set.folder
+        return Path(self.root) / self.data_set.folder
 
     @property
     def settles_labels(self) -> bool:
@@ -98,7 +98,7 @@ class OwnData:
         with storage.reading(str(self.folder), DataError):
             if self.folder.is_dir():
                 return sorted(file for file in self.folder.iterdir() if reader_for(file))
-            root = Path(self.root or "").expanduser()
+            root = Path(self.root or "")
             folders = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         expected = f"{self.data_set.folder}/{self.data_set.train[0]}.jsonl"
         if not root.is_dir():

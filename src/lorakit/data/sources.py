@@ -167,7 +167,7 @@ def _parts(entry: str, split: str) -> list[_Part]:
         if not files:
             raise DataError(f"no file matches {entry}; check the path and the pattern")
         return [_file(file) for file in files]
-    if reader_for(path) is None and (hub := HUB_ID.fullmatch(entry)):
+    if hub := _hub_id(entry):
         return [_hub(hub, part) for part in joined(split)]
     nearby = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
     raise DataError(
@@ -175,6 +175,15 @@ def _parts(entry: str, split: str) -> list[_Part]:
         f"(owner/name) or a built-in one ({', '.join(BUILT_IN)})."
         + (nearest(path.name, nearby) or nearest(entry, BUILT_IN))
     )
+
+
+def has_splits(entry: str) -> bool:
+    """Return whether an entry of `DataConfig.train` is a data set with splits; a file has none. Reads no file."""
+    return entry in BUILT_IN or _hub_id(entry) is not None
+
+
+def _hub_id(entry: str) -> re.Match[str] | None:
+    return HUB_ID.fullmatch(entry) if reader_for(Path(entry)) is None else None
 
 
 def _file(path: Path) -> _Part:

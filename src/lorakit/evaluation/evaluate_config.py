@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakit.compute.adapted_config import AdaptedConfig
-from lorakit.configuration import strict
+from lorakit.configuration import LocalPath, strict
 from lorakit.errors import require_suffix
 from lorakit.evaluation.scoring_config import Score, ScoringConfig
 
@@ -15,7 +15,7 @@ from lorakit.evaluation.scoring_config import Score, ScoringConfig
 class EvaluateConfig(ScoringConfig, AdaptedConfig):
     """Settings of `lorakit evaluate`, which scores a base model with or without an adapter on held-out data."""
 
-    adapter: str | None = None
+    adapter: LocalPath | None = None
     """Adapter folder; omit to score the base model."""
     compare: bool = True
     """For a language model with an adapter, also score the base without it, which takes as long again. A classifier's
@@ -25,7 +25,7 @@ class EvaluateConfig(ScoringConfig, AdaptedConfig):
     task), or both. Classification and regression always compute all their scores."""
     lowercase: bool = True
     """Lowercase generated text and references for BLEU. Named tasks ignore this setting."""
-    output: str | None = None
+    output: LocalPath | None = None
     """Write each example's prompt, output and references to this .jsonl file, and a report beside it (.html)."""
     overwrite: bool = False
     """Replace an existing output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakit.compute.adapted_config import AdaptedConfig
-from lorakit.configuration import strict
+from lorakit.configuration import LocalPath, strict
 from lorakit.data.data_config import DataConfig
 from lorakit.errors import ConfigurationError, require_at_least, require_suffix
 
@@ -17,9 +17,9 @@ class PredictConfig(AdaptedConfig):
 
     data: DataConfig
     """The rows, in `data.test`; a column with labels is ignored."""
-    adapter: str
+    adapter: LocalPath
     """Adapter folder. It records the task and its labels."""
-    output: str
+    output: LocalPath
     """Write each row with its prediction to this .jsonl file. Classes also have their probabilities."""
     batch_size: int = 16
     """Rows per forward pass."""

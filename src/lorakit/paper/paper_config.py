@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.configuration import as_dict, conform, flat_settings, strict
+from lorakit.configuration import LocalPath, as_dict, conform, flat_settings, strict
 from lorakit.errors import ConfigurationError, require_at_least, require_choice
 from lorakit.evaluation.decoding import Decoding
 from lorakit.formatting import shell_command
@@ -35,7 +35,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 class PaperDataConfig:
     """Where the data sets of a table are."""
 
-    root: str | None = None
+    root: LocalPath | None = None
     """Folder with the data of named tasks, one sub-folder per task (`mrpc/train.jsonl`). Omit to read them from the
     hub."""
 
@@ -91,9 +91,9 @@ class PaperConfig:
     sampling: Sampling = "random"
     """Order of the training data: random; or grouped, where examples with the same prompt share a batch, which is fast
     on E2E. Grouping changes the order of the examples, so scores differ."""
-    output: str | None = None
+    output: LocalPath | None = None
     """Folder for the runs and the table. Default: out/paper/TABLE-MODEL."""
-    log: str | None = None
+    log: LocalPath | None = None
     """Folder for grid.json and one small record per run, without weights, for example to publish it. A grid on another
     machine continues from it. Default: the output folder."""
     reproduce: str | None = None

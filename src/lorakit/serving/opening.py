@@ -144,7 +144,7 @@ def sources(config: ServeConfig) -> tuple[Path | None, dict[str, str]]:
             )
     if config.adapters is not None:
         # Absolute, because clients see messages without the folders of absolute paths.
-        root = Path(os.path.abspath(os.path.expanduser(config.adapters)))
+        root = Path(os.path.abspath(config.adapters))
         if not root.is_dir():
             raise ConfigurationError(
                 f"adapters is '{root}', which is not a folder. Check the path."

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from lorakit.configuration import conform
+from lorakit.configuration import LocalPath, conform
 from lorakit.errors import ConfigurationError, require_at_least
 from lorakit.models.base_config import BaseConfig
 
@@ -68,7 +68,7 @@ class ServeConfig:
     """The base model. Default: the base recorded in the adapters."""
     served_name: str | None = None
     """Name of the base in requests. Default: its own, such as smollm2-135m-instruct-q4_1."""
-    adapters: str | None = None
+    adapters: LocalPath | None = None
     """Folder whose subfolders are adapters or runs; each is served under its folder's name. Default: without
     --follow and --base.name the adapter of lorakit demo, in out/demo."""
     follow: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class ServeConfig:
     """Open the playground in the default browser once the server answers."""
     prompt: str = ""
     """Prompt that --open enters in the playground."""
-    keys: str | None = None
+    keys: LocalPath | None = None
     """YAML or JSON file of API keys, with the adapters and rates of each. Every route then needs a key."""
     health_without_key: bool = False
     """Answer /health without a key, for load balancers that cannot send one."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorakit.configuration import as_dict, changed, conform, strict
+from lorakit.configuration import LocalPath, as_dict, changed, conform, strict
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.score import DIRECTIONS
@@ -150,7 +150,7 @@ class TrainConfig:
     """The base model."""
     data: DataConfig
     """Training and validation data, and the format of their examples."""
-    output: str
+    output: LocalPath
     """Run folder: configuration, metrics, checkpoints, the adapter."""
     method: str = "lora"
     """Training method: low-rank updates of weights (lora), all weights (full), biases (bitfit), adapter layers
@@ -171,7 +171,7 @@ class TrainConfig:
     """Settings of the method prefix_embedding."""
     prefix_layer: PrefixLayer = field(default_factory=PrefixLayer)
     """Settings of the method prefix_layer."""
-    from_adapter: str | None = None
+    from_adapter: LocalPath | None = None
     """Start from the weights and method of this adapter folder, with a new optimizer. Unlike resume, this starts a
     new run."""
 
