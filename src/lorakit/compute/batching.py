@@ -157,8 +157,9 @@ def context_length(model: PreTrainedModel) -> int | None:
     if context is None and not config.is_encoder_decoder:
         # MPT's max_seq_len is the length of its table of biases.
         context = getattr(config, "n_positions", getattr(config, "max_seq_len", None))
-    if context is None or not getattr(config, "position_biased_input", True):
-        return None  # DeBERTa's positions are relative
+    # XLNet states -1 for no limit. DeBERTa's positions are relative.
+    if context is None or context < 1 or not getattr(config, "position_biased_input", True):
+        return None
     for name, module in model.named_modules():  # RoBERTa's positions start after its padding index
         padding = getattr(module, "padding_idx", None)
         if padding is not None and name.endswith("position_embeddings"):
