@@ -82,6 +82,34 @@ def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch, settings)
     assert scores != pytest.approx(base, abs=1e-2)
 
 
+@pytest.mark.parametrize("arch", ["llama", "bart"])
+@pytest.mark.parametrize("rule", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"])
+def test_the_base_bans_its_tokens_and_their_scores_stay_the_models(rule, arch):
+    """Also a bad word of several tokens, in prompts of different lengths, and after a forced token."""
+    model = build(arch, vocab_size=len(TOKENIZER))
+    model.generation_config.eos_token_id = None
+    attach_some(model, "a")
+    given, own = [p[:20] for p in prompts(3)], model.generation_config
+    own.forced_bos_token_id = 7 if arch == "bart" else None
+    first, second, third = alone(model, given[0], (), 3)
+    own.update(
+        **{
+            rule: [[first, second], [third]]
+            if rule == "bad_words_ids"
+            else [*{first, second} - {7}]
+        }
+    )
+    expected = [alone(model, prompt, (), 6) for prompt in given]
+    engine, lease = engine_for(model, TOKENIZER), PlainLease((), TOKENIZER)
+    with running(engine):
+        sent = [send(engine, p, lease, 6, sampling=GREEDY, top_logprobs=0) for p in given]
+        answers = [answer.wait() for answer in sent]
+        scores = engine.score([*given[0], *answers[0].ids], lease, start=len(given[0])).result(60)
+    assert [answer.ids for answer in answers] == [until_end(ids) for ids in expected]
+    assert answers[0].ids[:3] != [first, second, third]
+    assert scores == pytest.approx([token.logprob for token in answers[0].tokens], abs=1e-4)
+
+
 _SIZES = {
     "vocab_size": len(TOKENIZER),
     "hidden_size": 32,

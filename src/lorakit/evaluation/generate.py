@@ -37,6 +37,15 @@ from lorakit.tasks.language_modelling import continuation_text, prompt_ids
 
 Prompt = str | Sequence[int]
 
+TOKEN_RULES = (
+    "forced_bos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
+"""Settings of a model's generation configuration that its texts need: some models give a high score to a token that
+must not be generated, such as Marian to its padding token."""
+
 _ADVICE = "Lower decoding.max_new_tokens, shorten the prompt, or load the base in 4 bits (base.dtype nf4)."
 
 
@@ -231,9 +240,10 @@ def generation_config(
     decoding: Decoding,
     stop_ids: Sequence[int],
 ) -> GenerationConfig:
-    """Return the generation configuration, with only the start, end and padding tokens of the model, and `stop_ids`.
+    """Return the generation configuration, with only the start and end tokens and `TOKEN_RULES` of the model.
 
-    Other defaults of a model would give the same settings different meanings on different models.
+    `stop_ids` end a text too. Other defaults of a model would give the same settings different meanings on different
+    models.
     """
     own = model.generation_config
     assert own is not None  # every model with generate() has one
@@ -253,8 +263,8 @@ def generation_config(
         pad_token_id=pad,
         bos_token_id=own.bos_token_id,
         decoder_start_token_id=own.decoder_start_token_id,
-        forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
+        **{name: value for name in TOKEN_RULES if (value := getattr(own, name)) not in (None, [])},
     )
 
 

@@ -23,11 +23,10 @@ from transformers import (
 
 from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generation_config, only_settings, padded
+from lorakit.evaluation.generate import TOKEN_RULES, generation_config, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
-from lorakit.serving.sampling import choose
 from lorakit.serving.threaded_engine import SCORED_ROWS, StaticBatchEngine
 
 
@@ -84,8 +83,9 @@ class BatchedEngine(StaticBatchEngine):
             model, self.tokenizer, Decoding(max_new_tokens=longest), stop_ids=()
         )
         config.eos_token_id = None  # each answer knows its own end
-        # _NextTokens forces the first token: `generate` would hide the model's scores, which are reported and verified.
-        forced, config.forced_bos_token_id = config.forced_bos_token_id, None
+        # `_choose` applies the rules: `generate` would hide the model's scores, which are reported and verified.
+        for name in TOKEN_RULES:
+            setattr(config, name, None)
         prompts = [self._prompt(answer.request.prompt) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)
         leases = [answer.request.lease for answer in batch]
@@ -93,7 +93,7 @@ class BatchedEngine(StaticBatchEngine):
             model.generate(  # type: ignore[operator]
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_NextTokens(self, batch, forced)]),
+                logits_processor=LogitsProcessorList([_NextTokens(self, batch)]),
                 stopping_criteria=StoppingCriteriaList([_Ended(batch)]),
             )
         for answer in batch:
@@ -120,8 +120,8 @@ class BatchedEngine(StaticBatchEngine):
 class _NextTokens(LogitsProcessor):
     """Chooses each row's token, delivers it, and leaves `generate` no other choice."""
 
-    def __init__(self, engine: BatchedEngine, batch: list[Answer], forced: int | None) -> None:
-        self._engine, self._batch, self._forced = engine, batch, forced
+    def __init__(self, engine: BatchedEngine, batch: list[Answer]) -> None:
+        self._engine, self._batch = engine, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (B, V) in which all but the chosen token are minus infinity."""
@@ -132,9 +132,7 @@ class _NextTokens(LogitsProcessor):
             for answer in engine._running():
                 answer.fail(engine._stopped())
         live = [i for i, answer in enumerate(self._batch) if not answer.has_ended]
-        choosers = [self._batch[i].chooser for i in live]
-        is_first = input_ids.shape[1] == 1  # as in transformers' ForcedBOSTokenLogitsProcessor
-        tokens = choose(scores[live], choosers, self._forced if is_first else None) if live else []
+        tokens = engine._choose(scores[live], [self._batch[i] for i in live]) if live else []
         ids = [0] * len(self._batch)
         for i, token in zip(live, tokens, strict=True):
             self._batch[i].accept(token)
