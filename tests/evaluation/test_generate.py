@@ -13,6 +13,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation import generate as generating
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.prompt_batches import batch_rule
 from lorakit.evaluation.prompt_cache import PromptCache
 
 PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]
@@ -214,6 +215,7 @@ def test_a_prompt_is_computed_once_for_all_its_beams(arch, tokenizer, monkeypatc
     if arch in METHODS:
         randomise(lorakit.attach(model, METHODS[arch]))
     search = Decoding(max_new_tokens=8, beams=4, length_penalty=0.9)
+    batch_rule(model)  # computes prompts of its own
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

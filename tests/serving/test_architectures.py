@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from batch_sensitive_models import READS_PADDING, spread
 from engines import running, send
 from leases import PlainLease, attach_some
 from test_engines import GREEDY, TOKENIZER, alone, prompts
@@ -158,6 +159,29 @@ def test_a_window_that_only_the_mask_has_is_kept(name):
         (token,) = send(engine, prompt, lease, 1, sampling=GREEDY, top_logprobs=0).wait().tokens
     assert token.logprob == pytest.approx(float(expected.max()), abs=1e-4)
     assert engine.name == "batched"
+
+
+@pytest.mark.parametrize("name", READS_PADDING)
+def test_a_model_that_reads_padding_answers_each_prompt_as_alone(name):
+    config, notice = READS_PADDING[name]
+    model, lease = spread(config), PlainLease((), TOKENIZER)
+    model.generation_config.eos_token_id = None
+    given = [prompt[:n] for prompt, n in zip(prompts(3, shortest=12), (5, 12, 12), strict=True)]
+    engine = engine_for(model, TOKENIZER)
+    settings = {"sampling": GREEDY, "top_logprobs": 0}
+    with running(engine):
+        alone = [send(engine, prompt, lease, 6, **settings).wait() for prompt in given]
+        before = engine.steps
+        sent = engine.between_steps(
+            lambda: [send(engine, prompt, lease, 6, **settings) for prompt in given]
+        ).result(60)
+        together = [answer.wait() for answer in sent]
+    assert notice in engine.notice
+    assert engine.steps - before == 6 * (3 if "alone" in notice else 2)
+    for one, other in zip(alone, together, strict=True):
+        assert other.ids == one.ids
+        logprobs = ([token.logprob for token in answer.tokens] for answer in (one, other))
+        assert next(logprobs) == pytest.approx(next(logprobs), abs=1e-4)
 
 
 def test_a_window_that_no_layer_has_leaves_continuous_batching():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, M
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
-from lorakit.evaluation.generate import only_settings
+from lorakit.evaluation.prompt_batches import only_settings
 from lorakit.serving import continuous, threaded_engine
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine

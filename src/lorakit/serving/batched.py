@@ -23,7 +23,8 @@ from transformers import (
 
 from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import TOKEN_RULES, generation_config, only_settings, padded
+from lorakit.evaluation.generate import TOKEN_RULES, generation_config
+from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
@@ -56,12 +57,18 @@ class BatchedEngine(StaticBatchEngine):
     ) -> None:
         context, bound = context_of(model, tokenizer, prompt_tokens)
         limits = Limits(context, queue, running, model.config.is_encoder_decoder)
-        super().__init__(model, tokenizer, limits, notice, bound)
+        self._rule = batch_rule(model)
+        super().__init__(model, tokenizer, limits, notice, self._rule.notice, bound)
 
     def _fits(self, batch: Sequence[Answer]) -> bool:
-        """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""
-        prompt = max(len(answer.request.prompt) for answer in batch)
-        return max(answer.request.max_tokens for answer in batch) <= self.limits.room_after(prompt)
+        """Return whether prompts can share a batch, and the context holds it.
+
+        Each row, also an ended one, grows until the last one ends.
+        """
+        lengths = [len(answer.request.prompt) for answer in batch]
+        can_share = all(self._rule.can_share(lengths[0], other) for other in lengths[1:])
+        room = self.limits.room_after(max(lengths))
+        return can_share and max(answer.request.max_tokens for answer in batch) <= room
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
