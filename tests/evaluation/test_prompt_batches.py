@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import tiny_models
 import torch
-from batch_sensitive_models import READS_PADDING, spread
+from batch_sensitive_models import READS_PADDING, longrope_model, spread
 from random_adapters import randomise
 from test_generate import new_ids
 from tiny_tokenizer import tiny_tokenizer
@@ -62,3 +64,12 @@ def test_a_failed_trial_leaves_each_prompt_alone(monkeypatch):
     rule = batch_rule(model)
     assert not rule.can_share(5, 5)
     assert "a trial batch failed (ZeroDivisionError: division by zero)" in rule.notice
+
+
+def test_a_prompt_beyond_longropes_short_factors_changes_no_other_text(caplog):
+    caplog.set_level(logging.WARNING)
+    model = longrope_model()
+    given, decoding = prompts(12, 20, 59, 90), Decoding(max_new_tokens=6)
+    alone = [text for prompt in given for text in new_ids(model, TOKENIZER, [prompt], decoding)]
+    assert new_ids(model, TOKENIZER, given, decoding) == alone
+    assert not caplog.records

@@ -165,3 +165,15 @@ def context_length(model: PreTrainedModel) -> int | None:
         if padding is not None and name.endswith("position_embeddings"):
             return context - padding - 1
     return context
+
+
+def pretraining_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens for which LongRoPE uses its short factors; None for other positions."""
+    own = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    entries = [own, *(entry for entry in own.values() if isinstance(entry, dict))]  # by layer type
+    lengths = [
+        int(entry["original_max_position_embeddings"])
+        for entry in entries
+        if entry.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=None)

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from lorakit.compute.batch_size import BatchSize
 from lorakit.compute.batching import (
     context_length,
+    pretraining_length,
     prompt_input,
     require_embeddings,
     room_after,
@@ -140,9 +141,15 @@ def generate(
         bans = [NoRepeatedNGrams(ngrams, start)] if ngrams else []
         return LogitsProcessorList([RefuseNaN(model), *bans])
 
+    short = pretraining_length(model)
+
     def can_share(first: int, other: int) -> bool:
         """Return whether a prompt can be in the batch of a prompt that is not longer."""
-        return batch_rule(model, notify).can_share(len(ids[first]), len(ids[other]))
+        length = len(ids[other])
+        # transformers takes LongRoPE's factors for a whole batch from its longest row.
+        if short is not None and length + decoding.new_tokens > short:
+            return False
+        return batch_rule(model, notify).can_share(len(ids[first]), length)
 
     def notify(notice: str) -> None:
         _LOG.warning("%s: %s.", type(model).__name__, notice)
