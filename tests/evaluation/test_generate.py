@@ -13,6 +13,7 @@ from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation import generate as generating
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.prompt_batches import batch_rule
 from lorakit.evaluation.prompt_cache import PromptCache
 
 PROMPTS = ["The river", "A man is playing a large flute, and", "Return", "Summarise the park pub"]
@@ -214,6 +215,7 @@ def test_a_prompt_is_computed_once_for_all_its_beams(arch, tokenizer, monkeypatc
     if arch in METHODS:
         randomise(lorakit.attach(model, METHODS[arch]))
     search = Decoding(max_new_tokens=8, beams=4, length_penalty=0.9)
+    batch_rule(model)  # computes prompts of its own
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -235,6 +237,22 @@ def test_the_models_own_defaults_do_not_change_greedy(model, tokenizer) -> None:
         assert generate(model, tokenizer, PROMPTS, Decoding(max_new_tokens=8)) == expected
     finally:
         own.do_sample, own.repetition_penalty = before
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("rule", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"])
+def test_the_model_bans_its_tokens_as_in_transformers(model, tokenizer, rule, beams) -> None:
+    first, second, *_ = greedy_by_hand(model, tokenizer, PROMPTS[0], 12)
+    start, own = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"], model.generation_config
+    try:
+        own.update(**{rule: [[first, second]] if rule == "bad_words_ids" else [first]})
+        search = Decoding(max_new_tokens=6, beams=beams)
+        [found] = new_ids(model, tokenizer, PROMPTS[:1], search)
+        expected = model.generate(start, num_beams=beams, max_new_tokens=6, do_sample=False)
+    finally:
+        own.update(**{rule: None})
+    assert found == [i for i in expected[0, start.shape[1] :] if i != tokenizer.eos_token_id]
+    assert found[:2] != [first, second]
 
 
 def log_likelihood(model, tokenizer, prompt: str, text: list[int]) -> float:

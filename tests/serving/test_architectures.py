@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from batch_sensitive_models import READS_PADDING, spread
 from engines import running, send
 from leases import PlainLease, attach_some
 from test_engines import GREEDY, TOKENIZER, alone, prompts
@@ -82,6 +83,34 @@ def test_an_encoder_decoder_scores_the_tokens_that_it_has_chosen(arch, settings)
     assert scores != pytest.approx(base, abs=1e-2)
 
 
+@pytest.mark.parametrize("arch", ["llama", "bart"])
+@pytest.mark.parametrize("rule", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"])
+def test_the_base_bans_its_tokens_and_their_scores_stay_the_models(rule, arch):
+    """Also a bad word of several tokens, in prompts of different lengths, and after a forced token."""
+    model = build(arch, vocab_size=len(TOKENIZER))
+    model.generation_config.eos_token_id = None
+    attach_some(model, "a")
+    given, own = [p[:20] for p in prompts(3)], model.generation_config
+    own.forced_bos_token_id = 7 if arch == "bart" else None
+    first, second, third = alone(model, given[0], (), 3)
+    own.update(
+        **{
+            rule: [[first, second], [third]]
+            if rule == "bad_words_ids"
+            else [*{first, second} - {7}]
+        }
+    )
+    expected = [alone(model, prompt, (), 6) for prompt in given]
+    engine, lease = engine_for(model, TOKENIZER), PlainLease((), TOKENIZER)
+    with running(engine):
+        sent = [send(engine, p, lease, 6, sampling=GREEDY, top_logprobs=0) for p in given]
+        answers = [answer.wait() for answer in sent]
+        scores = engine.score([*given[0], *answers[0].ids], lease, start=len(given[0])).result(60)
+    assert [answer.ids for answer in answers] == [until_end(ids) for ids in expected]
+    assert answers[0].ids[:3] != [first, second, third]
+    assert scores == pytest.approx([token.logprob for token in answers[0].tokens], abs=1e-4)
+
+
 _SIZES = {
     "vocab_size": len(TOKENIZER),
     "hidden_size": 32,
@@ -130,6 +159,29 @@ def test_a_window_that_only_the_mask_has_is_kept(name):
         (token,) = send(engine, prompt, lease, 1, sampling=GREEDY, top_logprobs=0).wait().tokens
     assert token.logprob == pytest.approx(float(expected.max()), abs=1e-4)
     assert engine.name == "batched"
+
+
+@pytest.mark.parametrize("name", READS_PADDING)
+def test_a_model_that_reads_padding_answers_each_prompt_as_alone(name):
+    config, notice = READS_PADDING[name]
+    model, lease = spread(config), PlainLease((), TOKENIZER)
+    model.generation_config.eos_token_id = None
+    given = [prompt[:n] for prompt, n in zip(prompts(3, shortest=12), (5, 12, 12), strict=True)]
+    engine = engine_for(model, TOKENIZER)
+    settings = {"sampling": GREEDY, "top_logprobs": 0}
+    with running(engine):
+        alone = [send(engine, prompt, lease, 6, **settings).wait() for prompt in given]
+        before = engine.steps
+        sent = engine.between_steps(
+            lambda: [send(engine, prompt, lease, 6, **settings) for prompt in given]
+        ).result(60)
+        together = [answer.wait() for answer in sent]
+    assert notice in engine.notice
+    assert engine.steps - before == 6 * (3 if "alone" in notice else 2)
+    for one, other in zip(alone, together, strict=True):
+        assert other.ids == one.ids
+        logprobs = ([token.logprob for token in answer.tokens] for answer in (one, other))
+        assert next(logprobs) == pytest.approx(next(logprobs), abs=1e-4)
 
 
 def test_a_window_that_no_layer_has_leaves_continuous_batching():

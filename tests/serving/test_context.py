@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batch_sensitive_models import SHORT, longrope_model
 from engines import running, send
 from leases import PlainLease
 from stores import open_base
@@ -15,25 +16,6 @@ from lorakit.errors import DataError
 from lorakit.serving.choosing import engine_for
 from lorakit.serving.classifying import ClassifyingEngine
 from lorakit.serving.context import UNSTATED
-
-SHORT = 64
-"""Tokens for which LongRoPE uses its short factors."""
-
-
-def longrope_model():
-    """A model whose long factors change every answer."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 6.0, 10.0, 14.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
-    rope["original_max_position_embeddings"] = SHORT
-    model = build(
-        "phi3",
-        vocab_size=len(TOKENIZER),
-        max_position_embeddings=256,
-        original_max_position_embeddings=SHORT,
-        rope_parameters=rope,
-    )
-    model.generation_config.eos_token_id = None
-    return model
 
 
 @pytest.mark.parametrize("kind", ["continuous", "batched"])

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoConfig, M
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
-from lorakit.evaluation.generate import only_settings
-from lorakit.serving import batched, continuous, threaded_engine
+from lorakit.evaluation.prompt_batches import only_settings
+from lorakit.serving import continuous, threaded_engine
 from lorakit.serving.batched import BatchedEngine
 from lorakit.serving.continuous import PAGE, ContinuousEngine
 from lorakit.serving.engine import End, GenerationRequest, Piece, QueueFullError, Sampling
@@ -234,7 +234,7 @@ def test_a_token_is_chosen_again_with_the_same_draw_after_memory_ran_out(kind, o
     model = model_with_adapters()
     given, lease = prompts(3), PlainLease((), TOKENIZER)
     settings = [{"sampling": Sampling(temperature=1.5, seed=i)} for i in range(1 + others)]
-    module, engine = {"continuous": continuous, "batched": batched}[kind], make(kind, model)
+    engine = make(kind, model)
 
     def send_all():
         return [send(engine, p, lease, 6, **s) for p, s in zip(given, settings, strict=False)]
@@ -249,12 +249,12 @@ def test_a_token_is_chosen_again_with_the_same_draw_after_memory_ran_out(kind, o
             return choose(*args)
 
     def fail(_):
-        monkeypatch.setattr(module, "choose", choose)
+        monkeypatch.setattr(threaded_engine, "choose", choose)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB.")
 
     with running(engine):
         expected = [answer.ids for answer in answers()]
-        monkeypatch.setattr(module, "choose", fail_after_the_draws)
+        monkeypatch.setattr(threaded_engine, "choose", fail_after_the_draws)
         found = answers()
         if not others:
             assert isinstance(found[0].end.error, torch.OutOfMemoryError)

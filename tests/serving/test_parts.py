@@ -231,6 +231,14 @@ def test_rows_without_a_possible_token_are_none_and_the_others_are_chosen():
     assert chosen[3].logprob == 0
 
 
+def test_a_ban_hides_no_nan():
+    scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, torch.nan]])
+    allowed = scores.clone().index_fill_(1, torch.tensor([2]), -torch.inf)
+    first, second = choose(scores, [Chooser(Sampling(temperature=0), 0) for _ in range(2)], allowed)
+    assert (first.id, second) == (1, None)
+    assert first.logprob == pytest.approx(float(scores[0].log_softmax(-1)[1]))
+
+
 # --- texts -----------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,11 @@ PROMPTS = (
     "SELECT name, price FROM products WHERE price < 20 ORDER BY price;",
 )
 """Prompts of several kinds; the predictions are compared at each of their tokens."""
+
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+"""Largest difference between scores of one model computed in two ways, relative to their norm, that is rounding."""
+LARGEST_OF_SHORT = 0.1
+"""The same for 16-bit dtypes. Another attention (a missing window or bias) gives about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +84,13 @@ def agreement(before: Sequence[Tensor], after: Sequence[Tensor]) -> Agreement:
         difference=max(float((other - one).abs().max()) for one, other in pairs),
         scale=max(float(logits.abs().max()) for logits in before),
     )
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference between two tensors of scores, relative to that of the second."""
+    return float((found - expected).float().norm() / expected.float().norm())
+
+
+def largest_rounding(dtype: torch.dtype) -> float:
+    """Return the largest relative difference that is taken for rounding in a dtype."""
+    return LARGEST_DIFFERENCE.get(dtype, LARGEST_OF_SHORT)

@@ -157,10 +157,23 @@ def context_length(model: PreTrainedModel) -> int | None:
     if context is None and not config.is_encoder_decoder:
         # MPT's max_seq_len is the length of its table of biases.
         context = getattr(config, "n_positions", getattr(config, "max_seq_len", None))
-    if context is None or not getattr(config, "position_biased_input", True):
-        return None  # DeBERTa's positions are relative
+    # XLNet states -1 for no limit. DeBERTa's positions are relative.
+    if context is None or context < 1 or not getattr(config, "position_biased_input", True):
+        return None
     for name, module in model.named_modules():  # RoBERTa's positions start after its padding index
         padding = getattr(module, "padding_idx", None)
         if padding is not None and name.endswith("position_embeddings"):
             return context - padding - 1
     return context
+
+
+def pretraining_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens for which LongRoPE uses its short factors; None for other positions."""
+    own = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    entries = [own, *(entry for entry in own.values() if isinstance(entry, dict))]  # by layer type
+    lengths = [
+        int(entry["original_max_position_embeddings"])
+        for entry in entries
+        if entry.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=None)

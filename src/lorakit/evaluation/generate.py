@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,36 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lorakit.compute.batch_size import BatchSize
-from lorakit.compute.batching import context_length, prompt_input, require_embeddings, room_after
+from lorakit.compute.batching import (
+    context_length,
+    pretraining_length,
+    prompt_input,
+    require_embeddings,
+    room_after,
+)
 from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
-from lorakit.data.batches import padded_rows
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_sharded
 from lorakit.ops.seeding import seeded
 from lorakit.tasks.language_modelling import continuation_text, prompt_ids
 
 Prompt = str | Sequence[int]
+
+_LOG = logging.getLogger(__name__)
+
+TOKEN_RULES = (
+    "forced_bos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
+"""Settings of a model's generation configuration that its texts need: some models give a high score to a token that
+must not be generated, such as Marian to its padding token."""
 
 _ADVICE = "Lower decoding.max_new_tokens, shorten the prompt, or load the base in 4 bits (base.dtype nf4)."
 
@@ -58,7 +75,8 @@ def generate(
     """Continue each prompt and return only the new text, without special tokens and what follows an end token.
 
     Sorts prompts by length, so that batches have little padding. A decoder is padded on the left, so that each
-    continuation starts right after its prompt. One call at a time for each model: it sets the mode and the generation
+    continuation starts right after its prompt. Prompts that would change each other's texts do not share a batch
+    (`batch_rule`). One call at a time for each model: it sets the mode and the generation
     settings of the model, and restores them at the end.
 
     Args:
@@ -123,11 +141,29 @@ def generate(
         bans = [NoRepeatedNGrams(ngrams, start)] if ngrams else []
         return LogitsProcessorList([RefuseNaN(model), *bans])
 
-    def generate_from(first: int) -> None:
-        batch = order[first : first + batch_size.size]
+    short = pretraining_length(model)
+
+    def can_share(first: int, other: int) -> bool:
+        """Return whether a prompt can be in the batch of a prompt that is not longer."""
+        length = len(ids[other])
+        # transformers takes LongRoPE's factors for a whole batch from its longest row.
+        if short is not None and length + decoding.new_tokens > short:
+            return False
+        return batch_rule(model, notify).can_share(len(ids[first]), length)
+
+    def notify(notice: str) -> None:
+        _LOG.warning("%s: %s.", type(model).__name__, notice)
+
+    def batch_at(start: int) -> list[int]:
+        first, *others = order[start : start + batch_size.size]
+        return [first, *itertools.takewhile(functools.partial(can_share, first), others)]
+
+    def generate_from(start: int) -> int:
+        """Continue the prompts of a batch, and return their number."""
+        batch = batch_at(start)
         inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
         # An encoder-decoder starts with one token of its own.
-        start = 1 if encodes else inputs["input_ids"].shape[1]
+        before_new = 1 if encodes else inputs["input_ids"].shape[1]
         past = None
         if cache:
             past = cache.take(model, ids[batch[0]])
@@ -138,29 +174,29 @@ def generate(
         outputs = model.generate(  # type: ignore[operator]
             **inputs,
             generation_config=settings,
-            logits_processor=processors(start),
+            logits_processor=processors(before_new),
             stopping_criteria=stopping,
             streamer=streamer,
             synced_gpus=synced,
         )
         if cache and past is not None:
             cache.keep(past, outputs[0].tolist())
-        for i, row in zip(batch, outputs[:, start:].tolist(), strict=True):
+        for i, row in zip(batch, outputs[:, before_new:].tolist(), strict=True):
             new = list(itertools.takewhile(lambda token: token not in ends, row))
             texts[i] = continuation_text(tokenizer, before[i], new)
             if len(new) == settings.max_new_tokens:
                 on_cut(i)
+        return len(batch)
 
     done = 0
     devices = (parameter.device for parameter in model.parameters())
     with only_settings(model, settings), evaluating(model), seeded(decoding.seed or 0, devices):
         while done < len(order):
-            batch_size.fit(
+            done += batch_size.fit(
                 functools.partial(generate_from, done),
-                lengths=[len(ids[i]) for i in order[done : done + batch_size.size]],
+                lengths=[len(ids[i]) for i in batch_at(done)],
                 during="generation",
             )
-            done = min(done + batch_size.size, len(order))
             if progress:
                 progress(done)
     return texts
@@ -192,17 +228,6 @@ def computed_prompts(
     return past
 
 
-@contextmanager
-def only_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Keep `generate` from filling unset values from the model's own configuration, such as a repetition penalty."""
-    previous = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = previous
-
-
 def require_room(
     model: PreTrainedModel, prompts: Iterable[tuple[str, Sequence[int]]], new_tokens: int
 ) -> None:
@@ -231,9 +256,10 @@ def generation_config(
     decoding: Decoding,
     stop_ids: Sequence[int],
 ) -> GenerationConfig:
-    """Return the generation configuration, with only the start, end and padding tokens of the model, and `stop_ids`.
+    """Return the generation configuration, with only the start and end tokens and `TOKEN_RULES` of the model.
 
-    Other defaults of a model would give the same settings different meanings on different models.
+    `stop_ids` end a text too. Other defaults of a model would give the same settings different meanings on different
+    models.
     """
     own = model.generation_config
     assert own is not None  # every model with generate() has one
@@ -253,8 +279,8 @@ def generation_config(
         pad_token_id=pad,
         bos_token_id=own.bos_token_id,
         decoder_start_token_id=own.decoder_start_token_id,
-        forced_bos_token_id=own.forced_bos_token_id,
         use_cache=True,
+        **{name: value for name in TOKEN_RULES if (value := getattr(own, name)) not in (None, [])},
     )
 
 
@@ -310,17 +336,3 @@ class NoRepeatedNGrams(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) with minus infinity at banned tokens."""
         return self.ban(input_ids[:, self.start :], scores)  # type: ignore[arg-type]
-
-
-def padded(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """Return input_ids and attention_mask (B, longest prompt), padded where the model needs it.
-
-    A decoder continues the last token, so its padding is on the left. An encoder such as BART's counts positions from
-    the first entry, so its padding is on the right.
-    """
-    left = not model.config.is_encoder_decoder
-    mask = [[1] * len(prompt) for prompt in prompts]
-    return {
-        "input_ids": padded_rows(prompts, pad, left=left).to(model.device),
-        "attention_mask": padded_rows(mask, 0, left=left).to(model.device),
-    }

@@ -23,11 +23,11 @@ from transformers import (
 
 from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generation_config, only_settings, padded
+from lorakit.evaluation.generate import TOKEN_RULES, generation_config
+from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
 from lorakit.serving.engine import Limits
-from lorakit.serving.sampling import choose
 from lorakit.serving.threaded_engine import SCORED_ROWS, StaticBatchEngine
 
 
@@ -57,12 +57,18 @@ class BatchedEngine(StaticBatchEngine):
     ) -> None:
         context, bound = context_of(model, tokenizer, prompt_tokens)
         limits = Limits(context, queue, running, model.config.is_encoder_decoder)
-        super().__init__(model, tokenizer, limits, notice, bound)
+        self._rule = batch_rule(model)
+        super().__init__(model, tokenizer, limits, notice, self._rule.notice, bound)
 
     def _fits(self, batch: Sequence[Answer]) -> bool:
-        """Return whether the context holds a batch. Each row, also an ended one, grows until the last one ends."""
-        prompt = max(len(answer.request.prompt) for answer in batch)
-        return max(answer.request.max_tokens for answer in batch) <= self.limits.room_after(prompt)
+        """Return whether prompts can share a batch, and the context holds it.
+
+        Each row, also an ended one, grows until the last one ends.
+        """
+        lengths = [len(answer.request.prompt) for answer in batch]
+        can_share = all(self._rule.can_share(lengths[0], other) for other in lengths[1:])
+        room = self.limits.room_after(max(lengths))
+        return can_share and max(answer.request.max_tokens for answer in batch) <= room
 
     def _compute(self, batch: list[Answer]) -> None:
         """Generate all answers. After an error each is generated alone from its start, unless it has delivered text."""
@@ -84,8 +90,9 @@ class BatchedEngine(StaticBatchEngine):
             model, self.tokenizer, Decoding(max_new_tokens=longest), stop_ids=()
         )
         config.eos_token_id = None  # each answer knows its own end
-        # _NextTokens forces the first token: `generate` would hide the model's scores, which are reported and verified.
-        forced, config.forced_bos_token_id = config.forced_bos_token_id, None
+        # `_choose` applies the rules: `generate` would hide the model's scores, which are reported and verified.
+        for name in TOKEN_RULES:
+            setattr(config, name, None)
         prompts = [self._prompt(answer.request.prompt) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)
         leases = [answer.request.lease for answer in batch]
@@ -93,7 +100,7 @@ class BatchedEngine(StaticBatchEngine):
             model.generate(  # type: ignore[operator]
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_NextTokens(self, batch, forced)]),
+                logits_processor=LogitsProcessorList([_NextTokens(self, batch)]),
                 stopping_criteria=StoppingCriteriaList([_Ended(batch)]),
             )
         for answer in batch:
@@ -120,8 +127,8 @@ class BatchedEngine(StaticBatchEngine):
 class _NextTokens(LogitsProcessor):
     """Chooses each row's token, delivers it, and leaves `generate` no other choice."""
 
-    def __init__(self, engine: BatchedEngine, batch: list[Answer], forced: int | None) -> None:
-        self._engine, self._batch, self._forced = engine, batch, forced
+    def __init__(self, engine: BatchedEngine, batch: list[Answer]) -> None:
+        self._engine, self._batch = engine, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (B, V) in which all but the chosen token are minus infinity."""
@@ -132,9 +139,7 @@ class _NextTokens(LogitsProcessor):
             for answer in engine._running():
                 answer.fail(engine._stopped())
         live = [i for i, answer in enumerate(self._batch) if not answer.has_ended]
-        choosers = [self._batch[i].chooser for i in live]
-        is_first = input_ids.shape[1] == 1  # as in transformers' ForcedBOSTokenLogitsProcessor
-        tokens = choose(scores[live], choosers, self._forced if is_first else None) if live else []
+        tokens = engine._choose(scores[live], [self._batch[i] for i in live]) if live else []
         ids = [0] * len(self._batch)
         for i, token in zip(live, tokens, strict=True):
             self._batch[i].accept(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.compute.batching import context_length
+from lorakit.compute.batching import context_length, pretraining_length
 
 UNSTATED = 2048
 """Context of a model that states none, and whose tokenizer has no length either."""
@@ -29,7 +29,7 @@ def context_of(
         tokenizer: Its tokenizer.
         prompt_tokens: Length of a prompt that a model without a stated context must accept.
     """
-    stated, short = context_length(model), _pretraining_length(model)
+    stated, short = context_length(model), pretraining_length(model)
     if stated is None:
         own = tokenizer.model_max_length
         context = max(own if own <= LONGEST else UNSTATED, (prompt_tokens or 0) + 1)
@@ -42,15 +42,3 @@ def context_of(
         f"requests have at most {short:,} of the {stated:,} tokens of the context: beyond them LongRoPE computes the "
         "other requests of a batch differently"
     )
-
-
-def _pretraining_length(model: PreTrainedModel) -> int | None:
-    """Return the tokens for which LongRoPE uses its short factors; None for other positions."""
-    own = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    entries = [own, *(entry for entry in own.values() if isinstance(entry, dict))]  # by layer type
-    lengths = [
-        int(entry["original_max_position_embeddings"])
-        for entry in entries
-        if entry.get("rope_type") == "longrope"
-    ]
-    return min(lengths, default=None)

@@ -27,7 +27,6 @@ from lorakit.serving.engine import Lease, Limits, Token
 from lorakit.serving.paged_attention import NAME, Part, Step, compute
 from lorakit.serving.paged_check import checked_storage
 from lorakit.serving.pages import Key, PagePool, first_key, next_key
-from lorakit.serving.sampling import choose
 from lorakit.serving.threaded_engine import SCORED_ROWS, ThreadedEngine, choice_of
 
 _LOG = logging.getLogger(__name__)
@@ -262,7 +261,7 @@ class ContinuousEngine(ThreadedEngine):
         ready = [i for i, r in enumerate(batch) if r.past + r.count == len(r.tokens)]
         tokens: list[Token | None] = [None] * len(batch)
         if ready:
-            chosen = choose(scores[ready], [batch[i].answer.chooser for i in ready])
+            chosen = self._choose(scores[ready], [batch[i].answer for i in ready])
             for i, token in zip(ready, chosen, strict=True):
                 tokens[i] = token
         return tokens

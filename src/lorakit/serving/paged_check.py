@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lorakit.compute.agreement import largest_rounding, relative_difference
 from lorakit.compute.batching import attention_windows, context_length
 from lorakit.compute.mode import evaluating
 from lorakit.evaluation.prompt_cache import ARGUMENT
@@ -23,11 +24,6 @@ from lorakit.serving.paged_attention import (
 
 LENGTHS = (21, 9, 34)
 """Tokens of the requests of the check: some end within a page."""
-
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Largest difference between the scores computed both ways, relative to their norm. They differ by rounding."""
-LARGEST_OF_SHORT = 0.1
-"""The same for 16-bit dtypes. Another attention (a missing window or bias) gives about 1."""
 
 
 def checked_storage(model: PreTrainedModel, cache_bytes: int, size: int) -> PagedStorage:
@@ -97,8 +93,8 @@ def _check(model: PreTrainedModel, storage: PagedStorage) -> None:
     finally:
         model.set_attn_implementation(stock)
     _require_windows(model, windows)
-    difference = float((found - expected).float().norm() / expected.float().norm())
-    if not difference <= LARGEST_DIFFERENCE.get(model.dtype, LARGEST_OF_SHORT):
+    difference = relative_difference(found, expected)
+    if not difference <= largest_rounding(model.dtype):
         raise UnsupportedModelError(
             f"its scores over pages differ from its own by {difference:.1%}, so its attention is of another kind"
         )

@@ -14,7 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SuppressTokensLogitsProcessor,
+)
 
+from lorakit.data.batches import padded_rows
+from lorakit.evaluation.generate import ending_tokens
 from lorakit.serving.engine import Sampling, Token
 
 FEW = 1024
@@ -25,6 +35,8 @@ BLOCK = 256
 CPU_BYTES = 2**20
 """Scores that a CPU samples from at a time. For more, the C library may ask the system for memory in each step, which
 takes longer than sampling. Other devices take all scores at once."""
+NO_TOKEN = -1
+"""Padding that is no part of a banned word."""
 COLDEST = 1e-6
 """A lower temperature is taken as this one, which is greedy but for equal scores. Scores divided by a number that is 0
 in float32 would be NaN."""
@@ -50,26 +62,73 @@ class Chooser:
         self._point = self._random.random()
 
 
+class TokenRules:
+    """The tokens that the base's generation configuration bans and forces, whatever a request asks for.
+
+    `lorakit.evaluation.generate.TOKEN_RULES` names the settings. They hold as in transformers' `generate`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        # Classifiers have no generation configuration.
+        own = getattr(model, "generation_config", None) or GenerationConfig()
+        self._forced, self._not_first = own.forced_bos_token_id, own.begin_suppress_tokens or []
+        self._start = [own.decoder_start_token_id] if model.config.is_encoder_decoder else None
+        self._bans = LogitsProcessorList()
+        if own.suppress_tokens:
+            self._bans.append(SuppressTokensLogitsProcessor(own.suppress_tokens))
+        words = own.bad_words_ids or []
+        if words:
+            self._bans.append(NoBadWordsLogitsProcessor(words, ending_tokens(model, tokenizer)))
+        self._longest = max(map(len, words), default=1)
+
+    def apply(
+        self, scores: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> Tensor | None:
+        """Return a copy of scores (N, V) with minus infinity at banned tokens; None if the base has no rules.
+
+        Args:
+            scores: The scores of the next tokens.
+            prompts: The N prompts.
+            answers: The tokens generated so far, of each prompt.
+        """
+        if not self._bans and not self._not_first and self._forced is None:
+            return None
+        befores = [self._start or prompt for prompt in prompts]
+        texts = [[*before, *new] for before, new in zip(befores, answers, strict=True)]
+        ends = padded_rows([text[-self._longest :] for text in texts], NO_TOKEN, left=True)
+        allowed = self._bans(ends.to(scores.device), scores.clone())  # type: ignore[arg-type]
+        for row, before, new in zip(allowed, befores, answers, strict=True):
+            # As in transformers: a decoder alone forces no token after a prompt of several.
+            forces = self._forced is not None and len(before) == 1
+            if forces and not new:
+                row.fill_(-torch.inf)[self._forced] = 0
+            elif len(new) == int(forces):  # the first token that is not forced
+                row[self._not_first] = -torch.inf
+        return allowed
+
+
 def choose(
-    scores: Tensor, choosers: Sequence[Chooser], forced: int | None = None
+    scores: Tensor, choosers: Sequence[Chooser], allowed: Tensor | None = None
 ) -> list[Token | None]:
     """Return the next token of each request; None if its scores hold NaN, or no token is possible.
 
     Args:
-        scores: The model's scores, shape (N, V).
+        scores: The model's scores, shape (N, V), under which log-probabilities are reported.
         choosers: N requests.
-        forced: The token that every request gets, with its log-probability under the scores.
+        allowed: The scores to choose by, shape (N, V), if some tokens are banned (`TokenRules.apply`).
     """
     scores = scores.float()
-    best, greedy = scores.max(-1)  # NaN in a row makes its maximum NaN
-    usable = best.isfinite().tolist()
+    masked = scores if allowed is None else allowed.float()
+    best, greedy = masked.max(-1)  # NaN in a row makes its maximum NaN
+    is_usable = best.isfinite()
+    if allowed is not None:  # a ban hides NaN
+        is_usable &= ~scores.isnan().any(-1)
+    usable = is_usable.tolist()
     tokens: list[int | None] = [
         int(t) if ok else None for t, ok in zip(greedy.tolist(), usable, strict=True)
     ]
-    for i, token in _sampled(scores, best, choosers, usable):
+    for i, token in _sampled(masked, best, choosers, usable):
         tokens[i] = token
-    if forced is not None:
-        tokens = [None if token is None else forced for token in tokens]
     chosen: list[Token | None] = [None if t is None else Token(t) for t in tokens]
     reported = [
         i for i, c in enumerate(choosers) if c.top_logprobs is not None and tokens[i] is not None

@@ -35,9 +35,11 @@ from lorakit.serving.engine import (
     Lease,
     Limits,
     QueueFullError,
+    Token,
 )
 from lorakit.serving.errors import EngineStoppedError
 from lorakit.serving.queue import FairQueue
+from lorakit.serving.sampling import TokenRules, choose
 
 T = TypeVar("T")
 
@@ -78,6 +80,7 @@ class ThreadedEngine(ABC):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         # Read now: a running batch changes the generation configuration.
         self._ends = frozenset(ending_tokens_of_model(model))
+        self._rules = TokenRules(model, tokenizer)
         self.notice = "; ".join(notice for notice in notices if notice) or None
         self.steps = self.tokens = 0
         self._waiting: FairQueue[Any] = FairQueue()
@@ -294,6 +297,12 @@ class ThreadedEngine(ABC):
         if handle is None:  # no adapter was ever loaded
             return nullcontext()
         return handle.per_sample([choice_of(lease.blend) for lease in leases])
+
+    def _choose(self, scores: Tensor, answers: Sequence[Answer]) -> list[Token | None]:
+        """Return the next token of each answer from its scores (N, V), by the rules of the base (`choose`)."""
+        prompts = [answer.request.prompt for answer in answers]
+        allowed = self._rules.apply(scores, prompts, [answer.tokens for answer in answers])
+        return choose(scores, [answer.chooser for answer in answers], allowed)
 
     @torch.no_grad()
     def _score(self, tokens: list[int], lease: Lease, start: int) -> list[float]:
