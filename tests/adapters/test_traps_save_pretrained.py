@@ -518,3 +518,50 @@ def test_a_change_that_is_rounded_away_at_one_layer_does_not_refuse_a_checkpoint
     resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     loaded = resumed.model.layers[0].self_attn.q_proj.adapters["default"]
     assert torch.equal(loaded.lora_B, layer.lora_B)
+
+
+MERGED = {
+    "lora": LoRA(rank=2, targets="all-linear"),
+    "trained head": LoRA(rank=2, train_modules="lm_head"),
+    "biases": BitFit(),
+    "tied embedding": LoRA(rank=2, targets="embedding"),
+}
+
+
+@pytest.mark.parametrize("method", MERGED.values(), ids=MERGED)
+def test_weights_of_a_merged_model_do_not_load_into_the_adapted_one(
+    method: Method, tmp_path: Path
+) -> None:
+    """As a trainer loads them that builds a second model from its checkpoint; the adapter would act twice."""
+    model = tiny_models.build("gpt2")
+    randomise(attach(model, method))
+    model.save_pretrained(tmp_path)
+    merged = load(model, tmp_path).state_dict()
+    before = tensors_of(model)
+    outer = nn.ModuleDict({"model": model})
+    inside = {f"model.{key}": tensor for key, tensor in merged.items()}
+    for module, state in ((model, merged), (outer, inside)):
+        with pytest.raises(AdapterStateError, match="of a merged model, so the adapter would act"):
+            module.load_state_dict(state, strict=False)
+    assert_same_tensors(tensors_of(model), before)
+
+
+def test_weights_of_a_merged_model_load_while_no_adapter_is_active(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    randomise(adapters)
+    model.save_pretrained(tmp_path)
+    merged = load(model, tmp_path)
+    adapters.activate(None)
+    model.load_state_dict(merged.state_dict(), strict=False)
+    assert torch.equal(logits(model), logits(merged))
+
+
+def test_weights_of_another_base_load_into_an_adapted_model() -> None:
+    model, other = tiny_models.build("gpt2"), tiny_models.build("gpt2")
+    for parameter in (other.transformer.wpe.weight, other.transformer.h[0].attn.c_attn.weight):
+        parameter.data.add_(1)
+    base = tensors_of(other)
+    attach(model, LoRA(rank=2, targets="attention"))
+    model.load_state_dict(base, strict=False)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.items())

@@ -48,6 +48,11 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys((model, backbone_of(model))))
 
 
+def is_entry(module: nn.Module) -> bool:
+    """Whether the module is a model with adapters, or its backbone."""
+    return _ACTIVATION in module.__dict__
+
+
 @by_token
 def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a model: begin a pass."""
