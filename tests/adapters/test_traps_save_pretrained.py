@@ -259,7 +259,7 @@ def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
     )
     other = {name: tensor + 1 for name, tensor in base.items()}
     before = tensors_of(model)
-    with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*Call activate\(None\)"):
+    with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*call activate\(None\)"):
         module.load_state_dict(other, strict=False)
     assert_same_tensors(tensors_of(model), before)
 
@@ -268,6 +268,31 @@ def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in other.items())
     adapters.activate("default")
     assert torch.equal(model.transformer.ln_f.weight, before["transformer.ln_f.weight"])
+
+
+TRAINED = {
+    "head": ("llama", LoRA(rank=2, train_modules="lm_head")),
+    "tied": ("gpt2", LoRA(rank=2, train_modules="lm_head")),
+    "biases": ("gpt2", LoRA(rank=2, bias="all")),
+}
+
+
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
+@pytest.mark.parametrize(("arch", "method"), TRAINED.values(), ids=TRAINED)
+def test_the_trainable_parameters_load_into_an_adapted_model(
+    arch: str, method: Method, loaded_into: str
+) -> None:
+    """`named_parameters` names a trained copy by the base's key."""
+    model = tiny_models.build(arch)
+    twin, base, handle = adapted_twin(model, method)
+    randomise(attach(model, method))
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    handle.activate("default" if loaded_into == "active" else None)
+    assert not twin.load_state_dict(trained, strict=False).unexpected_keys
+    handle.activate("default")
+    assert torch.equal(logits(twin), logits(model))
+    handle.detach()
+    assert torch.equal(logits(twin), base)
 
 
 @pytest.mark.parametrize("loaded_into", ["active", "inactive"])

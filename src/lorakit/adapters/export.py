@@ -253,8 +253,8 @@ def check_loading(
 ) -> None:
     """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
 
-    Replaces dequantised weights in `state_dict` by the packed ones that they equal, and records running statistics of
-    a base.
+    Replaces dequantised weights in `state_dict` by the packed ones that they equal, gives trained copies their own
+    keys, and records running statistics of a base.
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
@@ -262,6 +262,7 @@ def check_loading(
             file itself; or the weights are those of a merged model.
     """
     _add_wrappers(module, state_dict, prefix)
+    _name_trained_copies(module, state_dict, prefix)
     _refuse_unknown_tensors(module, state_dict, prefix)
     _refuse_merged_base(module, state_dict, prefix)
     adapted = [*adapted_layers(module)]
@@ -274,6 +275,7 @@ def check_loading(
     _keep_quantised(module, state_dict, prefix)
     # With an adapter's tensors it is the state of a training run, whose weights and statistics are not the base's.
     is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
+    # In a part of another base, such as one attention, the adapted layers may be the only ones that differ.
     if is_base and is_entry(module):
         _refuse_merged_weights(module, state_dict, prefix)
     for path, _, adapters in adapted:
@@ -292,8 +294,9 @@ def check_loading(
             ):
                 raise AdapterStateError(
                     f"'{key}' differs from the base's weight, and an active adapter has replaced that one by its "
-                    "trained copy. Call activate(None) before load_state_dict(), and activate the adapter again after "
-                    "it."
+                    "trained copy. If it is another base's, call activate(None) before load_state_dict(), and activate "
+                    "the adapter again after it. If it was trained, give it the key of the copy, "
+                    f"'{start}{ADAPTERS}.NAME.trained.{attribute}', as model.state_dict() does."
                 )
     # A part without adapted layers cannot tell whose statistics they are, so the module around it decides.
     if is_base and (adapted or not prefix):
@@ -307,6 +310,26 @@ def _add_wrappers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str)
         own = prefix + state_dict_key(module, name)
         if name == without_wrappers(name) and own not in state_dict:
             state_dict[own] = state_dict.pop(key)
+
+
+def _name_trained_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give the trained copies in a file of the trainable parameters their own keys.
+
+    `model.named_parameters()` names the copy in use by the base's key. A file is one of trainable parameters if it has
+    an adapter's tensors, and base keys for trained parameters alone.
+    """
+    keys: dict[str, list[str]] = {}  # of the copies, by the base's key
+    for path, _, adapters in adapted_layers(model):
+        start = prefix + key_start(model, path)
+        if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
+            for name, module in adapters.items():
+                for a in module.trained:
+                    keys.setdefault(start + a, []).append(f"{start}{ADAPTERS}.{name}.trained.{a}")
+    names = {key: own for key, [own, *more] in keys.items() if not more and own not in state_dict}
+    of_base = {key for key in state_dict if not is_of_adapter(key.removeprefix(prefix))}
+    if len(of_base) < len(state_dict) and of_base <= names.keys():
+        for key in of_base:
+            state_dict[names[key]] = state_dict.pop(key)
 
 
 def equals_base(loaded: Tensor, base: Tensor) -> bool:
