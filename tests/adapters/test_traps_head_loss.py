@@ -1,4 +1,4 @@
-"""The chunked loss reads the head's weight, so it must detect everything else that changes the logits."""
+"""A chunked loss reads the head's weight, so everything else that changes the logits must be detected."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters import attach
 from lorakit.compute.objective import confirm_loss_path
 from lorakit.data.batches import IGNORED
+from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
@@ -111,3 +112,25 @@ def test_merged_adapter_on_the_head() -> None:
     adapters.merge()
     objective = confirm_loss_path(model, examples)
     torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
+
+
+@pytest.mark.slow  # the import of TRL
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+def test_trl_never_ignores_an_adapter_on_the_head() -> None:
+    """Its loss is the model's own, or an error is raised."""
+    pytest.importorskip("trl", minversion="1.16")
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids = torch.arange(3, 17).view(2, 7)
+    for targets in ("all-linear", "head"):
+        model = tiny_models.build("llama")
+        adapters = attach(model, LoRA(rank=2, targets=targets))
+        randomise(adapters)
+        add_fused_lm_head(model)
+        expected = model(ids, labels=ids).loss
+        if targets == "head":
+            with pytest.raises(AdapterStateError, match="Leave the head out of the targets"):
+                model(ids, labels=ids, fused_lm_head=True)
+            adapters.merge()
+        actual = model(ids, labels=ids, fused_lm_head=True).loss
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

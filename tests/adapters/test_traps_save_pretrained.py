@@ -259,7 +259,7 @@ def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
     )
     other = {name: tensor + 1 for name, tensor in base.items()}
     before = tensors_of(model)
-    with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*Call activate\(None\)"):
+    with pytest.raises(AdapterStateError, match=rf"'{key}' differs.*call activate\(None\)"):
         module.load_state_dict(other, strict=False)
     assert_same_tensors(tensors_of(model), before)
 
@@ -268,6 +268,31 @@ def test_base_weights_never_overwrite_a_trained_copy(path: str) -> None:
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in other.items())
     adapters.activate("default")
     assert torch.equal(model.transformer.ln_f.weight, before["transformer.ln_f.weight"])
+
+
+TRAINED = {
+    "head": ("llama", LoRA(rank=2, train_modules="lm_head")),
+    "tied": ("gpt2", LoRA(rank=2, train_modules="lm_head")),
+    "biases": ("gpt2", LoRA(rank=2, bias="all")),
+}
+
+
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
+@pytest.mark.parametrize(("arch", "method"), TRAINED.values(), ids=TRAINED)
+def test_the_trainable_parameters_load_into_an_adapted_model(
+    arch: str, method: Method, loaded_into: str
+) -> None:
+    """`named_parameters` names a trained copy by the base's key."""
+    model = tiny_models.build(arch)
+    twin, base, handle = adapted_twin(model, method)
+    randomise(attach(model, method))
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    handle.activate("default" if loaded_into == "active" else None)
+    assert not twin.load_state_dict(trained, strict=False).unexpected_keys
+    handle.activate("default")
+    assert torch.equal(logits(twin), logits(model))
+    handle.detach()
+    assert torch.equal(logits(twin), base)
 
 
 @pytest.mark.parametrize("loaded_into", ["active", "inactive"])
@@ -518,3 +543,50 @@ def test_a_change_that_is_rounded_away_at_one_layer_does_not_refuse_a_checkpoint
     resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     loaded = resumed.model.layers[0].self_attn.q_proj.adapters["default"]
     assert torch.equal(loaded.lora_B, layer.lora_B)
+
+
+MERGED = {
+    "lora": LoRA(rank=2, targets="all-linear"),
+    "trained head": LoRA(rank=2, train_modules="lm_head"),
+    "biases": BitFit(),
+    "tied embedding": LoRA(rank=2, targets="embedding"),
+}
+
+
+@pytest.mark.parametrize("method", MERGED.values(), ids=MERGED)
+def test_weights_of_a_merged_model_do_not_load_into_the_adapted_one(
+    method: Method, tmp_path: Path
+) -> None:
+    """As a trainer loads them that builds a second model from its checkpoint; the adapter would act twice."""
+    model = tiny_models.build("gpt2")
+    randomise(attach(model, method))
+    model.save_pretrained(tmp_path)
+    merged = load(model, tmp_path).state_dict()
+    before = tensors_of(model)
+    outer = nn.ModuleDict({"model": model})
+    inside = {f"model.{key}": tensor for key, tensor in merged.items()}
+    for module, state in ((model, merged), (outer, inside)):
+        with pytest.raises(AdapterStateError, match="of a merged model, so the adapter would act"):
+            module.load_state_dict(state, strict=False)
+    assert_same_tensors(tensors_of(model), before)
+
+
+def test_weights_of_a_merged_model_load_while_no_adapter_is_active(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    adapters = attach(model, LoRA(rank=2))
+    randomise(adapters)
+    model.save_pretrained(tmp_path)
+    merged = load(model, tmp_path)
+    adapters.activate(None)
+    model.load_state_dict(merged.state_dict(), strict=False)
+    assert torch.equal(logits(model), logits(merged))
+
+
+def test_weights_of_another_base_load_into_an_adapted_model() -> None:
+    model, other = tiny_models.build("gpt2"), tiny_models.build("gpt2")
+    for parameter in (other.transformer.wpe.weight, other.transformer.h[0].attn.c_attn.weight):
+        parameter.data.add_(1)
+    base = tensors_of(other)
+    attach(model, LoRA(rank=2, targets="attention"))
+    model.load_state_dict(base, strict=False)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.items())

@@ -19,8 +19,8 @@ from lorakit.adapters.replaced_methods import (
 )
 from lorakit.adapters.row_layout import describe_pass
 from lorakit.errors import AdapterStateError
-from lorakit.models.heads import backbone_of
-from lorakit.models.layers import by_token
+from lorakit.models.heads import backbone_of, output_embeddings
+from lorakit.models.layers import ADAPTERS, by_token
 
 _ACTIVATION = "_lorakit_activation"
 """Attribute of the model and of its backbone, for the hooks."""
@@ -48,12 +48,19 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys((model, backbone_of(model))))
 
 
+def is_entry(module: nn.Module) -> bool:
+    """Whether the module is a model with adapters, or its backbone."""
+    return _ACTIVATION in module.__dict__
+
+
 @by_token
 def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a model: begin a pass."""
+    activation: Activation = module.__dict__[_ACTIVATION]
+    if kwargs.get("fused_lm_head") and activation.merged is None:
+        _require_unadapted_head(module)
     if torch.compiler.is_compiling():
         return  # a compiled graph is specialised to its choice
-    activation: Activation = module.__dict__[_ACTIVATION]
     if getattr(module, "_is_replica", False) and activation.has_blocks:
         raise AdapterStateError(
             "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
@@ -64,6 +71,18 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         of_pass = describe_pass(choice, module, args, kwargs)
         of_pass = replace(of_pass, step=activation.step_of(choice, args, kwargs))
         activation.begin(module, of_pass, sys._getframe(1))
+
+
+def _require_unadapted_head(model: nn.Module) -> None:
+    """Reject an adapter on the output head in a call of TRL's trainers, which read its weight and do not call it."""
+    head = output_embeddings(model)
+    adapters: Any = None if head is None else head._modules.get(ADAPTERS)
+    if adapters is not None and not adapters.leave_output(head):
+        raise AdapterStateError(
+            "TRL reads the weight of the output head and does not call the head, so the adapter on it would have no "
+            "effect and would not be trained. Leave the head out of the targets, as 'all-linear' does. Or train a copy "
+            'of the whole head with LoRA(train_modules="lm_head"), and choose it with activate alone.'
+        )
 
 
 @by_token

@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
 from lorakit.adapters.choice import Blend
+from lorakit.adapters.entry import is_entry
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
@@ -43,7 +44,12 @@ from lorakit.models.layers import (
     state_dict_key,
     without_wrappers,
 )
-from lorakit.models.parameter_swaps import MARK, base_parameter, grouped_base_parameters
+from lorakit.models.parameter_swaps import (
+    MARK,
+    base_parameter,
+    grouped_base_parameters,
+    named_base_parameters,
+)
 from lorakit.models.quantised import QuantisedWeight, quantised_weights, unmarked
 
 _LOG = logging.getLogger(__name__)
@@ -247,25 +253,33 @@ def check_loading(
 ) -> None:
     """Reject a state dict whose tensors would be lost or would overwrite an adapter's; a `load_state_dict` pre-hook.
 
-    Replaces dequantised weights in `state_dict` by the packed ones that they equal, and records running statistics of
-    a base.
+    Replaces dequantised weights in `state_dict` by the packed ones that they equal, gives trained copies their own
+    keys, and records running statistics of a base.
 
     Raises:
         AdapterStateError: An adapter is merged; or base weights differ from those that an active adapter's trained
             copy replaces; or the file holds tensors that no adapter of this model has; or the base was loaded from the
-            file itself.
+            file itself; or the weights are those of a merged model.
     """
     _add_wrappers(module, state_dict, prefix)
+    _name_trained_copies(module, state_dict, prefix)
     _refuse_unknown_tensors(module, state_dict, prefix)
     _refuse_merged_base(module, state_dict, prefix)
     adapted = [*adapted_layers(module)]
+    is_merged = any(adapters.activation.merged for *_, adapters in adapted)
+    if is_merged and any(key.startswith(prefix) for key in state_dict):
+        raise AdapterStateError(
+            "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
+            "adapter would not change them. Call unmerge() before load_state_dict()."
+        )
+    _keep_quantised(module, state_dict, prefix)
+    # With an adapter's tensors it is the state of a training run, whose weights and statistics are not the base's.
+    is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
+    # In a part of another base, such as one attention, the adapted layers may be the only ones that differ.
+    if is_base and is_entry(module):
+        _refuse_merged_weights(module, state_dict, prefix)
     for path, _, adapters in adapted:
         start = prefix + key_start(module, path)
-        if adapters.activation.merged and any(key.startswith(prefix) for key in state_dict):
-            raise AdapterStateError(
-                "An adapter is merged. Loaded base weights would overwrite the merged ones, and new tensors for the "
-                "adapter would not change them. Call unmerge() before load_state_dict()."
-            )
         if adapters.replaced and metadata.get("assign_to_params_buffers"):
             raise AdapterStateError(
                 "load_state_dict(assign=True) would separate an active adapter's trained copy from the layer that it "
@@ -280,13 +294,11 @@ def check_loading(
             ):
                 raise AdapterStateError(
                     f"'{key}' differs from the base's weight, and an active adapter has replaced that one by its "
-                    "trained copy. Call activate(None) before load_state_dict(), and activate the adapter again after "
-                    "it."
+                    "trained copy. If it is another base's, call activate(None) before load_state_dict(), and activate "
+                    "the adapter again after it. If it was trained, give it the key of the copy, "
+                    f"'{start}{ADAPTERS}.NAME.trained.{attribute}', as model.state_dict() does."
                 )
-    _keep_quantised(module, state_dict, prefix)
-    # With an adapter's tensors it is the state of a training run, whose statistics are not the base's. A part without
-    # adapted layers cannot tell, so the module around it decides.
-    is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
+    # A part without adapted layers cannot tell whose statistics they are, so the module around it decides.
     if is_base and (adapted or not prefix):
         record_loaded(module, state_dict, prefix)
 
@@ -298,6 +310,26 @@ def _add_wrappers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str)
         own = prefix + state_dict_key(module, name)
         if name == without_wrappers(name) and own not in state_dict:
             state_dict[own] = state_dict.pop(key)
+
+
+def _name_trained_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Give the trained copies in a file of the trainable parameters their own keys.
+
+    `model.named_parameters()` names the copy in use by the base's key. A file is one of trainable parameters if it has
+    an adapter's tensors, and base keys for trained parameters alone.
+    """
+    keys: dict[str, list[str]] = {}  # of the copies, by the base's key
+    for path, _, adapters in adapted_layers(model):
+        start = prefix + key_start(model, path)
+        if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
+            for name, module in adapters.items():
+                for a in module.trained:
+                    keys.setdefault(start + a, []).append(f"{start}{ADAPTERS}.{name}.trained.{a}")
+    names = {key: own for key, [own, *more] in keys.items() if not more and own not in state_dict}
+    of_base = {key for key in state_dict if not is_of_adapter(key.removeprefix(prefix))}
+    if len(of_base) < len(state_dict) and of_base <= names.keys():
+        for key in of_base:
+            state_dict[names[key]] = state_dict.pop(key)
 
 
 def equals_base(loaded: Tensor, base: Tensor) -> bool:
@@ -389,6 +421,34 @@ def _refuse_merged_base(model: nn.Module, state_dict: dict[str, Tensor], prefix:
         )
     for start in merged:  # the modules inside this one need no check of their own
         state_dict[f"{start}{ADAPTERS}.{MARK}"] = torch.ones(1, dtype=torch.uint8)
+
+
+def _refuse_merged_weights(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Reject the weights of a merged model: they differ from the base's at layers with an active adapter alone.
+
+    Those of another base, such as a fine-tuned one or an average, differ at other layers too.
+    """
+    adapted = {
+        id(base_parameter(layer, attribute))
+        for _, layer, adapters in adapted_layers(model)
+        if adapters.activation.active.names & adapters.keys()
+        for attribute in layer._parameters
+    }
+
+    def differences(*, is_adapted: bool) -> Iterator[bool]:
+        for name, _, parameter in named_base_parameters(model):
+            loaded = state_dict.get(prefix + state_dict_key(model, name))
+            if loaded is not None and (id(parameter) in adapted) == is_adapted:
+                yield not equals_base(loaded, parameter)
+
+    elsewhere = differences(is_adapted=False)
+    if any(differences(is_adapted=True)) and not next(elsewhere, True) and not any(elsewhere):
+        raise AdapterStateError(
+            "The weights to load differ from the base's at the adapted layers alone: they are those of a merged model, "
+            "so the adapter would act twice. To resume from a checkpoint, load its file, which has the adapter's "
+            "tensors: load_state_dict(safetensors.torch.load_file(FILE), strict=False). If the weights are a new base, "
+            "call activate(None) before load_state_dict(), and activate the adapter again after it."
+        )
 
 
 def _equals_file(layer: nn.Module, state_dict: dict[str, Tensor], start: str) -> bool:

@@ -184,7 +184,8 @@ class Adapters:
         pass, and repeats rows for its beams. Do not suspend a generator inside the block.
 
         Args:
-            names: For each row of the batch, in order: a name, ``{name: weight}``, or None for the base alone.
+            names: For each row of the batch, in the order in which the model gets them: a name, ``{name: weight}``, or
+                None for the base alone.
             repeat: The batch may also hold each row this many times, one after the other.
 
         Raises:

@@ -99,6 +99,11 @@ class LayerAdapters(ReplacedParameters):
             return None
         return [self[name] for name in names]
 
+    def leave_output(self, layer: nn.Module) -> bool:
+        """Return whether the layer computes its output from its own (or trained) parameters alone."""
+        acting = self.acting(layer)
+        return acting is not None and all(module.leaves_output for module in acting)
+
     def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
         """Return the parameters that a blend needs on this layer and that are not in place now."""
         if self.activation.merged:
@@ -247,8 +252,7 @@ def output_is_unadapted(layer: nn.Module) -> bool:
     hooks = foreign_hooks(layer)
     adapters = layer._modules.get(ADAPTERS)
     if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        acting = adapters.acting(layer)
-        return acting is not None and all(module.leaves_output for module in acting)
+        return adapters.leave_output(layer)
     return not hooks
 
 
