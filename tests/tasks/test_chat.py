@@ -437,6 +437,51 @@ def test_thoughts_that_the_template_writes_are_targets():
         encode([TURNS[1], thinking], mode + CHAT_TEMPLATE)
 
 
+THOUGHTS_OF_CALLS = "(message.reasoning_content or '' if message.tool_calls else '') + "
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "dropped"),
+    [
+        (  # as Gemma 4
+            THOUGHTS_OF_CALLS + "message['content']",
+            {"content": "4", "reasoning_content": "Two and two."},
+            "Two and two.",
+        ),
+        (  # as the first template of DeepSeek-R1-Distill
+            "message['content'].split('</think>')[-1]",
+            {"content": "<think>\nTwo and two.\n</think>\n\n4"},
+            "Two and two.",
+        ),
+        # as SmolVLM, which reads contents as parts only
+        ("(message['content'][0].text or '')", {"content": "4"}, "4"),
+    ],
+)
+def test_an_answer_that_the_template_does_not_write_whole_is_rejected(written, answer, dropped):
+    template = CHAT_TEMPLATE.replace("message['content']", written)
+    with pytest.raises(BadRow, match=f"has '{dropped}' in assistant turn 1, but .* leaves this te"):
+        encode([USER, {"role": "assistant"} | answer], template)
+
+
+def test_thoughts_that_the_template_leaves_out_of_earlier_turns_are_rejected():
+    written = "(m['content'] if loop.last else m['content'].split('</think>')[-1])"
+    template = TAGGED.replace("m['content']", written)  # as LFM2.5
+    first, last = ({"role": "assistant", "content": f"<think>{t}</think>{t}."} for t in "ab")
+    with pytest.raises(BadRow, match="has 'a' in assistant turn 1"):
+        encode([USER, first, USER, last], template)
+    example, tokenizer = encode([USER, first | {"weight": 0}, USER, last], template)
+    assert target_text(example, tokenizer) == ["<think>b</think>b.<|im_end|>"]
+
+
+def test_a_template_may_write_thoughts_once_and_with_other_white_space():
+    written = "(message.reasoning_content or '').strip() + '</think>' + message.content.strip()"
+    template = CHAT_TEMPLATE.replace("message['content']", written)
+    thoughts = dict.fromkeys(("reasoning_content", "reasoning"), "\nTwo\n")
+    answer = {"role": "assistant", "content": " 4 < 5\n"} | thoughts
+    example, tokenizer = encode([USER, answer], template)
+    assert target_text(example, tokenizer) == ["Two</think>4 < 5<|im_end|>"]
+
+
 def test_tools_may_be_json_text():
     tools = [{"name": "search"}]
     text, tokenizer = encode(TURNS, TOOL_TEMPLATE, tools=json.dumps(tools))
@@ -496,6 +541,10 @@ USER = {"role": "user", "content": "x"}
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),
         ([USER, {"role": "assistant", "content": "\udc80"}], "not UTF-8"),
+        (
+            [USER, TURNS[2] | {"reasoning": ["t"]}],
+            "has a list as 'reasoning' of message 2, expected text",
+        ),
         ([USER, TURNS[2] | {"weight": 0.5}], "has 0.5 as 'weight' of message 2; write 1 or true"),
         ([USER, TURNS[2] | {"train": "no"}], "has 'no' as 'train' of message 2; write 1 or true"),
         ([USER, TURNS[2] | {"weight": 0}], "has weight 0 or train false in every assistant turn"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.tasks.language_modelling import common_length, encode_text
-from lorakit.tasks.messages import Message, bad_messages, is_trained
+from lorakit.tasks.messages import THOUGHTS, Message, bad_messages, is_trained
 from lorakit.tasks.task import BadRow, checked_text, json_type
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ Turns = tuple[list[int], list[Span]]
 
 PROBE = "lorakit-probe"
 """A text that no template contains or changes. It shows whether the template writes a turn."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message's thoughts. transformers copies the value of one to the key that a template reads."""
+_PROBE = re.compile(rf"{PROBE}-\d+-")
 _READS_THOUGHTS = re.compile(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b")
+_TAG = re.compile(r"(<[^<>\s]+>)")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -51,10 +52,10 @@ class ChatTemplate:
 
         The last message must be such a turn.
         """
-        template = self._source(tools)
-        if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
-            return self._turns_by_tag(messages, tools)
-        return self._turns_by_prefix(messages, tools)
+        has_tags = GENERATION_TAG.search(self._source(tools)) and self.tokenizer.is_fast
+        turns = (self._turns_by_tag if has_tags else self._turns_by_prefix)(messages, tools)
+        self._require_answers(messages, tools)
+        return turns
 
     def prepared(self, messages: list[Message], tools: list | None = None) -> list[Message]:
         """Return the messages with the roles that the template writes.
@@ -87,26 +88,64 @@ class ChatTemplate:
         Templates write those of a user and an assistant, but some none beside tool calls.
         """
         start = int(messages[0]["role"] == "system")
-        probes = {
-            i: f"{PROBE}-{i}-"
+        keys = {
+            i: ("content",)
             for i, message in enumerate(messages[start:], start)
-            if message["role"] not in ("user", "assistant")
-            or (message.get("tool_calls") and message["content"].strip())
+            if message["role"] not in ("user", "assistant") or message.get("tool_calls")
         }
-        if not probes:
-            return
-        probed = [m | {"content": probes.get(i, m["content"])} for i, m in enumerate(messages)]
-        text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
-        for i, probe in probes.items():
-            if probe not in text:
-                role = messages[i]["role"]
-                is_call = role == "assistant"
-                found = "content beside tool_calls" if is_call else f"a {role!r} turn"
-                raise bad_messages(
-                    f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
-                    "Use the tokenizer of a model trained with such turns, or remove the "
-                    f"{'content' if is_call else 'turn'}"
-                )
+        for i, _ in self._dropped(messages, tools, keys):
+            role = messages[i]["role"]
+            is_call = role == "assistant"
+            found = "content beside tool_calls" if is_call else f"a {role!r} turn"
+            raise bad_messages(
+                f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
+                "Use the tokenizer of a model trained with such turns, or remove the "
+                f"{'content' if is_call else 'turn'}"
+            )
+
+    def _require_answers(self, messages: list[Message], tools: list | None) -> None:
+        """Reject texts of the turns in the loss that the template leaves out.
+
+        Many templates write the thoughts of the last turn only, or only those beside tool calls (Gemma 4).
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        keys = dict.fromkeys((i for i in turns if is_trained(messages[i])), ("content", *THOUGHTS))
+        for i, text in self._dropped(messages, tools, keys):
+            raise bad_messages(
+                f"has {text!r:.60} in assistant turn {turns.index(i) + 1}, but the tokenizer's chat template leaves "
+                "this text out there, so the model would not learn it. Set weight 0 on the turn, remove the text, or "
+                "use the tokenizer of a model trained with such turns"
+            )
+
+    def _dropped(
+        self, messages: list[Message], tools: list | None, keys: Mapping[int, Sequence[str]]
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the texts under `keys` of each message that the template does not write, and the message's index.
+
+        Renders a copy with a probe after each text. Tags, such as those of thoughts, divide a text, because templates
+        do so and may keep one part.
+        """
+        probes: dict[tuple[int, str], str] = {}
+        probed = list(messages)
+
+        def with_probe(i: int, part: str) -> str:
+            text = part.strip()
+            if not text or _TAG.fullmatch(part):
+                return part
+            # Two keys may hold the same thoughts; the template writes one of them.
+            probe = probes.setdefault((i, text), f"{PROBE}-{len(probes)}-")
+            end = len(part.rstrip())
+            return f"{part[:end]} {probe}{part[end:]}"
+
+        for i, names in keys.items():
+            for name in names:
+                if text := messages[i].get(name):
+                    parts = [with_probe(i, part) for part in _TAG.split(text)]
+                    probed[i] = probed[i] | {name: "".join(parts)}
+        if probes:
+            text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
+            written = set(_PROBE.findall(text))
+            yield from (where for where, probe in probes.items() if probe not in written)
 
     def _require_keys(self, messages: list[Message], tools: list | None) -> None:
         """Reject tools, tool calls and thoughts that the template would leave out without a word."""
