@@ -228,8 +228,10 @@ def test_a_boundary_inside_a_token_is_rejected(template):
         encode(turns, template)
 
 
-def test_the_end_of_a_turn_is_known_wherever_generation_starts():
-    template = TAGGED.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif")
+@pytest.mark.parametrize("template", [TAGGED, CHAT_TEMPLATE])
+def test_the_end_of_a_turn_is_known_wherever_generation_starts(template):
+    # As templates of thinking models, whose generation prompt opens a thought.
+    template = template.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
     end = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert Chat.stop_ids(tiny_tokenizer(chat_template=template)) == [end]
 

@@ -225,13 +225,13 @@ class ChatTemplate:
             before = start_of(self.text(messages[:turn], tools, answer=True))
             is_last = turn + 1 == len(messages)
             upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
-            has_before = ids[: len(before)] == before
-            stop = self._stop(ids, upto, len(before)) if has_before else None
+            start = common_length(ids, before)
+            has_before = start == len(before)
+            # The end of the last turn does not depend on its start, which the caller compares with generation's.
+            stop = self._stop(ids, upto, start) if has_before or is_last else None
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if stop is None:
-                if is_last and not has_before:
-                    raise self.start_error(messages, ids, before)
                 raise self._turn_error(
                     messages[: turn + 1],
                     ids,
@@ -239,7 +239,7 @@ class ChatTemplate:
                     "Set weight 0 on the assistant's turns before the last, end each row with its first assistant "
                     "turn, or use a chat template with {% generation %} around the assistant's turns",
                 )
-            spans.append((len(before), stop))
+            spans.append((start, stop))
         return ids, spans
 
     def start_error(self, messages: list[Message], ids: list[int], prompt: list[int]) -> BadRow:
