@@ -27,6 +27,7 @@ PROBE = "lorakit-probe"
 _PROBE = re.compile(rf"{PROBE}-\d+-")
 _READS_THOUGHTS = re.compile(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b")
 _TAG = re.compile(r"(<[^<>\s]+>)")
+_PROMPT_THOUGHT = re.compile(r"<(/?)think>\s*$")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -114,7 +115,7 @@ class ChatTemplate:
             raise bad_messages(
                 f"has {text!r:.60} in assistant turn {turns.index(i) + 1}, but the tokenizer's chat template leaves "
                 "this text out there, so the model would not learn it. Set weight 0 on the turn, remove the text, or "
-                "use the tokenizer of a model trained with such turns"
+                "set the variable that keeps it (preserve_thinking in some templates) in data.chat_template_kwargs"
             )
 
     def _dropped(
@@ -245,6 +246,16 @@ class ChatTemplate:
     def start_error(self, messages: list[Message], ids: list[int], prompt: list[int]) -> BadRow:
         """Return the error of a conversation whose last turn does not start where generation does, after `prompt`."""
         advice = "Remove white space at the start of the turn, or use another chat template"
+        if thought := _PROMPT_THOUGHT.search(str(self.tokenizer.decode(prompt[-16:]))):
+            change, on, value = (
+                ("Remove the turn's thoughts", "on", "true")
+                if thought[1]
+                else ("Write the turn's thoughts as reasoning_content", "off", "false")
+            )
+            advice = (
+                f"The prompt for generation ends with {thought[0]!r}. {change}, or turn thinking {on}: "
+                f"data.chat_template_kwargs: {{enable_thinking: {value}}}"
+            )
         return self._turn_error(messages, ids, prompt, advice)
 
     def _turn_error(
