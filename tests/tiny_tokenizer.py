@@ -19,6 +19,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# As Nemotron 3's: the generation prompt opens a thought, unless `enable_thinking` is false.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{{ '<think>\n' + m.reasoning_content + '</think>' if m.reasoning_content else '<think></think>' }}"
+    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}"
+    "{{ '\n' if enable_thinking is not defined or enable_thinking else '</think>' }}{% endif %}"
+)
+
 SENTENCES = (
     "The river pub near the park serves cheap English food.",
     "A man is playing a large flute, and a plane is taking off.",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import THINKING_TEMPLATE, tiny_tokenizer
 
 from lorakit.cli import main
 from lorakit.compute.adapted import base_of
@@ -58,6 +58,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
     train(tiny_runs.config(folder, base, data=data, **once))
     return folder
+
+
+@pytest.mark.slow
+def test_an_adapter_is_asked_with_the_template_values_of_its_training(tmp_path, prompts) -> None:
+    base = save_base(tmp_path / "base", THINKING_TEMPLATE)
+    rows = tiny_runs.write_rows(tmp_path / "train.jsonl", ROWS[:2])
+    data = DataConfig(train=rows, chat_template_kwargs={"enable_thinking": False})
+    once = {"epochs": 1, "accumulation": 1, "evaluation": HeldOutConfig()}
+    train(tiny_runs.config(tmp_path, base, data=data, **once))
+    adapter = str(tmp_path / "run" / "adapter")
+    generate(tmp_path, "--adapter", adapter, "--prompt", "river")
+    expected = "<|im_start|>user\nriver<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    assert prompts == [tiny_tokenizer().encode(expected)]
+    scored = ["--data.test", rows, "--scores", "loss"]  # without the values, the rows are invalid
+    assert main(["evaluate", *options(base), "--adapter", adapter, *scored]) == 0
 
 
 QUESTIONS = [{"question": "river", "answer": "pub"}, {"question": "park", "answer": "food"}]

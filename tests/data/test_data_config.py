@@ -22,6 +22,14 @@ from lorakit.errors import ConfigurationError
         ({"bad_rows": "truncate"}, "bad_rows is 'truncate'; it must be one of stop, skip"),
         ({"prompt_template": "{a.b}"}, "prompt_template"),
         ({"prompt_template": "{a}", "task": "chat"}, "task chat has no prompt"),
+        (
+            {"chat_template_kwargs": {"messages": []}},
+            r"data\.chat_template_kwargs has 'messages', which is set",
+        ),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}, "task": "text"},
+            "task text uses no chat template; remove it, or set data.task to chat",
+        ),
         ({"completion_template": "{{a}}"}, "completion_template is '{{a}}', without a column"),
     ],
 )

@@ -5,12 +5,17 @@ import re
 
 import datasets
 import pytest
-from tiny_tokenizer import CHAT_TEMPLATE, tiny_encoder_tokenizer, tiny_tokenizer
+from tiny_tokenizer import (
+    CHAT_TEMPLATE,
+    THINKING_TEMPLATE,
+    tiny_encoder_tokenizer,
+    tiny_tokenizer,
+)
 
 from lorakit.data import DataConfig, DataTask, load_examples, task_of
 from lorakit.data.examples import RowReader
 from lorakit.data.templates import Template
-from lorakit.errors import DataError
+from lorakit.errors import ConfigurationError, DataError
 
 TOKENIZER = tiny_tokenizer()
 TURNS = [{"role": role, "content": "x"} for role in ("user", "assistant")]
@@ -426,6 +431,16 @@ def test_the_same_conversations_are_held_out_on_another_day(write):
     assert (
         len(origins[0]) == 8
     )  # 4 inputs, each twice: the id and form of a call make no other input
+
+
+def test_the_chat_template_gets_its_values(write):
+    tokenizer = tiny_tokenizer(chat_template=THINKING_TEMPLATE)
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    examples = load(write([{"messages": TURNS}]), tokenizer=tokenizer, **off)
+    assert examples[0].prompt.endswith("assistant\n<think></think>")
+    assert tokenizer.chat_template == THINKING_TEMPLATE  # the caller's tokenizer is not changed
+    with pytest.raises(ConfigurationError, match="task completion uses no chat template"):
+        load(write(PAIRS), **off)
 
 
 def test_sets_can_be_indexed_and_sliced(write):

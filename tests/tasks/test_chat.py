@@ -228,8 +228,10 @@ def test_a_boundary_inside_a_token_is_rejected(template):
         encode(turns, template)
 
 
-def test_the_end_of_a_turn_is_known_wherever_generation_starts():
-    template = TAGGED.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif")
+@pytest.mark.parametrize("template", [TAGGED, CHAT_TEMPLATE])
+def test_the_end_of_a_turn_is_known_wherever_generation_starts(template):
+    # As templates of thinking models, whose generation prompt opens a thought.
+    template = template.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
     end = tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert Chat.stop_ids(tiny_tokenizer(chat_template=template)) == [end]
 
@@ -437,6 +439,51 @@ def test_thoughts_that_the_template_writes_are_targets():
         encode([TURNS[1], thinking], mode + CHAT_TEMPLATE)
 
 
+THOUGHTS_OF_CALLS = "(message.reasoning_content or '' if message.tool_calls else '') + "
+
+
+@pytest.mark.parametrize(
+    ("written", "answer", "dropped"),
+    [
+        (  # as Gemma 4
+            THOUGHTS_OF_CALLS + "message['content']",
+            {"content": "4", "reasoning_content": "Two and two."},
+            "Two and two.",
+        ),
+        (  # as the first template of DeepSeek-R1-Distill
+            "message['content'].split('</think>')[-1]",
+            {"content": "<think>\nTwo and two.\n</think>\n\n4"},
+            "Two and two.",
+        ),
+        # as SmolVLM, which reads contents as parts only
+        ("(message['content'][0].text or '')", {"content": "4"}, "4"),
+    ],
+)
+def test_an_answer_that_the_template_does_not_write_whole_is_rejected(written, answer, dropped):
+    template = CHAT_TEMPLATE.replace("message['content']", written)
+    with pytest.raises(BadRow, match=f"has '{dropped}' in assistant turn 1, but .* leaves this te"):
+        encode([USER, {"role": "assistant"} | answer], template)
+
+
+def test_thoughts_that_the_template_leaves_out_of_earlier_turns_are_rejected():
+    written = "(m['content'] if loop.last else m['content'].split('</think>')[-1])"
+    template = TAGGED.replace("m['content']", written)  # as LFM2.5
+    first, last = ({"role": "assistant", "content": f"<think>{t}</think>{t}."} for t in "ab")
+    with pytest.raises(BadRow, match="has 'a' in assistant turn 1"):
+        encode([USER, first, USER, last], template)
+    example, tokenizer = encode([USER, first | {"weight": 0}, USER, last], template)
+    assert target_text(example, tokenizer) == ["<think>b</think>b.<|im_end|>"]
+
+
+def test_a_template_may_write_thoughts_once_and_with_other_white_space():
+    written = "(message.reasoning_content or '').strip() + '</think>' + message.content.strip()"
+    template = CHAT_TEMPLATE.replace("message['content']", written)
+    thoughts = dict.fromkeys(("reasoning_content", "reasoning"), "\nTwo\n")
+    answer = {"role": "assistant", "content": " 4 < 5\n"} | thoughts
+    example, tokenizer = encode([USER, answer], template)
+    assert target_text(example, tokenizer) == ["Two</think>4 < 5<|im_end|>"]
+
+
 def test_tools_may_be_json_text():
     tools = [{"name": "search"}]
     text, tokenizer = encode(TURNS, TOOL_TEMPLATE, tools=json.dumps(tools))
@@ -496,6 +543,10 @@ USER = {"role": "user", "content": "x"}
         ([USER, {"role": "assistant", "content": "  "}], r"empty assistant turn \(message 2\)"),
         ([USER, {"role": "assistant", "content": 7}], r"a number \(7\) as 'content' of message 2"),
         ([USER, {"role": "assistant", "content": "\udc80"}], "not UTF-8"),
+        (
+            [USER, TURNS[2] | {"reasoning": ["t"]}],
+            "has a list as 'reasoning' of message 2, expected text",
+        ),
         ([USER, TURNS[2] | {"weight": 0.5}], "has 0.5 as 'weight' of message 2; write 1 or true"),
         ([USER, TURNS[2] | {"train": "no"}], "has 'no' as 'train' of message 2; write 1 or true"),
         ([USER, TURNS[2] | {"weight": 0}], "has weight 0 or train false in every assistant turn"),
@@ -531,12 +582,6 @@ REFUSING = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + DROPPING
 )
-
-
-def test_variables_replace_no_special_token():
-    tokenizer = tiny_tokenizer(chat_template="{{ bos_token }}{{ messages[0].content }}")
-    with pytest.raises(BadRow, match="has 'bos_token', which is not a variable"):
-        ChatTemplate(tokenizer, {"bos_token": ""})
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, DEFAULT_SYSTEM, DROPPING, REFUSING])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lorakit.configuration import LocalPath, conform, strict
 from lorakit.data.own import OwnData
 from lorakit.data.sources import BUILT_IN, has_splits
 from lorakit.data.templates import Template
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
-from lorakit.tasks import GENERIC, Completion, Task, task_type
+from lorakit.tasks import GENERIC, Chat, Completion, Task, task_type
+from lorakit.tasks.template_kwargs import check_template_kwargs
 
 Split = Literal["train", "validation", "test"]
 
@@ -67,6 +68,9 @@ class DataConfig:
     shell, quote a line feed with `$'...'`. Double the braces for literal ones."""
     completion_template: str | None = None
     """Template of the completion, filled from columns, for example `" {summary}"`."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template: `{enable_thinking: false}`. They are saved in the template of the adapter's
+    tokenizer, so the adapter is asked as it was trained."""
     max_length: int = 512
     """Maximum number of tokens in an example."""
     too_long: Literal["stop", "skip", "truncate"] = "stop"
@@ -100,6 +104,7 @@ class DataConfig:
                 "holds out part of data.train."
             )
         self._check_splits()
+        check_template_kwargs(self.chat_template_kwargs, "data.chat_template_kwargs")
         for option in ("prompt_template", "completion_template"):
             if (text := getattr(self, option)) is not None:
                 template = Template(text, name=option)  # raises for a malformed template
@@ -135,6 +140,12 @@ class DataConfig:
                     f"data.encoding is {self.encoding!r}, but task {self.task} has no encodings; remove it."
                 )
             require_choice("data.encoding", self.encoding, encodings)
+
+        if self.chat_template_kwargs and task is not None and not issubclass(task, Chat):
+            raise ConfigurationError(
+                f"data.chat_template_kwargs is set, but task {self.task} uses no chat template; remove it, or set "
+                "data.task to chat."
+            )
 
     def _check_splits(self) -> None:
         """Reject the name of a split whose source has no splits, or that no source uses."""

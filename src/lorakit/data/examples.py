@@ -27,6 +27,7 @@ from lorakit.tasks import (
     UnknownLabel,
     task_type,
 )
+from lorakit.tasks.template_kwargs import with_template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,8 +223,9 @@ def load_examples(
         resolved = task_of(config, split, reader=reader)
     # Checks the columns of this split. It needs no rows, because the task is no longer "auto".
     task_class = columns.task(resolved.name, [])
+    config = dataclasses.replace(config, task=resolved.name)  # checks the settings of some tasks
     task = task_class(
-        tokenizer,
+        with_template_kwargs(tokenizer, config.chat_template_kwargs),
         max_length=config.max_length,
         truncate=config.too_long == "truncate",
         labels=resolved.labels if labels is None else labels,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError
 from lorakit.tasks.language_modelling import common_length, encode_text
-from lorakit.tasks.messages import Message, bad_messages, is_trained
+from lorakit.tasks.messages import THOUGHTS, Message, bad_messages, is_trained
 from lorakit.tasks.task import BadRow, checked_text, json_type
 
 if TYPE_CHECKING:
@@ -25,9 +24,10 @@ Turns = tuple[list[int], list[Span]]
 
 PROBE = "lorakit-probe"
 """A text that no template contains or changes. It shows whether the template writes a turn."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message's thoughts. transformers copies the value of one to the key that a template reads."""
+_PROBE = re.compile(rf"{PROBE}-\d+-")
 _READS_THOUGHTS = re.compile(rf"[.'\"](?:{'|'.join(THOUGHTS)})\b")
+_TAG = re.compile(r"(<[^<>\s]+>)")
+_PROMPT_THOUGHT = re.compile(r"<(/?)think>\s*$")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -36,11 +36,10 @@ class ChatTemplate:
 
     Args:
         tokenizer: The tokenizer.
-        variables: More variables of the template, such as Qwen 3's `enable_thinking`.
+        variables: More variables of the template, such as Qwen 3's `enable_thinking` (`check_template_kwargs`).
 
     Raises:
         DataError: The tokenizer has no chat template.
-        BadRow: The template does not read a variable, or its renderer sets it.
     """
 
     def __init__(
@@ -58,17 +57,16 @@ class ChatTemplate:
         self.special_ids = {*tokenizer.all_special_ids, *added.values()}
         names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest match wins
         self._special = re.compile("|".join(names) or r"(?!)")
-        self._require_variables()
 
     def assistant_turns(self, messages: list[Message], tools: list | None) -> Turns:
         """Return the token ids of the conversation and the span of each assistant turn in the loss.
 
         The last message must be such a turn.
         """
-        template = self._source(tools)
-        if GENERATION_TAG.search(template) and self.tokenizer.is_fast:
-            return self._turns_by_tag(messages, tools)
-        return self._turns_by_prefix(messages, tools)
+        has_tags = GENERATION_TAG.search(self._source(tools)) and self.tokenizer.is_fast
+        turns = (self._turns_by_tag if has_tags else self._turns_by_prefix)(messages, tools)
+        self._require_answers(messages, tools)
+        return turns
 
     def prepared(self, messages: list[Message], tools: list | None = None) -> list[Message]:
         """Return the messages with the roles that the template writes.
@@ -101,26 +99,64 @@ class ChatTemplate:
         Templates write those of a user and an assistant, but some none beside tool calls.
         """
         start = int(messages[0]["role"] == "system")
-        probes = {
-            i: f"{PROBE}-{i}-"
+        keys = {
+            i: ("content",)
             for i, message in enumerate(messages[start:], start)
-            if message["role"] not in ("user", "assistant")
-            or (message.get("tool_calls") and message["content"].strip())
+            if message["role"] not in ("user", "assistant") or message.get("tool_calls")
         }
-        if not probes:
-            return
-        probed = [m | {"content": probes.get(i, m["content"])} for i, m in enumerate(messages)]
-        text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
-        for i, probe in probes.items():
-            if probe not in text:
-                role = messages[i]["role"]
-                is_call = role == "assistant"
-                found = "content beside tool_calls" if is_call else f"a {role!r} turn"
-                raise bad_messages(
-                    f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
-                    "Use the tokenizer of a model trained with such turns, or remove the "
-                    f"{'content' if is_call else 'turn'}"
-                )
+        for i, _ in self._dropped(messages, tools, keys):
+            role = messages[i]["role"]
+            is_call = role == "assistant"
+            found = "content beside tool_calls" if is_call else f"a {role!r} turn"
+            raise bad_messages(
+                f"has {found} that the tokenizer's chat template does not write, so the model would not see it. "
+                "Use the tokenizer of a model trained with such turns, or remove the "
+                f"{'content' if is_call else 'turn'}"
+            )
+
+    def _require_answers(self, messages: list[Message], tools: list | None) -> None:
+        """Reject texts of the turns in the loss that the template leaves out.
+
+        Many templates write the thoughts of the last turn only, or only those beside tool calls (Gemma 4).
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        keys = dict.fromkeys((i for i in turns if is_trained(messages[i])), ("content", *THOUGHTS))
+        for i, text in self._dropped(messages, tools, keys):
+            raise bad_messages(
+                f"has {text!r:.60} in assistant turn {turns.index(i) + 1}, but the tokenizer's chat template leaves "
+                "this text out there, so the model would not learn it. Set weight 0 on the turn, remove the text, or "
+                "set the variable that keeps it (preserve_thinking in some templates) in data.chat_template_kwargs"
+            )
+
+    def _dropped(
+        self, messages: list[Message], tools: list | None, keys: Mapping[int, Sequence[str]]
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the texts under `keys` of each message that the template does not write, and the message's index.
+
+        Renders a copy with a probe after each text. Tags, such as those of thoughts, divide a text, because templates
+        do so and may keep one part.
+        """
+        probes: dict[tuple[int, str], str] = {}
+        probed = list(messages)
+
+        def with_probe(i: int, part: str) -> str:
+            text = part.strip()
+            if not text or _TAG.fullmatch(part):
+                return part
+            # Two keys may hold the same thoughts; the template writes one of them.
+            probe = probes.setdefault((i, text), f"{PROBE}-{len(probes)}-")
+            end = len(part.rstrip())
+            return f"{part[:end]} {probe}{part[end:]}"
+
+        for i, names in keys.items():
+            for name in names:
+                if text := messages[i].get(name):
+                    parts = [with_probe(i, part) for part in _TAG.split(text)]
+                    probed[i] = probed[i] | {name: "".join(parts)}
+        if probes:
+            text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
+            written = set(_PROBE.findall(text))
+            yield from (where for where, probe in probes.items() if probe not in written)
 
     def _require_keys(self, messages: list[Message], tools: list | None) -> None:
         """Reject tools, tool calls and thoughts that the template would leave out without a word."""
@@ -137,20 +173,6 @@ class ChatTemplate:
                     f"{'thoughts' if name in THOUGHTS else 'tools'}, or remove {name} from the row",
                     "tools" if name == "tools" else "messages",
                 )
-
-    def _require_variables(self) -> None:
-        """Reject variables that the template would ignore, and those that its renderer sets."""
-        if not self.variables:
-            return
-        read = set(re.findall(r"\w+", self._source(None)))
-        read -= {"messages", *self.tokenizer.special_tokens_map}
-        read -= signature(self.tokenizer.apply_chat_template).parameters.keys()
-        if wrong := self.variables.keys() - read:
-            raise BadRow(
-                f"has {min(wrong)!r}, which is not a variable that a request may set in the tokenizer's chat template. "
-                "Check its spelling, or leave it out",
-                "chat_template_kwargs",
-            )
 
     def text(
         self, messages: list[Message], tools: list | None = None, *, answer: bool = False
@@ -214,13 +236,13 @@ class ChatTemplate:
             before = start_of(self.text(messages[:turn], tools, answer=True))
             is_last = turn + 1 == len(messages)
             upto = ids if is_last else start_of(self.text(messages[: turn + 1], tools))
-            has_before = ids[: len(before)] == before
-            stop = self._stop(ids, upto, len(before)) if has_before else None
+            start = common_length(ids, before)
+            has_before = start == len(before)
+            # The end of the last turn does not depend on its start, which the caller compares with generation's.
+            stop = self._stop(ids, upto, start) if has_before or is_last else None
             # A template may render a turn differently when others follow (Qwen 3 drops earlier thoughts). Or the
             # turn's first token merges with the prompt's last. Then the spans are unreliable.
             if stop is None:
-                if is_last and not has_before:
-                    raise self.start_error(messages, ids, before)
                 raise self._turn_error(
                     messages[: turn + 1],
                     ids,
@@ -228,12 +250,22 @@ class ChatTemplate:
                     "Set weight 0 on the assistant's turns before the last, end each row with its first assistant "
                     "turn, or use a chat template with {% generation %} around the assistant's turns",
                 )
-            spans.append((len(before), stop))
+            spans.append((start, stop))
         return ids, spans
 
     def start_error(self, messages: list[Message], ids: list[int], prompt: list[int]) -> BadRow:
         """Return the error of a conversation whose last turn does not start where generation does, after `prompt`."""
         advice = "Remove white space at the start of the turn, or use another chat template"
+        if thought := _PROMPT_THOUGHT.search(str(self.tokenizer.decode(prompt[-16:]))):
+            change, on, value = (
+                ("Remove the turn's thoughts", "on", "true")
+                if thought[1]
+                else ("Write the turn's thoughts as reasoning_content", "off", "false")
+            )
+            advice = (
+                f"The prompt for generation ends with {thought[0]!r}. {change}, or turn thinking {on}: "
+                f"data.chat_template_kwargs: {{enable_thinking: {value}}}"
+            )
         return self._turn_error(messages, ids, prompt, advice)
 
     def _turn_error(

@@ -12,6 +12,8 @@ from lorakit.tasks.task import BadRow, Fields, checked_text, json_type
 
 Message = dict[str, Any]
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message's thoughts. transformers copies the value of one to the key that a template reads."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -105,6 +107,11 @@ def _checked_message(message: Any, number: int, empty_answers: bool) -> Message:
             raise bad_messages(
                 f"has {message[key]!r} as {key!r} of message {number}; write 1 or true to train on the message, 0 or "
                 "false to leave it out of the loss"
+            )
+    for key in THOUGHTS:
+        if not isinstance(thoughts := message.get(key, ""), str):
+            raise bad_messages(
+                f"has {json_type(thoughts)} as {key!r} of message {number}, expected text"
             )
     if message.get("function_call"):
         raise bad_messages(

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError, nodes, pass_context
+from jinja2 import Template, TemplateSyntaxError, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -99,6 +99,19 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
         raise BadRow(f"was rejected by the chat template: {error}", "messages") from error
     finally:
         _budget.reset(token)
+
+
+@functools.lru_cache(maxsize=32)
+def variables_of(template: str) -> frozenset[str]:
+    """Return the names of the variables that a chat template reads and does not set before.
+
+    Raises:
+        DataError: The template is invalid.
+    """
+    with bounded_rendering("the tokenizer"):
+        environment: Any = _compiled(template).environment
+        read = meta.find_undeclared_variables(environment.parse(template))
+        return frozenset(read - environment.globals.keys())
 
 
 def _refusal(name: str, reason: str) -> DataError:

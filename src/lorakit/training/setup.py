@@ -45,6 +45,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.loading import Base
 from lorakit.models.sharding import is_sharded
 from lorakit.tasks import Example, Task, generic_task, task_type
+from lorakit.tasks.template_kwargs import with_template_kwargs
 from lorakit.training.checkpoint import Inputs, State, fields_input
 from lorakit.training.config import TrainConfig
 from lorakit.training.distributed import Processes
@@ -328,7 +329,8 @@ def _opened(config: TrainConfig, processes: Processes, resumes: bool) -> Job:
     dataclasses.replace(config, data=data)  # checks the settings that fit some tasks only
     # The parts of a sharded base move to the device one after the other.
     place = dataclasses.replace(config.base, device="cpu") if config.shard else config.base
-    tokenizer = read_text_tokenizer(config.base)
+    # Saved with the adapter.
+    tokenizer = with_template_kwargs(read_text_tokenizer(config.base), data.chat_template_kwargs)
     encodes = is_encoder_decoder(config.base)
     sets = {
         split: load_examples(

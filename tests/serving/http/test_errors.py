@@ -178,17 +178,17 @@ CHATS = {
     "a variable that the template lacks": (
         {"chat_template_kwargs": {"add_generation_promt": False}},
         "chat_template_kwargs",
-        "has 'add_generation_promt', which is not a variable",
+        "has 'add_generation_promt', which the tokenizer's chat template does not read",
     ),
     "an argument of the renderer": (
         {"chat_template_kwargs": {"add_generation_prompt": False}},
         "chat_template_kwargs",
-        "has 'add_generation_prompt', which is not a variable",
+        "has 'add_generation_prompt', which is set for each conversation",
     ),
     "the messages as a variable": (
         {"chat_template_kwargs": {"messages": []}},
         "chat_template_kwargs",
-        "has 'messages', which is not a variable",
+        "has 'messages', which is set for each conversation",
     ),
     "too many variables": (
         {"chat_template_kwargs": {f"a{i}": 1 for i in range(1001)}},

@@ -9,12 +9,14 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
+from lorakit.errors import ConfigurationError
 from lorakit.serving.http.errors import ApiError, invalid_value
 from lorakit.serving.http.schemas import Message
 from lorakit.tasks import BadRow, Chat
 from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.language_modelling import prompt_ids
 from lorakit.tasks.messages import checked_messages
+from lorakit.tasks.template_kwargs import check_template_kwargs
 
 TOKENISING = threading.Lock()
 """A tokenizer of Rust raises "Already borrowed" if another thread sets its truncation meanwhile."""
@@ -79,11 +81,15 @@ def encode_chat(
     """
     turns = [message.model_dump() for message in messages]
     try:
+        check_template_kwargs(variables or {}, "chat_template_kwargs", tokenizer)
+    except ConfigurationError as error:
+        raise invalid_value(str(error), "chat_template_kwargs") from None
+    try:
         template = ChatTemplate(tokenizer, variables)
         rows = template.prepared(checked_messages({"messages": turns}, empty_answers=True))
         text = template.text(rows, answer=True)
     except BadRow as error:
-        raise invalid_value(f"{error}.", error.column) from None
+        raise invalid_value(f"{error}.", "messages") from None
     require_short(tokenizer, text, context, "messages")
     with TOKENISING:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]
