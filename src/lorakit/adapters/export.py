@@ -32,7 +32,7 @@ from lorakit.adapters.installed import (
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
+from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import (
@@ -60,7 +60,7 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Write an adapted model by its own `save_pretrained`, which this one replaces while it has adapters.
+    """Write a model of which any part has adapters by its own `save_pretrained`.
 
     The written weights are never quantised, also for a quantised base, because merged weights are not.
 
@@ -69,14 +69,8 @@ def save_pretrained(
             over processes. Or `push_to_hub` is set and an active adapter cannot be merged, so the base would be pushed
             without it.
     """
-    adapted = list(adapted_layers(model))
-    if not adapted:  # detached, and a wrapper of the user's still calls this
-        if state_dict is not None:
-            kwargs["state_dict"] = state_dict
-        return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
     require_unsharded(model)
-    names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
-    unmerged, _ = next(unmergeable(model, names), (None, ""))
+    unmerged, _ = next(unmergeable(model), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):
         raise AdapterStateError(
             f"'{unmerged}' cannot be merged into the weights, so the base would be pushed without it. Push the folder "
@@ -92,9 +86,7 @@ def save_pretrained(
     kwargs.setdefault("save_original_format", False)
     try:
         with unmarked(model), _configuration_prevents_loading(config, unmerged):
-            return call_replaced(
-                model, "save_pretrained", own, save_directory, *args, state_dict=state, **kwargs
-            )
+            return own(save_directory, *args, state_dict=state, **kwargs)
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied

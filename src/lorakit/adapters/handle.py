@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters import export, merging, saving, ties
 from lorakit.adapters.activation import Activation, Registered
@@ -35,7 +36,7 @@ from lorakit.adapters.installed import (
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.replaced_methods import replace_method, restore_method
+from lorakit.adapters.replaced_methods import replace_methods
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.adapters.statistics import (
     first_changed,
@@ -49,7 +50,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
-from lorakit.models.layers import base_modules, unwrapped
+from lorakit.models.layers import unwrapped
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """A name that an adapter can have, unless it is an attribute (`is_attribute`)."""
 
 _HANDLE = "_lorakit_adapters"
-_REPLACED = {
-    "save_pretrained": export.save_pretrained,
-    "resize_token_embeddings": ties.resize_token_embeddings,
-    "tie_weights": ties.tie_weights,
-}
-"""Functions in place of the methods of transformers while the model has adapters."""
+
+# Of the class, because a model cannot tell which other models contain it. On import, because a process that
+# unpickles an adapted model never calls `attach`.
+replace_methods(
+    PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
+)
 
 
 def is_attribute(name: str) -> bool:
@@ -514,7 +515,7 @@ class Adapters:
             parameter.grad = None
 
     def _set_up_model(self) -> None:
-        """Put the handle on the model, and replace its methods of `_REPLACED`, when it gets its first adapter."""
+        """Put the handle on the model when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -526,9 +527,6 @@ class Adapters:
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
-        for _, module in base_modules(self.model):  # also parts of it, such as the backbone
-            for name, function in _REPLACED.items():
-                replace_method(module, name, function)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -548,9 +546,6 @@ class Adapters:
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         unwatch(self.model)
-        for _, module in base_modules(self.model):
-            for name, function in _REPLACED.items():
-                restore_method(module, name, function)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)
