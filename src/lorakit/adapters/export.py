@@ -35,6 +35,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
+from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import (
     ADAPTERS,
     base_modules,
@@ -68,6 +69,7 @@ def save_pretrained(
         AdapterStateError: Called inside `per_sample`, where rows have different weights, or on a model that is sharded
             over processes. Or `push_to_hub` is set and an active adapter cannot be merged, so the base would be pushed
             without it.
+        AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
     require_unsharded(model)
     unmerged, _ = next(unmergeable(model), (None, ""))
@@ -161,6 +163,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         for attribute in adapters.weights_changed_by(path, layer, names):
             # On a GPU, all merged weights together may not fit beside the base.
             result[prefix + attribute], is_changed = _merged(adapters, layer, attribute, blend)
+            check_tensor(f"the merged '{prefix}{attribute}'", result[prefix + attribute])
             has_changed |= is_changed
             mark = _CHANGED if has_changed else 1
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.tensor([mark], dtype=torch.uint8)

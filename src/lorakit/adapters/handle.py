@@ -239,6 +239,7 @@ class Adapters:
         Raises:
             AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
                 model runs, or a layer of an adapter was replaced. Or the handle was detached.
+            AdapterFileError: An adapter or a merged weight holds NaN or infinity.
         """
         self._require_attached()
         with self._activation.running.exclusive("merge"):
