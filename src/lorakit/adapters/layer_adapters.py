@@ -187,9 +187,15 @@ class LayerAdapters(ReplacedParameters):
 # The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.
 
 
-def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
     """Forward hook of every adapted layer."""
-    return layer._modules[ADAPTERS].after(layer, args, kwargs, output)  # type: ignore[operator, union-attr]
+    adapters = layer._modules.get(ADAPTERS)
+    if adapters is None:  # PyTorch's quantize_dynamic copies the hook, and calls it without kwargs
+        raise AdapterStateError(
+            f"This {type(layer).__name__} has replaced an adapted layer and lacks its adapters. Call "
+            "merge(keep_base=False) before you convert the model."
+        )
+    return adapters.after(layer, args, kwargs, output)  # type: ignore[operator]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
