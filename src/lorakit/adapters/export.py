@@ -154,8 +154,8 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
             raise AdapterStateError(
-                "The model cannot be saved inside per_sample, per_token or disabled: rows may have other weights. "
-                "Leave the block first."
+                "The model cannot be saved inside per_sample, per_token, using or disabled: rows may have other "
+                "weights. Leave the block first."
             )
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""

@@ -163,22 +163,31 @@ class Adapters:
             self._set_active(chosen)
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Use the base alone, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
+    def using(self, choice: AdapterChoice) -> Iterator[None]:
+        """Use other adapters, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
+
+        Args:
+            choice: A name, ``{name: weight}``, or None for the base alone, as for `activate`.
 
         Raises:
-            AdapterStateError: An adapter is merged, or the handle was detached.
+            AdapterStateError: As for `activate`, but other threads may run the model.
         """
         self._require_attached()
-        self._refuse_merged("use the base alone")
-        with self._activation.local(BASE):
+        self._refuse_merged("use other adapters")
+        chosen = choice_for_batch(choice, self._get)
+        self._require_in_place(chosen.names)
+        with self._activation.local(chosen):
             yield
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Use the base alone, for the length of a `with` block: ``using(None)``."""
+        return self.using(None)
 
     @contextlib.contextmanager
     def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
 
-        Call it anew for each `with`, as `disabled` and `per_token`; without `with` it has no effect.
+        Call it anew for each `with`, as `using` and `per_token`; without `with` it has no effect.
 
         The block holds for its thread or asyncio task (and for what copies its context, such as
         `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice of its first forward
@@ -348,7 +357,7 @@ class Adapters:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys.
 
         Raises:
-            AdapterStateError: The caller or another thread is inside `per_sample`, `per_token` or `disabled`.
+            AdapterStateError: The caller or another thread is inside `using`, `per_sample` or `per_token`.
         """
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
@@ -464,7 +473,7 @@ class Adapters:
         """Add or merge adapters in a `with` block, in which no adapter is active and no other thread runs the model.
 
         An error reactivates the former adapters. Otherwise no adapter is active afterwards, and the caller activates
-        or merges one. (`disabled` is the block for users.)
+        or merges one. (`using` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
@@ -609,7 +618,7 @@ class Adapters:
     def _refuse_inside_block(self, action: str) -> None:
         if self._activation.users_block is not None:
             raise AdapterStateError(
-                f"You cannot {action} inside per_sample, per_token or disabled. Leave the block first."
+                f"You cannot {action} inside per_sample, per_token, using or disabled. Leave the block first."
             )
 
     def _refuse_open_blocks(self, action: str) -> None:
@@ -617,8 +626,8 @@ class Adapters:
         self._refuse_inside_block(action)
         if self._activation.has_blocks:
             raise AdapterStateError(
-                f"You cannot {action} while another thread or task is inside per_sample, per_token or disabled. Wait "
-                "for the end of its block, or close the generator that holds it."
+                f"You cannot {action} while another thread or task is inside per_sample, per_token, using or disabled. "
+                "Wait for the end of its block, or close the generator that holds it."
             )
 
     def _refuse_block_or_merged(self, action: str) -> None:
