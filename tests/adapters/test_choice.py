@@ -189,12 +189,14 @@ def test_disabled_is_the_base_in_its_thread_alone(toy, x, expected, other_thread
         assert torch.equal(other_thread(lambda: model(x)), expected["a"])
         with adapters.per_sample(["b", None]):
             torch.testing.assert_close(model(x)[0], expected["b"][0])
-        with pytest.raises(AdapterStateError, match="inside per_sample, per_token or disabled"):
+        with pytest.raises(
+            AdapterStateError, match="inside per_sample, per_token, using or disabled"
+        ):
             adapters.activate("b")
     assert torch.equal(model(x), expected["a"])
     adapters.merge()
     with (
-        pytest.raises(AdapterStateError, match=r"unmerge\(\) before you use the base alone"),
+        pytest.raises(AdapterStateError, match=r"unmerge\(\) before you use other adapters"),
         adapters.disabled(),
     ):
         raise AssertionError("the block of a merged adapter has begun")
@@ -208,8 +210,22 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("choice", ["b", {"a": 0.5, "b": -2.0}], ids=["name", "blend"])
+def test_using_activates_in_its_thread_alone(toy, x, expected, other_thread, choice) -> None:
+    model, adapters = toy
+    adapters.activate(choice)
+    wanted = model(x)
+    adapters.activate("a")
+    with adapters.using(choice):
+        torch.testing.assert_close(model(x), wanted)
+        assert torch.equal(other_thread(lambda: model(x)), expected["a"])
+    assert torch.equal(model(x), expected["a"])
+    with pytest.raises(AdapterStateError, match="No adapter is named 'c'"), adapters.using("c"):
+        raise AssertionError("the block of an unknown adapter has begun")
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_disabled_is_the_base_bit_for_bit(method) -> None:
+def test_disabled_is_the_base_bit_for_bit_and_using_is_the_adapter(method) -> None:
     model = tiny_models.build("llama").eval()
     base = model(IDS).logits
     adapters = attach(model, method)
@@ -218,6 +234,9 @@ def test_disabled_is_the_base_bit_for_bit(method) -> None:
     with adapters.disabled():
         assert torch.equal(model(IDS).logits, base)
     assert torch.equal(model(IDS).logits, adapted)
+    adapters.activate(None)
+    with adapters.using("default"):
+        torch.testing.assert_close(model(IDS).logits, adapted)
     assert not torch.allclose(adapted, base)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from lorakit.adapters import merging
 from lorakit.adapters.entry import leave
 from lorakit.adapters.export import adapted_state_dict
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.errors import AdapterStateError
+from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.method import Method, describe
 from lorakit.methods.module import AdapterModule
@@ -62,7 +64,7 @@ def merged_state(base: dict[str, Tensor], model: nn.Module, handle: Adapters, na
 
 def bits(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The bits as integers: NaN equals NaN, and -0 differs from 0."""
-    integer = {2: torch.int16, 4: torch.int32}
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return {key: t.view(integer[t.element_size()]) for key, t in state.items()}
 
 
@@ -184,6 +186,47 @@ def test_a_model_merged_in_inference_mode_can_be_trained_later():
     model(torch.ones(2, 4)).sum().backward()
     assert torch.equal(model[0].weight.grad, torch.full((4, 4), 2.0))
     model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("action", ["merge", "permanent merge", "save_pretrained"])
+@pytest.mark.parametrize(
+    ("dtype", "settings", "tensor", "value", "message"),
+    [
+        (torch.float32, {}, "lora_A", torch.nan, r"q_proj.adapters.default.lora_A' holds 1 values"),
+        (
+            torch.float32,
+            {"train_modules": "embed_tokens"},
+            "trained.weight",
+            torch.inf,
+            r"embed_tokens.adapters.default.trained.weight' holds 1 values",
+        ),
+        (torch.float16, {}, "lora_B", 1e30, r"the merged '.*q_proj.weight' .*Or float16 overflows"),
+    ],
+    ids=["factor", "trained copy", "overflow"],
+)
+def test_nothing_is_merged_to_nan_or_infinity(
+    action: str,
+    dtype: torch.dtype,
+    settings: dict,
+    tensor: str,
+    value: float,
+    message: str,
+    tmp_path: Path,
+):
+    model = tiny_models.build("llama").to(dtype)
+    adapters = attach(model, LoRA(rank=2, targets="attention.q", **settings))
+    module = next(m for m in adapters.modules().values() if tensor in m.state_dict())
+    module.get_parameter(tensor).data[0, 0] = value
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    actions = {
+        "merge": adapters.merge,
+        "permanent merge": partial(adapters.merge, keep_base=False),
+        "save_pretrained": partial(model.save_pretrained, tmp_path),
+    }
+    with pytest.raises(AdapterFileError, match=message):
+        actions[action]()
+    assert not [*tmp_path.glob("*.safetensors")]
+    assert same_bits(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("other", [LoRA(targets="all-linear"), FullFineTuning()], ids=describe)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
-from lorakit.methods import BitFit, PrefixLayer
+from lorakit.methods import BitFit, BottleneckAdapter, PrefixLayer
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
@@ -131,11 +133,55 @@ def test_detached_model_saves_as_before(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     base = logits(model)
     adapters = attach(model, LoRA(rank=2))
-    assert "save_pretrained" in vars(model)
+    randomise(adapters)
     adapters.detach()
-    assert "save_pretrained" not in vars(model)
     model.save_pretrained(tmp_path)
-    assert_close(logits(load(model, tmp_path)), base)
+    assert torch.equal(logits(load(model, tmp_path)), base)
+
+
+def test_a_model_is_saved_with_the_adapters_of_its_parts(tmp_path: Path) -> None:
+    model = tiny_models.build("bart")
+    twin, base = copy.deepcopy(model), logits(model)
+    parts = (model.model.encoder, model.model.decoder)
+    handles = [attach(part, LoRA(rank=2, targets="attention.qv")) for part in parts]
+    for handle in handles:
+        randomise(handle)
+    handles[0].merge()
+    adapted = logits(model)
+    assert (adapted - base).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    assert_close(logits(load(model, tmp_path)), adapted)
+
+    for part in (twin.model.encoder, twin.model.decoder):
+        attach(part, LoRA(rank=2, targets="attention.qv"))
+    twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert_close(logits(twin), adapted)
+
+
+def test_a_model_with_a_part_that_cannot_be_merged_does_not_load(tmp_path: Path) -> None:
+    model = tiny_models.build("bart")
+    inactive = attach(model.model.encoder, BottleneckAdapter(size=2))
+    inactive.activate(None)
+    attach(model.model.decoder, LoRA(rank=2, targets="attention.qv"))  # also named "default"
+    model.save_pretrained(tmp_path)
+    assert_close(logits(load(model, tmp_path)), logits(model))
+    inactive.activate("default")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'default' is no part of the weights"):
+        load(model, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adapted_model_that_another_process_unpickles_is_saved_with_its_adapter(
+    tmp_path: Path,
+) -> None:
+    model = tiny_models.build("llama")
+    randomise(attach(model.model, LoRA(rank=2)))
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; torch.load(sys.argv[1], weights_only=False).save_pretrained(sys.argv[2])"
+    arguments = (tmp_path / "model.pt", tmp_path / "saved")
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    assert_close(logits(load(model, tmp_path / "saved")), logits(model))
 
 
 # --- state_dict -----------------------------------------------------------------------------------
@@ -450,8 +496,6 @@ def test_the_backbone_is_saved_with_its_adapter(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
     loaded = type(model.model).from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(loaded(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
-    adapters.detach()
-    assert "save_pretrained" not in vars(model.model)
 
 
 def test_load_with_assign_while_a_trained_copy_is_active_is_refused() -> None:

@@ -128,14 +128,14 @@ class Activation:
             return self.active
         if self.merged is not None:
             raise AdapterStateError(
-                "An adapter was merged while a per_sample, per_token or disabled block was open. Call unmerge(), or "
-                "leave the block."
+                "An adapter was merged while a per_sample, per_token, using or disabled block was open. Call "
+                "unmerge(), or leave the block."
             )
         for name in block.choice.names:
             if self.adapters.get(name) is not block.adapters[name]:
                 raise AdapterStateError(
-                    f"'{name}' was removed while a per_sample or per_token block that uses it was open. Leave the "
-                    "block and choose again."
+                    f"'{name}' was removed while a per_sample, per_token or using block that uses it was open. Leave "
+                    "the block and choose again."
                 )
         if block.choice.whole != self.active.whole:
             for name in block.choice.names | self.active.names:
@@ -143,8 +143,8 @@ class Activation:
                 if adapter is not None and adapter.read_directly is not None:
                     raise AdapterStateError(
                         f"'{name}' trains '{adapter.read_directly}' in full, and the model may read it without "
-                        f"calling its layer, so per_sample and per_token cannot replace it. Use activate('{name}') for "
-                        "a whole batch, and activate(None) before a block of other adapters."
+                        f"calling its layer, so a with block cannot replace it. Use activate('{name}') for a whole "
+                        "batch, and activate(None) before a block of other adapters."
                     )
         return block.choice
 
@@ -287,7 +287,7 @@ class Activation:
             self.running.drop_interrupted()
         if block not in blocks:
             raise AdapterStateError(
-                "A per_sample, per_token or disabled block ended in another thread or task than it began in (a "
+                "A per_sample, per_token, using or disabled block ended in another thread or task than it began in (a "
                 "generator may have been resumed elsewhere), so it was not in force all the time. Discard what was "
                 "computed."
             )

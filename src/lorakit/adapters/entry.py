@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,6 @@ import torch
 from torch import nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.replaced_methods import (
-    OwnMethod,
-    call_replaced,
-    replace_method,
-    restore_method,
-)
 from lorakit.adapters.row_layout import describe_pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import backbone_of, output_embeddings
@@ -32,12 +27,19 @@ def watch(model: nn.Module, activation: Activation) -> None:
         setattr(module, _ACTIVATION, activation)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
-    replace_method(model, "generate", _generate)
+    own = model.__dict__.get("generate")
+    if callable(getattr(type(model), "generate", None) if own is None else own):
+        # In the instance, because many classes have a `generate` that does not call that of transformers.
+        model.__dict__["generate"] = functools.partial(_generate, model, own)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`."""
-    restore_method(model, "generate", _generate)
+    current = model.__dict__.get("generate")
+    if isinstance(current, functools.partial) and current.func is _generate:  # else set since
+        del model.__dict__["generate"]
+        if (own := current.args[1]) is not None:
+            model.__dict__["generate"] = own
     for module in _entries(model):
         module.__dict__.pop(_ACTIVATION, None)
         remove_hooks(module, enter, leave)
@@ -92,16 +94,20 @@ def leave(module: nn.Module, args: tuple, output: Any) -> None:
         module.__dict__[_ACTIVATION].running.end(sys._getframe(1))
 
 
-def _generate(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's own `generate`, all of whose forward passes keep the choice of its first."""
+def _generate(model: Any, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's own `generate`, all of whose forward passes keep the choice of its first.
+
+    `own` is what the instance had before, which the user or a library has set; None is the method of the class.
+    """
+    generate = functools.partial(type(model).generate, model) if own is None else own
     activation: Activation | None = model.__dict__.get(_ACTIVATION)
     if activation is None:  # detached, and a wrapper of the user's still calls this
-        return call_replaced(model, "generate", own, *args, **kwargs)
+        return generate(*args, **kwargs)
     choice = activation.choice
     if choice.unit == "row":
         choice = choice.repeated(_returned_per_row(model, args, kwargs))
     with activation.generation(choice):
-        return call_replaced(model, "generate", own, *args, **kwargs)
+        return generate(*args, **kwargs)
 
 
 def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:

@@ -33,9 +33,10 @@ from lorakit.adapters.installed import (
     unmergeable,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
+from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
+from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import (
     ADAPTERS,
     base_modules,
@@ -66,7 +67,7 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Write an adapted model by its own `save_pretrained`, which this one replaces while it has adapters.
+    """Write a model of which any part has adapters by its own `save_pretrained`.
 
     The written weights are never quantised, also for a quantised base, because merged weights are not.
 
@@ -74,15 +75,10 @@ def save_pretrained(
         AdapterStateError: Called inside `per_sample`, where rows have different weights, or on a model that is sharded
             over processes. Or `push_to_hub` is set and an active adapter cannot be merged, so the base would be pushed
             without it.
+        AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
-    adapted = list(adapted_layers(model))
-    if not adapted:  # detached, and a wrapper of the user's still calls this
-        if state_dict is not None:
-            kwargs["state_dict"] = state_dict
-        return call_replaced(model, "save_pretrained", own, save_directory, *args, **kwargs)
     require_unsharded(model)
-    names = {n for _, _, adapters in adapted for n in adapters.activation.active.names}
-    unmerged, _ = next(unmergeable(model, names), (None, ""))
+    unmerged, _ = next(unmergeable(model), (None, ""))
     if unmerged and kwargs.get("push_to_hub"):
         raise AdapterStateError(
             f"'{unmerged}' cannot be merged into the weights, so the base would be pushed without it. Push the folder "
@@ -98,9 +94,7 @@ def save_pretrained(
     kwargs.setdefault("save_original_format", False)
     try:
         with unmarked(model), _configuration_prevents_loading(config, unmerged):
-            return call_replaced(
-                model, "save_pretrained", own, save_directory, *args, state_dict=state, **kwargs
-            )
+            return own(save_directory, *args, state_dict=state, **kwargs)
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
@@ -166,8 +160,8 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
             raise AdapterStateError(
-                "The model cannot be saved inside per_sample, per_token or disabled: rows may have other weights. "
-                "Leave the block first."
+                "The model cannot be saved inside per_sample, per_token, using or disabled: rows may have other "
+                "weights. Leave the block first."
             )
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
@@ -175,6 +169,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         for attribute in adapters.weights_changed_by(path, layer, names):
             # On a GPU, all merged weights together may not fit beside the base.
             result[prefix + attribute], is_changed = _merged(adapters, layer, attribute, blend)
+            check_tensor(f"the merged '{prefix}{attribute}'", result[prefix + attribute])
             has_changed |= is_changed
             mark = _CHANGED if has_changed else 1
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.tensor([mark], dtype=torch.uint8)

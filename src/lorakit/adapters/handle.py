@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters import export, merging, saving, ties
 from lorakit.adapters.activation import Activation, Registered
@@ -35,7 +36,7 @@ from lorakit.adapters.installed import (
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.replaced_methods import replace_method, restore_method
+from lorakit.adapters.replaced_methods import replace_methods
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.adapters.statistics import (
     first_changed,
@@ -49,7 +50,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
-from lorakit.models.layers import base_modules, unwrapped
+from lorakit.models.layers import unwrapped
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """A name that an adapter can have, unless it is an attribute (`is_attribute`)."""
 
 _HANDLE = "_lorakit_adapters"
-_REPLACED = {
-    "save_pretrained": export.save_pretrained,
-    "resize_token_embeddings": ties.resize_token_embeddings,
-    "tie_weights": ties.tie_weights,
-}
-"""Functions in place of the methods of transformers while the model has adapters."""
+
+# Of the class, because a model cannot tell which other models contain it. On import, because a process that
+# unpickles an adapted model never calls `attach`.
+replace_methods(
+    PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
+)
 
 
 def is_attribute(name: str) -> bool:
@@ -162,22 +163,31 @@ class Adapters:
             self._set_active(chosen)
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Use the base alone, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
+    def using(self, choice: AdapterChoice) -> Iterator[None]:
+        """Use other adapters, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
+
+        Args:
+            choice: A name, ``{name: weight}``, or None for the base alone, as for `activate`.
 
         Raises:
-            AdapterStateError: An adapter is merged, or the handle was detached.
+            AdapterStateError: As for `activate`, but other threads may run the model.
         """
         self._require_attached()
-        self._refuse_merged("use the base alone")
-        with self._activation.local(BASE):
+        self._refuse_merged("use other adapters")
+        chosen = choice_for_batch(choice, self._get)
+        self._require_in_place(chosen.names)
+        with self._activation.local(chosen):
             yield
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Use the base alone, for the length of a `with` block: ``using(None)``."""
+        return self.using(None)
 
     @contextlib.contextmanager
     def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
 
-        Call it anew for each `with`, as `disabled` and `per_token`; without `with` it has no effect.
+        Call it anew for each `with`, as `using` and `per_token`; without `with` it has no effect.
 
         The block holds for its thread or asyncio task (and for what copies its context, such as
         `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice of its first forward
@@ -239,6 +249,7 @@ class Adapters:
         Raises:
             AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
                 model runs, or a layer of an adapter was replaced. Or the handle was detached.
+            AdapterFileError: An adapter or a merged weight holds NaN or infinity.
         """
         self._require_attached()
         with self._activation.running.exclusive("merge"):
@@ -347,7 +358,7 @@ class Adapters:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys.
 
         Raises:
-            AdapterStateError: The caller or another thread is inside `per_sample`, `per_token` or `disabled`.
+            AdapterStateError: The caller or another thread is inside `using`, `per_sample` or `per_token`.
         """
         if handle_of(self.model) is not self:
             return  # already detached; the model may have a new handle
@@ -463,7 +474,7 @@ class Adapters:
         """Add or merge adapters in a `with` block, in which no adapter is active and no other thread runs the model.
 
         An error reactivates the former adapters. Otherwise no adapter is active afterwards, and the caller activates
-        or merges one. (`disabled` is the block for users.)
+        or merges one. (`using` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
@@ -515,7 +526,7 @@ class Adapters:
             parameter.grad = None
 
     def _set_up_model(self) -> None:
-        """Put the handle on the model, and replace its methods of `_REPLACED`, when it gets its first adapter."""
+        """Put the handle on the model when it gets its first adapter."""
         # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
         # that is attached later. Drop the graphs compiled until now.
         if torch._dynamo.config.skip_nnmodule_hook_guards:
@@ -527,9 +538,6 @@ class Adapters:
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
-        for _, module in base_modules(self.model):  # also parts of it, such as the backbone
-            for name, function in _REPLACED.items():
-                replace_method(module, name, function)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -549,9 +557,6 @@ class Adapters:
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         unwatch(self.model)
-        for _, module in base_modules(self.model):
-            for name, function in _REPLACED.items():
-                restore_method(module, name, function)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)
@@ -614,7 +619,7 @@ class Adapters:
     def _refuse_inside_block(self, action: str) -> None:
         if self._activation.users_block is not None:
             raise AdapterStateError(
-                f"You cannot {action} inside per_sample, per_token or disabled. Leave the block first."
+                f"You cannot {action} inside per_sample, per_token, using or disabled. Leave the block first."
             )
 
     def _refuse_open_blocks(self, action: str) -> None:
@@ -622,8 +627,8 @@ class Adapters:
         self._refuse_inside_block(action)
         if self._activation.has_blocks:
             raise AdapterStateError(
-                f"You cannot {action} while another thread or task is inside per_sample, per_token or disabled. Wait "
-                "for the end of its block, or close the generator that holds it."
+                f"You cannot {action} while another thread or task is inside per_sample, per_token, using or disabled. "
+                "Wait for the end of its block, or close the generator that holds it."
             )
 
     def _refuse_block_or_merged(self, action: str) -> None:

@@ -238,10 +238,11 @@ def require_unsharded(model: nn.Module) -> None:
         )
 
 
-def unmergeable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each adapter that cannot be merged at a layer, and why."""
+def unmergeable(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield the name of each adapter that cannot be merged at a layer, and why; by default of the active ones."""
     for path, layer, adapters in adapted_layers(model):
-        modules = {name: adapters[name] for name in names if name in adapters}
+        wanted = adapters.activation.active.names if names is None else names
+        modules = {name: adapters[name] for name in wanted if name in adapters}
         for name, module in modules.items():
             if not module.merges:
                 yield name, f"its effect at '{path}' is not a weight change"

@@ -14,6 +14,7 @@ from lorakit.adapters.mixed_batch import Call, adapt_by, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook
+from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import ADAPTERS, base_modules, layer_input
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
@@ -162,10 +163,14 @@ class LayerAdapters(ReplacedParameters):
 
         Raises:
             AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device.
+            AdapterFileError: An adapter holds NaN or infinity, which a file or the merged model must not keep.
         """
         show_parameters(layer)  # after an interrupted call
-        modules = [self[name] for name in names if name in self]
-        changed = dict.fromkeys(a for module in modules for a in module.changed_weights(layer))
+        modules = {name: self[name] for name in names if name in self}
+        for name, module in modules.items():
+            for key, tensor in module.state_dict(prefix=f"{path}.{ADAPTERS}.{name}.").items():
+                check_tensor(f"'{key}'", tensor)
+        changed = dict.fromkeys(a for m in modules.values() for a in m.changed_weights(layer))
         for attribute in changed:
             name = f"{path}.{attribute}" if path else attribute
             if attribute not in layer._parameters:
@@ -187,9 +192,15 @@ class LayerAdapters(ReplacedParameters):
 # The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.
 
 
-def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
     """Forward hook of every adapted layer."""
-    return layer._modules[ADAPTERS].after(layer, args, kwargs, output)  # type: ignore[operator, union-attr]
+    adapters = layer._modules.get(ADAPTERS)
+    if adapters is None:  # PyTorch's quantize_dynamic copies the hook, and calls it without kwargs
+        raise AdapterStateError(
+            f"This {type(layer).__name__} has replaced an adapted layer and lacks its adapters. Call "
+            "merge(keep_base=False) before you convert the model."
+        )
+    return adapters.after(layer, args, kwargs, output)  # type: ignore[operator]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:

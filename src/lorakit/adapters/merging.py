@@ -16,6 +16,7 @@ from lorakit.adapters.export import separate_names, tied_names, unties
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.errors import AdapterStateError
+from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import submodule, without_wrappers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 
@@ -34,6 +35,7 @@ def merge(model: nn.Module, blend: Blend) -> None:
     Raises:
         AdapterStateError: A weight has an unsupported quantisation or is not a parameter, or an adapter cannot
             be merged.
+        AdapterFileError: An adapter or a merged weight holds NaN or infinity.
     """
     changes = _changes(model, blend)
     for change, tensors in [(change, change.tensors(blend)) for change in changes]:
@@ -63,6 +65,7 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
 
     Raises:
         AdapterStateError: As for `merge`, before anything has changed.
+        AdapterFileError: As for `merge`; a merged weight may overflow between two layers.
     """
     changes = _changes(model, blend)
     kept = {name for names in tied_names(model) for name in names}  # to compare what was tied
@@ -103,8 +106,15 @@ class _Change:
     attributes: list[str]
 
     def tensors(self, blend: Blend) -> dict[str, Tensor]:
-        """Return the merged tensors."""
-        return {a: self.adapters.effective_weight(self.layer, a, blend) for a in self.attributes}
+        """Return the merged tensors.
+
+        Raises:
+            AdapterFileError: One overflows.
+        """
+        tensors = {a: self.adapters.effective_weight(self.layer, a, blend) for a in self.attributes}
+        for attribute, merged in tensors.items():
+            check_tensor(f"the merged '{self.path}.{attribute}'", merged)
+        return tensors
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
         for attribute, weight in tensors.items():

@@ -1,4 +1,4 @@
-"""Replace a method of one module, such as `generate`, and restore it."""
+"""Functions in place of methods of transformers, for models that carry adapters."""
 
 from __future__ import annotations
 
@@ -6,33 +6,26 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from lorakit.adapters.installed import adapted_layers
 
-OwnMethod = Callable[..., Any] | None
-"""The method that the instance had before, which the user or a library has set; None is the method of its class."""
+OwnMethod = Callable[..., Any]
+"""A method as it was before, bound to its model."""
 
 
-def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let ``module.name(...)`` call ``function(module, own, ...)``, if the module has such a method.
+def replace_methods(kind: type, *functions: Callable[..., Any]) -> None:
+    """Let each method of `kind` call the function of its name, for a model of which any part has adapters.
 
-    Another attribute of this name stays: a flag, a child, or a method that a wrapper's `__getattr__` finds in a child.
+    ``model.name(...)`` calls ``function(model, own, ...)``. A subclass that overrides the method calls it by `super`.
     """
-    own: OwnMethod = module.__dict__.get(name)
-    if callable(getattr(type(module), name, None) if own is None else own):
-        module.__dict__[name] = functools.partial(function, module, own)
+    for function in functions:
+        setattr(kind, function.__name__, _replaced(getattr(kind, function.__name__), function))
 
 
-def restore_method(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Undo `replace_method`, unless someone has set another method since."""
-    current = module.__dict__.get(name)
-    if isinstance(current, functools.partial) and current.func is function:
-        del module.__dict__[name]
-        if (own := current.args[1]) is not None:
-            module.__dict__[name] = own
+def _replaced(own: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(adapted_layers(model), None) is None:
+            return own(model, *args, **kwargs)
+        return function(model, functools.partial(own, model), *args, **kwargs)
 
-
-def call_replaced(module: nn.Module, name: str, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
-    """Call the method that `replace_method` has replaced."""
-    if own is None:
-        return getattr(type(module), name)(module, *args, **kwargs)
-    return own(*args, **kwargs)
+    return method

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorakit.adapters.export import tied_names
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
+from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.parameter_swaps import base_parameter
@@ -43,7 +43,7 @@ def resize_token_embeddings(model: nn.Module, own: OwnMethod, *args: Any, **kwar
                 f"resize_token_embeddings() would replace '{path}', which the adapter '{next(iter(adapters))}' "
                 "changes. Resize the base before you attach or load the adapter."
             )
-    return call_replaced(model, "resize_token_embeddings", own, *args, **kwargs)
+    return own(*args, **kwargs)
 
 
 def _new_size(
@@ -71,4 +71,4 @@ def tie_weights(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> 
     }
     if any(replaced.intersection(names) for names in tied_names(model)):
         return None
-    return call_replaced(model, "tie_weights", own, *args, **kwargs)
+    return own(*args, **kwargs)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lorakit.configuration import is_finite
@@ -19,7 +18,7 @@ from lorakit.methods.lora.forms import (
     LinearForm,
     LoralibConvForm,
 )
-from lorakit.models.dtypes import FLOATS, dtype_name
+from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import RowSlice
 
 KINDS = tuple(
@@ -178,34 +177,6 @@ class StoredLayer:
             raise AdapterFileError(
                 "one of initial_A and initial_B is missing; both or neither were expected."
             )
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Reject anything but a dense tensor of finite floating-point numbers.
-
-    Raises:
-        AdapterFileError: The tensor is sparse, quantised, empty, or holds NaN or infinity.
-    """
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        raise AdapterFileError(f"{name} is a {type(tensor).__name__}, not a dense tensor.")
-    if tensor.dtype not in FLOATS:
-        raise AdapterFileError(
-            f"{name} holds {dtype_name(tensor.dtype)} numbers; "
-            f"{', '.join(map(dtype_name, FLOATS))} can be read."
-        )
-    if tensor.numel() == 0:
-        raise AdapterFileError(
-            f"{name} is empty: its shape is {tuple(tensor.shape)}. If ZeRO-3 or FSDP had the weights in shards, save "
-            "the adapter again with gathered weights. Or in a checkpoint of DeepSpeed, run zero_to_fp32.py with "
-            "--exclude_frozen_parameters, and put its file beside adapter_config.json as adapter_model.bin."
-        )
-    # A sum is finite only if all numbers are, and takes a third of the time; it may also overflow.
-    if not tensor.is_meta and not tensor.sum().isfinite() and not tensor.isfinite().all():
-        wrong = int((~tensor.isfinite()).sum())
-        raise AdapterFileError(
-            f"{name} holds {wrong} values that are NaN or infinite. The training run diverged, or the "
-            "file is damaged; use an earlier checkpoint."
-        )
 
 
 @contextmanager
