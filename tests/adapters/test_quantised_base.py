@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import tiny_models
@@ -450,6 +451,16 @@ def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
     foreign.eval()
     logits(foreign)
     assert all(one.equal(other) for one, other in zip(first, gradients(), strict=True))
+
+
+def test_its_layers_are_not_repacked_until_the_detach(foreign: Any) -> None:
+    layers = [m for m in foreign.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = 1  # as on a CPU with AVX512-BF16
+    adapters = attach(foreign, LoRA())
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    adapters.detach()
+    assert {layer.support_avx512bf16_for_cpu for layer in layers} == {1}
 
 
 def test_its_biases_are_not_trained(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.layers import base_modules, unwrapped
+from lorakit.models.quantised import Cleared, prevent_repacking, restore_flags
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Adapters:
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
+        self._cleared: list[Cleared] = []
+        """Flags of a quantised base that are cleared while it has the handle."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -523,6 +526,7 @@ class Adapters:
         setattr(self.model, _HANDLE, self)
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
+        self._cleared = prevent_repacking(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
@@ -547,6 +551,7 @@ class Adapters:
         for attribute in (REQUIRED_GRADIENT, _HANDLE):
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
+        restore_flags(self._cleared)
         unwatch(self.model)
         for _, module in base_modules(self.model):
             for name, function in _REPLACED.items():
