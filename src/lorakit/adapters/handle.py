@@ -50,7 +50,7 @@ from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.layers import base_modules, unwrapped
-from lorakit.models.quantised import Cleared, prevent_repacking, restore_flags
+from lorakit.models.quantised import Cleared, allow_training, restore_flags
 
 _LOG = logging.getLogger(__name__)
 
@@ -526,7 +526,7 @@ class Adapters:
         setattr(self.model, _HANDLE, self)
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
-        self._cleared = prevent_repacking(self.model)
+        self._cleared = allow_training(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)

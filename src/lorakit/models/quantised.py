@@ -76,7 +76,8 @@ class QuantisedWeight:
         if dtype is None:
             raise AdapterStateError(
                 "This int8 layer does not record the dtype of its original weight, which a merged weight needs. "
-                "Load the base with lorakit.models.loading.load_base(name, dtype='int8'), or unquantised."
+                "Load the base with lorakit.models.loading.load_base(name, dtype='int8'), or unquantised. To train in "
+                'Trainer on this base, set save_strategy="no" and call adapters.save(folder).'
             )
         return dtype
 
@@ -240,6 +241,18 @@ def prevent_repacking(model: nn.Module) -> list[Cleared]:
         What `restore_flags` sets again.
     """
     return _clear((layer, _REPACKS) for _, layer in base_modules(model))
+
+
+def allow_training(model: nn.Module) -> list[Cleared]:
+    """Prevent repacking, and let transformers' Trainer accept a model that bitsandbytes quantised.
+
+    The Trainer rejects a model with `is_quantized` unless PEFT has put the adapters on it.
+
+    Returns:
+        What `restore_flags` sets again.
+    """
+    parts = (part for _, part in base_modules(model) if vars(part).keys() & FLAGS.values())
+    return prevent_repacking(model) + _clear((part, "is_quantized") for part in parts)
 
 
 def _clear(flags: Iterable[tuple[nn.Module, str]]) -> list[Cleared]:
