@@ -11,12 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.replaced_methods import (
-    OwnMethod,
-    call_replaced,
-    replace_method,
-    restore_method,
-)
+from lorakit.adapters.replaced_methods import OwnMethod, call_replaced
 from lorakit.adapters.row_layout import describe_pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import backbone_of
@@ -27,17 +22,15 @@ _ACTIVATION = "_lorakit_activation"
 
 
 def watch(model: nn.Module, activation: Activation) -> None:
-    """Hook a model, its backbone and `generate`, so that each call fixes its choice of adapters at its start."""
+    """Hook a model and its backbone, so that each call fixes its choice of adapters at its start."""
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
-    replace_method(model, "generate", _generate)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`."""
-    restore_method(model, "generate", _generate)
     for module in _entries(model):
         module.__dict__.pop(_ACTIVATION, None)
         remove_hooks(module, enter, leave)
@@ -73,7 +66,7 @@ def leave(module: nn.Module, args: tuple, output: Any) -> None:
         module.__dict__[_ACTIVATION].running.end(sys._getframe(1))
 
 
-def _generate(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+def generate(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """Call the model's own `generate`, all of whose forward passes keep the choice of its first."""
     activation: Activation | None = model.__dict__.get(_ACTIVATION)
     if activation is None:  # detached, and a wrapper of the user's still calls this
@@ -83,6 +76,21 @@ def _generate(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> An
         choice = choice.repeated(_returned_per_row(model, args, kwargs))
     with activation.generation(choice):
         return call_replaced(model, "generate", own, *args, **kwargs)
+
+
+def init_continuous_batching(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's own `init_continuous_batching`, as `generate_batch` and `generate` with a paged cache do.
+
+    Raises:
+        AdapterStateError: A `per_sample`, `per_token` or `disabled` block is open: the new thread would not see it.
+    """
+    activation: Activation | None = model.__dict__.get(_ACTIVATION)
+    if activation is not None and activation.users_block is not None:
+        raise AdapterStateError(
+            "Continuous batching calls the model in a new thread, which does not see per_sample, per_token or "
+            "disabled. Leave the block, call activate() with an adapter or None, and generate again."
+        )
+    return call_replaced(model, "init_continuous_batching", own, *args, **kwargs)
 
 
 def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:

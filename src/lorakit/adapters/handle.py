@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters import export, merging, saving, ties
+from lorakit.adapters import entry, export, merging, saving, ties
 from lorakit.adapters.activation import Activation, Registered
 from lorakit.adapters.choice import (
     BASE,
@@ -24,7 +24,6 @@ from lorakit.adapters.choice import (
     choice_by_token,
     choice_for_batch,
 )
-from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
@@ -59,6 +58,8 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 _HANDLE = "_lorakit_adapters"
 _REPLACED = {
+    "generate": entry.generate,
+    "init_continuous_batching": entry.init_continuous_batching,
     "save_pretrained": export.save_pretrained,
     "resize_token_embeddings": ties.resize_token_embeddings,
     "tie_weights": ties.tie_weights,
@@ -527,7 +528,7 @@ class Adapters:
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
         self._cleared = allow_training(self.model)
-        watch(self.model, self._activation)
+        entry.watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
         for _, module in base_modules(self.model):  # also parts of it, such as the backbone
@@ -552,7 +553,7 @@ class Adapters:
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
         restore_flags(self._cleared)
-        unwatch(self.model)
+        entry.unwatch(self.model)
         for _, module in base_modules(self.model):
             for name, function in _REPLACED.items():
                 restore_method(module, name, function)
