@@ -415,10 +415,12 @@ def test_an_interrupted_pass_does_not_outlive_its_block() -> None:
 # --- generations ---------------------------------------------------------------------------------------
 
 
-def generator() -> tuple[nn.Module, Adapters]:
+def generator(attached_to: str = "the model") -> tuple[nn.Module, Adapters]:
     model = tiny_models.build("llama")
+    part = {"the model": model, "its backbone": model.model, "its parent": nn.ModuleList([model])}
     for seed, name in enumerate(("a", "b")):
-        adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), name=name)
+        method = LoRA(rank=2, alpha=3, targets="all-linear")
+        adapters = attach(part[attached_to], method, name=name)
         randomise(adapters, name, seed=seed)
     return model, adapters
 
@@ -451,8 +453,12 @@ class Between:
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-def test_a_generation_keeps_the_choice_of_its_first_pass() -> None:
-    model, adapters = generator()
+ATTACHED_TO = pytest.mark.parametrize("part", ["the model", "its backbone", "its parent"])
+
+
+@ATTACHED_TO
+def test_a_generation_keeps_the_choice_of_its_first_pass(part: str) -> None:
+    model, adapters = generator(part)
     adapters.activate("a")
     alone = generate(model)
     change = Between(lambda: adapters.activate("b"))
@@ -460,6 +466,16 @@ def test_a_generation_keeps_the_choice_of_its_first_pass() -> None:
     assert change.function is None
     assert adapters.active == {"b": 1.0}
     assert not torch.equal(generate(model), alone)
+
+
+@ATTACHED_TO
+def test_a_generation_repeats_the_rows_for_its_beams(part: str) -> None:
+    model, adapters = generator(part)
+    with adapters.per_sample(["a", "b"]):
+        mixed = generate(model, num_beams=3)
+    for i, name in enumerate(("a", "b")):
+        adapters.activate(name)
+        assert torch.equal(mixed[i], generate(model, num_beams=3)[i])
 
 
 def test_activate_is_refused_between_two_passes_of_another_thread() -> None:
@@ -492,12 +508,12 @@ def test_a_block_inside_a_generation_is_for_its_own_calls() -> None:
     torch.testing.assert_close(seen[0], base)
 
 
-def test_generate_is_the_models_own_after_detach() -> None:
+def test_detach_leaves_nothing_on_the_model() -> None:
+    before = set(vars(tiny_models.build("llama")))
     model, adapters = generator()
-    assert "generate" in vars(model)
+    assert set(vars(model)) > before
     adapters.detach()
-    assert "generate" not in vars(model)
-    assert not hasattr(model, "_lorakit_activation")
+    assert set(vars(model)) == before
 
 
 def test_generate_of_the_user_is_kept() -> None:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import tiny_models
@@ -429,9 +430,9 @@ def test_adapters_on_a_base_that_transformers_quantised(foreign: Any, tmp_path) 
     foreign.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits(again), expected, **TOLERANCE)
-    assert foreign.is_quantized
     adapters.detach()
     assert_same_state(foreign, before)
+    assert foreign.is_quantized
 
 
 def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
@@ -450,6 +451,16 @@ def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
     foreign.eval()
     logits(foreign)
     assert all(one.equal(other) for one, other in zip(first, gradients(), strict=True))
+
+
+def test_its_layers_are_not_repacked_until_the_detach(foreign: Any) -> None:
+    layers = [m for m in foreign.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = 1  # as on a CPU with AVX512-BF16
+    adapters = attach(foreign, LoRA())
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    adapters.detach()
+    assert {layer.support_avx512bf16_for_cpu for layer in layers} == {1}
 
 
 def test_its_biases_are_not_trained(tmp_path: Path) -> None:

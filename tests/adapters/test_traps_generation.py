@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import tiny_models
 import torch
 from random_adapters import randomise
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, pipeline
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
@@ -184,3 +186,33 @@ def test_classification_pipeline() -> None:
         assert left["score"] == pytest.approx(right["score"], abs=1e-5)
     adapters.detach()
     assert pipe(["A man is playing"])[0] == base
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model: model.generate_batch(BATCH["input_ids"].tolist()),
+        lambda model: model.generate(BATCH["input_ids"], cache_implementation="paged"),
+    ],
+    ids=["generate_batch", "paged"],
+)
+def test_continuous_batching_in_a_block_is_an_error(run: Callable) -> None:
+    """transformers generates in a new thread, which would use what `activate` set."""
+    model, adapters = adapted("a")
+    message = r"does not see per_sample.*call activate\(\)"
+    with adapters.disabled(), pytest.raises(AdapterStateError, match=message):
+        run(model)
+
+
+def test_continuous_batching_uses_the_active_adapter() -> None:
+    model, adapters = adapted("a")
+    settings = GenerationConfig(max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+
+    def generated() -> list[list[int]]:
+        outputs = model.generate_batch([[21, 34, 55]], settings, continuous_batching_config=config)
+        return [one.generated_tokens for one in outputs.values()]
+
+    active = generated()
+    adapters.activate(None)
+    assert generated() != active

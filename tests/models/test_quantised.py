@@ -427,12 +427,10 @@ def test_nested_scales_are_dequantised() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, whole), rtol=1e-5, atol=1e-5)
 
 
-def test_repacking_is_disabled_and_a_repacked_layer_rejected() -> None:
+def test_a_repacked_layer_is_rejected() -> None:
     model = own_layers(**WIDE)
     layer = model.model.layers[1].mlp.up_proj
-    layer.support_avx512bf16_for_cpu = True
     require_exact_layers(model)
-    assert not layer.support_avx512bf16_for_cpu
     layer.weight.quant_state.packing_format_for_cpu = True  # as after an evaluation on a CPU
     with pytest.raises(AdapterStateError, match=r"layers\.1\.mlp\.up_proj.*no gradient"):
         require_exact_layers(model)

@@ -1,10 +1,9 @@
-"""Hooks that fix the choice of adapters when a forward pass or a generation begins."""
+"""Hooks that fix the choice of adapters when a forward pass begins."""
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,24 +21,15 @@ _ACTIVATION = "_lorakit_activation"
 
 
 def watch(model: nn.Module, activation: Activation) -> None:
-    """Hook a model, its backbone and `generate`, so that each call fixes its choice of adapters at its start."""
+    """Hook a model and its backbone, so that each call fixes its choice of adapters at its start."""
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
-    own = model.__dict__.get("generate")
-    if callable(getattr(type(model), "generate", None) if own is None else own):
-        # In the instance, because many classes have a `generate` that does not call that of transformers.
-        model.__dict__["generate"] = functools.partial(_generate, model, own)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`."""
-    current = model.__dict__.get("generate")
-    if isinstance(current, functools.partial) and current.func is _generate:  # else set since
-        del model.__dict__["generate"]
-        if (own := current.args[1]) is not None:
-            model.__dict__["generate"] = own
     for module in _entries(model):
         module.__dict__.pop(_ACTIVATION, None)
         remove_hooks(module, enter, leave)
@@ -92,35 +82,6 @@ def leave(module: nn.Module, args: tuple, output: Any) -> None:
     """Forward hook of a model, called after errors too: end the pass."""
     if not torch.compiler.is_compiling():
         module.__dict__[_ACTIVATION].running.end(sys._getframe(1))
-
-
-def _generate(model: Any, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's own `generate`, all of whose forward passes keep the choice of its first.
-
-    `own` is what the instance had before, which the user or a library has set; None is the method of the class.
-    """
-    generate = functools.partial(type(model).generate, model) if own is None else own
-    activation: Activation | None = model.__dict__.get(_ACTIVATION)
-    if activation is None:  # detached, and a wrapper of the user's still calls this
-        return generate(*args, **kwargs)
-    choice = activation.choice
-    if choice.unit == "row":
-        choice = choice.repeated(_returned_per_row(model, args, kwargs))
-    with activation.generation(choice):
-        return generate(*args, **kwargs)
-
-
-def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return how many times `generate` repeats each row: for its beams, or for the sequences to return."""
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    counts = []
-    for name in ("num_beams", "num_return_sequences"):
-        values = (
-            kwargs.get(name),
-            *(getattr(c, name, None) for c in (given, model.generation_config)),
-        )
-        counts.append(next((value for value in values if value is not None), 1))
-    return max(counts)
 
 
 def remove_hooks(module: nn.Module, *functions: Any) -> None:

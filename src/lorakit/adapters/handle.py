@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import export, merging, saving, ties
+from lorakit.adapters import export, generation, merging, saving, ties
 from lorakit.adapters.activation import Activation, Registered
 from lorakit.adapters.choice import (
     BASE,
@@ -51,6 +51,7 @@ from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.layers import unwrapped
+from lorakit.models.quantised import Cleared, allow_training, restore_flags
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ _HANDLE = "_lorakit_adapters"
 replace_methods(
     PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
 )
+replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
 
 
 def is_attribute(name: str) -> bool:
@@ -84,6 +86,8 @@ class Adapters:
         self._activation = Activation()
         self._installed: dict[str, InstalledAdapter] = {}
         self._is_kept = False
+        self._cleared: list[Cleared] = []
+        """Flags of a quantised base that are cleared while it has the handle."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -535,6 +539,7 @@ class Adapters:
         setattr(self.model, _HANDLE, self)
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
+        self._cleared = allow_training(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)
         export.guard_loading(self.model)
@@ -556,6 +561,7 @@ class Adapters:
         for attribute in (REQUIRED_GRADIENT, _HANDLE):
             self.model.__dict__.pop(attribute, None)
         self._is_kept = False
+        restore_flags(self._cleared)
         unwatch(self.model)
 
     def _set_active(self, active: Choice) -> None:

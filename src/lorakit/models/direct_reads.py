@@ -1,9 +1,9 @@
-"""Layers whose weight a class of transformers reads without calling them, found in its source.
+"""Layers whose weight a class reads without calling them, found in its source.
 
 The hook of an adapter runs when its layer is called. So an adapter on a layer that is never called has no effect:
-Mamba's `dt_proj`, the projections of WavLM's attention, MobileBERT's head. The same holds in training for a layer whose
-weight goes into a fused kernel there, and which is called in evaluation: Mamba's `out_proj`. Which layers these are
-differs by version of transformers.
+Mamba's `dt_proj`, the projections of WavLM's attention, `qkv` in timm's EVA and BEiT. The same holds in training for a
+layer whose weight goes into a fused kernel there, and which is called in evaluation: Mamba's `out_proj`. Which layers
+these are differs by version of a library, and by the settings of a model: EVA calls `qkv` if it has no bias.
 """
 
 from __future__ import annotations
@@ -11,50 +11,101 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 
 from torch import nn
 
-_SCANNED = ("transformers.models.", "transformers_modules.")
-"""Packages of the classes that are read: those of transformers, and those that a checkpoint brings."""
+_BASE_CLASSES = re.compile(r"torch\.|transformers\.(?!models\.)")
+"""Modules whose classes are not read: they know no layer by name."""
 
 _OF_TENSOR = ("dtype", "device", "shape", "data")
 """Attributes of a weight that say nothing of its use."""
 
+_OF_CONDITION = (
+    *(ast.Attribute, ast.Name, ast.Constant, ast.expr_context),
+    *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop),
+)
+"""The parts of a condition that can be evaluated without side effects."""
+
 
 def never_calls(parent: nn.Module, name: str) -> bool:
     """Return whether a module uses the weight of its child `name` without calling it, always or in training."""
-    # Some classes call a layer only if transformers quantised the model.
-    is_quantised = hasattr(getattr(parent, "config", None), "_is_quantized")
-    return name in _only_read(type(parent), is_quantised)
+    kind = type(parent)
+    return name in _only_read(kind, tuple(_outcome(c, parent) for c in _conditions(kind).values()))
 
 
 @functools.cache
-def _only_read(kind: type[nn.Module], is_quantised: bool) -> frozenset[str]:
-    """Return the attributes whose weight a class reads and which it neither calls nor passes on, or not in training."""
-    methods = [
-        method
-        for owner in kind.__mro__
-        if owner.__module__.startswith(_SCANNED)
-        for name, value in vars(owner).items()
-        if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
-        if "init" not in name
-    ]
+def _only_read(kind: type[nn.Module], outcomes: tuple[bool | None, ...]) -> frozenset[str]:
+    """Return the attributes whose weight a class reads and which it neither calls nor passes on, or not in training.
+
+    `outcomes` are those of `_conditions`, None where unknown.
+    """
+    branches = dict(zip(_conditions(kind), outcomes, strict=True))
     uses: dict[str, set[str]] = {"read": set(), "read in training": set(), "called": set()}
-    if any("weight" in method.__code__.co_names for method in methods):
-        try:
-            for method in methods:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-                for name, use in _uses(tree, [], is_quantised):
-                    uses[use].add(name)
-        except (OSError, SyntaxError):  # no source
-            return frozenset()
+    for tree in _methods(kind):
+        for name, use in _uses(tree, [], branches):
+            uses[use].add(name)
     return frozenset(uses["read"] - uses["called"] | uses["read in training"])
 
 
-def _uses(node: ast.AST, around: list[ast.AST], is_quantised: bool) -> Iterator[tuple[str, str]]:
+@functools.cache
+def _methods(kind: type[nn.Module]) -> tuple[ast.AST, ...]:
+    """Return the syntax trees of a class's methods; none if it reads no weight, or leaves its forward pass to torch."""
+    of_forward = next(owner for owner in kind.__mro__ if "forward" in vars(owner))
+    if of_forward.__module__.startswith("torch."):  # nn.Sequential calls its layers by position
+        return ()
+    methods = [
+        method
+        for owner in kind.__mro__
+        if not _BASE_CLASSES.match(owner.__module__)
+        for name, value in vars(owner).items()
+        if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
+        if not re.search("init|reset", name)
+    ]
+    if not any("weight" in method.__code__.co_names for method in methods):
+        return ()
+    try:
+        return tuple(ast.parse(textwrap.dedent(inspect.getsource(method))) for method in methods)
+    except (OSError, SyntaxError):  # no source
+        return ()
+
+
+@functools.cache
+def _conditions(kind: type[nn.Module]) -> dict[ast.AST, CodeType]:
+    """Return each `if` of a class that depends on the settings of an instance alone, and its condition."""
+    return {
+        node: compile(ast.Expression(node.test), "<condition>", "eval")
+        for tree in _methods(kind)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If | ast.IfExp) and all(map(_is_of_settings, ast.walk(node.test)))
+    }
+
+
+def _is_of_settings(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(id=name):
+            return name in ("self", "hasattr")
+        case ast.Call(func=function):
+            return isinstance(function, ast.Name)
+        case ast.Attribute(attr="training"):
+            return False
+    return isinstance(node, _OF_CONDITION)
+
+
+def _outcome(condition: CodeType, module: nn.Module) -> bool | None:
+    """Return whether a condition of `_conditions` holds for a module, or None if it fails."""
+    try:
+        return bool(eval(condition, {"self": module}))
+    except Exception:  # in a property, or for a tensor on the meta device
+        return None
+
+
+def _uses(
+    node: ast.AST, around: list[ast.AST], branches: dict[ast.AST, bool | None]
+) -> Iterator[tuple[str, str]]:
     """Yield each attribute of `self` below a node, and its use; `around` are the outer nodes, the innermost last."""
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Load()):
@@ -65,15 +116,17 @@ def _uses(node: ast.AST, around: list[ast.AST], is_quantised: bool) -> Iterator[
                         yield name, "read in training" if in_training else "read"
                 case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
                     pass
-                case _:
+                case [*_, outer] if not _is_harmless(outer):
                     yield name, "called"
-    for child in _children(node, is_quantised):
-        yield from _uses(child, [*around, node], is_quantised)
+    for child in _children(node, branches.get(node)):
+        yield from _uses(child, [*around, node], branches)
 
 
-def _children(node: ast.AST, is_quantised: bool) -> Iterator[ast.AST]:
-    if isinstance(node, ast.If) and not is_quantised and "_is_quantized" in ast.unparse(node.test):
-        yield from node.orelse
+def _children(node: ast.AST, outcome: bool | None) -> Iterator[ast.AST]:
+    """Yield the nodes below a node; of an `if` with a known outcome, only the branch that runs."""
+    if isinstance(node, ast.If | ast.IfExp) and outcome is not None:
+        branch = node.body if outcome else node.orelse
+        yield from branch if isinstance(branch, list) else [branch]
     else:
         yield from ast.iter_child_nodes(node)
 
@@ -83,7 +136,7 @@ def _tests_training(node: ast.AST) -> bool:
 
 
 def _is_harmless(outer: ast.AST) -> bool:
-    """Return whether the expression around a weight reads no values: its dtype, or a test of its type."""
+    """Return whether the expression around a layer or weight reads no values: its dtype, or a test of its type."""
     if isinstance(outer, ast.Attribute):
         return outer.attr in _OF_TENSOR
     return isinstance(outer, ast.Call) and ast.unparse(outer.func) == "isinstance"

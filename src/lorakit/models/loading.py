@@ -20,7 +20,7 @@ from lorakit.models.heads import classification_head
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import Located, locate, read_config
 from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
-from lorakit.models.quantised import require_exact_layers
+from lorakit.models.quantised import prevent_repacking, require_exact_layers
 from lorakit.models.quantising import check_available, projections_as_stored, quantise_base
 from lorakit.models.shared_setting import SharedSetting
 from lorakit.models.sources import ModelSource, resolve
@@ -139,6 +139,7 @@ def load_base(
     if quantisation:
         notices += quantise_base(model, quantisation, dtypes, weights_dtype)
     require_exact_layers(model)
+    prevent_repacking(model)
     if source.packaged or source.kind == "gguf":
         # The path of the weights on this machine means nothing on another one.
         model.config._name_or_path = source.name

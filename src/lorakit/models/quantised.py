@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,12 @@ KINDS = frozenset({"nf4", "fp4", "int8"})
 
 FLAGS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
 """The flag that `transformers` sets on a model and PEFT checks, for each kind."""
+
+_REPACKS = "support_avx512bf16_for_cpu"
+"""The flag of bitsandbytes' 4-bit layers that lets them repack their weight."""
+
+Cleared = tuple[nn.Module, str, Any]
+"""A module, a flag of it that was cleared, and its former value."""
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -70,7 +76,8 @@ class QuantisedWeight:
         if dtype is None:
             raise AdapterStateError(
                 "This int8 layer does not record the dtype of its original weight, which a merged weight needs. "
-                "Load the base with lorakit.models.loading.load_base(name, dtype='int8'), or unquantised."
+                "Load the base with lorakit.models.loading.load_base(name, dtype='int8'), or unquantised. To train in "
+                'Trainer on this base, set save_strategy="no" and call adapters.save(folder).'
             )
         return dtype
 
@@ -199,7 +206,7 @@ def dequantise_layer(weight: QuantisedWeight, matrix: Tensor) -> None:
 _OF_QUANTISED_LAYERS = {
     *("made_from", "source_cls", "state", "index"),
     *("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage"),
-    "support_avx512bf16_for_cpu",
+    _REPACKS,
 }
 """Attributes of quantised layers that `nn.Linear` lacks."""
 
@@ -225,10 +232,47 @@ def _marks(model: nn.Module) -> list[tuple[Any, str]]:
     return [(owner, name) for owner, name in marks if owner is not None and name in vars(owner)]
 
 
-def require_exact_layers(model: nn.Module) -> None:
+def prevent_repacking(model: nn.Module) -> list[Cleared]:
     """Stop bitsandbytes' own 4-bit layers from repacking their weights, so that they stay differentiable.
 
     In evaluation on some CPUs they repack a weight, which rounds its scales and blocks gradients.
+
+    Returns:
+        What `restore_flags` sets again.
+    """
+    return _clear((layer, _REPACKS) for _, layer in base_modules(model))
+
+
+def allow_training(model: nn.Module) -> list[Cleared]:
+    """Prevent repacking, and let transformers' Trainer accept a model that bitsandbytes quantised.
+
+    The Trainer rejects a model with `is_quantized` unless PEFT has put the adapters on it.
+
+    Returns:
+        What `restore_flags` sets again.
+    """
+    parts = (part for _, part in base_modules(model) if vars(part).keys() & FLAGS.values())
+    return prevent_repacking(model) + _clear((part, "is_quantized") for part in parts)
+
+
+def _clear(flags: Iterable[tuple[nn.Module, str]]) -> list[Cleared]:
+    cleared = [
+        (module, name, vars(module)[name]) for module, name in flags if vars(module).get(name)
+    ]
+    for module, name, _ in cleared:
+        setattr(module, name, False)
+    return cleared
+
+
+def restore_flags(cleared: Iterable[Cleared]) -> None:
+    """Set the flags again, except those of models and layers that have been dequantised since."""
+    for module, name, value in cleared:
+        if name in vars(module):
+            setattr(module, name, value)
+
+
+def require_exact_layers(model: nn.Module) -> None:
+    """Check that gradients pass through bitsandbytes' own 4-bit layers, and that they compute with ``W_q``.
 
     Raises:
         AdapterStateError: A layer is repacked already, or applies the scales of the wrong blocks.
@@ -247,7 +291,6 @@ def require_exact_layers(model: nn.Module) -> None:
                 "passes through it. Load the base again and attach the adapter before running the model, or load "
                 "it with lorakit.models.loading.load_base(name, dtype='nf4'), which prevents repacking."
             )
-        layer.support_avx512bf16_for_cpu = False
         own_product = type(layer).__module__.startswith("bitsandbytes.")
         if own_product and layer.in_features % state.blocksize:
             computed = bnb.functional.dequantize_4bit(layer.weight.data, state)
