@@ -38,6 +38,7 @@ from lorakit.adapters.installed import (
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.replaced_methods import replace_methods
 from lorakit.adapters.row_layout import RowLayout
+from lorakit.adapters.state_loading import guard_loading
 from lorakit.adapters.statistics import (
     first_changed,
     forget_statistics,
@@ -336,7 +337,7 @@ class Adapters:
                 others = {other: w for other, w in self.active.items() if other != name}
                 self._set_active(choice_for_batch(others, self._get))
             self._remove(adapter)
-            export.guard_loading(self.model)
+            guard_loading(self.model)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
@@ -518,7 +519,7 @@ class Adapters:
         self._activation.adapters[name] = Registered(
             swaps=bool(adapter.trained), read_directly=adapter.read_directly(self.model)
         )
-        export.guard_loading(self.model)
+        guard_loading(self.model)
         if is_first:
             self._freeze_base()
         return adapter
@@ -542,7 +543,7 @@ class Adapters:
         self._cleared = allow_training(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)
-        export.guard_loading(self.model)
+        guard_loading(self.model)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -554,7 +555,7 @@ class Adapters:
         for adapter in list(self._installed.values()):
             self._remove(adapter)
         forget_statistics(self.model)
-        export.guard_loading(self.model)
+        guard_loading(self.model)
         flags = self.model.__dict__.get(REQUIRED_GRADIENT, {})
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))

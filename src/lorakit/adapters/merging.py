@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.export import separate_names, tied_names, unties
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
+from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
 from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import submodule, without_wrappers
