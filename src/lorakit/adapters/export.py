@@ -23,19 +23,17 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
-from lorakit.adapters.choice import Blend
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
     require_unsharded,
     unmergeable,
 )
-from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.state_loading import CHANGED
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.dtypes import check_tensor
+from lorakit.models.dtypes import check_merged
 from lorakit.models.layers import ADAPTERS, without_wrappers
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, unmarked
@@ -152,9 +150,11 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         names, has_changed = [name for name, _ in blend], False
         for attribute in adapters.weights_changed_by(path, layer, names):
             # On a GPU, all merged weights together may not fit beside the base.
-            result[prefix + attribute], is_changed = _merged(adapters, layer, attribute, blend)
-            check_tensor(f"the merged '{prefix}{attribute}'", result[prefix + attribute])
-            has_changed |= is_changed
+            W, _, merged = adapters.merge_weight(layer, attribute, blend)
+            check_merged(prefix + attribute, merged, W)
+            result[prefix + attribute] = merged.cpu()
+            # PiSSA's initial factors cancel up to rounding.
+            has_changed |= not merged.allclose(W.to(merged.dtype))
             mark = CHANGED if has_changed else 1
             result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.tensor([mark], dtype=torch.uint8)
             replaced.add(prefix + attribute)
@@ -168,15 +168,6 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             result.pop(key, None)
         seen.add(id(parameter))
     return result
-
-
-def _merged(
-    adapters: LayerAdapters, layer: nn.Module, attribute: str, blend: Blend
-) -> tuple[Tensor, bool]:
-    """Return a merged weight on the CPU, and whether it differs from the weight without the adapters."""
-    W, _, merged = adapters.merge_weight(layer, attribute, blend)
-    is_equal = merged.allclose(W.to(merged.dtype))  # PiSSA's initial factors cancel up to rounding
-    return merged.cpu(), not is_equal
 
 
 def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[str]) -> None:

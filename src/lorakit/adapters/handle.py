@@ -178,7 +178,7 @@ class Adapters:
             AdapterStateError: As for `activate`, but other threads may run the model.
         """
         self._require_attached()
-        self._refuse_merged("use other adapters")
+        self._refuse_merged("open a using or disabled block")
         chosen = choice_for_batch(choice, self._get)
         self._require_in_place(chosen.names)
         with self._activation.local(chosen):
@@ -540,6 +540,10 @@ class Adapters:
         setattr(self.model, _HANDLE, self)
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
+        # A class may have a `generate` that does not call that of transformers (MusicGen).
+        owner = next((kind for kind in type(self.model).__mro__ if "generate" in vars(kind)), None)
+        if owner is not None:
+            replace_methods(owner, generation.generate)
         self._cleared = allow_training(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)

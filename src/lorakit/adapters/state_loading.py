@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.entry import is_entry
+from lorakit.adapters.entry import activation_of
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.statistics import record_loaded, records_statistics
@@ -96,7 +96,7 @@ def check_loading(
     # With an adapter's tensors it is the state of a training run, whose weights and statistics are not the base's.
     is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
     # In a part of another base, such as one attention, the adapted layers may be the only ones that differ.
-    if is_base and is_entry(module):
+    if is_base and activation_of(module) is not None:
         _refuse_merged_weights(module, state_dict, prefix)
     for path, _, adapters in adapted:
         start = prefix + key_start(module, path)
@@ -144,8 +144,12 @@ def _name_trained_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix
         if f"{start}{ADAPTERS}.{MARK}" not in state_dict:
             for name, module in adapters.items():
                 for a in module.trained:
-                    keys.setdefault(start + a, []).append(f"{start}{ADAPTERS}.{name}.trained.{a}")
-    names = {key: own for key, [own, *more] in keys.items() if not more and own not in state_dict}
+                    own = f"{start}{ADAPTERS}.{name}.trained.{a}"
+                    if own not in state_dict:
+                        keys.setdefault(start + a, []).append(own)
+    names = {key: own for key, [own, *more] in keys.items() if not more}
+    if not names:
+        return
     of_base = {key for key in state_dict if not is_of_adapter(key.removeprefix(prefix))}
     if len(of_base) < len(state_dict) and of_base <= names.keys():
         for key in of_base:
@@ -153,8 +157,8 @@ def _name_trained_copies(model: nn.Module, state_dict: dict[str, Tensor], prefix
 
 
 def equals_base(loaded: Tensor, base: Tensor) -> bool:
-    """Return whether the numbers are equal, or equal once rounded to the base's dtype."""
-    return not base.is_meta and loaded.to(base).equal(base)
+    """Return whether the numbers are equal once those of the wider dtype are rounded to the other."""
+    return not base.is_meta and (loaded.to(base).equal(base) or loaded.equal(base.to(loaded)))
 
 
 def keep_base_weights(
@@ -264,10 +268,10 @@ def _refuse_merged_weights(model: nn.Module, state_dict: dict[str, Tensor], pref
     elsewhere = differences(is_adapted=False)
     if any(differences(is_adapted=True)) and not next(elsewhere, True) and not any(elsewhere):
         raise AdapterStateError(
-            "The weights to load differ from the base's at the adapted layers alone: they are those of a merged model, "
-            "so the adapter would act twice. To resume from a checkpoint, load its file, which has the adapter's "
-            "tensors: load_state_dict(safetensors.torch.load_file(FILE), strict=False). If the weights are a new base, "
-            "call activate(None) before load_state_dict(), and activate the adapter again after it."
+            "The weights to load differ from the base's at the adapted layers alone. If they are a new base, call "
+            "activate(None) before load_state_dict(), and activate the adapter again after it. If they are those of a "
+            "merged model, the adapter would act twice: load the file of the checkpoint, which has the adapter's "
+            "tensors, by load_state_dict(safetensors.torch.load_file(FILE), strict=False)."
         )
 
 
