@@ -196,7 +196,7 @@ def test_disabled_is_the_base_in_its_thread_alone(toy, x, expected, other_thread
     assert torch.equal(model(x), expected["a"])
     adapters.merge()
     with (
-        pytest.raises(AdapterStateError, match=r"unmerge\(\) before you use other adapters"),
+        pytest.raises(AdapterStateError, match=r"unmerge\(\) before you open a using"),
         adapters.disabled(),
     ):
         raise AssertionError("the block of a merged adapter has begun")
@@ -466,6 +466,37 @@ def test_a_generation_keeps_the_choice_of_its_first_pass(part: str) -> None:
     assert change.function is None
     assert adapters.active == {"b": 1.0}
     assert not torch.equal(generate(model), alone)
+
+
+class Looping(nn.Module):
+    """Has a `generate` that does not call that of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+    def generate(self, x: Tensor, between: Callable[[], object], num_beams: int = 1) -> Tensor:
+        x = x.repeat_interleave(num_beams, dim=0)
+        first = self(x)
+        between()
+        return torch.stack([first, self(x)])
+
+
+def test_a_generate_of_another_class_keeps_its_choice_too() -> None:
+    model, x = Looping(), torch.randn(2, 4)
+    for seed, name in enumerate(("a", "b")):
+        adapters = attach(model, LoRA(rank=2, targets=["fc"]), name=name)
+        randomise(adapters, name, seed=seed)
+    first, second = model.generate(x, lambda: adapters.activate("a"))
+    assert torch.equal(first, second)
+    with adapters.per_sample(["a", None]):
+        first, second = model.generate(x, lambda: None, num_beams=2)
+    assert torch.equal(first, second)
+    adapters.activate(None)
+    torch.testing.assert_close(first[2:], model(x[1:]).expand(2, 4))
 
 
 @ATTACHED_TO

@@ -229,6 +229,19 @@ def test_nothing_is_merged_to_nan_or_infinity(
     assert same_bits(model.state_dict(), before)
 
 
+def test_infinite_values_of_the_base_are_merged(tmp_path: Path):
+    """Some bases mask tokens of the vocabulary by minus infinity."""
+    model = tiny_models.build("llama")
+    model.lm_head.weight.data[3] = -torch.inf
+    adapters = attach(model, LoRA(rank=2, targets="lm_head"))
+    randomise(adapters)
+    model.save_pretrained(tmp_path)
+    adapters.merge()
+    infinite = model.lm_head.weight.isinf()
+    assert infinite[3].all()
+    assert infinite.sum() == infinite[3].numel()
+
+
 @pytest.mark.parametrize("other", [LoRA(targets="all-linear"), FullFineTuning()], ids=describe)
 def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method):
     """DoRA on slices of a fused layer is stored with the norms of the base's other rows."""
@@ -328,20 +341,20 @@ def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.Monkey
     paths = list(handle.modules("adapter4"))
     own = [weakref.ref(model.get_submodule(path).weight) for path in paths]
     alive = []
-    compute = LayerAdapters.effective_weight
+    compute = LayerAdapters.merge_weight
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         alive.append(sum(ref() is not None for ref in own))
         return compute(*args)
 
-    monkeypatch.setattr(LayerAdapters, "effective_weight", counted)
+    monkeypatch.setattr(LayerAdapters, "merge_weight", counted)
     handle.merge("adapter4", keep_base=False)
     assert alive == list(range(len(paths), 0, -1))
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(LayerAdapters, "effective_weight", 3), (merging, "dequantise_model", 0)],
+    [(LayerAdapters, "merge_weight", 3), (merging, "dequantise_model", 0)],
     ids=["between", "end"],
 )
 def test_an_error_within_a_permanent_merge_leaves_no_adapter(
@@ -371,7 +384,7 @@ def test_an_error_before_the_first_change_of_a_permanent_merge_leaves_the_adapte
     handle.activate("adapter4")
     ids = torch.arange(3, 9)[None]
     before = model(ids).logits
-    fail_at(monkeypatch, LayerAdapters, "effective_weight", 0)
+    fail_at(monkeypatch, LayerAdapters, "merge_weight", 0)
     with pytest.raises(torch.OutOfMemoryError):
         handle.merge(keep_base=False)
     assert "merged in part" not in caplog.text

@@ -342,6 +342,23 @@ def test_the_trainable_parameters_load_into_an_adapted_model(
 
 
 @pytest.mark.parametrize("loaded_into", ["active", "inactive"])
+def test_the_trainable_parameters_load_beside_another_copy_of_the_head(loaded_into: str) -> None:
+    model, method = tiny_models.build("llama"), LoRA(rank=2, train_modules="lm_head")
+    twin = copy.deepcopy(model)
+    for seed, name in enumerate(("other", "default")):
+        adapters, handle = (attach(m, method, name=name) for m in (model, twin))
+        randomise(adapters, name, seed=seed)
+    adapters.activate("default")
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    handle.activate("default" if loaded_into == "active" else None)
+    twin.load_state_dict(trained, strict=False)
+    handle.activate("default")
+    assert torch.equal(logits(twin), logits(model))
+    handle.detach()
+    assert torch.equal(logits(twin), logits(tiny_models.build("llama")))
+
+
+@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
 @pytest.mark.parametrize("path", ["transformer", "transformer.h.0.attn.c_attn", "transformer.ln_f"])
 def test_state_dict_of_a_part_round_trip(path: str, loaded_into: str) -> None:
     """As for the whole model: the base keys of the part contain the adapter."""
@@ -610,9 +627,19 @@ def test_weights_of_a_merged_model_do_not_load_into_the_adapted_one(
     outer = nn.ModuleDict({"model": model})
     inside = {f"model.{key}": tensor for key, tensor in merged.items()}
     for module, state in ((model, merged), (outer, inside)):
-        with pytest.raises(AdapterStateError, match="of a merged model, so the adapter would act"):
+        with pytest.raises(AdapterStateError, match="of a merged model, the adapter would act"):
             module.load_state_dict(state, strict=False)
     assert_same_tensors(tensors_of(model), before)
+
+
+def test_merged_weights_in_16_bits_do_not_load_into_an_adapted_model_in_32(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    short = copy.deepcopy(model).bfloat16()
+    randomise(attach(short, LoRA(rank=2)))
+    short.save_pretrained(tmp_path)
+    attach(model, LoRA(rank=2))
+    with pytest.raises(AdapterStateError, match="adapter would act twice"):
+        model.load_state_dict(load(short, tmp_path).state_dict(), strict=False)
 
 
 def test_weights_of_a_merged_model_load_while_no_adapter_is_active(tmp_path: Path) -> None:

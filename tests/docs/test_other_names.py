@@ -162,7 +162,12 @@ def test_everything_of_lorakit_that_the_page_names_exists() -> None:
     for row in ROWS:
         for code in row.ours:
             if "." not in code and " " not in code and code not in options:
-                known = set(sections_of(TrainConfig)) | {"attach", "DPOTrainer", "alpha="}
+                known = set(sections_of(TrainConfig)) | {
+                    "attach",
+                    "DPOTrainer",
+                    "KTOTrainer",
+                    "alpha=",
+                }
                 assert code in known, code
             elif re.fullmatch(r"[a-z_.]+", _option(code)) and not re.match(
                 r"(lorakit|adapters)\.|examples/", code

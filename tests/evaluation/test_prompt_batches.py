@@ -7,6 +7,7 @@ import logging
 import pytest
 import tiny_models
 import torch
+import transformers
 from batch_sensitive_models import READS_PADDING, longrope_model, spread
 from random_adapters import randomise
 from test_generate import new_ids
@@ -56,6 +57,46 @@ def test_the_rule_does_not_depend_on_the_adapter():
         next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
     assert batch_rule(model).notice is None
     assert handle.active
+
+
+def test_a_mixture_of_experts_and_autocast_have_larger_rounding():
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 64, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    mixture = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).bfloat16()
+    assert batch_rule(mixture).notice is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        assert batch_rule(dense).notice is None
+
+
+def test_the_trial_uses_tokens_and_lengths_that_the_model_has():
+    config = transformers.FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=40,
+        tgt_vocab_size=len(TOKENIZER),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    assert batch_rule(transformers.FSMTForConditionalGeneration(config).eval()).notice is None
+    assert batch_rule(tiny_models.build("gpt2", n_positions=16)).notice is None
+
+
+def test_a_trial_that_ran_out_of_memory_is_repeated(monkeypatch):
+    model = tiny_models.build("llama", vocab_size=len(TOKENIZER))
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_batches, "_scores", fail)
+        with pytest.raises(MemoryError):
+            batch_rule(model)
+    assert batch_rule(model).notice is None
 
 
 def test_a_failed_trial_leaves_each_prompt_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""Layers whose weight the user's own classes, or those of other packages, read without calling them."""
+"""Layers whose weight the classes of other packages than transformers read without calling them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from lorakit.models.direct_reads import never_calls
 from lorakit.models.roles import resolve_targets
 
 
+def of_timm(kind: type[nn.Module]) -> type[nn.Module]:
+    kind.__module__ = "timm.models.eva"
+    return kind
+
+
+class Users(nn.Module):
+    """May call a layer in any way, for example through a computed name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(4, 4)
+        self.called = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, "re" + "ad")(self.called(x)) * self.read.weight.sum()
+
+
+@of_timm
 class Reads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -22,6 +40,7 @@ class Reads(nn.Module):
         return self.called(F.linear(x, self.read.weight, self.read.bias))
 
 
+@of_timm
 class Attention(nn.Module):
     """Calls `qkv` or reads its weight, as in EVA and BEiT of timm."""
 
@@ -37,6 +56,7 @@ class Attention(nn.Module):
         return self.qkv(x) + self.bias if self.separate else F.linear(x, self.qkv.weight, self.bias)
 
 
+@of_timm
 class Fusing(nn.Sequential):
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +66,7 @@ class Fusing(nn.Sequential):
         return self.fc.weight.sum(0)
 
 
+@of_timm
 class Stepwise(nn.Module):
     """Calls its layer by index, and reads the weight when it is reset."""
 
@@ -60,6 +81,7 @@ class Stepwise(nn.Module):
         return next(self.children())(x)
 
 
+@of_timm
 class Kernel(nn.Module):
     """Tests the class of the layer, as wav2vec 2 does, and reads its weight."""
 
@@ -73,11 +95,15 @@ class Kernel(nn.Module):
         return F.linear(x, self.fc.weight)
 
 
-def test_a_layer_that_the_users_class_only_reads_is_no_target() -> None:
+def test_a_layer_that_its_class_only_reads_is_no_target() -> None:
     model = Reads()
     assert [place.path for place in resolve_targets(model, "all-linear")] == ["called"]
     with pytest.raises(TargetError, match="'read', which Reads never calls"):
         resolve_targets(model, "read")
+
+
+def test_classes_of_the_user_are_not_judged() -> None:
+    assert [place.path for place in resolve_targets(Users(), "all-linear")] == ["read", "called"]
 
 
 @pytest.mark.parametrize(

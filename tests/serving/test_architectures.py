@@ -111,6 +111,22 @@ def test_the_base_bans_its_tokens_and_their_scores_stay_the_models(rule, arch):
     assert scores == pytest.approx([token.logprob for token in answers[0].tokens], abs=1e-4)
 
 
+def test_rules_for_tokens_that_the_base_lacks_and_a_decoder_that_starts_with_bos():
+    model = build("bart", vocab_size=len(TOKENIZER))
+    attach_some(model, "a")
+    own, lacking = model.generation_config, len(TOKENIZER)
+    own.update(decoder_start_token_id=None, bos_token_id=2, eos_token_id=None)
+    first, *_ = alone(model, prompts(1)[0][:20], (), 1)
+    own.update(suppress_tokens=[first, lacking], begin_suppress_tokens=[lacking])
+    own.update(bad_words_ids=[[5, lacking]])
+    engine = engine_for(model, TOKENIZER)
+    with running(engine):
+        lease = PlainLease((), TOKENIZER)
+        answer = send(engine, prompts(1)[0][:20], lease, 4, sampling=GREEDY).wait()
+    assert len(answer.ids) == 4
+    assert first not in answer.ids
+
+
 _SIZES = {
     "vocab_size": len(TOKENIZER),
     "hidden_size": 32,

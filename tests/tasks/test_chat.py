@@ -475,6 +475,17 @@ def test_thoughts_that_the_template_leaves_out_of_earlier_turns_are_rejected():
     assert target_text(example, tokenizer) == ["<think>b</think>b.<|im_end|>"]
 
 
+def test_a_template_may_drop_old_thoughts_beside_a_call():
+    """As Qwen 3, which writes the thoughts of the last turn only."""
+    written = (
+        "message['content'].split('</think>')[-1] + (message.tool_calls | default('') | string)"
+    )
+    template = CHAT_TEMPLATE.replace("message['content']", written)
+    call = CALL | {"content": "<think>I must search.</think>", "weight": 0}
+    example, tokenizer = encode([USER, call, TURNS[2]], template)
+    assert target_text(example, tokenizer) == ["Near the park.<|im_end|>"]
+
+
 def test_a_template_may_write_thoughts_once_and_with_other_white_space():
     written = "(message.reasoning_content or '').strip() + '</think>' + message.content.strip()"
     template = CHAT_TEMPLATE.replace("message['content']", written)

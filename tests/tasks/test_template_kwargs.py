@@ -75,6 +75,21 @@ def test_names_and_values_that_a_template_cannot_get_are_rejected(values, messag
         check_template_kwargs(values, "data.chat_template_kwargs")
 
 
+@pytest.mark.parametrize("name", ["content", "eos_token", "image_token"])
+def test_names_that_the_template_or_the_tokenizer_sets_are_no_variables(name):
+    template = (
+        "{% for m in messages if m.content %}{% set content = m.content %}{% endfor %}{{ content }}"
+    )
+    template += (
+        "{{ image_token }}{% if not size is defined %}{% set size = 1 %}{% endif %}{{ size }}"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    tokenizer._set_model_specific_special_tokens({"image_token": "<image>"})
+    assert with_template_kwargs(tokenizer, {"size": 2}).apply_chat_template([USER], tokenize=False)
+    with pytest.raises(ConfigurationError, match=f"'{name}', which"):
+        with_template_kwargs(tokenizer, {name: "a"})
+
+
 def test_a_variable_that_the_template_does_not_read_is_rejected():
     tokenizer = tiny_tokenizer(chat_template=THINKING_TEMPLATE)
     for name in ("enable_thinkin", "m", "content"):  # others are set by the template, or are keys

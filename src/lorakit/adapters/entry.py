@@ -40,9 +40,9 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys((model, backbone_of(model))))
 
 
-def is_entry(module: nn.Module) -> bool:
-    """Whether the module is a model with adapters, or its backbone."""
-    return _ACTIVATION in module.__dict__
+def activation_of(module: nn.Module) -> Activation | None:
+    """Return the choice of adapters of a model with a handle, or of its backbone; None for other modules."""
+    return module.__dict__.get(_ACTIVATION)
 
 
 @by_token

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.adapters.activation import Activation
+from lorakit.adapters.entry import activation_of
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.errors import AdapterStateError
@@ -18,6 +19,8 @@ def generate(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any
     """Call the model's own `generate`, all of whose forward passes keep the choice of adapters at its start."""
     with ExitStack() as stack:
         for activation in _activations(model):
+            if activation.block is not None and activation.block.is_generation:
+                continue  # a call within another `generate`, which has repeated the rows already
             choice = activation.choice
             if choice.unit == "row":
                 choice = choice.repeated(_returned_per_row(model, args, kwargs))
@@ -42,7 +45,11 @@ def init_continuous_batching(model: nn.Module, own: OwnMethod, *args: Any, **kwa
 
 def _activations(model: nn.Module) -> Iterable[Activation]:
     """Return the choices of adapters in a model: one, unless its parts were adapted separately."""
-    return dict.fromkeys(adapters.activation for *_, adapters in adapted_layers(model))
+    own = activation_of(
+        model
+    )  # also while it has no adapter, since one may come during a generation
+    found = (adapters.activation for *_, adapters in adapted_layers(model))
+    return dict.fromkeys(found if own is None else (own, *found))
 
 
 def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
@@ -52,7 +59,7 @@ def _returned_per_row(model: Any, args: tuple, kwargs: dict[str, Any]) -> int:
     for name in ("num_beams", "num_return_sequences"):
         values = (
             kwargs.get(name),
-            *(getattr(c, name, None) for c in (given, model.generation_config)),
+            *(getattr(c, name, None) for c in (given, getattr(model, "generation_config", None))),
         )
         counts.append(next((value for value in values if value is not None), 1))
     return max(counts)

@@ -38,6 +38,7 @@ from lorakit.adapters.installed import (
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.replaced_methods import replace_methods
 from lorakit.adapters.row_layout import RowLayout
+from lorakit.adapters.state_loading import guard_loading
 from lorakit.adapters.statistics import (
     first_changed,
     forget_statistics,
@@ -177,7 +178,7 @@ class Adapters:
             AdapterStateError: As for `activate`, but other threads may run the model.
         """
         self._require_attached()
-        self._refuse_merged("use other adapters")
+        self._refuse_merged("open a using or disabled block")
         chosen = choice_for_batch(choice, self._get)
         self._require_in_place(chosen.names)
         with self._activation.local(chosen):
@@ -336,7 +337,7 @@ class Adapters:
                 others = {other: w for other, w in self.active.items() if other != name}
                 self._set_active(choice_for_batch(others, self._get))
             self._remove(adapter)
-            export.guard_loading(self.model)
+            guard_loading(self.model)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
@@ -518,7 +519,7 @@ class Adapters:
         self._activation.adapters[name] = Registered(
             swaps=bool(adapter.trained), read_directly=adapter.read_directly(self.model)
         )
-        export.guard_loading(self.model)
+        guard_loading(self.model)
         if is_first:
             self._freeze_base()
         return adapter
@@ -539,10 +540,14 @@ class Adapters:
         setattr(self.model, _HANDLE, self)
         # By every name, because a merge separates tied parameters.
         setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
+        # A class may have a `generate` that does not call that of transformers (MusicGen).
+        owner = next((kind for kind in type(self.model).__mro__ if "generate" in vars(kind)), None)
+        if owner is not None:
+            replace_methods(owner, generation.generate)
         self._cleared = allow_training(self.model)
         watch(self.model, self._activation)
         record_statistics(self.model)
-        export.guard_loading(self.model)
+        guard_loading(self.model)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -554,7 +559,7 @@ class Adapters:
         for adapter in list(self._installed.values()):
             self._remove(adapter)
         forget_statistics(self.model)
-        export.guard_loading(self.model)
+        guard_loading(self.model)
         flags = self.model.__dict__.get(REQUIRED_GRADIENT, {})
         for name, parameter in base_parameters(self.model):
             parameter.requires_grad_(flags.get(name, parameter.requires_grad))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.export import separate_names, tied_names, unties
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
+from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.dtypes import check_tensor
+from lorakit.models.dtypes import check_merged
 from lorakit.models.layers import submodule, without_wrappers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 
@@ -111,9 +111,11 @@ class _Change:
         Raises:
             AdapterFileError: One overflows.
         """
-        tensors = {a: self.adapters.effective_weight(self.layer, a, blend) for a in self.attributes}
-        for attribute, merged in tensors.items():
-            check_tensor(f"the merged '{self.path}.{attribute}'", merged)
+        tensors = {}
+        for attribute in self.attributes:
+            W, _, merged = self.adapters.merge_weight(self.layer, attribute, blend)
+            check_merged(f"{self.path}.{attribute}", merged, W)
+            tensors[attribute] = merged
         return tensors
 
     def replace(self, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""`resize_token_embeddings` and `tie_weights` of a model that carries adapters.
+"""Tied weights, and `resize_token_embeddings` and `tie_weights` of a model that carries adapters.
 
-Both put other modules or parameters into the model. An adapter on an embedding or on the head would be lost with its
-layer, and the tensor that an adapter trains or has merged would be tied away, or become the base's.
+Both methods put other modules or parameters into the model. An adapter on an embedding or on the head would be lost
+with its layer, and the tensor that an adapter trains or has merged would be tied away, or become the base's.
 """
 
 from __future__ import annotations
@@ -9,14 +9,45 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lorakit.adapters.export import tied_names
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.parameter_swaps import base_parameter
+from lorakit.models.parameter_swaps import base_parameter, grouped_base_parameters
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that several layers of the base share."""
+    return [names for names, *_ in grouped_base_parameters(model) if len(names) > 1]
+
+
+def unties(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Return whether `state` has different tensors for all names that the base ties.
+
+    Only then may `tie_word_embeddings` be cleared: transformers does not save names that are still tied, and without
+    the setting it would initialise them randomly. With the setting, it ties no names whose tensors differ.
+    """
+    groups = [[state[n].data_ptr() for n in names if n in state] for names in tied_names(model)]
+    return bool(groups) and all(len({*group}) == len(group) for group in groups)
+
+
+def separate_names(groups: list[list[str]], tensors: dict[str, Tensor]) -> None:
+    """Give each name of a tied parameter a tensor of its own in `tensors`, unless all names still have the same.
+
+    transformers saves tensors that share memory once, under the name in its table of tied weights. While all names of
+    this table agree, that is enough. T5 ties four names, and without this a file would lack the two embeddings that
+    are still one.
+    """
+    for names in groups:
+        present = [name for name in names if name in tensors]
+        if len({tensors[name].data_ptr() for name in present}) > 1:
+            seen = set()
+            for name in present:
+                if (address := tensors[name].data_ptr()) in seen:
+                    tensors[name] = tensors[name].clone()
+                seen.add(address)
 
 
 def resize_token_embeddings(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import attach
-from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.loading import put_on
+from lorakit.adapters.ties import tied_names
 from lorakit.analysis.base_weights import load_float32
 from lorakit.analysis.compress import check_target, decompose, fit
 from lorakit.analysis.deltas import weight_matrix, weight_name, weight_parts

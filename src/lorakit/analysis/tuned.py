@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lorakit.adapters import formats
-from lorakit.adapters.export import tied_names
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters, grouped_base_parameters
+from lorakit.adapters.ties import tied_names
 from lorakit.analysis import base_weights
 from lorakit.analysis.base_weights import Weights, empty_model, load_float32
 from lorakit.compute.adapted import require_known_tokens

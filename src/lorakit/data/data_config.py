@@ -70,7 +70,7 @@ class DataConfig:
     """Template of the completion, filled from columns, for example `" {summary}"`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template: `{enable_thinking: false}`. They are saved in the template of the adapter's
-    tokenizer, so the adapter is asked as it was trained."""
+    tokenizer, so later prompts are rendered as in training."""
     max_length: int = 512
     """Maximum number of tokens in an example."""
     too_long: Literal["stop", "skip", "truncate"] = "stop"

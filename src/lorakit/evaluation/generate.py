@@ -45,15 +45,6 @@ Prompt = str | Sequence[int]
 
 _LOG = logging.getLogger(__name__)
 
-TOKEN_RULES = (
-    "forced_bos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-)
-"""Settings of a model's generation configuration that its texts need: some models give a high score to a token that
-must not be generated, such as Marian to its padding token."""
-
 _ADVICE = "Lower decoding.max_new_tokens, shorten the prompt, or load the base in 4 bits (base.dtype nf4)."
 
 
@@ -256,7 +247,7 @@ def generation_config(
     decoding: Decoding,
     stop_ids: Sequence[int],
 ) -> GenerationConfig:
-    """Return the generation configuration, with only the start and end tokens and `TOKEN_RULES` of the model.
+    """Return the generation configuration, with only the start and end tokens and `token_rules` of the model.
 
     `stop_ids` end a text too. Other defaults of a model would give the same settings different meanings on different
     models.
@@ -280,8 +271,28 @@ def generation_config(
         bos_token_id=own.bos_token_id,
         decoder_start_token_id=own.decoder_start_token_id,
         use_cache=True,
-        **{name: value for name in TOKEN_RULES if (value := getattr(own, name)) not in (None, [])},
+        **token_rules(model),
     )
+
+
+def token_rules(model: PreTrainedModel) -> dict[str, Any]:
+    """Return which tokens a model's generation configuration forces and bans, without tokens that it does not have.
+
+    Texts need these settings: some models give a high score to a token that must not be generated, such as Marian to
+    its padding token.
+    """
+    # Classifiers have no generation configuration.
+    own = getattr(model, "generation_config", None) or GenerationConfig()
+    forced, known = own.forced_bos_token_id, range(model.config.get_text_config().vocab_size)
+    rules = {
+        "forced_bos_token_id": forced if forced in known else None,
+        "suppress_tokens": [t for t in own.suppress_tokens or () if t in known],
+        "begin_suppress_tokens": [t for t in own.begin_suppress_tokens or () if t in known],
+        "bad_words_ids": [
+            word for word in own.bad_words_ids or () if all(t in known for t in word)
+        ],
+    }
+    return {name: value for name, value in rules.items() if value not in (None, [])}
 
 
 def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,4 +1,4 @@
-"""Layers whose weight a class reads without calling them, found in its source.
+"""Layers whose weight a class of transformers or timm reads without calling them, found in its source.
 
 The hook of an adapter runs when its layer is called. So an adapter on a layer that is never called has no effect:
 Mamba's `dt_proj`, the projections of WavLM's attention, `qkv` in timm's EVA and BEiT. The same holds in training for a
@@ -18,8 +18,8 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-_BASE_CLASSES = re.compile(r"torch\.|transformers\.(?!models\.)")
-"""Modules whose classes are not read: they know no layer by name."""
+_SCANNED = ("transformers.models.", "transformers_modules.", "timm.")
+"""Packages of the classes that are read. In others, which may call a layer in any way, nothing would be certain."""
 
 _OF_TENSOR = ("dtype", "device", "shape", "data")
 """Attributes of a weight that say nothing of its use."""
@@ -28,7 +28,7 @@ _OF_CONDITION = (
     *(ast.Attribute, ast.Name, ast.Constant, ast.expr_context),
     *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop),
 )
-"""The parts of a condition that can be evaluated without side effects."""
+"""The parts of a condition that can be evaluated without a call."""
 
 
 def never_calls(parent: nn.Module, name: str) -> bool:
@@ -60,7 +60,7 @@ def _methods(kind: type[nn.Module]) -> tuple[ast.AST, ...]:
     methods = [
         method
         for owner in kind.__mro__
-        if not _BASE_CLASSES.match(owner.__module__)
+        if owner.__module__.startswith(_SCANNED)
         for name, value in vars(owner).items()
         if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
         if not re.search("init|reset", name)

@@ -72,6 +72,16 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_merged(name: str, merged: Tensor, base: Tensor) -> None:
+    """Reject a merged weight with NaN or infinity where the base's has none; some mask tokens by minus infinity.
+
+    Raises:
+        AdapterFileError: It holds such values.
+    """
+    if not merged.sum().isfinite():
+        check_tensor(f"the merged '{name}'", merged.masked_fill(~base.isfinite(), 0))
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has bfloat16 arithmetic; others emulate it, far more slowly than float32.
 

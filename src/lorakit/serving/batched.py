@@ -23,7 +23,7 @@ from transformers import (
 
 from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import TOKEN_RULES, generation_config
+from lorakit.evaluation.generate import generation_config, token_rules
 from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of
@@ -91,7 +91,7 @@ class BatchedEngine(StaticBatchEngine):
         )
         config.eos_token_id = None  # each answer knows its own end
         # `_choose` applies the rules: `generate` would hide the model's scores, which are reported and verified.
-        for name in TOKEN_RULES:
+        for name in token_rules(model):
             setattr(config, name, None)
         prompts = [self._prompt(answer.request.prompt) for answer in batch]
         inputs = padded(model, prompts, config.pad_token_id)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessorList,
     NoBadWordsLogitsProcessor,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from lorakit.data.batches import padded_rows
-from lorakit.evaluation.generate import ending_tokens
+from lorakit.evaluation.generate import ending_tokens, token_rules
 from lorakit.serving.engine import Sampling, Token
 
 FEW = 1024
@@ -65,21 +64,25 @@ class Chooser:
 class TokenRules:
     """The tokens that the base's generation configuration bans and forces, whatever a request asks for.
 
-    `lorakit.evaluation.generate.TOKEN_RULES` names the settings. They hold as in transformers' `generate`.
+    They hold as in transformers' `generate`; `lorakit.evaluation.generate.token_rules` reads them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        # Classifiers have no generation configuration.
-        own = getattr(model, "generation_config", None) or GenerationConfig()
-        self._forced, self._not_first = own.forced_bos_token_id, own.begin_suppress_tokens or []
-        self._start = [own.decoder_start_token_id] if model.config.is_encoder_decoder else None
+        rules = token_rules(model)
+        self._forced = rules.get("forced_bos_token_id")
+        self._not_first = rules.get("begin_suppress_tokens", [])
         self._bans = LogitsProcessorList()
-        if own.suppress_tokens:
-            self._bans.append(SuppressTokensLogitsProcessor(own.suppress_tokens))
-        words = own.bad_words_ids or []
+        if banned := rules.get("suppress_tokens"):
+            self._bans.append(SuppressTokensLogitsProcessor(banned))
+        words = rules.get("bad_words_ids", [])
         if words:
             self._bans.append(NoBadWordsLogitsProcessor(words, ending_tokens(model, tokenizer)))
         self._longest = max(map(len, words), default=1)
+        self._start: list[int] | None = None
+        if model.config.is_encoder_decoder:
+            own = model.generation_config
+            first = own.decoder_start_token_id
+            self._start = [own.bos_token_id if first is None else first]
 
     def apply(
         self, scores: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]

@@ -104,6 +104,7 @@ class Chat(TextTask):
         key = key_of(messages[:-1], tools)
         messages = self.template.prepared(messages, tools)
         ids, spans = self._turns(messages, tools)
+        self.template.require_answers(messages, tools)
         mask = [False] * len(ids)
         for start, stop in spans:
             mask[start:stop] = [True] * (stop - start)

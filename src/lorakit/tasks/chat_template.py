@@ -64,9 +64,7 @@ class ChatTemplate:
         The last message must be such a turn.
         """
         has_tags = GENERATION_TAG.search(self._source(tools)) and self.tokenizer.is_fast
-        turns = (self._turns_by_tag if has_tags else self._turns_by_prefix)(messages, tools)
-        self._require_answers(messages, tools)
-        return turns
+        return (self._turns_by_tag if has_tags else self._turns_by_prefix)(messages, tools)
 
     def prepared(self, messages: list[Message], tools: list | None = None) -> list[Message]:
         """Return the messages with the roles that the template writes.
@@ -104,7 +102,8 @@ class ChatTemplate:
             for i, message in enumerate(messages[start:], start)
             if message["role"] not in ("user", "assistant") or message.get("tool_calls")
         }
-        for i, _ in self._dropped(messages, tools, keys):
+        # Whole: a template may drop old thoughts beside a call, which are before a tag.
+        for i, _ in self._dropped(messages, tools, keys, divides=False):
             role = messages[i]["role"]
             is_call = role == "assistant"
             found = "content beside tool_calls" if is_call else f"a {role!r} turn"
@@ -114,10 +113,13 @@ class ChatTemplate:
                 f"{'content' if is_call else 'turn'}"
             )
 
-    def _require_answers(self, messages: list[Message], tools: list | None) -> None:
+    def require_answers(self, messages: list[Message], tools: list | None) -> None:
         """Reject texts of the turns in the loss that the template leaves out.
 
         Many templates write the thoughts of the last turn only, or only those beside tool calls (Gemma 4).
+
+        Raises:
+            BadRow: It leaves one out.
         """
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         keys = dict.fromkeys((i for i in turns if is_trained(messages[i])), ("content", *THOUGHTS))
@@ -129,12 +131,17 @@ class ChatTemplate:
             )
 
     def _dropped(
-        self, messages: list[Message], tools: list | None, keys: Mapping[int, Sequence[str]]
+        self,
+        messages: list[Message],
+        tools: list | None,
+        keys: Mapping[int, Sequence[str]],
+        *,
+        divides: bool = True,
     ) -> Iterator[tuple[int, str]]:
         """Yield the texts under `keys` of each message that the template does not write, and the message's index.
 
-        Renders a copy with a probe after each text. Tags, such as those of thoughts, divide a text, because templates
-        do so and may keep one part.
+        Renders a copy with a probe after each text. Tags, such as those of thoughts, divide a text by default, because
+        templates do so and may keep one part.
         """
         probes: dict[tuple[int, str], str] = {}
         probed = list(messages)
@@ -151,8 +158,8 @@ class ChatTemplate:
         for i, names in keys.items():
             for name in names:
                 if text := messages[i].get(name):
-                    parts = [with_probe(i, part) for part in _TAG.split(text)]
-                    probed[i] = probed[i] | {name: "".join(parts)}
+                    parts = _TAG.split(text) if divides else [text]
+                    probed[i] = probed[i] | {name: "".join(with_probe(i, part) for part in parts)}
         if probes:
             text = self.text(probed, tools, answer=messages[-1]["role"] != "assistant")
             written = set(_PROBE.findall(text))

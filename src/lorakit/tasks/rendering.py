@@ -103,15 +103,25 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=32)
 def variables_of(template: str) -> frozenset[str]:
-    """Return the names of the variables that a chat template reads and does not set before.
+    """Return the names of the variables that a caller of a chat template can set.
+
+    These are the names that it reads and does not set itself, or sets after a test whether they are defined.
 
     Raises:
         DataError: The template is invalid.
     """
     with bounded_rendering("the tokenizer"):
         environment: Any = _compiled(template).environment
-        read = meta.find_undeclared_variables(environment.parse(template))
-        return frozenset(read - environment.globals.keys())
+        tree = environment.parse(template)
+        names = list(tree.find_all(nodes.Name))
+        own = {name.name for name in names if name.ctx == "store"}
+        tested = {
+            test.node.name
+            for test in tree.find_all(nodes.Test)
+            if isinstance(test.node, nodes.Name)
+        }
+        read = meta.find_undeclared_variables(tree) - environment.globals.keys()
+        return frozenset(read - (own - tested))
 
 
 def _refusal(name: str, reason: str) -> DataError:

@@ -69,7 +69,7 @@ def check_template_kwargs(
     from lorakit.tasks.rendering import variables_of  # imports jinja2
 
     read = {name for template in _templates(tokenizer).values() for name in variables_of(template)}
-    known = sorted(read - _reserved())
+    known = sorted(read - _reserved() - tokenizer.special_tokens_map.keys())
     for name in values:
         if name not in known:
             raise ConfigurationError(

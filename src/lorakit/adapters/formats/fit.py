@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from lorakit.adapters.export import equals_base
 from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameters_by_name
 from lorakit.adapters.formats.loralib.reading import ASSUMED_KINDS
 from lorakit.adapters.formats.peft import expected_layers
@@ -19,6 +18,7 @@ from lorakit.adapters.formats.peft.adapter_config import parse
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.state_loading import equals_base
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.formatting import listed

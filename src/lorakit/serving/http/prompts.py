@@ -80,12 +80,12 @@ def encode_chat(
         DataError: The tokenizer has no chat template, or one that cannot be rendered.
     """
     turns = [message.model_dump() for message in messages]
+    template = ChatTemplate(tokenizer, variables)
     try:
         check_template_kwargs(variables or {}, "chat_template_kwargs", tokenizer)
     except ConfigurationError as error:
         raise invalid_value(str(error), "chat_template_kwargs") from None
     try:
-        template = ChatTemplate(tokenizer, variables)
         rows = template.prepared(checked_messages({"messages": turns}, empty_answers=True))
         text = template.text(rows, answer=True)
     except BadRow as error:
