@@ -33,7 +33,7 @@ FAULTS = (
     # a number that is not finite, a tensor that nothing names, an exception of the library
     Fault(
         "safetensors",
-        "lorakit.models.dtypes:check_tensor",
+        "lorakit.adapters.tensor_checks:check_tensor",
         "not tensor.is_meta and (not tensor.sum().isfinite()) and (not tensor.isfinite().all())",
     ),
     Fault("safetensors", "lorakit.adapters.formats.lorakit_json:_read", "tensors"),

@@ -31,9 +31,9 @@ from lorakit.adapters.installed import (
 )
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.state_loading import CHANGED
+from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.dtypes import check_merged
 from lorakit.models.layers import ADAPTERS, without_wrappers
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, unmarked

@@ -12,9 +12,9 @@ from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import foreign_hooks, remove_hooks
 from lorakit.adapters.mixed_batch import Call, adapt_by, adapt_by_part
 from lorakit.adapters.row_layout import RowLayout
+from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook
-from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import ADAPTERS, base_modules, layer_input
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,

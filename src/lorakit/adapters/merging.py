@@ -14,9 +14,9 @@ from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
 from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
+from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.dtypes import check_merged
 from lorakit.models.layers import submodule, without_wrappers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 

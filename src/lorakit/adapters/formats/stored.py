@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored_layer import StoredLayer
+from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.configuration import setting
 from lorakit.errors import AdapterFileError
 from lorakit.methods import Method
 from lorakit.methods.combined import lora_of
-from lorakit.models.dtypes import check_tensor
 
 
 @dataclass(kw_only=True)

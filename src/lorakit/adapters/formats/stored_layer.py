@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.configuration import is_finite
 from lorakit.errors import AdapterFileError, LorakitError
 from lorakit.methods.lora.forms import (
@@ -18,7 +19,6 @@ from lorakit.methods.lora.forms import (
     LinearForm,
     LoralibConvForm,
 )
-from lorakit.models.dtypes import check_tensor
 from lorakit.models.layers import RowSlice
 
 KINDS = tuple(
