@@ -67,8 +67,8 @@ def generate(
 
     Sorts prompts by length, so that batches have little padding. A decoder is padded on the left, so that each
     continuation starts right after its prompt. Prompts that would change each other's texts do not share a batch
-    (`batch_rule`). One call at a time for each model: it sets the mode and the generation
-    settings of the model, and restores them at the end.
+    (`batch_rule`). One call at a time for each model: it sets the mode and the generation settings of the model, and
+    restores them at the end.
 
     Args:
         model: A causal or encoder-decoder language model, with its active adapters.
