@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_utils
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
@@ -630,6 +631,19 @@ def test_weights_of_a_merged_model_do_not_load_into_the_adapted_one(
         with pytest.raises(AdapterStateError, match="of a merged model, the adapter would act"):
             module.load_state_dict(state, strict=False)
     assert_same_tensors(tensors_of(model), before)
+
+
+def test_a_checkpoint_in_shards_loads_into_the_adapted_model(tmp_path: Path) -> None:
+    """As a Trainer resumes a large model, one shard after the other."""
+    model, method = tiny_models.build("llama"), LoRA(rank=2, targets="all-linear")
+    twin, base, handle = adapted_twin(model, method)
+    randomise(attach(model, method))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 3
+    load_sharded_checkpoint(twin, tmp_path, strict=False)
+    torch.testing.assert_close(logits(twin), logits(model))
+    handle.detach()
+    assert torch.equal(logits(twin), base)
 
 
 def test_merged_weights_in_16_bits_do_not_load_into_an_adapted_model_in_32(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ run loads the tensors itself.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -138,6 +139,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     Its keys are those of the model without wrappers (`torch.compile` of a block), so that every model loads it.
     """
     result = {without_wrappers(key): tensor for key, tensor in state.items()}
+    marks: dict[str, tuple[str, Tensor]] = {}  # by the key of a changed weight
     replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
@@ -148,16 +150,18 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
         names, has_changed = [name for name, _ in blend], False
-        for attribute in adapters.weights_changed_by(path, layer, names):
+        changed = list(adapters.weights_changed_by(path, layer, names))
+        for attribute in changed:
             # On a GPU, all merged weights together may not fit beside the base.
             W, _, merged = adapters.merge_weight(layer, attribute, blend)
             check_merged(prefix + attribute, merged, W)
             result[prefix + attribute] = merged.cpu()
             # PiSSA's initial factors cancel up to rounding.
             has_changed |= not merged.allclose(W.to(merged.dtype))
-            mark = CHANGED if has_changed else 1
-            result[f"{prefix}{ADAPTERS}.{MARK}"] = torch.tensor([mark], dtype=torch.uint8)
             replaced.add(prefix + attribute)
+        if changed:
+            mark = torch.tensor([CHANGED if has_changed else 1], dtype=torch.uint8)
+            marks[prefix + changed[0]] = f"{prefix}{ADAPTERS}.{MARK}", mark
         replaced.update(prefix + attribute for attribute in adapters.replaced)
     _expand_quantised(model, result, replaced)
     # A copy of a base tensor may have several keys (the base's own, and every tied one): write it once.
@@ -167,7 +171,12 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         if id(parameter) in seen:
             result.pop(key, None)
         seen.add(id(parameter))
-    return result
+    # A file may be split into shards, which are loaded one by one: a mark stays with its weight.
+    items = (
+        [(key, tensor), marks[key]] if key in marks else [(key, tensor)]
+        for key, tensor in result.items()
+    )
+    return dict(itertools.chain.from_iterable(items))
 
 
 def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[str]) -> None:
