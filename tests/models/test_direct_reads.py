@@ -17,25 +17,22 @@ def of_timm(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-class Users(nn.Module):
-    """May call a layer in any way, for example through a computed name."""
-
+class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.read = nn.Linear(4, 4)
         self.called = nn.Linear(4, 4)
+
+
+class Users(TwoLayers):
+    """May call a layer in any way, for example through a computed name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return getattr(self, "re" + "ad")(self.called(x)) * self.read.weight.sum()
 
 
 @of_timm
-class Reads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read = nn.Linear(4, 4)
-        self.called = nn.Linear(4, 4)
-
+class Reads(TwoLayers):
     def forward(self, x: Tensor) -> Tensor:
         return self.called(F.linear(x, self.read.weight, self.read.bias))
 

@@ -45,9 +45,7 @@ def init_continuous_batching(model: nn.Module, own: OwnMethod, *args: Any, **kwa
 
 def _activations(model: nn.Module) -> Iterable[Activation]:
     """Return the choices of adapters in a model: one, unless its parts were adapted separately."""
-    own = activation_of(
-        model
-    )  # also while it has no adapter, since one may come during a generation
+    own = activation_of(model)  # also without an adapter: one may come during a generation
     found = (adapters.activation for *_, adapters in adapted_layers(model))
     return dict.fromkeys(found if own is None else (own, *found))
 

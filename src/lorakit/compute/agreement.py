@@ -91,6 +91,6 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).float().norm() / expected.float().norm())
 
 
-def largest_rounding(dtype: torch.dtype) -> float:
-    """Return the largest relative difference that is taken for rounding in a dtype."""
-    return LARGEST_DIFFERENCE.get(dtype, LARGEST_OF_SHORT)
+def largest_rounding(dtype: torch.dtype, of_short: float = LARGEST_OF_SHORT) -> float:
+    """Return the largest relative difference that is taken for rounding in a dtype; `of_short` in 16 bits."""
+    return LARGEST_DIFFERENCE.get(dtype, of_short)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lorakit.adapters import handle_of
-from lorakit.compute.agreement import LARGEST_DIFFERENCE, relative_difference
+from lorakit.compute.agreement import largest_rounding, relative_difference
 from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import padded_rows
@@ -111,7 +111,7 @@ def _rounding(model: PreTrainedModel) -> float:
     """Return the largest relative difference that rounding makes in the dtype that the model computes in."""
     kind = model.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    return LARGEST_DIFFERENCE.get(dtype, LARGEST_IN_16_BITS)
+    return largest_rounding(dtype, LARGEST_IN_16_BITS)
 
 
 def _random(model: PreTrainedModel, count: int, generator: torch.Generator) -> Tensor:
