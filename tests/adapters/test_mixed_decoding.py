@@ -25,7 +25,7 @@ from tiny_models import logits_with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorakit.adapters import Adapters, attach, decoding, stacks
+from lorakit.adapters import Adapters, attach, decoding, stacked_products, stacks
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.adapters.stacks import Stack, Stacks
@@ -169,8 +169,8 @@ def test_a_composition_makes_its_indices_once_for_all_layers(monkeypatch) -> Non
     """The CPU waits for each copy of an index to a GPU."""
     adapters = adapted()
     packed(adapters, [*["a"] * 20, "b", *["c"] * 20])
-    made, index = [], stacks._index
-    monkeypatch.setattr(stacks, "_index", lambda *args: made.append(args) or index(*args))
+    made, index = [], stacked_products._index
+    monkeypatch.setattr(stacked_products, "_index", lambda *args: made.append(args) or index(*args))
     packed(adapters, [*["a"] * 20, "b", *["d"] * 20])
     assert stacked_layers(adapters) == 14
     assert len(made) == 4  # for each of two products, the rows that it reads and its slots

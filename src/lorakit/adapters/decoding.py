@@ -17,7 +17,8 @@ from transformers import Cache
 from lorakit.adapters.blend_factors import LayerAdaptersLike
 from lorakit.adapters.choice import Choice
 from lorakit.adapters.row_factors import RowFactors
-from lorakit.adapters.stacks import Arrangement, SharedInput, Stacks
+from lorakit.adapters.stacked_products import SharedInput
+from lorakit.adapters.stacks import Arrangement, Stacks
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in

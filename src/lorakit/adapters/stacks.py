@@ -1,16 +1,13 @@
 """The matrices of the adapters in use, stacked for decoding steps.
 
-Each layer has a stack, and each blend of adapters has a slot in all stacks: its A and B, in a wide dtype. Two batched
-products over the slots compute all tokens, each with its own blend: one for the blends with few tokens, and one, in the
-dtype of the input, for those with many. Tokens are gathered and selected, never masked by a product: NaN of one adapter
-stays in its tokens.
+Each layer has a stack, and each blend of adapters has a slot in all stacks: its A and B, in a wide dtype. Batched
+products over the slots compute all tokens, each with its own blend (`adapters.stacked_products`).
 
 The slots outlive a step. A batch of another composition writes only the slots of blends that are new.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -21,11 +18,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters.blend_factors import BlendFactors, LayerAdaptersLike
 from lorakit.adapters.choice import Blend, Choice, Entries, take
+from lorakit.adapters.stacked_products import Part, Rows, rows_of, tiles_of
 from lorakit.errors import is_out_of_memory
-
-MANY_TOKENS = 8
-"""Tokens of a blend from which a product in the dtype of the input is faster. With 128 tokens of each of two blends, a
-bfloat16 product takes half as long as one in float32; with one token of each of eight, twice as long."""
 
 MAX_CACHED_BLENDS = 256
 """Maximum number of blends whose `BlendFactors` are cached."""
@@ -38,27 +32,6 @@ SHARE = 2
 
 PERIOD = 100
 """Compositions after which stacks that are much too large are dropped."""
-
-
-class Part(NamedTuple):
-    """What a step computes for one layer."""
-
-    matrices: list[tuple[Tensor, Tensor]]
-    """A (in, rank) and B (rank, out) of the adapters of all tokens; if these differ in adapters, (slots, in, rank) and
-    (slots, rank, out) for each product."""
-    input_dtype: torch.dtype
-    """The widest dtype of an input that loses nothing."""
-    tokens: Tensor | None
-    """Mask of the tokens with adapters on this layer, shape (batch, length, 1); None is all."""
-
-
-class Rows(NamedTuple):
-    """Indices, on one device, that gather tokens into the rows of batched products and select the results."""
-
-    gathers: tuple[Entries, ...]
-    """For each product, the token that each of its rows reads."""
-    select: Tensor | None
-    """The row with the result of each token; None if these are all rows in order."""
 
 
 class Arrangement(NamedTuple):
@@ -179,14 +152,12 @@ class Stacks:
         slots = self._assign_slots(tokens)
         layers &= self._of_layer.keys()
         first, *others = tokens
-        products, rows = [], None
-        chosen: dict[torch.device, list[Entries]] = {}
+        rows = None
         if others or len(tokens[first]) < size:
-            products = _products(tokens, slots)
+            tiles = tiles_of(tokens, slots)
             devices = {self._of_layer[layer].device for layer in layers}
-            rows = {device: _rows(products, size, device) for device in devices}
-            # One copy to a GPU for all layers: the CPU waits for it.
-            chosen = {device: [_index(p.slots, device) for p in products] for device in devices}
+            # One copy of each index to a GPU for all layers: the CPU waits for it.
+            rows = {device: rows_of(tiles, size, device) for device in devices}
         masks: dict[Any, Tensor | None] = {}
         parts = {}
         for layer in layers:
@@ -198,10 +169,10 @@ class Stacks:
                 masks[key] = _mask(own, shape, stack.device)
             parts[layer] = Part(
                 [
-                    stack.matrices(entries, ranks[layer], narrow=product.is_narrow)
-                    for entries, product in zip(chosen[stack.device], products, strict=True)
+                    stack.matrices(product.slots, ranks[layer], narrow=product.is_narrow)
+                    for product in rows[stack.device].products
                 ]
-                if products
+                if rows is not None
                 else [stack.matrices(slots[first], ranks[layer])],
                 stack.input_dtype,
                 masks[key],
@@ -365,37 +336,6 @@ class Stack:
         return A.mT, B
 
 
-class SharedInput:
-    """One input (..., in) of several layers, such as q, k and v, whose rows are gathered once for all of them."""
-
-    def __init__(self, x: Tensor, rows: dict[torch.device, Rows] | None) -> None:
-        self._x, self._of_device = x, rows
-        self._rows: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def delta(self, part: Part, dtype: torch.dtype) -> Tensor:
-        """Return the sum of the low-rank products to add to a layer's output, shape (..., out)."""
-        A, B = part.matrices[0]
-        if self._of_device is None:
-            return (self._x.to(A.dtype) @ A @ B).to(dtype)
-        gathers, select = self._of_device[A.device]
-        products = [
-            torch.bmm(torch.bmm(self._gathered(gather, A), A), B).flatten(0, 1).to(dtype)
-            for gather, (A, B) in zip(gathers, part.matrices, strict=True)
-        ]
-        total = torch.cat(products) if len(products) > 1 else products[0]
-        total = total if select is None else total.index_select(0, select)
-        return total.view(*self._x.shape[:-1], B.shape[-1])
-
-    def _gathered(self, gather: Entries, A: Tensor) -> Tensor:
-        """Return the input of a product with A (slots, in, rank), shape (slots, rows, in)."""
-        key = id(gather), A.dtype
-        x = self._rows.get(key)
-        if x is None:
-            x = take(self._x.flatten(0, -2), gather).to(A.dtype)
-            x = self._rows[key] = x.view(len(A), -1, x.shape[-1])
-        return x
-
-
 def _mask(tokens: Sequence[int], shape: torch.Size, device: torch.device) -> Tensor | None:
     """Return a mask of some tokens of a batch, shape (batch, length, 1); None if these are all."""
     if len(tokens) == shape.numel():
@@ -403,73 +343,3 @@ def _mask(tokens: Sequence[int], shape: torch.Size, device: torch.device) -> Ten
     mask = torch.zeros(shape.numel(), dtype=torch.bool)
     mask[tokens] = True
     return mask.view(*shape, 1).to(device)
-
-
-class _Product(NamedTuple):
-    """The tokens of one batched product."""
-
-    slots: list[int]
-    """The slot of each tile."""
-    tokens: list[int | None]
-    """The token that each row computes; None in rows that fill up a slot, whose result is not read."""
-    is_narrow: bool
-
-
-def _products(tokens: dict[Blend, list[int]], slots: dict[Blend, int]) -> list[_Product]:
-    """Return a product for the blends with few tokens and one for those with many."""
-    few = {slots[blend]: own for blend, own in tokens.items() if len(own) < MANY_TOKENS}
-    many = {blend: own for blend, own in tokens.items() if len(own) >= MANY_TOKENS}
-    found = []
-    if few:
-        # All slots up to the last one are a view, also those in between that compute nothing.
-        rows = max(map(len, few.values()))
-        numbers = [*range(max(few) + 1)]
-        padded = [t for slot in numbers for t in _padded(few.get(slot, []), rows)]
-        found.append(_Product(numbers, padded, is_narrow=False))
-    if many:
-        tiles, rows = _tiles(many)
-        padded = [t for _, tile in tiles for t in _padded(tile, rows)]
-        found.append(_Product([slots[blend] for blend, _ in tiles], padded, is_narrow=True))
-    return found
-
-
-def _padded(tokens: list[int], rows: int) -> list[int | None]:
-    """Return the tokens of a slot's rows."""
-    return [*tokens, *[None] * (rows - len(tokens))]
-
-
-def _tiles(tokens: dict[Blend, list[int]]) -> tuple[list[tuple[Blend, list[int]]], int]:
-    """Split the tokens of each blend into tiles of at most some length; return them and that length.
-
-    Shorter tiles are padded later. So a blend with far more tokens than the mean has several tiles.
-    """
-    longest = max(map(len, tokens.values()))
-    mean = math.ceil(sum(map(len, tokens.values())) / len(tokens))
-    rows = min(longest, 2 * mean)
-    tiles = [
-        (blend, own[i : i + rows])
-        for blend, own in tokens.items()
-        for i in range(0, len(own), rows)
-    ]
-    return tiles, rows
-
-
-def _rows(products: list[_Product], size: int, device: torch.device) -> Rows:
-    """Return the gather index of each product, and the index that selects each token's result."""
-    gathers = tuple(_index([t or 0 for t in product.tokens], device) for product in products)
-    computed = [token for product in products for token in product.tokens]
-    if computed == [*range(size)]:
-        return Rows(gathers, None)
-    select = [0] * size  # a token without adapters ignores what it reads
-    for row, token in enumerate(computed):
-        if token is not None:
-            select[token] = row
-    return Rows(gathers, torch.tensor(select, device=device))
-
-
-def _index(numbers: Sequence[int], device: torch.device) -> Entries:
-    """Return an index of these numbers: a slice if they are consecutive."""
-    whole = range(numbers[0], numbers[0] + len(numbers))
-    if [*numbers] == [*whole]:
-        return slice(whole.start, whole.stop)
-    return torch.tensor(numbers, device=device)
