@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lorakit.paper.comparison import Comparison
-from lorakit.paper.report import own_notes, rows, title
+from lorakit.paper.notes import own_notes
+from lorakit.paper.report import rows, title
 from lorakit.reporting import Figure, Page, Section
 from lorakit.reporting.charts import Chart
 from lorakit.reporting.page import Block, Cell, Code, Prose, Table
