@@ -11,30 +11,26 @@ loaded adapter costs a few calls of `stat`.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from lorakit import storage
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice, choice_for_batch
 from lorakit.adapters.formats.fingerprint import base_record
-from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary, nearest
-from lorakit.file_names import ADAPTER_CONFIGS
-from lorakit.formatting import listed
+from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError, is_momentary
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.loading import Base
 from lorakit.models.processor import in_own_thread
 from lorakit.models.tokenizer import tokenizer_digest, tokenizer_in
 from lorakit.serving import folders
 from lorakit.serving.cards import Card, read_card
+from lorakit.serving.catalogue import Catalogue, Entry, Seen
 from lorakit.serving.engine import Holders, Lease, Receipt
-from lorakit.serving.errors import UnknownAdapterError
 from lorakit.serving.folders import AdapterSource, Location, RunSource, Source, State
 from lorakit.serving.loaded import (
     Loaded,
@@ -48,41 +44,12 @@ from lorakit.serving.reports import find_report
 
 T = TypeVar("T")
 
-_Files = tuple[tuple[str, int, int], ...]
-"""Path, size and time of modification of each file."""
-
 _ATTEMPTS = 5
 """How often files are read that change meanwhile."""
 _READ = 4
 """Most bytes of a file with tensors, in sizes of the budget: float64 tensors may become bfloat16."""
 _ANY: Any = SimpleNamespace(method=None, scales=True)
 """An adapter that can be blended, to validate a choice before its adapters are loaded."""
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What was last read from an adapter's files, and the state of the files then."""
-
-    state: State
-    digest: str = ""
-    bytes: int = 0
-    """Size of its tensors on the model."""
-    refusal: LorakitError | None = None
-    """Why it is not served, in place of a digest."""
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A public name."""
-
-    source: Source
-    seen: _Seen | None = None
-    card: tuple[State, Card] | None = None
-
-    @property
-    def digest(self) -> str | None:
-        """Digest of the content that was read last; None if there is none, or it is refused."""
-        return (self.seen and self.seen.digest) or None
 
 
 class AdapterStore:
@@ -123,22 +90,17 @@ class AdapterStore:
         self.base_digest = self._record.weights.exact or self._record.architecture.shapes
         """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
         self._loaded = LoadedAdapters(self.handle, budget)
+        self._catalogue = Catalogue(root, pinned, self._loaded.retain)
         self._allow_other_base = allow_other_base
         self._tokenizer = Tokenizer(tokenizer, tokenizer_digest(tokenizer))
         self._tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
         """Tokenizers of adapter folders, by the digest of their files."""
-        self._lock = threading.Lock()
-        """Guards the tables below, for moments only: never while a file is read or the model changes."""
-        self._entries: dict[str, _Entry] = {}
-        self._removed: dict[str, _Files] = {}
-        """The files in folders of the root that `remove` has withdrawn, by name."""
         self.freed: Callable[[], None] = lambda: None
         """Called, in any thread, when adapters may have become idle; not by an `acquire` that fails."""
-        self._pinned = frozenset(pinned)
         for name, run in (followed or {}).items():
-            self._require_free(name)
-            self._entries[name] = _Entry(RunSource(os.path.realpath(run)))
-        for name in sorted(self._pinned):
+            free = self._catalogue.require_free(name)
+            self._catalogue.place(name, Entry(RunSource(os.path.realpath(run))), free)
+        for name in sorted(set(pinned)):
             self.acquire(name).release()
         self._loaded.between_steps = between_steps
 
@@ -146,52 +108,11 @@ class AdapterStore:
 
     def names(self) -> list[str]:
         """Return the names of all adapters that can be requested, sorted."""
-        found = set(folders.adapters_in(self.root)) if self.root is not None else set()
-        with self._lock:
-            removed = {**self._removed}
-        for name in found & removed.keys():
-            if _is_withdrawn(AdapterSource(f"{self.root}/{name}"), removed[name]):
-                found.discard(name)
-        with self._lock:
-            entries = {n: e.source for n, e in self._entries.items() if n not in found}
-        return sorted({*found, *(name for name, source in entries.items() if _serves(source))})
+        return self._catalogue.names()
 
-    def _entry(self, name: str) -> _Entry:
-        """Return the entry of a name; a folder in the root gets one at its first use.
-
-        An entry whose files are gone stays, because a folder is missing for a moment while another replaces it.
-        """
-        with self._lock:
-            entry, removed = self._entries.get(name), self._removed.get(name)
-        if entry is not None and _serves(entry.source):
-            return entry
-        source = self._folder(name)
-        if source is None or (removed is not None and _is_withdrawn(source, removed)):
-            raise self._unknown(name)
-        with self._lock:
-            found = self._entries.get(name)
-            if found is entry and self._removed.get(name) is removed:  # no other thread was faster
-                self._removed.pop(name, None)
-                found = self._entries[name] = _Entry(source)
-        if found is None:
-            raise self._unknown(name)
-        return found
-
-    def _folder(self, name: str) -> AdapterSource | None:
-        """Return the adapter in the root's subfolder of a name; None if there is none."""
-        if self.root is None or not folders.is_folder_name(name):
-            return None
-        source = AdapterSource(f"{self.root}/{name}")
-        if not _serves(source):
-            return None
-        # Windows and macOS also open the folder by other spellings, such as "SQL" for "sql".
-        with storage.reading(self.root, AdapterFileError):
-            return source if name in os.listdir(self.root) else None
-
-    def _unknown(self, name: str) -> UnknownAdapterError:
-        names = self.names()
-        known = f"The known ones are {listed(names)}" if names else "None is known"
-        return UnknownAdapterError(f"No adapter is named '{name}'. {known}.{nearest(name, names)}")
+    def are_pinned(self, names: Collection[str]) -> bool:
+        """Return whether all these adapters stay loaded, so that requests for them take no memory from others."""
+        return self._catalogue.are_pinned(names)
 
     def add(
         self,
@@ -220,56 +141,14 @@ class AdapterStore:
             raise AdapterStateError(
                 f"{name!r:.80} cannot name an adapter. Use up to {folders.LONGEST_NAME} printable characters."
             )
-        entry = _Entry(AdapterSource(self._inside(path, allows)))
-        with self._lock:
-            before = self._entries.get(name)
-        if not replace:
-            self._require_free(name)
+        entry = Entry(self._catalogue.inside(path, allows))
+        free = None if replace else self._catalogue.require_free(name)
         loaded = self._acquire(name, entry)
         try:
-            with self._lock:
-                if not replace and self._entries.get(name) is not before:
-                    raise _taken(name)  # another thread was faster
-                self._entries[name] = entry
-                self._removed.pop(name, None)
-                self._retain()
+            self._catalogue.place(name, entry, free, replace=replace)
         finally:
             self._loaded.give_back(loaded)
             self.freed()
-
-    def _inside(self, path: str | Path, allows: Callable[[str], bool]) -> str:
-        if self.root is None:
-            raise AdapterFileError(
-                f"'{path}' cannot be added, because the server has no folder of adapters. Start it with one."
-            )
-        root = os.path.realpath(self.root)
-        joined = os.path.normpath(os.path.join(root, path))
-        if "\0" in str(path) or not folders.is_within(joined, self.root):
-            raise AdapterFileError(
-                f"{str(path)!r} is outside the folder of adapters. Copy the adapter into it, and give its path from "
-                "there."
-            )
-        folder = os.path.relpath(os.path.realpath(joined), root).split(os.sep)[0]
-        if not allows(folder) or AdapterSource(joined).locate() is None:
-            raise AdapterFileError(
-                f"{str(path)!r} holds no adapter: neither {' nor '.join(ADAPTER_CONFIGS)} is there."
-            )
-        return joined
-
-    def _require_free(self, name: str) -> None:
-        with suppress(UnknownAdapterError):
-            self._entry(name)
-            raise _taken(name)
-
-    def _retain(self) -> None:
-        """Unload what has lost its name. The caller holds the lock, and calls `freed` after it."""
-        digests = {name: e.digest for name, e in self._entries.items() if e.digest is not None}
-        pinned = [digest for name, digest in digests.items() if name in self._pinned]
-        self._loaded.retain(digests.values(), pinned)
-
-    def are_pinned(self, names: Collection[str]) -> bool:
-        """Return whether all these adapters stay loaded, so that requests for them take no memory from others."""
-        return self._pinned.issuperset(names)
 
     def remove(self, name: str) -> None:
         """Withdraw a name at once. Its memory is freed when the last lease ends; this method does not wait for it.
@@ -281,18 +160,10 @@ class AdapterStore:
             AdapterFileError: The root cannot be read.
             UnknownAdapterError: There is no such adapter. A name whose files are gone is withdrawn nevertheless.
         """
-        source = self._folder(name)
-        files = None if source is None else _files_of(source)
-        with self._lock:
-            entry = self._entries.pop(name, None)
-            is_known = files is not None and files != self._removed.get(name)
-            if files is not None:
-                self._removed[name] = files
-            self._pinned -= {name}
-            self._retain()
-        self.freed()
-        if not is_known and (entry is None or not _serves(entry.source)):
-            raise self._unknown(name)
+        try:
+            self._catalogue.withdraw(name)
+        finally:
+            self.freed()
 
     # --- leases ------------------------------------------------------------------------------------------
 
@@ -316,7 +187,7 @@ class AdapterStore:
         held: dict[str, Loaded] = {}
         try:
             for name in weights:
-                held[name] = self._acquire(name, self._entry(name), beside=held.values())
+                held[name] = self._acquire(name, self._catalogue.entry(name), beside=held.values())
             blend: dict[str, float] = {}
             for name, weight in weights.items():  # two names may have the same content
                 blend[held[name].name] = blend.get(held[name].name, 0.0) + weight
@@ -349,14 +220,13 @@ class AdapterStore:
             (), receipt, self.base.text_tokenizer, labels, outputs, None, Holders(lambda: None)
         )
 
-    def _acquire(self, name: str, entry: _Entry, beside: Collection[Loaded] = ()) -> Loaded:
+    def _acquire(self, name: str, entry: Entry, beside: Collection[Loaded] = ()) -> Loaded:
         """Return the loaded adapter of an entry, with one more lease. The request also holds those `beside` it."""
         location = entry.source.locate()
         if location is None:
             raise self._vanished(name, entry)
         state = location.state()
-        with self._lock:
-            seen = entry.seen
+        seen = entry.seen
         if seen is not None and seen.state == state:
             if seen.refusal is not None:
                 raise type(seen.refusal)(*seen.refusal.args)
@@ -380,21 +250,18 @@ class AdapterStore:
             f"'{location.path}' changed each time it was read. Write a new adapter into another folder and rename it."
         )
 
-    def _see(self, entry: _Entry, seen: _Seen) -> None:
-        """Record what an entry's files hold. Their former content has lost its name."""
-        with self._lock:
-            entry.seen = seen
-            self._retain()
+    def _see(self, entry: Entry, seen: Seen) -> None:
+        self._catalogue.see(entry, seen)
         self.freed()
 
-    def _vanished(self, name: str, entry: _Entry) -> LorakitError:
+    def _vanished(self, name: str, entry: Entry) -> LorakitError:
         """Return the error for a name whose files are gone."""
         if isinstance(entry.source, RunSource):
             return AdapterFileError(
                 f"The run '{entry.source.path}' of '{name}' has saved no adapter yet. It saves one after its first "
                 "validation, and at its end."
             )
-        return self._unknown(name)
+        return self._catalogue.unknown(name)
 
     def _require_allowed(self, source: Source, location: Location) -> None:
         if isinstance(source, AdapterSource):
@@ -402,7 +269,7 @@ class AdapterStore:
             folders.require_within(location, self.root)
 
     def _load(
-        self, entry: _Entry, location: Location, state: State, beside: Collection[Loaded]
+        self, entry: Entry, location: Location, state: State, beside: Collection[Loaded]
     ) -> Loaded | None:
         """Return the adapter in an entry's files, with one more lease; None if they have changed meanwhile."""
         with self._refusing(entry, location, state):
@@ -429,13 +296,13 @@ class AdapterStore:
                 loaded = Loaded(
                     digests.whole, prepared.bytes, outputs, labels, tokenizer, prepared.task
                 )
-            self._see(entry, _Seen(state, digests.whole, loaded.bytes))
+            self._see(entry, Seen(state, digests.whole, loaded.bytes))
             if prepared is not None:
                 self._loaded.install(loaded, prepared, location.path, beside)
         return loaded
 
     @contextmanager
-    def _refusing(self, entry: _Entry, location: Location, state: State) -> Iterator[None]:
+    def _refusing(self, entry: Entry, location: Location, state: State) -> Iterator[None]:
         """Remember an error in the block as that of an entry's files, unless the system lacked something."""
         try:
             yield
@@ -445,7 +312,7 @@ class AdapterStore:
                 cause = cause.__cause__ or cause.__context__
             if cause is None and folders.unchanged(location, state):
                 # A copy: the error's traceback would keep the tensors that were read.
-                self._see(entry, _Seen(state, refusal=type(error)(*error.args)))
+                self._see(entry, Seen(state, refusal=type(error)(*error.args)))
             raise
 
     def _tokenizer_of(self, location: Location, files: str) -> Tokenizer:
@@ -473,7 +340,7 @@ class AdapterStore:
         Raises:
             UnknownAdapterError: There is no such adapter.
         """
-        entry = self._entry(name)
+        entry = self._catalogue.entry(name)
         location = entry.source.locate()
         seen, card, error = entry.seen, Card(), None
         report = self._report(entry.source, location)
@@ -521,7 +388,7 @@ class AdapterStore:
         Raises:
             UnknownAdapterError: There is no such adapter.
         """
-        entry = self._entry(name)
+        entry = self._catalogue.entry(name)
         return self._report(entry.source, entry.source.locate())
 
     def _report(self, source: Source, location: Location | None) -> Path | None:
@@ -531,33 +398,3 @@ class AdapterStore:
     def stats(self) -> StoreStats:
         """Return what the store holds now."""
         return self._loaded.stats()
-
-
-def _serves(source: Source) -> bool:
-    """Return whether an adapter is there. A run is known before it has saved one."""
-    return isinstance(source, RunSource) or source.locate() is not None
-
-
-def _is_withdrawn(source: Source, removed: _Files) -> bool:
-    """Return whether an adapter has the files `removed`, or cannot be read to compare them."""
-    return _files_of(source) in ((), removed)
-
-
-def _files_of(source: Source) -> _Files | None:
-    """Return which files an adapter has now; None if it is not there, () if its folder cannot be read.
-
-    Rights are left out, and inodes: those of some network file systems change by themselves.
-    """
-    location = source.locate()
-    if location is None:
-        return None
-    try:
-        return tuple((file.path, file.size, file.modified) for file in location.state())
-    except AdapterFileError:
-        return ()
-
-
-def _taken(name: str) -> AdapterStateError:
-    return AdapterStateError(
-        f"An adapter is named '{name}' already. Choose another name, or replace it (load_inplace)."
-    )
