@@ -47,10 +47,11 @@ from lorakit.models.sharding import is_sharded, local_part, shard_like
 from lorakit.training import checkpoint, loop, setup
 from lorakit.training.config import HeldOutConfig, TrainConfig
 from lorakit.training.distributed import joined
+from lorakit.training.job import Job
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.progress import first_lines
-from lorakit.training.setup import Job, prepare
+from lorakit.training.setup import prepare
 from lorakit.training.step import optimizer_step
 
 COUNTS = (1, 2, 4)

@@ -19,9 +19,10 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models.faster import make_stock
 from lorakit.training import step as steps
 from lorakit.training.config import HeldOutConfig
+from lorakit.training.job import Job
 from lorakit.training.loop import train
 from lorakit.training.noise import require_keyed_noise
-from lorakit.training.setup import Job, prepare
+from lorakit.training.setup import prepare
 
 DROPOUT = LoRA(dropout=0.1, targets=("all-linear",))
 MODELS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ import tiny_runs
 import torch
 
 from lorakit.training.config import OptimizerConfig
-from lorakit.training.setup import Job, prepare
+from lorakit.training.job import Job
+from lorakit.training.setup import prepare
 from lorakit.training.step import optimizer_step
 
 RATE = 1e-2

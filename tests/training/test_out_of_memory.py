@@ -34,10 +34,11 @@ from lorakit.training import loop
 from lorakit.training.checkpoint import State
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig
 from lorakit.training.events import adopt_batch_sizes
+from lorakit.training.job import Job
 from lorakit.training.loop import train
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.run_folder import OUT_OF_MEMORY
-from lorakit.training.setup import Job, prepare
+from lorakit.training.setup import prepare
 from lorakit.training.step import optimizer_step
 
 CPU_MESSAGE = (

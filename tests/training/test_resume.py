@@ -33,9 +33,10 @@ from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.training import checkpoint, progress, validation
 from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
+from lorakit.training.job import Job
 from lorakit.training.loop import train
 from lorakit.training.run_folder import read_settings
-from lorakit.training.setup import Job, prepare
+from lorakit.training.setup import prepare
 
 STEPS = 18
 

@@ -29,13 +29,8 @@ from lorakit.planning.batches import Batches
 from lorakit.planning.shape import base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten
 from lorakit.training.config import TrainConfig
-from lorakit.training.setup import (
-    TRAINED,
-    attach_method,
-    autocast_of,
-    choice_of,
-    enable_gradient_checkpointing,
-)
+from lorakit.training.job import TRAINED, autocast_of
+from lorakit.training.setup import attach_method, choice_of, enable_gradient_checkpointing
 from lorakit.training.warm_start import method_of
 
 

@@ -13,8 +13,8 @@ from lorakit.file_names import ADAPTER, BEST, CONFIG, WEIGHTS
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, step_of
+from lorakit.training.job import TRAINED
 from lorakit.training.run_folder import adapter_of_run
-from lorakit.training.setup import TRAINED
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lorakit.errors import DivergenceError
 from lorakit.training.checkpoint import State
+from lorakit.training.job import Job
 from lorakit.training.run_folder import OUT_OF_MEMORY, REWIND, RunFolder
-from lorakit.training.setup import Job
 
 SETTINGS = ("batch_size", "evaluation.batch_size")
 """Sizes that are halved when memory runs out, in the order of `State.batch_sizes`."""

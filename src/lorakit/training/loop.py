@@ -28,6 +28,7 @@ from lorakit.training.divergence import (
 from lorakit.training.environment import sizes
 from lorakit.training.events import adopt_batch_sizes, record_batch_sizes, record_rewind
 from lorakit.training.interruption import Interrupted, Interruption
+from lorakit.training.job import Job
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import reset_peak_memory, trim_heap
 from lorakit.training.noise import own_generators, require_keyed_noise
@@ -35,7 +36,7 @@ from lorakit.training.opening import open_run
 from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder, RunResult
-from lorakit.training.setup import Job, prepare, step_plan_of
+from lorakit.training.setup import prepare, step_plan_of
 from lorakit.training.sharding import gather_in_first, gathering
 from lorakit.training.step import optimizer_step
 from lorakit.training.validation import validate

@@ -25,7 +25,7 @@ from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.seeding import seed_device, seeded
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
-from lorakit.training.setup import TRAINED, Job
+from lorakit.training.job import TRAINED, Job
 
 LABELS = 2**24
 """Position of the first label in the key of an example, beyond all positions of its inputs."""

@@ -13,9 +13,10 @@ from lorakit.data import DataTask, ExampleSet
 from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.loading import Base
 from lorakit.training.config import TrainConfig
+from lorakit.training.job import Job
 from lorakit.training.noise import own_generators
 from lorakit.training.schedule import Step
-from lorakit.training.setup import Job, assemble
+from lorakit.training.setup import assemble
 from lorakit.training.step import optimizer_step
 
 STEPS = 4

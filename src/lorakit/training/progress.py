@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lorakit.formatting import counted, duration, number, size, visible
 from lorakit.models.dtypes import dtype_name
 from lorakit.training.checkpoint import State
+from lorakit.training.job import TRAINED, Job
 from lorakit.training.memory import peak_memory
-from lorakit.training.setup import TRAINED, Job
 from lorakit.training.sharding import sharding_note
 from lorakit.training.terminal import error_output
 

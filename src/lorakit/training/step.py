@@ -12,10 +12,10 @@ from lorakit.compute.objective import SequenceToSequenceLoss
 from lorakit.models.sharding import is_sharded
 from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Interruption, Signals
+from lorakit.training.job import Job
 from lorakit.training.noise import keyed_noise
 from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Step
-from lorakit.training.setup import Job
 from lorakit.training.sharding import drop_unreached_gradients, local_gradient_terms
 
 

@@ -17,10 +17,10 @@ from lorakit.training.checkpoint import State
 from lorakit.training.divergence import ADVICE
 from lorakit.training.events import record_batch_sizes
 from lorakit.training.interruption import Interrupted, Interruption
+from lorakit.training.job import Job
 from lorakit.training.loggers import Loggers
 from lorakit.training.progress import Reporter
 from lorakit.training.run_folder import RunFolder
-from lorakit.training.setup import Job
 
 
 def validate(
