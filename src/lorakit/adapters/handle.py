@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import export, generation, merging, saving, ties
+from lorakit.adapters import merging, saving
 from lorakit.adapters.activation import Activation, Registered
 from lorakit.adapters.choice import (
     BASE,
@@ -25,53 +22,30 @@ from lorakit.adapters.choice import (
     choice_by_token,
     choice_for_batch,
 )
-from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import (
     InstalledAdapter,
     adapted_layers,
-    base_parameters,
     install,
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.replaced_methods import replace_methods
-from lorakit.adapters.row_layout import RowLayout
+from lorakit.adapters.model_setup import freeze_base, prepare_model, release_model
+from lorakit.adapters.names import require_valid
 from lorakit.adapters.state_loading import guard_loading
-from lorakit.adapters.statistics import (
-    first_changed,
-    forget_statistics,
-    record_statistics,
-    restore_statistics,
-)
+from lorakit.adapters.statistics import require_unchanged_statistics, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
-from lorakit.errors import AdapterStateError, ConfigurationError, nearest
+from lorakit.errors import AdapterStateError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
-from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.layers import unwrapped
-from lorakit.models.quantised import Cleared, allow_training, restore_flags
+from lorakit.models.quantised import Cleared
 
 _LOG = logging.getLogger(__name__)
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""A name that an adapter can have, unless it is an attribute (`is_attribute`)."""
-
 _HANDLE = "_lorakit_adapters"
-
-# Of the class, because a model cannot tell which other models contain it. On import, because a process that
-# unpickles an adapted model never calls `attach`.
-replace_methods(
-    PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
-)
-replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
-
-
-def is_attribute(name: str) -> bool:
-    """Return whether the module that holds a layer's adapters has an attribute of this name, such as "train"."""
-    return hasattr(LayerAdapters(Activation(), RowLayout("")), name)
 
 
 class Adapters:
@@ -346,8 +320,8 @@ class Adapters:
         """
         with self._activation.running.exclusive("keep the handle"):
             if handle_of(self.model) is None:
-                self._set_up_model()
-                self._freeze_base()
+                self._put_on_model()
+                freeze_base(self.model)
             self._require_attached()
             self._is_kept = True
 
@@ -432,13 +406,7 @@ class Adapters:
         """
         adapter = self._get(name)
         self._require_in_place([adapter.name])
-        if (path := first_changed(self.model)) is not None:
-            raise AdapterStateError(
-                f"The running statistics of '{path}' have changed since the first adapter was attached. An adapter's "
-                "file holds none, so it would compute something else on the base. Train with this layer in eval mode: "
-                "call its eval() after each model.train(). To keep the changed statistics, merge(keep_base=False) and "
-                "save the whole model."
-            )
+        require_unchanged_statistics(self.model)
         recorded = {**adapter.provenance, **(provenance or {})}
         path = saving.save(
             self.model,
@@ -459,15 +427,7 @@ class Adapters:
     def check_can_add(self, name: str) -> None:
         """Reject an invalid or taken name, and any addition while an adapter is merged."""
         self._refuse_block_or_merged("add another adapter")
-        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
-            raise ConfigurationError(
-                f"{name!r} cannot name an adapter. Use letters, digits, '-' and '_', starting with a letter or digit."
-            )
-        if is_attribute(name):
-            raise ConfigurationError(
-                f"'{name}' is an attribute of PyTorch's modules or of lorakit's. Choose another name "
-                f"(name='my_{name}')."
-            )
+        require_valid(name)
         if name in self._installed:
             raise AdapterStateError(
                 f"The model already has an adapter named '{name}'. Choose another name (name='{name}-2'), or "
@@ -506,7 +466,7 @@ class Adapters:
         is_first = handle_of(self.model) is None
         try:
             if is_first:
-                self._set_up_model()
+                self._put_on_model()
             adapter = install(self.model, name, method, modules, trained, self._activation)
         except BaseException:
             partial = InstalledAdapter(name, method, modules)  # on some layers only
@@ -521,33 +481,12 @@ class Adapters:
         )
         guard_loading(self.model)
         if is_first:
-            self._freeze_base()
+            freeze_base(self.model)
         return adapter
 
-    def _freeze_base(self) -> None:
-        for _, parameter in base_parameters(self.model):
-            parameter.requires_grad_(False)
-            # No optimizer of the adapter clears it, and gradient clipping would count it.
-            parameter.grad = None
-
-    def _set_up_model(self) -> None:
-        """Put the handle on the model when it gets its first adapter."""
-        # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
-        # that is attached later. Drop the graphs compiled until now.
-        if torch._dynamo.config.skip_nnmodule_hook_guards:
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
-            torch._dynamo.reset()
+    def _put_on_model(self) -> None:
         setattr(self.model, _HANDLE, self)
-        # By every name, because a merge separates tied parameters.
-        setattr(self.model, REQUIRED_GRADIENT, gradient_flags(self.model))
-        # A class may have a `generate` that does not call that of transformers (MusicGen).
-        owner = next((kind for kind in type(self.model).__mro__ if "generate" in vars(kind)), None)
-        if owner is not None:
-            replace_methods(owner, generation.generate)
-        self._cleared = allow_training(self.model)
-        watch(self.model, self._activation)
-        record_statistics(self.model)
-        guard_loading(self.model)
+        self._cleared = prepare_model(self.model, self._activation)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
         del self._installed[adapter.name]
@@ -555,19 +494,12 @@ class Adapters:
         uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
-        """Remove all adapters and undo `_set_up_model`."""
+        """Remove all adapters and the handle."""
         for adapter in list(self._installed.values()):
             self._remove(adapter)
-        forget_statistics(self.model)
-        guard_loading(self.model)
-        flags = self.model.__dict__.get(REQUIRED_GRADIENT, {})
-        for name, parameter in base_parameters(self.model):
-            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-        for attribute in (REQUIRED_GRADIENT, _HANDLE):
-            self.model.__dict__.pop(attribute, None)
+        release_model(self.model, self._cleared)
+        self.model.__dict__.pop(_HANDLE, None)
         self._is_kept = False
-        restore_flags(self._cleared)
-        unwatch(self.model)
 
     def _set_active(self, active: Choice) -> None:
         self._swap_trained(active)

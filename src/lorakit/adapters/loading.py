@@ -17,8 +17,9 @@ from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
-from lorakit.adapters.handle import ADAPTER_NAME, Adapters, is_attribute
+from lorakit.adapters.handle import Adapters
 from lorakit.adapters.installed import InstalledAdapter, base_parameters
+from lorakit.adapters.names import ADAPTER_NAME, is_attribute
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.file_names import ADAPTER
 from lorakit.methods.combined import lora_of, parts

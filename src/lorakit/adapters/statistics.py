@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lorakit.errors import AdapterStateError
 from lorakit.models.layers import base_modules, key_start
 
 _RECORDED = "_lorakit_statistics"
@@ -52,9 +53,16 @@ def forget_statistics(model: nn.Module) -> None:
         layer.__dict__.pop(_RECORDED, None)
 
 
-def first_changed(model: nn.Module) -> str | None:
-    """Return the first layer whose statistics differ from the recorded ones; None without one."""
-    return next((path for path, layer in layers_with_statistics(model) if _changed(layer)), None)
+def require_unchanged_statistics(model: nn.Module) -> None:
+    """Raise an AdapterStateError if the statistics of a layer differ from the recorded ones."""
+    for path, layer in layers_with_statistics(model):
+        if _changed(layer):
+            raise AdapterStateError(
+                f"The running statistics of '{path}' have changed since the first adapter was attached. An adapter's "
+                "file holds none, so it would compute something else on the base. Train with this layer in eval mode: "
+                "call its eval() after each model.train(). To keep the changed statistics, merge(keep_base=False) and "
+                "save the whole model."
+            )
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+"""What a model gets with its first adapter, and loses with its last one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from lorakit.adapters import export, generation, ties
+from lorakit.adapters.activation import Activation
+from lorakit.adapters.entry import unwatch, watch
+from lorakit.adapters.installed import base_parameters
+from lorakit.adapters.replaced_methods import replace_methods
+from lorakit.adapters.state_loading import guard_loading
+from lorakit.adapters.statistics import forget_statistics, record_statistics
+from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
+from lorakit.models.quantised import Cleared, allow_training, restore_flags
+
+# Of the class, because a model cannot tell which other models contain it. On import, because a process that
+# unpickles an adapted model never calls `attach`.
+replace_methods(
+    PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
+)
+replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
+
+
+def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
+    """Put hooks and records on a model, before its first adapter.
+
+    Returns:
+        The flags of a quantised base that are cleared until `release_model`.
+    """
+    # By default Dynamo does not guard on hooks: a compiled graph would silently skip an adapter
+    # that is attached later. Drop the graphs compiled until now.
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()
+    # By every name, because a merge separates tied parameters.
+    setattr(model, REQUIRED_GRADIENT, gradient_flags(model))
+    # A class may have a `generate` that does not call that of transformers (MusicGen).
+    owner = next((kind for kind in type(model).__mro__ if "generate" in vars(kind)), None)
+    if owner is not None:
+        replace_methods(owner, generation.generate)
+    watch(model, activation)
+    record_statistics(model)
+    guard_loading(model)
+    return allow_training(model)  # last: an error above must not leave a flag cleared
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze the base's parameters."""
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+        # No optimizer of the adapter clears it, and gradient clipping would count it.
+        parameter.grad = None
+
+
+def release_model(model: nn.Module, cleared: list[Cleared]) -> None:
+    """Undo `prepare_model` and `freeze_base`, after the last adapter has been removed."""
+    forget_statistics(model)
+    guard_loading(model)
+    flags = model.__dict__.get(REQUIRED_GRADIENT, {})
+    for name, parameter in base_parameters(model):
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    model.__dict__.pop(REQUIRED_GRADIENT, None)
+    restore_flags(cleared)
+    unwatch(model)
