@@ -12,10 +12,12 @@ import pyarrow.parquet
 import pytest
 from test_readers import problems, read
 
-from lorakit.data import readers
+from lorakit.data import bounded_files
+from lorakit.data.bounded_files import MAX_COLUMNS
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig
-from lorakit.data.readers import MAX_COLUMNS, Row
+from lorakit.data.parquet import read_parquet
+from lorakit.data.rows import Row
 from lorakit.data.sources import read_source
 from lorakit.errors import DataError
 
@@ -93,7 +95,7 @@ def test_a_header_with_a_repeated_name_takes_linear_time(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 @pytest.mark.parametrize("blank", ["\n", " \n", "\r\n"])
 def test_blank_lines_without_an_end_are_an_error(tmp_path, monkeypatch, suffix, blank, gz):
-    monkeypatch.setattr(readers, "MAX_BLANK_LINES", 100)
+    monkeypatch.setattr(bounded_files, "MAX_BLANK_LINES", 100)
     path = tmp_path / f"a{suffix}{gz}"
     start = '{"a": 1}\n' if suffix == ".jsonl" else "a\n1\n"
     pack = gzip.compress if gz else bytes
@@ -104,7 +106,7 @@ def test_blank_lines_without_an_end_are_an_error(tmp_path, monkeypatch, suffix, 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
 def test_a_line_above_the_limit_is_an_error_with_its_number(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    monkeypatch.setattr(bounded_files, "MAX_LINE", 1000)
     start = '{"a": 1}\n' if suffix == ".jsonl" else "a\n"
     with pytest.raises(DataError, match=rf"a{suffix}:2: the line is longer than 1,000"):
         read(tmp_path / f"a{suffix}", start + "x" * 1001)
@@ -114,7 +116,7 @@ def test_a_line_above_the_limit_is_an_error_with_its_number(tmp_path, monkeypatc
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("byte", [b"\n", b"x", b"\0", b" ", b"[", b'"', b"x\n", b"{}\n", b"{},"])
 def test_a_gzip_bomb_is_an_error_within_seconds(tmp_path, monkeypatch, suffix, byte):
-    monkeypatch.setattr(readers, "FREE_ROWS", 50_000)
+    monkeypatch.setattr(bounded_files, "FREE_ROWS", 50_000)
     path = tmp_path / f"a{suffix}.gz"
     bomb = zeros(2**28, byte)
     assert len(bomb) < 1e6
@@ -162,18 +164,18 @@ def test_a_parquet_file_that_declares_more_than_it_has_is_an_error(tmp_path, mon
         pyarrow.table({"a": ["x" * 100_000_000]}), path, compression="zstd", use_dictionary=False
     )
     with pytest.raises(DataError, match=r"inflates from .* to at least 100 MB"):
-        list(readers.read_parquet(path))
-    monkeypatch.setattr(readers, "FREE_ROWS", 1000)
+        list(read_parquet(path))
+    monkeypatch.setattr(bounded_files, "FREE_ROWS", 1000)
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x"] * 100_000}), path)
     with pytest.raises(DataError, match=r"has more than 1,[0-9]{3} rows"):
-        list(readers.read_parquet(path))
+        list(read_parquet(path))
 
 
 def test_a_parquet_file_without_columns_is_an_error(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({}), path)
     with pytest.raises(DataError, match=r"has no columns"):
-        list(readers.read_parquet(path))
+        list(read_parquet(path))
 
 
 def test_deeply_nested_parquet_columns_are_read_or_an_error(tmp_path):
@@ -183,7 +185,7 @@ def test_deeply_nested_parquet_columns_are_read_or_an_error(tmp_path):
         value = {"a": [value]}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([value]), path)
     with suppress(DataError):
-        assert list(readers.read_parquet(path)) == [Row(value, f"{path}:row 1")]
+        assert list(read_parquet(path)) == [Row(value, f"{path}:row 1")]
 
 
 @pytest.mark.slow
@@ -198,7 +200,7 @@ def test_damage_anywhere_in_a_parquet_file_is_a_data_error(tmp_path):
             damaged[position] ^= flip
             path.write_bytes(damaged)
             with suppress(DataError):
-                list(readers.read_parquet(path))
+                list(read_parquet(path))
 
 
 def test_an_error_about_columns_names_the_first_ones(tmp_path):

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from lorakit.data import readers
-from lorakit.data.readers import Problem, Row, reader_for
+from lorakit.data.readers import reader_for
+from lorakit.data.rows import Problem, Row
 from lorakit.errors import DataError
 
 ROWS = [{"text": "naïve ☃", "n": "1"}, {"text": "two\u2028lines", "n": "2"}]

@@ -7,7 +7,7 @@ import datasets
 import pytest
 from test_readers import CALLS
 
-from lorakit.data.readers import Row
+from lorakit.data.rows import Row
 from lorakit.data.sources import read_source
 from lorakit.errors import DataError
 

@@ -20,7 +20,8 @@ from lorakit.compute.adapted import open_adapted
 from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import collator
 from lorakit.data import DataConfig, DataTask
-from lorakit.data.readers import Row, read_jsonl
+from lorakit.data.readers import read_jsonl
+from lorakit.data.rows import Row
 from lorakit.errors import (
     AdapterFileError,
     ConfigurationError,

@@ -87,7 +87,7 @@ FAULTS = (
     Fault("yaml", "lorakit.storage.yaml_files:Loader.compose_node", "self._depth > MAX_DEPTH"),
     Fault("yaml", "lorakit.storage.yaml_files:read_yaml", "except yaml.YAMLError"),
     # a byte order mark, a blank line, an exception of the library
-    Fault("jsonl", "lorakit.data.readers:_open", "file.peek(3)[:3] == codecs.BOM_UTF8"),
+    Fault("jsonl", "lorakit.data.bounded_files:open_data", "file.peek(3)[:3] == codecs.BOM_UTF8"),
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "not line.strip()"),
     Fault("jsonl", "lorakit.data.readers:read_jsonl", "except RecursionError"),
     # the number of fields, a column without a name, an exception of the library
@@ -95,9 +95,9 @@ FAULTS = (
     Fault("csv", "lorakit.data.readers:_checked_header", "not name"),
     Fault("csv", "lorakit.data.readers:read_csv", "except csv.Error"),
     # three exceptions of the library
-    Fault("parquet", "lorakit.data.readers:read_parquet", "except pyarrow.ArrowException"),
-    Fault("parquet", "lorakit.data.readers:read_parquet", "except OSError"),
-    Fault("parquet", "lorakit.data.readers:read_parquet", "except UnicodeDecodeError"),
+    Fault("parquet", "lorakit.data.parquet:read_parquet", "except pyarrow.ArrowException"),
+    Fault("parquet", "lorakit.data.parquet:read_parquet", "except OSError"),
+    Fault("parquet", "lorakit.data.parquet:read_parquet", "except UnicodeDecodeError"),
     # a length, damaged files, an exception of the library
     Fault("tokenizer", "lorakit.models.tokenizer:read_tokenizer", "not (whole and length >= 1)"),
     Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "has_files"),

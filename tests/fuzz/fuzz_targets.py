@@ -51,7 +51,8 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.cli.config_files import read_options
-from lorakit.data.readers import Problem, Row, reader_for
+from lorakit.data.readers import reader_for
+from lorakit.data.rows import Problem, Row
 from lorakit.errors import BaseModelError
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import load_tokenizer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.data.columns import ColumnMap
 from lorakit.data.data_config import DataConfig, Split
-from lorakit.data.readers import Problem, Row
+from lorakit.data.rows import Problem, Row
 from lorakit.data.sources import DataRows, read_source
 from lorakit.errors import DataError
 from lorakit.formatting import listed

@@ -16,16 +16,10 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import docstrings
-from lorakit.data.readers import (
-    MAX_COLUMNS,
-    READERS,
-    Problem,
-    Row,
-    Rows,
-    lists_of_structs,
-    reader_for,
-    without_nulls,
-)
+from lorakit.data.bounded_files import MAX_COLUMNS
+from lorakit.data.parquet import lists_of_structs, without_nulls
+from lorakit.data.readers import READERS, reader_for
+from lorakit.data.rows import Problem, Row, Rows
 from lorakit.errors import DataError, nearest
 
 BUILT_IN: dict[str, Callable[[str], list[dict[str, str]]]] = {"docstrings": docstrings.load}

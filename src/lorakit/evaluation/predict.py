@@ -20,7 +20,7 @@ from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataConfig, DataTask, RowReader
 from lorakit.data.examples import Report, load_unlabelled, stop_at_bad_rows
-from lorakit.data.readers import Problem, Row
+from lorakit.data.rows import Problem, Row
 from lorakit.data.sources import DataRows
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
 from lorakit.evaluation.computed import computed, logits_of

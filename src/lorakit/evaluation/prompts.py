@@ -12,7 +12,8 @@ from typing import Any
 from lorakit import storage
 from lorakit.compute.adapter_file import PromptFormat
 from lorakit.compute.batching import prompt_input
-from lorakit.data.readers import Problem, Row, lines_of, reader_for, text_lines
+from lorakit.data.readers import lines_of, reader_for, text_lines
+from lorakit.data.rows import Problem, Row
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.models.loading import Base

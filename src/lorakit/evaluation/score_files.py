@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lorakit.data.readers import Problem, Row, reader_for, text_lines
+from lorakit.data.readers import reader_for, text_lines
+from lorakit.data.rows import Problem, Row
 from lorakit.errors import ConfigurationError, DataError, nearest, require_choice
 from lorakit.metrics import (
     GLUE,

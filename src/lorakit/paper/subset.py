@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit import storage
 from lorakit.data import DataConfig
-from lorakit.data.readers import Row
+from lorakit.data.rows import Row
 from lorakit.data.sources import read_source
 from lorakit.errors import DataError
 from lorakit.paper.log import GridSetup
