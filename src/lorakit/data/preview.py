@@ -11,7 +11,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.data_config import DataConfig, Split
-from lorakit.data.examples import ExampleSet, Report, RowReader, load_examples
+from lorakit.data.examples import ExampleSet, RowReader, load_examples
+from lorakit.data.report import Report
 from lorakit.data.templates import Template
 from lorakit.errors import DataError
 from lorakit.tasks import Example, LabelledExample, LanguageExample

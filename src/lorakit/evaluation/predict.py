@@ -19,7 +19,8 @@ from lorakit.compute.batching import collator
 from lorakit.compute.computation import objective_for
 from lorakit.compute.finite import why_not_finite
 from lorakit.data import DataConfig, DataTask, RowReader
-from lorakit.data.examples import Report, load_unlabelled, stop_at_bad_rows
+from lorakit.data.examples import load_unlabelled
+from lorakit.data.report import Report, stop_at_bad_rows
 from lorakit.data.rows import Problem, Row
 from lorakit.data.sources import DataRows
 from lorakit.errors import ConfigurationError, DataError, DivergenceError
