@@ -103,7 +103,7 @@ FAULTS = (
     Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "has_files"),
     Fault("tokenizer", "lorakit.models.tokenizer:tokenizer_of", "except Exception"),
     # the work, the size of a product, an exception of the library
-    Fault("template", "lorakit.tasks.rendering:_Budget.charge", "self.spent > self.limit"),
+    Fault("template", "lorakit.tasks.template_work:_Budget.charge", "self.spent > self.limit"),
     Fault("template", "lorakit.tasks.rendering:BoundedEnvironment.call_binop", "operator == '*'"),
     Fault("template", "lorakit.tasks.rendering:bounded_rendering", "except Exception"),
 )

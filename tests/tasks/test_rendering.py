@@ -11,7 +11,8 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from lorakit.errors import DataError
 from lorakit.tasks import BadRow, Chat
 from lorakit.tasks.chat_template import ChatTemplate
-from lorakit.tasks.rendering import MAX_TEMPLATE, UNITS, bounded_rendering
+from lorakit.tasks.rendering import MAX_TEMPLATE, bounded_rendering
+from lorakit.tasks.template_work import UNITS
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -143,8 +144,8 @@ def test_a_failure_that_may_depend_on_the_row_is_a_bad_row(template):
 
 
 def test_the_time_is_bounded_where_each_step_is_slow(monkeypatch):
-    monkeypatch.setattr("lorakit.tasks.rendering.SECONDS", 0.2)
-    monkeypatch.setattr("lorakit.tasks.rendering.UNITS", 10**12)
+    monkeypatch.setattr("lorakit.tasks.template_work.SECONDS", 0.2)
+    monkeypatch.setattr("lorakit.tasks.template_work.UNITS", 10**12)
     slow = (
         "{% set x = 'ab' * 2000000 %}{% for i in range(99999) %}"
         "{% if x[1:] == x[:-1] %}{% endif %}{% endfor %}"

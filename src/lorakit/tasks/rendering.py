@@ -2,71 +2,44 @@
 
 Jinja's sandbox keeps a template from files and Python's internals, but not from a product of strings with 10^9
 characters or a loop without an end. Here every step and every new character is charged to a budget before it is
-computed; the deadline is a second limit for slow steps. Both work in any thread, without signals or processes.
+computed (`lorakit.tasks.template_work`); the deadline is a second limit for slow steps. Both work in any thread,
+without signals or processes.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-import time
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from lorakit.errors import DataError
 from lorakit.tasks.task import BadRow
+from lorakit.tasks.template_work import (
+    CONSUMING,
+    STEP,
+    TooMuchError,
+    admit,
+    brace_format,
+    charge,
+    charge_product,
+    filter_work,
+    is_limited,
+    limited_to_budget,
+    method_work,
+    percent_format,
+    require_small,
+    text_size,
+    whole_numbers,
+)
 
 MAX_TEMPLATE = 1_000_000
 """Longest chat template, in characters; those of published models have up to 30,000."""
-UNITS = 10_000_000
-"""Work of one rendering: a unit is a character or a list item that the template makes; a step costs `_STEP`."""
-UNITS_PER_CHARACTER = 100
-"""More work for each character of the conversation."""
-SECONDS = 10.0
-"""Longest time of one rendering."""
-
-_STEP = 20
-"""Units of a loop's turn, a call, a filter or an arithmetic operation; UNITS of them take about a second."""
-_ITEM = 8
-"""Units of an item of a list: its bytes."""
-_MAX_BITS = 4096
-"""Largest whole number. Python multiplies larger ones slowly, and cannot print them."""
-
-
-class _TooMuchError(Exception):
-    """A rendering exceeds its limits."""
-
-
-@dataclass
-class _Budget:
-    limit: float
-    spent: float = 0
-    deadline: float = field(default_factory=lambda: time.monotonic() + SECONDS)
-
-    def charge(self, units: float) -> None:
-        self.spent += units
-        if self.spent > self.limit:
-            raise _TooMuchError(
-                f"it needs more than {self.limit:,.0f} units of work (steps and characters)"
-            )
-        if time.monotonic() > self.deadline:
-            raise _TooMuchError(f"it ran for more than {SECONDS:g} seconds")
-
-    @property
-    def left(self) -> float:
-        return self.limit - self.spent
-
-
-_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 
 @contextmanager
@@ -82,23 +55,20 @@ def bounded_rendering(name: str, *inputs: Any) -> Iterator[None]:
         BadRow: The template rejects these messages.
     """
     _install()
-    limit = UNITS + UNITS_PER_CHARACTER * sum(_size(list(inputs)))
-    token = _budget.set(_Budget(limit))
     try:
-        yield
+        with limited_to_budget(*inputs):
+            yield
     except (TemplateSyntaxError, SyntaxError) as error:
         first, *_ = [*str(error).splitlines(), type(error).__name__]
         raise _refusal(name, f"line {error.lineno}: {first}") from error
     except RecursionError as error:
         raise _refusal(name, "it calls itself without an end, or is nested too deeply") from error
-    except (SecurityError, OverflowError, MemoryError, _TooMuchError) as error:
+    except (SecurityError, OverflowError, MemoryError, TooMuchError) as error:
         raise _refusal(name, str(error) or "it needs more memory than there is") from error
     # Templates reject what their model does not support: a system role, two user turns in a row. They can also fail
     # with almost any exception of Python.
     except Exception as error:
         raise BadRow(f"was rejected by the chat template: {error}", "messages") from error
-    finally:
-        _budget.reset(token)
 
 
 @functools.lru_cache(maxsize=32)
@@ -140,7 +110,7 @@ def _install() -> None:
     original = library._compile_jinja_template
 
     def compile_template(chat_template: str) -> Template:
-        return original(chat_template) if _budget.get() is None else _compiled(chat_template)
+        return _compiled(chat_template) if is_limited() else original(chat_template)
 
     library._compile_jinja_template = compile_template
 
@@ -150,7 +120,7 @@ def _compiled(template: str) -> Template:
     from transformers.utils import chat_template_utils as library
 
     if len(template) > MAX_TEMPLATE:
-        raise _TooMuchError(
+        raise TooMuchError(
             f"it has {len(template):,} characters, and the limit is {MAX_TEMPLATE:,}"
         )
     # An environment of transformers with its filters and tags, made for this template alone.
@@ -178,11 +148,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute a product, power, sum or format after charging for it."""
         if operator == "*":
-            _charge_product(left, right)
+            charge_product(left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _require_small(left.bit_length() * abs(right))
+            require_small(left.bit_length() * abs(right))
         elif operator == "%" and isinstance(left, str | bytes):
-            _charge(_percent_format(left, right))
+            charge(percent_format(left, right))
         return self.admit(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -192,9 +162,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return function(*args)
         if isinstance(owner, str | bytes):
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
-            _charge(_method_work(owner, function.__name__, args, kwargs))
+            charge(method_work(owner, function.__name__, args, kwargs))
         elif isinstance(owner, int):
-            _charge(_whole_numbers(args, kwargs))
+            charge(whole_numbers(args, kwargs))
         return self.admit(super().call(context, function, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -205,34 +175,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(bounded)
         def format_text(*args: Any, **kwargs: Any) -> str:
-            _charge(_brace_format(value.__self__, [*args, kwargs]))
+            charge(brace_format(value.__self__, [*args, kwargs]))
             return bounded(*args, **kwargs)
 
         return format_text
 
     def step(self, units: int) -> None:
         """Charge for one turn of a loop or one call of a macro."""
-        _charge(_STEP + units)
+        charge(STEP + units)
 
     def admit(self, value: Any) -> Any:
         """Charge for a new value. Items that a list repeats count each time."""
-        return _admit(value)
+        return admit(value)
 
     def write(self, value: Any) -> Any:
         """Charge for the text of a value."""
-        _charge(_text_size(value))
+        charge(text_size(value))
         return value
-
-
-def _admit(value: Any) -> Any:
-    if isinstance(value, int):
-        _require_small(value.bit_length())
-    items, characters = _size(value)
-    if items + characters > _left():
-        _charge(items + characters)
-    # The texts in a list exist already.
-    _charge(_STEP + (characters if isinstance(value, str | bytes) else items))
-    return value
 
 
 @pass_context  # without a context, jinja would call it during compilation
@@ -296,150 +255,12 @@ def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(original)
     def bounded(*args: Any, **kwargs: Any) -> Any:
         first, (value, *parameters) = args[:skipped], args[skipped:]
-        if name in _CONSUMING and isinstance(value, Iterator):
+        if name in CONSUMING and isinstance(value, Iterator):
             value = list(value)
-        _charge(_filter_work(name, value, parameters, kwargs))
+        charge(filter_work(name, value, parameters, kwargs))
         result = original(*first, value, *parameters, **kwargs)
         if not isinstance(result, Iterator):
-            _admit(result)
+            admit(result)
         return result
 
     return bounded
-
-
-_WIDTHS = {"ljust", "rjust", "center", "zfill", "batch", "slice", "round", "truncate"}
-"""Methods and filters whose result can be as long as a number in their arguments."""
-_QUADRATIC = {"urlize", "striptags", "wordwrap", "pprint", "xmlattr"}
-"""Filters whose time can grow with the square of the text."""
-_CONSUMING = {"join", "sum"}
-
-
-def _filter_work(name: str, value: Any, parameters: list[Any], options: Mapping[str, Any]) -> float:
-    if name in _WIDTHS:
-        return _whole_numbers(parameters, options)
-    if name == "sum":  # of numbers, unless it starts from a list
-        return _text_size(value) ** 2 if parameters or options else 0
-    if name in _QUADRATIC:
-        return _text_size(value) ** 2
-    if name == "tojson":
-        items, characters = _size(value)
-        return characters + items * (1 + _whole_numbers(parameters, options))
-    if name == "format":
-        return _percent_format(str(value), [*parameters, options])
-    if name in ("replace", "indent", "join", "string", "escape", "e", "forceescape"):
-        size = _text_size(value)
-        _charge(size)
-        arguments = [*parameters, *options.values()]
-        if name == "join":
-            count = len(value) if hasattr(value, "__len__") else size
-            return count * _text_size(arguments)
-        if name == "indent":
-            return (1 + str(value).count("\n")) * (
-                _whole_numbers(arguments, {}) + _text_size(arguments)
-            )
-        if name == "replace" and len(arguments) > 1:
-            return str(value).count(str(arguments[0])) * _text_size(arguments)
-    return 0
-
-
-def _method_work(owner: Any, name: str, args: tuple[Any, ...], options: Mapping[str, Any]) -> float:
-    """Return the units of a method of text that can make a long one."""
-    if name in _WIDTHS:
-        return _whole_numbers(args, options)
-    if name == "expandtabs":
-        return len(owner) * _whole_numbers(args, options)
-    if name == "join":
-        return _text_size(args) + len(owner) * sum(len(a) for a in args if hasattr(a, "__len__"))
-    if name == "replace" and len(args) > 1 and isinstance(args[0], type(owner)):
-        return owner.count(args[0]) * _text_size(args)
-    if name == "translate":
-        return len(owner) * _text_size(args)
-    return 0
-
-
-def _charge_product(left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        _require_small(left.bit_length() + right.bit_length())
-    for text, count in ((left, right), (right, left)):
-        if isinstance(count, int) and hasattr(text, "__len__"):
-            _charge(sum(_size(text)) * max(count, 0))
-
-
-_BRACES = re.compile(r"\{[^{}]*\}")
-_NESTED = re.compile(r"\{[^{}]*:[^{}]*\{")
-_PERCENT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*")
-_DIGITS = re.compile(r"\d+")
-
-
-def _brace_format(text: str, arguments: list[Any]) -> float:
-    if _NESTED.search(text.replace("{{", "")):
-        raise _TooMuchError("it computes the width of a format; write the width as a number")
-    return _format_work(_BRACES.findall(text), text, arguments)
-
-
-def _percent_format(text: str | bytes, arguments: Any) -> float:
-    fields = _PERCENT.findall(text if isinstance(text, str) else text.decode("latin-1"))
-    work = _format_work(fields, text, arguments)
-    if any("*" in f for f in fields):
-        work += _whole_numbers(
-            arguments if isinstance(arguments, list | tuple) else [arguments], {}
-        )
-    return work
-
-
-def _format_work(fields: list[str], text: str | bytes, arguments: Any) -> float:
-    widths = sum(min(int(d[:20]), 10**18) for f in fields for d in _DIGITS.findall(f))
-    return len(text) + widths + len(fields) * _text_size(arguments)
-
-
-def _whole_numbers(args: Any, options: Mapping[str, Any]) -> int:
-    return sum(abs(value) for value in (*args, *options.values()) if isinstance(value, int))
-
-
-def _text_size(value: Any) -> int:
-    return sum(_size(value))
-
-
-_VIEWS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
-
-
-def _size(value: Any) -> tuple[int, int]:
-    """Return the units of the items and of the characters in a nested value, as its text has them.
-
-    Stops above the budget: a list of 40 levels that each repeat the one below has 10^12 items.
-    """
-    if isinstance(value, str | bytes):
-        return _ITEM, len(value)
-    items, characters, left = 0, 0, _left()
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        items += _ITEM
-        if isinstance(value, str | bytes):
-            characters += len(value)
-        elif isinstance(value, dict):
-            todo += value.keys()
-            todo += value.values()
-        elif isinstance(value, _VIEWS):
-            todo += value
-        elif isinstance(value, Namespace):
-            todo.append(value._Namespace__attrs)  # pyright: ignore[reportAttributeAccessIssue]
-        waiting = _ITEM * len(todo)
-        if items + characters + waiting > left:
-            return items + waiting, characters
-    return items, characters
-
-
-def _require_small(bits: int) -> None:
-    if bits > _MAX_BITS:
-        raise _TooMuchError(f"it computes a number of more than {_MAX_BITS:,} bits")
-
-
-def _charge(units: float) -> None:
-    if (budget := _budget.get()) is not None:
-        budget.charge(units)
-
-
-def _left() -> float:
-    budget = _budget.get()
-    return float("inf") if budget is None else budget.left
