@@ -36,7 +36,7 @@ from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
 from lorakit import storage
 from lorakit.adapters.formats.fingerprint import base_record
-from lorakit.evaluation.generate import ending_tokens
+from lorakit.evaluation.generation_settings import ending_tokens
 from lorakit.models.loading import Base, load_base
 from lorakit.serving.folders import Location
 from lorakit.serving.folders import digests_of as content_digests

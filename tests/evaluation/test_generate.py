@@ -12,7 +12,8 @@ import lorakit
 from lorakit.errors import BaseModelError, ConfigurationError, DataError
 from lorakit.evaluation import generate as generating
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generate, generation_config
+from lorakit.evaluation.generate import generate
+from lorakit.evaluation.generation_settings import generation_config
 from lorakit.evaluation.prompt_batches import batch_rule
 from lorakit.evaluation.prompt_cache import PromptCache
 

@@ -539,6 +539,12 @@ def test_unknown_architecture_works_by_name() -> None:
     assert paths(model, "fc") == ["fc"]
 
 
+def test_all_linear_of_a_model_without_linear_layers() -> None:
+    model = Wrapper(body=nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU()))
+    with pytest.raises(TargetError, match=r"no linear layer outside its heads.*it has: 0\."):
+        find_places(model, "all-linear")
+
+
 def test_all_linear_excludes_heads_of_an_unknown_architecture() -> None:
     language, classifier = tiny_models.build("llama"), tiny_models.build("roberta")
     for model in (language, classifier):

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
-    from lorakit.evaluation.generate import ending_tokens, ending_tokens_of_model
+    from lorakit.evaluation.generation_settings import ending_tokens, ending_tokens_of_model
     from lorakit.models.dtype_choice import MERGED
     from lorakit.models.dtypes import dtype_name
     from lorakit.models.loading import set_generation

@@ -12,12 +12,9 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -30,11 +27,12 @@ from lorakit.compute.batching import (
     require_embeddings,
     room_after,
 )
-from lorakit.compute.finite import refuse_nan
 from lorakit.compute.mode import evaluating
 from lorakit.compute.model_input import model_prompts, virtual_tokens_of
 from lorakit.errors import BaseModelError, DataError
 from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.generation_settings import generation_config
+from lorakit.evaluation.processors import NoRepeatedNGrams, RefuseNaN, StopIfInterrupted
 from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.evaluation.prompt_cache import ARGUMENT, PromptCache, empty_cache
 from lorakit.models.sharding import is_sharded
@@ -95,12 +93,63 @@ def generate(
         raise DataError(
             f"The prompts are one text, {prompts[:40]!r}; a list of texts was expected. Write [prompt]."
         )
+    decoding = decoding or Decoding()
+    require_generating(model)
+    settings = generation_config(model, tokenizer, decoding, stop_ids)
+    ids = encoded(model, tokenizer, prompts, decoding.new_tokens)
+    batches = Batches(model, model_prompts(model, tokenizer, ids), decoding.new_tokens)
+    generator = Generator(
+        model, settings, decoding, streamer=streamer, interrupted=interrupted, cache=cache
+    )
+    batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
+    texts = [""] * len(ids)
+
+    def generate_from(start: int) -> int:
+        """Continue the prompts of a batch, and return their number."""
+        batch = batches.at(start, batch_size.size)
+        new_tokens = generator.continued([batches.prompts[i] for i in batch])
+        for i, new in zip(batch, new_tokens, strict=True):
+            is_one_text = is_continuation or isinstance(prompts[i], str)
+            before = ids[i] if is_one_text and not model.config.is_encoder_decoder else []
+            texts[i] = continuation_text(tokenizer, before, new)
+            if len(new) == decoding.new_tokens:
+                on_cut(i)
+        return len(batch)
+
+    done = 0
+    devices = (parameter.device for parameter in model.parameters())
+    with only_settings(model, settings), evaluating(model), seeded(decoding.seed or 0, devices):
+        while done < len(ids):
+            done += batch_size.fit(
+                functools.partial(generate_from, done),
+                lengths=[len(batches.prompts[i]) for i in batches.at(done, batch_size.size)],
+                during="generation",
+            )
+            if progress:
+                progress(done)
+    return texts
+
+
+def require_generating(model: PreTrainedModel) -> None:
+    """Raise a BaseModelError for a model that cannot generate text."""
     if not model.can_generate():
         raise BaseModelError(
             f"A {type(model).__name__} cannot generate text. Score its predictions with lorakit evaluate, or use a "
             "base with a language-modelling head or the adapter of a text task."
         )
-    decoding = decoding or Decoding()
+
+
+def encoded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+) -> list[list[int]]:
+    """Return the token ids of each prompt.
+
+    Raises:
+        DataError: A prompt is empty, or too long for the model's context.
+    """
     ids = [
         prompt_input(model, tokenizer, prompt_ids(tokenizer, prompt))
         if isinstance(prompt, str)
@@ -109,88 +158,95 @@ def generate(
     ]
     if [] in ids:
         raise DataError(f"Prompt {ids.index([]) + 1} is empty; it must have at least one token.")
-    require_embeddings(model, ((f"Prompt {n}", prompt) for n, prompt in enumerate(ids, start=1)))
-    encodes = model.config.is_encoder_decoder
-    before = [
-        own if (is_continuation or isinstance(prompt, str)) and not encodes else []
-        for prompt, own in zip(prompts, ids, strict=True)
-    ]
-    settings = generation_config(model, tokenizer, decoding, stop_ids)
-    require_room(
-        model, ((f"Prompt {n}", own) for n, own in enumerate(ids, start=1)), settings.max_new_tokens
-    )
-    ids = model_prompts(model, tokenizer, ids)  # with the adapter's virtual tokens
-    ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
-    stopping = StoppingCriteriaList([StopIfInterrupted(interrupted)] if interrupted else [])
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    texts = [""] * len(ids)
-    synced = any(map(is_sharded, model.parameters())) or None  # None: transformers decides
-    batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
+    named = [(f"Prompt {number}", prompt) for number, prompt in enumerate(ids, start=1)]
+    require_embeddings(model, named)
+    require_room(model, named, new_tokens)
+    return ids
 
-    def processors(start: int) -> LogitsProcessorList:
-        ngrams = decoding.no_repeat_ngram
-        bans = [NoRepeatedNGrams(ngrams, start)] if ngrams else []
-        return LogitsProcessorList([RefuseNaN(model), *bans])
 
-    short = pretraining_length(model)
+class Batches:
+    """Prompts in batches: sorted by length, so that batches have little padding, and only such as can share one."""
 
-    def can_share(first: int, other: int) -> bool:
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> None:
+        self.prompts = prompts
+        self._model, self._new_tokens = model, new_tokens
+        self._order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+
+    def at(self, start: int, size: int) -> list[int]:
+        """Return which prompts are in the batch of at most `size` after `start` shorter ones."""
+        first, *others = self._order[start : start + size]
+        return [first, *itertools.takewhile(functools.partial(self._can_share, first), others)]
+
+    def _can_share(self, first: int, other: int) -> bool:
         """Return whether a prompt can be in the batch of a prompt that is not longer."""
-        length = len(ids[other])
+        length, short = len(self.prompts[other]), pretraining_length(self._model)
         # transformers takes LongRoPE's factors for a whole batch from its longest row.
-        if short is not None and length + decoding.new_tokens > short:
+        if short is not None and length + self._new_tokens > short:
             return False
-        return batch_rule(model, notify).can_share(len(ids[first]), length)
+        rule = batch_rule(self._model, self._notify)
+        return rule.can_share(len(self.prompts[first]), length)
 
-    def notify(notice: str) -> None:
-        _LOG.warning("%s: %s.", type(model).__name__, notice)
+    def _notify(self, notice: str) -> None:
+        _LOG.warning("%s: %s.", type(self._model).__name__, notice)
 
-    def batch_at(start: int) -> list[int]:
-        first, *others = order[start : start + batch_size.size]
-        return [first, *itertools.takewhile(functools.partial(can_share, first), others)]
 
-    def generate_from(start: int) -> int:
-        """Continue the prompts of a batch, and return their number."""
-        batch = batch_at(start)
-        inputs: dict[str, Any] = padded(model, [ids[i] for i in batch], settings.pad_token_id)
+class Generator:
+    """Continues batches of prompts, all with the same settings."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: GenerationConfig,
+        decoding: Decoding,
+        *,
+        streamer: BaseStreamer | None,
+        interrupted: Callable[[], bool] | None,
+        cache: PromptCache | None,
+    ) -> None:
+        self._model, self._settings = model, settings
+        self._ngrams = decoding.no_repeat_ngram
+        self._streamer, self._cache = streamer, cache
+        self._stopping = StoppingCriteriaList(
+            [StopIfInterrupted(interrupted)] if interrupted else []
+        )
+        # With None, transformers decides.
+        self._synced = any(map(is_sharded, model.parameters())) or None
+
+    def continued(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the new tokens after each prompt, up to an end token."""
+        model, settings = self._model, self._settings
+        inputs: dict[str, Any] = padded(model, prompts, settings.pad_token_id)  # type: ignore[arg-type]
         # An encoder-decoder starts with one token of its own.
-        before_new = 1 if encodes else inputs["input_ids"].shape[1]
-        past = None
-        if cache:
-            past = cache.take(model, ids[batch[0]])
-        elif settings.num_beams != 1 and not synced:
-            past = computed_prompts(model, inputs, settings)
+        start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        past = self._past(prompts, inputs)
         if past is not None:
             inputs[ARGUMENT] = past
+        bans = [NoRepeatedNGrams(self._ngrams, start)] if self._ngrams else []
         outputs = model.generate(  # type: ignore[operator]
             **inputs,
             generation_config=settings,
-            logits_processor=processors(before_new),
-            stopping_criteria=stopping,
-            streamer=streamer,
-            synced_gpus=synced,
+            logits_processor=LogitsProcessorList([RefuseNaN(model), *bans]),
+            stopping_criteria=self._stopping,
+            streamer=self._streamer,
+            synced_gpus=self._synced,
         )
-        if cache and past is not None:
-            cache.keep(past, outputs[0].tolist())
-        for i, row in zip(batch, outputs[:, before_new:].tolist(), strict=True):
-            new = list(itertools.takewhile(lambda token: token not in ends, row))
-            texts[i] = continuation_text(tokenizer, before[i], new)
-            if len(new) == settings.max_new_tokens:
-                on_cut(i)
-        return len(batch)
+        if self._cache and past is not None:
+            self._cache.keep(past, outputs[0].tolist())
+        ends = set(settings.eos_token_id or ())  # type: ignore[arg-type]  # a list here
+        return [
+            list(itertools.takewhile(lambda token: token not in ends, row))
+            for row in outputs[:, start:].tolist()
+        ]
 
-    done = 0
-    devices = (parameter.device for parameter in model.parameters())
-    with only_settings(model, settings), evaluating(model), seeded(decoding.seed or 0, devices):
-        while done < len(order):
-            done += batch_size.fit(
-                functools.partial(generate_from, done),
-                lengths=[len(ids[i]) for i in batch_at(done)],
-                during="generation",
-            )
-            if progress:
-                progress(done)
-    return texts
+    def _past(
+        self, prompts: list[list[int]], inputs: dict[str, torch.Tensor]
+    ) -> DynamicCache | None:
+        """Return the keys and values of the start of each prompt, if they are known or cost less than in `generate`."""
+        if self._cache:
+            return self._cache.take(self._model, prompts[0])
+        if self._settings.num_beams == 1 or self._synced:
+            return None
+        return computed_prompts(self._model, inputs, self._settings)
 
 
 def computed_prompts(
@@ -239,111 +295,3 @@ def require_room(
                 f"{where} has {len(prompt)} tokens{and_virtual}; with max_new_tokens {new_tokens} that exceeds the "
                 f"model's context of {context}. Shorten the prompt or lower max_new_tokens."
             )
-
-
-def generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    decoding: Decoding,
-    stop_ids: Sequence[int],
-) -> GenerationConfig:
-    """Return the generation configuration, with only the start and end tokens and `token_rules` of the model.
-
-    `stop_ids` end a text too. Other defaults of a model would give the same settings different meanings on different
-    models.
-    """
-    own = model.generation_config
-    assert own is not None  # every model with generate() has one
-    ends = list(dict.fromkeys([*ending_tokens(model, tokenizer), *stop_ids]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    samples, beams = bool(decoding.temperature), decoding.beams or 1
-    penalty = 1.0 if decoding.length_penalty is None else decoding.length_penalty
-    return GenerationConfig(
-        max_new_tokens=decoding.new_tokens,
-        do_sample=samples,
-        temperature=decoding.temperature if samples else None,
-        top_p=(decoding.top_p or 1.0) if samples else None,
-        top_k=(decoding.top_k or 0) if samples else None,
-        num_beams=beams,
-        length_penalty=penalty if beams > 1 else None,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-        use_cache=True,
-        **token_rules(model),
-    )
-
-
-def token_rules(model: PreTrainedModel) -> dict[str, Any]:
-    """Return which tokens a model's generation configuration forces and bans, without tokens that it does not have.
-
-    Texts need these settings: some models give a high score to a token that must not be generated, such as Marian to
-    its padding token.
-    """
-    # Classifiers have no generation configuration.
-    own = getattr(model, "generation_config", None) or GenerationConfig()
-    forced, known = own.forced_bos_token_id, range(model.config.get_text_config().vocab_size)
-    rules = {
-        "forced_bos_token_id": forced if forced in known else None,
-        "suppress_tokens": [t for t in own.suppress_tokens or () if t in known],
-        "begin_suppress_tokens": [t for t in own.begin_suppress_tokens or () if t in known],
-        "bad_words_ids": [
-            word for word in own.bad_words_ids or () if all(t in known for t in word)
-        ],
-    }
-    return {name: value for name, value in rules.items() if value not in (None, [])}
-
-
-def ending_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a text: those of the model's generation configuration, then the tokenizer's."""
-    ends = ending_tokens_of_model(model)
-    if tokenizer.eos_token_id is not None:
-        ends.append(int(tokenizer.eos_token_id))  # type: ignore[arg-type]
-    return list(dict.fromkeys(ends))
-
-
-def ending_tokens_of_model(model: PreTrainedModel) -> list[int]:
-    """Return the tokens that end a text by the model's generation configuration."""
-    config = getattr(model, "generation_config", None)  # classifiers have none
-    end = None if config is None else config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-class StopIfInterrupted(StoppingCriteria):
-    """Ends the generation of all rows once a function returns True."""
-
-    def __init__(self, interrupted: Callable[[], bool]) -> None:
-        self.interrupted = interrupted
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
-        """Return for each row (B) whether its text ends."""
-        return torch.full((len(input_ids),), self.interrupted(), device=input_ids.device)
-
-
-class RefuseNaN(LogitsProcessor):
-    """Raises a BaseModelError if the scores of a step are NaN, which decoding would turn into some token."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores (B, V) unchanged."""
-        refuse_nan(self.model, scores)
-        return scores
-
-
-class NoRepeatedNGrams(LogitsProcessor):
-    """Bans tokens that would repeat an n-gram of the new text.
-
-    The processor of transformers also counts the n-grams of the prompt, whose names and numbers a text has to repeat.
-    """
-
-    def __init__(self, size: int, start: int) -> None:
-        """Ban n-grams of `size` tokens after the first `start` tokens of each row."""
-        self.start = start
-        self.ban = NoRepeatNGramLogitsProcessor(size)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores (B, V) with minus infinity at banned tokens."""
-        return self.ban(input_ids[:, self.start :], scores)  # type: ignore[arg-type]

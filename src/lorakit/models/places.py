@@ -267,11 +267,15 @@ def _no_such_role(model: nn.Module, modules: list[LocatedModule], entry: str) ->
             f"{', '.join(role for role in ROLES if role in present)}."
         )
     names = [name for name in names_of_adaptable(modules) if "." not in name]
+    has = f"it has: {', '.join(names) or 'no layer that can be adapted'}."
+    if entry == ALL_LINEAR:
+        raise TargetError(
+            f"{kind} has no linear layer outside its heads. Write module names; {has}"
+        )
     has_experts = any(is_stacked_experts(at.path, at.module) for at in modules)
     instead = "module names" if has_experts else "'all-linear' or module names"
     raise TargetError(
-        f"Roles such as '{entry}' are not known for the architecture {kind}. Write {instead} instead; it "
-        f"has: {', '.join(names) or 'no layer that can be adapted'}."
+        f"Roles such as '{entry}' are not known for the architecture {kind}. Write {instead} instead; {has}"
     )
 
 

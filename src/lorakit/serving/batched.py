@@ -23,7 +23,7 @@ from transformers import (
 
 from lorakit.compute.batching import prompt_input
 from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generate import generation_config, token_rules
+from lorakit.evaluation.generation_settings import generation_config, token_rules
 from lorakit.evaluation.prompt_batches import batch_rule, only_settings, padded
 from lorakit.serving.answer import Answer
 from lorakit.serving.context import context_of

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lorakit.data.batches import padded_rows
-from lorakit.evaluation.generate import ending_tokens, token_rules
+from lorakit.evaluation.generation_settings import ending_tokens, token_rules
 from lorakit.serving.engine import Sampling, Token
 
 FEW = 1024

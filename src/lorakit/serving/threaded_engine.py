@@ -26,7 +26,7 @@ from lorakit.compute.batching import require_embeddings
 from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.compute.mode import evaluating
 from lorakit.errors import DataError, is_out_of_memory
-from lorakit.evaluation.generate import ending_tokens_of_model
+from lorakit.evaluation.generation_settings import ending_tokens_of_model
 from lorakit.serving.answer import Answer
 from lorakit.serving.engine import (
     EngineStatus,

@@ -157,6 +157,8 @@ class LoRA(TrainsModules):
         from lorakit.models.layers import is_inside
         from lorakit.models.roles import resolve_targets
 
+        if self.bias == "none" and not self.train_modules:
+            return []  # finding the targets again would take a quarter of the time of `attach`
         adapted = {place.path for place in resolve_targets(model, self.targets)}
         paths = modules_named(model, self.train_modules)
         for layer in sorted(adapted):
