@@ -154,7 +154,7 @@ _EXPERTS: dict[str, Any] = {
 }
 _EXPERT_RELATIVES = (
     *("Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "MiniMaxM2", "Glm4Moe", "Ernie4_5_Moe"),
-    *("ExaoneMoe", "GraniteMoe", "HunYuanMoEV1", "SolarOpen"),
+    *("ExaoneMoe", "GraniteMoe", "HunYuanMoEV1", "SolarOpen", "FlexOlmo", "Cohere2Moe", "Mellum"),
 )
 _FALCON: dict[str, Any] = {
     **_IDS,
@@ -166,9 +166,19 @@ _FALCON: dict[str, Any] = {
 RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
     **{
         name: _config(f"{name}Config", **_ENCODER)
-        for name in ("XLMRoberta", "XLMRobertaXL", "Camembert", "RobertaPreLayerNorm")
+        for name in (
+            *("XLMRoberta", "XLMRobertaXL", "Camembert", "RobertaPreLayerNorm", "Data2VecText"),
+            *("Ernie", "BertGeneration", "LayoutLM", "RoCBert", "MegatronBert", "BioGpt"),
+        )
     },
     "Electra": _config("ElectraConfig", **_ENCODER, embedding_size=16),
+    "RoFormer": _config("RoFormerConfig", **_ENCODER, embedding_size=16),
+    "RemBert": _config("RemBertConfig", **_ENCODER, input_embedding_size=16),
+    "BigBird": _config("BigBirdConfig", **_ENCODER, attention_type="original_full"),
+    "Nystromformer": _config("NystromformerConfig", **_ENCODER, num_landmarks=64),
+    "Esm": _config("EsmConfig", **_ENCODER, mask_token_id=VOCABULARY - 1),
+    "NomicBert": _config("NomicBertConfig", **_ENCODER),
+    "Gte": _config("GteConfig", **_ENCODER),
     "ModernBert": _config("ModernBertConfig", **_ENCODER, local_attention=4),
     "GPTNeo": _config(
         "GPTNeoConfig",
@@ -192,7 +202,8 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
         for name in (
             *("Ministral3", "StableLm", "SeedOss", "Cohere", "Cohere2", "Olmo", "Olmo3", "Exaone4"),
             *("Helium", "Ernie4_5", "Glm", "Glm4", "Starcoder2", "Ministral", "VaultGemma"),
-            *("HunYuanDenseV1", "Cwm", "Arcee", "Nemotron", "Apertus", "Jais2"),
+            *("HunYuanDenseV1", "Cwm", "Arcee", "Nemotron", "Apertus", "Jais2", "Exaone"),
+            *("InternLM3", "HyperCLOVAX", "BitNet", "DiffLlama", "GraniteSWA", "EuroBert"),
         )
     },
     "Gemma4Text": _config(
@@ -209,8 +220,16 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
     "UMT5": _config("UMT5Config", **_T5),
     "T5 without gates": _config("T5Config", **_T5, feed_forward_proj="relu"),
     **{
-        name: _config(f"{name}Config", **_BART) for name in ("MBart", "M2M100", "Marian", "Pegasus")
+        name: _config(f"{name}Config", **_BART)
+        for name in (
+            *("MBart", "M2M100", "Marian", "Pegasus", "Mvp", "PLBart"),
+            *("BlenderbotSmall", "Blenderbot"),
+        )
     },
+    "Whisper": _config(
+        "WhisperConfig", **_BART, num_mel_bins=8, max_source_positions=8, max_target_positions=64
+    ),
+    "XGLM": _config("XGLMConfig", **_IDS, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4),
     "CLIPTextModel": _config("CLIPTextConfig", **_ENCODER),
     "CLIPVisionModel": _config(
         "CLIPVisionConfig",
@@ -312,6 +331,10 @@ def example_batch(
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    decoder_input_ids = torch.randint(EOS + 1, VOCABULARY, (2, 5), generator=generator)
+    if model.main_input_name == "input_features":
+        features = torch.randn(2, 8, 16, generator=generator)
+        return {"input_features": features, "decoder_input_ids": decoder_input_ids}
     input_ids = torch.randint(EOS + 1, VOCABULARY, (2, 7), generator=generator)
     input_ids[:, -1] = EOS
     attention_mask = torch.ones_like(input_ids)
@@ -321,7 +344,7 @@ def example_batch(
     if model.config.is_encoder_decoder and not type(model).__name__.endswith(
         "SequenceClassification"
     ):
-        batch["decoder_input_ids"] = torch.randint(EOS + 1, VOCABULARY, (2, 5), generator=generator)
+        batch["decoder_input_ids"] = decoder_input_ids
     if getattr(model.config, "add_cross_attention", False):
         batch["encoder_hidden_states"] = torch.randn(2, 5, 32, generator=generator)
     return batch

@@ -59,7 +59,8 @@ def test_listed_roles_exist_and_listed_layers_are_called(arch: str) -> None:
     with torch.no_grad():
         model(**tiny_models.example_batch(arch, model))
     adaptable = {at.path for at in walk(model) if why_not_adaptable(at.module) is None}
-    assert _paths(listed) == adaptable & called
+    # ESM has this head for `predict_contacts` alone.
+    assert _paths(listed) - {"contact_head.regression"} == adaptable & called
 
 
 def _paths(listed: TargetList) -> set[str]:

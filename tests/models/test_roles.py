@@ -51,7 +51,11 @@ EVERY_MODEL = [*tiny_models.ARCHITECTURES, *tiny_models.RELATIVES]
 
 # Blocks of the tiny model, and attention modules in them: encoder, decoder, cross-attention.
 BLOCKS = dict.fromkeys(EVERY_MODEL, 2) | dict.fromkeys(
-    ["t5", "bart", "MT5", "UMT5", "T5 without gates", "MBart", "M2M100", "Marian", "Pegasus"], 4
+    [
+        *("t5", "bart", "MT5", "UMT5", "T5 without gates", "MBart", "M2M100", "Marian", "Pegasus"),
+        *("Mvp", "PLBart", "BlenderbotSmall", "Blenderbot", "Whisper"),
+    ],
+    4,
 )
 CROSS_ATTENTIONS = dict.fromkeys([name for name in BLOCKS if BLOCKS[name] == 4], 2) | dict.fromkeys(
     ["Bert with cross-attention", "GPT2 with cross-attention"], 2
@@ -60,7 +64,8 @@ GATED = {
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3", "phi3"),
     *("granite", "olmo2", "t5", "ModernBert", "Ministral3", "StableLm", "SeedOss", "Cohere"),
     *("Cohere2", "Olmo", "Olmo3", "Exaone4", "Helium", "Ernie4_5", "Glm", "Glm4", "MT5", "UMT5"),
-    *("Ministral", "VaultGemma", "HunYuanDenseV1", "Cwm", "Gemma4Text"),
+    *("Ministral", "VaultGemma", "HunYuanDenseV1", "Cwm", "Gemma4Text", "Exaone", "InternLM3"),
+    *("HyperCLOVAX", "BitNet", "DiffLlama", "GraniteSWA", "EuroBert", "NomicBert", "Gte"),
     "Phi3 with a wide head",
 }
 

@@ -118,13 +118,17 @@ _BART_LAYERS = {**_attention("self_attn", "encoder_attn", o="out_proj"), "fc1": 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
-        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
+        model_types=(
+            *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec-text"),
+            *("bert-generation", "big_bird", "layoutlm", "nystromformer", "rembert", "roc_bert"),
+            "roformer",
+        ),
         layers=_BERT_LAYERS,
         dropouts=_BERT_DROPOUTS,
         output_norm="output.LayerNorm",
     ),
     Architecture(
-        model_types=("xlm-roberta-xl", "roberta-prelayernorm"),
+        model_types=("xlm-roberta-xl", "roberta-prelayernorm", "megatron-bert", "esm"),
         layers=_BERT_LAYERS,
         dropouts=_BERT_DROPOUTS,
     ),
@@ -223,12 +227,31 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             *("llama", "mistral", "ministral", "ministral3", "smollm3", "stablelm", "seed_oss"),
             *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "vaultgemma"),
             *("cohere", "cohere2", "granite", "olmo", "olmo2", "olmo3", "exaone4", "helium"),
-            *("ernie4_5", "hunyuan_v1_dense", "cwm"),
+            *(
+                "ernie4_5",
+                "hunyuan_v1_dense",
+                "cwm",
+                "exaone",
+                "internlm3",
+                "hyperclovax",
+                "bitnet",
+            ),
+            *("diffllama", "granite_swa", "eurobert"),
             *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "glm4_moe"),
             *("ernie4_5_moe", "exaone_moe", "granitemoe", "hunyuan_v1_moe", "solar_open"),
+            *("flex_olmo", "cohere2_moe", "mellum"),
         ),
         # Blocks with experts lack the latter, and with them the whole model has no roles of the MLP (`places`).
         layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
+    ),
+    Architecture(
+        model_types=("nomic_bert", "gte"),
+        layers={**_LLAMA_ATTENTION, **_LLAMA_MLP},
+        dropouts={
+            "self_attn.o_proj": "post_attention_dropout",
+            "mlp.down_proj": "post_mlp_dropout",
+        },
+        output_norm="post_mlp_layernorm",
     ),
     Architecture(
         model_types=("arcee", "nemotron", "apertus", "jais2"),
@@ -259,11 +282,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
     ),
     Architecture(
-        model_types=("bart", "marian", "opt"),
+        model_types=("bart", "marian", "opt", "mvp", "plbart", "blenderbot-small"),
         layers=_BART_LAYERS,
         output_norm="final_layer_norm",
     ),
-    Architecture(model_types=("mbart", "m2m_100", "pegasus"), layers=_BART_LAYERS),
+    Architecture(
+        model_types=("mbart", "m2m_100", "pegasus", "blenderbot", "whisper", "xglm", "biogpt"),
+        layers=_BART_LAYERS,
+    ),
     Architecture(model_types=("vit",), layers={**_attention("attention"), **_FC_MLP}),
     Architecture(
         model_types=("clip_text_model", "clip_vision_model"),
