@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from random_adapters import randomise
 from tiny_models import logits_with_cache
 from torch import Tensor
@@ -379,3 +380,22 @@ def test_generate_gives_the_same_tokens():
     assert stacked_layers(adapters)
     with layer_by_layer():
         assert torch.equal(found, model.generate(PROMPT, pad_token_id=0, **options))
+
+
+def test_a_model_whose_layers_are_all_recurrent():
+    """Its cache counts no tokens."""
+    config = transformers.MambaConfig(
+        hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=99
+    )
+    model: Any = transformers.MambaForCausalLM(config).eval()
+    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), name="a")
+    randomise(adapters, "a")
+    model.double()
+    options: dict = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(PROMPT, **options)
+    assert stacked_layers(adapters)
+    adapters.merge()
+    merged = model.generate(PROMPT, **options)
+    assert torch.equal(found.sequences, merged.sequences)
+    torch.testing.assert_close(found.logits, merged.logits)

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import tiny_models
 import torch
+import transformers
 from peft import PrefixTuningConfig, get_peft_model
 from random_adapters import randomise
 from tiny_models import logits_with_cache, tensors_of
@@ -304,3 +305,24 @@ def test_placing() -> None:
     assert tokens.place([1, 7], keep=1, prompt=0) == [1, P, Q, X, 7]
     assert tokens.place([-100, 8, 9], prompt=1, fill=-100) == [-100, -100, -100, -100, 8, 9]
     assert tokens.total == 3
+
+
+def test_generation_by_a_model_whose_layers_are_all_recurrent():
+    """Its cache counts no tokens."""
+    config = transformers.MambaConfig(
+        hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=99
+    )
+    model = transformers.MambaForCausalLM(config).eval().double()
+    adapters = attach(model, PrefixEmbedding(prefix_length=3))
+    ids = placed(adapters.virtual_tokens)
+    result = model.generate(
+        ids,
+        max_new_tokens=5,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    expected = logits(model, result.sequences[:, :-1])[:, ids.shape[1] - 1 :]
+    torch.testing.assert_close(torch.stack(result.logits, 1), expected)

@@ -19,6 +19,7 @@ from lorakit.adapters.choice import Choice
 from lorakit.adapters.row_factors import RowFactors
 from lorakit.adapters.stacked_products import SharedInput
 from lorakit.adapters.stacks import Arrangement, Stacks
+from lorakit.models.past import has_past
 
 FEW_TOKENS = 32
 """The most tokens of a decoding step with the same adapters for all. More are faster in the dtype of the base than in
@@ -130,7 +131,7 @@ def _shape_of_step(choice: Choice, x: Tensor, kwargs: dict[str, Any]) -> torch.S
 def _continues(kwargs: dict[str, Any]) -> bool:
     """Return whether a forward pass has a cache with tokens of earlier ones."""
     cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-    return cache is not None and cache.get_seq_length() > 0
+    return cache is not None and has_past(cache)
 
 
 def _input(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -21,6 +21,7 @@ from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTok
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
 from lorakit.models.layers import ADAPTERS, base_modules, by_token, submodule
+from lorakit.models.past import has_past
 from lorakit.ops.rows import gather_rows
 
 INIT_STD = 0.02
@@ -97,7 +98,7 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     adapters = _embedding_adapters(backbone)
     # The name of the cache argument differs between architectures.
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-    is_first = not any(cache.get_seq_length() for cache in caches)
+    is_first = not any(map(has_past, caches))
     adapters.activation.state = PassState(is_first)
     if kwargs.get("inputs_embeds") is not None and _needs_vectors(
         adapters, adapters.activation.now.choice
