@@ -327,6 +327,29 @@ def test_sequence_to_sequence_loss_is_the_models_own(arch: str) -> None:
     torch.testing.assert_close(mean, model(**batch).loss)
 
 
+def test_a_model_that_does_not_shift_its_labels() -> None:
+    """Given labels, FSMT's decoder reads the input of the encoder."""
+    config = transformers.FSMTConfig(
+        **{f"{part}_vocab_size": tiny_models.VOCABULARY for part in ("src", "tgt")},
+        **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 16 for part in ("encoder", "decoder")},
+        d_model=16,
+        pad_token_id=tiny_models.PAD,
+        eos_token_id=tiny_models.EOS,
+        decoder_start_token_id=tiny_models.EOS,
+    )
+    model = transformers.FSMTForConditionalGeneration(config).eval()
+    labels = torch.tensor([[5, 7, 9, tiny_models.EOS], [8, tiny_models.EOS, -100, -100]])
+    before = torch.tensor([[tiny_models.EOS, 5, 7, 9], [tiny_models.EOS, 8, tiny_models.EOS, 0]])
+    inputs = torch.randint(3, tiny_models.VOCABULARY, (2, 6))
+    batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
+    logits = model(input_ids=inputs, decoder_input_ids=before, use_cache=False).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(SequenceToSequenceLoss().loss_sum(model, batch), expected)
+    assert labels[1, 2] == -100
+
+
 def test_classification_and_regression_losses_are_the_models_own() -> None:
     model = tiny_models.build("bert")
     batch = tiny_models.example_batch("bert", model)

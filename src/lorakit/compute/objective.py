@@ -140,10 +140,24 @@ class SequenceToSequenceLoss:
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
-        targets = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
-        # The model shifts the labels into decoder inputs. Its own loss is a mean and not used.
-        logits = model(**batch, use_cache=False).logits[targets]
-        return _cross_entropy_sum(logits, batch["labels"][targets], self.label_smoothing)
+        labels = batch["labels"]
+        targets = (labels != IGNORED).nonzero(as_tuple=True)
+        logits = model(**_with_decoder_inputs(model, batch), use_cache=False).logits[targets]
+        return _cross_entropy_sum(logits, labels[targets], self.label_smoothing)
+
+
+def _with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch with the labels as inputs of the decoder, one place later, if the model can shift them.
+
+    Given labels, a model shifts them itself (FSMT takes the inputs of the encoder instead), and computes a loss that
+    nobody reads.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        return batch
+    # FSMT writes into the labels.
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return {**inputs, "decoder_input_ids": shift(batch["labels"].clone())}
 
 
 @dataclass(kw_only=True)
