@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -163,6 +164,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(folder)
     (notice,) = load_base(folder, task="sequence-classification").notices
     assert "150 ids, but the model only 99 embeddings" in notice
+
+
+def test_a_model_without_one_table_of_embeddings(tmp_path: Path) -> None:
+    """CANINE hashes characters into several tables, and transformers names none of them."""
+    folder = save(tmp_path / "base", "bert")
+    config = transformers.CanineConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = transformers.CanineForSequenceClassification(config)
+    model.save_pretrained(folder)
+    base = load_base(folder, dtype="float32", task="sequence-classification", num_labels=2)
+    assert base.model.config.pad_token_id == 0
+    assert base.notices == []
 
 
 # --- new heads ----------------------------------------------------------------------------------

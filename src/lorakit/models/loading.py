@@ -16,7 +16,7 @@ from lorakit.formatting import listed
 from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
-from lorakit.models.heads import classification_head
+from lorakit.models.heads import classification_head, input_embeddings
 from lorakit.models.layers import is_inside
 from lorakit.models.locating import Located, locate, read_config
 from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
@@ -327,7 +327,7 @@ def set_padding(base: Base) -> None:
         return
     config = model.config.get_text_config()
     ids = 1 + max(tokenizer.get_vocab().values())
-    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", ids)
+    embeddings = getattr(input_embeddings(model), "num_embeddings", ids)
     found = []
     if ids > embeddings:
         found.append(
