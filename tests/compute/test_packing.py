@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -305,6 +306,20 @@ def test_these_do_not_and_say_why(arch, kind):
     choice = choose_computation(model, TEXT, training=True, packing=True)
     assert not choice.packed
     assert choice.note == f"batches padded, not packed: {kind} counts positions by row"
+
+
+@pytest.mark.parametrize("name", ["Lfm2", "Qwen3Next", "Bamba", "FalconH1"])
+def test_a_convolution_over_tokens_is_not_packed(name):
+    """A trial compares hidden states, in which a small convolution does not show."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_n_groups": 1}
+    layers = {"layer_types": ["conv", "full_attention"] * 2} if name == "Lfm2" else {}
+    config = getattr(transformers, f"{name}Config")(**sizes, **layers, **mamba, num_experts=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    choice = choose_computation(model, TEXT, training=True, packing=True)
+    assert not choice.packed
+    assert re.fullmatch(r"batches padded, .*conv.* reads the tokens beside each token", choice.note)
 
 
 def decoder(config_class, dtype, **settings):

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit.compute.batching import collator
@@ -34,7 +35,9 @@ from lorakit.compute.trials import (
 )
 from lorakit.data import DataTask
 from lorakit.models.heads import backbone_of
+from lorakit.models.layers import walk
 from lorakit.models.loading import Base
+from lorakit.models.places import name_in_block
 from lorakit.tasks import Example, LanguageExample
 
 POSITIONS_BY_ROW = ("bloom", "falcon", "gpt_neo", "mpt")
@@ -175,7 +178,26 @@ def _why_padded(model: PreTrainedModel, task: DataTask, *, packing: bool) -> str
         return "batches padded"
     if model.config.model_type in POSITIONS_BY_ROW:
         return f"batches padded, not packed: {model.config.model_type} counts positions by row"
+    if path := _convolution(model):
+        return f"batches padded, not packed: '{path}' reads the tokens beside each token"
     parameters = inspect.signature(backbone_of(model).forward).parameters
     if not {"position_ids", "attention_mask"} <= parameters.keys():
         return "batches padded, not packed: the model takes no position ids"
     return None
+
+
+def _convolution(model: PreTrainedModel) -> str | None:
+    """Return the path of a convolution over tokens in the model's blocks (LFM2, Mamba); None without one.
+
+    No mask keeps it from the end of the example before. A trial of a few tokens can miss that: in bfloat16 it is
+    smaller than what rounding changes elsewhere.
+    """
+    text = model.config.get_text_config()
+    return next(
+        (
+            at.path
+            for at in walk(model)
+            if isinstance(at.module, nn.Conv1d) and at.config is text and name_in_block(at.path)
+        ),
+        None,
+    )
