@@ -544,6 +544,21 @@ def test_unknown_architecture_works_by_name() -> None:
     assert paths(model, "fc") == ["fc"]
 
 
+def test_the_layers_beside_stacked_experts_are_named() -> None:
+    """Not the gate of the shared expert: it has one output, which the default rank does not fit."""
+    config = transformers.Qwen3NextConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_experts=4, vocab_size=99
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TargetError, match=r"stacked tensors.* Name the layers .*: ") as error:
+        find_places(model, "all-linear")
+    names = str(error.value).rpartition("it has: ")[2].rstrip(".").split(", ")
+    assert "out_proj" in names
+    assert "shared_expert_gate" not in names
+    assert len(resolve_targets(model, names)) > len(names)
+
+
 def test_all_linear_of_a_model_without_linear_layers() -> None:
     model = Wrapper(body=nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU()))
     with pytest.raises(TargetError, match=r"no linear layer outside its heads.*it has: 0\."):

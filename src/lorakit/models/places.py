@@ -218,8 +218,11 @@ def _check_adaptable(
         if roles & set(MLP_ROLES) and is_stacked_experts(path, module):
             instead = "Write 'attention', or name other modules."
             if architecture is None:
-                others = _further_linear_places(model, modules, set())
-                names = dict.fromkeys(place.path.rpartition(".")[2] for place in others)
+                linear = {at.path: at.module for at in modules if is_linear(at.module)}
+                others = [place.path for place in _further_linear_places(model, modules, set())]
+                # Without gates of one output, which no rank above 1 fits.
+                wide = [other for other in others if min(weight_shape(linear[other])) > 1]
+                names = dict.fromkeys(other.rpartition(".")[2] for other in wide)
                 instead = (
                     f"Name the layers to adapt; it has: {', '.join(names) or 'no linear layer'}."
                 )
