@@ -142,11 +142,11 @@ class SequenceToSequenceLoss:
         """Return the sum of the target tokens' cross-entropies, a float32 scalar."""
         labels = batch["labels"]
         targets = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = model(**_with_decoder_inputs(model, batch), use_cache=False).logits[targets]
+        logits = model(**with_decoder_inputs(model, batch), use_cache=False).logits[targets]
         return _cross_entropy_sum(logits, labels[targets], self.label_smoothing)
 
 
-def _with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
+def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
     """Return a batch with the labels as inputs of the decoder, one place later, if the model can shift them.
 
     Given labels, a model shifts them itself (FSMT takes the inputs of the encoder instead), and computes a loss that

@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from lorakit.compute.batching import attention_windows
 from lorakit.compute.last_block import LastBlock, last_block
 from lorakit.compute.mode import evaluating
-from lorakit.compute.objective import Batch, LabelLoss, LanguageModellingLoss, distance, tolerance
+from lorakit.compute.objective import (
+    Batch,
+    LabelLoss,
+    LanguageModellingLoss,
+    distance,
+    tolerance,
+    with_decoder_inputs,
+)
 from lorakit.data.batches import collate
 from lorakit.data.packing import pack
 from lorakit.models.faster import make_faster, make_stock, use_own_attention
@@ -195,8 +202,9 @@ def _outputs(model: PreTrainedModel, batch: Batch, short: Batch) -> list[Tensor]
 def _forward(model: PreTrainedModel, part: nn.Module, batch: Batch) -> Any:
     """Compute the model, or its part without head."""
     inputs: dict[str, Any] = dict(batch)
-    # An encoder-decoder derives its decoder's inputs from the labels.
-    if not model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
+        inputs = dict(with_decoder_inputs(model, batch))
+    else:
         inputs.pop("labels", None)
     if "use_cache" in inspect.signature(part.forward).parameters:
         # As in training: a compiled kernel depends on the strides of its inputs.

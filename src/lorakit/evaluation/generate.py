@@ -94,11 +94,11 @@ def generate(
             f"The prompts are one text, {prompts[:40]!r}; a list of texts was expected. Write [prompt]."
         )
     decoding = decoding or Decoding()
-    require_generating(model)
+    _require_generating(model)
     settings = generation_config(model, tokenizer, decoding, stop_ids)
-    ids = encoded(model, tokenizer, prompts, decoding.new_tokens)
-    batches = Batches(model, model_prompts(model, tokenizer, ids), decoding.new_tokens)
-    generator = Generator(
+    ids = _encoded(model, tokenizer, prompts, decoding.new_tokens)
+    batches = _Batches(model, model_prompts(model, tokenizer, ids), decoding.new_tokens)
+    generator = _Generator(
         model, settings, decoding, streamer=streamer, interrupted=interrupted, cache=cache
     )
     batch_size = batch_size or BatchSize(decoding.batch_size or 16, advice=_ADVICE)
@@ -130,7 +130,7 @@ def generate(
     return texts
 
 
-def require_generating(model: PreTrainedModel) -> None:
+def _require_generating(model: PreTrainedModel) -> None:
     """Raise a BaseModelError for a model that cannot generate text."""
     if not model.can_generate():
         raise BaseModelError(
@@ -139,7 +139,7 @@ def require_generating(model: PreTrainedModel) -> None:
         )
 
 
-def encoded(
+def _encoded(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -164,12 +164,13 @@ def encoded(
     return ids
 
 
-class Batches:
+class _Batches:
     """Prompts in batches: sorted by length, so that batches have little padding, and only such as can share one."""
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> None:
         self.prompts = prompts
         self._model, self._new_tokens = model, new_tokens
+        self._short = pretraining_length(model)
         self._order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 
     def at(self, start: int, size: int) -> list[int]:
@@ -179,9 +180,9 @@ class Batches:
 
     def _can_share(self, first: int, other: int) -> bool:
         """Return whether a prompt can be in the batch of a prompt that is not longer."""
-        length, short = len(self.prompts[other]), pretraining_length(self._model)
+        length = len(self.prompts[other])
         # transformers takes LongRoPE's factors for a whole batch from its longest row.
-        if short is not None and length + self._new_tokens > short:
+        if self._short is not None and length + self._new_tokens > self._short:
             return False
         rule = batch_rule(self._model, self._notify)
         return rule.can_share(len(self.prompts[first]), length)
@@ -190,7 +191,7 @@ class Batches:
         _LOG.warning("%s: %s.", type(self._model).__name__, notice)
 
 
-class Generator:
+class _Generator:
     """Continues batches of prompts, all with the same settings."""
 
     def __init__(

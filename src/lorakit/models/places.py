@@ -218,11 +218,15 @@ def _check_adaptable(
         if roles & set(MLP_ROLES) and is_stacked_experts(path, module):
             instead = "Write 'attention', or name other modules."
             if architecture is None:
-                linear = {at.path: at.module for at in modules if is_linear(at.module)}
-                others = [place.path for place in _further_linear_places(model, modules, set())]
-                # Without gates of one output, which no rank above 1 fits.
-                wide = [other for other in others if min(weight_shape(linear[other])) > 1]
-                names = dict.fromkeys(other.rpartition(".")[2] for other in wide)
+                others = _further_linear_places(model, modules, set())
+                # Gates of one output, which no rank above 1 fits, are left out.
+                narrow = {
+                    at.path
+                    for at in modules
+                    if is_linear(at.module) and min(weight_shape(at.module)) == 1
+                }
+                wide = (place.path for place in others if place.path not in narrow)
+                names = dict.fromkeys(path.rpartition(".")[2] for path in wide)
                 instead = (
                     f"Name the layers to adapt; it has: {', '.join(names) or 'no linear layer'}."
                 )
