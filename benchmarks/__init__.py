@@ -13,6 +13,7 @@ inference.py             latency of the base, merged, unmerged, and of PEFT unme
 mixed_batch.py           latency of 8 rows with 8 adapters, in lorakit and in PEFT
 table1.py                the paper's Table 1: latency of GPT-2 medium with adapters
 adapter.py               time to attach, save and load an adapter
+experts.py               training and decoding with adapters on stacked experts, in lorakit and in PEFT
 merge_drift.py           changes in the base weights after merging and unmerging
 serving.py               many adapters on one base: throughput and latency of lorakit, PEFT, generate and llama.cpp
 serving_steps.py         ratios and times of serving within one process

@@ -31,6 +31,7 @@ DEFAULT = {
     "mixed": "benchmarks.mixed_batch",
     "table1": "benchmarks.table1",
     "adapter": "benchmarks.adapter",
+    "experts": "benchmarks.experts",
     "merge": "benchmarks.merge_drift",
 }
 

@@ -62,6 +62,7 @@ def layers() -> dict[str, StoredLayer]:
             alpha=8.0,
             weight_shape=(4, 5, 3, 3),
         ),
+        "experts": linear(19, kind="experts", A=randn(12, 24, seed=19), B=randn(60, 4, seed=20)),
     }
 
 
@@ -82,7 +83,7 @@ def weight_shape(name: str) -> tuple[int, ...]:
         "attention": (72, 24),
         "conv": (8, 6, 3, 3),
     }
-    special |= {"grouped": (8, 3, 3), "loralib-conv": (4, 5, 3, 3)}
+    special |= {"grouped": (8, 3, 3), "loralib-conv": (4, 5, 3, 3), "experts": (3, 20, 24)}
     return special.get(name, (20, 24))
 
 
@@ -112,7 +113,7 @@ def dense_parts(layer: StoredLayer) -> list[Tensor]:
     change = at_rest.delta(layer)
     if layer.slices:
         return [change[piece.rows()] for piece in layer.slices]
-    if layer.kind == "conv":
+    if layer.kind in ("conv", "experts"):
         return list(change.flatten(1).chunk(layer.groups))
     if layer.kind == "conv-loralib":
         return [change.reshape(layer.B.shape[0], layer.A.shape[1])]
@@ -124,6 +125,8 @@ def matrices(name: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
     layer, changes = layers()[name], dense_parts(layers()[name])
     matrix = W.T if name in ("conv1d", "embedding") else W.flatten(1)
     pieces = [matrix[piece.rows()] for piece in layer.slices] or list(matrix.chunk(layer.groups))
+    if name == "experts":
+        pieces = list(W)
     if name == "loralib-conv":
         pieces = [W.reshape(12, 15)]
     if name == "grouped":  # a group's factors see only its own channels

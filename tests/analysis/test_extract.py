@@ -58,7 +58,7 @@ def models(tmp_path, arch="gpt2", vocab_size=None, **settings):
     return BaseConfig(name=str(tmp_path / "base")), model
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "gpt-neox", "roberta"])
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gpt-neox", "roberta", "mixtral"])
 def test_a_difference_of_low_rank_is_found_again(arch, tmp_path):
     base, tuned = models(tmp_path, arch)
     made = extract_adapter(base, tmp_path / "tuned", rank=3)

@@ -7,7 +7,7 @@ import torch
 from sample_adapters import layers, linear, matrices, randn, stored, trained_llama, weight_shape
 
 from lorakit.analysis import adapter_intruders, intruders
-from lorakit.analysis.deltas import deltas_of
+from lorakit.analysis.deltas import deltas_of, weight_name
 from lorakit.analysis.intruders import largest_cosine_bound
 from lorakit.errors import ConfigurationError
 
@@ -106,9 +106,7 @@ def test_a_trained_adapter_beside_its_base():
 @pytest.mark.parametrize("name", layers())
 def test_every_kind_of_layer_is_adapted_as_when_it_is_merged(name):
     W = randn(*weight_shape(name), seed=99)
-    found = adapter_intruders(
-        stored(name), Base({f"{name}.weight": W, f"{name}.in_proj_weight": W}), top=3
-    )
+    found = adapter_intruders(stored(name), Base({weight_name(name, layers()[name]): W}), top=3)
     magnitude = layers()[name].magnitude
     for one, (piece, change) in zip(found.layers.values(), matrices(name, W), strict=True):
         merged = piece.double() + change

@@ -22,6 +22,7 @@ from lorakit.methods.lora.forms import (
     AttentionForm,
     ConvForm,
     EmbeddingForm,
+    ExpertsForm,
     FactorForm,
     LinearForm,
     LoralibConvForm,
@@ -67,6 +68,7 @@ class Case:
 
 
 PLAIN = "A (rank, in) and B (out, rank)"
+EXPERTS = "A (experts * rank, in) and B (experts * out, rank)"
 KERNEL = "A (rank, in, *kernel) and B (out, rank / groups, 1, ...)"
 CASES = {
     "linear": Case(
@@ -123,6 +125,18 @@ CASES = {
         wrong=(((4, 10), (6, 2)), ((4, 5), (6, 4)), ((3, 10), (6, 3)), ((4, 10), (8, 4)), ((), ())),
         needs="A (rank * 2, in * 2) and B (out / groups * 2, rank * 2)",
     ),
+    "experts": Case(
+        ExpertsForm(groups=3),
+        *((6, 5), (12, 2), (3, 4, 5), 2, (12, 5)),
+        wrong=(((2, 5), (12, 2)), ((6, 5), (11, 2)), ((6, 5, 1), (12, 2, 1)), ((), ())),
+        needs=EXPERTS,
+    ),
+    "experts stored as (in, out)": Case(
+        ExpertsForm(groups=3, transposed=True),
+        *((6, 5), (12, 2), (3, 5, 4), 2, (12, 5)),
+        wrong=(((6, 5), (12, 3)),),
+        needs=EXPERTS,
+    ),
 }
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -138,6 +152,12 @@ def change(case: Case, A: Tensor, B: Tensor) -> Tensor:
             width = B.shape[1]
             first = o // (B.shape[0] // case.form.groups) * width
             out[place] = sum(b[o, r].item() * a[(first + r, *rest)] for r in range(width))
+            continue
+        if isinstance(case.form, ExpertsForm):
+            expert, *at = place
+            row, column = reversed(at) if case.form.transposed else at
+            row += expert * (B.shape[0] // case.form.groups)
+            out[place] = sum(b[row, r] * a[expert * rank + r, column] for r in range(rank))
             continue
         if isinstance(case.form, LoralibConvForm):
             row, column = divmod(flat_index(place, case.weight), case.matrix[1])
@@ -221,7 +241,9 @@ def test_pefts_pair_is_the_same_change(case: Case):
     if isinstance(case.form, LinearForm | EmbeddingForm):
         expected = expected if case.weight == case.matrix else expected.T
     expected = expected.flatten(1)
-    if groups > 1:  # PEFT's A reads all input channels, those of the other groups with zeros
+    if isinstance(case.form, ExpertsForm):
+        expected = case.form.matrix(change(case, A, B), case.matrix)
+    elif groups > 1:  # PEFT's A reads all input channels, those of the other groups with zeros
         own = torch.block_diag(*[torch.ones(rows, expected.shape[1])] * groups).bool()
         assert not found[~own].any()
         found = found[own].view_as(expected)
@@ -236,6 +258,9 @@ def test_a_linear_weight_is_stored_in_either_order():
     # A loralib file does not record the order, so the shape decides.
     same_bits(LinearForm().matrix(wide, (7, 5)), wide.T)
     same_bits(LinearForm().matrix(wide, (7, 4)), wide)
+    stacked = numbers(2, 3, 5)  # and neither does one of PEFT
+    same_bits(ExpertsForm(groups=2).matrix(stacked, (10, 3)), stacked.mT.flatten(0, 1))
+    same_bits(ExpertsForm(groups=2).matrix(stacked, (6, 4)), stacked.flatten(0, 1))
 
 
 def test_only_matrices_limit_the_rank():
@@ -247,6 +272,9 @@ def test_only_matrices_limit_the_rank():
     slices = tuple(RowSlice(groups=1, stride=5, offset=o, width=w) for o, w in ((0, 3), (3, 2)))
     fused = StoredLayer(kind="linear", A=numbers(6, 8), B=numbers(5, 3), slices=slices, **settings)
     (notice,) = rank_notices({"a": fused})
+    assert "'a' (rank 3, width 2)" in notice
+    experts = StoredLayer(kind="experts", A=numbers(9, 8), B=numbers(6, 3), **settings)
+    (notice,) = rank_notices({"a": experts})
     assert "'a' (rank 3, width 2)" in notice
     conv = StoredLayer(kind="conv", A=A[..., None], B=B[..., None], **settings)
     shape = (2, 3, 1, 1)

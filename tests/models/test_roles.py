@@ -85,10 +85,11 @@ def test_counts(arch: str) -> None:
         assert len(find_places(model, f"attention.{letter}")) == attentions
     assert len(find_places(model, "attention.qv")) == 2 * attentions
     if arch in tiny_models.WITH_EXPERTS:
-        for entry in ("mlp", "mlp.up", "all-linear"):
-            with pytest.raises(TargetError, match=r"stacked tensors.* Write 'attention'"):
+        for entry in ("mlp", "mlp.up"):
+            with pytest.raises(TargetError, match=r"stacked weights, not as .* Write 'experts'"):
                 find_places(model, entry)
         assert not any(role.startswith("mlp") for role in targets(model))
+        assert {p.path.rpartition(".")[2] for p in find_places(model, "experts")} >= {"down_proj"}
         return
     assert len(find_places(model, "mlp.up")) == BLOCKS[arch]
     assert len(find_places(model, "mlp.down")) == BLOCKS[arch]
@@ -100,16 +101,19 @@ def test_counts(arch: str) -> None:
             find_places(model, "mlp.gate")
 
 
-@pytest.mark.parametrize(
-    "arch", [arch for arch in EVERY_MODEL if arch not in tiny_models.WITH_EXPERTS]
-)
+@pytest.mark.parametrize("arch", EVERY_MODEL)
 def test_all_linear_is_every_linear_layer_of_the_blocks(arch: str) -> None:
+    """And every stacked weight of experts, but not the gate of shared experts, which has one output."""
     model = tiny_models.build(arch)
     in_blocks = {
         path
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and re.search(r"\.\d+\.", f".{path}.")
+        if isinstance(module, (nn.Linear, Conv1D))
+        and re.search(r"\.\d+\.", f".{path}.")
+        and 1 not in module.weight.shape
     }
+    if arch in tiny_models.WITH_EXPERTS:
+        in_blocks |= {name for name, p in model.named_parameters() if p.dim() == 3}
     assert {place.path for place in find_places(model, "all-linear")} == in_blocks
 
 
@@ -442,7 +446,7 @@ STACKED = {
                 **ROUTED, n_routed_experts=8, first_k_dense_replace=0, moe_intermediate_size=8
             )
         ),
-        r"'model\.layers\.0\.mlp\.experts' .* it has: q_a_proj, .*gate_proj",
+        r"'model\.layers\.0\.mlp\.experts' .* stacked weights, .* Write 'experts'",
     ),
     "dbrx": (
         lambda: transformers.DbrxForCausalLM(
@@ -451,7 +455,7 @@ STACKED = {
                 attn_config={"rope_theta": 1e4, "clip_qkv": 8, "kv_n_heads": 2},
             )
         ),
-        r"'transformer\.blocks\.0\.ffn\.experts\.mlp' .* it has: Wqkv, out_proj, layer\.",
+        r"'transformer\.blocks\.0\.ffn\.experts\.mlp' .* cannot be adapted: .*one matrix for each",
     ),
 }
 
@@ -461,11 +465,11 @@ def test_experts_in_stacked_tensors_are_found_without_known_roles(name: str) -> 
     make, message = STACKED[name]
     with torch.device("meta"):
         model = make()
-    for entry in ("all-linear", "mlp"):
-        says = f"'{entry}' includes the experts of {name}, .*: {message}"
+    for entry in ("mlp", "mlp.down", *(["experts", "all-linear"] if name == "dbrx" else [])):
+        says = f"'{entry}' includes the experts of {name}, and {message}"
         with pytest.raises(TargetError, match=says):
             find_places(model, entry)
-    says = f"not known for the architecture {name}. Write module names instead"
+    says = f"not known for the architecture {name}. Write 'all-linear' or module names instead"
     with pytest.raises(TargetError, match=says):
         find_places(model, "attention")
 
@@ -544,19 +548,20 @@ def test_unknown_architecture_works_by_name() -> None:
     assert paths(model, "fc") == ["fc"]
 
 
-def test_the_layers_beside_stacked_experts_are_named() -> None:
+def test_experts_without_known_roles() -> None:
     """Not the gate of the shared expert: it has one output, which the default rank does not fit."""
     config = transformers.Qwen3NextConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_experts=4, vocab_size=99
     )
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(TargetError, match=r"stacked tensors.* Name the layers .*: ") as error:
-        find_places(model, "all-linear")
-    names = str(error.value).rpartition("it has: ")[2].rstrip(".").split(", ")
-    assert "out_proj" in names
+    names = {place.path.rpartition(".")[2] for place in find_places(model, "all-linear")}
+    assert names > {"out_proj", "gate_up_proj", "down_proj"}
     assert "shared_expert_gate" not in names
-    assert len(resolve_targets(model, names)) > len(names)
+    experts = paths(model, "experts")
+    assert len(experts) == 8
+    assert paths(model, "mlp.experts") == paths(model, r".*\.experts\..*") == experts
+    assert paths(model, "experts.down_proj") == experts[1::2]
 
 
 def test_all_linear_of_a_model_without_linear_layers() -> None:

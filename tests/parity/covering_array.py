@@ -36,7 +36,8 @@ NOT_COMBINED = {
     "dora with init pissa": "both redefine the base weight, so lorakit rejects the pair",
     "bias without a bias": "bias='all' or 'lora_only' is an error if no (adapted) layer has a bias",
     "head trained and adapted": "a module is either trained in full or adapted, never both",
-    "mlp of mixtral": "its experts are stacked tensors, which lorakit does not adapt",
+    "mlp and all-linear of mixtral": "its experts have tests of their own (test_experts): mlp does not include them, "
+    "and they take no dropout",
     "classification head of granite": "transformers has none",
 }
 """Pairs that no case contains, with the reason; `test_rejected_pairs` of test_attach_detach checks the errors."""

@@ -209,7 +209,7 @@ LAYOUTS: dict[str, Layout] = {
             *("smollm3", "granite", "olmo2"),
         )
     },
-    # The experts are stacked tensors, which cannot have adapters; only attention remains.
+    # The experts have tests of their own (test_experts).
     "mixtral": _llama(
         roles=_roles(**{x: f"layers.{{}}.self_attn.{x}_proj" for x in "qkvo"}),
         names=("q_proj", "o_proj"),

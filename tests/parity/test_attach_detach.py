@@ -207,8 +207,8 @@ def test_a_suffix_that_matches_a_layer_of_the_new_head():
     [
         ("bert", {"dora": True, "init": "pissa"}, ConfigurationError, "exclude each other"),
         ("llama", {"targets": "head", "train_modules": "lm_head"}, TargetError, "adapts 'lm_head'"),
-        ("mixtral", {"targets": "mlp"}, TargetError, "stacked tensors"),
-        ("mixtral", {"targets": "all-linear"}, TargetError, "stacked tensors"),
+        ("mixtral", {"targets": "mlp"}, TargetError, "stacked weights"),
+        ("mixtral", {"targets": "all-linear", "dropout": 0.5}, ConfigurationError, "dropout"),
         ("t5", {"bias": "lora_only"}, ConfigurationError, "have none"),
         *(
             (arch, {"bias": bias}, ConfigurationError, "ha(s|ve) none")

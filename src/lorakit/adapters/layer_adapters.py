@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterable, KeysView, ValuesView
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
@@ -23,6 +24,7 @@ from lorakit.models.parameter_swaps import (
 )
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops.autocast import no_autocast, wide_dtype
+from lorakit.ops.low_rank_sum import LowRankSum, concatenated
 
 
 class LayerAdapters(ReplacedParameters):
@@ -58,8 +60,23 @@ class LayerAdapters(ReplacedParameters):
         layer.__dict__.update(tensors)  # the adapters add to these
         shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
         for attribute in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
-            tensors[attribute] = self.effective_weight(layer, attribute, shadowing)
+            tensors[attribute] = self._shadow(layer, attribute, shadowing)
         return tensors
+
+    def _shadow(
+        self, layer: nn.Module, attribute: str, blend: Iterable[tuple[str, float]]
+    ) -> Tensor:
+        """Return the effective weight, as a `LowRankSum` if all changes of it are products."""
+        products = []
+        for name, weight in blend:
+            if attribute not in self[name].shadows:
+                continue
+            product = self[name].shadow_factors(attribute)
+            if product is None or torch.compiler.is_compiling():
+                return self.effective_weight(layer, attribute, blend)
+            L, R, scale = product
+            products.append((L, R, weight * scale))
+        return LowRankSum(getattr(layer, attribute), *concatenated(products))
 
     def after(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Return the layer's output with the effect of the active adapters."""

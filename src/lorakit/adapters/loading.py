@@ -26,13 +26,14 @@ from lorakit.methods.combined import lora_of, parts
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
+from lorakit.methods.lora.experts import on_experts
 from lorakit.methods.lora.forms import LoralibConvForm
 from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, submodule
+from lorakit.models.layers import layers_by_path, submodule
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
@@ -178,17 +179,19 @@ def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[
     Raises:
         AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
     """
-    known = dict(base_modules(model))
+    known = layers_by_path(model)
     missing = [path for path in stored.layers if path not in known]
     if missing:
         raise AdapterFileError(
             f"{origin} holds tensors for {len(missing)} layers that the model does not have, the first is "
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
-    modules: dict[str, AdapterModule] = {
-        path: _build_layer(model, path, known[path], layer, stored, origin)
-        for path, layer in stored.layers.items()
-    }
+    modules = on_experts(
+        {
+            path: _build_layer(model, path, known[path], layer, stored, origin)
+            for path, layer in stored.layers.items()
+        }
+    )
     modules.update(_build_other_modules(model, stored, origin))
     lora = lora_of(stored.method)
     if lora is not None and lora.tie_head:

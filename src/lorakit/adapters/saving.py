@@ -20,6 +20,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.embedding import TiedHeadLoRA
+from lorakit.methods.lora.experts import ExpertsLoRA, lora_layers
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.layers import submodule
@@ -57,7 +58,7 @@ def store(
     copy: _Copy = _cpu_copy,
 ) -> StoredAdapter:
     """Return the stored form of a live adapter, with a `copy` of each tensor: on the CPU, by default."""
-    lora = {path: m for path, m in adapter.modules.items() if isinstance(m, LoRALayer)}
+    lora = lora_layers(adapter.modules)
     heads = {m.source[0]: path for path, m in lora.items() if isinstance(m, TiedHeadLoRA)}
     layers = {
         path: _store_layer(submodule(model, path), module, copy, heads.get(module))
@@ -144,7 +145,7 @@ def _base_norms(layer: nn.Module, module: LoRALayer, copy: _Copy) -> Tensor | No
 
 def _added_tensors(module: AdapterModule, copy: _Copy) -> dict[str, Tensor]:
     """Return the tensors that a method adds to a layer, without trained copies; none for LoRA (`_store_layer`)."""
-    if isinstance(module, LoRALayer):
+    if isinstance(module, LoRALayer | ExpertsLoRA):
         return {}
     state = module.state_dict()
     return {name: copy(t) for name, t in state.items() if not name.startswith("trained.")}

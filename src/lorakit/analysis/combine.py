@@ -23,7 +23,6 @@ from lorakit.analysis.deltas import (
     Factors,
     in_one_form,
     name_notices,
-    part_rank,
     parts_of,
     read_each,
     require_list,
@@ -309,7 +308,9 @@ def _combine_entries(
         else:
             drops = [w * dare(d, density, generator) for w, d in zip(factors, dense, strict=True)]
             combined = torch.stack(drops).sum(0)
-        changes.append(decompose(combined, None if rank is None else part_rank(layers[0], rank)))
+        changes.append(
+            decompose(combined, None if rank is None else layers[0].form.part_rank(rank))
+        )
     return fit(layers[0], changes, rank=rank, energy=energy)
 
 

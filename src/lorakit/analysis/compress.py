@@ -17,7 +17,6 @@ from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.analysis.deltas import (
     Factors,
     notices,
-    part_rank,
     parts_of,
     read,
     with_parts,
@@ -134,7 +133,7 @@ def fit(
         assert energy is not None
         k = max(change.rank_for(energy) for change in changes)
     else:
-        k = min(part_rank(layer, rank), max(len(change.S) for change in changes))
+        k = min(layer.form.part_rank(rank), max(len(change.S) for change in changes))
     k = -(-k // unit) * unit
     fitted = with_parts(layer, [change.factors(k, wide_dtype(layer.A)) for change in changes])
     return fitted, LayerResult(

@@ -24,6 +24,7 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.formatting import listed
+from lorakit.methods.lora.forms import ExpertsForm
 from lorakit.methods.lora.layer import dora_factor
 from lorakit.models.layers import natural
 from lorakit.ops.autocast import wide_dtype
@@ -134,7 +135,8 @@ def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
     for path, layer in stored.layers.items():
         labels = [f" {piece}" for piece in layer.slices] or [""]
         if layer.groups > 1:
-            labels = [f" group {i}" for i in range(layer.groups)]
+            piece = "expert" if layer.kind == ExpertsForm.kind else "group"
+            labels = [f" {piece} {i}" for i in range(layer.groups)]
         row = 0
         for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
             magnitude = None if layer.magnitude is None else layer.magnitude[row : row + len(B)]
@@ -332,14 +334,9 @@ def with_parts(layer: StoredLayer, parts: Sequence[Factors], scaling: float = 1.
     )
 
 
-def part_rank(layer: StoredLayer, rank: int) -> int:
-    """Return the rank of each part of a layer of at most this rank. A convolution has at least 1 for each group."""
-    return max(1, rank // layer.groups) * layer.form.taps
-
-
 def weight_name(path: str, layer: StoredLayer) -> str:
     """Return the name of the base parameter that the layer's factors change."""
-    return f"{path}.{layer.form.weight_name}"
+    return layer.form.weight_of(path)
 
 
 def weight_parts(path: str, layer: StoredLayer, W: Tensor) -> list[Tensor]:

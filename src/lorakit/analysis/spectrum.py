@@ -33,7 +33,7 @@ class Spectrum:
     singular_values: Tensor
     """(min(r, out, in),), descending, float64."""
     groups: int = 1
-    """Groups of a convolution. This is the change of one of them, which has its share of the layer's rank."""
+    """Groups that share the layer's rank, as those of a convolution. This is the change of one of them."""
     taps: int = 1
     """Singular values for each rank of the layer: the width of the kernel for loralib's convolutions."""
 
@@ -166,7 +166,7 @@ def adapter_spectrum(
     for name, delta in deltas_of(stored).items():
         form = stored.layers[delta.path].form
         values = singular_values(delta.A, delta.B, delta.scaling)
-        layers[name] = Spectrum(values, groups=form.groups, taps=form.taps)
+        layers[name] = Spectrum(values, groups=form.rank_groups, taps=form.taps)
     return AdapterSpectrum(layers=layers, notices=notices(stored))
 
 

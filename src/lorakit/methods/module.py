@@ -92,6 +92,13 @@ class AdapterModule(nn.Module):
         """
         return None
 
+    def shadow_factors(self, attribute: str) -> tuple[Tensor, Tensor, float] | None:
+        """Return L (..., m, r), R (..., r, n) and a scale if ``scale * L R`` is the change of a weight in `shadows`.
+
+        The layer then gets the change in this form (`LowRankSum`), and otherwise the sum of the weight and its change.
+        """
+        return None
+
     def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """Return the tensors that a merge adds to the layer's weights, by attribute, in float32 (or wider)."""
         return {}

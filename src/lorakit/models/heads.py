@@ -7,6 +7,7 @@ from torch import nn
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.layers import (
     LocatedModule,
+    StackedWeight,
     base_modules,
     is_inside,
     submodule,
@@ -83,7 +84,12 @@ def embedding_paths(model: nn.Module, modules: list[LocatedModule]) -> list[str]
 
 
 def is_never_called(at: LocatedModule) -> bool:
-    """Whether the model uses this layer's weight without calling it, always or in training."""
+    """Whether the model uses this layer's weight without calling it, always or in training.
+
+    A stacked weight is never called either, but its adapter needs no call: it acts in the call of the experts' module.
+    """
+    if isinstance(at.module, StackedWeight):
+        return False
     return bool(called_instead(at)) or never_calls(at.parent, at.path.rpartition(".")[2])
 
 

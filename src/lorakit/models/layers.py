@@ -1,4 +1,4 @@
-"""The layers of a model that can have adapters, and the row slices of fused projections."""
+"""The layers of a model that can have adapters, the row slices of fused projections, and stacked experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.models.dtypes import FLOATS
 from lorakit.ops.seeding import seeded
 
 ADAPTERS = "adapters"
@@ -74,11 +75,14 @@ def _wrapped_name(module: nn.Module) -> str | None:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path of `base_modules`, where `model.get_submodule` may return a wrapper around it.
+    """Return the module at a path of `walk`, where `model.get_submodule` may return a wrapper around it.
 
     Raises:
         AttributeError: The model has no such module.
     """
+    parent, _, name = path.rpartition(".")
+    if parent and name in stacked_weights(parent, owner := unwrapped(model.get_submodule(parent))):
+        return StackedWeight(owner, name)
     return unwrapped(model.get_submodule(path))
 
 
@@ -110,6 +114,31 @@ def key_start(model: nn.Module, path: str) -> str:
 def is_of_adapter(name: str) -> bool:
     """Whether a module path, parameter name or state-dict key belongs to an adapter, not to the base."""
     return f".{ADAPTERS}." in f".{name}."
+
+
+class StackedWeight(nn.Module):
+    """One stacked weight of the experts of a mixture, as a layer: (experts, out, in), or (experts, in, out).
+
+    The experts' module reads such weights without calling a layer. So this one is not in the model's tree: `walk` and
+    `submodule` make it, with the weight's name as its path.
+    """
+
+    def __init__(self, experts: nn.Module, name: str) -> None:
+        super().__init__()
+        self.__dict__.update(experts=experts, name=name)  # not as a child
+
+    experts: nn.Module
+    name: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter of the experts' module, or the tensor that hides it."""
+        return getattr(self.experts, self.name)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (experts, in, out)."""
+        return bool(getattr(self.experts, "is_transposed", False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +212,10 @@ class LocatedModule(NamedTuple):
 
 
 def walk(model: nn.Module) -> Iterator[LocatedModule]:
-    """Yield every module of ``model`` below the root once, in model order, without adapters and wrappers."""
+    """Yield every module of ``model`` below the root once, in model order, without adapters and wrappers.
+
+    After the experts of a mixture come their stacked weights, as layers.
+    """
     seen = {id(model)}
 
     def descend(parent: nn.Module, prefix: str, config: Any) -> Iterator[LocatedModule]:
@@ -196,6 +228,9 @@ def walk(model: nn.Module) -> Iterator[LocatedModule]:
             seen.add(id(child))
             governing = _configuration(child) or config
             yield LocatedModule(prefix + name, child, governing, parent)
+            for weight in stacked_weights(prefix + name, child):
+                path = f"{prefix}{name}.{weight}"
+                yield LocatedModule(path, StackedWeight(child, weight), governing, child)
             yield from descend(child, f"{prefix}{name}.", governing)
 
     yield from descend(model, "", _configuration(model))
@@ -227,6 +262,8 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         return None
     if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _why_not_added_to(layer)
+    if isinstance(layer, StackedWeight):
+        return None
     return "it is neither a linear, embedding or convolution layer nor an nn.MultiheadAttention"
 
 
@@ -330,6 +367,28 @@ def is_stacked_experts(path: str, module: nn.Module) -> bool:
     )
 
 
+def stacked_weights(path: str, module: nn.Module) -> list[str]:
+    """Return the names of a module's parameters that stack one matrix for each expert.
+
+    There are none if it is not experts, or if their weights are quantised.
+    """
+    if not is_stacked_experts(path, module):
+        return []
+    stacked = {n: p for n, p in module._parameters.items() if p is not None and p.dim() > 2}
+    is_plain = all(p.dim() == 3 and p.dtype in FLOATS for p in stacked.values())
+    return list(stacked) if is_plain else []
+
+
+def layers_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of `base_modules` and the stacked weights of experts, by path."""
+    layers: dict[str, nn.Module] = {}
+    for path, module in base_modules(model):
+        layers[path] = module
+        for name in stacked_weights(path, module):
+            layers[f"{path}.{name}"] = StackedWeight(module, name)
+    return layers
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Whether ``layer`` multiplies its input by a matrix (``nn.Linear`` or ``Conv1D``)."""
     return isinstance(layer, (nn.Linear, Conv1D))
@@ -340,7 +399,7 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
     (out, in) for linear layers, however they store it, (3 * embed, embed) for
     ``nn.MultiheadAttention``, (vocabulary, dim) for embeddings, (out, in / groups, *kernel) for
-    convolutions.
+    convolutions, (experts, out, in) for stacked weights, however they are stored.
     """
     if isinstance(layer, Conv1D):
         return (layer.nf, layer.nx)
@@ -350,6 +409,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
         return (layer.num_embeddings, layer.embedding_dim)
     if isinstance(layer, nn.MultiheadAttention):
         return (3 * layer.embed_dim, layer.embed_dim)
+    if isinstance(layer, StackedWeight):
+        return tuple((layer.weight.mT if layer.transposed else layer.weight).shape)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 

@@ -1,9 +1,9 @@
 """Find the layers of a model that have a role.
 
 A role names the same layer on every architecture: ``attention.q``, ``.k``, ``.v``, ``.o``,
-``mlp.gate``, ``.up``, ``.down``, ``embedding``, ``head``. ``attention.qv`` and the like combine
+``mlp.gate``, ``.up``, ``.down``, ``experts``, ``embedding``, ``head``. ``attention.qv`` and the like combine
 several roles, ``attention`` and ``mlp`` all of their roles, and ``all-linear`` every linear layer of
-the blocks. The table of :mod:`lorakit.models.architectures` maps layers to roles.
+the blocks and the stacked weights of experts. The table of :mod:`lorakit.models.architectures` maps layers to roles.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ from lorakit.models.heads import (
 from lorakit.models.layers import (
     LocatedModule,
     RowSlice,
+    StackedWeight,
     is_inside,
     is_linear,
     is_stacked_experts,
+    stacked_weights,
     walk,
     weight_shape,
     why_not_adaptable,
@@ -49,14 +51,14 @@ from lorakit.models.layers import (
 
 ATTENTION_ROLES = (Q, K, V, O)
 MLP_ROLES = (GATE, UP, DOWN)
-EMBEDDING, HEAD, ALL_LINEAR = "embedding", "head", "all-linear"
-ROLES = (*ATTENTION_ROLES, *MLP_ROLES, EMBEDDING, HEAD)
+EXPERTS, EMBEDDING, HEAD, ALL_LINEAR = "experts", "embedding", "head", "all-linear"
+ROLES = (*ATTENTION_ROLES, *MLP_ROLES, EXPERTS, EMBEDDING, HEAD)
 """The single roles: each names one kind of layer."""
 
 _COMBINED = {
     "attention": ATTENTION_ROLES,
     "mlp": MLP_ROLES,
-    ALL_LINEAR: (*ATTENTION_ROLES, *MLP_ROLES),
+    ALL_LINEAR: (*ATTENTION_ROLES, *MLP_ROLES, EXPERTS),
 }
 
 
@@ -99,10 +101,10 @@ def role_names(present: Collection[str]) -> list[str]:
 def find_places(model: nn.Module, entry: str) -> list[Place]:
     """Return the places of a role, in model order. The model may be on the meta device.
 
-    ``all-linear`` is all of ``attention`` and ``mlp``, and any other linear layer in a block, such
+    ``all-linear`` is all of ``attention``, ``mlp`` and ``experts``, and any other linear layer in a block, such
     as DeBERTa's position projections. If the roles of the architecture are not known, it is every
     linear layer outside the output head and the classification head. Layers that the model never calls
-    are left out.
+    are left out, and further layers with one output or input, which no rank above 1 fits.
 
     Raises:
         TargetError: ``entry`` is not a role, the model has no layer with it, or a layer with it
@@ -125,11 +127,13 @@ def find_places(model: nn.Module, entry: str) -> list[Place]:
 def all_places(model: nn.Module, modules: list[LocatedModule]) -> Iterator[Place]:
     """Yield every place of the model that has a role.
 
-    A model with experts has no roles of the MLP, not even in its blocks without experts: `find_places` refuses them.
+    A model with stacked experts has no roles of the MLP, not even in its blocks without experts: `mlp` would leave out
+    the experts, and where shared experts are is not known. `find_places` refuses them.
     """
     has_experts = any(is_stacked_experts(at.path, at.module) for at in modules)
     places = _in_blocks(modules)
     yield from (p for p in places if not (has_experts and p.role in MLP_ROLES))
+    yield from (Place(at.path, EXPERTS) for at in modules if isinstance(at.module, StackedWeight))
     yield from (Place(path, EMBEDDING) for path in embedding_paths(model, modules))
     yield from (Place(path, HEAD) for path in head_paths(model, modules))
 
@@ -198,6 +202,7 @@ def _further_linear_places(
         and at.module is not output
         and not is_inside(at.path, *heads)
         and (architecture_of(at.config) is None or name_in_block(at.path) is not None)
+        and min(weight_shape(at.module)) > 1
         and is_adaptable(at)
     ]
 
@@ -206,7 +211,8 @@ def _check_adaptable(
     model: nn.Module, modules: list[LocatedModule], entry: str, roles: set[str]
 ) -> None:
     """Reject an entry that includes a layer without an adapter: a part would be skipped silently."""
-    for path, module, config, _ in modules:
+    for at in modules:
+        path, module, config, _ = at
         architecture, name = architecture_of(config), name_in_block(path)
         if isinstance(module, nn.MultiheadAttention) and roles & {Q, K, V}:
             reason = why_not_adaptable(module)
@@ -215,25 +221,8 @@ def _check_adaptable(
                     f"'{entry}' includes '{path}', an nn.MultiheadAttention that cannot be "
                     f"adapted: {reason}. To adapt only its output projection, write 'attention.o'."
                 )
-        if roles & set(MLP_ROLES) and is_stacked_experts(path, module):
-            instead = "Write 'attention', or name other modules."
-            if architecture is None:
-                others = _further_linear_places(model, modules, set())
-                # Gates of one output, which no rank above 1 fits, are left out.
-                narrow = {
-                    at.path
-                    for at in modules
-                    if is_linear(at.module) and min(weight_shape(at.module)) == 1
-                }
-                wide = (place.path for place in others if place.path not in narrow)
-                names = dict.fromkeys(path.rpartition(".")[2] for path in wide)
-                instead = (
-                    f"Name the layers to adapt; it has: {', '.join(names) or 'no linear layer'}."
-                )
-            raise TargetError(
-                f"'{entry}' includes the experts of {_kind(model)}, which cannot be adapted: '{path}' "
-                f"({type(module).__name__}) holds them as stacked tensors, not as layers. {instead}"
-            )
+        if roles & {*MLP_ROLES, EXPERTS} and is_stacked_experts(path, module):
+            _check_experts(model, at, entry, roles)
         if architecture is None or name is None:
             continue
         if not roles & set(architecture.roles_of(name)):
@@ -253,6 +242,21 @@ def _check_adaptable(
                     f"'{path}' is not laid out as in other {config.model_type} models: {error}. "
                     f"Name modules instead of roles; '{name}' adapts the whole layer."
                 ) from None
+
+
+def _check_experts(model: nn.Module, at: LocatedModule, entry: str, roles: set[str]) -> None:
+    """Reject an entry that includes stacked experts if it leaves them out or they cannot be adapted."""
+    of = f"'{entry}' includes the experts of {_kind(model)}, and '{at.path}' ({type(at.module).__name__})"
+    if not stacked_weights(at.path, at.module):
+        raise TargetError(
+            f"{of} stores them in a form that cannot be adapted: quantised, or not as one matrix for each expert. "
+            "Write 'attention', or name modules."
+        )
+    if EXPERTS not in roles:
+        raise TargetError(
+            f"{of} stores them as stacked weights, not as layers with this role. Write 'experts' for them alone, "
+            "'all-linear' for all linear layers and the experts, or name modules."
+        )
 
 
 def names_of_adaptable(modules: Iterable[LocatedModule]) -> list[str]:
@@ -279,10 +283,9 @@ def _no_such_role(model: nn.Module, modules: list[LocatedModule], entry: str) ->
         raise TargetError(
             f"{kind} has no linear layer outside its heads. Write module names; {has}"
         )
-    has_experts = any(is_stacked_experts(at.path, at.module) for at in modules)
-    instead = "module names" if has_experts else "'all-linear' or module names"
     raise TargetError(
-        f"Roles such as '{entry}' are not known for the architecture {kind}. Write {instead} instead; {has}"
+        f"Roles such as '{entry}' are not known for the architecture {kind}. Write 'all-linear' or module names "
+        f"instead; {has}"
     )
 
 

@@ -11,7 +11,13 @@ from torch import nn
 from lorakit.errors import TargetError, nearest
 from lorakit.models.architectures import O
 from lorakit.models.heads import is_never_called
-from lorakit.models.layers import LocatedModule, is_inside, walk, why_not_adaptable
+from lorakit.models.layers import (
+    LocatedModule,
+    StackedWeight,
+    is_inside,
+    walk,
+    why_not_adaptable,
+)
 from lorakit.models.patterns import Matcher
 from lorakit.models.places import (
     Place,
@@ -30,7 +36,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Plac
     Every entry is a role, else the end of a module path (``q_proj``, ``self_attn.q_proj``), else a
     regular expression that must match the whole path. A layer that one entry matches in part and
     another in full is adapted in full. An ``nn.MultiheadAttention`` means its fused input
-    projection and its ``out_proj``.
+    projection and its ``out_proj``, the experts of a mixture their stacked weights.
 
     Raises:
         TargetError: an entry matches nothing, or matches a layer that cannot be adapted.
@@ -61,6 +67,7 @@ def _named(
     hits = [m for m in modules if m.path == entry or m.path.endswith(f".{entry}")]
     if not hits:
         hits = _matching(model, modules, entry)
+    hits = _with_stacked_weights(modules, hits)
     _check_adaptable(modules, hits, entry)
     _check_called(hits, entry)
     places = []
@@ -70,6 +77,16 @@ def _named(
         if isinstance(module, nn.MultiheadAttention):
             places.append(Place(f"{path}.out_proj", O))
     return places
+
+
+def _with_stacked_weights(
+    modules: list[LocatedModule], hits: list[LocatedModule]
+) -> list[LocatedModule]:
+    """Return the hits with the stacked weights of experts in place of the experts."""
+    experts = {id(at.parent) for at in modules if isinstance(at.module, StackedWeight)}
+    found = {id(hit.module) for hit in hits} & experts
+    inside = [m for m in modules if isinstance(m.module, StackedWeight) and id(m.parent) in found]
+    return [*(hit for hit in hits if id(hit.module) not in experts), *inside]
 
 
 def _roles_by_path(model: nn.Module, modules: list[LocatedModule]) -> dict[str, set[str]]:

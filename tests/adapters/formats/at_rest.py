@@ -109,6 +109,17 @@ def embedding(count: int = 10, dim: int = 6, rank: int = 2, **more) -> StoredLay
     )
 
 
+def experts(count: int = 3, n_in: int = 4, n_out: int = 6, rank: int = 2, **more) -> StoredLayer:
+    return StoredLayer(
+        kind="experts",
+        A=numbers(count * rank, n_in),
+        B=numbers(count * n_out, rank),
+        scaling=1.5,
+        alpha=1.5 * rank,
+        **more,
+    )
+
+
 def with_start(layer: StoredLayer) -> StoredLayer:
     """The layer with initial factors of PiSSA."""
     layer.initial_A = numbers(*layer.A.shape, seed=7)
@@ -187,6 +198,10 @@ def product(layer: StoredLayer, A: Tensor, B: Tensor) -> Tensor:
     if layer.kind == "conv-loralib":
         assert layer.weight_shape is not None
         return (B @ A).view(layer.weight_shape)
+    if layer.kind == "experts":
+        count = len(A) // B.shape[1]
+        pairs = zip(A.chunk(count), B.chunk(count), strict=True)
+        return torch.cat([b @ a for a, b in pairs])
     if layer.kind == "conv":
         per_group = B.shape[1]
         rows = []

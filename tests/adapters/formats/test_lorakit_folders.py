@@ -19,6 +19,7 @@ from at_rest import (
     contiguous,
     convolution,
     embedding,
+    experts,
     fused,
     interleaved,
     linear,
@@ -70,7 +71,14 @@ ADAPTERS: dict[str, StoredAdapter] = {
         {"a": with_start(linear())}, trained={"a.bias": numbers(8, dtype=torch.float16)},
         settings={"bias": "lora_only"},
     ),
+    "experts": adapter(
+        {"a.down_proj": experts(n_in=3), "a.gate_up_proj": experts(), "b": linear()}
+    ),
+    "experts-pissa": adapter({"a.down_proj": with_start(experts())}),
+    "experts-stored-as-in-out": adapter({"a.w": experts(transposed=True)}),
     # PEFT's format cannot represent these:
+    "experts-dora": adapter({"a.down_proj": with_dora(experts())}),
+    "experts-in-unknown-order": adapter({"a.w1": experts(), "a.w2": experts()}),
     "attention-scalings": adapter(
         {"m": linear(4, 12, kind="attention", alpha=3.0), "m.out_proj": linear(4, 4, alpha=5.0)}
     ),
@@ -88,6 +96,8 @@ for layer in (ADAPTERS["bfloat16"].layers["a"],):
 NOT_PEFT = (
     "attention-scalings",
     "bias-of-some-B",
+    "experts-dora",
+    "experts-in-unknown-order",
     "grouped-dora",
     "loralib-grouped",
     "half-a-module",

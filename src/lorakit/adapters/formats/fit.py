@@ -23,9 +23,9 @@ from lorakit.errors import AdapterFileError, nearest
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
+from lorakit.methods.lora.forms import EmbeddingForm, ExpertsForm, LinearForm
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, is_inside
+from lorakit.models.layers import StackedWeight, base_modules, is_inside, layers_by_path
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:
@@ -45,10 +45,11 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
     Raises:
         AdapterFileError: The file's options and tensors disagree, or its base weights do not fit.
     """
-    modules = dict(base_modules(model))
+    modules = layers_by_path(model)
     if stored.base is None:
         _rename_layers(stored, path, model, modules)
     if stored.from_peft is not None:
+        _require_experts(stored, path, modules)
         _require_arithmetic(stored, path, model)
         if not stored.from_peft.get("peft_version"):  # PEFT records it since 0.18
             stored.notices += _scale_notices(stored.layers, modules)
@@ -73,6 +74,18 @@ def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> 
         _list_tied(stored, path, model, names.aliases)
         if stored.peft_config is not None:
             _require_saved_modules(stored, path, model, names)
+
+
+def _require_experts(
+    stored: StoredAdapter, path: str | Path, modules: Mapping[str, nn.Module]
+) -> None:
+    """Reject factors of a parameter that is no stacked weight of experts, which PEFT's target_parameters may name."""
+    for name, layer in stored.layers.items():
+        if layer.kind == ExpertsForm.kind and not isinstance(modules.get(name), StackedWeight):
+            raise AdapterFileError(
+                f"'{path}' adapts the parameter '{name}' (target_parameters), and lorakit adapts only the stacked "
+                "weights of experts in this way. Load it with PEFT, or merge it there and use the merged model."
+            )
 
 
 def _require_arithmetic(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorakit import storage
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.fingerprint import BaseRecord
+from lorakit.adapters.formats.peft.experts import from_file
 from lorakit.adapters.formats.peft.factors import from_peft, peft_rank
 from lorakit.adapters.formats.peft.writing import factor_keys, layer_keys
 from lorakit.adapters.formats.stored import StoredAdapter
@@ -33,7 +34,7 @@ from lorakit.file_names import (
     TOKENIZER_CONFIG,
 )
 from lorakit.methods import METHODS, Combined, Method
-from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
+from lorakit.methods.lora.forms import EmbeddingForm, ExpertsForm, LinearForm
 from lorakit.methods.registry import recorded_method
 from lorakit.models.layers import RowSlice
 from lorakit.storage.tensors import read_safetensors
@@ -356,6 +357,8 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
     )
     parts = {name: _pop(tensors, key) for name, key in keys.items()}
     A, B, magnitude, B_bias = parts["A"], parts["B"], parts.get("magnitude"), parts.get("B_bias")
+    if description["kind"] == ExpertsForm.kind:
+        B = from_file(B, description["A"][0] // description["rank"])
     if magnitude is not None:
         magnitude = magnitude.flatten()
     if _is_unchanged(description, A, B):
@@ -384,9 +387,9 @@ def _layer_from_peft(description: Mapping[str, Any], tensors: dict[str, Tensor])
 
 
 def _is_unchanged(description: Mapping[str, Any], A: Tensor, B: Tensor) -> bool:
-    """Return whether PEFT's factors of a layer are those of lorakit: of a whole linear or embedding layer."""
+    """Return whether PEFT's factors of a layer are those of lorakit: of a whole layer, other than a convolution."""
     return (
-        description["kind"] in (LinearForm.kind, EmbeddingForm.kind)
+        description["kind"] in (LinearForm.kind, EmbeddingForm.kind, ExpertsForm.kind)
         and not description["slices"]
         and not description["pissa"]
         and (list(A.shape), list(B.shape)) == (description["A"], description["B"])

@@ -15,6 +15,7 @@ from lorakit.methods.lora.forms import (
     AttentionForm,
     ConvForm,
     EmbeddingForm,
+    ExpertsForm,
     FactorForm,
     LinearForm,
     LoralibConvForm,
@@ -22,7 +23,8 @@ from lorakit.methods.lora.forms import (
 from lorakit.models.layers import RowSlice
 
 KINDS = tuple(
-    form.kind for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm)
+    form.kind
+    for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm, ExpertsForm)
 )
 
 LAYER_ATTRIBUTES = {
@@ -97,9 +99,9 @@ class StoredLayer:
             case EmbeddingForm.kind:
                 return EmbeddingForm()
             case ConvForm.kind:
-                are_kernels = min(self.A.ndim, self.B.ndim) > 1
-                groups = self.A.shape[0] // self.B.shape[1] if are_kernels else 1
-                return ConvForm(groups=groups, grouped=self.grouped)
+                return ConvForm(groups=self._groups(), grouped=self.grouped)
+            case ExpertsForm.kind:
+                return ExpertsForm(groups=self._groups(), transposed=self.transposed)
             case _:
                 return LoralibConvForm(taps=self._taps(), weight_shape=self.weight_shape)
 
@@ -110,7 +112,7 @@ class StoredLayer:
 
     @property
     def groups(self) -> int:
-        """Groups of the convolution that a "conv" layer adapts."""
+        """Groups of the convolution that a "conv" layer adapts; number of experts of an "experts" layer."""
         return self.form.groups
 
     @property
@@ -129,6 +131,11 @@ class StoredLayer:
         shape = tuple(weight_shape)
         scaling = self.alpha * shape[-1] / self.A.shape[0]
         return replace(self, kind=LoralibConvForm.kind, weight_shape=shape, scaling=scaling)
+
+    def _groups(self) -> int:
+        """Return the number of groups: A has the rank's rows for each of them, and B only the rank's columns."""
+        are_matrices = min(self.A.ndim, self.B.ndim) > 1 and self.B.shape[1]
+        return max(1, self.A.shape[0] // self.B.shape[1]) if are_matrices else 1
 
     def _taps(self) -> int:
         """Return K of loralib's convolution; loralib supports only square kernels and the scaling alpha / r."""
@@ -197,7 +204,11 @@ def rank_notices(layers: Mapping[str, StoredLayer]) -> list[str]:
         for path, layer in layers.items()
         if layer.form.limits_rank
         and layer.rank
-        > (width := min(layer.A.shape[1], len(layer.B), *(s.total for s in layer.slices)))
+        > (
+            width := min(
+                layer.A.shape[1], len(layer.B) // layer.groups, *(s.total for s in layer.slices)
+            )
+        )
     ]
     if not too_high:
         return []

@@ -61,11 +61,6 @@ class ConvLoRA(LoRALayer):
             (layer.out_channels, self.rank // layer.groups, *pointwise),
         )
 
-    def _initialise_pissa(self, layer: nn.Module) -> None:
-        if self.form.groups > 1:
-            raise unsupported(layer, "init='pissa' with groups > 1")
-        super()._initialise_pissa(layer)
-
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         assert isinstance(layer, Convolution)
         padding = layer.padding
@@ -94,10 +89,7 @@ class ConvLoRA(LoRALayer):
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
         self._require_kernel()
-        # G groups, R = rank / G, O outputs of a group, K inputs of a group times kernel elements.
-        A_GRK = A.flatten(1).unflatten(0, (self.form.groups, -1))
-        B_GOR = B.flatten(1).unflatten(0, (self.form.groups, -1))
-        return (B_GOR @ A_GRK).flatten(0, 1)
+        return super()._product(A, B)
 
 
 class LoralibConvLoRA(LoRALayer):

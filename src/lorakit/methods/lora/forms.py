@@ -11,6 +11,7 @@ attention      (r, embed_dim)                        (3 * embed_dim, r)
 embedding      (r, num_embeddings)                   (embedding_dim, r)
 conv           (r, in or in / groups, *kernel)       (out, r / groups, 1, ...)
 conv-loralib   (r * K, in * K)                       (out / groups * K, r * K)
+experts        (experts * r, in)                     (experts * out, r)
 ============== ===================================== =======================================
 
 A linear or attention layer may be adapted by slices of its output rows. A then stacks r rows for each slice,
@@ -41,6 +42,12 @@ class NotExpressibleError(AdapterFileError):
     """PEFT's format cannot represent an adapter."""
 
 
+def in_each_group(A: Tensor, A0: Tensor, groups: int) -> Tensor:
+    """Return ``[A; A0]`` within each group, because B has the columns of one group."""
+    parts = [t.unflatten(0, (groups, -1)) for t in (A, A0)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FactorForm:
     """Two matrices A (r, in) and B (out, r), or such a pair for each slice. Subclasses override what differs."""
@@ -57,9 +64,9 @@ class FactorForm:
     slices: tuple[RowSlice, ...] = ()
     """The adapted output rows of a fused projection; empty means all rows."""
     transposed: bool = False
-    """linear: the layer stores its weight as (in, out), as GPT-2's Conv1D does."""
+    """linear, experts: the layer stores its weight as (..., in, out), as GPT-2's Conv1D does."""
     groups: int = 1
-    """conv: groups of the convolution."""
+    """conv: groups of the convolution. experts: number of experts, each with its rows of A and B."""
     grouped: bool = True
     """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
     taps: int = 1
@@ -98,6 +105,19 @@ class FactorForm:
     def rows(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the indices of the adapted rows of a fused projection, slice by slice."""
         return torch.cat([s.rows(device) for s in self.slices])
+
+    def part_rank(self, rank: int) -> int:
+        """Return the rank of each of the `parts` of a layer of at most this rank; at least 1 for each group."""
+        return max(1, rank // self.rank_groups) * self.taps
+
+    @property
+    def rank_groups(self) -> int:
+        """Number of groups that share the layer's rank."""
+        return self.groups
+
+    def weight_of(self, path: str) -> str:
+        """Return the name of the changed parameter of the layer at a path."""
+        return f"{path}.{self.weight_name}"
 
     # --- the weight and its change as matrices ---------------------------------------------------
 
@@ -141,6 +161,10 @@ class FactorForm:
     def to_peft(self, A: Tensor, B: Tensor) -> Factors:
         """Return PEFT's A and B, of all rows and input channels; raise `NotExpressibleError` if there are none."""
         return self.all_rows(A, B)
+
+    def peft_rank(self, A: Tensor) -> int:
+        """Return PEFT's rank of an A that `to_peft` returned."""
+        return A.shape[0]
 
     def from_peft(self, A: Tensor, B: Tensor) -> Factors:
         """Undo `to_peft`."""
@@ -236,6 +260,49 @@ class ConvForm(FactorForm):
                 "loralib factorises convolutions differently; it supports only pointwise ones without groups."
             )
         return super().to_loralib(A, B)
+
+
+class ExpertsForm(FactorForm):
+    """The experts' weights, which are stacked in one tensor: a pair of factors for each expert, one below the other."""
+
+    kind = "experts"
+
+    @classmethod
+    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> ExpertsForm:
+        return cls(groups=layer.weight.shape[0], transposed=layer.transposed)
+
+    def required_shapes(self, A: Tensor, B: Tensor) -> str | None:
+        is_pair = A.ndim == B.ndim == 2
+        fit = is_pair and A.shape[0] == self.groups * B.shape[1] and not B.shape[0] % self.groups
+        return None if fit else "A (experts * rank, in) and B (experts * out, rank)"
+
+    def rank(self, A: Tensor) -> int:
+        return A.shape[0] // self.groups
+
+    @property
+    def rank_groups(self) -> int:
+        return 1
+
+    def peft_rank(self, A: Tensor) -> int:
+        return self.rank(A)
+
+    def weight_of(self, path: str) -> str:
+        return path
+
+    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
+        if W.ndim != 3:
+            return W
+        matrix = (W.mT if self.transposed else W).flatten(0, 1)
+        # A file of PEFT does not record whether the base transposes its weight.
+        other = (W if self.transposed else W.mT).flatten(0, 1)
+        return other if matrix.shape != shape == tuple(other.shape) else matrix
+
+    def weight(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        stacked = matrix.unflatten(0, (self.groups, -1))
+        return stacked.mT.contiguous() if self.transposed else stacked
+
+    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
+        raise AdapterFileError("loralib has no layer for stacked experts.")
 
 
 class LoralibConvForm(FactorForm):

@@ -8,12 +8,13 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.lora.convolution import ConvLoRA
 from lorakit.methods.lora.embedding import EmbeddingLoRA, TiedHeadLoRA
+from lorakit.methods.lora.experts import StackedLoRA
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import AttentionLoRA, LinearLoRA, OutProjectionLoRA
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, submodule, why_not_adaptable
+from lorakit.models.layers import StackedWeight, base_modules, submodule, why_not_adaptable
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
@@ -34,6 +35,8 @@ def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
         return OutProjectionLoRA if isinstance(owner, nn.MultiheadAttention) else LinearLoRA
     if isinstance(layer, nn.Embedding):
         return EmbeddingLoRA
+    if isinstance(layer, StackedWeight):
+        return StackedLoRA
     return ConvLoRA
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigurationError
-from lorakit.methods.lora.forms import FactorForm
+from lorakit.methods.lora.forms import FactorForm, in_each_group
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init, decomposes
 from lorakit.methods.module import AdapterModule
 from lorakit.models.layers import RowSlice, weight_shape
@@ -190,12 +190,13 @@ class LoRALayer(AdapterModule):
     def _decompose(self, W: Tensor) -> None:
         """Set A and B to the leading singular vectors of W (out, in), each times the root of its singular value."""
         W = W.to(wide_dtype(W))
+        rank = self.form.part_rank(self.rank)
         A_parts, B_parts = [], []
         for part in self.form.weight_parts(W):
             U, S, Vh = torch.linalg.svd(part, full_matrices=False)
-            root = (S[: self.rank] / abs(self.scaling)).sqrt()
-            A_parts.append(root[:, None] * Vh[: self.rank])
-            B_parts.append(U[:, : self.rank] * root * math.copysign(1.0, self.scaling))
+            root = (S[:rank] / abs(self.scaling)).sqrt()
+            A_parts.append(root[:, None] * Vh[:rank])
+            B_parts.append(U[:, :rank] * root * math.copysign(1.0, self.scaling))
         self.lora_A.copy_(torch.cat(A_parts).view(self.lora_A.shape))
         self.lora_B.copy_(torch.cat(B_parts).view(self.lora_B.shape))
 
@@ -206,7 +207,7 @@ class LoRALayer(AdapterModule):
         A, B = self.form.all_rows(self.lora_A, self.lora_B)
         if self.initial_A is not None and self.initial_B is not None:
             A0, B0 = self.form.all_rows(self.initial_A, self.initial_B)
-            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
+            A, B = in_each_group(A, A0, self.form.groups), torch.cat([B, -B0], dim=1)
         return A, B
 
     def _rows(self) -> Tensor:
@@ -282,7 +283,7 @@ class LoRALayer(AdapterModule):
         W = self.weight_matrix(layer)
         A, B = A.to(wide_dtype(W)), B.to(wide_dtype(W))
         with no_autocast(W):
-            # The rows of a grouped convolution have different A, and vmap has no in-place product.
+            # The rows of different groups have different A, and vmap has no in-place product.
             if self.form.groups > 1 or is_transformed(W, A, B):
                 merged = W.to(A.dtype) + self.scaling * self._product(A, B)
                 return torch.linalg.vector_norm(merged, dim=1)
@@ -305,8 +306,13 @@ class LoRALayer(AdapterModule):
         return self._product(A.to(dtype), B.to(dtype)) * self.scaling
 
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
-        """Return ``B A`` as an (out, in) matrix."""
-        return B @ A
+        """Return ``B A`` as an (out, in) matrix, group by group."""
+        A, B, groups = A.flatten(1), B.flatten(1), self.form.groups
+        if groups == 1:
+            return B @ A
+        # G groups, R rows of A of a group, O outputs of a group, K inputs of a group times kernel elements.
+        A_GRK, B_GOR = A.unflatten(0, (groups, -1)), B.unflatten(0, (groups, -1))
+        return (B_GOR @ A_GRK).flatten(0, 1)
 
     def _as_weight(self, matrix: Tensor, layer: nn.Module) -> dict[str, Tensor]:
         """Return an (out, in) matrix in the layout of the layer's weight, by the weight's name."""

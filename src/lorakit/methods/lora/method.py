@@ -100,7 +100,7 @@ class LoRA(TrainsModules):
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
     ) -> dict[str, AdapterModule]:
-        """Return initialised A and B for each target layer, by path, in the model's order.
+        """Return initialised A and B for each target layer, by path, in the model's order, those of experts last.
 
         Raises:
             TargetError: A target names no layer or one that cannot be adapted.
@@ -108,6 +108,7 @@ class LoRA(TrainsModules):
         """
         import torch
 
+        from lorakit.methods.lora.experts import on_experts
         from lorakit.methods.lora.kinds import kind_of, tied_head
         from lorakit.models.layers import submodule
         from lorakit.models.roles import resolve_targets
@@ -145,7 +146,7 @@ class LoRA(TrainsModules):
         if self.tie_head:
             path, module = tied_head(model, modules)
             modules[path] = module
-        return modules
+        return on_experts(modules)
 
     def trained_parameters(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters that are trained in full, in addition to A and B.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lorakit import storage
-from lorakit.adapters.formats.peft.factors import interleave
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located
 from lorakit.adapters.formats.tensors import SAFETENSORS
 from lorakit.errors import AdapterFileError, ConfigurationError
+from lorakit.methods.lora.forms import in_each_group
 from lorakit.storage.tensors import safetensors_bytes
 
 SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth")
@@ -84,7 +84,7 @@ def _to_loralib(layer: StoredLayer) -> tuple[Tensor, Tensor, int]:
     # Subtract PiSSA's initial factors, slice by slice, at twice the rank.
     A0, B0 = layer.form.to_loralib(layer.initial_A, layer.initial_B)
     slices = max(1, len(layer.slices))
-    return interleave(A, A0, slices), torch.cat([B, -B0], dim=1), 2 * layer.rank
+    return in_each_group(A, A0, slices), torch.cat([B, -B0], dim=1), 2 * layer.rank
 
 
 def _check_slices(layer: StoredLayer) -> None:

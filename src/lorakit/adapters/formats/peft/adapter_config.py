@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import base_modules, unwrapped
+from lorakit.models.layers import StackedWeight, base_modules, layers_by_path, unwrapped
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
 
 _NO_EFFECT = {
@@ -50,7 +50,6 @@ _NOT_IMPLEMENTED = {
     "layer_replication": "layers of the base are repeated",
     "megatron_config": "layers are Megatron's",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
-    "target_parameters": "parameters outside layers are adapted (mixtures of experts)",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "factors are block-diagonal (BD-LoRA)",
     "use_qalora": "inputs are pooled in groups (QA-LoRA)",
@@ -84,6 +83,7 @@ class PeftConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
@@ -97,7 +97,10 @@ class PeftConfig:
         except ConfigurationError as error:
             raise AdapterFileError(str(error)) from None
         _ = self._ranks, self._alphas  # rejects an invalid pattern
-        for option in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        for option in (
+            *("target_modules", "target_parameters"),
+            *("exclude_modules", "modules_to_save", "layers_pattern"),
+        ):
             names = getattr(self, option)
             if isinstance(names, tuple) and "" in names:
                 raise AdapterFileError(
@@ -226,7 +229,7 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
 
     Returns:
         The paths; for an `nn.MultiheadAttention` also its `out_proj`, since PEFT adapts both. None if
-        the file names no target modules.
+        the file names no target modules. Stacked weights of experts are layers here, other parameters are not.
 
     Raises:
         AdapterFileError: The options are not valid, or a pattern takes too long.
@@ -243,7 +246,13 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
             tied = {name.removesuffix(".weight") for name in (first, *others)}
             targets |= tied if tied & targets else set()
     attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
-    return targets | {f"{path}.out_proj" for path in attention}
+    parameters = frozenset(config.target_parameters)
+    stacked = {
+        path
+        for path, layer in layers_by_path(model).items()
+        if isinstance(layer, StackedWeight) and not parameters.isdisjoint(endings(path))
+    }
+    return targets | {f"{path}.out_proj" for path in attention} | stacked
 
 
 def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:

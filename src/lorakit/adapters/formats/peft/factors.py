@@ -4,6 +4,7 @@ PEFT computes ``delta W = alpha / r * B A`` on a whole layer. lorakit's other de
 product with more columns in B and rows in A, some of them zero:
 
 - slices, grouped convolutions and loralib's convolutions: `FactorForm.to_peft`;
+- stacked experts: B has another order in the file, `lorakit.adapters.formats.peft.experts`;
 - PiSSA's frozen initial factors: ``[B, -B0] [A; A0]``.
 
 Every step only moves numbers or changes their sign, so the inverse is exact to the bit.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
-from lorakit.methods.lora.forms import ConvForm, NotExpressibleError
+from lorakit.methods.lora.forms import ConvForm, NotExpressibleError, in_each_group
 
 
 def to_peft(layer: StoredLayer) -> StoredLayer:
@@ -32,13 +33,13 @@ def to_peft(layer: StoredLayer) -> StoredLayer:
     A, B, B_bias = *_factors(layer), layer.B_bias
     magnitude = _all_magnitudes(layer)
     if magnitude is not None and layer.groups > 1:
-        raise NotExpressibleError("PEFT has no DoRA for grouped convolutions.")
+        raise NotExpressibleError("PEFT has no DoRA for grouped convolutions and stacked experts.")
     return replace(
         layer,
         kind=ConvForm.kind if A.ndim > 2 else layer.kind,
         A=A,
         B=B,
-        alpha=layer.alpha * (A.shape[0] // layer.rank),
+        alpha=layer.alpha * (layer.form.peft_rank(A) // layer.rank),
         magnitude=magnitude,
         B_bias=B_bias if B_bias is None else layer.form.bias_of_all_rows(B_bias, layer.B),
         slices=(),
@@ -55,7 +56,7 @@ def _factors(layer: StoredLayer) -> tuple[Tensor, Tensor]:
     A, B = layer.form.to_peft(layer.A, layer.B)
     if layer.initial_A is not None and layer.initial_B is not None:
         A0, B0 = layer.form.to_peft(layer.initial_A, layer.initial_B)
-        A, B = interleave(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
+        A, B = in_each_group(A, A0, layer.groups), torch.cat([B, -B0], dim=1)
     return A, B
 
 
@@ -108,14 +109,8 @@ def from_peft(
     return restored
 
 
-def interleave(A: Tensor, A0: Tensor, groups: int) -> Tensor:
-    """``[A; A0]`` within each group: a grouped B reads only the channels of its own group."""
-    parts = [t.unflatten(0, (groups, -1)) for t in (A, A0)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
 def _separate(both: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Undo `interleave`."""
+    """Undo `in_each_group`."""
     A, A0 = both.unflatten(0, (groups, -1)).chunk(2, dim=1)
     return A.flatten(0, 1), A0.flatten(0, 1)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import storage
+from lorakit.adapters.formats.peft import experts
 from lorakit.adapters.formats.peft.adapter_config import PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
 from lorakit.adapters.formats.peft.trained import PREFIX
@@ -21,6 +22,7 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG, PEFT_PICKLE, PEFT_TENSORS
 from lorakit.methods.lora import LoRA
+from lorakit.methods.lora.forms import ExpertsForm
 from lorakit.models.layers import parents, without_wrappers
 from lorakit.models.patterns import endings
 
@@ -92,7 +94,12 @@ def _adapter(
             part = match["part"].removesuffix(".weight")
             parts.setdefault(match["path"], {})[part] = tensor
     layers = {}
+    stacked = experts.paths(parts.keys(), config.target_parameters)
     for key, layer_parts in parts.items():
+        if key in stacked:
+            path = stacked[key]
+            layers[path] = _stacked_weight(path, layer_parts, config)
+            continue
         # PEFT looks up the options of an out_proj under the attention module's path, of any other layer under its own.
         options_path = key.removesuffix(_OUT_PROJ)
         is_out_proj = options_path != key
@@ -208,6 +215,29 @@ def _layer(
     return layer
 
 
+def _stacked_weight(path: str, parts: Mapping[str, Tensor], config: PeftConfig) -> StoredLayer:
+    """Return the layer of a stacked weight of experts."""
+    if parts.keys() != {"lora_A", "lora_B"}:
+        raise AdapterFileError(
+            f"'{path}' has {', '.join(sorted(parts))}; lora_A and lora_B were expected."
+        )
+    A, B, rank = parts["lora_A"], parts["lora_B"], config.rank_of(path)
+    count = A.shape[0] // rank if A.ndim == B.ndim == 2 else 0
+    if not count or A.shape[0] != count * rank or B.shape[1] != count * rank:
+        raise AdapterFileError(
+            f"'{path}': lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}; with the rank {rank} of "
+            f"{PEFT_CONFIG}, (experts * {rank}, in) and (out, {rank} * experts) were expected."
+        )
+    with located(f"'{path}'"):
+        return StoredLayer(
+            kind=ExpertsForm.kind,
+            A=A,
+            B=experts.from_file(B, count),
+            scaling=config.scaling_of(path),
+            alpha=config.alpha_of(path),
+        )
+
+
 class _OtherTensors:
     """The tensors other than factors, classified as PEFT would use them.
 
@@ -304,11 +334,16 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
     """Return lorakit's settings with the same meaning as PEFT's options."""
     listed = config.target_modules
     restricted = config.exclude_modules or config.layers_to_transform
-    if isinstance(listed, tuple) and listed and not restricted:
+    names = (*listed, *config.target_parameters) if isinstance(listed, tuple) else ()
+    if names and not restricted:
         # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
         used = {ending for path in layers for ending in endings(path)}
-        targets = tuple(sorted(used.intersection(listed))) or tuple(layers)
-    elif isinstance(listed, str) and listed.lower() != "all-linear" and not restricted:
+        targets = tuple(sorted(used.intersection(names))) or tuple(layers)
+    elif (
+        isinstance(listed, str)
+        and listed.lower() != "all-linear"
+        and not (restricted or config.target_parameters)
+    ):
         targets = (listed,)
     else:  # lorakit has no equal of these options, so list the layers
         targets = tuple(layers)

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import conversion_mapping
 
 from lorakit import storage
-from lorakit.adapters.formats.peft import trained
+from lorakit.adapters.formats.layout import BaseLayout
+from lorakit.adapters.formats.peft import experts, trained
 from lorakit.adapters.formats.peft.attention import (
     LAST_VERSION,
     attention_paths,
@@ -98,7 +99,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     for path in attention:
         entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
-    keys = {path: _key_start(path, attention) for path in entries}
+    parameters = {path for path in targets if experts.is_stacked(entries[path])}
+    keys = {path: _key_start(path, attention) for path in entries} | experts.key_starts(entries)
     arithmetic = written_notices(entries, attention)
     model_type = stored.base.architecture.model_type if stored.base is not None else None
     trained_form = trained.assign_keys(stored, layout, keys)
@@ -108,12 +110,15 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         )
     config = {
         **_ranks(entries, targets, method),
-        "target_modules": target_modules(targets, layout.modules if layout else None),
+        "target_modules": target_modules(targets - parameters, layout.modules if layout else None),
+        **({"target_parameters": target_parameters(parameters, layout)} if parameters else {}),
         "modules_to_save": trained_form.modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
-        "fan_in_fan_out": any(layer.transposed for layer in stored.layers.values()),
+        "fan_in_fan_out": any(
+            layer.transposed for layer in stored.layers.values() if not experts.is_stacked(layer)
+        ),
         **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
         "peft_type": "LORA",
         "inference_mode": True,
@@ -134,7 +139,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         tensors | trained_form.tensors,
         layer_keys={path: keys[path] for path in stored.layers},
         trained_keys=trained_form.keys,
-        notices=[*arithmetic, *_taken_for_experts(entries, model_type)],
+        notices=[*arithmetic, *_taken_for_experts(entries.keys() - parameters, model_type)],
     )
 
 
@@ -180,6 +185,8 @@ def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
         magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
     parts = {**entry.tensors, "magnitude": magnitude}
+    if experts.is_stacked(entry):
+        parts["B"] = experts.to_file(entry.B, entry.groups)
     return {full: parts[part] for part, full in layer_keys(key, entry).items()}  # type: ignore[misc]
 
 
@@ -266,6 +273,14 @@ def target_modules(targets: Iterable[str], modules: Sequence[str] | None) -> lis
             return "|".join(re.escape(path) for path in sorted(targets, key=natural))
         chosen.add(ending)
     return sorted(chosen, key=natural)
+
+
+def target_parameters(parameters: set[str], layout: BaseLayout | None) -> list[str]:
+    """Return path endings that match these stacked weights and no other parameter, with the name of their module."""
+    bare = {path.rpartition(".")[2] for path in parameters}
+    known = (*layout.names.parameters, *bare) if layout is not None else None
+    chosen = target_modules(parameters, known)
+    return chosen if isinstance(chosen, list) else sorted(parameters, key=natural)
 
 
 def _taken_for_experts(paths: Collection[str], model_type: str | None) -> list[str]:
