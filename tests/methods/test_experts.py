@@ -166,22 +166,48 @@ def test_a_blend_of_adapters_with_different_weights():
     torch.testing.assert_close(model(**inputs)[0], output, rtol=0, atol=1e-6)
 
 
-def test_rows_with_different_adapters_are_refused():
-    """The experts get tokens of all rows at once; rows with one adapter are no problem."""
+@pytest.mark.parametrize("arch", ["mixtral", "Qwen2Moe", "GptOss"])
+def test_rows_and_tokens_with_adapters_of_their_own(arch):
+    """Also shared experts, which get all tokens in one axis, and DoRA."""
+    model = mixture(arch)
+    adapted(model, "a")
+    adapted(model, "b", seed=1, targets="all-linear")
+    handle = adapted(model, "c", seed=2, dora=True)
+    ids = torch.arange(5, 29).view(4, 6)
+    rows = ["c", None, "a", "b"]
+    alone = []
+    for i, name in enumerate(rows):
+        handle.activate(name)
+        alone.append(model(input_ids=ids[i : i + 1])[0])
+    expected = torch.cat(alone)
+    parameters = list(handle.trainable_parameters("a"))
+    gradients = torch.autograd.grad(expected.square().sum(), parameters)
+    blocks = (handle.per_sample(rows), handle.per_token([(name, 6) for name in rows]))
+    for block in blocks:
+        with block:
+            output = model(input_ids=ids)[0]
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+        found = torch.autograd.grad(output.square().sum(), parameters)
+        torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-6)
+    with handle.per_sample(["a"] * 4):
+        whole = model(input_ids=ids)[0]
+    torch.testing.assert_close(whole[2], expected[2], rtol=0, atol=1e-6)
+
+
+def test_experts_without_the_routes_of_their_tokens_refuse_rows():
+    """Those of Llama 4 get each token once for every expert."""
     model = mixture()
-    handle = adapted(model, "a")
-    adapted(model, "b", seed=1)
-    inputs = batch("Qwen3Moe", model)
-    rows = len(inputs["input_ids"])
-    handle.activate("b")
-    expected = model(**inputs)[0]
-    with handle.per_sample(["b"] * rows):
-        torch.testing.assert_close(model(**inputs)[0], expected, rtol=0, atol=0)
+    handle = adapted(model)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeExperts":
+            del module.is_transposed
+    handle.detach()
+    handle = adapted(model)
     with (
-        handle.per_sample(["a", *["b"] * (rows - 1)]),
-        pytest.raises(AdapterStateError, match=r"each row of a Qwen3MoeExperts"),
+        handle.per_sample(["a", None]),
+        pytest.raises(AdapterStateError, match=r"experts' cannot use different adapters .* routes"),
     ):
-        model(**inputs)
+        model(input_ids=torch.arange(5, 17).view(2, 6))
 
 
 def test_copies_files_and_detaching(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -81,3 +82,30 @@ def test_the_deviation_of_other_methods(method: Method) -> None:
         if parameter.ndim > 1
     ]
     assert float(torch.cat(values).std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_pissa_of_a_grouped_convolution_decomposes_each_group(tmp_path) -> None:
+    """The initial factors of a group are beside its trained ones, in the pass, the merge and a file."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 3, groups=2)
+    model, x = nn.Sequential(conv), torch.randn(2, 6, 5, 5)
+    base, start = model(x), copy.deepcopy(model.state_dict())
+    handle = lorakit.attach(model, LoRA(rank=4, alpha=8, targets="0", init="pissa"))
+    torch.testing.assert_close(model(x), base, rtol=0, atol=1e-5)
+    (module,) = handle.modules("default").values()
+    A, B = module.lora_A.detach().flatten(1), module.lora_B.detach().flatten(1)
+    for W, a, b in zip(conv.weight.flatten(1).chunk(2), A.chunk(2), B.chunk(2), strict=True):
+        U, S, Vh = torch.linalg.svd(W.detach(), full_matrices=False)
+        best = U[:, :2] * S[:2] @ Vh[:2]
+        torch.testing.assert_close(module.scaling * b @ a, best, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for parameter in handle.trainable_parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    output = model(x)
+    handle.save(tmp_path / "adapter")
+    handle.merge()
+    torch.testing.assert_close(model(x), output, rtol=0, atol=1e-4)
+    fresh = nn.Sequential(nn.Conv2d(6, 8, 3, groups=2))
+    fresh.load_state_dict(start)
+    lorakit.load(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(fresh(x), output, rtol=0, atol=1e-5)

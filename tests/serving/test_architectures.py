@@ -9,7 +9,7 @@ from batch_sensitive_models import READS_PADDING, spread
 from engines import running, send
 from leases import PlainLease, attach_some
 from test_engines import GREEDY, TOKENIZER, alone, prompts
-from tiny_models import ENCODER_DECODERS, build
+from tiny_models import ARCHITECTURES, ENCODER_DECODERS, RELATIVES, build
 
 from lorakit.adapters import handle_of
 from lorakit.errors import DataError
@@ -58,6 +58,32 @@ def test_the_answers_are_those_of_generate(arch):
         found = [answer.wait() for answer in sent]
     assert [answer.ids for answer in found] == [until_end(ids) for ids in expected]
     assert handle.active == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["mixtral", "Qwen2Moe", "GptOss"])
+def test_each_request_has_its_own_adapters_on_the_experts(arch):
+    model = build_mixture(arch)
+    attach_some(model, "ab", targets="all-linear")
+    given = [p[:20] for p in prompts(4, seed=6)]
+    blends = [(("a", 1.0),), (), (("b", 1.0),), (("a", 0.5), ("b", 0.5))]
+    expected = [alone(model, p, b, 8) for p, b in zip(given, blends, strict=True)]
+    assert len({*map(tuple, expected)}) == len(expected)
+    with running(engine_for(model, TOKENIZER)) as engine:
+        sent = [
+            send(engine, p, PlainLease(b, TOKENIZER), 8, sampling=GREEDY)
+            for p, b in zip(given, blends, strict=True)
+        ]
+        found = [answer.wait() for answer in sent]
+    assert [answer.ids for answer in found] == [until_end(ids) for ids in expected]
+
+
+def build_mixture(arch):
+    """Return a tiny mixture of experts that generates."""
+    config = (ARCHITECTURES | RELATIVES)[arch]()
+    config.vocab_size, config.eos_token_id = len(TOKENIZER), None
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.slow

@@ -269,9 +269,7 @@ def _why_no_bias(path: str, layer: nn.Module, module: AdapterModule) -> str | No
 def _lacks_weights(module: AdapterModule) -> bool:
     """Return whether the module has an effect besides its trained copies, but does not define it as weights."""
     kind = type(module)
-    has_effect = (
-        not module.leaves_output or module.shadows or module.layer_hooks or module.backbone_hooks
-    )
+    has_effect = not module.leaves_output or module.layer_hooks or module.backbone_hooks
     return bool(has_effect) and (
         kind.delta_weights is AdapterModule.delta_weights
         and kind.merged_weights is AdapterModule.merged_weights

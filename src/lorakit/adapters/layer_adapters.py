@@ -50,7 +50,9 @@ class LayerAdapters(ReplacedParameters):
         """
         choice = self.activation.moment().of_pass.choice
         blend = choice.whole
-        if blend is None and (choice.names & self.keys() or self.replaced):
+        # `adapt_by_part` calls a layer that splits again for each adapter.
+        at_once = any(not self[name].splits for name in choice.names & self.keys())
+        if blend is None and (at_once or self.replaced):
             raise AdapterStateError(
                 f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
                 "weights directly. Run one batch for each adapter."
@@ -58,10 +60,13 @@ class LayerAdapters(ReplacedParameters):
         blend = blend or ()
         tensors = self.parameters_to_swap(layer, blend)
         layer.__dict__.update(tensors)  # the adapters add to these
+        return tensors | self.shadows(layer, blend)
+
+    def shadows(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
+        """Return the weights that the adapters of a blend put in place of the layer's for a call."""
         shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
-        for attribute in {attribute for n, _ in shadowing for attribute in self[n].shadows}:
-            tensors[attribute] = self._shadow(layer, attribute, shadowing)
-        return tensors
+        attributes = dict.fromkeys(a for name, _ in shadowing for a in self[name].shadows)
+        return {attribute: self._shadow(layer, attribute, shadowing) for attribute in attributes}
 
     def _shadow(
         self, layer: nn.Module, attribute: str, blend: Iterable[tuple[str, float]]

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.choice import Blend, Choice, put, take
+from lorakit.adapters.choice import Blend, Choice, Entries, put, take
 from lorakit.adapters.passes import Pass
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
@@ -40,6 +40,7 @@ class MixableAdapters(Protocol):
     def keys(self) -> KeysView[str]: ...
     def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
     def changes(self, layer: nn.Module, blend: Blend) -> bool: ...
+    def shadows(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]: ...
 
 
 class Call(NamedTuple):
@@ -50,6 +51,18 @@ class Call(NamedTuple):
     """The input that the adapters read."""
     args: tuple = ()
     kwargs: Mapping[str, Any] = {}
+
+    def at(self, entries: Entries) -> Call:
+        """Return the call with some entries of the first axis of every tensor."""
+        x = take(self.x, entries)
+
+        def part(value: Any) -> Any:
+            if value is self.x:
+                return x
+            return take(value, entries) if isinstance(value, Tensor) else value
+
+        args = tuple(map(part, self.args))
+        return Call(self.layer, x, args, {name: part(v) for name, v in self.kwargs.items()})
 
     def with_input(self, x: Tensor) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments with another input.
@@ -124,7 +137,7 @@ def why_not_by_token(
         return "it is sequence-first"
     if layout.is_table:
         return "its input is not known to be an input of the model"
-    shadows = module is not None and module.shadows
+    shadows = module is not None and module.shadows and not module.splits
     if shadows or isinstance(layer, nn.MultiheadAttention):
         return "the model reads its weights directly"
     if module is not None:
@@ -152,9 +165,14 @@ def _adapt_parts(
         flat = output.flatten(0, -2)
         return lora_segments(x.flatten(0, -2), flat, segments, in_place=in_place).view(output.shape)
     for blend, entries in of_pass.parts(len(x), x.device):
-        if adapters.changes(call.layer, blend):
+        if not adapters.changes(call.layer, blend):
+            continue
+        if shadows := adapters.shadows(call.layer, blend):
+            part = call.at(entries)
+            rows = _computed_again(adapters, part, part.x, blend, shadows)
+        else:
             rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
-            output = put(output, entries, rows)
+        output = put(output, entries, rows)
     return output
 
 
@@ -184,6 +202,13 @@ def _adapt(
     parameters = adapters.parameters_to_swap(call.layer, blend)
     if not parameters:
         return _add(adapters, call.layer, x, output, blend)
+    return _computed_again(adapters, call, x, blend, parameters)
+
+
+def _computed_again(
+    adapters: MixableAdapters, call: Call, x: Tensor, blend: Blend, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the layer's output for `x` with other parameters and with the effect of one blend."""
     if reason := _why_not_computed_again(call.layer, parameters):
         raise adapters.layout.refuse(reason)
     args, kwargs = call.with_input(x)

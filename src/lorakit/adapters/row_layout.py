@@ -130,11 +130,12 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
             path,
             axis=_batch_axis(around),
             is_known=is_known,
-            is_flattened=getattr(config, "model_type", None) in _FLATTENING,
+            is_flattened=getattr(config, "model_type", None) in _FLATTENING
+            or _beside_experts(around),
             is_table=is_table,
             is_read_directly=(is_table and not is_known)
             or never_calls(around[-2], path.rpartition(".")[2]),
-            refused=_why_refused(model, path, config),
+            refused=_why_refused(model, path, layer, config),
         )
     return layouts
 
@@ -146,11 +147,24 @@ _READ_POSITIONS = {"deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "p
 """Layers that architectures also call with a table of positions, whose length may equal that of the batch."""
 
 
-def _why_refused(model: nn.Module, path: str, config: Any) -> str | None:
+def _takes_routes(layer: nn.Module | None) -> bool:
+    """Whether a layer is experts that get all tokens in one axis and the experts of each.
+
+    These attributes are of transformers' interface for experts, whose functions have such arguments.
+    """
+    return hasattr(layer, "has_gate") and hasattr(layer, "is_transposed")
+
+
+def _beside_experts(around: list[nn.Module]) -> bool:
+    """Whether a layer is experts or in a module with experts, which has all tokens in one axis."""
+    return any(_takes_routes(child) for module in around for child in module._modules.values())
+
+
+def _why_refused(model: nn.Module, path: str, layer: nn.Module, config: Any) -> str | None:
     """Return why a layer sees something else than the rows of the batch, or None if that is not known."""
     parts = path.split(".")
     for i, part in enumerate(parts):
-        if part.startswith("expert"):
+        if part.startswith("expert") and not _takes_routes(layer):
             return f"'{'.'.join(parts[:i]) or part}' routes tokens to it"
     if parts[-1] in _READ_POSITIONS.get(getattr(config, "model_type", ""), ()):
         return "it is also called with a table of positions"

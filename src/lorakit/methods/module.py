@@ -55,6 +55,9 @@ class AdapterModule(nn.Module):
     """Hooks on the model's backbone, around each forward pass."""
     shadows: tuple[str, ...] = ()
     """Names of layer weights to replace during a call, for layers whose output nothing can be added to."""
+    splits: bool = False
+    """Whether a layer with these shadows can be called with some tokens of its input: the first axis of all its tensors
+    has one entry for each token, and no token's output depends on others."""
     source: tuple[Any, ...] = ()
     """Other modules whose tensors `low_rank` reads."""
 
@@ -82,7 +85,7 @@ class AdapterModule(nn.Module):
     @property
     def leaves_output(self) -> bool:
         """Whether the module has no effect on the output: it only holds trained copies."""
-        return type(self).adapt is AdapterModule.adapt
+        return type(self).adapt is AdapterModule.adapt and not self.shadows
 
     def low_rank(self) -> LowRank | None:
         """Return the product that `adapt` adds to the output, if that is its whole effect; else None.

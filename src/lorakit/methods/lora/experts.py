@@ -48,6 +48,9 @@ class StackedLoRA(LoRALayer):
 class ExpertsLoRA(AdapterModule):
     """One adapter on the experts of a mixture, with a child for each adapted weight, by the weight's name."""
 
+    by_token = True
+    splits = True
+
     def __init__(self, weights: Mapping[str, StackedLoRA]) -> None:
         super().__init__()
         for name, module in weights.items():
