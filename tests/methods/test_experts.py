@@ -18,8 +18,8 @@ import lorakit
 from lorakit import LoRA
 from lorakit.adapters.handle import handle_of
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.errors import AdapterStateError, ConfigurationError
-from lorakit.methods.lora.experts import ExpertsLoRA
+from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
+from lorakit.methods.lora.experts import ExpertsLoRA, StackedLoRA
 from lorakit.ops.low_rank_sum import LowRankSum
 
 ARCHITECTURES = tiny_models.WITH_EXPERTS
@@ -205,9 +205,83 @@ def test_experts_without_the_routes_of_their_tokens_refuse_rows():
     handle = adapted(model)
     with (
         handle.per_sample(["a", None]),
-        pytest.raises(AdapterStateError, match=r"experts' cannot use different adapters .* routes"),
+        pytest.raises(
+            AdapterStateError, match=r"experts' cannot use different adapters .* experts of each"
+        ),
     ):
         model(input_ids=torch.arange(5, 17).view(2, 6))
+
+
+def test_a_choice_beside_a_trained_copy_of_the_experts():
+    model = mixture()
+    inputs = batch("Qwen3Moe", model)
+    handle = adapted(model, "a")
+    expected = model(**inputs)[0]
+    adapted(model, "b", seed=1, targets="attention.q", train_modules="mlp.experts")
+    handle.activate("b")
+    with handle.using("a"):
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=0, atol=0)
+    handle.activate(None)
+    with (
+        handle.per_sample(["a", *["b"] * (len(expected) - 1)]),
+        pytest.raises(AdapterStateError, match=r"each row of a Qwen3MoeExperts"),
+    ):
+        model(**inputs)
+
+
+class DenseExperts(nn.Module):
+    """Experts that all get every token, and a weight with the name of an attribute of lorakit's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,bti->bto", self.weights, x)
+
+
+def test_experts_of_a_class_of_the_users():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("moe", DenseExperts())
+    x = torch.randn(2, 5, 4)
+    base = model(x)
+    handle = lorakit.attach(model, LoRA(rank=2, targets="experts"))
+    randomise(handle)
+    output = model(x)
+    assert (output - base).abs().max() > 1e-2
+    with (
+        handle.per_sample(["default", None]),
+        pytest.raises(AdapterStateError, match="'moe' cannot"),
+    ):
+        model(x)
+    handle.merge()
+    torch.testing.assert_close(model(x), output, rtol=0, atol=1e-5)
+    handle.unmerge()
+    handle.detach()
+    with pytest.raises(ConfigurationError, match=r"dora .* on DenseExperts"):
+        lorakit.attach(model, LoRA(rank=2, targets="experts", dora=True))
+
+
+@pytest.mark.parametrize("other", [lorakit.FullFineTuning(), "trained module"], ids=str)
+def test_experts_that_are_adapted_and_trained_in_full(other):
+    method = LoRA(targets="experts", rank=2, train_modules="mlp.experts")
+    if other != "trained module":
+        method = lorakit.Combined(methods=(LoRA(targets="experts", rank=2), other))
+    with pytest.raises(LorakitError, match=r"in full.*(Remove it|Choose one of the two)"):
+        lorakit.attach(mixture(), method)
+
+
+def test_a_merge_computes_each_weight_once(monkeypatch):
+    computed, delta = [], StackedLoRA.delta_matrix
+    monkeypatch.setattr(
+        StackedLoRA, "delta_matrix", lambda module: computed.append(module) or delta(module)
+    )
+    for options in ({}, {"dora": True}):
+        handle = adapted(mixture(), **options)
+        computed.clear()
+        handle.merge()
+        assert len(computed) == len({*computed}) == 4
 
 
 def test_copies_files_and_detaching(tmp_path: Path):

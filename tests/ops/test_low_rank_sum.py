@@ -32,6 +32,8 @@ def random(*shape: int) -> Tensor:
 AS_PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda W: F.linear(random(5, IN), W[1]),
     "linear with an index that is a tensor": lambda W: F.linear(random(5, IN), W[IDS[1]]),
+    "linear by name": lambda W: F.linear(weight=W[1], input=random(5, IN)),
+    "a vector and a matrix": lambda W: random(OUT) @ W[1] @ random(IN),
     "linear with a bias": lambda W: F.linear(random(5, IN), W[1], random(OUT)),
     "matmul of a transposed matrix": lambda W: random(5, IN) @ W[1].mT,
     "matmul on the left": lambda W: W[1] @ random(IN, 5),
@@ -49,6 +51,11 @@ AS_SUM: dict[str, Callable[[Tensor], Tensor]] = {
     "another dtype": lambda W: W.to(torch.float32),
     "arithmetic": lambda W: 2 * W + 1,
     "unbind": lambda W: W.unbind(0)[2],
+    "a vector and the stack": lambda W: random(OUT) @ W,
+    "the stack and a vector": lambda W: W @ random(IN),
+    "a name that is not known": lambda W: torch.bmm(W[IDS], mat2=random(5, IN, 1)),
+    "a mask": lambda W: W[torch.tensor([True, False, True, False])],
+    "a mask of rows": lambda W: W[torch.ones(EXPERTS, OUT, dtype=torch.bool)],
 }
 
 
@@ -125,6 +132,23 @@ def test_what_it_says_of_itself():
     assert (total.shape, total.ndim, total.dtype, total.device) == (W.shape, 3, W.dtype, W.device)
     rounded_once = (W.double() + SCALE * (L.double() @ R.double())).float()
     torch.testing.assert_close(total.dense(), rounded_once, rtol=0, atol=0)
+
+
+def test_the_sum_outlives_a_look_at_its_memory():
+    W, L, R = factors()
+    total = LowRankSum(W, L, R, SCALE)
+    with torch.no_grad():
+        address = total.data_ptr()
+        assert address == total.dense().data_ptr()
+    assert total.dense().requires_grad  # the one without gradients is not used again
+
+
+def test_the_sum_is_not_rounded_under_autocast():
+    W, L, R = factors(torch.float32)
+    total = LowRankSum(W, L, R, SCALE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = total + 0
+    torch.testing.assert_close(found, W + SCALE * (L @ R))
 
 
 def test_several_products_are_one():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorakit
+from lorakit.analysis.deltas import base_matrix, deltas_of, read
 from lorakit.errors import AdapterFileError
 
 # PEFT 0.21 compares the patterns with the adapted modules alone. It does apply them to parameters.
@@ -112,6 +113,23 @@ def test_a_live_model_of_peft_is_converted(arch):
     handle = lorakit.from_peft(theirs)
     assert_same(output(handle.model), expected, 1e-5)
     assert not any(type(m).__module__.startswith("peft.") for m in handle.model.modules())
+
+
+def test_names_without_a_module_beside_shared_experts(tmp_path):
+    options = {"target_parameters": ["down_proj"], "target_modules": ["shared_experts.down_proj"]}
+    expected = made_by_peft(tmp_path, "Glm4Moe", **options)
+    model = mixture("Glm4Moe")
+    lorakit.load(model, tmp_path)
+    assert_same(output(model), expected, 1e-5)
+
+
+def test_square_experts_in_a_file_of_peft_are_not_measured_against_the_base(tmp_path):
+    """The file does not say whether gpt-oss stores them as (in, out)."""
+    made_by_peft(tmp_path, target_parameters=["experts.down_proj"])
+    stored = read(tmp_path)
+    delta = next(iter(deltas_of(stored).values()))
+    with pytest.raises(AdapterFileError, match=r"are square, and a file of PEFT"):
+        base_matrix(stored, delta, {delta.path: torch.zeros(4, 16, 16)})
 
 
 def changed(folder: Path, **options: Any) -> None:

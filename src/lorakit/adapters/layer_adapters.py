@@ -62,6 +62,11 @@ class LayerAdapters(ReplacedParameters):
         layer.__dict__.update(tensors)  # the adapters add to these
         return tensors | self.shadows(layer, blend)
 
+    @property
+    def hides_parameters(self) -> bool:
+        """Whether hooks put the `effective_weights` in place for each call of the layer."""
+        return any(module.shadows for module in self.values())
+
     def shadows(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
         """Return the weights that the adapters of a blend put in place of the layer's for a call."""
         shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
@@ -168,7 +173,8 @@ class LayerAdapters(ReplacedParameters):
             with no_autocast(W):
                 merged = self[name].merged_weights(layer)
                 if merged is not None and attribute in merged:
-                    return W, merged[attribute], merged[attribute].to(dtype)
+                    exact = merged[attribute]
+                    return W, exact, exact.to(dtype)
                 delta = self[name].delta_weights(layer).get(attribute)
             if delta is None:
                 continue

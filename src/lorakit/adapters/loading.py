@@ -33,7 +33,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import layers_by_path, submodule
+from lorakit.models.layers import layers_by_path, submodule, type_name
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
@@ -254,7 +254,7 @@ def _build_layer(
         lora_class = LoralibConvLoRA
     if lora_class.form_class.kind != stored_layer.kind:
         raise AdapterFileError(
-            f"{origin} holds {stored_layer.kind} factors for '{path}', which is a {type(layer).__name__} in this "
+            f"{origin} holds {stored_layer.kind} factors for '{path}', which is a {type_name(layer)} in this "
             "model. Load it on the model class it was trained with."
         )
     lora = lora_of(stored.method)
@@ -280,7 +280,7 @@ def _build_layer(
         if tensor.shape != expected.shape:
             raise AdapterFileError(
                 f"{origin}: {attribute} of '{path}' has shape {tuple(tensor.shape)}, and this model's "
-                f"{type(layer).__name__} needs {tuple(expected.shape)}. Load it on the base it was trained on."
+                f"{type_name(layer)} needs {tuple(expected.shape)}. Load it on the base it was trained on."
             )
         if attribute.startswith("initial"):
             setattr(module, attribute, tensor.to(expected.device, copy=True))

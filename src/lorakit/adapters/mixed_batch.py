@@ -35,6 +35,8 @@ class MixableAdapters(Protocol):
     layout: RowLayout
     replaced: dict[str, nn.Parameter]
 
+    @property
+    def hides_parameters(self) -> bool: ...
     def __getitem__(self, key: str) -> AdapterModule: ...
     def __contains__(self, key: str) -> bool: ...
     def keys(self) -> KeysView[str]: ...
@@ -167,11 +169,16 @@ def _adapt_parts(
     for blend, entries in of_pass.parts(len(x), x.device):
         if not adapters.changes(call.layer, blend):
             continue
-        if shadows := adapters.shadows(call.layer, blend):
+        own = take(x, entries)
+        parameters = adapters.parameters_to_swap(call.layer, blend)
+        parameters |= adapters.shadows(call.layer, blend)
+        if not parameters:
+            rows = _add(adapters, call.layer, own, take(output, entries), blend)
+        elif adapters.hides_parameters:
             part = call.at(entries)
-            rows = _computed_again(adapters, part, part.x, blend, shadows)
+            rows = _computed_again(adapters, part, part.x, blend, parameters)
         else:
-            rows = _adapt(adapters, call, take(x, entries), take(output, entries), blend)
+            rows = _computed_again(adapters, call, own, blend, parameters)
         output = put(output, entries, rows)
     return output
 
@@ -198,9 +205,9 @@ def _segments(adapters: MixableAdapters, x: Tensor, of_pass: Pass) -> list[Segme
 def _adapt(
     adapters: MixableAdapters, call: Call, x: Tensor, output: Tensor, blend: Blend
 ) -> Tensor:
-    """Return `output`, the layer's output for `x`, with the effect of one blend."""
+    """Return `output`, the layer's output for `x`, with the effect of a blend for the whole batch."""
     parameters = adapters.parameters_to_swap(call.layer, blend)
-    if not parameters:
+    if not parameters or adapters.hides_parameters:
         return _add(adapters, call.layer, x, output, blend)
     return _computed_again(adapters, call, x, blend, parameters)
 

@@ -20,7 +20,7 @@ from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, parents, submodule, walk
+from lorakit.models.layers import base_modules, parents, stacked_weights, submodule, walk
 
 _MAIN_INPUTS = (
     *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
@@ -163,6 +163,8 @@ def _beside_experts(around: list[nn.Module]) -> bool:
 def _why_refused(model: nn.Module, path: str, layer: nn.Module, config: Any) -> str | None:
     """Return why a layer sees something else than the rows of the batch, or None if that is not known."""
     parts = path.split(".")
+    if stacked_weights(path, layer) and not _takes_routes(layer):
+        return "it is not called with the tokens and the experts of each"
     for i, part in enumerate(parts):
         if part.startswith("expert") and not _takes_routes(layer):
             return f"'{'.'.join(parts[:i]) or part}' routes tokens to it"

@@ -373,4 +373,10 @@ def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tenso
         BaseModelError: The base lacks the weight.
     """
     layer = stored.layers[delta.path]
-    return weight_parts(delta.path, layer, weights[weight_name(delta.path, layer)])[delta.part]
+    W = weights[weight_name(delta.path, layer)]
+    if layer.kind == ExpertsForm.kind and stored.peft_config and W.shape[-1] == W.shape[-2]:
+        raise AdapterFileError(
+            f"The experts of '{delta.path}' are square, and a file of PEFT does not record whether the base stores "
+            "them as (out, in) or (in, out). Load the adapter on its base with lorakit.load and save it again."
+        )
+    return weight_parts(delta.path, layer, W)[delta.part]

@@ -99,7 +99,7 @@ class Combined(TrainsModules):
         adapted = {place.path for place in resolve_targets(model, lora.targets)} if lora else set()
         for name in names:
             path, _, attribute = name.rpartition(".")
-            if path in adapted and "bias" not in attribute:
+            if (path in adapted and "bias" not in attribute) or name in adapted:
                 raise ConfigurationError(
                     f"'{name}' is trained in full, and LoRA adapts it as well. Remove it from LoRA's targets, or do "
                     "not train it in full."

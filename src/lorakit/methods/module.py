@@ -102,7 +102,7 @@ class AdapterModule(nn.Module):
         """
         return None
 
-    def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+    def delta_weights(self, layer: nn.Module) -> Mapping[str, Tensor]:
         """Return the tensors that a merge adds to the layer's weights, by attribute, in float32 (or wider)."""
         return {}
 
@@ -110,6 +110,6 @@ class AdapterModule(nn.Module):
         """Return the attributes of the layer's weights that a merge changes, without computing them if possible."""
         return list(self.merged_weights(layer) or self.delta_weights(layer))
 
-    def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
+    def merged_weights(self, layer: nn.Module) -> Mapping[str, Tensor] | None:
         """Return the merged weights if they are not the sum of W and a delta (DoRA), else None."""
         return None

@@ -136,8 +136,13 @@ class StackedWeight(nn.Module):
         return getattr(self.experts, self.name)
 
     @property
+    def is_declared(self) -> bool:
+        """Whether the experts' class says how it stores its weights."""
+        return hasattr(self.experts, "is_transposed")
+
+    @property
     def transposed(self) -> bool:
-        """Whether the weight is stored as (experts, in, out)."""
+        """Whether the weight is stored as (experts, in, out); if its class does not say it, PEFT assumes that not."""
         return bool(getattr(self.experts, "is_transposed", False))
 
 
@@ -387,6 +392,11 @@ def layers_by_path(model: nn.Module) -> dict[str, nn.Module]:
         for name in stacked_weights(path, module):
             layers[f"{path}.{name}"] = StackedWeight(module, name)
     return layers
+
+
+def type_name(layer: nn.Module) -> str:
+    """Return the name of a layer's class for messages."""
+    return type(layer.experts if isinstance(layer, StackedWeight) else layer).__name__
 
 
 def is_linear(layer: nn.Module) -> bool:

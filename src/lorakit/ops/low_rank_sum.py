@@ -7,12 +7,14 @@ place of W, and a product with it is ``W x + scale * L (R x)``. All other operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorakit.ops.autocast import no_autocast
 
 _GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)
 """What `F.grouped_mm` calls, so what `__torch_function__` sees."""
@@ -27,11 +29,14 @@ class LowRankSum(Tensor):
     L: Tensor
     R: Tensor
     scale: float
+    total: Tensor | None
+    """The sum, if an operation needed it. Kept, because a caller may read its memory (`data_ptr`)."""
 
     @staticmethod
     def __new__(cls, W: Tensor, L: Tensor, R: Tensor, scale: float) -> LowRankSum:
         total = Tensor._make_wrapper_subclass(cls, W.shape, dtype=W.dtype, device=W.device)  # type: ignore[attr-defined]
         total.W, total.L, total.R, total.scale = W, L, R, scale
+        total.total = None
         return total
 
     @classmethod
@@ -40,8 +45,8 @@ class LowRankSum(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _PRODUCTS:
-                result = _PRODUCTS[func](*args, **kwargs)
+            if func in _PRODUCTS and (bound := _bound(func, args, kwargs)) is not None:
+                result = _PRODUCTS[func](*bound)
                 if result is not NotImplemented:
                     return result
             return func(*map(_dense, args), **{name: _dense(v) for name, v in kwargs.items()})
@@ -53,11 +58,18 @@ class LowRankSum(Tensor):
             f"{func} was called below autograd on the weight of experts with an adapter"
         )
 
+    def __deepcopy__(self, memo: Any) -> LowRankSum:
+        return self  # of an interrupted call; the next one drops it
+
     def dense(self) -> Tensor:
-        """Return the sum, computed in the dtype of L and R if that is wider, and rounded once."""
-        dtype = torch.promote_types(self.W.dtype, self.L.dtype)
-        change = self.scale * (self.L.to(dtype) @ self.R.to(dtype))
-        return (self.W.to(dtype) + change).to(self.W.dtype)
+        """Return the sum, computed once, in the dtype of L and R if that is wider."""
+        lacks_gradient = torch.is_grad_enabled() and not getattr(self.total, "requires_grad", False)
+        if self.total is None or lacks_gradient:
+            dtype = torch.promote_types(self.W.dtype, self.L.dtype)
+            with no_autocast(self.W):
+                change = self.scale * (self.L.to(dtype) @ self.R.to(dtype))
+                self.total = (self.W.to(dtype) + change).to(self.W.dtype)
+        return self.total
 
 
 def concatenated(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -78,28 +90,33 @@ def _matrix_transpose(total: LowRankSum) -> LowRankSum:
     return LowRankSum(total.W.mT, total.R.mT, total.L.mT, total.scale)
 
 
-def _transpose(total: LowRankSum, dim0: int, dim1: int) -> Any:
-    of_matrix = {total.ndim - 2, total.ndim - 1}
-    is_whole = {dim0 % total.ndim, dim1 % total.ndim} == of_matrix
-    return _matrix_transpose(total) if is_whole else NotImplemented
+def _transpose(input: LowRankSum, dim0: int, dim1: int) -> Any:
+    of_matrix = {input.ndim - 2, input.ndim - 1}
+    is_whole = {dim0 % input.ndim, dim1 % input.ndim} == of_matrix
+    return _matrix_transpose(input) if is_whole else NotImplemented
 
 
 def _at(total: LowRankSum, index: Any) -> Any:
     """Index the experts; an index of rows or columns needs the sum."""
-    if total.ndim < 3 or not isinstance(index, int | Tensor):
+    is_number = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+    if total.ndim < 3 or not (is_number or type(index) is int):
         return NotImplemented
     return LowRankSum(total.W[index], total.L[index], total.R[index], total.scale)
 
 
-def _linear(x: Any, total: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, LowRankSum) or not isinstance(total, LowRankSum):
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if isinstance(input, LowRankSum) or not isinstance(weight, LowRankSum):
         return NotImplemented
-    hidden = total.scale * F.linear(x, total.R.to(x.dtype))
-    return F.linear(x, total.W, bias) + F.linear(hidden, total.L.to(x.dtype))
+    hidden = weight.scale * F.linear(input, weight.R.to(input.dtype))
+    return F.linear(input, weight.W, bias) + F.linear(hidden, weight.L.to(input.dtype))
 
 
 def _matmul(left: Any, right: Any) -> Any:
-    if isinstance(left, LowRankSum) and isinstance(right, LowRankSum):
+    # A vector beside a stack would be broadcast differently for the stacked factors.
+    dims = sorted((left.ndim, right.ndim))
+    if (isinstance(left, LowRankSum) and isinstance(right, LowRankSum)) or (
+        dims[0] < 2 and dims[1] > 2
+    ):
         return NotImplemented
     if isinstance(left, LowRankSum):
         hidden = left.scale * (left.R.to(right.dtype) @ right)
@@ -108,8 +125,8 @@ def _matmul(left: Any, right: Any) -> Any:
     return left @ right.W + hidden @ right.R.to(left.dtype)
 
 
-def _grouped(x: Any, total: Any, *, offs: Tensor | None = None, **options: Any) -> Any:
-    if isinstance(x, LowRankSum) or not isinstance(total, LowRankSum) or any(options.values()):
+def _grouped(x: Any, total: Any, offs: Tensor | None = None) -> Any:
+    if isinstance(x, LowRankSum) or not isinstance(total, LowRankSum):
         return NotImplemented
     # On a CPU, oneDNN builds a kernel of 16 bits for each new number of tokens, which takes longer than the product.
     dtype = torch.float32 if x.device.type == "cpu" else x.dtype
@@ -135,3 +152,18 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm), _matmul),
 }
 """The operations that need no sum; each returns NotImplemented for arguments that do."""
+
+_KEYWORDS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    _GROUPED_MM: ("self", "mat2", "offs"),
+}
+"""The arguments that an operation may also get by name, in order. With any other name it gets the sum."""
+
+
+def _bound(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """Return all arguments of an operation in order; None if one has a name that is not known."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    rest = _KEYWORDS.get(func, ())[len(args) :]
+    if not given.keys() <= {*rest}:
+        return None
+    return [*args, *(given.get(name) for name in rest)]

@@ -7,12 +7,13 @@ experts, because they act in one call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorakit.methods.lora.forms import ExpertsForm
-from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.lora.layer import LoRALayer, unsupported
 from lorakit.methods.module import AdapterModule
 from lorakit.models.layers import RowSlice, StackedWeight, weight_shape
 
@@ -22,6 +23,13 @@ class StackedLoRA(LoRALayer):
 
     form_class = ExpertsForm
     shadows = ("weight",)
+
+    def __init__(self, layer: nn.Module, **options: Any) -> None:
+        if options.get("dora") and not (isinstance(layer, StackedWeight) and layer.is_declared):
+            raise unsupported(
+                layer, "dora (the class does not say which rows are outputs: is_transposed)"
+            )
+        super().__init__(layer, **options)
 
     @classmethod
     def dimensions(cls, layer: nn.Module) -> tuple[int, int]:
@@ -53,8 +61,8 @@ class ExpertsLoRA(AdapterModule):
 
     def __init__(self, weights: Mapping[str, StackedLoRA]) -> None:
         super().__init__()
-        for name, module in weights.items():
-            self.add_module(name, module)
+        # A weight may have the name of an attribute of this class, which `add_module` refuses.
+        self._modules.update(weights)
         self.__dict__["scales"] = all(module.scales for module in weights.values())
 
     @property
@@ -69,18 +77,47 @@ class ExpertsLoRA(AdapterModule):
     def shadow_factors(self, attribute: str) -> tuple[Tensor, Tensor, float] | None:
         return self.weights[attribute].stacked_factors()
 
-    def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {
-            name: module.delta_weights(StackedWeight(layer, name))["weight"]
-            for name, module in self.weights.items()
-        }
+    def delta_weights(self, layer: nn.Module) -> Mapping[str, Tensor]:
+        return _OnDemand(
+            {
+                name: lambda name=name, module=module: module.delta_weights(
+                    StackedWeight(layer, name)
+                )["weight"]
+                for name, module in self.weights.items()
+            }
+        )
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
         return list(self.weights)
 
-    def merged_weights(self, layer: nn.Module) -> dict[str, Tensor] | None:
-        merged = {n: m.merged_weights(StackedWeight(layer, n)) for n, m in self.weights.items()}
-        return {name: weights["weight"] for name, weights in merged.items() if weights} or None
+    def merged_weights(self, layer: nn.Module) -> Mapping[str, Tensor] | None:
+        dora = {n: m for n, m in self.weights.items() if m.magnitude is not None}
+        merged = {
+            name: lambda name=name, module=module: (
+                module.merged_weights(StackedWeight(layer, name)) or {}
+            )["weight"]
+            for name, module in dora.items()
+        }
+        return _OnDemand(merged) if merged else None
+
+
+class _OnDemand(Mapping[str, Tensor]):
+    """Tensors that are computed when they are read: those of all experts together may not fit into memory."""
+
+    def __init__(self, compute: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._compute
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compute)
+
+    def __len__(self) -> int:
+        return len(self._compute)
 
 
 def on_experts(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:

@@ -20,7 +20,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm, in_each_group
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init, decomposes
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import RowSlice, weight_shape
+from lorakit.models.layers import RowSlice, type_name, weight_shape
 from lorakit.ops.autocast import no_autocast, wide_dtype
 from lorakit.ops.derivatives import is_transformed
 from lorakit.ops.dropout import dropout
@@ -133,6 +133,7 @@ class LoRALayer(AdapterModule):
         largest = cls.largest_rank(layer, slices)
         if rank > largest:
             n_in, n_out = cls.dimensions(layer)
+            n_out //= cls.form_class.of(layer, slices, True).groups
             n_out = min((s.total for s in slices), default=n_out)
             name = path.rsplit(".", 1)[-1]
             raise ConfigurationError(
@@ -352,5 +353,5 @@ def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
 def unsupported(layer: nn.Module, option: str) -> ConfigurationError:
     """Return the error for an option that a layer type does not support."""
     return ConfigurationError(
-        f"{option} cannot be used on {type(layer).__name__}. Remove it or choose other targets."
+        f"{option} cannot be used on {type_name(layer)}. Remove it or choose other targets."
     )

@@ -167,7 +167,7 @@ class LoRA(TrainsModules):
                 continue
             # A suffix such as `dense` matches layers of the head too.
             last = layer.rpartition(".")[2]
-            outside = [a for a in adapted if a.endswith(f".{last}") and not is_inside(a, path)]
+            outside = [a for a in adapted if a.endswith(f".{last}") and not is_inside(a, *paths)]
             names = sorted({".".join(a.split(".")[-2:]) for a in outside})
             fix = "Choose one of the two."
             if outside:

@@ -61,7 +61,7 @@ def paths(keys: Collection[str], target_parameters: Collection[str]) -> dict[str
     found: dict[str, str] = {}
     for module, wrapped in keys_by_module.items():
         # An entry without a module names the weight alone, which can only be one of experts here.
-        owners = [*endings(module), *([""] if "experts" in module else [])]
+        owners = [*endings(module), *([""] if module.endswith("experts") else [])]
         names = {name for owner in owners for name in names_by_owner.get(owner, ())}
         if not names:
             continue
