@@ -24,7 +24,6 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.formatting import listed
-from lorakit.methods.lora.forms import ExpertsForm
 from lorakit.methods.lora.layer import dora_factor
 from lorakit.models.layers import natural
 from lorakit.ops.autocast import wide_dtype
@@ -135,7 +134,7 @@ def deltas_of(stored: StoredAdapter) -> dict[str, Delta]:
     for path, layer in stored.layers.items():
         labels = [f" {piece}" for piece in layer.slices] or [""]
         if layer.groups > 1:
-            piece = "expert" if layer.kind == ExpertsForm.kind else "group"
+            piece = "expert" if layer.is_stacked else "group"
             labels = [f" {piece} {i}" for i in range(layer.groups)]
         row = 0
         for i, ((A, B), label) in enumerate(zip(parts_of(layer), labels, strict=True)):
@@ -374,7 +373,7 @@ def base_matrix(stored: StoredAdapter, delta: Delta, weights: Mapping[str, Tenso
     """
     layer = stored.layers[delta.path]
     W = weights[weight_name(delta.path, layer)]
-    if layer.kind == ExpertsForm.kind and stored.peft_config and W.shape[-1] == W.shape[-2]:
+    if layer.is_stacked and stored.peft_config and W.shape[-1] == W.shape[-2]:
         raise AdapterFileError(
             f"The experts of '{delta.path}' are square, and a file of PEFT does not record whether the base stores "
             "them as (out, in) or (in, out). Load the adapter on its base with lorakit.load and save it again."

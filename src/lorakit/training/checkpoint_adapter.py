@@ -10,7 +10,6 @@ from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES
 from lorakit.errors import AdapterFileError
 from lorakit.file_names import ADAPTER, BEST, CONFIG, WEIGHTS
-from lorakit.methods.lora.forms import ExpertsForm
 from lorakit.models.layers import ADAPTERS
 from lorakit.storage.tensors import read_safetensors
 from lorakit.training.checkpoint import NAME, step_of
@@ -56,9 +55,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
     try:
         for module, layer in stored.layers.items():
             prefix = f"{module}.{ADAPTERS}.{TRAINED}"
-            if (
-                layer.kind == ExpertsForm.kind
-            ):  # the experts' module has the adapters of all its weights
+            if layer.is_stacked:  # the experts' module has the adapters of all its weights
                 experts, _, weight = module.rpartition(".")
                 prefix = f"{experts}.{ADAPTERS}.{TRAINED}.{weight}"
             fields = {

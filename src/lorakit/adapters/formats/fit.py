@@ -23,7 +23,7 @@ from lorakit.errors import AdapterFileError, nearest
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.forms import EmbeddingForm, ExpertsForm, LinearForm
+from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import StackedWeight, base_modules, is_inside, layers_by_path
 
@@ -81,7 +81,7 @@ def _require_experts(
 ) -> None:
     """Reject factors of a parameter that is no stacked weight of experts, which PEFT's target_parameters may name."""
     for name, layer in stored.layers.items():
-        if layer.kind == ExpertsForm.kind and not isinstance(modules.get(name), StackedWeight):
+        if layer.is_stacked and not isinstance(modules.get(name), StackedWeight):
             raise AdapterFileError(
                 f"'{path}' adapts the parameter '{name}' (target_parameters), and lorakit adapts only the stacked "
                 "weights of experts in this way. Load it with PEFT, or merge it there and use the merged model."

@@ -116,6 +116,11 @@ class StoredLayer:
         return self.form.groups
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether the layer is a stacked weight of experts."""
+        return self.kind == ExpertsForm.kind
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by field name."""
         return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}

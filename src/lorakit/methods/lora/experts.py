@@ -7,7 +7,7 @@ experts, because they act in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,46 +78,43 @@ class ExpertsLoRA(AdapterModule):
         return self.weights[attribute].stacked_factors()
 
     def delta_weights(self, layer: nn.Module) -> Mapping[str, Tensor]:
-        return _OnDemand(
-            {
-                name: lambda name=name, module=module: module.delta_weights(
-                    StackedWeight(layer, name)
-                )["weight"]
-                for name, module in self.weights.items()
-            }
-        )
+        def delta(name: str) -> Tensor:
+            return self.weights[name].delta_weights(StackedWeight(layer, name))["weight"]
+
+        return _OnDemand(self.weights, delta)
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
         return list(self.weights)
 
     def merged_weights(self, layer: nn.Module) -> Mapping[str, Tensor] | None:
-        dora = {n: m for n, m in self.weights.items() if m.magnitude is not None}
-        merged = {
-            name: lambda name=name, module=module: (
-                module.merged_weights(StackedWeight(layer, name)) or {}
-            )["weight"]
-            for name, module in dora.items()
-        }
-        return _OnDemand(merged) if merged else None
+        def merged(name: str) -> Tensor:
+            weights = self.weights[name].merged_weights(StackedWeight(layer, name))
+            assert weights is not None  # it has DoRA's magnitudes
+            return weights["weight"]
+
+        dora = [name for name, module in self.weights.items() if module.magnitude is not None]
+        return _OnDemand(dora, merged) if dora else None
 
 
 class _OnDemand(Mapping[str, Tensor]):
     """Tensors that are computed when they are read: those of all experts together may not fit into memory."""
 
-    def __init__(self, compute: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._compute = compute
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = tuple(names), compute
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._compute[name]()
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._compute
+        return name in self._names  # without computing the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._compute)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._compute)
+        return len(self._names)
 
 
 def on_experts(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:

@@ -15,7 +15,6 @@ from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.formatting import listed
-from lorakit.methods.lora.forms import ExpertsForm
 from lorakit.models.patterns import endings
 
 _ORDER = ("gate_up_proj", "up_proj", "down_proj")
@@ -31,7 +30,7 @@ def key_starts(layers: Mapping[str, StoredLayer]) -> dict[str, str]:
         NotExpressibleError: The order in which PEFT would wrap the weights of a module is not known.
     """
     starts = {}
-    for module, names in _by_module(path for path in layers if is_stacked(layers[path])).items():
+    for module, names in _by_module(path for path in layers if layers[path].is_stacked).items():
         if len(names) > 1 and not {*names} <= {*_ORDER}:
             raise NotExpressibleError(
                 f"'{module}' has adapters on {', '.join(sorted(names))}, whose order in PEFT's file is not known."
@@ -75,11 +74,6 @@ def paths(keys: Collection[str], target_parameters: Collection[str]) -> dict[str
             key: f"{module}.{name}" for key, name in zip(ordered, _in_order(names), strict=True)
         }
     return found
-
-
-def is_stacked(layer: StoredLayer) -> bool:
-    """Whether a layer is a stacked weight of experts."""
-    return layer.kind == ExpertsForm.kind
 
 
 def to_file(B: Tensor, experts: int) -> Tensor:

@@ -99,7 +99,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     for path in attention:
         entries.update(both_projections(path, entries))
     targets = {path for path in entries if path.rpartition(".")[0] not in attention}
-    parameters = {path for path in targets if experts.is_stacked(entries[path])}
+    parameters = {path for path in targets if entries[path].is_stacked}
     keys = {path: _key_start(path, attention) for path in entries} | experts.key_starts(entries)
     arithmetic = written_notices(entries, attention)
     model_type = stored.base.architecture.model_type if stored.base is not None else None
@@ -117,7 +117,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "lora_dropout": method.dropout,
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(
-            layer.transposed for layer in stored.layers.values() if not experts.is_stacked(layer)
+            layer.transposed for layer in stored.layers.values() if not layer.is_stacked
         ),
         **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
         "peft_type": "LORA",
@@ -185,7 +185,7 @@ def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
         magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
     parts = {**entry.tensors, "magnitude": magnitude}
-    if experts.is_stacked(entry):
+    if entry.is_stacked:
         parts["B"] = experts.to_file(entry.B, entry.groups)
     return {full: parts[part] for part, full in layer_keys(key, entry).items()}  # type: ignore[misc]
 
