@@ -51,8 +51,9 @@ class LayerAdapters(ReplacedParameters):
         choice = self.activation.moment().of_pass.choice
         blend = choice.whole
         # `adapt_by_part` calls a layer that splits again for each adapter.
-        at_once = any(not self[name].splits for name in choice.names & self.keys())
-        if blend is None and (at_once or self.replaced):
+        if blend is None and (
+            self.replaced or not all(self[name].splits for name in choice.names & self.keys())
+        ):
             raise AdapterStateError(
                 f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
                 "weights directly. Run one batch for each adapter."

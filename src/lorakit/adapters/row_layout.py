@@ -118,7 +118,10 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
     """Return the layout of each layer at `paths`."""
     if not paths:
         return {}
-    configs = {at.path: at.config for at in walk(model)}
+    modules = list(walk(model))
+    configs = {at.path: at.config for at in modules}
+    # Experts and the layers beside them have all tokens in one axis.
+    with_experts = {id(at.parent) for at in modules if _takes_routes(at.module)}
     inputs = {id(input_embeddings(module)) for _, module in base_modules(model)}
     layouts = {}
     for path in paths:
@@ -131,7 +134,7 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
             axis=_batch_axis(around),
             is_known=is_known,
             is_flattened=getattr(config, "model_type", None) in _FLATTENING
-            or _beside_experts(around),
+            or any(id(module) in with_experts for module in around),
             is_table=is_table,
             is_read_directly=(is_table and not is_known)
             or never_calls(around[-2], path.rpartition(".")[2]),
@@ -147,17 +150,12 @@ _READ_POSITIONS = {"deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "p
 """Layers that architectures also call with a table of positions, whose length may equal that of the batch."""
 
 
-def _takes_routes(layer: nn.Module | None) -> bool:
+def _takes_routes(layer: nn.Module) -> bool:
     """Whether a layer is experts that get all tokens in one axis and the experts of each.
 
     These attributes are of transformers' interface for experts, whose functions have such arguments.
     """
     return hasattr(layer, "has_gate") and hasattr(layer, "is_transposed")
-
-
-def _beside_experts(around: list[nn.Module]) -> bool:
-    """Whether a layer is experts or in a module with experts, which has all tokens in one axis."""
-    return any(_takes_routes(child) for module in around for child in module._modules.values())
 
 
 def _why_refused(model: nn.Module, path: str, layer: nn.Module, config: Any) -> str | None:

@@ -81,9 +81,10 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         AttributeError: The model has no such module.
     """
     parent, _, name = path.rpartition(".")
-    if parent and name in stacked_weights(parent, owner := unwrapped(model.get_submodule(parent))):
+    owner = unwrapped(model.get_submodule(parent)) if parent else model
+    if name not in owner._modules and name in stacked_weights(parent, owner):
         return StackedWeight(owner, name)
-    return unwrapped(model.get_submodule(path))
+    return unwrapped(owner.get_submodule(name))
 
 
 def without_wrappers(name: str) -> str:

@@ -63,8 +63,10 @@ class LowRankSum(Tensor):
 
     def dense(self) -> Tensor:
         """Return the sum, computed once, in the dtype of L and R if that is wider."""
-        lacks_gradient = torch.is_grad_enabled() and not getattr(self.total, "requires_grad", False)
-        if self.total is None or lacks_gradient:
+        needs_gradient = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (self.W, self.L, self.R)
+        )
+        if self.total is None or (needs_gradient and not self.total.requires_grad):
             dtype = torch.promote_types(self.W.dtype, self.L.dtype)
             with no_autocast(self.W):
                 change = self.scale * (self.L.to(dtype) @ self.R.to(dtype))

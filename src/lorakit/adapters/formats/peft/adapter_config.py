@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import StackedWeight, base_modules, layers_by_path, unwrapped
+from lorakit.models.layers import StackedWeight, layers_by_path, unwrapped
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
 
 _NO_EFFECT = {
@@ -237,7 +237,8 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
     config = parse(options)
     if config.target_modules is None:
         return None
-    modules = {path: module for path, module in base_modules(model) if path}
+    layers = layers_by_path(model)
+    modules = {p: m for p, m in layers.items() if p and not isinstance(m, StackedWeight)}
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
     targets = {path for path in modules if config.is_target(path)}
@@ -247,12 +248,9 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
             targets |= tied if tied & targets else set()
     attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
     parameters = frozenset(config.target_parameters)
-    stacked = {
-        path
-        for path, layer in layers_by_path(model).items()
-        if isinstance(layer, StackedWeight) and not parameters.isdisjoint(endings(path))
-    }
-    return targets | {f"{path}.out_proj" for path in attention} | stacked
+    stacked = layers.keys() - modules.keys()
+    selected = {path for path in stacked if not parameters.isdisjoint(endings(path))}
+    return targets | {f"{path}.out_proj" for path in attention} | selected
 
 
 def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
