@@ -170,7 +170,7 @@ def test_a_bias_is_trained_in_full_precision(kind: str) -> None:
 def test_quantised_weights_are_not_trained_in_full(method, kind: str) -> None:
     model = base(kind=kind)
     before = tensors_of(model)
-    message = rf"weight' is quantised to {kind}.*LoRA \(targets\), or load the base in bfloat16"
+    message = rf"weight' belongs to a quantised layer \({kind}\).*LoRA \(targets\), or load the base in bfloat16"
     with pytest.raises(ConfigurationError, match=message):
         count_parameters(model, method)
     with pytest.raises(ConfigurationError, match=message):

@@ -102,6 +102,15 @@ def test_a_nested_section_is_checked_too():
         check_declared("m", config, "owner/name")
 
 
+def test_the_section_of_a_quantisation_has_no_sizes(models):
+    """torchao writes a `dim` of -1."""
+    granularity = {"quant_type": {"default": {"granularity": {"dim": -1}}}}
+    config = json.loads((models / "llama" / "config.json").read_text())
+    check_declared("x", config | {"quantization_config": granularity}, models / "llama")
+    with pytest.raises(BaseModelError, match=r"sets text_config.dim to -1"):
+        check_declared("x", config | {"text_config": {"dim": -1}}, models / "llama")
+
+
 def test_weights_of_other_shapes_are_an_error_with_the_reason(models):
     with pytest.raises(
         BaseModelError, match=r"shapes of its weights differ from those that its config"

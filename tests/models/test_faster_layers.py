@@ -2,6 +2,7 @@
 
 import copy
 
+import packed_models
 import pytest
 import tiny_models
 import torch
@@ -125,6 +126,17 @@ def test_results_and_gradients_do_not_change(dtype, quantisation):
     for (name, own), other in zip(stock.named_parameters(), ours.parameters(), strict=True):
         if own.requires_grad:
             assert (own.grad - other.grad).norm() <= limit * own.grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", packed_models.KINDS)
+def test_norms_and_gates_beside_layers_of_other_libraries(kind):
+    """Where the layers of a gate are not linear layers of PyTorch, it keeps its forward."""
+    model, _ = packed_models.packed_and_twin(kind)
+    expected = tiny_models.logits(model)
+    make_faster(model)
+    names = {*replaced(model).values()}
+    assert names >= {"_rms_norm"} | (set() if kind == "GroupedInt4" else {"_gated"})
+    torch.testing.assert_close(tiny_models.logits(model), expected)
 
 
 def test_attention_with_narrow_values_is_the_stock_one():

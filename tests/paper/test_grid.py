@@ -28,9 +28,9 @@ from lorakit.models.dtype_choice import DtypeChoice
 from lorakit.paper import grid as grid_module
 from lorakit.paper import runs as runs_module
 from lorakit.paper.comparison import compare
-from lorakit.paper.grid import open_grid
-from lorakit.paper.log import GridSetup
-from lorakit.paper.paper_config import PaperConfig
+from lorakit.paper.grid import open_grid, recorded_grid
+from lorakit.paper.log import GridSetup, recorded_config
+from lorakit.paper.paper_config import PaperConfig, PaperDataConfig
 from lorakit.paper.record import Record
 from lorakit.paper.report import markdown
 from lorakit.paper.run_table import run_table
@@ -505,6 +505,20 @@ def test_a_grid_continues_from_its_log_on_another_machine(
     moved = run_table(replace(logged_table, output=str(tmp_path / "other")), silent)
     assert moved.page.read_bytes() == found.page.read_bytes()
     assert results(log) == before
+
+
+def test_a_log_may_have_a_method_on_a_part_of_its_data_sets(table2, tmp_path):
+    log = tmp_path / "log"
+    for task, method in (("mrpc", "lora"), ("rte", "bitfit")):
+        with open_grid(table2(log=str(log), tasks=(task,), methods=(method,)), silent):
+            pass
+    config = replace(recorded_config(log), data=PaperDataConfig(root="DATA"))
+    rows = compare(recorded_grid(config)).own
+    assert [(row.variant.key, row.cells, row.left_out) for row in rows] == [
+        ("bitfit", {}, ""),
+        ("lora", {}, ""),
+    ]
+    assert all(row.trained for row in rows)
 
 
 def test_the_computing_time_of_a_run_is_that_of_training_and_scoring(table2, monkeypatch):

@@ -18,6 +18,7 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.layers import base_modules, unwrapped, without_wrappers
+from lorakit.models.packed import require_gradients
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def attach(
     Raises:
         TargetError: A target names no layer, or one that cannot be adapted.
         ConfigurationError: A setting does not fit the model, or an argument has another type.
-        AdapterStateError: The name is taken, an adapter is merged, or the model has adapters of PEFT.
+        AdapterStateError: The name is taken, an adapter is merged, the model has adapters of PEFT, or no gradient
+            passes through its quantised layers.
     """
     require_method(method)
     if dtype not in FLOATS:
@@ -64,6 +66,7 @@ def attach(
         seed = int(seed)  # torch rejects NumPy's
     handle = handle_for(model)
     handle.check_can_add(name)
+    require_gradients(handle.model)
     with handle.changing():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)

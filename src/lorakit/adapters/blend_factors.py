@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -119,7 +118,7 @@ class BlendFactors:
         )
 
     def _current_values(self) -> list[Tensor | None]:
-        return [*itertools.chain.from_iterable(map(dict.values, self._dicts))]
+        return [value for owner in self._dicts for value in owner.values()]
 
     def _current_state(self) -> tuple[Any, ...]:
         return (

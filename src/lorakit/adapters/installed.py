@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
@@ -25,7 +26,14 @@ from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import ADAPTERS, base_modules, submodule, without_wrappers
+from lorakit.models.layers import (
+    ADAPTERS,
+    base_modules,
+    submodule,
+    weight_shape,
+    without_wrappers,
+)
+from lorakit.models.packed import PackedWeight, is_packed, packed_by, packed_layers
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
@@ -288,10 +296,23 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:
-    """Yield `base_parameters`, each quantised one as a `QuantisedWeight` with the unpacked shape."""
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight | PackedWeight]]:
+    """Yield `base_parameters`, each quantised one as its kind of weight, with the unpacked shape.
+
+    Of a layer that another library than bitsandbytes has quantised, there are the weight and the bias alone.
+    """
+    packed = {id(layer): (path, layer, kind) for path, layer, kind in packed_layers(model)}
+    for path, layer, kind in packed.values():
+        yield f"{path}.weight", PackedWeight(kind, torch.Size(weight_shape(layer)))
     for (name, *_), layer, parameter in grouped_base_parameters(model):
-        yield name, quantised_weight(layer, parameter) or parameter
+        attribute = name.rpartition(".")[2]
+        if id(layer) in packed and attribute != "bias":
+            continue
+        kind = packed_by(layer, attribute)
+        if kind is not None and is_packed(parameter):
+            yield name, PackedWeight(kind, parameter.shape)
+        else:
+            yield name, quantised_weight(layer, parameter) or parameter
 
 
 def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
@@ -303,11 +324,15 @@ def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:
     for name in trained:
         path, _, attribute = name.rpartition(".")
         layer = submodule(model, path)
-        quantised = quantised_weight(layer, base_parameter(layer, attribute))
-        if quantised is not None:
+        kind = packed_by(layer, attribute)
+        if kind is None and (
+            quantised := quantised_weight(layer, base_parameter(layer, attribute))
+        ):
+            kind = quantised.kind
+        if kind is not None:
             raise ConfigurationError(
-                f"'{name}' is quantised to {quantised.kind}, and quantised weights cannot be trained in full. Adapt "
-                "them with LoRA (targets), or load the base in bfloat16 or float32."
+                f"'{name}' belongs to a quantised layer ({kind}), and quantised weights cannot be trained in full. "
+                "Adapt them with LoRA (targets), or load the base in bfloat16 or float32."
             )
         if attribute == "bias" and type(layer).__module__.startswith("bitsandbytes."):
             raise ConfigurationError(

@@ -17,6 +17,7 @@ from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.layers import ADAPTERS, base_modules, layer_input
+from lorakit.models.packed import packed_by
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
     hide_parameters,
@@ -191,7 +192,8 @@ class LayerAdapters(ReplacedParameters):
         """Return the attributes of the layer at `path` that merging these adapters replaces.
 
         Raises:
-            AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device.
+            AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device, or
+                quantised by another library than bitsandbytes.
             AdapterFileError: An adapter holds NaN or infinity, which a file or the merged model must not keep.
         """
         show_parameters(layer)  # after an interrupted call
@@ -202,6 +204,13 @@ class LayerAdapters(ReplacedParameters):
         changed = dict.fromkeys(a for m in modules.values() for a in m.changed_weights(layer))
         for attribute in changed:
             name = f"{path}.{attribute}" if path else attribute
+            if (kind := packed_by(layer, attribute)) is not None:
+                raise AdapterStateError(
+                    f"'{name}' is quantised ({kind}), and lorakit reads only the numbers of bitsandbytes, so no delta "
+                    "can be added to it. Merge into the unquantised base: `lorakit merge FOLDER OUTPUT --base.name "
+                    'MODEL --allow_other_base true`. To train in Trainer on this base, set save_strategy="no" and call '
+                    "adapters.save(folder)."
+                )
             if attribute not in layer._parameters:
                 raise AdapterStateError(
                     f"'{name}' is computed from other tensors in each pass (as weight norm does), so a merged weight "

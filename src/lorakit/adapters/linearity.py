@@ -30,6 +30,7 @@ from lorakit.models.layers import (
     kind_of_formula,
     trial_input,
 )
+from lorakit.models.packed import packed_by
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops.seeding import seeded
 
@@ -87,8 +88,10 @@ def why_hooks_change_output(path: str, layer: nn.Module) -> str | None:
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """Return the layer's type with a known formula; None if there is none, or no values to try it with."""
     kind = kind_of_formula(layer)
-    weight = layer.weight
-    return None if kind is None or weight.is_meta or isinstance(weight, FakeTensor) else kind  # type: ignore[union-attr]
+    if kind is None or packed_by(layer) is not None:  # nothing merges into a packed layer
+        return None
+    weight: Any = layer.weight
+    return None if weight.is_meta or isinstance(weight, FakeTensor) else kind
 
 
 def _hooks_before_adapter(layer: nn.Module) -> Iterator[tuple[Callable[..., Any], bool]]:

@@ -159,11 +159,6 @@ def _changes(model: nn.Module, blend: Blend) -> list[_Change]:
                         "is spread over devices or offloaded), so it would ignore a merged weight. Load the base on "
                         "one device, or unquantised."
                     )
-            elif not W.is_floating_point():
-                raise AdapterStateError(
-                    f"The weight of '{path}' has a quantisation ({W.dtype}) that lorakit does not support, so no delta "
-                    "can be added to it. Merge into a base loaded in bfloat16 or float32."
-                )
         changes.append(_Change(path, layer, adapters, attributes))
     return changes
 

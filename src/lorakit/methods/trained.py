@@ -8,7 +8,8 @@ from torch import nn
 
 from lorakit.errors import TargetError, nearest
 from lorakit.models.heads import called_instead
-from lorakit.models.layers import base_modules, is_inside, walk
+from lorakit.models.layers import base_modules, is_inside, is_packed_linear, walk
+from lorakit.models.packed import packed_layers
 from lorakit.models.parameter_swaps import named_base_parameters
 from lorakit.models.quantised import quantised_weights
 
@@ -57,8 +58,19 @@ def require_called(model: nn.Module, names: set[str]) -> None:
 
 
 def parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of the base's parameters, with every name of a tied parameter."""
-    return [name for name, *_ in named_base_parameters(model, remove_duplicate=False)]
+    """Return the names of the base's parameters, with every name of a tied parameter.
+
+    Weight and bias of a packed layer are among them, also as buffers: whoever wants to train them gets an error.
+    """
+    packed = [
+        f"{path}.{attribute}"
+        for path, layer in base_modules(model)
+        if is_packed_linear(layer)
+        for attribute in ("weight", "bias")
+        if attribute not in layer._parameters
+        and (attribute == "weight" or getattr(layer, attribute, None) is not None)
+    ]
+    return [*(name for name, *_ in named_base_parameters(model, remove_duplicate=False)), *packed]
 
 
 REQUIRED_GRADIENT = "_lorakit_required_gradient"
@@ -76,6 +88,7 @@ def gradient_flags(model: nn.Module) -> dict[str, bool]:
 def frozen_parameters(model: nn.Module) -> set[str]:
     """Return the names of the parameters that were frozen before the first adapter, without quantised weights."""
     quantised = {f"{path}.weight" for path, _ in quantised_weights(model)}
+    quantised |= {f"{path}.weight" for path, *_ in packed_layers(model)}
     flags = gradient_flags(model)
     return {name for name, flag in flags.items() if not flag and name not in quantised}
 

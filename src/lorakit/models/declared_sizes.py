@@ -74,8 +74,13 @@ def check_declared(name: str, config: Mapping[str, Any], path: str | Path) -> No
 
 
 def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield the dotted name, the last part of it, and the value of each number, also of nested sections."""
+    """Yield the dotted name, the last part of it, and the value of each number, also of nested sections.
+
+    That of a quantisation is left out: it has no sizes of the model, and torchao's has a `dim` of -1.
+    """
     for key, value in config.items():
+        if key == "quantization_config":
+            continue
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):

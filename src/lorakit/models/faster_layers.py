@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation, SiLUActivation
 
+from lorakit.models.layers import device_of
+from lorakit.models.packed import packed_by
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.dropout import dropout
 from lorakit.ops.rms_norm import rms_norm
@@ -68,11 +70,9 @@ def _gate(module: Any) -> tuple[FasterForward, Tensor] | None:
         return None
     if not isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
         return None
-    weight = module.gate_proj.weight
-    # Quantised weights are integers.
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    example = weight.new_empty(2, module.gate_proj.in_features, dtype=dtype)
-    return FasterForward(_gated, module), example
+    return FasterForward(_gated, module), _example(
+        module.gate_proj, 2, module.gate_proj.in_features
+    )
 
 
 def _activation(module: nn.Module) -> tuple[FasterForward, Tensor] | None:
@@ -86,11 +86,19 @@ def _biased_attention(module: Any) -> tuple[FasterForward, Tensor, Tensor, Tenso
     """Match the attention of MPNet, which adds a bias for the distance of two tokens to each score."""
     if type(module).__name__ != "MPNetSelfAttention":
         return None
-    weight = module.q.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
     shapes = (1, 2, module.q.in_features), (1, 1, 2, 2), (1, module.num_attention_heads, 2, 2)
-    x, mask, bias = (weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    x, mask, bias = (_example(module.q, *shape) for shape in shapes)
     return FasterForward(_mpnet_attention, module), x, mask, bias
+
+
+def _example(layer: nn.Module, *shape: int) -> Tensor:
+    """Return a tensor of this shape in the dtype of a linear layer, float32 if it is quantised, on its device."""
+    if packed_by(layer) is not None:
+        return torch.empty(shape, device=device_of(layer))
+    weight: Any = layer.weight
+    return weight.new_empty(
+        shape, dtype=weight.dtype if weight.is_floating_point() else torch.float32
+    )
 
 
 def _agrees(forward: FasterForward, module: nn.Module, examples: list[Tensor]) -> bool:

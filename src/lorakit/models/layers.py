@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     for kind in (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 }
 """The forward method of each layer type whose formula is known."""
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+"""Dtypes in which quantisation libraries pack numbers."""
 
 _LARGE = 30.0
 """Factor on all trial samples but the first, so that a bound on the output (a clamp) shows."""
@@ -251,7 +255,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
     """Return why ``layer`` cannot have an adapter, or None if it can.
 
     Adaptable layers are ``nn.Linear``, GPT-2's ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d/2d/3d``
-    (with their subclasses) and ``nn.MultiheadAttention``.
+    (with their subclasses), ``nn.MultiheadAttention`` and packed linear layers (`is_packed_linear`).
     """
     if isinstance(layer, nn.MultiheadAttention):
         if layer.in_proj_weight is None:
@@ -268,7 +272,7 @@ def why_not_adaptable(layer: nn.Module) -> str | None:
         return None
     if isinstance(layer, (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _why_not_added_to(layer)
-    if isinstance(layer, StackedWeight):
+    if isinstance(layer, StackedWeight) or is_packed_linear(layer):
         return None
     return "it is neither a linear, embedding or convolution layer nor an nn.MultiheadAttention"
 
@@ -401,8 +405,29 @@ def type_name(layer: nn.Module) -> str:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether ``layer`` multiplies its input by a matrix (``nn.Linear`` or ``Conv1D``)."""
-    return isinstance(layer, (nn.Linear, Conv1D))
+    """Whether ``layer`` multiplies its input by a matrix (``nn.Linear``, ``Conv1D``, or a packed linear layer)."""
+    return isinstance(layer, (nn.Linear, Conv1D)) or is_packed_linear(layer)
+
+
+def is_packed_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear layer of a quantisation library that has no parameter ``weight`` of numbers.
+
+    It has the two widths of an ``nn.Linear`` and packs its weight into tensors of integers: a class of its own (GPTQ,
+    AWQ, HQQ), or an ``nn.Linear`` whose weight was taken out (compressed-tensors).
+    """
+    if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
+        return False
+    widths = (getattr(layer, name, None) for name in ("in_features", "out_features"))
+    if not all(isinstance(width, int) for width in widths):
+        return False
+    own_tensors = (*layer._parameters.values(), *layer._buffers.values())
+    return any(t is not None and t.ndim > 0 and t.dtype in _INTEGERS for t in own_tensors)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Return the device of a layer's tensors, of which the first is its own if it has any."""
+    owner = layer.experts if isinstance(layer, StackedWeight) else layer
+    return next(itertools.chain(owner.parameters(), owner.buffers())).device
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
@@ -414,8 +439,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """
     if isinstance(layer, Conv1D):
         return (layer.nf, layer.nx)
-    if isinstance(layer, nn.Linear):  # a quantised weight has the shape of its storage
-        return (layer.out_features, layer.in_features)
+    if is_linear(layer):  # a quantised weight has the shape of its storage
+        return (layer.out_features, layer.in_features)  # type: ignore[return-value]
     if isinstance(layer, nn.Embedding):
         return (layer.num_embeddings, layer.embedding_dim)
     if isinstance(layer, nn.MultiheadAttention):

@@ -244,15 +244,15 @@ def prevent_repacking(model: nn.Module) -> list[Cleared]:
 
 
 def allow_training(model: nn.Module) -> list[Cleared]:
-    """Prevent repacking, and let transformers' Trainer accept a model that bitsandbytes quantised.
+    """Prevent repacking, and let transformers' Trainer accept a quantised model.
 
     The Trainer rejects a model with `is_quantized` unless PEFT has put the adapters on it.
 
     Returns:
         What `restore_flags` sets again.
     """
-    parts = (part for _, part in base_modules(model) if vars(part).keys() & FLAGS.values())
-    return prevent_repacking(model) + _clear((part, "is_quantized") for part in parts)
+    flags = ((part, "is_quantized") for _, part in base_modules(model))
+    return prevent_repacking(model) + _clear(flags)
 
 
 def _clear(flags: Iterable[tuple[nn.Module, str]]) -> list[Cleared]:

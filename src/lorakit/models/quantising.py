@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import threading
@@ -19,6 +20,7 @@ from lorakit.models.direct_reads import never_calls
 from lorakit.models.dtypes import QUANTISATIONS, Quantisation, dtype_name
 from lorakit.models.heads import classification_head, output_embeddings
 from lorakit.models.layers import is_inside, is_stacked_experts
+from lorakit.models.packed import packed_layers
 from lorakit.models.quantised import FLAGS, quantised_weights
 
 _OLDEST = "0.50"
@@ -85,7 +87,7 @@ def quantise(
         BaseModelError: The model has no projection to quantise, or is quantised already.
     """
     layer_class = _layer_class(kind)
-    if any(True for _ in quantised_weights(model)):
+    if any(True for _ in itertools.chain(quantised_weights(model), packed_layers(model))):
         raise BaseModelError(
             f"The weights of this {type(model).__name__} are quantised in its checkpoint already. Leave the dtype "
             "at auto to use them unchanged."

@@ -165,12 +165,14 @@ def _published_cells(
 
 
 def _own_row(grid: Grid, variant: Variant) -> OwnRow:
-    counts = {d.key: grid.setup.counts[d.key][variant.key] for d in grid.study.data_sets}
+    by_data_set = {d.key: grid.setup.counts.get(d.key, {}) for d in grid.study.data_sets}
+    # A log may have a method on a part of its data sets.
+    counts = {key: by[variant.key] for key, by in by_data_set.items() if variant.key in by}
     centre = statistics.median if grid.study.table.statistic == "median" else statistics.fmean
     fitting = [count for count in counts.values() if not count.left_out]
     cells: dict[str, Measured] = {}
     for data_set in grid.study.data_sets:
-        if counts[data_set.key].left_out:
+        if data_set.key not in counts or counts[data_set.key].left_out:
             continue
         records = grid.records(data_set, variant)
         for column in data_set.columns:
@@ -189,7 +191,7 @@ def _own_row(grid: Grid, variant: Variant) -> OwnRow:
     return OwnRow(
         variant=variant,
         trained=fitting[0].trained if fitting else None,
-        left_out="" if fitting else next(iter(counts.values())).left_out,
+        left_out="" if fitting else next((c.left_out for c in counts.values()), ""),
         cells=cells,
     )
 

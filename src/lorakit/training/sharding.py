@@ -17,6 +17,7 @@ from lorakit.errors import ConfigurationError
 from lorakit.formatting import size
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.blocks import blocks_of
+from lorakit.models.packed import PackedWeight
 from lorakit.models.quantised import QuantisedWeight
 from lorakit.models.sharding import (
     full_tensor,
@@ -60,7 +61,7 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
             f"shard is true, but {type(model).__name__} has no list of blocks to shard. Set it to false."
         )
     for name, weight in base_weights(model):
-        if isinstance(weight, QuantisedWeight):
+        if isinstance(weight, (QuantisedWeight, PackedWeight)):
             raise ConfigurationError(
                 f"shard is true, but '{name}' of '{base.name}' is quantised to {weight.kind}, and quantised weights "
                 "cannot be sharded. Load the base in bfloat16, or set shard to false (--shard false)."

@@ -26,7 +26,8 @@ from lorakit.configuration import converted
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
-from lorakit.models.dtypes import FLOATS, dtype_name
+from lorakit.models.dtypes import dtype_name
+from lorakit.models.packed import PackedWeight
 from lorakit.models.quantised import KINDS, QuantisedWeight
 from lorakit.models.sharding import full_shape, is_sharded
 from lorakit.models.sources import ModelSource
@@ -281,18 +282,17 @@ def _describe(record: BaseRecord) -> str:
 
 
 def hash_weights(
-    weights: Iterable[tuple[str, Tensor | QuantisedWeight]], *, reuse: bool = False
+    weights: Iterable[tuple[str, Tensor | QuantisedWeight | PackedWeight]], *, reuse: bool = False
 ) -> Weights:
     """Hash named weights in any order; `reuse` takes earlier hashes of weights that have not changed since."""
-    weights = list(weights)
-    plain = [w for _, w in weights if isinstance(w, Tensor)]
-    for reason, applies in (
-        ("meta", attrgetter("is_meta")),
-        ("sharded", is_sharded),
-        ("quantised", _is_packed),
-    ):
+    named = list(weights)
+    plain = [w for _, w in named if isinstance(w, Tensor)]
+    for reason, applies in (("meta", attrgetter("is_meta")), ("sharded", is_sharded)):
         if any(map(applies, plain)):
             return Weights(reason, None, None)
+    weights = [(name, w) for name, w in named if not isinstance(w, PackedWeight)]
+    if len(weights) < len(named):
+        return Weights("quantised", None, None)
     known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
     hashed = {name: pair for name, pair in known.items() if pair is not None}
     # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
@@ -331,9 +331,3 @@ def _combine(digest_of: dict[str, bytes]) -> str:
     """Return one SHA-256 of the digests of all weights, by name, in the order of the names."""
     entries = (f"{name}\0".encode() + digest_of[name] for name in sorted(digest_of))
     return hashlib.sha256(b"".join(entries)).hexdigest()
-
-
-def _is_packed(parameter: Tensor) -> bool:
-    # Quantised weights are integers, or subclasses of Tensor that dequantise on access.
-    plain = type(parameter) in (Tensor, nn.Parameter)
-    return not plain or (parameter.dtype not in FLOATS and not parameter.dtype.is_complex)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ConfigurationError, TargetError
 from lorakit.methods.lora.convolution import ConvLoRA
@@ -14,7 +13,13 @@ from lorakit.methods.lora.linear import AttentionLoRA, LinearLoRA, OutProjection
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import StackedWeight, base_modules, submodule, why_not_adaptable
+from lorakit.models.layers import (
+    StackedWeight,
+    base_modules,
+    is_linear,
+    submodule,
+    why_not_adaptable,
+)
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
@@ -30,7 +35,7 @@ def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:
         )
     if isinstance(layer, nn.MultiheadAttention):
         return AttentionLoRA
-    if isinstance(layer, (nn.Linear, Conv1D)):
+    if is_linear(layer):
         owner = submodule(model, path.rpartition(".")[0])
         return OutProjectionLoRA if isinstance(owner, nn.MultiheadAttention) else LinearLoRA
     if isinstance(layer, nn.Embedding):

@@ -20,7 +20,8 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm, in_each_group
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init, decomposes
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import RowSlice, type_name, weight_shape
+from lorakit.models.layers import RowSlice, device_of, type_name, weight_shape
+from lorakit.models.packed import require_numbers
 from lorakit.ops.autocast import no_autocast, wide_dtype
 from lorakit.ops.derivatives import is_transformed
 from lorakit.ops.dropout import dropout
@@ -91,11 +92,12 @@ class LoRALayer(AdapterModule):
             scales=not dora,
             out_features=self.dimensions(layer)[1],
         )
+        if dora:
+            require_numbers(layer, self.form.weight_name)
         if lora_bias and (self.shadows or not self.form_class.supports_bias):
             raise unsupported(layer, "lora_bias")
-        weight = getattr(layer, self.form.weight_name)
         A_shape, B_shape = self.factor_shapes(layer)
-        options = {"dtype": dtype, "device": weight.device}
+        options = {"dtype": dtype, "device": device_of(layer)}
         rows = sum(s.total for s in slices) or self.out_features
         self._parameters.update(
             lora_A=nn.Parameter(torch.empty(A_shape, **options)),
@@ -150,7 +152,12 @@ class LoRALayer(AdapterModule):
         return (count * self.rank, n_in), (rows, self.rank)
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
-        """Return the layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised."""
+        """Return the layer's weight as an (out, in) matrix: a view, or ``W_q`` in float32 if it is quantised.
+
+        Raises:
+            ConfigurationError: Another library than bitsandbytes has quantised it.
+        """
+        require_numbers(layer, self.form.weight_name)
         n_in, n_out = self.dimensions(layer)
         return self.form.matrix(getattr(layer, self.form.weight_name), (n_out, n_in))
 
@@ -179,7 +186,7 @@ class LoRALayer(AdapterModule):
 
     def _initialise_pissa(self, layer: nn.Module) -> None:
         """Set ``scaling * B0 A0`` to the best rank-r approximation of W (PiSSA, Meng et al. 2024)."""
-        if getattr(layer, self.form.weight_name).is_meta:
+        if device_of(layer).type == "meta":
             return
         if decomposes():
             self._decompose(self.weight_matrix(layer))

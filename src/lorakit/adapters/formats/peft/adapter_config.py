@@ -12,7 +12,6 @@ from typing import Any, Literal
 import regex
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.adapters.formats.other_tools import hint_of
@@ -21,7 +20,7 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import StackedWeight, layers_by_path, unwrapped
+from lorakit.models.layers import StackedWeight, is_linear, layers_by_path, unwrapped
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
 
 _NO_EFFECT = {
@@ -255,7 +254,7 @@ def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | 
 
 def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     """Return PEFT's "all-linear": every linear layer except the output head or the classifier."""
-    linear = {path for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {path for path, module in modules.items() if is_linear(module)}
     if isinstance(model, PreTrainedModel):
         head = output_embeddings(model)
         if head is None and config.task_type == "SEQ_CLS":
