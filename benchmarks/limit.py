@@ -50,8 +50,8 @@ from benchmarks.examples import IGNORED
 from benchmarks.workloads import Task
 from lorakit.models.blocks import stacks
 from lorakit.models.float32_products import faster_float32
-from lorakit.models.layers import is_inside
 from lorakit.models.places import find_places
+from lorakit.models.tree import is_inside
 
 SECONDS_PER_PRODUCT = 0.05
 

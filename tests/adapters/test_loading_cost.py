@@ -24,7 +24,8 @@ from lorakit.adapters.handle import Adapters
 from lorakit.adapters.loading import build_modules
 from lorakit.errors import AdapterFileError, WrongBaseError
 from lorakit.methods.fake_modules import fake_modules
-from lorakit.models.layers import ADAPTERS, AdapterSlot, base_modules, is_of_adapter, walk
+from lorakit.models.layers import ADAPTERS, AdapterSlot
+from lorakit.models.tree import base_modules, is_of_adapter, walk
 
 LORA = lorakit.LoRA(rank=2, alpha=4, targets="attention.qv")
 

@@ -25,8 +25,8 @@ from lorakit.adapters.summary import count_parameters
 from lorakit.errors import AdapterStateError
 from lorakit.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, Method, PrefixLayer
 from lorakit.models.blocks import blocks_of, stacks
-from lorakit.models.layers import is_of_adapter, state_dict_key, submodule, without_wrappers
 from lorakit.models.listing import targets
+from lorakit.models.tree import is_of_adapter, state_dict_key, submodule, without_wrappers
 
 IDS = torch.arange(3, 17).view(2, 7)
 METHOD = LoRA(rank=2, targets=("attention.qv", "mlp.down"), train_modules="lm_head")

@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from lorakit import Adapters, attach, count_parameters, load
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import is_of_adapter
+from lorakit.models.tree import is_of_adapter
 
 
 def only(*archs: str) -> list:

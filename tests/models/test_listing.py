@@ -9,9 +9,10 @@ import tiny_models
 import torch
 from torch import nn
 
-from lorakit.models.layers import StackedWeight, walk, why_not_adaptable
+from lorakit.models.layers import StackedWeight, why_not_adaptable
 from lorakit.models.listing import TargetList, targets
 from lorakit.models.places import find_places
+from lorakit.models.tree import walk
 
 LLAMA = """\
 role         modules                               layers  weight (out, in)

@@ -24,10 +24,11 @@ from lorakit.methods.lora.kinds import kind_of
 from lorakit.models import roles
 from lorakit.models.architectures import ARCHITECTURES, Fused
 from lorakit.models.heads import is_never_called
-from lorakit.models.layers import AdapterSlot, RowSlice, walk, weight_shape, why_not_adaptable
+from lorakit.models.layers import AdapterSlot, RowSlice, weight_shape, why_not_adaptable
 from lorakit.models.listing import targets
 from lorakit.models.places import all_places, find_places, is_role
 from lorakit.models.roles import resolve_targets
+from lorakit.models.tree import walk
 
 LAYERS = (
     nn.Linear(3, 4),

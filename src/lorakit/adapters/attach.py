@@ -17,8 +17,8 @@ from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.models.layers import base_modules, unwrapped, without_wrappers
 from lorakit.models.packed import require_gradients
+from lorakit.models.tree import base_modules, unwrapped, without_wrappers
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)

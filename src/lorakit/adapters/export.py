@@ -35,9 +35,10 @@ from lorakit.adapters.state_loading import CHANGED
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS, without_wrappers
+from lorakit.models.layers import ADAPTERS
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, unmarked
+from lorakit.models.tree import without_wrappers
 
 _LOG = logging.getLogger(__name__)
 

@@ -40,8 +40,8 @@ from lorakit.errors import AdapterStateError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
-from lorakit.models.layers import unwrapped
 from lorakit.models.quantised import Cleared
+from lorakit.models.tree import unwrapped
 
 _LOG = logging.getLogger(__name__)
 

@@ -26,17 +26,12 @@ from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import (
-    ADAPTERS,
-    base_modules,
-    submodule,
-    weight_shape,
-    without_wrappers,
-)
+from lorakit.models.layers import ADAPTERS, weight_shape
 from lorakit.models.packed import PackedWeight, is_packed, packed_by, packed_layers
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
+from lorakit.models.tree import base_modules, submodule, without_wrappers
 
 _LOG = logging.getLogger(__name__)
 

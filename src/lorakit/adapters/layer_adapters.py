@@ -16,7 +16,7 @@ from lorakit.adapters.row_layout import RowLayout
 from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.errors import AdapterStateError
 from lorakit.methods.module import AdapterModule, ModuleHook
-from lorakit.models.layers import ADAPTERS, base_modules, layer_input
+from lorakit.models.layers import ADAPTERS, layer_input
 from lorakit.models.packed import packed_by
 from lorakit.models.parameter_swaps import (
     ReplacedParameters,
@@ -24,6 +24,7 @@ from lorakit.models.parameter_swaps import (
     show_parameters,
 )
 from lorakit.models.quantised import quantised_weight
+from lorakit.models.tree import base_modules
 from lorakit.ops.autocast import no_autocast, wide_dtype
 from lorakit.ops.low_rank_sum import LowRankSum, concatenated
 

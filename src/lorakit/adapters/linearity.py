@@ -23,13 +23,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lorakit.adapters.layer_adapters import after_forward
-from lorakit.models.layers import (
-    FORWARDS,
-    call_forward,
-    copy_of,
-    kind_of_formula,
-    trial_input,
-)
+from lorakit.models.layers import FORWARDS, call_forward, copy_of, kind_of_formula, trial_input
 from lorakit.models.packed import packed_by
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops.seeding import seeded

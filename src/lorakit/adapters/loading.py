@@ -33,8 +33,9 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import layers_by_path, submodule, type_name
+from lorakit.models.layers import type_name
 from lorakit.models.tokenizer import tokenizer_digest
+from lorakit.models.tree import layers_by_path, submodule
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
 

@@ -17,8 +17,8 @@ from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import submodule, without_wrappers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
+from lorakit.models.tree import submodule, without_wrappers
 
 _LOG = logging.getLogger(__name__)
 

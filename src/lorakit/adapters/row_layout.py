@@ -20,7 +20,8 @@ from lorakit.errors import AdapterStateError
 from lorakit.models.architectures import architecture_of
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import base_modules, parents, stacked_weights, submodule, walk
+from lorakit.models.layers import stacked_weights
+from lorakit.models.tree import base_modules, parents, submodule, walk
 
 _MAIN_INPUTS = (
     *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),

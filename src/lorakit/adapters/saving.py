@@ -23,9 +23,9 @@ from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.experts import ExpertsLoRA, lora_layers
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
-from lorakit.models.layers import submodule
 from lorakit.models.parameter_swaps import hidden_parameters
 from lorakit.models.sharding import full_shape, full_tensor
+from lorakit.models.tree import submodule
 
 _LOG = logging.getLogger(__name__)
 

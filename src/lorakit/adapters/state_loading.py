@@ -18,16 +18,16 @@ from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import (
-    ADAPTERS,
+from lorakit.models.layers import ADAPTERS
+from lorakit.models.parameter_swaps import MARK, base_parameter, named_base_parameters
+from lorakit.models.quantised import quantised_weights
+from lorakit.models.tree import (
     base_modules,
     is_of_adapter,
     key_start,
     state_dict_key,
     without_wrappers,
 )
-from lorakit.models.parameter_swaps import MARK, base_parameter, named_base_parameters
-from lorakit.models.quantised import quantised_weights
 
 CHANGED = 2
 """Value of a layer's mark in a file, if its merged weights differ from the base's; 1 if they do not."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import base_modules, key_start
+from lorakit.models.tree import base_modules, key_start
 
 _RECORDED = "_lorakit_statistics"
 """Attribute of a layer: copies of its statistics, by name."""

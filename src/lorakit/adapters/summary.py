@@ -14,8 +14,8 @@ from lorakit.adapters.saving import file_bytes
 from lorakit.formatting import percentage, size
 from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.method import Method, describe, require_method
-from lorakit.models.layers import unwrapped, without_wrappers
 from lorakit.models.parameter_swaps import named_base_parameters
+from lorakit.models.tree import unwrapped, without_wrappers
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.formatting import listed
 from lorakit.methods.lora.layer import dora_factor
-from lorakit.models.layers import natural
+from lorakit.models.tree import natural
 from lorakit.ops.autocast import wide_dtype
 from lorakit.training.checkpoint_adapter import is_checkpoint, read_checkpoint
 

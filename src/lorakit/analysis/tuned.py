@@ -24,11 +24,11 @@ from lorakit.formatting import listed
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.heads import classification_head, logits_layer
-from lorakit.models.layers import base_modules, is_inside
 from lorakit.models.loading import Base, quiet
 from lorakit.models.locating import Located, locate
 from lorakit.models.sources import resolve
 from lorakit.models.tokenizer import tokenizer_of
+from lorakit.models.tree import base_modules, is_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,10 +20,10 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.formatting import visible
 from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.heads import input_embeddings, logits_layer
-from lorakit.models.layers import is_inside
 from lorakit.models.loading import NEW_WEIGHTS, Base, set_padding
 from lorakit.models.sources import is_gguf, resolve
 from lorakit.models.tokenizer import tokenizer_digest
+from lorakit.models.tree import is_inside
 
 _LOG = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from lorakit.models.base_config import BaseConfig
 from lorakit.models.base_shape import shape_of
 from lorakit.models.devices import pick_device
 from lorakit.models.heads import logits_layer
-from lorakit.models.layers import is_inside
 from lorakit.models.loading import Base, load_base, load_tokenizer
 from lorakit.models.model_classes import ModelHead
 from lorakit.models.processor import limit_processor
+from lorakit.models.tree import is_inside
 from lorakit.tasks import Example, LanguageExample
 
 OTHER_CLASSES = "The head of the checkpoint has the classes"

@@ -35,9 +35,9 @@ from lorakit.compute.trials import (
 )
 from lorakit.data import DataTask
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import walk
 from lorakit.models.loading import Base
 from lorakit.models.places import name_in_block
+from lorakit.models.tree import walk
 from lorakit.tasks import Example, LanguageExample
 
 POSITIONS_BY_ROW = ("bloom", "falcon", "gpt_neo", "mpt")

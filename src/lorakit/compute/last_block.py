@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.layer_adapters import hooks_act_by_token
 from lorakit.models import blocks
-from lorakit.models.layers import submodule
+from lorakit.models.tree import submodule
 from lorakit.ops.dropout import register_gathered
 from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 

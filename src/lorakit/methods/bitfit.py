@@ -37,7 +37,7 @@ class BitFit(TrainsModules):
         """
         from lorakit.methods.trained import parameter_names
         from lorakit.models.heads import classification_head
-        from lorakit.models.layers import is_inside
+        from lorakit.models.tree import is_inside
 
         heads = classification_head(model)
         biases = [

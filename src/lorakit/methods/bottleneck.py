@@ -103,7 +103,7 @@ class BottleneckAdapter(TrainsModules):
         from torch import nn
 
         from lorakit.methods.bottleneck_module import Bottleneck
-        from lorakit.models.layers import submodule
+        from lorakit.models.tree import submodule
 
         if self.size > site.width:
             raise ConfigurationError(

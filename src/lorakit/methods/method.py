@@ -132,7 +132,7 @@ def with_head(
     Raises:
         ConfigurationError: The method has no setting ``train_modules``.
     """
-    from lorakit.models.layers import is_inside
+    from lorakit.models.tree import is_inside
 
     settings: Any = method
     parts = (method, *getattr(method, "methods", ()))

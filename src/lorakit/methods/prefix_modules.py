@@ -20,8 +20,9 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
-from lorakit.models.layers import ADAPTERS, base_modules, by_token, submodule
+from lorakit.models.layers import ADAPTERS, by_token
 from lorakit.models.past import has_past
+from lorakit.models.tree import base_modules, submodule
 from lorakit.ops.rows import gather_rows
 
 INIT_STD = 0.02

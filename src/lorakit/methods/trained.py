@@ -8,10 +8,11 @@ from torch import nn
 
 from lorakit.errors import TargetError, nearest
 from lorakit.models.heads import called_instead
-from lorakit.models.layers import base_modules, is_inside, is_packed_linear, walk
+from lorakit.models.layers import is_packed_linear
 from lorakit.models.packed import packed_layers
 from lorakit.models.parameter_swaps import named_base_parameters
 from lorakit.models.quantised import quantised_weights
+from lorakit.models.tree import base_modules, is_inside, walk
 
 
 def modules_named(model: nn.Module, entries: Sequence[str]) -> list[str]:

@@ -8,8 +8,9 @@ from torch import nn
 
 from lorakit.errors import TargetError
 from lorakit.models.architectures import DOWN, GATE, UP, K, O, Q, V, architecture_of
-from lorakit.models.layers import LocatedModule, is_inside, submodule, walk, weight_shape
+from lorakit.models.layers import weight_shape
 from lorakit.models.places import ATTENTION_ROLES, Place, all_places, name_in_block
+from lorakit.models.tree import LocatedModule, is_inside, submodule, walk
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lorakit.models.direct_reads import never_calls
-from lorakit.models.layers import (
-    LocatedModule,
-    StackedWeight,
-    base_modules,
-    is_inside,
-    submodule,
-    unwrapped,
-    why_not_adaptable,
-)
+from lorakit.models.layers import StackedWeight, why_not_adaptable
+from lorakit.models.tree import LocatedModule, base_modules, is_inside, submodule, unwrapped
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.models.heads import is_adaptable
-from lorakit.models.layers import RowSlice, unwrapped, walk, weight_shape
+from lorakit.models.layers import RowSlice, weight_shape
 from lorakit.models.places import ROLES, Place, all_places
+from lorakit.models.tree import unwrapped, walk
 
 
 @dataclass(frozen=True, slots=True)

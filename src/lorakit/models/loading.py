@@ -17,7 +17,6 @@ from lorakit.models.devices import pick_device
 from lorakit.models.dtype_choice import choose_dtype, compute_dtype
 from lorakit.models.dtypes import QUANTISATIONS, dtype_name
 from lorakit.models.heads import classification_head, input_embeddings
-from lorakit.models.layers import is_inside
 from lorakit.models.locating import Located, locate, read_config
 from lorakit.models.model_classes import MODEL_CLASSES, ModelHead, is_encoder, model_class
 from lorakit.models.quantised import prevent_repacking, require_exact_layers
@@ -25,6 +24,7 @@ from lorakit.models.quantising import check_available, projections_as_stored, qu
 from lorakit.models.shared_setting import SharedSetting
 from lorakit.models.sources import ModelSource, resolve
 from lorakit.models.tokenizer import tokenizer_of
+from lorakit.models.tree import is_inside
 from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:

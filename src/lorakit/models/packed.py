@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensor
 from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.layers import (
-    base_modules,
     call_forward,
     copy_of,
     device_of,
@@ -26,6 +25,7 @@ from lorakit.models.layers import (
 )
 from lorakit.models.quantised import quantised_weight
 from lorakit.models.sharding import is_sharded
+from lorakit.models.tree import base_modules
 
 
 @dataclass(frozen=True)

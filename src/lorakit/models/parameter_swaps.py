@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from lorakit.models.faster_layers import FasterForward
 from lorakit.models.frames import has_ended
-from lorakit.models.layers import ADAPTERS, AdapterSlot, base_modules
+from lorakit.models.layers import ADAPTERS, AdapterSlot
 from lorakit.models.quantised import quantised_weight
+from lorakit.models.tree import base_modules
 
 # --- for the length of a call ------------------------------------------------------------------------
 

@@ -37,17 +37,15 @@ from lorakit.models.heads import (
     output_embeddings,
 )
 from lorakit.models.layers import (
-    LocatedModule,
     RowSlice,
     StackedWeight,
-    is_inside,
     is_linear,
     is_stacked_experts,
     stacked_weights,
-    walk,
     weight_shape,
     why_not_adaptable,
 )
+from lorakit.models.tree import LocatedModule, is_inside, walk
 
 ATTENTION_ROLES = (Q, K, V, O)
 MLP_ROLES = (GATE, UP, DOWN)

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterStateError
 from lorakit.models.digests import Digests, digest
-from lorakit.models.layers import base_modules
+from lorakit.models.tree import base_modules
 
 KINDS = frozenset({"nf4", "fp4", "int8"})
 """Supported kinds of quantisation; fp4 only in models that other tools quantised."""

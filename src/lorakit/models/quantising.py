@@ -19,9 +19,10 @@ from lorakit.errors import BaseModelError, ConfigurationError, nearest
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.dtypes import QUANTISATIONS, Quantisation, dtype_name
 from lorakit.models.heads import classification_head, output_embeddings
-from lorakit.models.layers import is_inside, is_stacked_experts
+from lorakit.models.layers import is_stacked_experts
 from lorakit.models.packed import packed_layers
 from lorakit.models.quantised import FLAGS, quantised_weights
+from lorakit.models.tree import is_inside
 
 _OLDEST = "0.50"
 """The oldest tested version of bitsandbytes."""

@@ -11,13 +11,7 @@ from torch import nn
 from lorakit.errors import TargetError, nearest
 from lorakit.models.architectures import O
 from lorakit.models.heads import is_never_called
-from lorakit.models.layers import (
-    LocatedModule,
-    StackedWeight,
-    is_inside,
-    walk,
-    why_not_adaptable,
-)
+from lorakit.models.layers import StackedWeight, why_not_adaptable
 from lorakit.models.patterns import Matcher
 from lorakit.models.places import (
     Place,
@@ -28,6 +22,7 @@ from lorakit.models.places import (
     names_of_adaptable,
     role_names,
 )
+from lorakit.models.tree import LocatedModule, is_inside, walk
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> list[Place]:

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorakit.models.blocks import blocks_of
-from lorakit.models.layers import by_token, is_of_adapter, without_wrappers
+from lorakit.models.layers import by_token
+from lorakit.models.tree import is_of_adapter, without_wrappers
 
 _REACHED = "_lorakit_reached"
 """Attribute of a sharded parameter that has got a gradient in this process."""

@@ -18,7 +18,7 @@ from lorakit.errors import ConfigurationError, RunFolderError, TargetError
 from lorakit.evaluation.score import is_better
 from lorakit.models.dtype_choice import resolve_dtype
 from lorakit.models.heads import classification_head
-from lorakit.models.layers import is_inside
+from lorakit.models.tree import is_inside
 from lorakit.paper.budget import divide
 from lorakit.paper.comparable import require_comparable
 from lorakit.paper.log import GRID, GridSetup, ParameterCount, read_log

@@ -22,9 +22,9 @@ from lorakit.methods import METHODS, FullFineTuning
 from lorakit.models.base_shape import Shape
 from lorakit.models.blocks import blocks_of
 from lorakit.models.faster import make_faster
-from lorakit.models.layers import is_of_adapter
 from lorakit.models.loading import Base
 from lorakit.models.sources import ModelSource
+from lorakit.models.tree import is_of_adapter
 from lorakit.planning.batches import Batches
 from lorakit.planning.shape import base_bytes, build, new_mode, planning
 from lorakit.planning.step import Step, run_step, shorten

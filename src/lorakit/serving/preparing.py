@@ -19,8 +19,9 @@ from lorakit.compute.adapted import require_new_weights
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.module import AdapterModule
 from lorakit.models.heads import logits_layer
-from lorakit.models.layers import ADAPTERS, base_modules, submodule
+from lorakit.models.layers import ADAPTERS
 from lorakit.models.loading import Base
+from lorakit.models.tree import base_modules, submodule
 from lorakit.serving.folders import Location
 
 

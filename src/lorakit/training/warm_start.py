@@ -12,8 +12,8 @@ from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
 from lorakit.methods.combined import lora_of
 from lorakit.models.heads import classification_head
-from lorakit.models.layers import is_inside
 from lorakit.models.loading import Base
+from lorakit.models.tree import is_inside
 from lorakit.training.config import TrainConfig
 
 

@@ -25,7 +25,8 @@ from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import StackedWeight, base_modules, is_inside, layers_by_path
+from lorakit.models.layers import StackedWeight
+from lorakit.models.tree import base_modules, is_inside, layers_by_path
 
 
 def check_targets(stored: StoredAdapter, path: str | Path, model: nn.Module) -> None:

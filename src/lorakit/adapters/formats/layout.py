@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.models.layers import base_modules, is_of_adapter, without_wrappers
 from lorakit.models.parameter_swaps import grouped_base_parameters
+from lorakit.models.tree import base_modules, is_of_adapter, without_wrappers
 
 
 @dataclass(frozen=True)

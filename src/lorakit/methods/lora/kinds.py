@@ -13,13 +13,8 @@ from lorakit.methods.lora.linear import AttentionLoRA, LinearLoRA, OutProjection
 from lorakit.methods.module import AdapterModule
 from lorakit.models.direct_reads import never_calls
 from lorakit.models.heads import input_embeddings, output_embeddings
-from lorakit.models.layers import (
-    StackedWeight,
-    base_modules,
-    is_linear,
-    submodule,
-    why_not_adaptable,
-)
+from lorakit.models.layers import StackedWeight, is_linear, why_not_adaptable
+from lorakit.models.tree import base_modules, submodule
 
 
 def kind_of(layer: nn.Module, model: nn.Module, path: str) -> type[LoRALayer]:

@@ -110,8 +110,8 @@ class LoRA(TrainsModules):
 
         from lorakit.methods.lora.experts import on_experts
         from lorakit.methods.lora.kinds import kind_of, tied_head
-        from lorakit.models.layers import submodule
         from lorakit.models.roles import resolve_targets
+        from lorakit.models.tree import submodule
 
         by_path: dict[str, list[Place]] = {}  # a fused layer has one place for each adapted slice
         for place in resolve_targets(model, self.targets):
@@ -155,8 +155,8 @@ class LoRA(TrainsModules):
             TargetError: An entry of train_modules names no module, or one with adapted layers.
         """
         from lorakit.methods.trained import modules_named, parameters_below
-        from lorakit.models.layers import is_inside
         from lorakit.models.roles import resolve_targets
+        from lorakit.models.tree import is_inside
 
         if self.bias == "none" and not self.train_modules:
             return []  # finding the targets again would take a quarter of the time of `attach`

@@ -18,7 +18,8 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.configuration import is_finite
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.methods.lora import LoRA
-from lorakit.models.layers import RowSlice, is_inside, parents
+from lorakit.models.layers import RowSlice
+from lorakit.models.tree import is_inside, parents
 
 EnableLora = Mapping[str, Sequence[bool]]
 

@@ -20,8 +20,9 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
 from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import StackedWeight, is_linear, layers_by_path, unwrapped
+from lorakit.models.layers import StackedWeight, is_linear
 from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
+from lorakit.models.tree import layers_by_path, unwrapped
 
 _NO_EFFECT = {
     "auto_mapping",

@@ -23,8 +23,8 @@ from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG, PEFT_PICKLE, PEFT_TENSORS
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import ExpertsForm
-from lorakit.models.layers import parents, without_wrappers
 from lorakit.models.patterns import endings
+from lorakit.models.tree import parents, without_wrappers
 
 _PART = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(\.weight)?"

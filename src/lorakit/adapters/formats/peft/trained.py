@@ -13,7 +13,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
-from lorakit.models.layers import is_inside, parents
+from lorakit.models.tree import is_inside, parents
 
 PREFIX = "base_model.model."
 """Prefix of every key in a PEFT file."""

@@ -29,8 +29,8 @@ from lorakit.file_names import PEFT_CONFIG, PEFT_TENSORS
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
-from lorakit.models.layers import natural
 from lorakit.models.patterns import endings
+from lorakit.models.tree import natural
 from lorakit.storage.tensors import write_safetensors
 
 MAGNITUDE = "lora_magnitude_vector"
