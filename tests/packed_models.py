@@ -35,6 +35,22 @@ class GroupedInt4(nn.Module):
         return F.linear(x, W.flatten(1), self.bias)
 
 
+class OwnState(GroupedInt4):
+    """Writes and reads its tensors in a way of its own, without its children, as in HQQ."""
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        written = {} if destination is None else destination
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                written[prefix + name] = tensor
+        return written
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.qweight = state_dict[f"{prefix}qweight"]
+
+
 class InferenceOnly(GroupedInt4):
     """Its kernel records no gradient."""
 
@@ -79,13 +95,16 @@ class Int8Tensor(Tensor):
     def __init__(self, levels: Tensor, scales: Tensor) -> None:
         self.levels, self.scales = levels, scales
 
+    def dequantize(self) -> Tensor:
+        return self.levels * self.scales
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.linear:
             x, weight, *bias = args
-            return F.linear(x, weight.levels * weight.scales, *bias)
+            return F.linear(x, weight.dequantize(), *bias)
         return super().__torch_function__(function, types, args, kwargs)
 
     @classmethod
@@ -104,6 +123,19 @@ def with_int8_tensor(layer: nn.Linear) -> nn.Linear:
     levels = (layer.weight.detach() / scales).round().to(torch.int8)
     packed.weight = nn.Parameter(Int8Tensor(levels, scales), requires_grad=False)
     return packed
+
+
+class InferenceOnlyWithoutError(GroupedInt4):
+    """Its output has a gradient, but not with regard to its input: the scales are a parameter."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        scales = self.scales
+        del self.scales
+        self.scales = nn.Parameter(scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
 
 
 class CopiesIn(MutableMapping[str, Any]):
@@ -140,9 +172,9 @@ def with_managed_parameters(layer: nn.Linear) -> nn.Linear:
 
 KINDS: dict[str, Callable[[Any], nn.Module]] = {
     "GroupedInt4": GroupedInt4,
+    "OwnState": OwnState,
     "float8_e4m3fn": Float8Linear,
     "Int8Tensor": with_int8_tensor,
-    "CopiesIn": with_managed_parameters,
 }
 """By the name that lorakit's messages give: a function that quantises a linear layer."""
 

@@ -9,18 +9,24 @@ import packed_models
 import pytest
 import tiny_models
 import torch
-from packed_models import KINDS, packed_and_twin
+from packed_models import KINDS, packed_and_twin, packed_paths
 from random_adapters import randomise
+from safetensors import safe_open
 from tiny_models import logits
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lorakit.adapters import Adapters, attach, count_parameters, load
-from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError
+from lorakit.analysis.base_weights import Weights
+from lorakit.compute.objective import why_not_fused
+from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError, TargetError
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
+from lorakit.models.layers import is_packed_linear
 from lorakit.models.quantising import quantise
+from lorakit.models.sources import resolve
 from lorakit.training.sharding import require_shardable
 
 ALL_LINEAR = LoRA(targets="all-linear", rank=2, dropout=0.0)
@@ -93,13 +99,12 @@ def test_an_adapter_moves_between_the_packed_and_the_unpacked_base(
     adapters.save(tmp_path)
     expected = logits(model)
     adapters.detach()
-    if kind == "CopiesIn":  # with ordinary tensors in the mapping the weights can be compared
-        load(twin, tmp_path)
-    else:
-        load(model, tmp_path)
-        assert logits(model).equal(expected)
-        load(twin, tmp_path)
-        assert "quantised weights and runs on float32 ones" in caplog.text
+    load(model, tmp_path)
+    assert logits(model).equal(expected)
+    if kind != "Int8Tensor":  # which does not tell the tensors inside it
+        assert not caplog.text
+    load(twin, tmp_path)
+    assert "quantised weights and runs on float32 ones" in caplog.text
     torch.testing.assert_close(logits(twin), expected, **TOLERANCE)
 
 
@@ -108,26 +113,48 @@ def test_counts_are_those_of_the_unpacked_base(kind: str) -> None:
     assert count_parameters(model, ALL_LINEAR) == count_parameters(twin, ALL_LINEAR)
 
 
-def test_the_trainer_trains_on_it(kind: str, tmp_path: Path) -> None:
-    model, _ = packed_and_twin(kind)
-    model.is_quantized = (
-        True  # as transformers marks it; the Trainer then rejects a model without adapters
-    )
-    (adapters,) = adapted(model)
-    before = [p.detach().clone() for p in adapters.trainable_parameters()]
+def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 35).view(4, 8)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
+        output_dir=str(folder),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        save_strategy="no",
+        **options,
     )
-    rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 19).view(2, 8)]
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
-    assert not any(b.equal(p) for b, p in zip(before, adapters.trainable_parameters(), strict=True))
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def test_the_trainer_resumes_from_a_checkpoint_without_the_packed_numbers(
+    kind: str, tmp_path: Path
+) -> None:
+    model, _ = packed_and_twin(kind)
+    model.is_quantized = True  # as transformers does; the Trainer rejects such a model
+    (adapters,) = adapted(model)
+    new = logits(model)
+    trainer(model, tmp_path).train()
+    trained = logits(model)
+    assert not trained.equal(new)
     adapters.detach()
     assert model.is_quantized
+
+    folder = tmp_path / "checkpoint-1"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert "model.layers.0.mlp.up_proj.adapters.a.lora_A" in keys
+    assert "lm_head.weight" in keys
+    packed = {f"{path}.{name}" for path in packed_paths(model) for name in ("weight", "qweight")}
+    assert not keys & packed
+    with pytest.raises(Exception, match="its numbers are not written"):
+        type(model).from_pretrained(folder)
+
+    again, _ = packed_and_twin(kind)
+    adapted(again)
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(folder))
+    assert logits(again).equal(trained)
 
 
 # --- what is an error -----------------------------------------------------------------------------
@@ -143,13 +170,36 @@ def test_nothing_merges_into_it(kind: str, tmp_path: Path) -> None:
     for attempt in (
         adapters.merge,
         lambda: adapters.merge(keep_base=False),
-        lambda: model.save_pretrained(tmp_path / "model"),
         lambda: [*adapters.merged_weights()],
     ):
         with pytest.raises(AdapterStateError, match=message):
             attempt()
     assert logits(model).equal(expected)
-    assert not (tmp_path / "model").exists()
+    with pytest.raises(AdapterStateError, match="The pushed folder would not load"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_a_merge_elsewhere_leaves_it_quantised(kind: str) -> None:
+    model, _ = packed_and_twin(kind)
+    model.config.quantization_config = {"quant_method": "x"}
+    adapters = attach(model, LoRA(targets="head", rank=2))
+    randomise(adapters)
+    expected = logits(model)
+    adapters.merge(keep_base=False)
+    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
+    assert model.config.quantization_config == {"quant_method": "x"}
+
+
+def test_it_is_not_cast(kind: str) -> None:
+    model, _ = packed_and_twin(kind)
+    model.hf_quantizer = object()
+    (adapters,) = adapted(model)
+    for cast in (model.half, model.float):
+        with pytest.raises(AdapterStateError, match="cannot be cast to another dtype"):
+            cast()
+    del model.hf_quantizer
+    adapters.detach()
+    assert model.float() is model
 
 
 @pytest.mark.parametrize("options", [{"dora": True}, {"init": "pissa"}], ids=str)
@@ -157,7 +207,7 @@ def test_methods_that_read_the_weight_are_refused(kind: str, options: Any) -> No
     model, _ = packed_and_twin(kind)
     before = logits(model)
     with pytest.raises(
-        ConfigurationError, match=rf"dora and init='pissa' read .* quantised \({kind}\)"
+        ConfigurationError, match=rf"(dora reads|pissa' read) the weight .* quantised \({kind}\)"
     ):
         attach(model, LoRA(targets="attention.qv", **options))
     assert logits(model).equal(before)
@@ -183,6 +233,7 @@ def test_its_layers_are_not_trained_in_full(kind: str, method: Any) -> None:
     ("layer_class", "reason"),
     [
         (packed_models.InferenceOnly, "its output has no gradient"),
+        (packed_models.InferenceOnlyWithoutError, "its output has no gradient"),
         (packed_models.RefusesTraining, "in training it raises NotImplementedError"),
     ],
 )
@@ -197,10 +248,14 @@ def test_a_kernel_that_stops_gradients_is_found_before_training(
     other = tiny_models.build("llama")
     packed_models.pack(other, layer_class)
     with pytest.raises(
-        AdapterStateError, match=rf"No gradient passes through '.*q_proj'.*{reason}"
+        AdapterStateError, match=rf"No gradient passes through '.*k_proj'.*{reason}"
     ):
         attach(other, ALL_LINEAR)
-    load(other, tmp_path)  # for inference
+    with pytest.raises(AdapterStateError, match="No gradient passes through"):
+        load(other, tmp_path, trainable=True)
+    load(other, tmp_path).detach()  # for inference
+    attach(other, LoRA(targets="head")).detach()  # below which nothing is trained
+    load(other, tmp_path)
     assert logits(other).equal(expected)
 
 
@@ -210,3 +265,60 @@ def test_it_is_not_quantised_again_or_sharded(kind: str) -> None:
         quantise(model, "nf4")
     with pytest.raises(ConfigurationError, match=f"is quantised to {kind}"):
         require_shardable(model, BaseConfig(name="x"))
+
+
+def test_parameters_that_a_library_manages_are_refused(tmp_path: Path) -> None:
+    """Its mapping would write a merged or trained weight into the base's."""
+    adapters = attach(tiny_models.build("llama"), ALL_LINEAR)
+    adapters.save(tmp_path)
+    for change in (
+        lambda model: packed_models.pack(model, packed_models.with_managed_parameters),
+        lambda model: setattr(model, "ct_decompress_hook", None),
+    ):
+        model = tiny_models.build("llama")
+        change(model)
+        for attempt in (
+            lambda m=model: attach(m, ALL_LINEAR),
+            lambda m=model: load(m, tmp_path),
+        ):
+            with pytest.raises(
+                AdapterStateError, match="CompressedTensorsConfig\\(dequantize=True"
+            ):
+                attempt()
+
+
+def test_a_layer_with_ordinary_numbers_is_none_of_it() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features = self.out_features = 4
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    assert not is_packed_linear(Transposed())
+
+
+def test_experts_in_tensors_of_a_library_are_refused() -> None:
+    model = tiny_models.build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    levels = torch.ones(experts.down_proj.shape, dtype=torch.int8)
+    packed = packed_models.Int8Tensor(levels, torch.ones(1))
+    experts.down_proj = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(TargetError, match="in a form that cannot be adapted: quantised"):
+        attach(model, LoRA(targets="experts"))
+
+
+def test_a_quantised_head_is_not_read_by_the_loss() -> None:
+    model = tiny_models.build("llama")
+    assert not why_not_fused(model)
+    model.lm_head = packed_models.with_int8_tensor(model.lm_head)
+    assert why_not_fused(model) == "the head is quantised (Int8Tensor)"
+
+
+def test_missing_weights_of_a_quantised_checkpoint_are_named() -> None:
+    tensors = {"a.qweight": torch.ones(1), "b.bias": torch.ones(1)}
+    weights = Weights(resolve("gpt2"), {name: lambda t=t: t for name, t in tensors.items()})
+    with pytest.raises(BaseModelError, match=r"stores 'a.weight' in qweight, so it is quantised"):
+        weights["a.weight"]
+    with pytest.raises(BaseModelError, match=r"has no weight 'b.weight'"):
+        weights["b.weight"]

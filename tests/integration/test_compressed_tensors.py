@@ -1,4 +1,4 @@
-"""A checkpoint of compressed-tensors: its layers have no weight before the first pass, and copy in parameters after."""
+"""A checkpoint of compressed-tensors: lorakit unpacks it. A model whose weights the library manages is refused."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from packed_models import matrix
 from random_adapters import randomise
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorakit import load_base
-from lorakit.adapters import attach, load
+from lorakit.adapters import attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora import LoRA
 
@@ -39,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = QuantizationConfig(
         config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)},
         ignore=["lm_head"],
-        format="int-quantized",
+        format="pack-quantized",
     )
     settings.quantization_status = QuantizationStatus.FROZEN
     apply_quantization_config(model, settings)
@@ -55,35 +54,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(checkpoint: Path) -> PreTrainedModel:
-    return load_base(checkpoint, dtype="float32").model
-
-
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model.eval()(torch.arange(3, 17).view(2, 7)).logits
 
 
-def test_adapters_before_and_after_the_first_pass(checkpoint: Path, tmp_path: Path) -> None:
-    model = opened(checkpoint)
-    fresh = attach(model, ALL_LINEAR, seed=0)
-    assert "weight" not in model.model.layers[0].mlp.up_proj._parameters  # type: ignore[union-attr]
-    randomise(fresh)
-    expected = logits(model)
-    fresh.save(tmp_path)
-    fresh.detach()
+def test_lorakit_unpacks_it_while_loading(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_base(checkpoint, dtype="float32").model
     before = logits(model)
-
-    twin = tiny_models.build("llama")
-    with torch.no_grad():
-        for path, layer in twin.named_modules():
-            if type(layer) is nn.Linear:
-                layer.weight.copy_(matrix(model.get_submodule(path)))
-    torch.testing.assert_close(logits(twin), before)
-
-    later = load(model, tmp_path)
+    adapters = attach(model, ALL_LINEAR, seed=0)
+    randomise(adapters)
+    expected = logits(model)
+    adapters.merge()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    adapters.unmerge()
     assert logits(model).equal(expected)
-    with pytest.raises(AdapterStateError, match=r"q_proj.weight' is quantised \(CPUCache\)"):
-        later.merge()
-    later.detach()
-    assert logits(model).equal(before)
+    adapters.merge(keep_base=False)
+    model.save_pretrained(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not before.allclose(expected, atol=1e-3)
+
+
+def test_a_model_that_it_manages_is_refused(checkpoint: Path) -> None:
+    packed = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for _ in range(2):  # before and after the first pass, which unpacks the weights
+        with pytest.raises(AdapterStateError, match="compressed-tensors manages the parameters"):
+            attach(packed, ALL_LINEAR)
+        expected = logits(packed)
+    torch.testing.assert_close(logits(load_base(checkpoint, dtype="float32").model), expected)

@@ -17,7 +17,7 @@ from lorakit.methods.method import Method, require_method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
-from lorakit.models.packed import require_gradients
+from lorakit.models.packed import require_gradients, require_own_parameters
 from lorakit.models.tree import base_modules, unwrapped, without_wrappers
 from lorakit.ops.seeding import seeded
 
@@ -66,7 +66,6 @@ def attach(
         seed = int(seed)  # torch rejects NumPy's
     handle = handle_for(model)
     handle.check_can_add(name)
-    require_gradients(handle.model)
     with handle.changing():
         with seeded(seed, (p.device for p in handle.model.parameters())):
             modules = method.modules(handle.model, dtype)
@@ -74,6 +73,7 @@ def attach(
         if not modules and not trained_names:
             raise TargetError(f"{method} trains nothing on this model.")
         _check_modules(modules)
+        require_gradients(handle.model, [*modules, *(n.rpartition(".")[0] for n in trained_names)])
         if trained_names:
             require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
@@ -117,7 +117,7 @@ def handle_for(model: nn.Module) -> Adapters:
     Raises:
         ConfigurationError: `model` is not a PyTorch module.
         AdapterStateError: A submodule of this model, or a model that contains it, has its own handle; or the model has
-            adapters of PEFT.
+            adapters of PEFT; or compressed-tensors manages its parameters.
     """
     if not isinstance(model, nn.Module):
         instead = f" Load it: load_base({model!r}).model." if isinstance(model, str) else ""
@@ -127,6 +127,7 @@ def handle_for(model: nn.Module) -> Adapters:
     model = unwrapped(model)
     handle = handle_of(model)
     if handle is None:
+        require_own_parameters(model)
         for path, module in base_modules(model):
             if type(module).__module__.startswith("peft."):
                 convert = (

@@ -4,9 +4,9 @@ A folder written by it must never load as the base without the adapter. So the b
 which every reader understands. The file also holds the adapter's own tensors, and a mark for each adapted layer, by
 which a model that has the adapter recognises it (`lorakit.adapters.state_loading`).
 
-An adapter that cannot be merged (a bottleneck, virtual tokens) leaves the base weights in the base keys.
-The configuration of such a folder names no weight file, so `from_pretrained` fails on it. A resumed training
-run loads the tensors itself.
+An adapter that cannot be merged (a bottleneck, virtual tokens) leaves the base weights in the base keys, and a layer
+that another library than bitsandbytes has quantised leaves its own out. The configuration of such a folder names no
+weight file, so `from_pretrained` fails on it. A resumed training run loads the tensors itself.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from lorakit.adapters.state_loading import CHANGED
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.layers import ADAPTERS
+from lorakit.models.layers import ADAPTERS, packs_numbers
+from lorakit.models.packed import packed_layers
 from lorakit.models.parameter_swaps import MARK
 from lorakit.models.quantised import QuantisedWeight, unmarked
-from lorakit.models.tree import without_wrappers
+from lorakit.models.tree import is_of_adapter, parents, submodule, without_wrappers
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,11 +63,10 @@ def save_pretrained(
         AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
     require_unsharded(model)
-    unmerged, _ = next(unmergeable(model), (None, ""))
-    if unmerged and kwargs.get("push_to_hub"):
+    missing = _what_is_missing(model)
+    if missing and kwargs.get("push_to_hub"):
         raise AdapterStateError(
-            f"'{unmerged}' cannot be merged into the weights, so the base would be pushed without it. Push the folder "
-            "that adapters.save() writes."
+            f"The pushed folder would not load: {missing}. Push the folder that adapters.save() writes."
         )
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
     config: Any = getattr(model, "config", None)
@@ -77,32 +77,39 @@ def save_pretrained(
     # Undoing the renames of an architecture's old checkpoints would rename the adapters' keys as well.
     kwargs.setdefault("save_original_format", False)
     try:
-        with unmarked(model), _configuration_prevents_loading(config, unmerged):
+        with unmarked(model), _configuration_prevents_loading(config, missing):
             return own(save_directory, *args, state_dict=state, **kwargs)
     finally:
         if tied is not None:
             config.tie_word_embeddings = tied
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if unmerged and is_main_process:
-            _prevent_loading(Path(save_directory), unmerged)
+        if missing and is_main_process:
+            _prevent_loading(Path(save_directory), missing)
 
 
-def _without_weights(record: dict[str, Any], name: str) -> dict[str, Any]:
+def _what_is_missing(model: nn.Module) -> str | None:
+    """Return what a folder of `save_pretrained` lacks, so that it must not load; None if it lacks nothing."""
+    if (packed := next(packed_layers(model), None)) is not None:
+        path, _, kind = packed
+        return f"'{path}' is quantised ({kind}), and its numbers are not written"
+    unmerged, _ = next(unmergeable(model), (None, ""))
+    return None if unmerged is None else f"the adapter '{unmerged}' is no part of the weights"
+
+
+def _without_weights(record: dict[str, Any], missing: str) -> dict[str, Any]:
     """Return a model's configuration that makes `from_pretrained` fail, with the reason."""
-    reason = (
-        f"none: the adapter '{name}' is no part of the weights. Load the folder of adapters.save()"
-    )
+    reason = f"none: {missing}. Load the folder of adapters.save()"
     return {**record, "transformers_weights": reason}
 
 
 @contextlib.contextmanager
-def _configuration_prevents_loading(config: Any, name: str | None) -> Iterator[None]:
+def _configuration_prevents_loading(config: Any, missing: str | None) -> Iterator[None]:
     """Make `save_pretrained` write a configuration on which `from_pretrained` fails.
 
     transformers writes it before the weights. So the folder does not load while it has the weights of an earlier save,
     or if the process is killed before the end.
     """
-    if config is None or name is None:
+    if config is None or missing is None:
         yield
         return
 
@@ -110,7 +117,7 @@ def _configuration_prevents_loading(config: Any, name: str | None) -> Iterator[N
         del config.__dict__["to_json_file"]  # it would be written too
         record = json.loads(config.to_json_string(use_diff=use_diff))
         config.__dict__["to_json_file"] = to_json_file
-        storage.write_json(path, _without_weights(record, name))
+        storage.write_json(path, _without_weights(record, missing))
 
     config.__dict__["to_json_file"] = to_json_file
     try:
@@ -119,16 +126,16 @@ def _configuration_prevents_loading(config: Any, name: str | None) -> Iterator[N
         config.__dict__.pop("to_json_file", None)
 
 
-def _prevent_loading(folder: Path, name: str) -> None:
-    """Make `from_pretrained` fail on a folder that holds the base without the adapter, and warn."""
+def _prevent_loading(folder: Path, missing: str) -> None:
+    """Make `from_pretrained` fail on a folder that lacks a part of the model, and warn."""
     path = folder / CONFIG_NAME
     if path.exists():
         # A class with a `save_pretrained` of its own may have written it in another way.
-        storage.write_json(path, _without_weights(storage.read_json(path), name))
+        storage.write_json(path, _without_weights(storage.read_json(path), missing))
     _LOG.warning(
-        "'%s' cannot be merged into the weights: training can resume from '%s', but from_pretrained rejects it. "
-        "To get a folder that loads, call adapters.save().",
-        name,
+        "%s: training can resume from '%s', but from_pretrained rejects it. To get a folder that loads, call "
+        "adapters.save().",
+        missing,
         folder,
     )
 
@@ -137,10 +144,20 @@ def _prevent_loading(folder: Path, name: str) -> None:
 def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `state` with the active adapters merged into the base keys, and a mark for every changed layer.
 
-    Its keys are those of the model without wrappers (`torch.compile` of a block), so that every model loads it.
+    Its keys are those of the model without wrappers (`torch.compile` of a block), so that every model loads it. Weights
+    that another library than bitsandbytes has quantised are left out: nothing merges into them.
     """
-    result = {without_wrappers(key): tensor for key, tensor in state.items()}
+    packed = {path for path, *_ in packed_layers(model)}
+    result = {
+        name: tensor
+        for key, tensor in state.items()
+        if not _is_packed(name := without_wrappers(key), tensor, packed)
+    }
     marks: dict[str, tuple[str, Tensor]] = {}  # by the key of a changed weight
+    for path in packed:  # some libraries have a `state_dict` without the layer's children
+        adapters = submodule(model, path)._modules.get(ADAPTERS)
+        if adapters is not None:
+            result |= adapters.state_dict(prefix=f"{path}.{ADAPTERS}.")
     replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
@@ -151,7 +168,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
         names, has_changed = [name for name, _ in blend], False
-        changed = list(adapters.weights_changed_by(path, layer, names))
+        changed = [] if path in packed else adapters.weights_changed_by(path, layer, names)
         for attribute in changed:
             # On a GPU, all merged weights together may not fit beside the base.
             W, _, merged = adapters.merge_weight(layer, attribute, blend)
@@ -178,6 +195,15 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         for key, tensor in result.items()
     )
     return dict(itertools.chain.from_iterable(items))
+
+
+def _is_packed(key: str, tensor: Tensor, packed: set[str]) -> bool:
+    """Whether an entry of a state dict holds packed numbers, or belongs to them in a layer at one of the paths."""
+    if is_of_adapter(key):
+        return False
+    return packs_numbers(tensor) or any(
+        path in packed and key != f"{path}.bias" for path in parents(key)
+    )
 
 
 def _expand_quantised(model: nn.Module, state: dict[str, Tensor], replaced: set[str]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
@@ -26,8 +25,14 @@ from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.heads import backbone_of
-from lorakit.models.layers import ADAPTERS, weight_shape
-from lorakit.models.packed import PackedWeight, is_packed, packed_by, packed_layers
+from lorakit.models.layers import ADAPTERS
+from lorakit.models.packed import (
+    PackedWeight,
+    packed_by,
+    packed_layers,
+    packed_tensor,
+    packed_weight,
+)
 from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_base_parameters
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
@@ -298,14 +303,13 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeig
     """
     packed = {id(layer): (path, layer, kind) for path, layer, kind in packed_layers(model)}
     for path, layer, kind in packed.values():
-        yield f"{path}.weight", PackedWeight(kind, torch.Size(weight_shape(layer)))
+        yield f"{path}.weight", packed_weight(layer, kind)
     for (name, *_), layer, parameter in grouped_base_parameters(model):
         attribute = name.rpartition(".")[2]
         if id(layer) in packed and attribute != "bias":
             continue
-        kind = packed_by(layer, attribute)
-        if kind is not None and is_packed(parameter):
-            yield name, PackedWeight(kind, parameter.shape)
+        if (kind := packed_by(layer, attribute)) is not None:
+            yield name, packed_tensor(parameter, kind)
         else:
             yield name, quantised_weight(layer, parameter) or parameter
 

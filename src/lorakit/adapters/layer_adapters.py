@@ -209,8 +209,7 @@ class LayerAdapters(ReplacedParameters):
                 raise AdapterStateError(
                     f"'{name}' is quantised ({kind}), and lorakit reads only the numbers of bitsandbytes, so no delta "
                     "can be added to it. Merge into the unquantised base: `lorakit merge FOLDER OUTPUT --base.name "
-                    'MODEL --allow_other_base true`. To train in Trainer on this base, set save_strategy="no" and call '
-                    "adapters.save(folder)."
+                    "MODEL --allow_other_base true`."
                 )
             if attribute not in layer._parameters:
                 raise AdapterStateError(

@@ -34,6 +34,7 @@ from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
 from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import type_name
+from lorakit.models.packed import require_gradients
 from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.models.tree import layers_by_path, submodule
 from lorakit.ops.autocast import wide_dtype
@@ -152,6 +153,8 @@ def install(
 ) -> InstalledAdapter:
     """Add the modules that `build_modules` returned to the model, without activating the adapter; all or none."""
     if trainable:
+        trained = [*modules, *(name.rpartition(".")[0] for name in stored.trained)]
+        require_gradients(handle.model, trained)
         for module in modules.values():
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():

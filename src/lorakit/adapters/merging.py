@@ -17,6 +17,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
+from lorakit.models.packed import packed_layers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 from lorakit.models.tree import submodule, without_wrappers
 
@@ -79,7 +80,8 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
         _record_untying(model)
         _separate_names(model)
         unquantised += sum(change.forget() for change in changes)
-        others = dequantise_model(model)
+        # A layer that another library has quantised stays as it is, and so does the mark of its model.
+        others = 0 if any(packed_layers(model)) else dequantise_model(model)
     except BaseException:
         if has_begun:
             _LOG.error(

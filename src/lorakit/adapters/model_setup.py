@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import export, generation, ties
+from lorakit.adapters import casting, export, generation, ties
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.installed import base_parameters
@@ -19,7 +19,9 @@ from lorakit.models.quantised import Cleared, allow_training, restore_flags
 # Of the class, because a model cannot tell which other models contain it. On import, because a process that
 # unpickles an adapted model never calls `attach`.
 replace_methods(
-    PreTrainedModel, export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights
+    PreTrainedModel,
+    *(casting.half, casting.float),
+    *(export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights),
 )
 replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
 

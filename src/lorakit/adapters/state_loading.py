@@ -7,6 +7,7 @@ tensors. A model that has the adapter, as in a resumed training run, keeps its o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.statistics import record_loaded, records_statistics
 from lorakit.errors import AdapterStateError
 from lorakit.models.layers import ADAPTERS
+from lorakit.models.packed import packed_layers
 from lorakit.models.parameter_swaps import MARK, base_parameter, named_base_parameters
 from lorakit.models.quantised import quantised_weights
 from lorakit.models.tree import (
@@ -95,6 +97,8 @@ def check_loading(
     _keep_quantised(module, state_dict, prefix)
     # With an adapter's tensors it is the state of a training run, whose weights and statistics are not the base's.
     is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
+    if not is_base:
+        _skip_packed(module, state_dict, prefix)
     # In a part of another base, such as one attention, the adapted layers may be the only ones that differ.
     if is_base and activation_of(module) is not None:
         _refuse_merged_weights(module, state_dict, prefix)
@@ -187,6 +191,32 @@ def keep_base_weights(
             state_dict[key] = parameter.detach()
     if adapters.replaced:  # the live layer has this buffer, so strict loading expects the key
         state_dict[mark] = getattr(adapters, MARK)
+
+
+def _skip_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Let packed layers keep their numbers, which the file of a training run leaves out (`lorakit.adapters.export`).
+
+    Their own method would raise an error for the missing tensors, or take the layer for one that is not quantised.
+    """
+    for path, layer, _ in packed_layers(model):
+        start = prefix + key_start(model, path)
+        own = {key.removeprefix(start) for key in state_dict if key.startswith(start)}
+        layer.__dict__.pop(_LOAD, None)  # of a call that an error has ended
+        if all(name == "bias" or is_of_adapter(name) for name in own):
+            layer.__dict__[_LOAD] = functools.partial(_load_bias, layer)
+
+
+_LOAD = "_load_from_state_dict"
+"""The method by which PyTorch loads the tensors of one module."""
+
+
+@torch.no_grad()
+def _load_bias(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """Load the bias alone, and give the layer its own method again."""
+    del layer.__dict__[_LOAD]
+    bias = layer._parameters.get("bias")
+    if bias is not None and (loaded := state_dict.get(f"{prefix}bias")) is not None:
+        bias.copy_(loaded)
 
 
 def _keep_quantised(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -28,12 +28,20 @@ from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import Base, load_base
 from lorakit.models.model_classes import ModelHead, head_of_class
+from lorakit.models.packed import packed_layers
 from lorakit.models.sources import ModelSource, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _quantised(source: ModelSource, name: str, how: str) -> BaseModelError:
+    return BaseModelError(
+        f"'{source.name}' stores '{name}' in {how}, so it is quantised; one of "
+        f"{', '.join(map(dtype_name, FLOATS))} was expected. Name the unquantised model."
+    )
 
 
 class Weights(Mapping[str, Tensor]):
@@ -50,16 +58,17 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
+            start = f"{name.rpartition('.')[0]}."
+            parts = [k.removeprefix(start) for k in self._readers if k.startswith(start)]
+            if other := next((part for part in parts if part != "bias"), None):
+                raise _quantised(self.source, name, other)
             raise BaseModelError(
                 f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._readers)} Name the base "
                 "that the adapter was trained on: --base.name MODEL."
             )
         tensor = self._readers[key]()
         if tensor.dtype not in FLOATS:
-            raise BaseModelError(
-                f"'{self.source.name}' stores '{name}' in {dtype_name(tensor.dtype)}, so it is quantised; one of "
-                f"{', '.join(map(dtype_name, FLOATS))} was expected. Name the unquantised model."
-            )
+            raise _quantised(self.source, name, dtype_name(tensor.dtype))
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -166,13 +175,14 @@ def load_float32(
         num_labels: Number of outputs of a classifier, 1 for a score; None is that of the configuration.
 
     Raises:
-        BaseModelError: The model does not exist, or cannot be read.
+        BaseModelError: The model does not exist, or cannot be read, or another library than bitsandbytes has quantised
+            it.
     """
     free_memory()  # an adapted base has reference cycles, and this one may follow another
     head = _head_of(_shape_of(base), class_name)
     if head == "sequence-classification" and num_labels == 1:
         head, num_labels = "regression", None
-    return load_base(
+    loaded = load_base(
         base.name,
         task=head,
         num_labels=num_labels,
@@ -180,6 +190,10 @@ def load_float32(
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
     )
+    if (packed := next(packed_layers(loaded.model), None)) is not None:
+        path, _, kind = packed
+        raise _quantised(loaded.source, f"{path}.weight", kind)
+    return loaded
 
 
 def empty_model(base: BaseConfig, class_name: str | None = None) -> PreTrainedModel:

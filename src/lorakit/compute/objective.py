@@ -23,6 +23,7 @@ from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of, output_embeddings
+from lorakit.models.packed import packed_by
 from lorakit.ops.dropout import register_gathered
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.rows import gather_rows
@@ -297,6 +298,8 @@ def why_not_fused(model: nn.Module) -> str:
         return "the model has no separate backbone and head"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
+    if kind := packed_by(head):
+        return f"the head is quantised ({kind})"
     if foreign_hooks(model) or not output_is_unadapted(head):
         return "the head has an adapter or another hook"
     if any(getattr(_text_config(model), cap, None) for cap in _CAPS):

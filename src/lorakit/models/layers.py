@@ -151,7 +151,7 @@ def _why_not_added_to(layer: nn.Module) -> str | None:
     kind = kind_of_formula(layer)
     if kind is None or type(layer).forward is FORWARDS[kind]:
         return None
-    if not layer.weight.is_floating_point():  # type: ignore[union-attr, operator]
+    if layer.weight.dtype not in FLOATS:  # type: ignore[union-attr]
         return None  # a quantised weight has the shape of its storage
     with seeded(0):
         try:
@@ -250,8 +250,15 @@ def stacked_weights(path: str, module: nn.Module) -> list[str]:
     if not is_stacked_experts(path, module):
         return []
     stacked = {n: p for n, p in module._parameters.items() if p is not None and p.dim() > 2}
-    is_plain = all(p.dim() == 3 and p.dtype in FLOATS for p in stacked.values())
+    is_plain = all(
+        p.dim() == 3 and p.dtype in FLOATS and not packs_numbers(p) for p in stacked.values()
+    )
     return list(stacked) if is_plain else []
+
+
+def packs_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class of a quantisation library (torchao, quanto): one that unpacks its numbers."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def type_name(layer: nn.Module) -> str:
@@ -265,18 +272,18 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_packed_linear(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a linear layer of a quantisation library that has no parameter ``weight`` of numbers.
+    """Whether ``layer`` is a linear layer of a quantisation library, with a class of its own (GPTQ, AWQ, HQQ).
 
-    It has the two widths of an ``nn.Linear`` and packs its weight into tensors of integers: a class of its own (GPTQ,
-    AWQ, HQQ), or an ``nn.Linear`` whose weight was taken out (compressed-tensors).
+    It has the two widths of an ``nn.Linear``, and packs its weight into tensors of integers.
     """
-    if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
-        return False
     widths = (getattr(layer, name, None) for name in ("in_features", "out_features"))
-    if not all(isinstance(width, int) for width in widths):
+    if isinstance(layer, nn.Linear) or not all(isinstance(width, int) for width in widths):
         return False
+    weight = layer._parameters.get("weight")
     own_tensors = (*layer._parameters.values(), *layer._buffers.values())
-    return any(t is not None and t.ndim > 0 and t.dtype in _INTEGERS for t in own_tensors)
+    return (weight is None or weight.dtype not in FLOATS) and any(
+        t is not None and t.ndim > 0 and t.dtype in _INTEGERS for t in own_tensors
+    )
 
 
 def device_of(layer: nn.Module) -> torch.device:

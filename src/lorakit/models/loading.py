@@ -28,7 +28,7 @@ from lorakit.models.tree import is_inside
 from lorakit.ops.seeding import seeded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LOCATED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[ModelSource, ModelSource]] = (
     WeakKeyDictionary()
@@ -131,7 +131,11 @@ def load_base(
                     notices.append(f"The dtype is {dtype_name(choice.dtype)}: {choice.reason}.")
             weights_dtype = compute_dtype(dtype, device)
             with projections_as_stored() if quantisation else nullcontext() as dtypes:
-                model, info = _load_model(located, task, num_labels, weights_dtype, seed)
+                settings = _head_settings(task, num_labels)
+                if _unpack_while_loading(config):
+                    config.update(settings)
+                    settings = {"config": config}
+                model, info = _load_model(located, task, weights_dtype, seed, settings)
         new_weights, checked = _check_weights(source, model, info, task, seed)
         notices += checked
         if tokenizer is None:
@@ -255,18 +259,33 @@ def _explained(located: Located, task: str) -> Iterator[None]:
         ) from error
 
 
+def _head_settings(task: ModelHead, num_labels: int | None) -> dict[str, Any]:
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {} if num_labels is None else {"num_labels": num_labels}
+
+
+def _unpack_while_loading(config: PretrainedConfig) -> bool:
+    """Let transformers unpack a checkpoint of compressed-tensors while it loads it; return whether it is one.
+
+    Without this setting the first forward pass unpacks all weights, and leaves layers that no adapter can be on
+    (`lorakit.models.packed.require_own_parameters`).
+    """
+    record = getattr(config, "quantization_config", None)
+    if not isinstance(record, dict) or record.get("quant_method") != "compressed-tensors":
+        return False
+    record["dequantize"] = True
+    return True
+
+
 def _load_model(
-    located: Located, task: ModelHead, num_labels: int | None, dtype: torch.dtype, seed: int
+    located: Located, task: ModelHead, dtype: torch.dtype, seed: int, settings: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model, and transformers' report of missing, unexpected and mismatched weights."""
     # With PEFT installed, transformers adds an adapter that lies beside the model, and reports the adapter's missing
     # weights in place of the model's. Let it search in a folder that does not exist.
     no_adapter = {"subfolder": "no-adapter", "local_files_only": located.source.from_cache}
-    settings = located.options | {"adapter_kwargs": no_adapter}
-    if task == "regression":
-        settings |= {"num_labels": 1, "problem_type": "regression"}
-    elif num_labels is not None:
-        settings["num_labels"] = num_labels
+    settings = located.options | settings | {"adapter_kwargs": no_adapter}
     with seeded(seed, [torch.get_default_device()]):
         return model_class(task).from_pretrained(
             located.path,

@@ -231,7 +231,8 @@ def quantised(model: nn.Module) -> nn.Module:
 def test_quantised_weights_are_trusted_by_their_source():
     then = record(llama(), "a/b", revision="1")
     now = record(quantised(llama()), "a/b", revision="1")
-    assert now.weights == fingerprint.Weights("quantised", None, None)
+    assert (now.weights.dtype, now.weights.bfloat16) == ("quantised", None)
+    assert compare(now, record(quantised(llama()), "c/d")) == []  # the same packed numbers
     (notice,) = compare(then, now)
     assert "float32 weights and runs on quantised ones, both of 'a/b'" in notice
     assert compare(now, then)
@@ -247,15 +248,23 @@ def test_quantised_weights_are_trusted_by_their_source():
     assert "make sure that it is the same base model" in notice
 
 
-class Subclass(torch.Tensor):
+class Unpacks(torch.Tensor):
     """Like torchao's quantised weights: a tensor subclass that reports float32."""
 
+    def dequantize(self):
+        return self
 
-def test_a_tensor_class_of_its_own_is_quantised():
+
+class OfNoQuantisation(torch.Tensor):
+    """Like a tensor of a simulated device."""
+
+
+@pytest.mark.parametrize(("kind", "label"), [(Unpacks, "quantised"), (OfNoQuantisation, "float32")])
+def test_a_tensor_class_that_dequantises_is_quantised(kind, label):
     model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(Subclass))
+    model.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(kind))
     assert type(model.weight) is not nn.Parameter
-    assert base_record(model).weights.dtype == "quantised"
+    assert base_record(model).weights.dtype == label
 
 
 def test_mixed_dtypes():

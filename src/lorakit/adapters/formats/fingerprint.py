@@ -33,6 +33,9 @@ from lorakit.models.sharding import full_shape, is_sharded
 from lorakit.models.sources import ModelSource
 from lorakit.models.tokenizer import tokenizer_digest
 
+PACKED = "quantised"
+"""`Weights.dtype` of a base that another library than bitsandbytes has quantised."""
+
 
 @dataclass(frozen=True)
 class ArchitectureRecord:
@@ -57,8 +60,8 @@ class Weights:
     """The hashes of a model's weights."""
 
     dtype: str
-    """The dtype; "nf4" or "int8" if some weights are quantised; "mixed"; or the reason for no hash: "meta",
-    "sharded", "quantised" (by an unknown method)."""
+    """The dtype; "nf4" or "int8" if some weights are quantised, "quantised" if by another library than bitsandbytes;
+    "mixed"; or the reason for no hash: "meta", "sharded", or also "quantised"."""
     exact: str | None
     """SHA-256 of the weights in their own dtype."""
     bfloat16: str | None
@@ -206,7 +209,7 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
         if a != b:
             raise _wrong_base(recorded, live, f"its {attribute} is {b}, not {a}")
     # An unknown method's packed weights have other shapes than the weights they hold.
-    packed = "quantised" in (recorded.weights.dtype, live.weights.dtype)
+    packed = PACKED in (recorded.weights.dtype, live.weights.dtype)
     if then.shapes != now.shapes and not packed:
         reason = "it has other parameters or other shapes (another size or vocabulary)"
         raise _wrong_base(recorded, live, reason)
@@ -285,14 +288,13 @@ def hash_weights(
     weights: Iterable[tuple[str, Tensor | QuantisedWeight | PackedWeight]], *, reuse: bool = False
 ) -> Weights:
     """Hash named weights in any order; `reuse` takes earlier hashes of weights that have not changed since."""
-    named = list(weights)
-    plain = [w for _, w in named if isinstance(w, Tensor)]
+    weights = list(weights)
+    tensors = [tensor for _, w in weights for tensor in _tensors(w)]
     for reason, applies in (("meta", attrgetter("is_meta")), ("sharded", is_sharded)):
-        if any(map(applies, plain)):
+        if any(map(applies, tensors)):
             return Weights(reason, None, None)
-    weights = [(name, w) for name, w in named if not isinstance(w, PackedWeight)]
-    if len(weights) < len(named):
-        return Weights("quantised", None, None)
+    if not all(_tensors(w) for _, w in weights):
+        return Weights(PACKED, None, None)
     known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
     hashed = {name: pair for name, pair in known.items() if pair is not None}
     # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
@@ -309,22 +311,31 @@ def hash_weights(
     )
 
 
-def _digests(weight: Tensor | QuantisedWeight) -> Digests:
+def _digests(weight: Tensor | QuantisedWeight | PackedWeight) -> Digests:
     computed = digests(weight) if isinstance(weight, Tensor) else weight.digests()
     remember(_tensors(weight), computed)
     return computed
 
 
-def _tensors(weight: Tensor | QuantisedWeight) -> list[Tensor]:
-    """Return the tensors that determine the digests of a weight, the parameter first."""
+def _tensors(weight: Tensor | QuantisedWeight | PackedWeight) -> list[Tensor]:
+    """Return the tensors that determine the digests of a weight, the parameter first; none if they are not known."""
+    if isinstance(weight, PackedWeight):
+        return weight.tensors
     return [weight] if isinstance(weight, Tensor) else [weight.packed, *weight.scales.values()]
 
 
-def _dtype_label(weights: Iterable[Tensor | QuantisedWeight]) -> str:
+def _dtype_label(weights: Iterable[Tensor | QuantisedWeight | PackedWeight]) -> str:
     """Return the kind of quantisation, else the one dtype of all weights, else "mixed"."""
-    names = {dtype_name(w.dtype) if isinstance(w, Tensor) else w.kind for w in weights}
-    names = names & KINDS or names  # a quantised model still has norms and embeddings in a dtype
+    names = {_dtype_of(weight) for weight in weights}
+    # A quantised model still has norms and embeddings in a dtype.
+    names = names & {PACKED} or names & KINDS or names
     return names.pop() if len(names) == 1 else "mixed"
+
+
+def _dtype_of(weight: Tensor | QuantisedWeight | PackedWeight) -> str:
+    if isinstance(weight, PackedWeight):
+        return PACKED
+    return dtype_name(weight.dtype) if isinstance(weight, Tensor) else weight.kind
 
 
 def _combine(digest_of: dict[str, bytes]) -> str:

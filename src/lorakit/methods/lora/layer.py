@@ -93,7 +93,7 @@ class LoRALayer(AdapterModule):
             out_features=self.dimensions(layer)[1],
         )
         if dora:
-            require_numbers(layer, self.form.weight_name)
+            require_numbers(layer, self.form.weight_name, "dora reads")
         if lora_bias and (self.shadows or not self.form_class.supports_bias):
             raise unsupported(layer, "lora_bias")
         A_shape, B_shape = self.factor_shapes(layer)
@@ -157,7 +157,7 @@ class LoRALayer(AdapterModule):
         Raises:
             ConfigurationError: Another library than bitsandbytes has quantised it.
         """
-        require_numbers(layer, self.form.weight_name)
+        require_numbers(layer, self.form.weight_name, "dora and init='pissa' read")
         n_in, n_out = self.dimensions(layer)
         return self.form.matrix(getattr(layer, self.form.weight_name), (n_out, n_in))
 
