@@ -17,14 +17,22 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lorakit.adapters import Adapters, attach, count_parameters, load
+from lorakit.adapters.export import adapted_state_dict
 from lorakit.analysis.base_weights import Weights
 from lorakit.compute.objective import why_not_fused
-from lorakit.errors import AdapterStateError, BaseModelError, ConfigurationError, TargetError
+from lorakit.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    BaseModelError,
+    ConfigurationError,
+    TargetError,
+)
 from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.layers import is_packed_linear
+from lorakit.models.packed import packed_weight
 from lorakit.models.quantising import quantise
 from lorakit.models.sources import resolve
 from lorakit.training.sharding import require_shardable
@@ -157,6 +165,48 @@ def test_the_trainer_resumes_from_a_checkpoint_without_the_packed_numbers(
     assert logits(again).equal(trained)
 
 
+def test_a_refused_state_leaves_no_trace(kind: str) -> None:
+    """The packed layers load again from a whole file."""
+    model, _ = packed_and_twin(kind)
+    adapted(model)
+    state = adapted_state_dict(model, model.state_dict())
+    unknown = state | {"model.layers.0.mlp.up_proj.adapters.b.lora_A": torch.ones(2, 2)}
+    with pytest.raises(AdapterStateError, match="belongs to an adapter"):
+        model.load_state_dict(unknown, strict=False)
+    model.load_state_dict(state, strict=False)
+    assert not any("_load_from_state_dict" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "Int8Tensor"])  # whose biases are parameters
+def test_a_trained_bias_is_loaded_into_the_copy_also_if_it_is_inactive(kind: str) -> None:
+    method = LoRA(targets="attention.qv", rank=2, bias="lora_only")
+    model, _ = packed_and_twin(kind, "qwen2")
+    randomise(attach(model, method, name="a"))
+    expected = logits(model)
+    state = adapted_state_dict(model, model.state_dict())
+
+    other, _ = packed_and_twin(kind, "qwen2")
+    before = logits(other)
+    adapters = attach(other, method, name="a")
+    adapters.activate(None)
+    other.load_state_dict(state, strict=False)
+    assert logits(other).equal(before)
+    adapters.activate("a")
+    assert logits(other).equal(expected)
+    adapters.detach()
+    assert logits(other).equal(before)
+
+
+def test_a_state_of_the_caller_and_other_entries_are_written(kind: str) -> None:
+    model, _ = packed_and_twin(kind)
+    adapted(model)
+    key = "model.layers.0.mlp.up_proj.adapters.a.lora_A"
+    state = model.state_dict() | {key: torch.zeros(2, 32), "x._extra_state": "text"}
+    written = adapted_state_dict(model, state)
+    assert not written[key].any()
+    assert written["x._extra_state"] == "text"
+
+
 # --- what is an error -----------------------------------------------------------------------------
 
 
@@ -175,8 +225,15 @@ def test_nothing_merges_into_it(kind: str, tmp_path: Path) -> None:
         with pytest.raises(AdapterStateError, match=message):
             attempt()
     assert logits(model).equal(expected)
-    with pytest.raises(AdapterStateError, match="The pushed folder would not load"):
-        model.save_pretrained(tmp_path, push_to_hub=True)
+    for push in (
+        lambda: model.save_pretrained(tmp_path, push_to_hub=True),
+        lambda: model.push_to_hub("a/b"),
+    ):
+        with pytest.raises(AdapterStateError, match="The pushed folder would not load"):
+            push()
+    adapters.trainable_parameters()[0].data.fill_(float("nan"))
+    with pytest.raises(AdapterFileError, match="NaN"):
+        model.save_pretrained(tmp_path / "model")
 
 
 def test_a_merge_elsewhere_leaves_it_quantised(kind: str) -> None:
@@ -316,9 +373,26 @@ def test_a_quantised_head_is_not_read_by_the_loss() -> None:
 
 
 def test_missing_weights_of_a_quantised_checkpoint_are_named() -> None:
-    tensors = {"a.qweight": torch.ones(1), "b.bias": torch.ones(1)}
+    integers, floats = torch.ones(1, dtype=torch.int32), torch.ones(1)
+    tensors = {
+        "a.qweight": integers,
+        "a.scales": floats,
+        "b.weight_g": floats,
+        "c.0.qweight": integers,
+    }
     weights = Weights(resolve("gpt2"), {name: lambda t=t: t for name, t in tensors.items()})
     with pytest.raises(BaseModelError, match=r"stores 'a.weight' in qweight, so it is quantised"):
         weights["a.weight"]
-    with pytest.raises(BaseModelError, match=r"has no weight 'b.weight'"):
-        weights["b.weight"]
+    for name in ("b.weight", "c.weight"):
+        with pytest.raises(BaseModelError, match=f"has no weight '{name}'"):
+            weights[name]
+
+
+def test_scales_in_a_plain_dictionary_count_for_the_digest() -> None:
+    layers = [packed_models.GroupedInt4(nn.Linear(16, 4)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    digests = []
+    for layer, scale in zip(layers, (1.0, 2.0), strict=True):
+        layer.__dict__["meta"] = {"scale": torch.tensor([scale]), "nbits": 4}
+        digests.append(packed_weight(layer, "x").digests().exact)
+    assert digests[0] != digests[1]

@@ -1,7 +1,7 @@
 """`half` and `float` of a quantised model that carries adapters.
 
 transformers rejects them by its flag `is_quantized`, which is cleared while the model has adapters (see
-`lorakit.models.quantised.allow_training`).
+`lorakit.models.quantised.allow_training`). `replace_methods` finds each method by the name of its function.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from lorakit import storage
 from lorakit.adapters.installed import (
     adapted_layers,
     base_weights,
+    packed_part,
     require_unsharded,
     unmergeable,
 )
@@ -54,20 +55,19 @@ def save_pretrained(
 ) -> Any:
     """Write a model of which any part has adapters by its own `save_pretrained`.
 
-    The written weights are never quantised, also for a quantised base, because merged weights are not.
+    Weights that bitsandbytes quantised are written dequantised, because merged weights are not quantised. Those of
+    other libraries are left out.
 
     Raises:
         AdapterStateError: Called inside `per_sample`, where rows have different weights, or on a model that is sharded
-            over processes. Or `push_to_hub` is set and an active adapter cannot be merged, so the base would be pushed
-            without it.
+            over processes. Or `push_to_hub` is set and the folder would not load, because an active adapter cannot be
+            merged or weights are left out.
         AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
     require_unsharded(model)
+    if kwargs.get("push_to_hub"):
+        _require_whole(model)
     missing = _what_is_missing(model)
-    if missing and kwargs.get("push_to_hub"):
-        raise AdapterStateError(
-            f"The pushed folder would not load: {missing}. Push the folder that adapters.save() writes."
-        )
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
     config: Any = getattr(model, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
@@ -87,11 +87,27 @@ def save_pretrained(
             _prevent_loading(Path(save_directory), missing)
 
 
+def push_to_hub(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """Upload a model of which any part has adapters by its own `push_to_hub`, which calls `save_pretrained`.
+
+    Raises:
+        AdapterStateError: As for `save_pretrained` with `push_to_hub`.
+    """
+    _require_whole(model)
+    return own(*args, **kwargs)
+
+
+def _require_whole(model: nn.Module) -> None:
+    if missing := _what_is_missing(model):
+        raise AdapterStateError(
+            f"The pushed folder would not load: {missing}. Push the folder that adapters.save() writes."
+        )
+
+
 def _what_is_missing(model: nn.Module) -> str | None:
     """Return what a folder of `save_pretrained` lacks, so that it must not load; None if it lacks nothing."""
-    if (packed := next(packed_layers(model), None)) is not None:
-        path, _, kind = packed
-        return f"'{path}' is quantised ({kind}), and its numbers are not written"
+    if (packed := packed_part(model)) is not None:
+        return f"{packed} is quantised, and its numbers are not written"
     unmerged, _ = next(unmergeable(model), (None, ""))
     return None if unmerged is None else f"the adapter '{unmerged}' is no part of the weights"
 
@@ -157,7 +173,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     for path in packed:  # some libraries have a `state_dict` without the layer's children
         adapters = submodule(model, path)._modules.get(ADAPTERS)
         if adapters is not None:
-            result |= adapters.state_dict(prefix=f"{path}.{ADAPTERS}.")
+            result = adapters.state_dict(prefix=f"{path}.{ADAPTERS}.") | result
     replaced = set()  # keys whose weight is a merged or trained one, which is never quantised
     for path, layer, adapters in adapted_layers(model):
         if adapters.activation.users_block is not None:
@@ -168,7 +184,7 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
         names, has_changed = [name for name, _ in blend], False
-        changed = [] if path in packed else adapters.weights_changed_by(path, layer, names)
+        changed = adapters.weights_changed_by(path, layer, names, packed=True)
         for attribute in changed:
             # On a GPU, all merged weights together may not fit beside the base.
             W, _, merged = adapters.merge_weight(layer, attribute, blend)
@@ -197,11 +213,11 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     return dict(itertools.chain.from_iterable(items))
 
 
-def _is_packed(key: str, tensor: Tensor, packed: set[str]) -> bool:
+def _is_packed(key: str, tensor: Any, packed: set[str]) -> bool:
     """Whether an entry of a state dict holds packed numbers, or belongs to them in a layer at one of the paths."""
     if is_of_adapter(key):
         return False
-    return packs_numbers(tensor) or any(
+    return (isinstance(tensor, Tensor) and packs_numbers(tensor)) or any(
         path in packed and key != f"{path}.bias" for path in parents(key)
     )
 

@@ -299,7 +299,8 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeight | PackedWeight]]:
     """Yield `base_parameters`, each quantised one as its kind of weight, with the unpacked shape.
 
-    Of a layer that another library than bitsandbytes has quantised, there are the weight and the bias alone.
+    Of a linear layer that another library than bitsandbytes has quantised, there are the weight and the bias alone, and
+    the weight includes a bias that is no parameter.
     """
     packed = {id(layer): (path, layer, kind) for path, layer, kind in packed_layers(model)}
     for path, layer, kind in packed.values():
@@ -312,6 +313,20 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | QuantisedWeig
             yield name, packed_tensor(parameter, kind)
         else:
             yield name, quantised_weight(layer, parameter) or parameter
+
+
+def packed_part(model: nn.Module) -> str | None:
+    """Return a part of the base that another library than bitsandbytes has quantised; None if there is none."""
+    for name, weight in base_weights(model):
+        if isinstance(weight, PackedWeight):
+            return f"'{name}' ({weight.kind})"
+    for path, module in base_modules(model):
+        # Some experts keep their numbers neither in parameters nor in buffers.
+        method = getattr(module.__dict__.get("hf_quantizer"), "quantization_config", None)
+        name = getattr(getattr(method, "quant_method", None), "value", "bitsandbytes")
+        if name != "bitsandbytes":
+            return f"'{path or type(module).__name__}' ({name})"
+    return None
 
 
 def refuse_quantised(model: nn.Module, trained: Iterable[str]) -> None:

@@ -189,8 +189,12 @@ class LayerAdapters(ReplacedParameters):
         exact = W.to(wide) + total.to(wide)
         return W, exact, exact.to(dtype)
 
-    def weights_changed_by(self, path: str, layer: nn.Module, names: list[str]) -> list[str]:
+    def weights_changed_by(
+        self, path: str, layer: nn.Module, names: list[str], *, packed: bool = False
+    ) -> list[str]:
         """Return the attributes of the layer at `path` that merging these adapters replaces.
+
+        `packed` leaves out those that another library than bitsandbytes has quantised, instead of an error.
 
         Raises:
             AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device, or
@@ -203,6 +207,8 @@ class LayerAdapters(ReplacedParameters):
             for key, tensor in module.state_dict(prefix=f"{path}.{ADAPTERS}.{name}.").items():
                 check_tensor(f"'{key}'", tensor)
         changed = dict.fromkeys(a for m in modules.values() for a in m.changed_weights(layer))
+        if packed:
+            changed = [a for a in changed if packed_by(layer, a) is None]
         for attribute in changed:
             name = f"{path}.{attribute}" if path else attribute
             if (kind := packed_by(layer, attribute)) is not None:

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from lorakit.adapters.choice import Blend
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.installed import adapted_layers, require_unsharded, unmergeable
+from lorakit.adapters.installed import (
+    adapted_layers,
+    packed_part,
+    require_unsharded,
+    unmergeable,
+)
 from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
-from lorakit.models.packed import packed_layers
 from lorakit.models.quantised import dequantise_layer, dequantise_model, quantised_weight
 from lorakit.models.tree import submodule, without_wrappers
 
@@ -80,8 +84,8 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
         _record_untying(model)
         _separate_names(model)
         unquantised += sum(change.forget() for change in changes)
-        # A layer that another library has quantised stays as it is, and so does the mark of its model.
-        others = 0 if any(packed_layers(model)) else dequantise_model(model)
+        # What another library has quantised stays as it is, and so does the mark of its model.
+        others = 0 if packed_part(model) else dequantise_model(model)
     except BaseException:
         if has_begun:
             _LOG.error(

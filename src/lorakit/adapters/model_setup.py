@@ -21,7 +21,7 @@ from lorakit.models.quantised import Cleared, allow_training, restore_flags
 replace_methods(
     PreTrainedModel,
     *(casting.half, casting.float),
-    *(export.save_pretrained, ties.resize_token_embeddings, ties.tie_weights),
+    *(export.save_pretrained, export.push_to_hub, ties.resize_token_embeddings, ties.tie_weights),
 )
 replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
 

@@ -97,8 +97,6 @@ def check_loading(
     _keep_quantised(module, state_dict, prefix)
     # With an adapter's tensors it is the state of a training run, whose weights and statistics are not the base's.
     is_base = not any(is_of_adapter(key.removeprefix(prefix)) for key in state_dict)
-    if not is_base:
-        _skip_packed(module, state_dict, prefix)
     # In a part of another base, such as one attention, the adapted layers may be the only ones that differ.
     if is_base and activation_of(module) is not None:
         _refuse_merged_weights(module, state_dict, prefix)
@@ -125,6 +123,7 @@ def check_loading(
     # A part without adapted layers cannot tell whose statistics they are, so the module around it decides.
     if is_base and (adapted or not prefix):
         record_loaded(module, state_dict, prefix)
+    _skip_packed(module, state_dict, prefix, is_of_run=not is_base)
 
 
 def _add_wrappers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -193,7 +192,9 @@ def keep_base_weights(
         state_dict[mark] = getattr(adapters, MARK)
 
 
-def _skip_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+def _skip_packed(
+    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *, is_of_run: bool
+) -> None:
     """Let packed layers keep their numbers, which the file of a training run leaves out (`lorakit.adapters.export`).
 
     Their own method would raise an error for the missing tensors, or take the layer for one that is not quantised.
@@ -201,8 +202,8 @@ def _skip_packed(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -
     for path, layer, _ in packed_layers(model):
         start = prefix + key_start(model, path)
         own = {key.removeprefix(start) for key in state_dict if key.startswith(start)}
-        layer.__dict__.pop(_LOAD, None)  # of a call that an error has ended
-        if all(name == "bias" or is_of_adapter(name) for name in own):
+        layer.__dict__.pop(_LOAD, None)  # of a call that an error or interrupt has ended
+        if is_of_run and all(name == "bias" or is_of_adapter(name) for name in own):
             layer.__dict__[_LOAD] = functools.partial(_load_bias, layer)
 
 
@@ -211,9 +212,11 @@ _LOAD = "_load_from_state_dict"
 
 
 @torch.no_grad()
-def _load_bias(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    """Load the bias alone, and give the layer its own method again."""
-    del layer.__dict__[_LOAD]
+def _load_bias(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    """Load the bias alone, after the layer's pre-hooks, and give the layer its own method again."""
+    for hook in layer._load_state_dict_pre_hooks.values():  # `check_loading` may be one of them
+        hook(state_dict, prefix, *others)
+    layer.__dict__.pop(_LOAD, None)
     bias = layer._parameters.get("bias")
     if bias is not None and (loaded := state_dict.get(f"{prefix}bias")) is not None:
         bias.copy_(loaded)

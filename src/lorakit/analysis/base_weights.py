@@ -58,10 +58,11 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
-            start = f"{name.rpartition('.')[0]}."
-            parts = [k.removeprefix(start) for k in self._readers if k.startswith(start)]
-            if other := next((part for part in parts if part != "bias"), None):
-                raise _quantised(self.source, name, other)
+            start = name.rpartition(".")[0]
+            others = (k for k in self._readers if k.rpartition(".")[0] == start)
+            dtypes = {k: self._readers[k]().dtype for k in others}
+            if packed := next((k for k, dtype in dtypes.items() if dtype not in FLOATS), None):
+                raise _quantised(self.source, name, packed.rpartition(".")[2])
             raise BaseModelError(
                 f"'{self.source.name}' has no weight '{name}'.{nearest(name, self._readers)} Name the base "
                 "that the adapter was trained on: --base.name MODEL."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,11 @@ def packed_weight(layer: nn.Module, kind: str) -> PackedWeight:
 
     The digest of a layer may differ between two kernels, which pack the same numbers in another order.
     """
-    stored = [*layer._parameters.items()]
-    stored += [i for i in layer._buffers.items() if i[0] not in layer._non_persistent_buffers_set]
-    tensors = [t for name, t in sorted(stored) if t is not None and name != "bias"]
+    stored: dict[str, Any] = {n: p for n, p in layer._parameters.items() if n != "bias"}
+    hidden = layer._non_persistent_buffers_set
+    stored |= {n: b for n, b in layer._buffers.items() if n not in hidden}
+    stored |= getattr(layer, "meta", None) or {}  # HQQ keeps its scales there
+    tensors = [stored[name] for name in sorted(stored) if isinstance(stored[name], Tensor)]
     return PackedWeight(kind, torch.Size(weight_shape(layer)), _plain(tensors))
 
 
@@ -69,7 +72,7 @@ def packed_tensor(tensor: Tensor, kind: str) -> PackedWeight:
 
 
 def _plain(tensors: list[Tensor]) -> list[Tensor]:
-    """Replace tensors of other classes by those inside them; return nothing if one does not tell them."""
+    """Replace tensors of other classes by those inside them; return nothing if a class does not expose them."""
     plain = []
     for tensor in tensors:
         if not packs_numbers(tensor):
@@ -146,7 +149,7 @@ def require_numbers(layer: nn.Module, attribute: str, reader: str) -> None:
 def require_gradients(model: nn.Module, trained: Iterable[str]) -> None:
     """Check on one layer of each kind that gradients pass through it: some kernels are for inference only.
 
-    Without an error the layers below would get none. Layers above all that is trained pass no gradient on.
+    Without an error the layers before would get none. Layers before the first trained one need none and are not tried.
 
     Args:
         model: The base.

@@ -60,8 +60,8 @@ class Weights:
     """The hashes of a model's weights."""
 
     dtype: str
-    """The dtype; "nf4" or "int8" if some weights are quantised, "quantised" if by another library than bitsandbytes;
-    "mixed"; or the reason for no hash: "meta", "sharded", or also "quantised"."""
+    """The dtype; "nf4" or "int8" if some weights are quantised, "quantised" if by another library than bitsandbytes
+    (without a hash if it hides the numbers); "mixed"; or the reason for no hash: "meta", "sharded"."""
     exact: str | None
     """SHA-256 of the weights in their own dtype."""
     bfloat16: str | None
@@ -156,7 +156,7 @@ def base_record(
 
     Returns:
         The record. A tied weight counts once. Weights have no hash if they are on the meta device,
-        sharded over processes, or quantised by an unknown method; `Weights.dtype` holds the reason.
+        sharded over processes, or in a class that hides its numbers; `Weights.dtype` holds the reason.
     """
     excluded = set(exclude)
     weights = [(n, w) for n, w in base_weights(model) if n not in excluded]
@@ -208,7 +208,7 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     ):
         if a != b:
             raise _wrong_base(recorded, live, f"its {attribute} is {b}, not {a}")
-    # An unknown method's packed weights have other shapes than the weights they hold.
+    # Older records have the shapes of packed weights, not of the weights that they hold.
     packed = PACKED in (recorded.weights.dtype, live.weights.dtype)
     if then.shapes != now.shapes and not packed:
         reason = "it has other parameters or other shapes (another size or vocabulary)"
@@ -289,11 +289,11 @@ def hash_weights(
 ) -> Weights:
     """Hash named weights in any order; `reuse` takes earlier hashes of weights that have not changed since."""
     weights = list(weights)
-    tensors = [tensor for _, w in weights for tensor in _tensors(w)]
+    plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (("meta", attrgetter("is_meta")), ("sharded", is_sharded)):
-        if any(map(applies, tensors)):
+        if any(map(applies, plain)):
             return Weights(reason, None, None)
-    if not all(_tensors(w) for _, w in weights):
+    if any(isinstance(w, PackedWeight) and not w.tensors for _, w in weights):
         return Weights(PACKED, None, None)
     known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
     hashed = {name: pair for name, pair in known.items() if pair is not None}
