@@ -121,7 +121,7 @@ def test_counts_are_those_of_the_unpacked_base(kind: str) -> None:
     assert count_parameters(model, ALL_LINEAR) == count_parameters(twin, ALL_LINEAR)
 
 
-def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
+def trainer(model: Any, folder: Path) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 35).view(4, 8)]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -131,7 +131,6 @@ def trainer(model: Any, folder: Path, **options: Any) -> Trainer:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **options,
     )
     return Trainer(model=model, args=arguments, train_dataset=rows)
 

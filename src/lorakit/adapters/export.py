@@ -65,9 +65,9 @@ def save_pretrained(
         AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
     require_unsharded(model)
-    if kwargs.get("push_to_hub"):
-        _require_whole(model)
     missing = _what_is_missing(model)
+    if kwargs.get("push_to_hub"):
+        _refuse_push(missing)
     state = adapted_state_dict(model, model.state_dict() if state_dict is None else state_dict)
     config: Any = getattr(model, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
@@ -93,12 +93,12 @@ def push_to_hub(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> 
     Raises:
         AdapterStateError: As for `save_pretrained` with `push_to_hub`.
     """
-    _require_whole(model)
+    _refuse_push(_what_is_missing(model))
     return own(*args, **kwargs)
 
 
-def _require_whole(model: nn.Module) -> None:
-    if missing := _what_is_missing(model):
+def _refuse_push(missing: str | None) -> None:
+    if missing:
         raise AdapterStateError(
             f"The pushed folder would not load: {missing}. Push the folder that adapters.save() writes."
         )

@@ -192,6 +192,10 @@ def keep_base_weights(
         state_dict[mark] = getattr(adapters, MARK)
 
 
+_LOAD = "_load_from_state_dict"
+"""The method by which PyTorch loads the tensors of one module."""
+
+
 def _skip_packed(
     model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *, is_of_run: bool
 ) -> None:
@@ -205,10 +209,6 @@ def _skip_packed(
         layer.__dict__.pop(_LOAD, None)  # of a call that an error or interrupt has ended
         if is_of_run and all(name == "bias" or is_of_adapter(name) for name in own):
             layer.__dict__[_LOAD] = functools.partial(_load_bias, layer)
-
-
-_LOAD = "_load_from_state_dict"
-"""The method by which PyTorch loads the tensors of one module."""
 
 
 @torch.no_grad()
