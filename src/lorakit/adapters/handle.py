@@ -289,10 +289,11 @@ class Adapters:
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
             merging.unmerge(self.model)
-            self._activation.merged = None
             self._report_replaced(merged.names)
             self._activation.forbid_recomputation("unmerged")
             self._set_active(merged)
+            # Last, so that another unmerge completes one that was interrupted.
+            self._activation.merged = None
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`, except on a server.
@@ -438,8 +439,8 @@ class Adapters:
     def changing(self) -> Iterator[None]:
         """Add or merge adapters in a `with` block, in which no adapter is active and no other thread runs the model.
 
-        An error reactivates the former adapters. Otherwise no adapter is active afterwards, and the caller activates
-        or merges one. (`using` is the block for users.)
+        An error undoes a merge and reactivates the former adapters. Otherwise no adapter is active afterwards, and the
+        caller activates or merges one. (`using` is the block for users.)
         """
         with self._activation.running.exclusive("add or merge an adapter"):
             before = self._activation.active
@@ -448,6 +449,8 @@ class Adapters:
                 yield
             except BaseException:
                 if self._installed:  # a merge that stops between two layers has removed them
+                    merging.unmerge(self.model)
+                    self._activation.merged = None
                     self._set_active(before)
                 raise
 
@@ -502,8 +505,12 @@ class Adapters:
         self._is_kept = False
 
     def _set_active(self, active: Choice) -> None:
-        self._swap_trained(active)
-        self._activation.active = active
+        try:
+            self._swap_trained(active)
+            self._activation.active = active
+        except BaseException:  # an interrupt
+            self._swap_trained(self._activation.active)
+            raise
 
     def _swap_trained(self, active: Choice) -> None:
         """Restore the base parameters, then replace those that the active adapter trains in full by its copies.

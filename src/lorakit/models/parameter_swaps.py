@@ -167,7 +167,8 @@ In a state dict its key means that the layer's base keys contain an adapter's ef
 
 def buffers_for(attributes: Iterable[str]) -> list[str]:
     """Return the names of the buffers of `ReplacedParameters` while these parameters are replaced."""
-    return [MARK, *(f"base_{attribute}" for attribute in attributes)]
+    names = [f"base_{attribute}" for attribute in attributes]
+    return [MARK, *names] if names else []
 
 
 class ReplacedParameters(AdapterSlot):
@@ -195,29 +196,33 @@ class ReplacedParameters(AdapterSlot):
         assert original is not None
         with torch.inference_mode(False):  # load_state_dict writes into it
             mark = torch.ones(1, dtype=torch.uint8, device=original.device)
-        # Nothing is allocated from here on, so a lack of memory leaves the layer as it was.
-        if quantised_weight(layer, original) is not None:
+        # Nothing is allocated from here on, so a lack of memory leaves the layer as it was. So does an interrupt before
+        # the original is in `replaced`; `restore` undoes one after it.
+        self.register_buffer(MARK, mark)
+        is_quantised = quantised_weight(layer, original) is not None
+        if is_quantised:
             self.quantised_class = type(layer)
-            layer.__class__ = nn.Linear  # its base class, which can use a plain weight
         else:
             self.unmoved[attribute] = original.data
             self.register_buffer(f"base_{attribute}", self.unmoved[attribute], persistent=False)
         self.replaced[attribute] = original
-        self.register_buffer(MARK, mark)
+        if is_quantised:
+            layer.__class__ = nn.Linear  # its base class, which can use a plain weight
         layer._parameters[attribute] = parameter
 
     def restore(self, layer: nn.Module) -> None:
-        """Restore all replaced parameters of the layer, on the model's current device and dtype."""
+        """Restore all replaced parameters of the layer, on the model's current device and dtype.
+
+        After an interrupt another call completes it.
+        """
         compatible = torch._has_compatible_shallow_copy_type  # pyright: ignore[reportPrivateImportUsage]
-        for attribute in list(self.replaced):
-            data, quantised_class = self._buffers.get(f"base_{attribute}"), self.quantised_class
-            original = self.forget(attribute)
+        for attribute, original in self.replaced.items():
+            data = self._buffers.get(f"base_{attribute}")
             if data is None:  # a quantised weight has no buffer
-                assert quantised_class is not None
-                device = layer._parameters["weight"].device  # type: ignore[union-attr]
+                assert self.quantised_class is not None
                 layer._parameters["weight"] = original
-                layer.__class__ = quantised_class
-                if original.device != device:
+                layer.__class__ = self.quantised_class
+                if original.device != (device := getattr(self, MARK).device):
                     layer.to(device)
                 continue
             if compatible(original.data, data):
@@ -225,18 +230,23 @@ class ReplacedParameters(AdapterSlot):
             else:  # on another device type, which needs a new parameter object
                 original = nn.Parameter(data, requires_grad=original.requires_grad)
             layer._parameters[attribute] = original
+        self.replaced.clear()
+        self._drop_unused()
 
     def forget(self, attribute: str) -> nn.Parameter:
         """Drop and return the original of a replaced parameter; the replacement stays."""
-        if f"base_{attribute}" in self._buffers:
-            delattr(self, f"base_{attribute}")
-        else:
-            self.quantised_class = None
         original = self.replaced.pop(attribute)
-        self.unmoved.pop(attribute, None)
-        if not self.replaced:
-            delattr(self, MARK)
+        self._drop_unused()
         return original
+
+    def _drop_unused(self) -> None:
+        """Drop what belongs to no replaced parameter, also what an interrupt has left."""
+        for name in self._buffers.keys() - buffers_for(self.replaced):
+            delattr(self, name)
+        for attribute in self.unmoved.keys() - self.replaced.keys():
+            del self.unmoved[attribute]
+        if "weight" not in self.replaced:
+            self.quantised_class = None
 
     def current_base(self, attribute: str) -> Tensor:
         """Return the original of a replaced parameter; its data alone if the model has moved since."""
