@@ -95,3 +95,23 @@ def test_an_interrupted_change_can_be_undone(change: str) -> None:
     assert point > 20
     adapters.detach()
     assert torch.equal(model(X), base)
+
+
+def test_an_interrupted_block_does_not_stay_open() -> None:
+    model, adapters = adapted()
+    expected = model(X)
+
+    def block() -> None:
+        with adapters.disabled():
+            pass
+
+    point = 1
+    while interrupted_at(point, block):
+        assert torch.equal(model(X), expected)
+        adapters.activate("default")
+        adapters._refuse_open_blocks("test")
+        point += 1
+    assert point > 20
+    with contextlib.suppress(KeyboardInterrupt), adapters.disabled():
+        raise KeyboardInterrupt
+    adapters.detach()

@@ -101,7 +101,8 @@ class Activation:
         self.decoding = Decoding()
         self._thread = _Thread()
         self._records: WeakKeyDictionary[Any, Moment] = WeakKeyDictionary()
-        self._open_blocks = 0
+        self._open_blocks: tuple[_Block, ...] = ()
+        """The blocks of all threads and tasks. Some may have ended: an interrupt can prevent their removal."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Running passes, open blocks and checkpoints belong to this model, not to a copy of it.
@@ -164,14 +165,14 @@ class Activation:
     @property
     def has_blocks(self) -> bool:
         """Whether a block is open in any thread or task."""
-        return self._open_blocks > 0
+        return any(block.is_open for block in self._open_blocks)
 
     def _choice_in_graph(self) -> Choice:
         """Return the choice in a compiled graph; Dynamo guards on what this reads."""
         block = self._thread.block
         if block is not None and block.is_open:
             return block.choice
-        if self._open_blocks:
+        if self.has_blocks:
             raise AdapterStateError(
                 "A compiled model was called while another thread or an asyncio task has an open per_sample or "
                 "per_token block, and a compiled graph cannot tell whether the block applies to it. Call the model "
@@ -267,19 +268,21 @@ class Activation:
         adapters = {name: self.adapters[name] for name in choice.names}
         block = _Block(self, choice, adapters, is_generation)
         before, thread = self._thread.block, threading.get_ident()
-        # One that ended in another thread is still among them, with its model.
-        _BLOCKS.set((*(b for b in _BLOCKS.get() if b.is_open), block))
-        with self.running.lock:
-            self._open_blocks += 1
-        # Several tasks share a thread, so a graph could not tell them apart.
-        if not _in_task():
-            self._thread.block = block
         try:
+            # One that ended in another thread is still among them, with its model.
+            _BLOCKS.set((*(b for b in _BLOCKS.get() if b.is_open), block))
+            with self.running.lock:
+                self._open_blocks = (*self._open_blocks, block)
+            # Several tasks share a thread, so a graph could not tell them apart.
+            if not _in_task():
+                self._thread.block = block
             yield
         finally:
+            # First, and without a call, so that no interrupt comes before it. An interrupt after it leaves only what
+            # is dropped later.
             block.is_open = False
             with self.running.lock:
-                self._open_blocks -= 1
+                self._open_blocks = tuple(b for b in self._open_blocks if b.is_open)
             if threading.get_ident() == thread:
                 self._thread.block = before
             blocks = _BLOCKS.get()
