@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -365,6 +366,25 @@ class Activation:
             self.before_gradients(model)
         self.running.begin(of_pass, frame, began_with=_BLOCKS.get())
         self.moment()  # a checkpoint around the model records it
+
+
+def _reduce_for_process(activation: Activation) -> Any:
+    """Reduce the choice of a model that multiprocessing sends to another process; copy and pickle do not call this.
+
+    Raises:
+        AdapterStateError: A block is open here, and the other process would use what `activate` set.
+    """
+    block = activation.users_block
+    if block is not None and block.choice != activation.active:
+        raise AdapterStateError(
+            "The model was sent to another process inside per_sample, per_token, using or disabled, and that process "
+            "would not see the block. Start and use the process outside of the block, after activate(None) or "
+            "activate(name)."
+        )
+    return activation.__reduce_ex__(2)
+
+
+ForkingPickler.register(Activation, _reduce_for_process)
 
 
 def _in_task() -> bool:
