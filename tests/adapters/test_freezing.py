@@ -52,6 +52,26 @@ def test_a_loaded_adapter_leaves_what_the_user_unfroze(tmp_path: Path) -> None:
     assert weight.requires_grad
 
 
+TRAINED_COPIES = LoRA(rank=2, targets="0", bias="all", train_modules="1")
+
+
+@pytest.mark.parametrize("method", [TRAINED_COPIES, FullFineTuning()], ids=["lora", "full"])
+def test_a_save_names_what_the_user_unfroze(
+    method: Method, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    adapters = attach(model, method)
+    adapters.save(tmp_path / "copies")
+    assert "require a gradient" not in caplog.text
+    adapters.activate(None)
+    model.requires_grad_(True)
+    adapters.activate("default")
+    adapters.save(tmp_path / "unfrozen")
+    assert (
+        "parameters of the base require a gradient ('0.weight', '0.bias' and 4 more)" in caplog.text
+    )
+
+
 def test_detach_leaves_what_was_added_after_attach() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     adapters = attach(model, LoRA(rank=2, targets="0"))

@@ -15,10 +15,11 @@ from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
-from lorakit.adapters.installed import InstalledAdapter
+from lorakit.adapters.installed import InstalledAdapter, base_parameters
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError
 from lorakit.file_names import PEFT_CONFIG
+from lorakit.formatting import listed
 from lorakit.methods.lora.embedding import TiedHeadLoRA
 from lorakit.methods.lora.experts import ExpertsLoRA, lora_layers
 from lorakit.methods.lora.layer import LoRALayer
@@ -96,6 +97,14 @@ def save(
     stored = store(model, adapter, base, partial(_cpu_copy, keep=is_main_process))
     if not is_main_process:
         return folder
+    if unfrozen := [f"'{name}'" for name, p in base_parameters(model) if p.requires_grad]:
+        _LOG.warning(
+            "%s: parameters of the base require a gradient (%s), and the file does not hold what training changed in "
+            "them. Let the adapter train copies, which it holds: LoRA(train_modules=...). Or save the whole model: "
+            "model.save_pretrained(folder).",
+            folder,
+            listed(unfrozen, 2),
+        )
     if overwrite:
         formats.check_replaceable(folder)
     with storage.atomic_folder(folder, overwrite=overwrite) as temporary:
