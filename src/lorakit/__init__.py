@@ -17,7 +17,7 @@ from lorakit.version import __version__
 if TYPE_CHECKING:
     from lorakit import analysis, errors, methods, metrics, planning, reporting, tasks
     from lorakit.adapters.attach import attach
-    from lorakit.adapters.handle import Adapters
+    from lorakit.adapters.handle import Adapters, handle_of
     from lorakit.adapters.loading import load
     from lorakit.adapters.peft_model import from_peft
     from lorakit.adapters.summary import count_parameters
@@ -50,6 +50,7 @@ _HOME = {
     "Adapters": "lorakit.adapters.handle",
     "attach": "lorakit.adapters.attach",
     "from_peft": "lorakit.adapters.peft_model",
+    "handle_of": "lorakit.adapters.handle",
     "load": "lorakit.adapters.loading",
     "count_parameters": "lorakit.adapters.summary",
     "DataConfig": "lorakit.data.data_config",
@@ -103,6 +104,7 @@ __all__ = [
     "errors",
     "evaluate",
     "from_peft",
+    "handle_of",
     "load",
     "load_base",
     "methods",

@@ -195,3 +195,15 @@ def test_a_model_is_not_sent_to_a_process_inside_a_block() -> None:
         ForkingPickler.dumps(model)
     sent = pickle.loads(ForkingPickler.dumps(model))
     assert handle_of(sent).active == {"default": 1.0}
+
+
+def test_the_handle_is_found_in_a_module_around_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapters = attach(model, LoRA(rank=2, targets="0"))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert lorakit.handle_of(nn.ModuleDict({"model": model})) is adapters
+    assert lorakit.handle_of(average).model is average.module
+    assert lorakit.handle_of(nn.ModuleList([model, average])) is None  # which of the two?
+    assert lorakit.handle_of(model[0]) is None
+    with pytest.raises(AdapterStateError, match="another root"):
+        attach(nn.ModuleList([model]), LoRA(rank=2, targets="0"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorakit.adapters.handle import Adapters, handle_of
+from lorakit.adapters.handle import Adapters, own_handle
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.statistics import layers_with_statistics
 from lorakit.configuration import is_whole
@@ -125,7 +125,7 @@ def handle_for(model: nn.Module) -> Adapters:
             instead = f" Pass the model that the {type(model).__name__} has: its attribute model."
         raise ConfigurationError(f"model is {model!r:.100}; it must be a PyTorch module.{instead}")
     model = unwrapped(model)
-    handle = handle_of(model)
+    handle = own_handle(model)
     if handle is None:
         require_own_parameters(model)
         for path, module in base_modules(model):

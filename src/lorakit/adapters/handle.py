@@ -41,7 +41,7 @@ from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
 from lorakit.models.quantised import Cleared
-from lorakit.models.tree import unwrapped
+from lorakit.models.tree import base_modules, unwrapped
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Adapters:
         )
 
     def __repr__(self) -> str:
-        if handle_of(self.model) is not self:
+        if own_handle(self.model) is not self:
             return "Adapters(detached)"
         state = f"merged: {self.merged}" if self.merged else f"active: {self.active or 'none'}"
         return f"Adapters({', '.join(self.names) or 'none'}; {state})"
@@ -320,7 +320,7 @@ class Adapters:
         The base is frozen from now on.
         """
         with self._activation.running.exclusive("keep the handle"):
-            if handle_of(self.model) is None:
+            if own_handle(self.model) is None:
                 self._put_on_model()
                 freeze_base(self.model)
             self._require_attached()
@@ -340,7 +340,7 @@ class Adapters:
         Raises:
             AdapterStateError: The caller or another thread is inside `using`, `per_sample` or `per_token`.
         """
-        if handle_of(self.model) is not self:
+        if own_handle(self.model) is not self:
             return  # already detached; the model may have a new handle
         with self._activation.running.exclusive("detach"):
             self._refuse_open_blocks("detach")
@@ -431,8 +431,8 @@ class Adapters:
         require_valid(name)
         if name in self._installed:
             raise AdapterStateError(
-                f"The model already has an adapter named '{name}'. Choose another name (name='{name}-2'), or "
-                f"remove('{name}') first."
+                f"The model already has an adapter named '{name}'. To replace it, call remove('{name}') of its handle, "
+                f"lorakit.handle_of(model), first. Another name (name='{name}-2') adds a second adapter beside it."
             )
 
     @contextlib.contextmanager
@@ -466,7 +466,7 @@ class Adapters:
 
         The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
         """
-        is_first = handle_of(self.model) is None
+        is_first = own_handle(self.model) is None
         try:
             if is_first:
                 self._put_on_model()
@@ -542,7 +542,7 @@ class Adapters:
 
     def _require_attached(self) -> None:
         """Raise an AdapterStateError if the model has no handle, or another one, because this one was detached."""
-        if handle_of(self.model) is not self:
+        if own_handle(self.model) is not self:
             raise AdapterStateError(
                 "This handle was detached from the model by detach(), by remove() of its last adapter or by "
                 "merge(keep_base=False). Use the handle that the latest attach or load returned."
@@ -593,6 +593,18 @@ class Adapters:
             )
 
 
-def handle_of(model: nn.Module) -> Adapters | None:
-    """Return the handle of a model that has adapters, else None."""
+def own_handle(model: nn.Module) -> Adapters | None:
+    """Return the handle of a model to which adapters were attached, else None."""
     return getattr(unwrapped(model), _HANDLE, None)
+
+
+def handle_of(model: nn.Module) -> Adapters | None:
+    """Return the handle of a model that has adapters, or that contains exactly one such model; else None.
+
+    Each copy of an adapted model has its own handle. A model contains another one for example as AveragedModel,
+    DistributedDataParallel or a LightningModule does.
+    """
+    if (handle := own_handle(model)) is not None:
+        return handle
+    inside = [module for _, module in base_modules(model) if _HANDLE in module.__dict__]
+    return own_handle(inside[0]) if len(inside) == 1 else None
