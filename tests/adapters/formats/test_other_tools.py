@@ -44,6 +44,12 @@ def test_a_file_that_is_given_alone(key: str, hint: str, tmp_path: Path) -> None
         formats.read(tmp_path / "lora.safetensors", alpha=16)
 
 
+def test_a_file_of_diffusers_in_its_old_layout(tmp_path: Path) -> None:
+    save_file({"unet.to_q.lora.down.weight": numbers(2, 4)}, tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterFileError, match="It is an adapter of a diffusion"):
+        formats.read(tmp_path / "lora.safetensors", alpha=16)
+
+
 @pytest.mark.parametrize("name", ["adapter.gguf", "adapter.GGUF"])
 def test_a_gguf_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"GGUF")

@@ -9,7 +9,9 @@ _NAMES = (
     (  # kohya, ComfyUI and diffusers, whose keys may also have PEFT's endings
         r"lora_(unet|te\d?)_|(unet|diffusion_model|text_encoder\w*\.text_model|pytorch_lora_weights)\."
         r"|.*(transformer_blocks|\.to_(q|k|v|out)|\.lora_(up|down))\b",
-        "It is an adapter of a diffusion model, which lorakit does not support.",
+        "It is an adapter of a diffusion model, not in a layout that lorakit reads. Load it with diffusers, and write "
+        "its tensors as a PEFT folder: get_peft_model_state_dict(pipe.unet) as adapter_model.safetensors, and "
+        "pipe.unet.peft_config[NAME].save_pretrained(FOLDER).",
     ),
     (
         r".*\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b",

@@ -70,7 +70,9 @@ def read_loralib(
     with located(f"'{path}'"):
         factors, others = _sort(_state_dict(path))
         if not factors:
-            raise AdapterFileError("it holds no lora_A and lora_B, so it is not a loralib file.")
+            raise AdapterFileError(
+                f"it holds no lora_A and lora_B, so it is not a loralib file.{hint_of(others)}"
+            )
         if alpha is None:
             raise ConfigurationError(
                 "it is a loralib file, which does not record alpha. Set alpha (--alpha 16) to the lora_alpha it was "
