@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from walk import Presumed
 
+_FRAMEWORKS = "needs a library of its own; tests/integration/test_frameworks.py runs the recipe"
+
 NOT_RUN = {
     "make demo": "installs packages; its `lorakit demo` runs for the excerpts in `SHOWN`",
     "make test": "runs this suite",
@@ -16,6 +18,10 @@ NOT_RUN = {
     "PYTHONPATH=$PWD/examples serve run": "runs until a signal; test_ray_replicas.py starts its application",
     "modules=": "run by test_serving_guide.py",
     "vllm serve": "needs a GPU",
+    "from pathlib import Path\nfrom safetensors.torch import load_file\nfrom sentence_transformers": _FRAMEWORKS,
+    "lorakit.load(pipe.unet": _FRAMEWORKS,
+    'folder = Path("out/style")': _FRAMEWORKS,
+    'pipe.load_lora_weights("style': _FRAMEWORKS,
     "torchrun": "starts processes; test_several_processes_guide.py checks it",
     "accelerate launch": "starts processes; tests/integration/test_process_loops.py runs it",
 }

@@ -121,3 +121,17 @@ def test_a_layer_is_read_where_no_call_of_it_runs(parent: nn.Module, name: str) 
     layer.register_forward_hook(lambda module, *_: calls.append(module))
     parent(torch.zeros(1, 4))
     assert never_calls(parent, name) == (not calls)
+
+
+def test_layers_that_diffusers_has_fused_are_never_called() -> None:
+    attention = nn.Module()
+    for name in ("to_q", "to_k", "to_v"):
+        attention.add_module(name, nn.Linear(4, 4))
+    model = nn.ModuleDict({"attention": attention})
+    attention.fused_projections = False
+    resolve_targets(model, ("to_q", "to_k"))
+    attention.to_kv = nn.Linear(4, 8)
+    attention.fused_projections = True
+    resolve_targets(model, ("to_q", "to_kv"))  # of a cross-attention
+    with pytest.raises(TargetError, match="never calls"):
+        resolve_targets(model, "to_k")

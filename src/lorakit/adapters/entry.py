@@ -19,9 +19,13 @@ from lorakit.models.layers import ADAPTERS, by_token
 _ACTIVATION = "_lorakit_activation"
 """Attribute of the model and of its backbone, for the hooks."""
 
+_OF_PEFT = "peft_config"
+"""Attribute that PEFT gives to each model whose layers it wraps; some versions leave it there when they unwrap them."""
+
 
 def watch(model: nn.Module, activation: Activation) -> None:
     """Hook a model and its backbone, so that each call fixes its choice of adapters at its start."""
+    activation.peft_config = model.__dict__.get(_OF_PEFT)
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
         module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -53,6 +57,8 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         _require_unadapted_head(module)
     if torch.compiler.is_compiling():
         return  # a compiled graph is specialised to its choice
+    if (of_peft := module.__dict__.get(_OF_PEFT)) is not None:
+        _refuse_peft(of_peft, activation)
     if getattr(module, "_is_replica", False) and activation.has_blocks:
         raise AdapterStateError(
             "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
@@ -63,6 +69,15 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         of_pass = describe_pass(choice, module, args, kwargs)
         of_pass = replace(of_pass, step=activation.step_of(choice, args, kwargs))
         activation.begin(module, of_pass, sys._getframe(1))
+
+
+def _refuse_peft(config: Any, activation: Activation) -> None:
+    """Reject a pass of a model on which PEFT has put an adapter after lorakit."""
+    if config is not activation.peft_config:
+        raise AdapterStateError(
+            "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
+            "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
+        )
 
 
 def _require_unadapted_head(model: nn.Module) -> None:

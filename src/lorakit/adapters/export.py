@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from lorakit import storage
@@ -53,17 +54,20 @@ def save_pretrained(
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Write a model of which any part has adapters by its own `save_pretrained`.
+    """Write a model of which any part has adapters by its own `save_pretrained`, also that of another library.
 
     Weights that bitsandbytes quantised are written dequantised, because merged weights are not quantised. Those of
     other libraries are left out.
 
     Raises:
         AdapterStateError: Called inside `per_sample`, where rows have different weights, or on a model that is sharded
-            over processes. Or `push_to_hub` is set and the folder would not load, because an active adapter cannot be
-            merged or weights are left out.
+            over processes. Or the folder would not load, because an active adapter cannot be merged or weights are
+            left out, and `push_to_hub` is set or the class is not one of transformers.
         AdapterFileError: An active adapter or a merged weight holds NaN or infinity.
     """
+    if not isinstance(model, PreTrainedModel):
+        with _state_dict_is_merged(model):
+            return own(save_directory, *args, **kwargs)
     require_unsharded(model)
     missing = _what_is_missing(model)
     if kwargs.get("push_to_hub"):
@@ -85,6 +89,27 @@ def save_pretrained(
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if missing and is_main_process:
             _prevent_loading(Path(save_directory), missing)
+
+
+@contextlib.contextmanager
+def _state_dict_is_merged(model: nn.Module) -> Iterator[None]:
+    """Let `model.state_dict()` return merged weights, for a `save_pretrained` that takes no state dict."""
+
+    def merge(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+        require_unsharded(model)
+        if missing := _what_is_missing(model):
+            raise AdapterStateError(
+                f"The saved folder would load without the adapter: {missing}. Call adapters.save() instead."
+            )
+        merged = adapted_state_dict(model, dict(state))
+        state.clear()
+        state.update(merged)
+
+    hook = model.register_state_dict_post_hook(merge)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def push_to_hub(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:

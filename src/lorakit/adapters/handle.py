@@ -112,7 +112,7 @@ class Adapters:
             return trainable
         raise AdapterStateError(
             f"The adapter {adapter.name!r} is frozen: none of its tensors requires a gradient. To train it, load it "
-            "with trainable=True; in PEFT with is_trainable=True."
+            "with trainable=True; in PEFT with is_trainable=True. get_peft_model() on this model freezes it too."
         )
 
     def __repr__(self) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import casting, export, generation, ties
+from lorakit.adapters import casting, export, generation, refused_methods, ties
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import unwatch, watch
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.replaced_methods import replace_methods
+from lorakit.adapters.replaced_methods import replace_in_owner, replace_methods
 from lorakit.adapters.state_loading import guard_loading
 from lorakit.adapters.statistics import forget_statistics, record_statistics
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
@@ -22,7 +23,9 @@ replace_methods(
     PreTrainedModel,
     *(casting.half, casting.float),
     *(export.save_pretrained, export.push_to_hub, ties.resize_token_embeddings, ties.tie_weights),
+    *(refused_methods.add_adapter, refused_methods.load_adapter),
 )
+replace_methods(PyTorchModelHubMixin, export.save_pretrained)
 replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
 
 
@@ -40,9 +43,11 @@ def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
     # By every name, because a merge separates tied parameters.
     setattr(model, REQUIRED_GRADIENT, gradient_flags(model))
     # A class may have a `generate` that does not call that of transformers (MusicGen).
-    owner = next((kind for kind in type(model).__mro__ if "generate" in vars(kind)), None)
-    if owner is not None:
-        replace_methods(owner, generation.generate)
+    replace_in_owner(type(model), generation.generate)
+    if not isinstance(model, PreTrainedModel):  # one of diffusers, for example
+        replace_in_owner(type(model), export.save_pretrained)
+        replace_in_owner(type(model), refused_methods.add_adapter)
+        replace_in_owner(type(model), refused_methods.fuse_qkv_projections)
     watch(model, activation)
     record_statistics(model)
     guard_loading(model)

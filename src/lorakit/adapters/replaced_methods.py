@@ -1,4 +1,4 @@
-"""Functions in place of methods of transformers, for models that carry adapters."""
+"""Functions in place of methods of transformers and other libraries, for models that carry adapters."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def replace_methods(kind: type, *functions: Callable[..., Any]) -> None:
         own = getattr(kind, function.__name__)
         if getattr(own, _REPLACED, None) is not function:
             setattr(kind, function.__name__, _replaced(own, function))
+
+
+def replace_in_owner(kind: type, function: Callable[..., Any]) -> None:
+    """Call `replace_methods` for the class from which `kind` has the method of the function's name, if it has one."""
+    owner = next((one for one in kind.__mro__ if function.__name__ in vars(one)), None)
+    if owner is not None:
+        replace_methods(owner, function)
 
 
 def _replaced(own: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,14 @@ from torch import nn
 _SCANNED = ("transformers.models.", "transformers_modules.", "timm.")
 """Packages of the classes that are read. In others, which may call a layer in any way, nothing would be certain."""
 
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""The layers that an attention of diffusers calls after `fuse_qkv_projections`, and those that it keeps and no longer
+calls."""
+
 _OF_TENSOR = ("dtype", "device", "shape", "data")
 """Attributes of a weight that say nothing of its use."""
 
@@ -33,6 +41,10 @@ _OF_CONDITION = (
 
 def never_calls(parent: nn.Module, name: str) -> bool:
     """Return whether a module uses the weight of its child `name` without calling it, always or in training."""
+    if getattr(parent, "fused_projections", False) and any(
+        name in parts for fused, parts in _FUSED.items() if fused in parent._modules
+    ):
+        return True
     kind = type(parent)
     return name in _only_read(kind, tuple(_outcome(c, parent) for c in _conditions(kind).values()))
 

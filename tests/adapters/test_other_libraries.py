@@ -1,0 +1,123 @@
+"""Models, wrappers and adapters of other libraries than transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from random_adapters import randomise
+from safetensors.torch import load_file, save_file
+from tiny_models import logits
+from torch import nn
+
+from lorakit.adapters import attach, from_peft
+from lorakit.errors import AdapterStateError
+from lorakit.methods import BottleneckAdapter
+from lorakit.methods.lora.method import LoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
+
+# --- save_pretrained of other libraries -----------------------------------------------------------
+
+
+class OfAnotherLibrary(nn.Module):
+    """Has the methods of a model of diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_out(self.to_q(x))
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file(self.state_dict(), folder / "weights.safetensors")
+
+    def fuse_qkv_projections(self) -> None:
+        self.to_q.weight.data.clone()
+
+
+class OfTheHub(nn.Module, PyTorchModelHubMixin):
+    """Contains a model that is adapted without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_models.build("llama")
+
+
+def test_the_folder_of_another_library_holds_the_adapted_weights(tmp_path: Path) -> None:
+    model, x = OfAnotherLibrary(), torch.randn(3, 8)
+    base = model(x)
+    adapters = attach(model, LoRA(rank=2, targets="to_q"))
+    randomise(adapters)
+    adapted, keys = model(x), list(model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert list(model.state_dict()) == keys
+    saved = OfAnotherLibrary()
+    saved.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=False)
+    torch.testing.assert_close(saved(x), adapted)
+    assert not torch.allclose(adapted, base)
+    adapters.detach()
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "weights.safetensors").keys() == saved.state_dict().keys()
+
+
+def test_a_model_of_the_hub_around_an_adapted_one_is_saved_adapted(tmp_path: Path) -> None:
+    model = OfTheHub()
+    randomise(attach(model.inner, LoRA(rank=2, targets="attention")))
+    model.save_pretrained(tmp_path)
+    saved = OfTheHub.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(saved.inner), logits(model.inner), atol=2e-4, rtol=0)
+
+
+def test_another_library_saves_no_model_without_its_bottlenecks(tmp_path: Path) -> None:
+    model = OfTheHub()
+    attach(model.inner, BottleneckAdapter(size=2))
+    with pytest.raises(AdapterStateError, match=r"load without the adapter: .*adapters\.save"):
+        model.save_pretrained(tmp_path)
+
+
+# --- layers that another library fuses, and adapters of PEFT --------------------------------------
+
+
+def test_fusing_adapted_layers_is_refused() -> None:
+    model = OfAnotherLibrary()
+    adapters = attach(model, LoRA(rank=2, targets="to_q"))
+    with pytest.raises(AdapterStateError, match=r"merge\(keep_base=False\) first"):
+        model.fuse_qkv_projections()
+    adapters.merge(keep_base=False)
+    model.fuse_qkv_projections()
+
+
+OPTIONS = peft.LoraConfig(r=2, target_modules=["k_proj"])
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"), [("add_adapter", "attach"), ("load_adapter", "load")]
+)
+def test_methods_of_transformers_add_no_second_adapter(method: str, instead: str) -> None:
+    model = tiny_models.build("llama")
+    attach(model, LoRA(rank=2))
+    with pytest.raises(AdapterStateError, match=rf"{method}\(\) would .* lorakit\.{instead}\("):
+        getattr(model, method)(OPTIONS)
+
+
+def test_a_pass_with_an_adapter_of_peft_on_top_is_refused() -> None:
+    model = tiny_models.build("llama")
+    attach(model, LoRA(rank=2))
+    wrapped = peft.get_peft_model(model, OPTIONS)
+    with pytest.raises(AdapterStateError, match="PEFT has put an adapter on this model"):
+        logits(wrapped)
+
+
+def test_what_peft_left_on_the_base_is_no_adapter() -> None:
+    model = peft.get_peft_model(tiny_models.build("llama"), OPTIONS).unload()
+    model.peft_config = {"default": OPTIONS}  # as PEFT 0.18 leaves it
+    attach(model, LoRA(rank=2))
+    logits(model)
+    handle = from_peft(peft.get_peft_model(tiny_models.build("llama"), OPTIONS))
+    logits(handle.model)
