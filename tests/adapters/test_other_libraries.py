@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,8 +15,9 @@ from random_adapters import randomise
 from safetensors.torch import load_file, save_file
 from tiny_models import logits
 from torch import nn
+from transformers import PreTrainedModel
 
-from lorakit.adapters import attach, from_peft
+from lorakit.adapters import attach, from_peft, load
 from lorakit.errors import AdapterStateError
 from lorakit.methods import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
@@ -121,3 +124,53 @@ def test_what_peft_left_on_the_base_is_no_adapter() -> None:
     logits(model)
     handle = from_peft(peft.get_peft_model(tiny_models.build("llama"), OPTIONS))
     logits(handle.model)
+
+
+# --- wrappers -------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """A LightningModule or SentenceTransformer, which adds no parameter."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.model = tiny_models.build("llama")
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.model(**batch)
+
+
+def test_a_root_that_only_wraps_a_model_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    attach(Wrapper(pooling=nn.Identity()), LoRA(rank=2, targets="q_proj"))
+    assert "Wrapper only wraps the LlamaForCausalLM at 'model'" in caplog.text
+    assert "Attach to model.get_submodule('model') instead" in caplog.text
+
+
+@pytest.mark.parametrize("root", ["head", "two models", "transformers", "plain", "compiled"])
+def test_a_root_that_is_a_model_is_not_reported(
+    root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = {
+        "head": lambda: Wrapper(head=nn.Linear(2, 2)),
+        "two models": lambda: Wrapper(other=tiny_models.build("llama")),
+        "transformers": lambda: tiny_models.build("llama"),
+        "plain": lambda: nn.Sequential(nn.Linear(2, 2), nn.Identity()),
+        "compiled": lambda: torch.compile(tiny_models.build("llama"), backend="eager"),
+    }[root]()
+    with caplog.at_level(logging.WARNING):
+        attach(model, LoRA(rank=1, targets="0" if root == "plain" else "q_proj"))
+    assert "wraps" not in caplog.text
+
+
+def test_an_adapter_of_a_module_of_fabric_is_that_of_its_model(tmp_path: Path) -> None:
+    fabric = nn.Module()
+    fabric._forward_module = fabric._original_module = inner = tiny_models.build("llama")
+    adapters = attach(fabric, LoRA(rank=2))
+    randomise(adapters)
+    assert adapters.model is inner
+    adapters.save(tmp_path / "adapter")
+    fresh: PreTrainedModel = tiny_models.build("llama")
+    load(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(inner))

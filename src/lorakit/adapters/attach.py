@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters.handle import Adapters, own_handle
 from lorakit.adapters.installed import adapted_layers
@@ -84,7 +85,25 @@ def attach(
             "hold them: call eval() on such layers after each model.train().",
             layer[0],
         )
+    if (inner := _wrapped_model(handle.model)) is not None:
+        path, kind = inner[0], type(inner[1]).__name__
+        _LOG.warning(
+            "%s only wraps the %s at '%s', so a saved adapter would not load on a %s alone. Attach to "
+            "model.get_submodule('%s') instead.",
+            *(type(handle.model).__name__, kind, path, kind, path),
+        )
     return handle
+
+
+def _wrapped_model(root: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return path and model of transformers in a root of another library that adds no parameter; None in other roots.
+
+    The keys of an adapter's file begin at the root, which PEFT and other programs do not have.
+    """
+    models = (one for one in base_modules(root) if isinstance(one[1], PreTrainedModel))
+    path, inner = next(models, ("", root))
+    is_whole = {*inner.parameters()} == {*root.parameters()}
+    return (path, inner) if path and is_whole else None
 
 
 def _check_modules(modules: Mapping[str, AdapterModule]) -> None:

@@ -12,15 +12,15 @@ from lorakit.models.layers import ADAPTERS, AdapterSlot, StackedWeight, stacked_
 _COMPILED = "_orig_mod"
 """Name of the wrapped module in a wrapper of `torch.compile`."""
 
-_WRAPPED = (_COMPILED, "_checkpoint_wrapped_module")
-"""Names of the wrapped module in wrappers: that of `torch.compile`, and PyTorch's `checkpoint_wrapper`.
+_WRAPPED = (_COMPILED, "_checkpoint_wrapped_module", "_original_module")
+"""Names of the wrapped module in wrappers: of `torch.compile`, PyTorch's `checkpoint_wrapper`, and Lightning's Fabric.
 
 `named_modules` and `named_parameters` of PyTorch contain these names, and keys of a state dict contain the first.
 lorakit's paths and names of parameters contain none, so they are the same before and after a part is wrapped."""
 
 
 def unwrapped(module: Any) -> Any:
-    """Return the module that `torch.compile` or `checkpoint_wrapper` wrapped; anything else unchanged.
+    """Return the module that a wrapper of `_WRAPPED` holds; anything else unchanged.
 
     A getter or attribute of a model may return None, or a parameter, as Perceiver's `get_input_embeddings` does.
     """
