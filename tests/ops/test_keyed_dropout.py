@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.errors import LorakitError
 from lorakit.ops.attention import masked_attention
-from lorakit.ops.dropout import Keys, dropout
+from lorakit.ops.dropout import Keys, active, dropout
 from lorakit.ops.keyed_dropout import keyed
 from lorakit.ops.streams import above, mixed
 
@@ -201,10 +200,14 @@ def test_functions_that_other_code_has_replaced_come_back(name, monkeypatch):
     assert getattr(F, name) is replacement
 
 
-def test_one_batch_at_a_time():
-    keys = keys_of(tokens_of(1, 2))
-    with keyed(keys), pytest.raises(LorakitError, match="Another thread"), keyed(keys):
-        pass
+def test_blocks_of_one_thread_nest():
+    outer = keys_of(tokens_of(1, 2))
+    with keyed(outer):
+        with keyed(keys_of(tokens_of(1, 4))):
+            pass
+        assert active.keys is outer
+        assert F.dropout.__module__ != "torch.nn.functional"
+    assert active.keys is None
     assert F.dropout.__module__ == "torch.nn.functional"
 
 

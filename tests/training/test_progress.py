@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,11 @@ def reporter(monkeypatch, width: int, **options: Any) -> tuple[Reporter, io.Stri
     """Return a reporter of a run of 3000 steps that writes to a terminal of this width."""
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=True, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(progress, "_console", lambda **_: console)
+    return _reporter(monkeypatch, **options), file
+
+
+def _reporter(monkeypatch, **options: Any) -> Reporter:
     monkeypatch.setattr(progress, "peak_memory", lambda _: 449 * 10**6)
     monkeypatch.setattr(progress, "first_lines", lambda _: [])
     job: Any = SimpleNamespace(
@@ -28,7 +33,7 @@ def reporter(monkeypatch, width: int, **options: Any) -> tuple[Reporter, io.Stri
         device=torch.device("cpu"),
         processes=SimpleNamespace(is_first=True),
     )
-    return Reporter(job, State(**options)), file
+    return Reporter(job, State(**options))
 
 
 @pytest.mark.parametrize(
@@ -57,3 +62,16 @@ def test_a_wide_terminal_has_room_for_the_bar(monkeypatch) -> None:
     assert "━" in file.getvalue()
     assert "  step 141/3000  loss 5.396  1m 31s left" in file.getvalue()
     assert "449 MB" in file.getvalue()
+
+
+def test_a_notebook_gets_plain_lines_on_standard_error(monkeypatch, capsys) -> None:
+    """Its standard error says that it is a terminal, and rich would display each line as an output of its own."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    show = _reporter(monkeypatch)
+    with show:
+        show.say("base      tiny")
+        show.step(State(step=3000, train_loss=5.396, tokens=155_565, seconds=4.5), 4.92e-4)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "base      tiny"
+    assert last.startswith("step 3000/3000  loss 5.396  0s left")

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.errors import LorakitError
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.derivatives import is_transformed
 from lorakit.ops.dropout import Keys, active, draws_itself, dropout, stock_dropout
+from lorakit.ops.seeding import in_one_thread
 
 stock_attention = F.scaled_dot_product_attention
 
@@ -25,21 +25,17 @@ def keyed(keys: Keys) -> Iterator[None]:
     by these names. A mode (`torch.overrides`) would reach them too, but costs a microsecond for every operation.
 
     Raises:
-        LorakitError: Another thread is inside such a block.
+        LorakitError: Another thread trains.
     """
-    if active.keys is not None:
-        raise LorakitError(
-            "Another thread of this process computes a step of training, which replaces torch's dropout in the whole "
-            "process. Train in a process of its own."
-        )
-    before = F.dropout, F.scaled_dot_product_attention  # other code may have replaced them too
-    try:
-        active.keys = keys
-        F.dropout, F.scaled_dot_product_attention = _dropout, _attention
-        yield
-    finally:
-        active.keys = None
-        F.dropout, F.scaled_dot_product_attention = before
+    with in_one_thread():
+        # Other code may have replaced the functions too.
+        before = active.keys, F.dropout, F.scaled_dot_product_attention
+        try:
+            active.keys = keys
+            F.dropout, F.scaled_dot_product_attention = _dropout, _attention
+            yield
+        finally:
+            active.keys, F.dropout, F.scaled_dot_product_attention = before
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from lorakit.errors import LorakitError
+
+_TRAINING = threading.RLock()
+"""Held by the thread that trains."""
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Let one thread of the process train at a time. Blocks of that thread can be nested.
+
+    A run seeds the global random generators and replaces torch's dropout: each of two runs would change the other.
+
+    Raises:
+        LorakitError: Another thread is inside such a block.
+    """
+    if not _TRAINING.acquire(blocking=False):
+        raise LorakitError(
+            "Another thread of this process trains. A run seeds the global random generators and replaces torch's "
+            "dropout in the whole process. Start each run in a process of its own."
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
 
 
 @contextmanager

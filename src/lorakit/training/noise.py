@@ -22,7 +22,7 @@ from lorakit.models.compiling import compiled_blocks_idle
 from lorakit.models.sharding import local_part, pop_reached
 from lorakit.ops.dropout import CPU, Draw, Keys, token_words
 from lorakit.ops.keyed_dropout import keyed
-from lorakit.ops.seeding import seed_device, seeded
+from lorakit.ops.seeding import in_one_thread, seed_device, seeded
 from lorakit.ops.streams import mixed
 from lorakit.tasks import Example
 from lorakit.training.job import TRAINED, Job
@@ -43,14 +43,18 @@ def own_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Seed PyTorch's generators inside the block, and restore afterwards all that training seeds for its batches.
 
     These are the global generators of Python, NumPy, PyTorch's CPU and `device`.
+
+    Raises:
+        LorakitError: Another thread of the process trains.
     """
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with seeded(seed, [device]):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+    with in_one_thread():
+        of_python, of_numpy = random.getstate(), np.random.get_state()
+        try:
+            with seeded(seed, [device]):
+                yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
 
 
 @contextmanager

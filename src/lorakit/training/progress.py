@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import TYPE_CHECKING
 
 from lorakit.formatting import counted, duration, number, size, visible
 from lorakit.models.dtypes import dtype_name
@@ -16,6 +14,10 @@ from lorakit.training.job import TRAINED, Job
 from lorakit.training.memory import peak_memory
 from lorakit.training.sharding import sharding_note
 from lorakit.training.terminal import error_output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 PLAIN_INTERVAL = 10.0
 """Seconds between plain lines, so that a log file stays small."""
@@ -31,10 +33,10 @@ class Reporter:
         self._lines = first_lines(job)
         self._total, self._device = job.step_plan.total, job.device
         self._start = dataclasses.replace(state)
-        self._console = Console(stderr=True, file=error_output(), quiet=not job.processes.is_first)
+        self._console = _console(quiet=not job.processes.is_first)
         self._shown = time.monotonic()
         self._live: Progress | None = None
-        self._task = TaskID(0)
+        self._task: TaskID
 
     def __enter__(self) -> Reporter:
         for line in self._lines:
@@ -42,6 +44,8 @@ class Reporter:
         if self._start.step:
             self.say(f"resumed after step {self._start.step} of {self._total}")
         if self._console.is_terminal and not self._console.quiet:
+            from rich.progress import BarColumn, Progress, TextColumn
+
             bar = [BarColumn(bar_width=BAR)] if self._console.width >= BAR_TERMINAL else []
             self._live = Progress(*bar, TextColumn("{task.description}"), console=self._console)
             self._live.start()
@@ -94,6 +98,17 @@ class Reporter:
         """Show the scores of an evaluation, and notes on them."""
         text = "  ".join(f"{name} {number(value)}" for name, value in state.scores.items())
         self.say(f"step {state.step}/{self._total}  validation: {text}  ({', '.join(notes)})")
+
+
+def _console(*, quiet: bool) -> Console:
+    """Return a console on standard error, which is no terminal in a notebook."""
+    # rich draws from Python's generator when it is imported. A run restores the state of that generator.
+    from rich.console import Console
+
+    console = Console(stderr=True, file=error_output(), quiet=quiet)
+    if console.is_jupyter:  # rich would display each line as an output of its own
+        console = Console(file=console.file, quiet=quiet, force_jupyter=False, force_terminal=False)
+    return console
 
 
 def first_lines(job: Job) -> list[str]:
