@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data import DataConfig
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, LorakitError
 from lorakit.methods.lora.method import LoRA
 from lorakit.models.faster import make_stock
+from lorakit.ops.dropout import CPU
 from lorakit.training import step as steps
 from lorakit.training.config import HeldOutConfig
 from lorakit.training.job import Job
 from lorakit.training.loop import train
-from lorakit.training.noise import require_keyed_noise
+from lorakit.training.noise import own_generators, require_keyed_noise
 from lorakit.training.setup import prepare
 
 DROPOUT = LoRA(dropout=0.1, targets=("all-linear",))
@@ -180,6 +184,24 @@ def test_a_run_leaves_the_global_generators(tmp_path, base, monkeypatch, fails: 
     with pytest.raises(tiny_runs.Crash) if fails else nullcontext():
         train(tiny_runs.config(tmp_path, base, max_steps=2))
     assert tiny_runs.random_states() == before
+
+
+@pytest.mark.slow
+def test_the_import_of_train_leaves_the_generator_of_python() -> None:
+    """A user's seed before the first run gives the same numbers after it as before later runs."""
+    code = "import random, lorakit; s = random.getstate(); lorakit.train; assert random.getstate() == s"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_run_at_a_time(tmp_path, base) -> None:
+    """Each of two runs would seed the generators of the other, such as Optuna's with `n_jobs=2`."""
+    config = tiny_runs.config(tmp_path, base, max_steps=1)
+    with ThreadPoolExecutor(1) as other:
+        states = other.submit(tiny_runs.random_states).result()
+        with own_generators(0, CPU), pytest.raises(LorakitError, match="Another thread of this"):
+            other.submit(train, config).result()
+        assert other.submit(tiny_runs.random_states).result() == states
+    assert not (tmp_path / "run").exists()
 
 
 def test_stock_functions_return_after_an_error(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path) -> No
     assert [process["status"] for process in outcome["stopped"]] == [75] * 4
     # The signal arrived after the gradients of step 4 were summed.
     assert (
-        "Stopped at step 5. Resume with:\ntorchrun --nproc-per-node 4 -m lorakit train"
+        "Stopped at step 5. Resume with resume=True in Python, or with:\ntorchrun --nproc-per-node 4 -m lorakit train"
         in outcome["stopped"][0]["output"]
     )
     assert outcome["checkpoints"] == ["step-000005"]

@@ -30,7 +30,7 @@ from lorakit.methods.lora.method import LoRA
 from lorakit.models import dtype_choice
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.dtype_choice import DtypeChoice
-from lorakit.training import checkpoint, progress, validation
+from lorakit.training import checkpoint, validation
 from lorakit.training import step as optimizer_steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.job import Job
@@ -184,12 +184,13 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     with monkeypatch.context() as patch:
         signal_in_step(patch, 5, number)
         # A terminal with a live line, on which the command stays on one line.
-        patch.setattr(progress, "Console", partial(Console, force_terminal=True, width=40))
+        patch.setattr("rich.console.Console", partial(Console, force_terminal=True, width=40))
         with pytest.raises(error) as raised:
             train(config)
     assert signal.getsignal(number) == before
     command = f"lorakit train --config {tmp_path / 'run' / 'config.yaml'} --resume"
-    assert f"Stopped at step 5. Resume with:\n{command}\n" in capsys.readouterr().err
+    resume = f"Resume with resume=True in Python, or with:\n{command}\n"
+    assert f"Stopped at step 5. {resume}" in capsys.readouterr().err
     if number == signal.SIGTERM:
         assert raised.value.code == 75
     assert [r["step"] for r in tiny_runs.metrics(tmp_path / "run", "train")][-1] == 5

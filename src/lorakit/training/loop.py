@@ -52,15 +52,16 @@ def train(config: TrainConfig) -> RunResult:
     rounding. The global random generators end in the states that they had before.
 
     Raises:
-        LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
+        LorakitError: The settings, the data, the base model or the folder are invalid, the loss diverges, or another
+            thread of this process trains.
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C), or SIGTERM or SIGHUP (a closed terminal), and
             has written a checkpoint.
     """
     with (
         joined(config.base.device, timedelta(minutes=config.processes_timeout)) as processes,
         gathering(processes),
-        open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
         own_generators(config.seed, pick_device(config.base.device)),
+        open_run(config, processes) as run,  # run.config has the resolved dtype and learning rate
         _faster_products(config),
     ):
         if (finished := processes.on_first(run.result)) is not None:
@@ -90,7 +91,8 @@ def train(config: TrainConfig) -> RunResult:
         if interruption.requested and not job.is_over(state):
             # After the live line, which wraps what is printed beside it: the command stays on one line.
             interruption.exit(
-                f"Stopped at step {state.step}. Resume with:\n{run.resume_command(processes)}"
+                f"Stopped at step {state.step}. Resume with resume=True in Python, or with:\n"
+                f"{run.resume_command(processes)}"
             )
         job.save_adapter(run.adapter, state)
         return processes.on_first(lambda: run.finish(state, job.device))
