@@ -55,7 +55,9 @@ def test_counting_allocates_nothing_and_draws_no_random_numbers(method):
     assert real.largest == 0
     assert torch.equal(torch.get_rng_state(), state)
     adapters = lorakit.attach(model, method)
-    assert counts == adapters.summary().counts
+    summary = adapters.summary()
+    assert counts == summary.counts
+    assert repr(summary) == str(summary)  # in a notebook
 
 
 @dataclass(frozen=True)

@@ -517,3 +517,12 @@ def test_a_score_has_the_same_digits_wherever_a_page_shows_it(run: Path) -> None
         assert set(re.findall(r"9\.8\d+e\+08|\b987,?654,?3\d\d(?:\.\d+)?", shown)) == {
             "987,654,322"
         }
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_pages(run: Path) -> None:
+    record = read_run(run)
+    page = run_page(record)
+    assert html.unescape(page._repr_html_()).startswith('<iframe srcdoc="<!doctype html>')
+    (chart, *_) = page.figures()[0].charts
+    assert all(len(repr(shown)) < 400 for shown in (record, page, chart))

@@ -37,7 +37,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Summary:
-    """Name, method, parameter counts and file size of an adapter; `str` formats them as text."""
+    """Name, method, parameter counts and file size of an adapter; prints as text."""
 
     name: str
     method: str
@@ -63,6 +63,8 @@ class Summary:
             )
             lines.append(f"  {pattern:<{width}}  {each}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def summarise(model: nn.Module, adapter: InstalledAdapter) -> Summary:

@@ -76,7 +76,7 @@ def random_level(rows: int, columns: int, width: int) -> Tensor:
 class Similarity:
     """Similarity of one factor (A or B) of one matrix in two adapters."""
 
-    phi: Tensor
+    phi: Tensor = field(repr=False)
     """`subspace_similarity`, (r1, r2)."""
     width: int
     """Dimension k of the space of the directions."""

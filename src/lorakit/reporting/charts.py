@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ class Chart:
     title: str
     alt: str
     """A sentence that describes the chart, with its main numbers."""
-    spec: Spec
+    spec: Spec = field(repr=False)
     """A Vega-Lite view without title and configuration."""
     fixed: bool = False
     """Keep the width of the plot, instead of fitting the chart to the width of others in a page."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,15 +131,15 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole report."""
+    """A whole report; a notebook shows it."""
 
     kind: str
     """Kind of report, such as "Training run"."""
     title: str
     subtitle: str = ""
-    summary: Sequence[str] = ()
+    summary: Sequence[str] = field(default=(), repr=False)
     """Sentences with the main results."""
-    sections: Sequence[Section] = field(default_factory=tuple)
+    sections: Sequence[Section] = field(default=(), repr=False)
     """The page omits sections without blocks."""
 
     def __post_init__(self) -> None:
@@ -165,6 +166,11 @@ class Page:
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             version=__version__,
         )
+
+    def _repr_html_(self) -> str:
+        # In a frame, because the page has rules for `body`.
+        source = html.escape(self.render())
+        return f'<iframe srcdoc="{source}" style="width:100%;height:40em;border:0"></iframe>'
 
     def write(self, path: str | Path) -> Path:
         """Write the page atomically and return its path.

@@ -34,29 +34,29 @@ class RunRecord:
     """The content of a run folder."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(repr=False)
     """Every setting, as in config.yaml."""
-    trained: Mapping[str, Any] = field(default_factory=dict)
+    trained: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Record of the method in the adapter's lorakit.json; empty if there is no adapter."""
-    result: Mapping[str, Any] | None = None
+    result: Mapping[str, Any] | None = field(default=None, repr=False)
     """Content of result.json; None while the run is not finished."""
-    sessions: Sequence[Mapping[str, Any]] = ()
+    sessions: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """Machine, library versions and command of each start of the run."""
-    train: Sequence[Mapping[str, Any]] = ()
+    train: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """One record per step."""
-    validation: Sequence[Mapping[str, Any]] = ()
+    validation: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """One record per evaluation."""
-    samples: Sequence[Mapping[str, Any]] = ()
+    samples: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """Texts generated during evaluations."""
-    events: Sequence[Mapping[str, Any]] = ()
+    events: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """What went wrong and did not end the run."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Provenance in the adapter's lorakit.json; empty if there is no adapter."""
-    base: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Record of the base in the adapter's lorakit.json."""
     adapter_bytes: int | None = None
     """Size of the adapter's weights file; None if there is none."""
-    predicted: Mapping[str, float] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict, repr=False)
     """Predictions of the planner, by the keys of `lorakit.reporting.run_report.PREDICTED`."""
     label: str | None = None
     """Name to show instead of the folder's name."""
