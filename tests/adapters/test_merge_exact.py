@@ -14,6 +14,7 @@ import torch
 from failing_calls import fail_at
 from random_adapters import randomise
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lorakit import Adapters, FullFineTuning, LoRA, attach
 from lorakit.adapters import merging
@@ -267,8 +268,12 @@ def test_what_a_merge_replaces_is_not_written_with_another_adapter(other: Method
             lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
         ),
         (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            lambda layer: prune.remove(layer, "weight"),
+        ),
     ],
-    ids=["parametrized", "older"],
+    ids=["parametrized", "older", "pruned"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
@@ -279,7 +284,9 @@ def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
     randomise(handle)
     before = {name: layer(x) for name, layer in model.items()}
     for write in (handle.merge, lambda: adapted_state_dict(model, model.state_dict())):
-        with pytest.raises(AdapterStateError, match=r"'b.weight' is computed.*remove_"):
+        with pytest.raises(
+            AdapterStateError, match=r"'b.weight' is computed.*remove_.*prune\.remove"
+        ):
             write()
         assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
     handle.detach()

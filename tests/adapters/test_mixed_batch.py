@@ -54,6 +54,29 @@ def refuses(adapters: Adapters, rows: list, call: Callable[[], Tensor], name: st
 # --- the number of rows --------------------------------------------------------------------------------
 
 
+def export(model: nn.Module, x: Tensor) -> None:
+    torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(lambda model, x: torch.jit.trace(model, (x,)), id="trace"),
+        pytest.param(export, id="export"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_batch_of_unknown_size_is_an_error(convert) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapters = adapted(model, ("0",))
+    with (
+        adapters.per_sample(["a", None, "b"]),
+        pytest.raises(AdapterStateError, match="dynamic_shapes"),
+    ):
+        convert(model, torch.randn(3, 8))
+
+
 @pytest.mark.parametrize(
     ("rows", "batch"), [(["a"], 3), (["a", "a"], 4), (["a", "b"], 4), (["a", "b"], 1), ([], 2)]
 )

@@ -281,3 +281,12 @@ def test_a_model_of_peft_is_not_adapted_again(tmp_path: Path) -> None:
     with pytest.raises(AdapterStateError, match=r"Pass the model that get_peft_model"):
         lorakit.from_peft(inner)
     assert lorakit.attach(model.unload(), lorakit.LoRA()).names == ("default",)
+
+
+@pytest.mark.parametrize("adapt", [lorakit.from_peft, lambda m: lorakit.attach(m, lorakit.LoRA())])
+def test_adapters_without_a_peft_model_are_loaded_from_a_file(adapt) -> None:
+    """transformers and diffusers add them by `add_adapter`."""
+    model = tiny_models.build("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(AdapterStateError, match=r"save .* lorakit\.load\(base, FOLDER\)"):
+        adapt(model)

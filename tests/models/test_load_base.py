@@ -266,7 +266,7 @@ def test_an_encoder_cannot_generate(tmp_path: Path) -> None:
         load_base(folder, task="causal-lm")
     assert str(raised.value) == (
         "'encoder' is an encoder without a language-model head, so it cannot generate text. Use a decoder such as "
-        "smollm2-135m, or data with labels."
+        "smollm2-135m, or data with labels (load_base(..., task='sequence-classification'))."
     )
     edit_config(folder, is_decoder=True)
     with pytest.raises(BaseModelError, match=r"lacks .* of the weights"):

@@ -152,7 +152,8 @@ def handle_for(model: nn.Module) -> Adapters:
                 convert = (
                     "Convert them with lorakit.from_peft(model), or use the base without them: model.unload()."
                     if hasattr(model, "unload")
-                    else "Pass the PeftModel that contains it to lorakit.from_peft, or load the base again."
+                    else "Pass the PeftModel that contains it to lorakit.from_peft. If there is none (add_adapter, "
+                    "inject_adapter_in_model), save the adapters, load the base again, and lorakit.load(base, FOLDER)."
                 )
                 raise AdapterStateError(
                     f"The model has adapters of PEFT, on '{path or type(module).__name__}'. {convert}"

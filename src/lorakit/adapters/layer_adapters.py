@@ -219,10 +219,11 @@ class LayerAdapters(ReplacedParameters):
                 )
             if attribute not in layer._parameters:
                 raise AdapterStateError(
-                    f"'{name}' is computed from other tensors in each pass (as weight norm does), so a merged weight "
-                    "cannot replace it. Before you attach the adapter, make it a parameter: "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), or for the old weight "
-                    f"norm torch.nn.utils.remove_weight_norm(layer, '{attribute}')."
+                    f"'{name}' is computed from other tensors in each pass (as weight norm and pruning do), so a "
+                    "merged weight cannot replace it. Before you attach the adapter, make it a parameter: "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), for the old weight "
+                    f"norm torch.nn.utils.remove_weight_norm(layer, '{attribute}'), or after pruning "
+                    f"torch.nn.utils.prune.remove(layer, '{attribute}')."
                 )
             parameter = layer._parameters[attribute]
             if parameter is not None and parameter.is_meta:

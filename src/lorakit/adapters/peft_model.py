@@ -36,15 +36,16 @@ def from_peft(peft_model: Any) -> Adapters:
 
     Raises:
         AdapterFileError: An adapter uses an option of PEFT that lorakit does not support, or does not fit the base.
-        AdapterStateError: The model has no PEFT adapter, or a merged one. Or a scaling was changed by `set_scale`, or
-            only some layers have their adapters disabled. Or several adapters are active, and the effect of one is not
-            linear in a weight.
+        AdapterStateError: The model is no `PeftModel` with an adapter, or has a merged one. Or a scaling was changed by
+            `set_scale`, or only some layers have their adapters disabled. Or several adapters are active, and the
+            effect of one is not linear in a weight.
     """
     names = list(getattr(peft_model, "peft_config", {}))
     if not names or not hasattr(peft_model, "unload"):  # transformers has a peft_config of its own
         raise AdapterStateError(
-            f"{type(peft_model).__name__} has no PEFT adapter. Pass the model that get_peft_model or "
-            "PeftModel.from_pretrained returned."
+            f"{type(peft_model).__name__} is no PeftModel with an adapter. Pass the model that get_peft_model or "
+            "PeftModel.from_pretrained returned. If add_adapter or inject_adapter_in_model has added the adapters, "
+            "save them, load the base again, and lorakit.load(base, FOLDER)."
         )
     if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
         raise AdapterStateError(

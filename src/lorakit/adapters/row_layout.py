@@ -67,6 +67,8 @@ class RowLayout:
         size = x.shape[self.axis] if axes > self.axis else -1
         if choice.whole is not None and size in batches:
             return size
+        if not all(isinstance(n, int) for n in x.shape[:axes]):
+            raise self.refuse("it is traced, or exported with dynamic_shapes, so its rows can vary")
         if self.refused is not None:
             raise self.refuse(self.refused)
         if isinstance(x, nn.Parameter):

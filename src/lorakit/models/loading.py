@@ -315,7 +315,7 @@ def _check_weights(
     if wrong and task == "causal-lm" and is_encoder(model.config):
         raise BaseModelError(
             f"'{source.name}' is an encoder without a language-model head, so it cannot generate text. Use a decoder "
-            "such as smollm2-135m, or data with labels."
+            "such as smollm2-135m, or data with labels (load_base(..., task='sequence-classification'))."
         )
     if wrong:
         raise BaseModelError(
