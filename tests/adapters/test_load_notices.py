@@ -65,6 +65,6 @@ def test_adapters_of_runs_have_the_names_of_the_runs(tmp_path: Path) -> None:
         handle = lorakit.load(model, tmp_path / folder)
     assert handle.names == ("first", "second", "train_adapter", "v1_5")
     with pytest.raises(
-        AdapterStateError, match=r"named 'first'\. .* \(name='first-2'\), or remove"
+        AdapterStateError, match=r"named 'first'\. .*\.remove\('first'\) .* \(name='first-2'\)"
     ):
         lorakit.load(model, tmp_path / "first" / "adapter")

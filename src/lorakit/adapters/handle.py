@@ -431,8 +431,9 @@ class Adapters:
         require_valid(name)
         if name in self._installed:
             raise AdapterStateError(
-                f"The model already has an adapter named '{name}'. To replace it, call remove('{name}') of its handle, "
-                f"lorakit.handle_of(model), first. Another name (name='{name}-2') adds a second adapter beside it."
+                f"The model already has an adapter named '{name}'. To replace it, call "
+                f"lorakit.handle_of(model).remove('{name}') first. Another name (name='{name}-2') adds a second "
+                "adapter beside it."
             )
 
     @contextlib.contextmanager
