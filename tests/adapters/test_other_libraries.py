@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,18 @@ from lorakit.errors import AdapterStateError
 from lorakit.methods import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
+pytestmark = [  # of PEFT
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
+]
 
 # --- save_pretrained of other libraries -----------------------------------------------------------
 
 
 class OfAnotherLibrary(nn.Module):
     """Has the methods of a model of diffusers."""
+
+    __module__ = "diffusers.models"
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +54,9 @@ class OfAnotherLibrary(nn.Module):
 class OfTheHub(nn.Module, PyTorchModelHubMixin):
     """Contains a model that is adapted without it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
-        self.inner = tiny_models.build("llama")
+        self.inner = tiny_models.build("llama", tie_word_embeddings=tied)
 
 
 def test_the_folder_of_another_library_holds_the_adapted_weights(tmp_path: Path) -> None:
@@ -75,6 +82,38 @@ def test_a_model_of_the_hub_around_an_adapted_one_is_saved_adapted(tmp_path: Pat
     model.save_pretrained(tmp_path)
     saved = OfTheHub.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(saved.inner), logits(model.inner), atol=2e-4, rtol=0)
+
+
+class OfAChild(OfAnotherLibrary):
+    """Saves what it contains, and not its own state dict."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file(self.to_q.state_dict(), folder / "weights.safetensors")
+
+    def add_adapter(self, name: str) -> str:
+        return name
+
+
+def test_a_save_that_does_not_read_the_merged_weights_is_an_error(tmp_path: Path) -> None:
+    model = OfAChild()
+    attach(model, LoRA(rank=2, targets="to_q"))
+    assert model.add_adapter("its own") == "its own"
+    with pytest.raises(AdapterStateError, match=r"does not write model\.state_dict\(\)"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("targets", "is_saved"), [("attention", True), ("embedding", False)])
+def test_a_model_of_the_hub_is_not_saved_without_a_tied_weight(
+    targets: str, is_saved: bool, tmp_path: Path
+) -> None:
+    model = OfTheHub(tied=True)
+    randomise(attach(model.inner, LoRA(rank=2, targets=targets)))
+    with (
+        nullcontext()
+        if is_saved
+        else pytest.raises(AdapterStateError, match="would tie them again")
+    ):
+        model.save_pretrained(tmp_path)
 
 
 def test_another_library_saves_no_model_without_its_bottlenecks(tmp_path: Path) -> None:
@@ -109,8 +148,11 @@ def test_methods_of_transformers_add_no_second_adapter(method: str, instead: str
         getattr(model, method)(OPTIONS)
 
 
-def test_a_pass_with_an_adapter_of_peft_on_top_is_refused() -> None:
+@pytest.mark.parametrize("left_over", [False, True])
+def test_a_pass_with_an_adapter_of_peft_on_top_is_refused(left_over: bool) -> None:
     model = tiny_models.build("llama")
+    if left_over:
+        model.peft_config = {"before": copy(OPTIONS)}
     attach(model, LoRA(rank=2))
     wrapped = peft.get_peft_model(model, OPTIONS)
     with pytest.raises(AdapterStateError, match="PEFT has put an adapter on this model"):

@@ -92,8 +92,8 @@ class Activation:
     """The adapters of the model by name."""
     merged: Choice | None = None
     """What is merged into the weights, if anything."""
-    peft_config: Any = None
-    """What an earlier adapter of PEFT has left on the model."""
+    of_peft: list[Any] = field(default_factory=list)
+    """The configurations that earlier adapters of PEFT have left on the model."""
 
     before_gradients: Callable[[nn.Module], None] | None = None
     """Called with the model before its next pass with gradients. Restores the hooks that a merge removed, because

@@ -25,9 +25,9 @@ _OF_PEFT = "peft_config"
 
 def watch(model: nn.Module, activation: Activation) -> None:
     """Hook a model and its backbone, so that each call fixes its choice of adapters at its start."""
-    activation.peft_config = model.__dict__.get(_OF_PEFT)
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
+        activation.of_peft += _adapters_of_peft(module)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, always_call=True)
 
@@ -57,8 +57,13 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         _require_unadapted_head(module)
     if torch.compiler.is_compiling():
         return  # a compiled graph is specialised to its choice
-    if (of_peft := module.__dict__.get(_OF_PEFT)) is not None:
-        _refuse_peft(of_peft, activation)
+    if any(
+        all(one is not known for known in activation.of_peft) for one in _adapters_of_peft(module)
+    ):
+        raise AdapterStateError(
+            "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
+            "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
+        )
     if getattr(module, "_is_replica", False) and activation.has_blocks:
         raise AdapterStateError(
             "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
@@ -71,13 +76,11 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         activation.begin(module, of_pass, sys._getframe(1))
 
 
-def _refuse_peft(config: Any, activation: Activation) -> None:
-    """Reject a pass of a model on which PEFT has put an adapter after lorakit."""
-    if config is not activation.peft_config:
-        raise AdapterStateError(
-            "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
-            "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
-        )
+def _adapters_of_peft(module: nn.Module) -> list[Any]:
+    """Return the configurations of PEFT's adapters that a model has."""
+    configs = module.__dict__.get(_OF_PEFT)
+    of_each = configs.values() if isinstance(configs, dict) else ()
+    return [config for config in of_each if hasattr(config, "peft_type")]
 
 
 def _require_unadapted_head(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lorakit.adapters.state_loading import CHANGED
 from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
+from lorakit.formatting import listed
 from lorakit.models.layers import ADAPTERS, packs_numbers
 from lorakit.models.packed import packed_layers
 from lorakit.models.parameter_swaps import MARK
@@ -44,6 +46,10 @@ from lorakit.models.quantised import QuantisedWeight, unmarked
 from lorakit.models.tree import is_of_adapter, parents, submodule, without_wrappers
 
 _LOG = logging.getLogger(__name__)
+
+
+_IS_MERGED: ContextVar[bool] = ContextVar("is_merged", default=False)
+"""Whether the running `save_pretrained` of another library has read merged weights."""
 
 
 def save_pretrained(
@@ -68,6 +74,7 @@ def save_pretrained(
     if not isinstance(model, PreTrainedModel):
         with _state_dict_is_merged(model):
             return own(save_directory, *args, **kwargs)
+    _IS_MERGED.set(True)
     require_unsharded(model)
     missing = _what_is_missing(model)
     if kwargs.get("push_to_hub"):
@@ -93,7 +100,12 @@ def save_pretrained(
 
 @contextlib.contextmanager
 def _state_dict_is_merged(model: nn.Module) -> Iterator[None]:
-    """Let `model.state_dict()` return merged weights, for a `save_pretrained` that takes no state dict."""
+    """Let `model.state_dict()` return merged weights, for a `save_pretrained` that takes no state dict.
+
+    Raises:
+        AdapterStateError: An adapter or a tie would be lost; or the block has not called `model.state_dict()`, nor the
+            `save_pretrained` of a part.
+    """
 
     def merge(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
         require_unsharded(model)
@@ -102,13 +114,27 @@ def _state_dict_is_merged(model: nn.Module) -> Iterator[None]:
                 f"The saved folder would load without the adapter: {missing}. Call adapters.save() instead."
             )
         merged = adapted_state_dict(model, dict(state))
+        for names in tied_names(model):
+            tied = [merged[name] for name in names if name in merged]
+            if not all(tensor.equal(tied[0]) for tensor in tied):
+                raise AdapterStateError(
+                    f"The adapter changes one of the tied weights {listed(names, 3)}, and a model loaded from the "
+                    "saved folder would tie them again. Call adapters.save() instead."
+                )
+        _IS_MERGED.set(True)
         state.clear()
         state.update(merged)
 
-    hook = model.register_state_dict_post_hook(merge)
+    hook, before = model.register_state_dict_post_hook(merge), _IS_MERGED.set(False)
     try:
         yield
+        if not _IS_MERGED.get():
+            raise AdapterStateError(
+                f"save_pretrained() of {type(model).__name__} does not write model.state_dict(), so the folder lacks "
+                "the adapter. Delete it, and call merge(keep_base=False) before save_pretrained()."
+            )
     finally:
+        _IS_MERGED.reset(before)
         hook.remove()
 
 

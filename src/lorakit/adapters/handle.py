@@ -288,12 +288,20 @@ class Adapters:
             merged = self._activation.merged
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-            merging.unmerge(self.model)
-            self._report_replaced(merged.names)
-            self._activation.forbid_recomputation("unmerged")
-            self._set_active(merged)
-            # Last, so that another unmerge completes one that was interrupted.
-            self._activation.merged = None
+            try:
+                self._unmerge(merged)
+            except (
+                BaseException
+            ):  # an interrupt between two layers: neither result would be computed
+                self._unmerge(merged)
+                raise
+
+    def _unmerge(self, merged: Choice) -> None:
+        merging.unmerge(self.model)
+        self._report_replaced(merged.names)
+        self._activation.forbid_recomputation("unmerged")
+        self._set_active(merged)
+        self._activation.merged = None  # last: `unmerge` needs it to complete what was interrupted
 
     def remove(self, name: str) -> None:
         """Remove one adapter from the model; removing the last one is a `detach`, except on a server.

@@ -44,10 +44,10 @@ def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
     setattr(model, REQUIRED_GRADIENT, gradient_flags(model))
     # A class may have a `generate` that does not call that of transformers (MusicGen).
     replace_in_owner(type(model), generation.generate)
-    if not isinstance(model, PreTrainedModel):  # one of diffusers, for example
+    if not isinstance(model, PreTrainedModel):
         replace_in_owner(type(model), export.save_pretrained)
-        replace_in_owner(type(model), refused_methods.add_adapter)
-        replace_in_owner(type(model), refused_methods.fuse_qkv_projections)
+        for method in (refused_methods.add_adapter, refused_methods.fuse_qkv_projections):
+            replace_in_owner(type(model), method, library="diffusers")
     watch(model, activation)
     record_statistics(model)
     guard_loading(model)

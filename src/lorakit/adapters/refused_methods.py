@@ -15,15 +15,15 @@ from lorakit.errors import AdapterStateError
 
 def add_adapter(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """Reject a new adapter of PEFT."""
-    _refuse_peft("add_adapter", "lorakit.attach(model, lorakit.LoRA(...), name=...)")
+    _refuse("add_adapter", "lorakit.attach(model, lorakit.LoRA(...), name=...)")
 
 
 def load_adapter(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """Reject an adapter that PEFT would load."""
-    _refuse_peft("load_adapter", "lorakit.load(model, FOLDER, name=...)")
+    _refuse("load_adapter", "lorakit.load(model, FOLDER, name=...)")
 
 
-def _refuse_peft(method: str, instead: str) -> None:
+def _refuse(method: str, instead: str) -> None:
     raise AdapterStateError(
         f"The model has adapters of lorakit, and {method}() would wrap its layers for PEFT, so that adapters of both "
         f"act. Call {instead}, or detach() first."

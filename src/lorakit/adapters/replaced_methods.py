@@ -28,10 +28,13 @@ def replace_methods(kind: type, *functions: Callable[..., Any]) -> None:
             setattr(kind, function.__name__, _replaced(own, function))
 
 
-def replace_in_owner(kind: type, function: Callable[..., Any]) -> None:
-    """Call `replace_methods` for the class from which `kind` has the method of the function's name, if it has one."""
+def replace_in_owner(kind: type, function: Callable[..., Any], library: str = "") -> None:
+    """Call `replace_methods` for the class from which `kind` has the method of the function's name.
+
+    Does nothing if `kind` has no such method, or not from `library`.
+    """
     owner = next((one for one in kind.__mro__ if function.__name__ in vars(one)), None)
-    if owner is not None:
+    if owner is not None and owner.__module__.startswith(library):
         replace_methods(owner, function)
 
 
