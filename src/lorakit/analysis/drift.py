@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.compute.adapted import ADAPTER, open_adapted
 from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import collator, context_length
@@ -224,7 +224,7 @@ def _predictions(base: Base, examples: Sequence[LanguageExample]) -> list[Tensor
 
 def _compare(base: Base, pieces: Sequence[list[int]]) -> Iterator[tuple[PieceDrift, list[float]]]:
     """Yield the drift of each piece, and the summed losses of the base and the adapted model."""
-    tokenizer, handle = base.text_tokenizer, handle_of(base.model)
+    tokenizer, handle = base.text_tokenizer, own_handle(base.model)
     assert handle is not None
     # With an empty prompt, the adapter's virtual tokens precede the whole text.
     examples = [

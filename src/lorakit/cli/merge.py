@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
-    from lorakit.adapters import handle_of
+    from lorakit.adapters import own_handle
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge
@@ -79,7 +79,7 @@ def run(argv: Sequence[str]) -> None:
             f"'{output}' is the base of the merge, and overwriting would delete it. Choose another folder."
         )
     model, tokenizer = base.model, base.text_tokenizer
-    handle = handle_of(model)
+    handle = own_handle(model)
     assert handle is not None
     handle.require_mergeable()  # fail before the first forward pass
 

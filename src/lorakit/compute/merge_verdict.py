@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
@@ -88,7 +88,7 @@ def _merged_weights(
 
     A new head is not included: the difference from its random start would hide that of all others.
     """
-    handle = handle_of(adapted.model)
+    handle = own_handle(adapted.model)
     assert handle is not None
     yield from handle.merged_weights()
     for name, base in base_parameters(adapted.model):

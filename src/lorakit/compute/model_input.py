@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LabelledExample, LanguageExample
@@ -23,7 +23,7 @@ E = TypeVar("E", bound=Example)
 
 def virtual_tokens_of(model: PreTrainedModel) -> VirtualTokens:
     """Return the virtual tokens that the active adapter adds to each sequence; most methods add none."""
-    handle = handle_of(model)
+    handle = own_handle(model)
     return VirtualTokens() if handle is None else handle.virtual_tokens
 
 

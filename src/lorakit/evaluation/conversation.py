@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.adapters.loading import default_name
 from lorakit.compute.adapted import add_adapter
 from lorakit.compute.adapter_file import AdapterFile
@@ -73,7 +73,7 @@ class Conversation:
 
     def choose(self, name: str | None) -> None:
         """Activate a loaded adapter; None for the base alone."""
-        handle = handle_of(self.base.model)
+        handle = own_handle(self.base.model)
         if handle is not None:
             handle.activate(name)
         self.adapter = name

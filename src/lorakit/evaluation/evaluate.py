@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit import storage
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.compute.adapted import base_of, open_adapted, tokenizer_of_adapted
 from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context, is_encoder_decoder
@@ -141,7 +141,7 @@ def evaluate_adapter(
             counted(len(result.outputs), "answer"),
         )
     if config.compare and adapter is not None and task.generates:
-        handle = handle_of(base.model)
+        handle = own_handle(base.model)
         assert handle is not None
         handle.activate(None)
         compared = score(progress=lambda what, *counts: progress(f"{what} by the base", *counts))

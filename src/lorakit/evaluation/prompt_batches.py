@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.compute.agreement import largest_rounding, relative_difference
 from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating
@@ -85,7 +85,7 @@ def _trial(model: PreTrainedModel) -> BatchRule:
         rows = zip(found, expected, strict=True)
         return all(relative_difference(*row) <= largest for row in rows)
 
-    handle, rounding = handle_of(model), _rounding(model)
+    handle, rounding = own_handle(model), _rounding(model)
     base = nullcontext() if handle is None or handle.merged else handle.disabled()
     try:
         with base, evaluating(model):

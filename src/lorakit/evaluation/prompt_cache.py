@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.tasks.language_modelling import common_length
 
 ARGUMENT = ALL_CACHE_NAMES[0]
@@ -44,7 +44,7 @@ class PromptCache:
         """
         values, known, adapters = self._values, self._ids, self._adapters
         self._clear()
-        handle = handle_of(model)
+        handle = own_handle(model)
         self._adapters = {} if handle is None else handle.active
         new = empty_cache(model)
         if new is None or any(type(layer) is not DynamicLayer for layer in new.layers):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.models.heads import output_embeddings
@@ -270,7 +270,7 @@ class ContinuousEngine(ThreadedEngine):
         """Return the scores after the last token of each request (N, V)."""
         parts = [Part(r.tokens[r.past : r.past + r.count], r.past, r.pages) for r in batch]
         step = Step(self._storage, parts, self.model.device)
-        handle = handle_of(self.model)
+        handle = own_handle(self.model)
         spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
         choosing = nullcontext() if handle is None else handle.per_token(spans, unchanged=True)
         with choosing:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import handle_of
+from lorakit.adapters import own_handle
 from lorakit.adapters.choice import AdapterChoice, Blend
 from lorakit.compute.batching import require_embeddings
 from lorakit.compute.memory import forget_tensors, free_memory
@@ -293,7 +293,7 @@ class ThreadedEngine(ABC):
 
     def _by_row(self, leases: Sequence[Lease]) -> AbstractContextManager[None]:
         """Use the adapters of a lease for each row of a batch, for the length of a `with` block."""
-        handle = handle_of(self.model)
+        handle = own_handle(self.model)
         if handle is None:  # no adapter was ever loaded
             return nullcontext()
         return handle.per_sample([choice_of(lease.blend) for lease in leases])
