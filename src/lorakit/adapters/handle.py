@@ -290,10 +290,8 @@ class Adapters:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
             try:
                 self._unmerge(merged)
-            except (
-                BaseException
-            ):  # an interrupt between two layers: neither result would be computed
-                self._unmerge(merged)
+            except BaseException:
+                self._unmerge(merged)  # half of the layers would be merged
                 raise
 
     def _unmerge(self, merged: Choice) -> None:
