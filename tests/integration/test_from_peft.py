@@ -113,7 +113,7 @@ def test_several_adapters_keep_their_names_and_the_active_one() -> None:
 
 
 def test_what_cannot_be_taken_over() -> None:
-    with pytest.raises(AdapterStateError, match="no PEFT adapter"):
+    with pytest.raises(AdapterStateError, match="is no PeftModel with an adapter"):
         lorakit.from_peft(tiny_models.build("llama"))
     config = peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]

@@ -1,7 +1,7 @@
 """The adapters of a model: attach, activate, merge, save, load, detach."""
 
 from lorakit.adapters.attach import attach
-from lorakit.adapters.handle import Adapters, handle_of, own_handle
+from lorakit.adapters.handle import Adapters, handle_of
 from lorakit.adapters.loading import load
 from lorakit.adapters.peft_model import from_peft
 from lorakit.adapters.summary import Counts, Summary, count_parameters
@@ -15,5 +15,4 @@ __all__ = [
     "from_peft",
     "handle_of",
     "load",
-    "own_handle",
 ]

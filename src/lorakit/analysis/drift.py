@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.compute.adapted import ADAPTER, open_adapted
 from lorakit.compute.adapter_file import AdapterFile
 from lorakit.compute.batching import collator, context_length

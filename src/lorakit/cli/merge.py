@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> None:
     from transformers import PreTrainedModel
     from transformers.utils import logging
 
-    from lorakit.adapters import own_handle
+    from lorakit.adapters.handle import own_handle
     from lorakit.compute.adapted import open_adapted
     from lorakit.compute.adapter_file import AdapterFile, recorded_task
     from lorakit.compute.merge_verdict import judge_merge

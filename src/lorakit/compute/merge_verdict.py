@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.adapters import own_handle
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.handle import own_handle
 from lorakit.adapters.installed import base_parameters
 from lorakit.compute.agreement import Agreement, agreement, logits_of_prompts
 from lorakit.formatting import percentage

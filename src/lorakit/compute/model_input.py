@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.methods.virtual_tokens import VirtualTokens
 from lorakit.models.loading import Base
 from lorakit.tasks import Example, LabelledExample, LanguageExample

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.adapters.loading import default_name
 from lorakit.compute.adapted import add_adapter
 from lorakit.compute.adapter_file import AdapterFile

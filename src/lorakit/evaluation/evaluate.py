@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit import storage
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.compute.adapted import base_of, open_adapted, tokenizer_of_adapted
 from lorakit.compute.adapter_file import AdapterFile, as_recorded, recorded_task
 from lorakit.compute.base import check_context, is_encoder_decoder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.compute.agreement import largest_rounding, relative_difference
 from lorakit.compute.batching import context_length
 from lorakit.compute.mode import evaluating

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.tasks.language_modelling import common_length
 
 ARGUMENT = ALL_CACHE_NAMES[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import own_handle
+from lorakit.adapters.handle import own_handle
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.models.heads import output_embeddings

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters import own_handle
 from lorakit.adapters.choice import AdapterChoice, Blend
+from lorakit.adapters.handle import own_handle
 from lorakit.compute.batching import require_embeddings
 from lorakit.compute.memory import forget_tensors, free_memory
 from lorakit.compute.mode import evaluating
