@@ -163,9 +163,10 @@ def test_what_peft_left_on_the_base_is_no_adapter() -> None:
     model = peft.get_peft_model(tiny_models.build("llama"), OPTIONS).unload()
     model.peft_config = {"default": OPTIONS}  # as PEFT 0.18 leaves it
     attach(model, LoRA(rank=2))
-    logits(model)
+    base = logits(tiny_models.build("llama"))
+    assert torch.equal(logits(model), base)  # B is zero
     handle = from_peft(peft.get_peft_model(tiny_models.build("llama"), OPTIONS))
-    logits(handle.model)
+    assert torch.equal(logits(handle.model), base)
 
 
 # --- wrappers -------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ from lorakit.models.tree import is_of_adapter, parents, submodule, without_wrapp
 
 _LOG = logging.getLogger(__name__)
 
-
 _IS_MERGED: ContextVar[bool] = ContextVar("is_merged", default=False)
 """Whether the running `save_pretrained` of another library has read merged weights."""
 

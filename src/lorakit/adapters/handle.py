@@ -288,17 +288,18 @@ class Adapters:
             merged = self._activation.merged
             if merged is None:
                 raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
+            self._activation.forbid_recomputation("unmerged")
             try:
-                self._unmerge(merged)
+                self._undo_merge(merged)
             except BaseException:
-                self._unmerge(merged)  # half of the layers would be merged
+                self._undo_merge(merged)  # half of the layers would be merged
                 raise
+            self._report_replaced(merged.names)
 
-    def _unmerge(self, merged: Choice) -> None:
+    def _undo_merge(self, active: Choice) -> None:
+        """Restore the base's weights, also those of half a merge, and activate adapters."""
         merging.unmerge(self.model)
-        self._report_replaced(merged.names)
-        self._activation.forbid_recomputation("unmerged")
-        self._set_active(merged)
+        self._set_active(active)
         self._activation.merged = None  # last: `unmerge` needs it to complete what was interrupted
 
     def remove(self, name: str) -> None:
@@ -456,9 +457,7 @@ class Adapters:
                 yield
             except BaseException:
                 if self._installed:  # a merge that stops between two layers has removed them
-                    merging.unmerge(self.model)
-                    self._activation.merged = None
-                    self._set_active(before)
+                    self._undo_merge(before)
                 raise
 
     def add(

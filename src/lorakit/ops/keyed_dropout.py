@@ -25,7 +25,7 @@ def keyed(keys: Keys) -> Iterator[None]:
     by these names. A mode (`torch.overrides`) would reach them too, but costs a microsecond for every operation.
 
     Raises:
-        LorakitError: Another thread trains.
+        LorakitError: Another thread trains or plans.
     """
     with in_one_thread():
         # Other code may have replaced the functions too.

@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> RunResult:
 
     Raises:
         LorakitError: The settings, the data, the base model or the folder are invalid, the loss diverges, or another
-            thread of this process trains.
+            thread of this process trains or plans.
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C), or SIGTERM or SIGHUP (a closed terminal), and
             has written a checkpoint.
     """

@@ -45,7 +45,7 @@ def own_generators(seed: int, device: torch.device) -> Iterator[None]:
     These are the global generators of Python, NumPy, PyTorch's CPU and `device`.
 
     Raises:
-        LorakitError: Another thread of the process trains.
+        LorakitError: Another thread of the process trains or plans.
     """
     with in_one_thread():
         of_python, of_numpy = random.getstate(), np.random.get_state()
