@@ -22,7 +22,6 @@ METHOD = LoRA(rank=2, alpha=3, targets=("attention.q", "mlp.down"))
 # Dynamo of torch 2.13 instantiates every custom autograd function that it traces.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",  # inductor's own imports
 )
 
 

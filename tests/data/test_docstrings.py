@@ -24,7 +24,7 @@ def every_row(splits):
 
 @pytest.mark.slow
 def test_there_is_enough_to_train_and_to_score_on(splits):
-    assert len(splits["train"]) > 2000
+    assert len(splits["train"]) > 1500  # 600 more where Python has tkinter
     assert len(splits["validation"]) > 300
     assert len(splits["test"]) > 300
 

@@ -23,10 +23,6 @@ from lorakit.ops.rms_norm import rms_norm
 from lorakit.ops.rows import put_rows, take_rows
 from lorakit.ops.silu_product import silu_product
 
-pytestmark = pytest.mark.filterwarnings(  # torch's own, when forward mode is first used
-    "ignore:`torch.jit.script` is:DeprecationWarning"
-)
-
 A, B = torch.randn(2, 8), torch.randn(8, 2)
 AT = torch.tensor([2, 0])
 

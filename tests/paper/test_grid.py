@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -496,7 +497,7 @@ def test_a_grid_continues_from_its_log_on_another_machine(
     assert record["curve"][-1]["accuracy"] == record["held_out"]["accuracy"]
     assert record["curve"][-1]["training loss"] > 0
     assert {"base model", "train data"} <= record["inputs"].keys()
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     assert record["processor_seconds"] > 0
 
     monkeypatch.setattr(runs_module, "train", lambda config: pytest.fail("trained again"))

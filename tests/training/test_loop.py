@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_run_learns_and_leaves_what_is_documented(tmp_path: Path, base: str) -
     assert [s["step"] for s in samples] == [0] * 3 + [9] * 3 + [18] * 3
     assert set(samples[0]) == {"step", "prompt", "output", "references", "special_tokens"}
     session = json.loads((run / "environment.json").read_text())["sessions"][0]
-    assert session["versions"]["torch"] == torch.__version__
+    assert session["versions"]["torch"] == version("torch")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000015", "step-000018"]
     for folder in ("adapter", "best"):
         files = {entry.name for entry in (run / folder).iterdir()}
@@ -654,7 +655,6 @@ def test_other_starts_and_dora_train_as_well(tmp_path: Path, base: str, init) ->
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # dynamo inspects its inputs
 )
 def test_a_compiled_run_trains_the_same_weights(tmp_path: Path, monkeypatch) -> None:

@@ -58,7 +58,6 @@ def test_the_probe_is_undone(probed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("arch", "dtype", "settings"),
     [
