@@ -208,6 +208,7 @@ def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> Non
     assert_same(step(nested=True), step(nested=False))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch 2.8
 @pytest.mark.parametrize("choice", ["b", None])
 @pytest.mark.parametrize("gradients_on", [False, True])
 def test_a_pass_without_a_backward_leaves_no_trace(choice: str | None, gradients_on: bool) -> None:

@@ -173,6 +173,8 @@ def test_a_master_of_the_head_gets_its_gradient_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         objective = confirm_loss_path(model, batch)
         assert objective.path == "fused"
+    # As a step: the autocast of torch 2.8 goes on with the copies of a pass without gradients.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, plain = objective.loss_sum(model, batch), plain_loss(model, batch)
     torch.testing.assert_close(ours, plain, rtol=2e-2, atol=0)
     parameters = adapters.trainable_parameters()

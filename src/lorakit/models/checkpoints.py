@@ -12,7 +12,7 @@ recomputation in the backward pass. `tests/models/test_checkpoints.py` fails fir
 - `torch._C._autograd._top_saved_tensors_default_hooks`, `_push_...` and `_pop_saved_tensors_default_hooks`,
   `torch._C._is_fwd_grad_enabled` and `torch._C._current_graph_task_id`.
 
-Tested with PyTorch 2.13.
+Tested with PyTorch 2.13 and 2.15.
 """
 
 from __future__ import annotations

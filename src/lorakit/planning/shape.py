@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations import moe
 
 from lorakit.methods.lora import layer as lora_layer
 from lorakit.models.base_config import BaseConfig
@@ -73,8 +73,7 @@ def planning(fake: FakeTensorMode, device: torch.device = _CPU) -> Iterator[None
             patches.enter_context(uncached)
             large = mock.patch.object(lora_layer, "_CHUNK", lora_layer._LARGE_CHUNK)
             patches.enter_context(large)
-        if _grouped_products is not None:
-            patches.enter_context(mock.patch.object(F, "grouped_mm", _one_product))
+        patches.enter_context(mock.patch.object(moe, "_grouped_mm", _one_product))
         yield
 
 
@@ -172,17 +171,16 @@ class _DequantisedWeight:
             output.grad_fn.register_hook(lambda *_: setattr(cls, "weight", None))
 
 
-_grouped_products = getattr(F, "grouped_mm", None)  # since torch 2.10
+_grouped_products = moe._grouped_mm
 
 
-def _one_product(tokens: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Multiply all tokens (n, in) by the first expert's weights.
+def _one_product(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Multiply all tokens (n, in) by the first expert's weight.
 
     This costs the same work and memory as the grouped product, whose fake kernel supports bfloat16 only and whose work
     is not counted.
     """
-    if not isinstance(tokens, FakeTensor):  # a real model, in another thread
-        assert _grouped_products is not None
-        return _grouped_products(tokens, weights, *args, **kwargs)
-    with no_autocast(tokens):
-        return tokens @ weights[0]
+    if not isinstance(input, FakeTensor):  # a real model, in another thread
+        return _grouped_products(input, weight, offs)
+    with no_autocast(input):
+        return input.to(weight.dtype) @ weight[0]
