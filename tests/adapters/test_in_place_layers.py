@@ -154,7 +154,10 @@ def test_relu_in_place_in_a_compiled_model(shape: tuple[int, ...]) -> None:
 # --- tracing ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a size of W in a Python expression
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit",
+    "ignore::torch.jit.TracerWarning",  # a size of W in a Python expression
+)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("layer", [nn.Linear(8, 8), Conv1D(8, 8), nn.Conv1d(8, 8, 1)], ids=repr)
 def test_a_traced_model(layer: nn.Module, dora: bool) -> None:

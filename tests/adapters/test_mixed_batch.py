@@ -65,7 +65,7 @@ def export(model: nn.Module, x: Tensor) -> None:
         pytest.param(export, id="export"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_a_batch_of_unknown_size_is_an_error(convert) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     adapters = adapted(model, ("0",))

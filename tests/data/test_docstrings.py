@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 import sysconfig
+from importlib.util import find_spec
 
 import pytest
 
@@ -24,7 +25,8 @@ def every_row(splits):
 
 @pytest.mark.slow
 def test_there_is_enough_to_train_and_to_score_on(splits):
-    assert len(splits["train"]) > 1500  # 600 more where Python has tkinter
+    # Some systems leave out tkinter, which has about 600.
+    assert len(splits["train"]) > (2000 if find_spec("tkinter") else 1500)
     assert len(splits["validation"]) > 300
     assert len(splits["test"]) > 300
 
