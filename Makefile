@@ -29,7 +29,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz check format bench docs install clean
+.PHONY: help demo test test-fast fuzz check faults format bench docs install clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,12 +46,16 @@ test-fast: $(VENV)/.dev ## Run the tests that are not marked slow
 fuzz: $(VENV)/.dev ## Run damaged files through every reader (10 CPU minutes; ARGS="--reader yaml --seed 1")
 	$(BIN)/python tests/fuzz/fuzz_running.py $(ARGS)
 
-check: $(VENV)/.dev ## Check lint, formatting, types, layers, documentation
+check: $(VENV)/.dev ## Check lint, formatting, types, layers, the budget of code, documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python tools/count.py
 	$(BIN)/mkdocs build --strict --quiet
+
+faults: $(VENV)/.dev ## Plant ten faults in a scratch copy: each must fail a test (ARGS="scaling bias")
+	$(BIN)/python tools/faults.py $(ARGS)
 
 format: $(VENV)/.dev ## Apply lint fixes and formatting
 	$(BIN)/ruff check --fix
