@@ -33,9 +33,9 @@ from lorakit.adapters.installed import (
     require_unsharded,
     unmergeable,
 )
+from lorakit.adapters.merging import MergedLayer, changed_weights
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.state_loading import CHANGED
-from lorakit.adapters.tensor_checks import check_merged
 from lorakit.adapters.ties import separate_names, tied_names, unties
 from lorakit.errors import AdapterStateError
 from lorakit.formatting import listed
@@ -233,12 +233,11 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             )
         blend = adapters.activation.active.blends[0]
         prefix = f"{path}." if path else ""
-        names, has_changed = [name for name, _ in blend], False
-        changed = adapters.weights_changed_by(path, layer, names, packed=True)
-        for attribute in changed:
-            # On a GPU, all merged weights together may not fit beside the base.
-            W, _, merged = adapters.merge_weight(layer, attribute, blend)
-            check_merged(prefix + attribute, merged, W)
+        has_changed = False
+        changed = changed_weights(path, layer, adapters, blend, packed=True)
+        # On a GPU, all merged weights together may not fit beside the base.
+        merged_layer = MergedLayer(path, layer, adapters, changed)
+        for attribute, (W, _, merged) in merged_layer.tensors(blend).items():
             result[prefix + attribute] = merged.cpu()
             # PiSSA's initial factors cancel up to rounding.
             has_changed |= not merged.allclose(W.to(merged.dtype))

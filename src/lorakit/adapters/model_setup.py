@@ -26,7 +26,7 @@ replace_methods(
     *(refused_methods.add_adapter, refused_methods.load_adapter),
 )
 replace_methods(PyTorchModelHubMixin, export.save_pretrained)
-replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
+replace_methods(GenerationMixin, generation.generate)
 
 
 def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:

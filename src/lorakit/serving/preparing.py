@@ -11,9 +11,8 @@ from torch import nn
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.layer_adapters import LayerAdapters, why_not_by_token
 from lorakit.adapters.loading import build_modules, check_base
-from lorakit.adapters.mixed_batch import why_not_by_token
 from lorakit.adapters.row_layout import row_layouts
 from lorakit.compute.adapted import require_new_weights
 from lorakit.errors import AdapterFileError, AdapterStateError
