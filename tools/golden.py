@@ -48,6 +48,9 @@ EXPECTED: dict[str, str] = {
 ROUNDING = 1e-5
 """Largest difference, relative to the largest value of a tensor, that counts as rounding."""
 
+MOST_SHOWN = 10
+"""Most differences of a case that are printed."""
+
 _QUIET = {
     **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"},
@@ -76,11 +79,12 @@ def main() -> int:
     if len(folders) != needed:
         parser.error(f"{arguments.action} takes {needed} folders, not {len(folders)}.")
     if arguments.action == "record":
+        prepare_cache()
         return record(folders[0], only)
     if arguments.action == "compare":
         return compare(*folders, only)
     baseline, present = CACHE / "baseline", CACHE / "present"
-    prepare_baseline()
+    prepare_cache()
     if record_with(CACHE / "tree" / "src", baseline, only, keep=True):
         print("The baseline could not be recorded.", file=sys.stderr)
         return 1
@@ -88,7 +92,7 @@ def main() -> int:
     return compare(baseline, present, only) or failed
 
 
-def prepare_baseline() -> None:
+def prepare_cache() -> None:
     """Empty the cache unless it was made by this tool, from this commit, with these libraries and processor."""
     commit = (TOOLS / "baseline").read_text(encoding="utf-8").strip()
     libraries = [f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "peft")]
@@ -102,7 +106,7 @@ def prepare_baseline() -> None:
     tree = CACHE / "tree"
     tree.mkdir(parents=True)
     archive = subprocess.run(
-        ["git", "archive", commit, "src"], cwd=ROOT, check=True, capture_output=True
+        ["git", "archive", commit, "src"], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
     subprocess.run(["tar", "-x"], cwd=tree, input=archive.stdout, check=True)
     file.write_text(key, encoding="utf-8")
@@ -133,7 +137,11 @@ def record(folder: Path, only: Sequence[str]) -> int:
 
     import lorakit
 
-    print(f"recording {Path(lorakit.__file__).parent} in {folder}")
+    source = Path(lorakit.__file__).parents[1]
+    if source != Path(os.environ.get("PYTHONPATH") or source).resolve():
+        print(f"Python imports lorakit from {source}, not from PYTHONPATH.", file=sys.stderr)
+        return 1
+    print(f"recording {source} in {folder}")
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     inputs = CACHE / "inputs"
@@ -183,12 +191,17 @@ def compare(first: Path, second: Path, only: Sequence[str]) -> int:
         }
     )
     counts: Counter[str] = Counter()
+    cases_of: dict[tuple[str, str], list[str]] = {}  # the same difference may be in many
     for name in filter(lambda name: is_selected(name, only), names):
         found = list(differences(name, first, second))
-        worst = max((kind for kind, _ in found), key=_ORDER.index, default=EQUAL)
-        counts[worst] += 1
-        for kind, text in found:
-            print(f"{kind:<9} {name}:{text}")
+        counts[max((kind for kind, _ in found), key=_ORDER.index, default=EQUAL)] += 1
+        if len(found) > MOST_SHOWN:
+            found[MOST_SHOWN:] = [(found[-1][0], f"{len(found) - MOST_SHOWN} more differences")]
+        for difference in found:
+            cases_of.setdefault(difference, []).append(name)
+    for (kind, text), cases in cases_of.items():
+        more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
+        print(f"{kind:<9} {', '.join(cases[:3])}{more}: {text}")
     print(", ".join(f"{counts[kind]} {kind}" for kind in _ORDER if counts[kind]) or "no cases")
     return int(counts[DIFFERENT] > 0 or not counts)
 
@@ -202,14 +215,22 @@ def is_selected(name: str, only: Sequence[str]) -> bool:
 
 
 def differences(name: str, first: Path, second: Path) -> Iterator[tuple[str, str]]:
-    """Yield the kind and a description of each difference in a case."""
+    """Yield the kind and a description of each difference in a case; one for all rounding, one for each reason."""
+    reasons: set[str] = set()
+    rounded: list[float] = []
     for path, one, other in _leaves(_read(first, name), _read(second, name)):
-        kind, size = _kind(path, one, other)
-        if kind == EQUAL:
-            continue
-        if kind == DIFFERENT and any(fnmatchcase(f"{name}:{path}", p) for p in EXPECTED):
-            kind = INTENDED
-        yield kind, f"{path} {size or f'{_shown(one)} -> {_shown(other)}'}"
+        kind, distance = _kind(path, one, other)
+        expected = [EXPECTED[p] for p in EXPECTED if fnmatchcase(f"{name}:{path}", p)]
+        if kind == ROUNDED:
+            rounded.append(distance)
+        elif kind == DIFFERENT and expected:
+            reasons.add(expected[0])
+        elif kind != EQUAL:
+            size = f", by {distance:.1e} of the largest value" if distance else ""
+            yield kind, f"{path} {_shown(one)} -> {_shown(other)}{size}"
+    if rounded:
+        yield ROUNDED, f"{len(rounded)} numbers or tensors, by at most {max(rounded):.1e}"
+    yield from ((INTENDED, reason) for reason in sorted(reasons))
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -239,24 +260,23 @@ def _leaves(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, An
         yield path, one, other
 
 
-def _kind(path: str, one: Any, other: Any) -> tuple[str, str]:
-    """Return the kind of difference between two leaves, and the size of a difference between numbers."""
+def _kind(path: str, one: Any, other: Any) -> tuple[str, float]:
+    """Return the kind of difference between two leaves, and that of numbers relative to the largest one."""
     import torch
 
     if path.split(".")[0] == "message":
-        return (EQUAL if one == other else MESSAGE), ""
+        return (EQUAL if one == other else MESSAGE), 0
     if isinstance(one, float) and isinstance(other, float):
         one, other = torch.tensor(one).double(), torch.tensor(other).double()
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        is_equal = type(one) is type(other) and not isinstance(one, torch.Tensor) and one == other
-        return (EQUAL if is_equal else DIFFERENT), ""
+        is_equal = type(one) is type(other) and one == other
+        return (EQUAL if is_equal else DIFFERENT), 0
     if one.shape != other.shape or one.dtype != other.dtype:
-        return DIFFERENT, ""
+        return DIFFERENT, 0
     if torch.equal(one, other):
-        return EQUAL, ""
-    distance = (one.double() - other.double()).abs().max() / one.double().abs().max()
-    size = f"differs by {distance:.1e} of its largest value"
-    return (ROUNDED if distance <= ROUNDING else DIFFERENT), size
+        return EQUAL, 0
+    distance = float((one.double() - other.double()).abs().max() / one.double().abs().max())
+    return (ROUNDED if distance <= ROUNDING else DIFFERENT), distance
 
 
 def _shown(value: Any) -> str:

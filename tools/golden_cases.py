@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import io
 import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import (
+    ExitStack,
+    closing,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +37,11 @@ from safetensors.torch import load_file
 
 import lorakit
 from lorakit.cli import main
+
+_TIMES = ("seconds", "tokens_per_second", "peak_memory", "time", "memory")
+"""Fields of metrics.jsonl that depend on the machine."""
+_OF_HISTORY = ("created", "loaded", "digest", "cached_tokens")
+"""Fields of answers that depend on the time, or on the requests before."""
 
 Tensors = dict[str, torch.Tensor]
 Case = Callable[[Path], tuple[dict[str, Any], Tensors]]
@@ -49,26 +76,39 @@ RUNS: dict[str, dict[str, Any]] = {
 MERGED = ("lora", "dora", "pissa", "fused", "classifier")
 """The runs whose adapter is merged as well."""
 
-_TIMES = ("seconds", "tokens_per_second", "peak_memory", "time", "memory")
+PARSERS = ("lorakit.cli.parsing:build",)
+"""Functions whose result is the configuration of a command line, as MODULE:NAME; those that exist are intercepted."""
 
 
 @contextmanager
 def cases(inputs: Path) -> Iterator[dict[str, Case]]:
     """Yield all cases by name."""
 
-    def run_case(name: str) -> Case:
-        return lambda scratch: _run(inputs, scratch, name)
+    commands = _read_table("golden_commands.yaml")
+    servers = _read_table("golden_requests.yaml")
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as temporary:
 
-    def peft_case(name: str) -> Case:
-        return lambda scratch: _peft(inputs, scratch, name)
+        @functools.cache
+        def address(server: str) -> str:
+            return stack.enter_context(_serving(inputs, Path(temporary), server))
 
-    yield {
-        **{f"runs/{name}": run_case(name) for name in RUNS},
-        **{f"peft/{name}": peft_case(name) for name in PEFT_FOLDERS},
-    }
+        yield {
+            **{f"runs/{name}": partial(_run, inputs, name) for name in RUNS},
+            **{f"peft/{name}": partial(_peft, inputs, name) for name in PEFT_FOLDERS},
+            **{f"commands/{n}": partial(_command, inputs, line) for n, line in commands.items()},
+            **{
+                f"requests/{name}": partial(_requests, partial(address, server), request)
+                for server, requests in servers.items()
+                for name, request in requests.items()
+            },
+        }
 
 
-def _run(inputs: Path, scratch: Path, name: str) -> tuple[dict[str, Any], Tensors]:
+def _read_table(name: str) -> dict[str, Any]:
+    return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def _run(inputs: Path, name: str, scratch: Path) -> tuple[dict[str, Any], Tensors]:
     """Train a few steps, score the adapter, and merge some."""
     folder = scratch / "run"
     data = RUNS[name]["data"]
@@ -143,7 +183,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in _TIMES} for row in rows]
 
 
-def _peft(inputs: Path, scratch: Path, name: str) -> tuple[dict[str, Any], Tensors]:
+def _peft(inputs: Path, name: str, scratch: Path) -> tuple[dict[str, Any], Tensors]:
     """Load a PEFT folder, merge and unmerge it, save it again, and take it off."""
     base, _ = PEFT_FOLDERS[name]
     model, ids = load_model(inputs / base), example_ids()
@@ -179,3 +219,159 @@ def _named_tensors(folders: dict[str, Path]) -> Tensors:
         for path in sorted(folder.glob("*.safetensors"))
         for key, tensor in load_file(path).items()
     }
+
+
+class _Parsed(BaseException):
+    """Ends a command once its configuration is known. No command catches it, as it is no `Exception`."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+@contextmanager
+def _intercepted_parsers() -> Iterator[None]:
+    """Let the functions of `PARSERS` raise `_Parsed` with what they return."""
+    patches = []
+    for location in PARSERS:
+        module, name = location.split(":")
+        with suppress(ImportError):
+            home = importlib.import_module(module)
+            patches.append((home, name, getattr(home, name)))
+    assert patches, f"none of {PARSERS} exists; write the name of the present parser there"
+
+    def parsing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def parse(*arguments: Any, **options: Any) -> Any:
+            raise _Parsed(original(*arguments, **options))
+
+        return parse
+
+    for home, name, original in patches:
+        setattr(home, name, parsing(original))
+    try:
+        yield
+    finally:
+        for home, name, original in patches:
+            setattr(home, name, original)
+
+
+def _command(inputs: Path, line: str, scratch: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return the configuration that a command line gives, or its exit status, with what it prints."""
+    values: dict[str, Any] = {}
+    printed = io.StringIO()
+    before = Path.cwd()
+    os.chdir(inputs / "commands")
+    try:
+        with _intercepted_parsers(), redirect_stdout(printed), redirect_stderr(printed):
+            values["status"] = main(shlex.split(line))
+    except _Parsed as parsed:
+        values["config"] = dataclasses.asdict(parsed.config)
+    except SystemExit as end:
+        values["status"] = end.code
+    finally:
+        os.chdir(before)
+    return {**values, "message": printed.getvalue().splitlines()}, {}
+
+
+@contextmanager
+def _serving(inputs: Path, scratch: Path, server: str) -> Iterator[str]:
+    """Run a server of adapters; yield its address."""
+    base, adapters = inputs / "llama", inputs / "served"
+    if server == "classes":
+        base, adapters = inputs / "roberta", scratch / "classifiers"
+        lorakit.train(_train_config(inputs, adapters / "run", **RUNS["classifier"]))
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"base.name": base, "base.dtype": "float32", "adapters": adapters, "port": port}
+    options |= {"served_name": "base", "cache_memory": "50MB", "allow_loading": "true"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    address, source = f"http://127.0.0.1:{port}", Path(lorakit.__file__).parents[1]
+    log = scratch / f"{server}.txt"
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorakit", "serve", *words],
+            env={**os.environ, "PYTHONPATH": str(source)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        for _ in range(600):
+            with suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"{address}/health").close()
+                break
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _requests(
+    address: Callable[[], str], request: Any, scratch: Path
+) -> tuple[dict[str, Any], Tensors]:
+    """Return the answers to one request, to several in turn, or to several at once."""
+    url = address()
+    if not isinstance(request, dict):
+        return _answer(url, request), {}
+    if "sequence" in request:
+        answers = [_answer(url, step) for step in request["sequence"]]
+    else:
+        steps = request["parallel"]
+        with concurrent.futures.ThreadPoolExecutor(len(steps)) as threads:
+            answers = list(threads.map(partial(_answer, url), steps))
+    return {"message": [answer.pop("message", None) for answer in answers], "answers": answers}, {}
+
+
+def _answer(address: str, request: str | list[Any]) -> dict[str, Any]:
+    """Send a request; return status, receipt and body, without times."""
+    path, body = (request, None) if isinstance(request, str) else request
+    content = body if body is None or isinstance(body, str) else json.dumps(body)
+    headers = {"content-type": "application/json", "x-request-id": "golden"}
+    data = None if content is None else content.encode()
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(address + path, data, headers))
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        text, kind = answer.read().decode(), answer.headers.get("content-type", "")
+    values: dict[str, Any] = {"status": answer.status, "type": kind}
+    values |= {k: v for k, v in answer.headers.items() if k.startswith("x-lorakit-")}
+    if kind.startswith("text/event-stream"):
+        values["stream"] = _stream(text)
+    elif path == "/metrics":
+        values["metrics"] = [
+            line for line in text.splitlines() if line.startswith("# TYPE lorakit")
+        ]
+    elif kind.startswith("application/json"):
+        values["body"] = _timeless(json.loads(text))
+    if path == "/v1/classify":  # the time of its training is in the digest of the adapter
+        values.pop("x-lorakit-adapter", None)
+        values["body"].pop("system_fingerprint", None)
+    if answer.status >= 400:
+        values["message"] = values["body"]["error"].pop("message")
+    return values
+
+
+def _stream(text: str) -> dict[str, Any]:
+    """Return the text of a stream in one piece, since its pieces depend on time, and what else its events have."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    events = [_timeless(json.loads(line)) for line in lines if line != "[DONE]"]
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = [
+        choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices
+    ]
+    return {
+        "text": "".join(texts),
+        "reasons": [c["finish_reason"] for c in choices if c["finish_reason"]],
+        "usage": [event["usage"] for event in events if event.get("usage")],
+        "fields": sorted({key for event in events for key in event}),
+        "end": lines[-1],
+    }
+
+
+def _timeless(value: Any) -> Any:
+    """Return JSON without what depends on the time, and on the requests before."""
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key not in _OF_HISTORY}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value

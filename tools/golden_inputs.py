@@ -107,6 +107,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def _save_base(folder: Path, family: str, head: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     tokenizer = _tokenizer(is_encoder=family == "Roberta")
     config = getattr(transformers, f"{family}Config")(
         vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=3, **settings
