@@ -17,6 +17,7 @@ apart from other differences, and so are messages, which may change. The exit st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -56,13 +57,10 @@ _QUIET = {
     **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"},
 }
 
-EQUAL, ROUNDED, MESSAGE, INTENDED, DIFFERENT = (
-    "equal",
-    "rounding",
-    "message",
-    "expected",
-    "DIFFERENT",
+EQUAL, MESSAGE, ROUNDED, INTENDED, DIFFERENT = KINDS = (
+    *("equal", "message", "rounding", "expected", "DIFFERENT"),
 )
+"""Kinds of difference, the worst last."""
 
 
 def main() -> int:
@@ -144,40 +142,37 @@ def record(folder: Path, only: Sequence[str]) -> int:
     print(f"recording {source} in {folder}")
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = CACHE / "inputs"
-    failed = False
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+    inputs, failed = CACHE / "inputs", False
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(folder / "log.txt", "a", encoding="utf-8"))
         if not (inputs / "complete").exists():
             shutil.rmtree(inputs, ignore_errors=True)
             with redirect_stdout(log), redirect_stderr(log):
                 build_inputs(inputs)
             (inputs / "complete").touch()
-        with cases(inputs) as found:
-            for name, case in found.items():
-                path = folder / f"{name}.json"
-                if not is_selected(name, only) or path.exists():
-                    continue
-                random.seed(0)
-                torch.manual_seed(0)
-                began = time.monotonic()
-                with tempfile.TemporaryDirectory() as temporary:
-                    scratch = Path(temporary).resolve()
-                    try:
-                        with redirect_stdout(log), redirect_stderr(log):
-                            values, tensors = case(scratch)
-                    except Exception:
-                        print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-                        failed = True
-                        continue
-                text = json.dumps(values, indent=1, default=str, sort_keys=True)
-                for place, label in ((scratch, "<scratch>"), (inputs, "<inputs>")):
-                    text = text.replace(str(place), label)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if tensors:
-                    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                    save_file(contiguous, path.with_suffix(".safetensors"))
-                path.write_text(text, encoding="utf-8")
-                print(f"{time.monotonic() - began:5.1f} s  {name}", flush=True)
+        for name, case in stack.enter_context(cases(inputs)).items():
+            path = folder / f"{name}.json"
+            if not is_selected(name, only) or path.exists():
+                continue
+            began = time.monotonic()
+            random.seed(0)
+            torch.manual_seed(0)
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+            try:
+                with redirect_stdout(log), redirect_stderr(log):
+                    values, tensors = case(scratch)
+            except Exception:
+                print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+                failed = True
+                continue
+            text = json.dumps(values, indent=1, default=str, sort_keys=True)
+            text = text.replace(str(scratch), "<scratch>").replace(str(inputs), "<inputs>")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                save_file(whole, path.with_suffix(".safetensors"))
+            path.write_text(text, encoding="utf-8")
+            print(f"{time.monotonic() - began:5.1f} s  {name}", flush=True)
     return int(failed)
 
 
@@ -194,7 +189,7 @@ def compare(first: Path, second: Path, only: Sequence[str]) -> int:
     cases_of: dict[tuple[str, str], list[str]] = {}  # the same difference may be in many
     for name in filter(lambda name: is_selected(name, only), names):
         found = list(differences(name, first, second))
-        counts[max((kind for kind, _ in found), key=_ORDER.index, default=EQUAL)] += 1
+        counts[max((kind for kind, _ in found), key=KINDS.index, default=EQUAL)] += 1
         if len(found) > MOST_SHOWN:
             found[MOST_SHOWN:] = [(found[-1][0], f"{len(found) - MOST_SHOWN} more differences")]
         for difference in found:
@@ -202,11 +197,8 @@ def compare(first: Path, second: Path, only: Sequence[str]) -> int:
     for (kind, text), cases in cases_of.items():
         more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
         print(f"{kind:<9} {', '.join(cases[:3])}{more}: {text}")
-    print(", ".join(f"{counts[kind]} {kind}" for kind in _ORDER if counts[kind]) or "no cases")
+    print(", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]) or "no cases")
     return int(counts[DIFFERENT] > 0 or not counts)
-
-
-_ORDER = (EQUAL, MESSAGE, ROUNDED, INTENDED, DIFFERENT)
 
 
 def is_selected(name: str, only: Sequence[str]) -> bool:
@@ -280,6 +272,7 @@ def _kind(path: str, one: Any, other: Any) -> tuple[str, float]:
 
 
 def _shown(value: Any) -> str:
+    """Return a value, or the dtype and shape of a tensor."""
     shape = getattr(value, "shape", None)
     return str(value)[:120] if shape is None else f"{value.dtype}{list(shape)}"
 
