@@ -108,6 +108,7 @@ def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> Stored
         layers=layers,
         trained=dict(original.trained),
         base=original.base,
+        layout=original.layout,
         provenance=inherited_provenance(original),
     )
 

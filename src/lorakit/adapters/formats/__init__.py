@@ -3,9 +3,9 @@
 =============== =============================================== ======= =======
 format          files                                           read    written
 =============== =============================================== ======= =======
-lorakit         lorakit.json, and PEFT's or its own tensors     yes     yes
+lorakit         lorakit.json, beside PEFT's files or its own    yes     yes
 PEFT            adapter_config.json, adapter_model.safetensors  yes     yes
-loralib         one file of tensors                             yes     `loralib.write_loralib`
+loralib         one file of tensors                             yes     `write_loralib`
 =============== =============================================== ======= =======
 """
 
@@ -26,10 +26,10 @@ from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
-from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
-from lorakit.adapters.formats.other_tools import hint_of
+from lorakit.adapters.formats.loralib import read_loralib, write_loralib
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.tensors import SUFFIXES
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
 from lorakit.file_names import (
     ADAPTER,
@@ -39,7 +39,6 @@ from lorakit.file_names import (
     CHECKPOINTS,
     CONFIG,
     LORAKIT_JSON,
-    LORAKIT_TENSORS,
     MODEL_CARD,
     OPTIMIZER,
     PEFT_CONFIG,
@@ -49,7 +48,6 @@ from lorakit.file_names import (
 )
 from lorakit.formatting import resume_command
 from lorakit.models.sources import is_gguf
-from lorakit.storage.tensors import write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +90,9 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
         )
     path = Path(path)
     with storage.reading(path, AdapterFileError):
-        return _read(path, alpha)
+        stored = _read(path, alpha)
+    stored.path = str(path)
+    return stored
 
 
 def _read(path: Path, alpha: float | None) -> StoredAdapter:
@@ -157,7 +157,6 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
         notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
-        write_safetensors(folder / LORAKIT_TENSORS, lorakit_json.tensors_of(stored))
     (folder / MODEL_CARD).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
@@ -185,12 +184,13 @@ def tensor_file(path: str | Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
-    """Return the tensors that `write` writes, by their keys in the file; their data is not read."""
-    try:
-        return peft_form(stored).tensors
-    except NotExpressibleError:
-        return lorakit_json.tensors_of(stored)
+def tensors_of(stored: StoredAdapter) -> list[Tensor]:
+    """Return the tensors that `write` writes; their data is not read."""
+    form: peft.PeftForm | None = None
+    with suppress(NotExpressibleError):
+        form = peft_form(stored)
+    theirs = () if form is None else form.tensors.values()
+    return [*theirs, *lorakit_json.beside(stored, form).values()]
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
@@ -310,14 +310,14 @@ def _no_adapter_in(folder: Path) -> str:
     entries = sorted(folder.iterdir())
     adapters = [p for p in entries if p.is_dir() and is_adapter(p)]
     tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
-    hint = hint_of(p.name for p in entries)
+    hint = ""
     if adapters:
         hint = f" Did you mean '{adapters[0]}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
     elif (folder / OPTIMIZER).exists():
         hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
-    elif tensors and not hint:
+    elif tensors:
         hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
     return (
         f"'{folder}' holds no adapter: it has neither {LORAKIT_JSON} nor {PEFT_CONFIG}, only "
