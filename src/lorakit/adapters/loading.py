@@ -148,6 +148,7 @@ def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterM
             f"'{stored.path}' holds tensors for {len(missing)} layers that the model does not have, the first is "
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
+    _check_trained(model, stored)
     modules = on_experts(
         {
             path: _build_layer(model, path, known[path], layer, stored)
@@ -159,7 +160,6 @@ def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterM
     if lora is not None and lora.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
-    _check_trained(model, stored)
     return modules
 
 

@@ -81,10 +81,9 @@ def test_what_the_card_says():
         "| Base model | `owner/tiny` |",
         "| Base revision | `0123abc` |",
         "| Base class | `LlamaForCausalLM` |",
-        "| Method | LoRA, rsLoRA, dropout 0.1 |",
+        "| Method | `LoRA(rank=4, alpha=6.0, targets=('attention.qv',), dropout=0.1, scaling='rslora')` |",
         "| Rank | 4 |",
         "| Scaling | 3 |",
-        "| Targets | `attention.qv` |",
         "| Adapted layers | 4 |",
         f"| Trained parameters | {2 * 4 * (32 + 32 + 32 + 16):,} |",
         "|  | before training | this adapter |",
@@ -150,7 +149,7 @@ def test_a_folder_that_peft_cannot_load():
 def test_full_fine_tuning():
     stored = StoredAdapter(method=lorakit.FullFineTuning(), trained={"a": numbers(2, 3)})
     text = card(stored, None)
-    assert "# Fine-tuned weights" in text
+    assert "# FullFineTuning adapter" in text
     assert "| Trained parameters | 6 |" in text
     assert front_matter(text)["tags"] == ["lorakit"]
 
@@ -285,8 +284,7 @@ def test_the_code_names_the_revision_and_a_method_of_ones_own() -> None:
 @pytest.mark.parametrize("name", ["os", "Net", "x; import os"])
 def test_the_code_imports_no_class_that_transformers_lacks(name: str) -> None:
     stored = live()
-    architecture = dataclasses.replace(stored.base.architecture, class_name=name)
-    stored.base = dataclasses.replace(stored.base, architecture=architecture)
+    stored.base = dataclasses.replace(stored.base, class_name=name)
     assert "model = ...  # the base model" in text_of(stored)
 
 
@@ -299,7 +297,7 @@ def test_the_code_imports_no_class_that_transformers_lacks(name: str) -> None:
 )
 def test_the_code_for_a_base_in_a_python_package(labels: list[str], arguments: str) -> None:
     stored = live("roberta", "all-minilm-l6-v2", "sequence-classification")
-    stored.base = dataclasses.replace(stored.base, layout=None)  # as in a file
+    stored.layout = None  # as in a file
     generic_task = "classification" if labels else "regression"
     stored.provenance = {"labels": labels, "generic_task": generic_task}
     code = f'model = lorakit.load_base("all-minilm-l6-v2", {arguments}).model'

@@ -11,12 +11,10 @@ from at_rest import (
     adapter,
     contiguous,
     convolution,
-    delta,
     embedding,
     fused,
     interleaved,
     linear,
-    loralib_convolution,
     numbers,
     with_dora,
     with_start,
@@ -40,9 +38,6 @@ from lorakit.models.layers import RowSlice
         (embedding(rank=3), 3),
         (convolution(rank=4), 4),
         (convolution(rank=4, groups=2), 4),
-        (loralib_convolution(rank=2, kernel=(3, 3)), 2),
-        (replace(loralib_convolution(rank=2, kernel=(3, 3)), weight_shape=None), 2),
-        (loralib_convolution(rank=2, kernel=(1,)), 2),
     ],
 )
 def test_rank(layer: StoredLayer, rank: int):
@@ -105,20 +100,6 @@ def test_slices_must_be_of_one_layer_and_apart():
 def test_what_a_convolution_refuses(change: dict, message: str):
     with pytest.raises(AdapterFileError, match=message):
         replace(convolution(), **change)
-
-
-def test_loralib_factors_must_fit_the_kernel():
-    layer = loralib_convolution(n_in=4, n_out=6, rank=2, kernel=(3, 3))
-    with pytest.raises(AdapterFileError, match=r"A \(rank \* 3, in \* 3\)"):
-        replace(layer, weight_shape=(6, 5, 3, 3))
-    with pytest.raises(AdapterFileError, match="cannot have DoRA"):
-        replace(layer, magnitude=numbers(18))
-    plain = StoredLayer(kind="linear", A=layer.A, B=layer.B, scaling=3.0 / 6, alpha=3.0)
-    again = plain.as_loralib_conv((6, 4, 3, 3))
-    assert again.rank == 2
-    assert torch.equal(delta(again), delta(layer))
-    with pytest.raises(AdapterFileError, match="conv-loralib layer needs"):
-        plain.as_loralib_conv((6, 4, 5, 5))
 
 
 def test_an_adapter_holds_something():

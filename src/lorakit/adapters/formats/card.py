@@ -122,7 +122,8 @@ def _facts(stored: StoredAdapter) -> str:
         rows |= {"Base revision": _code(base.revision)} if base.revision else {}
         rows["Base class"] = _code(base.class_name)
         rows["Base weights"] = f"{base.dtype}, SHA-256 {_hash(base.exact)}"
-    rows["Method"] = _code(describe(stored.method))
+    method = describe(stored.method)  # which may list hundreds of layers
+    rows["Method"] = _code(method if len(method) < 300 else f"{method[:297]}...")
     if layers:
         rows["Rank"] = ", ".join(map(str, sorted({layer.rank for layer in layers})))
         rows["Scaling"] = ", ".join(f"{s:g}" for s in sorted({layer.scaling for layer in layers}))

@@ -224,13 +224,13 @@ def _check_files(files: Mapping[str, str], folder: Path) -> list[str]:
         if storage.sha256(storage.regular_file(folder / name)) == digest:
             continue
         if name != MODEL_CARD:
-            as_peft = (
+            as_peft = (  # PEFT's save always changes its configuration
                 f" If PEFT saved into this folder, or you edited the file, delete {LORAKIT_JSON}: the folder is then "
                 "read as PEFT's, without the record of its base, task and templates."
             )
             raise AdapterFileError(
                 f"'{folder / name}' has changed since the adapter was saved: it was damaged or edited. Download or "
-                f"save the adapter again.{as_peft if name in (PEFT_CONFIG, PEFT_TENSORS) else ''}"
+                f"save the adapter again.{as_peft if name == PEFT_CONFIG else ''}"
             )
         notices.append(f"'{folder / name}' was edited after the adapter was saved.")
     return notices

@@ -38,7 +38,9 @@ def read_tensors(path: Path, section: str | None = None) -> dict[str, Tensor]:
             raise
         # `from None` hides PyTorch's message, which recommends weights_only=False.
         reason = (
-            wrong if isinstance(wrong, AdapterFileError) else "it is damaged, or would run code"
+            wrong
+            if isinstance(wrong, AdapterFileError)
+            else "it is damaged, of another type, or would run code"
         )
         raise AdapterFileError(
             f"'{path}' is no file of named tensors: {reason}. Check the path, download or save the file again, or "
@@ -54,7 +56,9 @@ def _named(content: object) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise AdapterFileError(f"it holds a {type(value).__name__} under {key!r:.80}")
         # A pickle can declare a tensor of any size over few bytes, and every copy would allocate it.
-        is_dense = value.layout == torch.strided and value.device.type == "cpu"
+        is_dense = (
+            value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+        )
         if not is_dense or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise AdapterFileError(f"'{key}' is not dense")
     return {key: value.detach() for key, value in content.items()}

@@ -250,7 +250,11 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer]) -> LoRA:
     # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
     names = {*listed, *config.target_parameters}
     used = sorted({ending for path in layers for ending in endings(path)} & names)
-    covered = all(not names.isdisjoint(endings(path)) for path in layers)
+    # An attention module's name covers its out_proj too.
+    covered = all(
+        not names.isdisjoint((*endings(path), *endings(path.removesuffix(".out_proj"))))
+        for path in layers
+    )
     try:
         return LoRA(
             rank=config.r,
