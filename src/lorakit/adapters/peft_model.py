@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,17 @@ def from_peft(peft_model: Any) -> Adapters:
             "PeftModel.from_pretrained returned. If add_adapter or inject_adapter_in_model has added the adapters, "
             "save them, load the base again, and lorakit.load(base, FOLDER)."
         )
+    status = peft_model.get_model_status()
+    if status.merged_adapters or status.enabled == "irregular":
+        raise AdapterStateError(
+            "The PEFT model has an adapter merged into its weights, or disabled on some layers only. PEFT can only "
+            "unmerge by subtraction, which rounds: reload the base and the adapter's folder, or call unmerge_adapter() "
+            "first. For the other, call enable_adapter_layers() or disable_adapter_layers() of its base_model."
+        )
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, selected_adapters=names)
         stored = {name: _read(Path(folder), name) for name in names}
-    status = peft_model.get_model_status()
-    if status.merged_adapters:
-        raise AdapterStateError(
-            "The PEFT model has an adapter merged into its weights, and PEFT can only unmerge it by subtraction, which "
-            "rounds. Call unmerge_adapter() first, or reload the base and the adapter's folder."
-        )
-    _require_configured_scalings(peft_model)
+    _require_all_of(peft_model, stored)
     named = _usable_names(names)
     active = [named[name] for name in (peft_model.active_adapters if status.enabled else ())]
     _restore_originals(peft_model)
@@ -83,12 +84,17 @@ def _read(folder: Path, name: str) -> StoredAdapter:
         raise type(error)(str(error).replace(f"'{path}", f"'{name}")) from error
 
 
-def _require_configured_scalings(peft_model: Any) -> None:
-    """Reject a scaling that `set_scale` or `scale_layer` has changed: an adapter's configuration does not hold it."""
-    for path, layer in peft_model.named_modules():
-        if "base_layer" not in layer._modules:
-            continue  # no layer of PEFT
-        for name, scaling in getattr(layer, "scaling", {}).items():
+def _require_all_of(peft_model: Any, stored: Mapping[str, StoredAdapter]) -> None:
+    """Reject what the files of the adapters do not hold: scalings that `set_scale` has changed, and omitted layers."""
+    layers = {p: m for p, m in peft_model.named_modules() if "base_layer" in m._modules}
+    for name, adapter in stored.items():
+        if len(adapter.layers) < sum(name in layer.scaling for layer in layers.values()):
+            raise AdapterStateError(
+                f"PEFT saves only a part of the adapter '{name}', because another one has the name of a module. Give "
+                "that adapter another name."
+            )
+    for path, layer in layers.items():
+        for name, scaling in layer.scaling.items():
             rank, alpha = layer.r[name], layer.lora_alpha[name]
             root = math.sqrt(rank) if peft_model.peft_config[name].use_rslora else rank
             if not math.isclose(scaling, alpha / root, rel_tol=1e-6):
