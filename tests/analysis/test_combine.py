@@ -280,17 +280,6 @@ def test_the_base_that_all_folders_of_peft_name():
     assert "peft" not in combine_adapters(both).adapter.provenance
 
 
-def test_notices_on_the_factors_of_peft_end_with_them():
-    told = {"init_lora_weights": "mica", "ensure_weight_tying": True, "loftq_config": {"bits": 4}}
-    settings = {"base_model_name_or_path": "org/base", **told}
-    one = dataclasses.replace(_adapter(), base=None, provenance={"peft": settings})
-    kept = {name: settings[name] for name in ("base_model_name_or_path", "loftq_config")}
-    assert combine_adapters([one, one]).adapter.provenance["peft"] == kept
-    plain = {"base_model_name_or_path": "org/base"}
-    other = dataclasses.replace(one, provenance={"peft": plain})
-    assert combine_adapters([one, other]).adapter.provenance["peft"] == plain
-
-
 def test_an_unknown_base_is_said():
     known = _adapter()
     unknown = dataclasses.replace(known, base=None)

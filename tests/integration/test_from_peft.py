@@ -151,7 +151,7 @@ def test_active_adapters_that_cannot_be_mixed() -> None:
     model = peft_model()
     model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
     model.base_model.set_adapter(["default", "dora"])
-    with pytest.raises(AdapterStateError, match="'dora' .* not linear in a weight"):
+    with pytest.raises(AdapterStateError, match=r"'dora' .* not linear in a weight"):
         lorakit.from_peft(model)
 
 

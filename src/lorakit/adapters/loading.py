@@ -23,18 +23,16 @@ from lorakit.adapters.names import ADAPTER_NAME, is_attribute
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.file_names import ADAPTER
 from lorakit.methods.combined import lora_of, parts
-from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.experts import on_experts
 from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
-from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import type_name
 from lorakit.models.packed import require_gradients
 from lorakit.models.tokenizer import tokenizer_digest
-from lorakit.models.tree import layers_by_path, submodule
+from lorakit.models.tree import layers_by_path
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
 
@@ -166,36 +164,25 @@ def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterM
 def _build_other_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterModule]:
     """Return the modules of methods other than LoRA: built by the method, then filled with the file's tensors."""
     others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
-    # Compare before anything is allocated: an untrusted file may state any size.
-    shapes = {
-        path: module.state_dict()
-        for part in others
-        for path, module in fake_modules(part, model).items()
-    }
-    for path in {**shapes, **stored.modules}:
-        expected, in_file = shapes.get(path, {}), stored.modules.get(path, {})
-        if expected.keys() != in_file.keys():
-            raise AdapterFileError(
-                f"'{stored.path}' holds {', '.join(in_file) or 'no tensor'} for '{path}', and "
-                f"{type(stored.method).__name__} needs {', '.join(expected) or 'no tensor'} on this model. Load it on the model class it was trained "
-                "with."
-            )
-        for name, tensor in in_file.items():
-            if tensor.shape != expected[name].shape:
-                raise AdapterFileError(
-                    f"'{stored.path}': '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model needs "
-                    f"{tuple(expected[name].shape)}. Load it on the base it was trained on."
-                )
     modules: dict[str, AdapterModule] = {}
     if others:
         # The initial values are overwritten. The state of the global generator stays.
         with seeded(0, (parameter.device for _, parameter in base_parameters(model))):
             for part in others:
                 modules.update(part.modules(model))
-    for path, module in modules.items():
-        in_file = stored.modules.get(path, {})
-        tensors = {name: t.to(shapes[path][name].device, copy=True) for name, t in in_file.items()}
-        module.load_state_dict(tensors, assign=True)  # in the file's dtype
+    for path in {**modules, **stored.modules}:
+        module, tensors = modules.get(path), stored.modules.get(path, {})
+        try:
+            if module is None:
+                raise RuntimeError("the method has none there")
+            devices = {name: tensor.device for name, tensor in module.state_dict().items()}
+            copies = {n: t.to(devices.get(n, t.device), copy=True) for n, t in tensors.items()}
+            module.load_state_dict(copies, assign=True)  # in the file's dtype
+        except RuntimeError as error:
+            raise AdapterFileError(
+                f"'{stored.path}' holds {', '.join(tensors) or 'no tensor'} for '{path}', which does not fit "
+                f"{type(stored.method).__name__} on this model: {error}. Load it on the base it was trained on."
+            ) from error
     return modules
 
 
@@ -258,17 +245,11 @@ def _check_trained(model: nn.Module, stored: StoredAdapter) -> None:
                 f"{nearest(name, known)} Load it on the model class it was trained with."
             )
         if known[name].shape != tensor.shape:
-            owner = submodule(model, name.rpartition(".")[0])
-            is_vocabulary = owner in (input_embeddings(model), output_embeddings(model))
-            fix = (
-                f"If the vocabulary grew, resize the model first: model.resize_token_embeddings({len(tensor)})."
-                if is_vocabulary
-                else "For a classification head, load the base with the adapter's number of labels: "
-                f"num_labels={len(tensor)}."
-            )
             raise AdapterFileError(
                 f"'{stored.path}': the trained '{name}' has shape {tuple(tensor.shape)}, and the model's has "
-                f"{tuple(known[name].shape)}. {fix}"
+                f"{tuple(known[name].shape)}. For an embedding whose vocabulary grew, resize the model first: "
+                f"model.resize_token_embeddings({len(tensor)}). For a classification head, load the base with the "
+                f"adapter's number of labels: num_labels={len(tensor)}."
             )
 
 

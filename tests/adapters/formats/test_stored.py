@@ -133,7 +133,8 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()
     command = f"lorakit train --config '{run}/config.yaml' --resume --output '{run}'"
-    expected = f"'{run}' is an unfinished run, which has no adapter yet. Finish it: {command}"
+    unfinished = "is a run without an adapter: it is unfinished, or its adapter was deleted."
+    expected = f"'{run}' {unfinished} Finish it: {command}"
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
         formats.read(run / name)
     (run / "best").mkdir()  # empty: neither the best adapter nor a reason to name one
@@ -143,20 +144,6 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     best = f"{expected}, or use its best adapter, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
         formats.read(run / name)
-
-
-@pytest.mark.parametrize("name", ["", "adapter"])
-def test_a_finished_run_whose_adapter_was_deleted(tmp_path, name) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").touch()
-    (run / "result.json").touch()
-    expected = f"'{run}' is a finished run whose adapter was deleted. "
-    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
-        formats.read(run / name)
-    (run / "adapter").mkdir()  # only its files were deleted
-    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
-        formats.read(run)
 
 
 def test_files_of_the_user_beside_an_adapter_make_no_run(tmp_path) -> None:

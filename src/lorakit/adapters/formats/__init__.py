@@ -40,7 +40,6 @@ from lorakit.file_names import (
     CONFIG,
     LORAKIT_JSON,
     MODEL_CARD,
-    OPTIMIZER,
     PEFT_CONFIG,
     RESULT,
     TOKENIZER_CONFIG,
@@ -107,8 +106,6 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
                 "which the GGUF file was made."
             )
         return read_loralib(path, alpha=alpha)
-    if path.exists() and not path.is_dir():
-        raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
         _reject_run_without_adapter(path.parent)
         raise AdapterFileError(
@@ -288,37 +285,29 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 def _reject_run_without_adapter(folder: Path) -> None:
     """Raise an error for a run that is not finished, and so has no adapter/ yet, or whose adapter/ was deleted."""
-    config, best = folder / CONFIG, folder / BEST
-    is_finished = (folder / RESULT).is_file()
-    is_run = config.is_file() and (is_finished or (folder / CHECKPOINTS).is_dir())
-    if not is_run or is_adapter(folder / ADAPTER):
+    is_run = (folder / RESULT).is_file() or (folder / CHECKPOINTS).is_dir()
+    if not (folder / CONFIG).is_file() or not is_run or is_adapter(folder / ADAPTER):
         return
-    command = resume_command(folder)
+    best = folder / BEST
     instead = f", or use its best adapter, '{best}'" if is_adapter(best) else ""
-    if is_finished:
-        raise AdapterFileError(
-            f"'{folder}' is a finished run whose adapter was deleted. Continue it from its newest checkpoint, or from "
-            f"the start if it has none: {command}{instead}."
-        )
     raise AdapterFileError(
-        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {command}{instead}."
+        f"'{folder}' is a run without an adapter: it is unfinished, or its adapter was deleted. Finish it: "
+        f"{resume_command(folder)}{instead}."
     )
 
 
 def _no_adapter_in(folder: Path) -> str:
     """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
-    adapters = [p for p in entries if p.is_dir() and is_adapter(p)]
-    tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
+    adapter = next((p for p in entries if p.is_dir() and is_adapter(p)), None)
+    file = next((p for p in entries if p.name.endswith(SUFFIXES)), None)
     hint = ""
-    if adapters:
-        hint = f" Did you mean '{adapters[0]}'?"
+    if adapter is not None:
+        hint = f" Did you mean '{adapter}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
-    elif (folder / OPTIMIZER).exists():
-        hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
-    elif tensors:
-        hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
+    elif file is not None:
+        hint = f" For a loralib file, give the path of the file, for example '{file}'."
     return (
         f"'{folder}' holds no adapter: it has neither {LORAKIT_JSON} nor {PEFT_CONFIG}, only "
         f"{', '.join(p.name for p in entries[:5]) or 'nothing'}.{hint}"

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-import transformers
 from huggingface_hub import ModelCardData
 
 from lorakit.adapters.formats.peft import PeftForm
@@ -44,7 +43,6 @@ With lorakit, which checks that the base is the right one:
 
 ```python
 import lorakit
-import transformers
 
 model = {base}
 {use_methods}adapters = lorakit.load(model, "path/to/this/folder")
@@ -62,15 +60,12 @@ model = {base}
 """
 
 _PEFT = """\
-With PEFT:
+With PEFT, on the base model of transformers:
 
 ```python
-import lorakit
-import transformers
 from peft import PeftModel
 
-model = {base}
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```"""
 
 _VLLM = """\
@@ -85,17 +80,17 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} \\
 def card(stored: StoredAdapter, form: PeftForm | None) -> str:
     """Return the card's text; `form` is the adapter in PEFT's format, or None if PEFT cannot load the folder."""
     kind = "LoRA" if lora_of(stored.method) else type(stored.method).__name__
-    base, provenance, base_code = stored.base_name, stored.provenance, _base_code(stored)
+    base, provenance = stored.base_name, stored.provenance
     own = [m for m in map(type, methods_in(stored.method)) if m.__name__ not in METHODS]
     text = _CARD.format(
         front_matter=_front_matter(stored, form),
         title=f"{kind} adapter" + (f" for {_plain(base)}" if base else ""),
         facts=_facts(stored),
-        base=base_code,
+        base=_base_code(stored),
         use_methods="".join(
             f'lorakit.use_method("path/to/its/file.py:{method.__name__}")\n' for method in own
         ),
-        others="\n\n".join(_other_libraries(stored, form, base_code)),
+        others="\n\n".join(_other_libraries(stored, form)),
         scores=_scores(provenance),
         data=_data(provenance),
         settings=_settings(provenance),
@@ -138,28 +133,23 @@ def _facts(stored: StoredAdapter) -> str:
 def _base_code(stored: StoredAdapter) -> str:
     """Return the expression with which Python loads the base."""
     name, base = stored.base_name, stored.base
-    class_name = base.class_name if base is not None else ""
-    labels = _num_labels(stored) if class_name.endswith("Classification") else None
-    if name is not None and (path := _lorakits_name(name)) is not None:
-        # Of these bases, T5 alone has the suffix that encoder-decoders share with models of images and text.
-        head = head_of_class(class_name, is_encoder_decoder=True) or (
-            "base" if class_name else None
-        )
-        arguments = {"task": head, "num_labels": labels}
-        if labels == 1:
-            arguments = {"task": "regression"}
-        return f"lorakit.load_base({_arguments(path, arguments)}).model"
-    if name is None or not class_name.isidentifier() or class_name not in dir(transformers):
+    if name is None:
         return "...  # the base model"
-    arguments = {"num_labels": labels, "revision": base.revision if base is not None else None}
-    return f"transformers.{class_name}.from_pretrained({_arguments(name, arguments)})"
+    arguments: dict[str, Any] = {}
+    if base is not None:
+        is_encoder_decoder = bool((base.configuration or {}).get("is_encoder_decoder"))
+        head = head_of_class(base.class_name, is_encoder_decoder=is_encoder_decoder)
+        arguments = {"task": head or "base", "revision": base.revision}
+        if base.class_name.endswith("Classification"):
+            labels = _num_labels(stored)
+            arguments |= {"task": "regression"} if labels == 1 else {"num_labels": labels}
+    words = (f"{key}={json.dumps(value)}" for key, value in arguments.items() if value is not None)
+    return f"lorakit.load_base({', '.join([json.dumps(_path_of(name)), *words])}).model"
 
 
-def _lorakits_name(name: str) -> str | None:
-    """Return the name of a base that transformers does not load: a GGUF file, or a short name for a Python package."""
-    if is_gguf(name):
-        return f"path/to/{PurePath(name).name}"
-    return name if any(name == model.name for model in PACKAGED_MODELS) else None
+def _path_of(name: str) -> str:
+    """Return the name of a base, with a folder before that of a GGUF file, whose folder is not recorded."""
+    return f"path/to/{PurePath(name).name}" if is_gguf(name) else name
 
 
 def _num_labels(stored: StoredAdapter) -> int | None:
@@ -172,30 +162,23 @@ def _num_labels(stored: StoredAdapter) -> int | None:
     return len(labels) if isinstance(labels, list) and labels else None
 
 
-def _arguments(first: str, others: Mapping[str, Any]) -> str:
-    named = (f"{name}={json.dumps(value)}" for name, value in others.items() if value is not None)
-    return ", ".join([json.dumps(first), *named])
-
-
-def _other_libraries(stored: StoredAdapter, form: PeftForm | None, base_code: str) -> list[str]:
+def _other_libraries(stored: StoredAdapter, form: PeftForm | None) -> list[str]:
     if form is None:
         return ["PEFT and vLLM cannot load it: PEFT's format cannot represent it."]
-    parts = [_PEFT.format(base=base_code), *form.notices]
+    parts = [_PEFT, *form.notices]
     if (obstacle := vllm_obstacle(form)) is not None:
         return [*parts, f"vLLM cannot load it as an adapter: {obstacle}"]
-    base, revision = stored.base_name or "", stored.base.revision if stored.base else None
-    if (path := _lorakits_name(base)) is not None:
-        call = f"lorakit.load_base({json.dumps(path)}).model.save_pretrained(...)"
+    name, revision = stored.base_name or "", stored.base.revision if stored.base else None
+    if is_gguf(name) or any(name == model.name for model in PACKAGED_MODELS):
+        call = f"lorakit.load_base({json.dumps(_path_of(name))}).model.save_pretrained(...)"
         parts.append(f"vLLM needs the base as a folder: {_code(call)}.")
-        base = "path/to/that/folder"
-    shell = [base, *(["--revision", revision] if revision else [])]
+        name = "path/to/that/folder"
+    shell = [name, *(["--revision", revision] if revision else [])]
     is_plain = all(re.fullmatch(r"[\w./:-]+", word) for word in shell)
     highest = max([form.config["r"], *form.config["rank_pattern"].values()])
     rank = next(rank for rank in _VLLM_RANKS if rank >= highest)
-    return [
-        *parts,
-        _VLLM.format(base=" ".join(shell) if is_plain else "<the base model>", rank=rank),
-    ]
+    base = " ".join(shell) if is_plain else "<the base model>"
+    return [*parts, _VLLM.format(base=base, rank=rank)]
 
 
 def vllm_obstacle(form: PeftForm) -> str | None:

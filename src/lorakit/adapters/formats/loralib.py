@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +28,6 @@ from lorakit.methods.lora.forms import EmbeddingForm, LinearForm, in_each_group
 from lorakit.models.layers import RowSlice
 from lorakit.models.tree import is_inside, parents
 from lorakit.storage.tensors import safetensors_bytes
-
-EnableLora = Mapping[str, Sequence[bool]]
 
 ASSUMED_KINDS = (
     "The file does not record the kinds of its layers. Those named like an embedding count as embeddings, all others "
@@ -56,24 +54,20 @@ _GPT2_FUSED = "c_attn"
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_loralib(
-    path: str | Path, *, alpha: float | None, enable_lora: EnableLora | None = None
-) -> StoredAdapter:
+def read_loralib(path: str | Path, *, alpha: float | None) -> StoredAdapter:
     """Read a loralib file.
 
     Args:
         path: A ``.bin``, ``.pt``, ``.pth`` or ``.safetensors`` file.
         alpha: The `lora_alpha` of the layers, which the file does not record.
-        enable_lora: The adapted slices of fused layers, by the end of their path, in the form of
-            loralib's MergedLinear: ``{"c_attn": [True, False, True]}``. Needed for layouts other
-            than the official one of GPT-2 (q and v, or all three).
 
     Returns:
         The adapter. Tensors other than factors are `trained` (a head, biases).
 
     Raises:
-        ConfigurationError: `alpha` is missing, or the adapted slices are ambiguous.
-        AdapterFileError: The file is damaged or unsafe, or factors are missing.
+        ConfigurationError: `alpha` is missing.
+        AdapterFileError: The file is damaged or unsafe, or factors are missing, or it is not known which slices of a
+            fused layer they adapt.
     """
     path = Path(path)
     if alpha is not None and (not is_finite(alpha) or alpha == 0):
@@ -98,7 +92,7 @@ def read_loralib(
                 "with loralib.lora_state_dict(model)."
             )
         layers = {
-            layer_path: _layer(layer_path, parts, float(alpha), enable_lora or {})
+            layer_path: _layer(layer_path, parts, float(alpha))
             for layer_path, parts in factors.items()
         }
         return _adapter(layers, trained, float(alpha))
@@ -146,9 +140,7 @@ def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     return factors, others
 
 
-def _layer(
-    layer_path: str, parts: Mapping[str, Tensor], alpha: float, enable_lora: EnableLora
-) -> StoredLayer:
+def _layer(layer_path: str, parts: Mapping[str, Tensor], alpha: float) -> StoredLayer:
     """Return a layer from its factors, which GPT-2's first release has for each slice."""
     letters = [letter for letter in "qkv" if f"A{letter}" in parts or f"B{letter}" in parts] or [""]
     expected = {f"{factor}{letter}" for factor in "AB" for letter in letters}
@@ -169,9 +161,7 @@ def _layer(
             f"'{layer_path}': lora_A has shape {tuple(A.shape)} and lora_B has shape {tuple(B.shape)}; "
             "lora_A (rank, in) and lora_B (out, rank) were expected."
         )
-    count = A.shape[0] // B.shape[1]
-    enabled = [letter in letters for letter in "qkv"] if letters != [""] else None
-    slices = _slices(layer_path, count, len(B), enabled, enable_lora)
+    slices = _slices(layer_path, A.shape[0] // B.shape[1], len(B), "".join(letters))
     is_table = _TABLE.search(layer_path) is not None and not slices
     with located(f"'{layer_path}'"):
         return StoredLayer(
@@ -185,46 +175,27 @@ def _layer(
         )
 
 
-def _slices(
-    layer_path: str,
-    count: int,
-    rows: int,
-    enabled: Sequence[bool] | None,
-    enable_lora: EnableLora,
-) -> tuple[RowSlice, ...]:
+def _slices(layer_path: str, count: int, rows: int, letters: str) -> tuple[RowSlice, ...]:
     """Return the slices of loralib's MergedLinear, each with rank rows of A; none for a plain layer.
 
     Args:
         layer_path: Path of the layer.
         count: Number of adapted slices.
         rows: Rows of B, those of all adapted slices.
-        enabled: Whether each slice is adapted, if the file shows it.
-        enable_lora: As for `read_loralib`.
+        letters: The adapted ones of q, k and v, if the file names them. The official script adapts q and v, or all.
     """
-    for end, flags in enable_lora.items():
-        if f".{layer_path}".endswith(f".{end}"):
-            enabled = flags
-    if enabled is None:
-        if count == 1:
-            return ()
-        if _name(layer_path) != _GPT2_FUSED or count > 3:
-            raise ConfigurationError(
-                f"'{layer_path}' is a fused layer with {count} adapted slices, but the file does not record which. "
-                "Set them as in loralib's MergedLinear: lorakit.adapters.formats.read_loralib(path, alpha=..., "
-                f"enable_lora={{'{_name(layer_path)}': [True, False, True]}}), and write() the result to a folder."
-            )
-        enabled = (True, count == 3, True)
-    if sum(map(bool, enabled)) != count or rows % count:
-        raise ConfigurationError(
-            f"enable_lora names {sum(map(bool, enabled))} slices for '{layer_path}', but its factors have {count}. "
-            f"Write True for {count}."
+    if count == 1 and not letters:
+        return ()
+    letters = letters or {2: "qv", 3: "qkv"}.get(count, "")
+    if _name(layer_path) != _GPT2_FUSED or not letters or rows % count:
+        raise AdapterFileError(
+            f"'{layer_path}' is a fused layer with {count} adapted slices, but the file does not record which. lorakit "
+            f"knows only those of GPT-2's {_GPT2_FUSED}. Train the adapter again with lorakit."
         )
     width = rows // count
-    stride = len(enabled) * width
     return tuple(
-        RowSlice(groups=1, stride=stride, offset=i * width, width=width)
-        for i, flag in enumerate(enabled)
-        if flag
+        RowSlice(groups=1, stride=3 * width, offset="qkv".index(letter) * width, width=width)
+        for letter in letters
     )
 
 
@@ -260,11 +231,10 @@ def _targets(layers: Mapping[str, StoredLayer]) -> tuple[str, ...]:
     targets: dict[str, None] = {}
     for layer_path, layer in layers.items():
         for piece in layer.slices:
-            if _name(layer_path) == _GPT2_FUSED and piece.stride == 3 * piece.width:
-                targets[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
+            targets[f"attention.{'qkv'[piece.offset // piece.width]}"] = None
         if not layer.slices:
             targets[_name(layer_path)] = None
-    return tuple(targets) or tuple(layers)
+    return tuple(targets)
 
 
 def _name(path: str) -> str:

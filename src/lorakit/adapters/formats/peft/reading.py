@@ -130,23 +130,12 @@ def _adapter(
 
 def option_notices(recorded: Mapping[str, Any]) -> list[str]:
     """Return what the user should know about the options in the record of a PEFT folder."""
-    notices = []
-    if recorded.get("ensure_weight_tying"):
-        notices.append(
-            "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
-            "further training with lorakit would untie them."
-        )
-    if recorded.get("loftq_config"):
-        notices.append(
-            "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. "
-            "Make sure that this model has those weights, not the original ones."
-        )
-    if recorded.get("init_lora_weights") == "mica":
-        notices.append(
-            "PEFT trains only A of this adapter (init_lora_weights is 'mica'); further training with lorakit would "
-            "train B too."
-        )
-    return notices
+    if not recorded.get("loftq_config"):
+        return []
+    return [
+        "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. Make "
+        "sure that this model has those weights, not the original ones."
+    ]
 
 
 def _layers(parts: Mapping[str, _Parts], config: PeftConfig) -> dict[str, StoredLayer]:
@@ -278,5 +267,4 @@ def _provenance(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that also matter for an adapter made from this one."""
     names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
     recorded = {name: options[name] for name in names if isinstance(options.get(name), str)}
-    noted = ("ensure_weight_tying", "loftq_config", "init_lora_weights")
-    return recorded | {n: options[n] for n in noted if option_notices({n: options.get(n)})}
+    return recorded | ({"loftq_config": loftq} if (loftq := options.get("loftq_config")) else {})
