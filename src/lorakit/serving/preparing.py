@@ -69,12 +69,11 @@ def prepare(
     check_base(
         model,
         stored,
-        path,
         allow_other_base=allow_other_base,
         tokenizer=tokenizer,
         record=None if base.new_weights else record,
     )
-    modules = build_modules(model, stored, path)
+    modules = build_modules(model, stored)
     if not modules and not stored.trained:
         raise AdapterFileError(
             f"'{path}' changes no layer of this base, which would answer in its place. Load the adapter on the base it "
