@@ -33,7 +33,6 @@ from lorakit.adapters.installed import (
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.model_setup import freeze_base, prepare_model, release_model
 from lorakit.adapters.names import require_valid
-from lorakit.adapters.state_loading import guard_loading
 from lorakit.adapters.statistics import require_unchanged_statistics, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, nearest
@@ -319,7 +318,6 @@ class Adapters:
                 others = {other: w for other, w in self.active.items() if other != name}
                 self._set_active(choice_for_batch(others, self._get))
             self._remove(adapter)
-            guard_loading(self.model)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
@@ -488,7 +486,6 @@ class Adapters:
         self._activation.adapters[name] = Registered(
             swaps=bool(adapter.trained), read_directly=adapter.read_directly(self.model)
         )
-        guard_loading(self.model)
         if is_first:
             freeze_base(self.model)
         return adapter
