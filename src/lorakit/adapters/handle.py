@@ -35,7 +35,6 @@ from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.model_setup import freeze_base, prepare_model, release_model
 from lorakit.adapters.names import require_valid
 from lorakit.adapters.slots import Slots
-from lorakit.adapters.state_loading import guard_loading
 from lorakit.adapters.statistics import require_unchanged_statistics, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, nearest
@@ -315,7 +314,6 @@ class Adapters:
             others = {other: w for other, w in self.active.items() if other != name}
             self._set_active(choice_for_batch(others, self._get))
         self._remove(adapter)
-        guard_loading(self.model)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
@@ -478,7 +476,6 @@ class Adapters:
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
         self._activation.add(name)
-        guard_loading(self.model)
         if is_first:
             freeze_base(self.model)
         return adapter

@@ -15,7 +15,7 @@ from lorakit.adapters.formats.loralib import with_kinds
 from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.state_loading import equals_base
+from lorakit.adapters.tensor_checks import equals_base
 from lorakit.errors import AdapterFileError, nearest
 from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
