@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from lorakit.ops.lora_segments import Segment, lora_segments
 from random_adapters import randomise
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +19,6 @@ from lorakit.ops.attention import masked_attention
 from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.lora_linear import lora_linear
-from lorakit.ops.lora_segments import Segment, lora_segments
 from lorakit.ops.rms_norm import rms_norm
 from lorakit.ops.rows import put_rows, take_rows
 from lorakit.ops.silu_product import silu_product

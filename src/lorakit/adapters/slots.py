@@ -62,6 +62,15 @@ class Step(NamedTuple):
     """The blends with too many tokens for slots, which add nothing to theirs."""
 
 
+class _Known(NamedTuple):
+    """The last step, and what it was made for."""
+
+    choice: Choice
+    size: int
+    serials: dict[str, int]
+    step: Step | None
+
+
 class Slots:
     """The slots of one block, on all layers."""
 
@@ -71,8 +80,7 @@ class Slots:
         self._layers: dict[Modules, _Layer] = {}
         self._refused: dict[Modules, Step] = {}
         """The layers on which a blend of the step has another effect than a product."""
-        self._known: tuple[Choice, int, Step | None] | None = None
-        """The last step."""
+        self._known: _Known | None = None
         self._shared: tuple[Tensor, int, Tensor] | None = None
         """The last input of a layer, its version, and the rows of it that the slots read: q, k and v share them."""
         self._row_factors: dict[Any, Tensor] = {}
@@ -100,10 +108,15 @@ class Slots:
         if size > MOST_TOKENS:
             return None
         known = self._known
-        if known is None or known[1] != size or not (known[0] is choice or known[0] == choice):
-            known = choice, size, self._arranged(choice, serials, size, device)
-        self._known = choice, size, known[2]
-        return known[2]
+        if known is not None and known.choice is choice and known.size == size:
+            return known.step
+        own = {name: serials[name] for name in choice.names}
+        if known is not None and (known.choice, known.size, known.serials) == (choice, size, own):
+            step = known.step
+        else:
+            step = self._arranged(choice, own, size, device)
+        self._known = _Known(choice, size, own, step)
+        return step
 
     def _arranged(
         self, choice: Choice, serials: Mapping[str, int], size: int, device: torch.device
