@@ -6,7 +6,7 @@
     python tools/golden.py compare A B            # compare two recorded folders
 
 The baseline is the commit in tools/baseline. Its results are not committed, since they depend on the processor. They
-stay in .golden/, and are recorded again when the tool, a library or the processor changes. Everything runs offline on
+stay in .golden/, and are recorded again when a case, a library or the processor changes. Everything runs offline on
 tiny random models, in one thread, so that results repeat bit for bit.
 
 A case is one JSON file and, for tensors, one safetensors file. Numbers and tensors that differ by rounding are counted
@@ -91,10 +91,10 @@ def main() -> int:
 
 
 def prepare_cache() -> None:
-    """Empty the cache unless it was made by this tool, from this commit, with these libraries and processor."""
+    """Empty the cache unless it was made from these cases and this commit, with these libraries and processor."""
     commit = (TOOLS / "baseline").read_text(encoding="utf-8").strip()
     libraries = [f"{n} {importlib.metadata.version(n)}" for n in ("torch", "transformers", "peft")]
-    sources = [path.read_text(encoding="utf-8") for path in sorted(TOOLS.glob("golden*"))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(TOOLS.glob("golden_*"))]
     facts = [commit, *libraries, platform.processor(), _processor(), *sources]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     file = CACHE / "key"
