@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,6 @@ import lorakit
 from lorakit.adapters import formats
 from lorakit.adapters.formats import read_loralib, write_loralib
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.storage import atomic
 from lorakit.storage.tensors import safetensors_bytes, write_safetensors
 
 # FACTS: Frobenius norms of the unscaled B A in microsoft/LoRA's roberta_base_lora_mnli.bin, by layer.
@@ -402,21 +400,6 @@ def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
     assert (A.shape, B.shape) == ((8, 6), (12, 4))
     ours = layer.scaling * gpt2_delta(A, B, [True, False, True])
     torch.testing.assert_close(ours.double(), delta(layer), rtol=0, atol=1e-5)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot lock a temporary")
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_file_that_is_being_written_stays_locked(tmp_path, monkeypatch, suffix):
-    """Otherwise a second command with the same output removes it, and a killed one leaves it."""
-    put_in_place, seen = atomic._put_in_place, []
-
-    def checked(temporary: Path, target: Path) -> None:
-        seen.append(atomic._lock_of_abandoned(temporary))
-        put_in_place(temporary, target)
-
-    monkeypatch.setattr(atomic, "_put_in_place", checked)
-    write_loralib(adapter({"a": linear()}), tmp_path / f"a{suffix}")
-    assert seen == [None]
 
 
 @pytest.mark.parametrize(
