@@ -3,7 +3,7 @@
 #   PYTHON=python3.12      the interpreter that creates .venv
 #   TORCH_INDEX=URL        install torch from this index first (on Linux, PyPI's build includes CUDA, ~3 GB;
 #                          https://download.pytorch.org/whl/cpu has the small CPU build)
-#   ARGS="..."             extra arguments for demo, test, test-fast, fuzz and bench
+#   ARGS="..."             extra arguments for demo, test, test-fast, fuzz, golden, faults and bench
 #   JOBS=0                 run the tests in one process, for a debugger (default: one per core, at most 8)
 #   QUICK=1                run bench in minutes: a few rows, one round
 
@@ -29,7 +29,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast fuzz check faults format bench docs install clean
+.PHONY: help demo test test-fast fuzz golden check faults format bench docs install clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-fast: $(VENV)/.dev ## Run the tests that are not marked slow
 
 fuzz: $(VENV)/.dev ## Run damaged files through every reader (10 CPU minutes; ARGS="--reader yaml --seed 1")
 	$(BIN)/python tests/fuzz/fuzz_running.py $(ARGS)
+
+golden: $(VENV)/.dev ## Compare runs, files and answers with those of the baseline commit
+	$(BIN)/python tools/golden.py $(ARGS)
 
 check: $(VENV)/.dev ## Check lint, formatting, types, layers, the budget of code, documentation
 	$(BIN)/ruff check

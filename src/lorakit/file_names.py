@@ -20,7 +20,7 @@ An adapter:
 
 ==========================  ==========================================================================
 lorakit.json                the method, each layer, the base, the provenance and checksums
-lorakit_model.safetensors   the tensors, if PEFT cannot represent the adapter
+lorakit_model.safetensors   the tensors that PEFT cannot represent, or in another form only
 adapter_config.json         PEFT's configuration
 adapter_model.safetensors   the tensors in PEFT's form
 adapter_model.bin           the same, written by old versions of PEFT; only read

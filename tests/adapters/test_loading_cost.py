@@ -64,10 +64,10 @@ def test_a_saved_record_never_holds_a_remembered_hash(folder: Path) -> None:
     """A write through `data` that no sample shows must not reach a file."""
     model = tiny_models.build("llama")
     handle = lorakit.load(model, folder, name="a")
-    before = handle.base_record("a").weights.exact
+    before = handle.base_record("a").exact
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data.view(-1)[1] += 1
-    assert handle.base_record("a").weights.exact != before
+    assert handle.base_record("a").exact != before
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_building_modules_visits_no_adapter(
         handle = lorakit.attach(model, method, name="x")
         handle.save(tmp_path / "x")
         handle.detach()
-        build = partial(build_modules, model, formats.read(tmp_path / "x"), "x")
+        build = partial(build_modules, model, formats.read(tmp_path / "x"))
     handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="all-linear"), name="a")
     handle.activate(None)
     others = modules_of(handle, "a")

@@ -19,8 +19,8 @@ from torch.nn.utils import prune
 from lorakit import Adapters, FullFineTuning, LoRA, attach
 from lorakit.adapters import merging
 from lorakit.adapters.entry import leave
-from lorakit.adapters.export import adapted_state_dict
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.method import Method, describe

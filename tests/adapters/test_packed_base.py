@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lorakit.adapters import Adapters, attach, count_parameters, load
-from lorakit.adapters.export import adapted_state_dict
+from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.analysis.base_weights import Weights
 from lorakit.compute.objective import why_not_fused
 from lorakit.errors import (

@@ -310,7 +310,7 @@ def test_save_pretrained_writes_the_adapted_model_whole(arch, kind, merged, tmp_
 
 def test_what_was_written_loads_into_the_adapted_model(kind: str) -> None:
     """As a resumed `transformers.Trainer` does."""
-    from lorakit.adapters.export import adapted_state_dict
+    from lorakit.adapters.save_pretrained import adapted_state_dict
 
     model = base(kind=kind)
     adapters = attach(model, LoRA())

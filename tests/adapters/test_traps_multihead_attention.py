@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.export import adapted_state_dict
+from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
 from lorakit.methods.lora.method import LoRA
 

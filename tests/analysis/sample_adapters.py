@@ -54,14 +54,6 @@ def layers() -> dict[str, StoredLayer]:
         "embedding": linear(12, kind="embedding", A=randn(4, 50, seed=12)),
         "conv": StoredLayer(**conv, A=randn(4, 6, 3, 3, seed=13), B=randn(8, 4, 1, 1, seed=14)),
         "grouped": StoredLayer(**conv, A=randn(4, 3, 3, seed=15), B=randn(8, 2, 1, seed=16)),
-        "loralib-conv": StoredLayer(
-            kind="conv-loralib",
-            A=randn(6, 15, seed=17),
-            B=randn(12, 6, seed=18),
-            scaling=4.0,
-            alpha=8.0,
-            weight_shape=(4, 5, 3, 3),
-        ),
         "experts": linear(19, kind="experts", A=randn(12, 24, seed=19), B=randn(60, 4, seed=20)),
     }
 
@@ -83,7 +75,7 @@ def weight_shape(name: str) -> tuple[int, ...]:
         "attention": (72, 24),
         "conv": (8, 6, 3, 3),
     }
-    special |= {"grouped": (8, 3, 3), "loralib-conv": (4, 5, 3, 3), "experts": (3, 20, 24)}
+    special |= {"grouped": (8, 3, 3), "experts": (3, 20, 24)}
     return special.get(name, (20, 24))
 
 
@@ -115,8 +107,6 @@ def dense_parts(layer: StoredLayer) -> list[Tensor]:
         return [change[piece.rows()] for piece in layer.slices]
     if layer.kind in ("conv", "experts"):
         return list(change.flatten(1).chunk(layer.groups))
-    if layer.kind == "conv-loralib":
-        return [change.reshape(layer.B.shape[0], layer.A.shape[1])]
     return [change]
 
 
@@ -127,8 +117,6 @@ def matrices(name: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
     pieces = [matrix[piece.rows()] for piece in layer.slices] or list(matrix.chunk(layer.groups))
     if name == "experts":
         pieces = list(W)
-    if name == "loralib-conv":
-        pieces = [W.reshape(12, 15)]
     if name == "grouped":  # a group's factors see only its own channels
         changes = [c[:, c.abs().sum(0) > 0] for c in changes]
     return list(zip(pieces, changes, strict=True))

@@ -14,7 +14,7 @@ from sample_adapters import dense_parts, layers, linear, randn, stored, trained_
 import lorakit
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
-from lorakit.adapters.loading import put_on
+from lorakit.adapters.loading import load
 from lorakit.analysis import combine_adapters, dare, ties
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.layers import RowSlice
@@ -60,7 +60,7 @@ def test_one_adapter_with_weight_1_is_itself(option, how, tmp_path):
         same_bits(made.adapter.trained[name], tensor, name)
 
     model = tiny_models.build("gpt2")
-    put_on(model, made.adapter, name="same", trainable=False)
+    load(model, made.adapter, name="same")
     batch = tiny_models.example_batch("gpt2", model)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, handle.model(**batch).logits)
@@ -127,22 +127,6 @@ def test_different_slices_of_one_layer():
         torch.testing.assert_close(delta(found), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_loralib_s_convolution_with_peft_s():
-    loralib = layers()["loralib-conv"]
-    peft = StoredLayer(
-        kind="conv",
-        A=randn(2, 5, 3, 3, seed=1),
-        B=randn(4, 2, 1, 1, seed=2),
-        scaling=0.5,
-        alpha=1.0,
-    )
-    made = combine_adapters([stored("loralib-conv"), stored(**{"loralib-conv": peft})])
-    expected = delta(loralib) + delta(peft)
-    torch.testing.assert_close(
-        delta(made.adapter.layers["loralib-conv"]), expected, atol=1e-4, rtol=1e-5
-    )
-
-
 def test_a_sum_acts_as_the_weighted_adapters_do_together(tmp_path):
     handle = adapted_gpt2()
     lorakit.attach(handle.model, lorakit.LoRA(rank=3, targets=("attention.qv", "mlp")), name="b")
@@ -152,7 +136,7 @@ def test_a_sum_acts_as_the_weighted_adapters_do_together(tmp_path):
     handle.activate({"a": 0.6, "b": -0.4})
     batch = tiny_models.example_batch("gpt2", handle.model)
     model = tiny_models.build("gpt2")
-    put_on(model, made.adapter, name="sum", trainable=False)
+    load(model, made.adapter, name="sum")
     with torch.no_grad():
         expected = handle.model(**batch).logits
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
@@ -271,9 +255,9 @@ def test_a_tied_head_beside_an_adapter_without_the_embedding(first):
     stored_ones = [one.stored(), other.stored()]
     made = combine_adapters(stored_ones if first == "tied head" else stored_ones[::-1])
     summed, both = (tiny_models.build("gpt2") for _ in range(2))
-    put_on(summed, made.adapter, name="sum", trainable=False)
-    put_on(both, stored_ones[0], name="one", trainable=False)
-    handle = put_on(both, stored_ones[1], name="other", trainable=False)
+    load(summed, made.adapter, name="sum")
+    load(both, stored_ones[0], name="one")
+    handle = load(both, stored_ones[1], name="other")
     handle.activate({"one": 1.0, "other": 1.0})
     batch = tiny_models.example_batch("gpt2", summed)
     with torch.no_grad():
@@ -294,17 +278,6 @@ def test_the_base_that_all_folders_of_peft_name():
     assert made.provenance["peft"] == {**settings, "peft_version": "0.18.0"}
     both[1].provenance = {}
     assert "peft" not in combine_adapters(both).adapter.provenance
-
-
-def test_notices_on_the_factors_of_peft_end_with_them():
-    told = {"init_lora_weights": "mica", "ensure_weight_tying": True, "loftq_config": {"bits": 4}}
-    settings = {"base_model_name_or_path": "org/base", **told}
-    one = dataclasses.replace(_adapter(), base=None, provenance={"peft": settings})
-    kept = {name: settings[name] for name in ("base_model_name_or_path", "loftq_config")}
-    assert combine_adapters([one, one]).adapter.provenance["peft"] == kept
-    plain = {"base_model_name_or_path": "org/base"}
-    other = dataclasses.replace(one, provenance={"peft": plain})
-    assert combine_adapters([one, other]).adapter.provenance["peft"] == plain
 
 
 def test_an_unknown_base_is_said():

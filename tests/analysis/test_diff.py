@@ -114,7 +114,7 @@ def test_what_one_adapter_has_alone_counts_against_zero():
     assert "2 matrices are only in the first adapter" in found.notices[0]
 
 
-@pytest.mark.parametrize("name", ["fused", "interleaved", "grouped", "loralib-conv"])
+@pytest.mark.parametrize("name", ["fused", "interleaved", "grouped"])
 def test_one_adapter_in_two_forms_is_at_distance_zero(name):
     """PEFT has one pair of factors for the slices of a layer, and for the groups of a convolution."""
     both = stored(name), stored(**{name: to_peft(layers()[name])})

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, RobertaForTokenClassification
 
 import lorakit
 from lorakit import analysis
-from lorakit.adapters.loading import put_on
+from lorakit.adapters.loading import load
 from lorakit.analysis import base_weights, extract, extract_adapter
 from lorakit.analysis.leading import leading_svd
 from lorakit.compute.adapter_file import AdapterFile
@@ -66,7 +66,7 @@ def test_a_difference_of_low_rank_is_found_again(arch, tmp_path):
     # GPT-NeoX has another name for its head in the file.
     assert len(made.notices) == (arch == "gpt-neox")
     model = tiny_models.build(arch)
-    put_on(model, made.adapter, name="extracted", trainable=False)
+    load(model, made.adapter, name="extracted")
     batch = tiny_models.example_batch(arch, model)
     with torch.no_grad():
         expected = tuned(**batch).logits
@@ -83,7 +83,7 @@ def test_the_adapter_is_compared_with_the_fine_tuned_model(rank, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     made = extract_adapter(base, tmp_path / "tuned", rank=rank)
     model = tiny_models.build("llama", vocab_size=len(tokenizer))
-    put_on(model, made.adapter, name="extracted", trainable=False)
+    load(model, made.adapter, name="extracted")
     adapted = logits_of_prompts(model, tokenizer)
     expected = agreement(logits_of_prompts(tuned, tokenizer), adapted)
     assert made.agreement is not None
@@ -307,7 +307,7 @@ def test_what_an_adapter_cannot_hold_is_said_and_counts(tmp_path):
     assert "The base and the adapter lack 9 weights of the fine-tuned model" in added
     assert "model.layers.2.self_attn.q_proj.weight" in added
     assert "1 targeted layers are the same" in unchanged
-    put_on(base, made.adapter, name="extracted", trainable=False)
+    load(base, made.adapter, name="extracted")
     as_saved = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     expected = agreement(*(logits_of_prompts(model, tokenizer) for model in (as_saved, base)))
     assert made.agreement is not None
@@ -370,7 +370,7 @@ def test_a_new_head_that_is_not_copied_is_named(tmp_path):
     assert "lm_head.weight" in lacking
     assert "not compared: The fine-tuned model has another head" in compared
     assert made.agreement is None
-    assert made.adapter.base.architecture.class_name == "LlamaForCausalLM"
+    assert made.adapter.base.class_name == "LlamaForCausalLM"
 
 
 def test_all_parts_of_a_new_head_are_copied(tmp_path):
@@ -601,7 +601,7 @@ def test_models_that_do_not_go_together(tmp_path):
         extract_adapter(base, tmp_path / "large", rank=2)
     made = extract_adapter(base, tmp_path / "tuned", rank=2)
     model = tiny_models.build("gpt2")
-    put_on(model, made.adapter, name="a", trainable=False).save(tmp_path / "adapter")
+    load(model, made.adapter, name="a").save(tmp_path / "adapter")
     with pytest.raises(AdapterFileError, match="an adapter already"):
         extract_adapter(base, tmp_path / "adapter", rank=2)
     with pytest.raises(ConfigurationError, match="neither"):

@@ -95,7 +95,7 @@ def test_slices_are_compared_with_their_like():
     assert "1 matrices are only in the first adapter, such as 'linear'" in found.notices[0]
 
 
-@pytest.mark.parametrize("name", ["fused", "grouped", "loralib-conv"])
+@pytest.mark.parametrize("name", ["fused", "grouped"])
 def test_one_adapter_in_two_forms_is_the_same(name):
     both = stored(name, "linear"), stored("linear", **{name: to_peft(layers()[name])})
     one, other = adapter_similarity(*both), adapter_similarity(*both[::-1])

@@ -118,8 +118,8 @@ def test_a_trained_adapter():
 
 
 def test_the_ranks_are_those_of_the_layers():
-    """Not of a group's part of a convolution, nor of loralib's factors, which have K rows for each rank."""
-    adapter = stored("linear", "fused", "grouped", "loralib-conv")
+    """Not of a group's part of a convolution."""
+    adapter = stored("linear", "fused", "grouped")
     found = adapter_spectrum(adapter)
     for name, one in found.layers.items():
         assert one.rank == adapter.layers[name.split()[0]].rank

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_encoder_tokenizer, tiny_tokenizer
 
 import lorakit
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.loading import put_on
+from lorakit.adapters.loading import load
 from lorakit.compute.agreement import PROMPTS
 from lorakit.compute.merge_verdict import MergeVerdict, judge_merge
 from lorakit.errors import BaseModelError
@@ -47,7 +47,7 @@ def test_the_share_of_the_update_that_survives_rounding(dora: bool, scale: float
     before = {name: p.detach().double() for name, p in base.model.named_parameters()}
     wide = tiny_models.build("llama", vocab_size=len(base.tokenizer))  # the same base in float32
     wide.load_state_dict({n: before[n].float() for n, _ in wide.named_parameters()}, strict=False)
-    put_on(wide, stored, name="a", trainable=False).merge(keep_base=False)
+    load(wide, stored, name="a").merge(keep_base=False)
     verdict = verdict_of(base, handle, stored)
     for name, merged in base.model.named_parameters():
         exact = wide.get_parameter(name).detach().double()

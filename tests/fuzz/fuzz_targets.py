@@ -49,6 +49,7 @@ import tiny_models
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 from lorakit.adapters import formats
+from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.cli.config_files import read_options
 from lorakit.data.readers import reader_for
@@ -219,29 +220,18 @@ def _check_finite(stored: StoredAdapter) -> None:
 
 
 def _check_tensors(folder: Path) -> list[str]:
-    """Each tensor of the file is in the adapter: unchanged, or in a layer of PEFT's form."""
+    """Each tensor is that of its own file, or the one in PEFT's that lorakit.json names."""
     stored = formats.read(folder)
     _check_finite(stored)
-    own = folder / OWN_TENSORS
-    path = own if own.exists() else folder / PEFT_TENSORS
-    tensors = _strictly(strict_safetensors, path.read_bytes())
-    if path == own:
-        found = {
-            f"layers.{p}.{n}": t
-            for p, layer in stored.layers.items()
-            for n, t in layer.tensors.items()
-        }
-        found |= {f"trained.{name}": t for name, t in stored.trained.items()}
-        _require(found.keys() == tensors.keys(), "other tensors than the file's", sorted(tensors))
-        _require(
-            all(_equal(t, tensors[n]) for n, t in found.items()), "other numbers than the file's"
-        )
-    else:  # what PEFT's form adds can be left out, but no number can be new
-        known = {number for array in tensors.values() for number in array.flatten().tolist()}
-        for layer in stored.layers.values():
-            if layer.initial_A is None:
-                numbers = {x for t in (layer.A, layer.B) for x in _array(t).flatten().tolist()}
-                _require(numbers <= known, "numbers that are not in the file")
+    record = _strictly(strict_json, (folder / RECORD).read_bytes())
+    own, theirs = (
+        _strictly(strict_safetensors, path.read_bytes()) if path.exists() else {}
+        for path in (folder / OWN_TENSORS, folder / PEFT_TENSORS)
+    )
+    tensors = own | {name: theirs[key] for name, key in record["in_peft"].items()}
+    found = lorakit_json.tensors_of(stored)
+    _require(found.keys() == tensors.keys(), "other tensors than the file's", sorted(tensors))
+    _require(all(_equal(t, tensors[n]) for n, t in found.items()), "other numbers than the file's")
     _check_round_trip(stored, folder)
     return []
 
@@ -263,13 +253,10 @@ def _check_round_trip(stored: StoredAdapter, folder: Path) -> None:
 
 
 _RECORD_KEYS = {
-    *("format", "format_version", "lorakit_version", "method", "tensors", "layers", "modules"),
-    *("trained", "repeated", "base", "provenance", "files", "sha256"),
+    *("format", "format_version", "lorakit_version", "method", "layers", "modules", "in_peft"),
+    *("base", "provenance", "files", "sha256"),
 }
-_LAYER_KEYS = {
-    *("kind", "alpha", "scaling", "grouped", "transposed", "tied_head", "rank", "A", "B"),
-    *("slices", "pissa", "dora", "weight_shape"),
-}
+_LAYER_KEYS = {"kind", "alpha", "scaling", "grouped", "transposed", "tied_head", "slices"}
 
 
 def _check_record(folder: Path) -> list[str]:
@@ -277,31 +264,23 @@ def _check_record(folder: Path) -> list[str]:
     stored = formats.read(folder)
     _check_finite(stored)
     record = _strictly(strict_json, (folder / RECORD).read_bytes())
-    _require((record["format"], record["format_version"]) == ("lorakit", 1), "another format")
+    _require((record["format"], record["format_version"]) == ("lorakit", 2), "another format")
     _require(_checksum(record) == record["sha256"], "a wrong checksum")
     extra = record.keys() ^ _RECORD_KEYS
     _require(not extra, "keys unknown or missing", sorted(extra))
     _require(list(stored.layers) == list(record["layers"]), "other layers than the file's")
-    _require(stored.trained.keys() == record["trained"].keys(), "other trained parameters")
     for path, layer in stored.layers.items():
         described = record["layers"][path]
-        extra = (described.keys() - {"key", "lora_bias"}) ^ _LAYER_KEYS
+        extra = described.keys() ^ _LAYER_KEYS
         _require(not extra, "keys of a layer unknown or missing", sorted(extra))
         for name in ("kind", "alpha", "scaling", "grouped", "transposed", "tied_head"):
             found, told = getattr(layer, name), described[name]
             told = float(told) if name in ("alpha", "scaling") and type(told) is int else told
             same = found == told and isinstance(told, bool) == isinstance(found, bool)
             _require(same, f"{name} differs from the file", (found, told))
-        for name in ("A", "B"):
-            _require(
-                list(getattr(layer, name).shape) == described[name], f"{name} has another shape"
-            )
         slices = json.dumps([dataclasses.asdict(piece) for piece in layer.slices], sort_keys=True)
         told = json.dumps(described["slices"], sort_keys=True)
         _require(slices == told, "slices differ from the file", (slices, told))
-        _require((layer.magnitude is not None) == described["dora"], "dora differs from the file")
-        _require((layer.initial_A is not None) == described["pissa"], "pissa differs from the file")
-        _require(described["rank"] == layer.rank, "rank differs from the file", described["rank"])
     settings = json.loads(json.dumps(dataclasses.asdict(stored.method)))
     told = {}
     for key, value in record["method"].items():
@@ -378,7 +357,6 @@ def _loralib_files(folder: Path) -> list[Files]:
         {"a.q.lora_A": numbers(2, 6), "a.q.lora_B": numbers(8, 2), "a.q.bias": numbers(8)},
         {"a.q.lora_A": numbers(2, 6), "a.q.lora_B": numbers(8, 2), "head.weight": numbers(3, 8)},
         {"h.0.attn.c_attn.lora_A": numbers(4, 6), "h.0.attn.c_attn.lora_B": numbers(12, 2)},
-        {"a.q.lora_A": numbers(2, 6), "a.q.lora_B": numbers(8, 2), "a.q.weight": numbers(8, 6)},
         {"a.query_lora_a.weight": numbers(2, 6), "a.query_lora_b.weight": numbers(6, 2)},
     ]
     found = []
@@ -398,18 +376,13 @@ def _check_loralib(folder: Path) -> list[str]:
     arrays = {k: v for k, v in content.items() if isinstance(v, np.ndarray)}
     _require(len(arrays) == len(content), "things that are not tensors")
     found = [t for layer in stored.layers.values() for t in (layer.A, layer.B)]
-    found += [*stored.trained.values(), *stored.base_copies.values()]
+    found += stored.trained.values()
     left = [a for a in arrays.values() if a.dtype.kind == "f"]
     for tensor in found:
         at = next((i for i, array in enumerate(left) if _equal(tensor, array)), None)
         _require(at is not None, "numbers that are not in the file", tuple(tensor.shape))
         left.pop(at)
-    known = [_array(t) for t in found]
-    # A whole model's file may hold its head twice: under its own name, and as the embedding.
-    _require(
-        all(any(a.shape == k.shape and np.array_equal(a, k) for k in known) for a in left),
-        "tensors of the file are left out",
-    )
+    _require(not left, "tensors of the file are left out")
     _check_round_trip(stored, folder)
     return []
 

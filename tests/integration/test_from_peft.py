@@ -12,7 +12,7 @@ from tiny_models import logits
 from torch import nn
 
 import lorakit
-from lorakit.errors import AdapterFileError, AdapterStateError, LorakitError
+from lorakit.errors import AdapterStateError, LorakitError
 
 pytestmark = [
     # PEFT uses a name that transformers deprecates.
@@ -140,37 +140,19 @@ def assert_refused(model: peft.PeftModel, error: type[LorakitError], message: st
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_an_embedding_and_a_head_that_were_trained_apart() -> None:
-    """The base ties them, so it could hold only one of the two."""
-    config = peft.LoraConfig(
-        r=2, target_modules=TARGETS, modules_to_save=["embed_tokens", "lm_head"]
-    )
-    model = peft.get_peft_model(tiny_models.build("llama", tie_word_embeddings=True), config)
-    randomise(model)
-    assert_refused(model, AdapterFileError, "apart, but they are one tensor in this model")
-
-
-def test_a_convolution_that_peft_computes_otherwise() -> None:
-    base = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
-    assert_refused(model, AdapterFileError, "PEFT's convolution always pads with zeros")
-
-
 def test_an_adapter_of_which_peft_saves_a_part() -> None:
     """PEFT leaves out `.mlp.down_proj` of one adapter, because another is named `mlp`."""
     model = peft_model()
     model.add_adapter("mlp", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert_refused(model, AdapterFileError, r"no tensors for 'model\.layers\.0\.mlp\.down_proj'")
+    assert_refused(model, AdapterStateError, "only a part of the adapter 'default'")
 
 
 def test_active_adapters_that_cannot_be_mixed() -> None:
     model = peft_model()
     model.add_adapter("dora", peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
     model.base_model.set_adapter(["default", "dora"])
-    assert_refused(model, AdapterStateError, "'dora' .* not linear in a weight")
-    model.set_adapter("dora")
-    assert lorakit.from_peft(model).active == {"dora": 1.0}
+    with pytest.raises(AdapterStateError, match=r"'dora' .* not linear in a weight"):
+        lorakit.from_peft(model)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -188,14 +170,7 @@ def test_a_scaling_that_was_changed(use_rslora: bool) -> None:
 def test_adapters_that_are_disabled_on_some_layers() -> None:
     model = peft_model()
     model.base_model.model.model.layers[1].mlp.down_proj.enable_adapters(False)
-    assert_refused(model, AdapterStateError, "Some layers .* have their adapters disabled")
-
-
-def test_a_layer_that_has_no_place_for_adapters() -> None:
-    base = tiny_models.build("llama")
-    base.model.layers[1].mlp.down_proj.adapters = "mine"
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=TARGETS))
-    assert_refused(model, AdapterStateError, "already has an attribute named 'adapters'")
+    assert_refused(model, AdapterStateError, "disabled on some layers only")
 
 
 # --- the state of the PEFT model ---------------------------------------------------------------------
@@ -253,17 +228,10 @@ def test_biases_that_were_trained_in_place_are_named(caplog: pytest.LogCaptureFi
     assert any("trained the biases of the base itself" in r.getMessage() for r in caplog.records)
 
 
-def test_a_merged_one_is_refused_or_given_its_base_back() -> None:
+def test_a_merged_one_is_refused() -> None:
     model = peft_model()
-    expected, base = logits(model), logits(tiny_models.build("llama"))
     model.merge_adapter()
-    try:
-        adapters = lorakit.from_peft(model)
-    except AdapterStateError:
-        return  # rejecting the model is correct too
-    torch.testing.assert_close(logits(adapters.model), expected, atol=1e-4, rtol=0)
-    adapters.detach()
-    torch.testing.assert_close(logits(adapters.model), base, atol=1e-4, rtol=0)
+    assert_refused(model, AdapterStateError, "an adapter merged into its weights")
 
 
 def test_a_model_of_peft_is_not_adapted_again(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from lorakit.methods.lora.forms import (
     ExpertsForm,
     FactorForm,
     LinearForm,
-    LoralibConvForm,
-    NotExpressibleError,
 )
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.models.layers import RowSlice
@@ -119,12 +116,6 @@ CASES = {
         wrong=(((4, 3, 2), (5, 2, 1)), ((4, 3, 2), (6, 4, 1))),
         needs=KERNEL,
     ),
-    "loralib conv": Case(
-        LoralibConvForm(taps=2, weight_shape=(3, 5, 2, 2)),
-        *((4, 10), (6, 4), (3, 5, 2, 2), 2, (6, 10)),
-        wrong=(((4, 10), (6, 2)), ((4, 5), (6, 4)), ((3, 10), (6, 3)), ((4, 10), (8, 4)), ((), ())),
-        needs="A (rank * 2, in * 2) and B (out / groups * 2, rank * 2)",
-    ),
     "experts": Case(
         ExpertsForm(groups=3),
         *((6, 5), (12, 2), (3, 4, 5), 2, (12, 5)),
@@ -159,10 +150,6 @@ def change(case: Case, A: Tensor, B: Tensor) -> Tensor:
             row += expert * (B.shape[0] // case.form.groups)
             out[place] = sum(b[row, r] * a[expert * rank + r, column] for r in range(rank))
             continue
-        if isinstance(case.form, LoralibConvForm):
-            row, column = divmod(flat_index(place, case.weight), case.matrix[1])
-            out[place] = sum(b[row, r] * a[r, column] for r in range(len(a)))
-            continue
         stored_as_in_out = case.weight != case.matrix
         row, column = reversed(place) if stored_as_in_out else place
         if not pieces:
@@ -177,10 +164,6 @@ def change(case: Case, A: Tensor, B: Tensor) -> Tensor:
 def rows_of(piece: RowSlice) -> list[int]:
     starts = [g * piece.stride + piece.offset for g in range(piece.groups)]
     return [start + j for start in starts for j in range(piece.width)]
-
-
-def flat_index(place: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    return sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(place))
 
 
 @each
@@ -213,15 +196,6 @@ def test_a_matrix_becomes_the_weight_again(case: Case):
     back = case.form.weight(case.form.matrix(weight, case.matrix), case.weight)
     assert back.is_contiguous()
     same_bits(back, weight)
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pefts_pair_and_back_gives_the_same_bits(case: Case, dtype: torch.dtype):
-    A, B = case.factors(dtype)
-    wide_A, wide_B = case.form.to_peft(A, B)
-    for found, expected in zip(case.form.from_peft(wide_A, wide_B), (A, B), strict=True):
-        same_bits(found, expected)
 
 
 @each
@@ -277,23 +251,7 @@ def test_only_matrices_limit_the_rank():
     (notice,) = rank_notices({"a": experts})
     assert "'a' (rank 3, width 2)" in notice
     conv = StoredLayer(kind="conv", A=A[..., None], B=B[..., None], **settings)
-    shape = (2, 3, 1, 1)
-    loralib = StoredLayer(kind="conv-loralib", A=A, B=B, weight_shape=shape, **settings)
-    assert rank_notices({"a": conv, "b": loralib}) == []
-
-
-def test_what_other_libraries_cannot_represent():
-    with pytest.raises(NotExpressibleError, match="mix its groups"):
-        LoralibConvForm(taps=2, weight_shape=(4, 2, 2, 2)).to_peft(
-            torch.ones(2, 8), torch.ones(4, 2)
-        )
-    with pytest.raises(NotExpressibleError, match="do not show its shape"):
-        LoralibConvForm(taps=2).to_peft(torch.ones(2, 8), torch.ones(4, 2))
-    with pytest.raises(AdapterFileError, match=r"no layer for nn\.MultiheadAttention"):
-        AttentionForm().to_loralib(torch.ones(2, 4), torch.ones(12, 2))
-    for name in ("conv", "grouped conv"):
-        with pytest.raises(AdapterFileError, match="factorises convolutions differently"):
-            CASES[name].form.to_loralib(*CASES[name].factors())
+    assert rank_notices({"a": conv}) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -340,30 +298,14 @@ def stored(**layers: StoredLayer) -> StoredAdapter:
     return StoredAdapter(method=lorakit.LoRA(rank=2, targets=tuple(layers)), layers=layers)
 
 
-def loralib_conv() -> StoredLayer:
-    A, B, shape = numbers(6, 12), numbers(18, 6), (6, 4, 3, 3)
-    return StoredLayer(kind="conv-loralib", A=A, B=B, scaling=1.0, alpha=2.0, weight_shape=shape)
-
-
 def test_a_loaded_adapter_keeps_the_form_of_its_file(tmp_path: Path):
     A, B = (
         numbers(2, 4, 3),
         numbers(6, 1, 1),
     )  # as in PEFT's files, A reads the channels of all groups
     ungrouped = StoredLayer(kind="conv", A=A, B=B, scaling=1.0, alpha=2.0, grouped=False)
-    formats.write(stored(conv=loralib_conv(), grouped=ungrouped), tmp_path)
+    formats.write(stored(grouped=ungrouped), tmp_path)
     handle = lorakit.load(Net(), tmp_path, name="a")
-    expected = {
-        "conv": LoralibConvForm(taps=3, weight_shape=(6, 4, 3, 3)),
-        "grouped": ConvForm(groups=2, grouped=False),
-    }
+    expected = {"grouped": ConvForm(groups=2, grouped=False)}
     assert live_forms(handle) == expected
     assert {path: layer.form for path, layer in handle.stored().layers.items()} == expected
-
-
-def test_loralibs_convolution_is_rejected_on_a_linear_layer(tmp_path: Path):
-    formats.write(stored(linear=loralib_conv()), tmp_path)
-    with pytest.raises(
-        AdapterFileError, match="conv-loralib factors for 'linear', which is a Linear"
-    ):
-        lorakit.load(Net(), tmp_path, name="a")

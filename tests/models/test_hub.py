@@ -64,7 +64,7 @@ def test_a_downloaded_model_loads_again_without_the_hub(
     assert not any("local cache" in notice for notice in online.notices)
     assert online.source.revision == COMMIT
     record = lorakit.attach(online.model, lorakit.LoRA(rank=2)).base_record()
-    assert (record.source.name, record.source.revision) == (NAME, COMMIT)
+    assert (record.name, record.revision) == (NAME, COMMIT)
 
     hub.status = 503
     module._KNOWN.clear()

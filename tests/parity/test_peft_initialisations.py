@@ -142,14 +142,11 @@ def check(base: Callable[[], nn.Module], folder: Path, expected: Tensor) -> None
     ],
     ids=str,
 )
-def test_an_initialisation_that_leaves_the_base(
-    init: str, options: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_initialisation_that_leaves_the_base(init: str, options: dict, tmp_path: Path) -> None:
     adapted = create(init, **options)
     assert bool(adapted.peft_config["default"].rank_pattern) == (init == "eva")
     expected = train(adapted)
     check(double_net, save(adapted, tmp_path / "theirs"), expected)
-    assert ("PEFT trains only A of this adapter" in caplog.text) == (init == "mica")
     assert_same(lorakit.from_peft(adapted).model, expected)
 
 

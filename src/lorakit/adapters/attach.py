@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.handle import Adapters, own_handle
 from lorakit.adapters.installed import adapted_layers
-from lorakit.adapters.statistics import layers_with_statistics
+from lorakit.adapters.statistics import running_statistics
 from lorakit.configuration import is_whole
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method, require_method
@@ -79,11 +79,11 @@ def attach(
             require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
         handle.activate(name)  # before a forward pass of another thread can begin
-    if (layer := next(layers_with_statistics(handle.model), None)) is not None:
+    if (name := next(iter(running_statistics(handle.model)), None)) is not None:
         _LOG.warning(
             "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "
             "hold them: call eval() on such layers after each model.train().",
-            layer[0],
+            name.rpartition(".")[0],
         )
     if (inner := _wrapped_model(handle.model)) is not None:
         path, kind = inner[0], type(inner[1]).__name__

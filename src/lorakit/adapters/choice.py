@@ -8,10 +8,10 @@ from itertools import chain
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from lorakit.configuration import is_finite, is_whole
 from lorakit.errors import AdapterStateError
+from lorakit.ops.lora_linear import Rows
 
 AdapterChoice = str | Mapping[str, float] | None
 """One adapter, a blend of adapters by weight, or none, as users write it."""
@@ -19,30 +19,29 @@ AdapterChoice = str | Mapping[str, float] | None
 Blend = tuple[tuple[str, float], ...]
 """Name and weight of each adapter that acts together; empty is the base alone."""
 
-Entries = slice | Tensor
-"""The entries of an axis that share a blend: one contiguous slice, or an int64 index."""
+Part = tuple[Blend, Rows]
+"""A blend, and the entries of an axis that it acts on."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The adapters that act in a forward pass.
-
-    Choices compare by value, and none refers to a model or a tensor.
-    """
+    """The adapters that act in a forward pass. Choices compare by value, and none refers to a model."""
 
     blends: tuple[Blend, ...] = ((),)
     """One blend for the whole batch, for each row, or for each span of tokens."""
     unit: Literal["batch", "row", "token"] = "batch"
     tokens: tuple[int, ...] = ()
     """Number of tokens in each span, for the unit "token". Tokens are counted row by row over (batch, length)."""
-    unchanged: bool = field(default=False, compare=False)
-    """Whether the caller guarantees that adapter tensors are not edited between passes that set this."""
     repeats: tuple[int, ...] = (1,)
     """For the unit "row": how many times a batch may hold each row, one after the other (for beam search)."""
     names: frozenset[str] = field(init=False, compare=False, repr=False)
     """Names of all adapters that act somewhere."""
     whole: Blend | None = field(init=False, compare=False, repr=False)
     """The blend, if the whole batch has the same one; else None."""
+    known_parts: dict[tuple[int, torch.device], list[Part]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """The parts by size and device: all layers of a pass have the same."""
 
     def __post_init__(self) -> None:
         names = frozenset(name for blend in self.blends for name, _ in blend)
@@ -62,10 +61,12 @@ class Choice:
         return replace(self, repeats=tuple(dict.fromkeys(repeats)))
 
     def runs(self, size: int) -> dict[Blend, list[range]]:
-        """Return the runs of entries of each blend on an axis of `size`; nothing if the choice does not fit it."""
+        """Return the runs of entries of each blend on an axis of `size`, which holds rows or tokens in order.
+
+        `size` is a multiple of the number of rows, where each row has consecutive entries, or the number of tokens.
+        """
         counts = self.tokens or (size // len(self.blends),) * len(self.blends)
-        if sum(counts) != size:
-            return {}
+        assert sum(counts) == size
         runs: dict[Blend, list[range]] = {}
         start = 0
         for blend, count in zip(self.blends, counts, strict=True):
@@ -76,21 +77,23 @@ class Choice:
                 start += count
         return runs
 
-    def parts(self, size: int, device: torch.device) -> list[tuple[Blend, Entries]]:
-        """Return each blend with its entries of an axis of `size`, which holds rows or tokens in order.
+    def parts(self, size: int, device: torch.device) -> list[Part]:
+        """Return each blend with its entries of an axis of `size` (see `runs`); indices are on `device`."""
+        if self.whole is not None:
+            return [(self.whole, None)]
+        parts = self.known_parts.get((size, device))
+        if parts is None:
+            parts = [(blend, _rows(own, device)) for blend, own in self.runs(size).items()]
+            if not torch.compiler.is_compiling():
+                self.known_parts[size, device] = parts
+        return parts
 
-        Args:
-            size: A multiple of the number of rows, where each row has consecutive entries, or the number of tokens.
-            device: Device of the indices.
-        """
-        runs = self.runs(size)
-        assert runs or not size
-        return [
-            (blend, slice(own[0].start, own[0].stop))
-            if len(own) == 1
-            else (blend, torch.tensor([*chain(*own)], device=device))
-            for blend, own in runs.items()
-        ]
+
+def _rows(runs: Sequence[range], device: torch.device) -> Rows:
+    """Return runs of entries as one slice or as an index."""
+    if len(runs) == 1:
+        return slice(runs[0].start, runs[0].stop)
+    return torch.tensor([*chain(*runs)], device=device)
 
 
 BASE = Choice()
@@ -161,18 +164,3 @@ def _blend(choice: AdapterChoice, get: Get) -> Blend:
                 "(DoRA, or biases or modules trained in full). Activate it alone and with weight 1."
             )
     return tuple((name, float(weight)) for name, weight in weights.items())
-
-
-# --- entries of an axis --------------------------------------------------------------------------------
-
-
-def take(x: Tensor, entries: Entries) -> Tensor:
-    """Return the entries of the first axis of `x`: a view of a slice, a copy for an index."""
-    return x[entries] if isinstance(entries, slice) else x.index_select(0, entries)
-
-
-def put(x: Tensor, entries: Entries, values: Tensor) -> Tensor:
-    """Return `x` with `values` at the entries of its first axis, out of place."""
-    if isinstance(entries, slice):
-        return torch.slice_scatter(x, values, 0, entries.start, entries.stop)
-    return x.index_copy(0, entries, values)

@@ -1,42 +1,40 @@
-"""Hooks that fix the choice of adapters when a forward pass begins."""
+"""Hooks on the model itself, which check the batch of a forward pass."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
-from lorakit.adapters.row_layout import describe_pass
 from lorakit.errors import AdapterStateError
 from lorakit.models.heads import backbone_of, output_embeddings
 from lorakit.models.layers import ADAPTERS, by_token
 
 _ACTIVATION = "_lorakit_activation"
-"""Attribute of the model and of its backbone, for the hooks."""
+"""Attribute of the model and of its backbone, for the hook."""
 
-_OF_PEFT = "peft_config"
-"""Attribute that PEFT gives to each model whose layers it wraps; some versions leave it there when they unwrap them."""
+_INPUTS = (
+    *("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"),
+    *("decoder_input_ids", "decoder_inputs_embeds"),
+)
+"""Arguments of transformers models with one entry for each row."""
 
 
 def watch(model: nn.Module, activation: Activation) -> None:
-    """Hook a model and its backbone, so that each call fixes its choice of adapters at its start."""
+    """Hook a model and its backbone."""
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
-        activation.of_peft += _adapters_of_peft(module)
         module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, always_call=True)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`."""
     for module in _entries(model):
         module.__dict__.pop(_ACTIVATION, None)
-        remove_hooks(module, enter, leave)
+        remove_hooks(module, enter)
 
 
 def _entries(model: nn.Module) -> list[nn.Module]:
@@ -51,36 +49,33 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 @by_token
 def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a model: begin a pass."""
+    """Forward pre-hook of a model: check that its batch has the rows or tokens of the choice.
+
+    Raises:
+        AdapterStateError: It does not. Or TRL would read the weight of an adapted head without calling the head.
+    """
     activation: Activation = module.__dict__[_ACTIVATION]
     if kwargs.get("fused_lm_head") and activation.merged is None:
         _require_unadapted_head(module)
-    if torch.compiler.is_compiling():
-        return  # a compiled graph is specialised to its choice
-    if any(
-        all(one is not known for known in activation.of_peft) for one in _adapters_of_peft(module)
-    ):
+    choice = activation.current().choice  # a checkpoint around the model records it
+    if torch.compiler.is_compiling() or choice.unit == "batch":
+        return
+    tensors = (*(kwargs.get(name) for name in _INPUTS), *args[:1])
+    x = next((x for x in tensors if isinstance(x, Tensor) and x.ndim), None)
+    if x is None or not x.numel():
+        return
+    if choice.unit == "token":
+        if x.ndim > 1 and x.shape[:2].numel() != sum(choice.tokens):
+            raise AdapterStateError(
+                f"per_token names {sum(choice.tokens)} tokens, and {type(module).__name__} received an input of shape "
+                f"{tuple(x.shape)}. Give one span for each stretch of its {x.shape[:2].numel()} tokens."
+            )
+    elif len(x) not in choice.rows:
         raise AdapterStateError(
-            "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
-            "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
+            f"per_sample names {len(choice.blends)} rows, and {type(module).__name__} received a batch of {len(x)}. "
+            "Give one name (or None) for each row of the batch. If each row comes several times in a row, say "
+            "per_sample(names, repeat=...)."
         )
-    if getattr(module, "_is_replica", False) and activation.has_blocks:
-        raise AdapterStateError(
-            "nn.DataParallel calls the model in new threads, which do not see per_sample or per_token. Call the model "
-            "itself, or use one process for each device."
-        )
-    with activation.running.lock:  # no other thread changes the adapters in between
-        choice = activation.entering()
-        of_pass = describe_pass(choice, module, args, kwargs)
-        of_pass = replace(of_pass, step=activation.step_of(choice, args, kwargs))
-        activation.begin(module, of_pass, sys._getframe(1))
-
-
-def _adapters_of_peft(module: nn.Module) -> list[Any]:
-    """Return the configurations of PEFT's adapters that a model has."""
-    configs = module.__dict__.get(_OF_PEFT)
-    of_each = configs.values() if isinstance(configs, dict) else ()
-    return [config for config in of_each if hasattr(config, "peft_type")]
 
 
 def _require_unadapted_head(model: nn.Module) -> None:
@@ -93,13 +88,6 @@ def _require_unadapted_head(model: nn.Module) -> None:
             "effect and would not be trained. Leave the head out of the targets, as 'all-linear' does. Or train a copy "
             'of the whole head with LoRA(train_modules="lm_head"), and choose it with activate alone.'
         )
-
-
-@by_token
-def leave(module: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of a model, called after errors too: end the pass."""
-    if not torch.compiler.is_compiling():
-        module.__dict__[_ACTIVATION].running.end(sys._getframe(1))
 
 
 def remove_hooks(module: nn.Module, *functions: Any) -> None:
@@ -118,4 +106,4 @@ def remove_hooks(module: nn.Module, *functions: Any) -> None:
 def foreign_hooks(module: nn.Module) -> Iterable[Any]:
     """Return the forward hooks and pre-hooks of a module without those of `watch`."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [hook for hook in hooks if hook not in (enter, leave)]
+    return [hook for hook in hooks if hook is not enter]

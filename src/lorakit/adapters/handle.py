@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import merging, saving
-from lorakit.adapters.activation import Activation, Registered
+from lorakit.adapters.activation import Activation, Block
 from lorakit.adapters.choice import (
     BASE,
     AdapterChoice,
@@ -33,7 +34,7 @@ from lorakit.adapters.installed import (
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.model_setup import freeze_base, prepare_model, release_model
 from lorakit.adapters.names import require_valid
-from lorakit.adapters.state_loading import guard_loading
+from lorakit.adapters.slots import Slots
 from lorakit.adapters.statistics import require_unchanged_statistics, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
 from lorakit.errors import AdapterStateError, nearest
@@ -124,53 +125,47 @@ class Adapters:
     def activate(self, choice: AdapterChoice) -> None:
         """Activate one adapter, several by weight, or none (the base alone), for all threads.
 
-        A forward pass or a generation of this thread keeps the choice that it began with.
+        As with `module.train()`, call it while no forward pass of another thread runs.
 
         Args:
             choice: A name, ``{name: weight}`` (each delta is scaled by its weight), or None.
 
         Raises:
-            AdapterStateError: A name is unknown, an adapter is merged, another thread runs the model, or an adapter
-                whose effect is not linear in its weight (DoRA, trained biases or modules) is mixed or weighted. Or a
-                layer of an adapter was replaced, or the handle was detached.
+            AdapterStateError: A name is unknown, an adapter is merged, or an adapter whose effect is not linear in its
+                weight (DoRA, trained biases or modules) is mixed or weighted. Or a layer of an adapter was replaced,
+                or the handle was detached, or a block is open here.
         """
         self._require_attached()
-        with self._activation.running.exclusive("activate another adapter", within_own_pass=True):
-            self._refuse_block_or_merged("activate another adapter")
-            chosen = choice_for_batch(choice, self._get)
-            self._require_in_place(chosen.names)
-            self._set_active(chosen)
+        self._refuse_block_or_merged("activate another adapter")
+        chosen = choice_for_batch(choice, self._get)
+        self._require_in_place(chosen.names)
+        self._set_active(chosen)
 
-    @contextlib.contextmanager
-    def using(self, choice: AdapterChoice) -> Iterator[None]:
+    def using(self, choice: AdapterChoice) -> contextlib.AbstractContextManager[None]:
         """Use other adapters, for the length of a `with` block, in this thread or asyncio task (see `per_sample`).
 
         Args:
             choice: A name, ``{name: weight}``, or None for the base alone, as for `activate`.
 
         Raises:
-            AdapterStateError: As for `activate`, but other threads may run the model.
+            AdapterStateError: As for `activate`, but a block may be open.
         """
-        self._require_attached()
-        self._refuse_merged("open a using or disabled block")
-        chosen = choice_for_batch(choice, self._get)
-        self._require_in_place(chosen.names)
-        with self._activation.local(chosen):
-            yield
+        return self._opened(lambda: choice_for_batch(choice, self._get))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Use the base alone, for the length of a `with` block: ``using(None)``."""
         return self.using(None)
 
-    @contextlib.contextmanager
-    def per_sample(self, names: Sequence[AdapterChoice], *, repeat: int = 1) -> Iterator[None]:
+    def per_sample(
+        self, names: Sequence[AdapterChoice], *, repeat: int = 1
+    ) -> contextlib.AbstractContextManager[None]:
         """Use a different adapter for each row of a batch, for the length of a `with` block.
 
         Call it anew for each `with`, as `using` and `per_token`; without `with` it has no effect.
 
         The block holds for its thread or asyncio task (and for what copies its context, such as
-        `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice of its first forward
-        pass, and repeats rows for its beams. Do not suspend a generator inside the block.
+        `asyncio.to_thread`). Other threads see what `activate` set. `generate` keeps the choice at its start, and
+        repeats rows for its beams. Do not edit, add or remove adapters inside the block, and suspend no generator.
 
         Args:
             names: For each row of the batch, in the order in which the model gets them: a name, ``{name: weight}``, or
@@ -179,17 +174,13 @@ class Adapters:
 
         Raises:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
-                number of rows, or a layer sees something else than whole rows in order.
+                number of rows, or a layer sees something else than whole rows in its first axis.
         """
-        self._require_attached()
-        self._refuse_merged("choose adapters by row")
-        with self._activation.local(choice_by_row(names, repeat, self._get)):
-            yield
+        return self._opened(lambda: choice_by_row(names, repeat, self._get), Slots())
 
-    @contextlib.contextmanager
     def per_token(
-        self, spans: Iterable[tuple[AdapterChoice, int]], *, unchanged: bool = False
-    ) -> Iterator[None]:
+        self, spans: Iterable[tuple[AdapterChoice, int]], *, slots: Slots | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Use a different adapter for each span of tokens, for the length of a `with` block, as `per_sample` does.
 
         Packed batches hold several sequences in one row. Only adapters whose effect on a token is independent of
@@ -198,18 +189,36 @@ class Adapters:
         Args:
             spans: Choice and number of tokens of each span, in order. They cover all tokens of the batch
                 (batch, length), row after row, padding included.
-            unchanged: Skip the check for edited adapter tensors in each decoding step, as a server does. Set it only if
-                no tensor is edited between passes that set it. Adapters may be added and removed.
+            slots: The thin matrices that earlier blocks have kept, as a server does between its steps. Adapters may be
+                added and removed meanwhile, but not edited.
 
         Raises:
             AdapterStateError: A name is unknown, or an adapter is merged. In a forward pass: the batch has another
                 number of tokens, or a layer or an adapter mixes tokens.
         """
+        return self._opened(lambda: choice_by_token(spans, self._get), slots)
+
+    @contextlib.contextmanager
+    def _opened(self, choose: Callable[[], Choice], slots: Slots | None = None) -> Iterator[None]:
+        """Open a block with a choice."""
         self._require_attached()
-        self._refuse_merged("choose adapters by token")
-        choice = replace(choice_by_token(spans, self._get), unchanged=unchanged)
-        with self._activation.local(choice):
+        self._refuse_merged("open a using, disabled, per_sample or per_token block")
+        choice = choose()
+        self._require_in_place(choice.names)
+        if choice.whole != self._activation.active.whole:
+            self._refuse_read_directly(choice.names | self._activation.active.names)
+        with self._activation.opened(Block(choice, slots)):
             yield
+
+    def _refuse_read_directly(self, names: Iterable[str]) -> None:
+        """Raise an AdapterStateError for an adapter that a block cannot replace: its layer may not be called."""
+        for name in names:
+            if (path := self._installed[name].read_directly(self.model)) is not None:
+                raise AdapterStateError(
+                    f"'{name}' trains '{path}' in full, and the model may read it without calling its layer, so a with "
+                    f"block cannot replace it. Use activate('{name}') for a whole batch, and activate(None) before a "
+                    "block of other adapters."
+                )
 
     def merge(self, choice: AdapterChoice = None, *, keep_base: bool = True) -> None:
         """Merge adapters into the weights: ``W + scaling * B A`` in float32, rounded once to W's dtype.
@@ -226,34 +235,28 @@ class Adapters:
                 afterwards. All other quantised layers are dequantised too.
 
         Raises:
-            AdapterStateError: Nothing is active, something is merged already, an adapter cannot be merged, the
-                model runs, or a layer of an adapter was replaced. Or the handle was detached.
+            AdapterStateError: Nothing is active, something is merged already, or an adapter cannot be merged: a merged
+                layer would compute something else. Or a layer of an adapter was replaced, or the handle was detached.
             AdapterFileError: An adapter or a merged weight holds NaN or infinity.
         """
         self._require_attached()
-        with self._activation.running.exclusive("merge"):
-            self._refuse_block_or_merged("merge")
-            if not keep_base:
-                self._refuse_open_blocks("merge without the base")
-            merged = self._activation.active
-            if choice is not None:
-                merged = choice_for_batch(choice, self._get)
-            if not merged.names:
-                raise AdapterStateError(
-                    f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
-                )
-            self._require_in_place(merged.names)
-            with self.changing():
-                self._swap_trained(merged)  # the merged model keeps the trained biases and heads
-                if keep_base:
-                    merging.merge(self.model, merged.blends[0])
-                    self._activation.merged = merged
-                else:
-                    merging.merge_permanently(
-                        self.model, merged.blends[0], abandon=self._remove_all
-                    )
-            self._activation.forbid_recomputation("merged")
-            if not keep_base:
+        self._refuse_block_or_merged("merge")
+        merged = self._activation.active
+        if choice is not None:
+            merged = choice_for_batch(choice, self._get)
+        if not merged.names:
+            raise AdapterStateError(
+                f"No adapter is active, so there is nothing to merge. Name one: {self._known()}."
+            )
+        self._require_in_place(merged.names)
+        self._activation.forbid_recomputation()
+        with self.changing():
+            self._swap_trained(merged)  # the merged model keeps the trained biases and heads
+            if keep_base:
+                merging.merge(self.model, merged.blends[0])
+                self._activation.merged = merged
+            else:
+                merging.merge_permanently(self.model, merged.blends[0], abandon=self._remove_all)
                 self._remove_all()
 
     def merged_weights(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -262,17 +265,13 @@ class Adapters:
         Parameters that an adapter trains in full are not included.
 
         Raises:
-            AdapterStateError: The active adapters have changed since the call.
+            AdapterStateError: As for `merge`.
         """
-        return self._merged_weights_of(self._activation.active)
-
-    def _merged_weights_of(self, active: Choice) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for weights in merging.merged_weights(self.model, active.blends[0]):
-            if self._activation.active != active:
-                raise AdapterStateError(
-                    "The active adapters have changed while merged_weights was read. Call it again."
-                )
-            yield weights
+        blend = self._activation.active.blends[0]
+        for layer in merging.merged_layers(self.model, blend):
+            with torch.no_grad():
+                tensors = layer.tensors(blend)
+            yield from tensors.values()
 
     def require_mergeable(self) -> None:
         """Raise an AdapterStateError if the effect of an active adapter is not a weight change."""
@@ -284,17 +283,15 @@ class Adapters:
         Raises:
             AdapterStateError: Nothing is merged.
         """
-        with self._activation.running.exclusive("unmerge"):
-            merged = self._activation.merged
-            if merged is None:
-                raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
-            self._activation.forbid_recomputation("unmerged")
-            try:
-                self._undo_merge(merged)
-            except BaseException:
-                self._undo_merge(merged)  # half of the layers would be merged
-                raise
-            self._report_replaced(merged.names)
+        merged = self._activation.merged
+        if merged is None:
+            raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
+        try:
+            self._undo_merge(merged)
+        except BaseException:
+            self._undo_merge(merged)  # half of the layers would be merged
+            raise
+        self._report_replaced(merged.names)
 
     def _undo_merge(self, active: Choice) -> None:
         """Restore the base's weights, also those of half a merge, and activate adapters."""
@@ -307,31 +304,27 @@ class Adapters:
 
         The other active adapters stay active with their weights. If there are none, the base alone is active.
         """
-        with self._activation.running.exclusive("remove an adapter"):
-            self._refuse_block_or_merged("remove an adapter")
-            adapter = self._get(name)
-            if len(self._installed) == 1 and not self._is_kept:
-                self.detach()
-                return
-            self._activation.forbid_recomputation("removed", frozenset({name}))
-            self._report_replaced([name])
-            if name in self._activation.active.names:
-                others = {other: w for other, w in self.active.items() if other != name}
-                self._set_active(choice_for_batch(others, self._get))
-            self._remove(adapter)
-            guard_loading(self.model)
+        self._refuse_block_or_merged("remove an adapter")
+        adapter = self._get(name)
+        if len(self._installed) == 1 and not self._is_kept:
+            self.detach()
+            return
+        self._report_replaced([name])
+        if name in self._activation.active.names:
+            others = {other: w for other, w in self.active.items() if other != name}
+            self._set_active(choice_for_batch(others, self._get))
+        self._remove(adapter)
 
     def keep(self) -> None:
         """Put the handle on the model before its first adapter, and keep it there without adapters until `detach`.
 
         The base is frozen from now on.
         """
-        with self._activation.running.exclusive("keep the handle"):
-            if own_handle(self.model) is None:
-                self._put_on_model()
-                freeze_base(self.model)
-            self._require_attached()
-            self._is_kept = True
+        if own_handle(self.model) is None:
+            self._put_on_model()
+            freeze_base(self.model)
+        self._require_attached()
+        self._is_kept = True
 
     def blend(self, choice: AdapterChoice) -> Blend:
         """Return the names and weights of a choice of adapters; empty for None.
@@ -345,19 +338,17 @@ class Adapters:
         """Remove all adapters and restore the model bit for bit, without added hooks or keys.
 
         Raises:
-            AdapterStateError: The caller or another thread is inside `using`, `per_sample` or `per_token`.
+            AdapterStateError: A block is open here.
         """
         if own_handle(self.model) is not self:
             return  # already detached; the model may have a new handle
-        with self._activation.running.exclusive("detach"):
-            self._refuse_open_blocks("detach")
-            self._activation.forbid_recomputation("detached", frozenset(self._installed))
-            if self._activation.merged is not None:
-                self.unmerge()
-            self._report_replaced(self._installed)
-            self._set_active(BASE)
-            restore_statistics(self.model)
-            self._remove_all()
+        self._refuse_inside_block("detach")
+        if self._activation.merged is not None:
+            self.unmerge()
+        self._report_replaced(self._installed)
+        self._set_active(BASE)
+        restore_statistics(self.model)
+        self._remove_all()
 
     def stored(self, name: str | None = None) -> StoredAdapter:
         """Return the content of the adapter's file: settings, tensors, base record, provenance.
@@ -445,20 +436,19 @@ class Adapters:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Add or merge adapters in a `with` block, in which no adapter is active and no other thread runs the model.
+        """Add or merge adapters in a `with` block, in which no adapter is active.
 
         An error undoes a merge and reactivates the former adapters. Otherwise no adapter is active afterwards, and the
         caller activates or merges one. (`using` is the block for users.)
         """
-        with self._activation.running.exclusive("add or merge an adapter"):
-            before = self._activation.active
-            self._set_active(BASE)
-            try:
-                yield
-            except BaseException:
-                if self._installed:  # a merge that stops between two layers has removed them
-                    self._undo_merge(before)
-                raise
+        before = self._activation.active
+        self._set_active(BASE)
+        try:
+            yield
+        except BaseException:
+            if self._installed:  # a merge that stops between two layers has removed them
+                self._undo_merge(before)
+            raise
 
     def add(
         self,
@@ -485,10 +475,7 @@ class Adapters:
             raise
         adapter.provenance = provenance or {}
         self._installed[name] = adapter
-        self._activation.adapters[name] = Registered(
-            swaps=bool(adapter.trained), read_directly=adapter.read_directly(self.model)
-        )
-        guard_loading(self.model)
+        self._activation.add(name)
         if is_first:
             freeze_base(self.model)
         return adapter
@@ -498,8 +485,8 @@ class Adapters:
         self._cleared = prepare_model(self.model, self._activation)
 
     def _remove(self, adapter: InstalledAdapter) -> None:
+        self._activation.forbid_recomputation()
         del self._installed[adapter.name]
-        self._activation.remove(adapter.name)
         uninstall(self.model, adapter, self._installed.values())
 
     def _remove_all(self) -> None:
@@ -524,10 +511,13 @@ class Adapters:
         `choice_for_batch` allows such an adapter only alone and with weight 1.
         """
         for _, layer, adapters in adapted_layers(self.model):
+            if adapters.replaced:
+                self._activation.forbid_recomputation()
             adapters.restore(layer)
         for name in active.names:
             for _, layer, adapters in self._installed[name].layers(self.model):
                 for attribute, copy in adapters[name].trained.items():
+                    self._activation.forbid_recomputation()
                     adapters.replace(layer, attribute, copy)
 
     def _get(self, name: str | None) -> InstalledAdapter:
@@ -576,15 +566,6 @@ class Adapters:
         if self._activation.users_block is not None:
             raise AdapterStateError(
                 f"You cannot {action} inside per_sample, per_token, using or disabled. Leave the block first."
-            )
-
-    def _refuse_open_blocks(self, action: str) -> None:
-        """Raise an AdapterStateError while any thread has an open block: without hooks, its passes would ignore it."""
-        self._refuse_inside_block(action)
-        if self._activation.has_blocks:
-            raise AdapterStateError(
-                f"You cannot {action} while another thread or task is inside per_sample, per_token, using or disabled. "
-                "Wait for the end of its block, or close the generator that holds it."
             )
 
     def _refuse_block_or_merged(self, action: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +10,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.layer_adapters import (
-    LayerAdapters,
-    add_hooks,
-    add_module,
-    check_free,
-    remove_adapter,
-    remove_idle_hooks,
-)
-from lorakit.adapters.linearity import why_hooks_change_output, why_not_linear
+from lorakit.adapters.hooks import add_hooks, add_module, remove_adapter, remove_idle_hooks
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.row_layout import row_layouts
 from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
@@ -37,8 +29,6 @@ from lorakit.models.parameter_swaps import base_parameter, buffers_for, grouped_
 from lorakit.models.quantised import QuantisedWeight, quantised_weight, require_exact_layers
 from lorakit.models.sharding import sharded_part
 from lorakit.models.tree import base_modules, submodule, without_wrappers
-
-_LOG = logging.getLogger(__name__)
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model: names of parameters and buffers that DistributedDataParallel leaves alone."""
@@ -136,9 +126,8 @@ def install(
 ) -> InstalledAdapter:
     """Add an adapter's modules to the model's layers, with a copy of each base tensor in `trained_names`.
 
-    `modules` receives a plain `AdapterModule` for each layer that only has trained copies. A warning names each layer
-    into which the adapter cannot be merged because of its forward method (`lorakit.adapters.linearity`). Errors are
-    those of `check_installable`.
+    `modules` receives a plain `AdapterModule` for each layer that only has trained copies. Errors are those of
+    `check_installable`.
     """
     check_installable(model, modules, trained_names)
     installed = InstalledAdapter(name, method, modules)
@@ -163,11 +152,6 @@ def install(
         layer = layers[path]
         owner = submodule(model, path.rpartition(".")[0])
         add_module(layer, owner, name, module, activation, layouts.get(path))
-        if _merges_an_addition(module) and (reason := why_not_linear(path, layer)):
-            _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
-    without_bias = (_why_no_bias(path, layers[path], m) for path, m in modules.items())
-    if reason := next(filter(None, without_bias), None):
-        _LOG.warning("'%s' can be used, but not merged: %s.", name, reason)
     add_hooks(backbone_of(model), installed.backbone_hooks)
     if constant := installed.constant_buffers(model):
         # DistributedDataParallel would broadcast them before each forward pass.
@@ -182,7 +166,7 @@ def check_installable(
 
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
-        AdapterStateError: A layer already has another attribute named `adapters`, or accelerate has offloaded it.
+        AdapterStateError: accelerate has offloaded a layer.
     """
     require_exact_layers(model)
     refuse_quantised(model, trained_names)
@@ -190,8 +174,6 @@ def check_installable(
     for name in trained_names:
         path, _, attribute = name.rpartition(".")
         tensors[path] = base_parameter(submodule(model, path), attribute)
-    for path in tensors:
-        check_free(path, submodule(model, path))
     _refuse_offloaded(model, tensors)
 
 
@@ -247,47 +229,10 @@ def require_unsharded(model: nn.Module) -> None:
 
 
 def unmergeable(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield the name of each adapter that cannot be merged at a layer, and why; by default of the active ones."""
-    for path, layer, adapters in adapted_layers(model):
+    """Yield name and layer path of each effect that is not a change of weights; by default of the active adapters."""
+    for path, _, adapters in adapted_layers(model):
         wanted = adapters.activation.active.names if names is None else names
-        modules = {name: adapters[name] for name in wanted if name in adapters}
-        for name, module in modules.items():
-            if not module.merges:
-                yield name, f"its effect at '{path}' is not a weight change"
-            elif _lacks_weights(module):
-                yield (
-                    name,
-                    f"{type(module).__name__} at '{path}' defines neither delta_weights nor merged_weights",
-                )
-            elif reason := _why_no_bias(path, layer, module):
-                yield name, reason
-        adding = [name for name, module in modules.items() if _merges_an_addition(module)]
-        if adding and (
-            reason := why_not_linear(path, layer) or why_hooks_change_output(path, layer)
-        ):
-            yield adding[0], reason
-
-
-def _why_no_bias(path: str, layer: nn.Module, module: AdapterModule) -> str | None:
-    """Return why a merge cannot add a bias of B (`LoRA.lora_bias`) to the layer's own, or None."""
-    lacks = getattr(module, "lora_B_bias", None) is not None and layer.bias is None
-    return f"'{path}' has no bias to which lora_bias can be added" if lacks else None
-
-
-def _lacks_weights(module: AdapterModule) -> bool:
-    """Return whether the module has an effect besides its trained copies, but does not define it as weights."""
-    kind = type(module)
-    has_effect = not module.leaves_output or module.layer_hooks or module.backbone_hooks
-    return bool(has_effect) and (
-        kind.delta_weights is AdapterModule.delta_weights
-        and kind.merged_weights is AdapterModule.merged_weights
-    )
-
-
-def _merges_an_addition(module: AdapterModule) -> bool:
-    """Return whether a merge replaces what the module adds to its layer's output by a change of the weight."""
-    adds = not (module.shadows or module.leaves_output)
-    return module.merges and adds and not _lacks_weights(module)
+        yield from ((n, path) for n in wanted if n in adapters and not adapters[n].merges)
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,32 +1,69 @@
-"""The adapters of one layer by name, and the hooks that run them."""
+"""The adapters of one layer by name, and their effect on the layer's output.
+
+`LayerAdapters.adapted` chooses the adapters, splits the batch into parts, and adds the product of each part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, KeysView, ValuesView
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, ItemsView, Iterable, KeysView, Mapping, ValuesView
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.activation import Activation
-from lorakit.adapters.choice import Blend
-from lorakit.adapters.entry import foreign_hooks, remove_hooks
-from lorakit.adapters.mixed_batch import Call, adapt_by, adapt_by_part
+from lorakit.adapters.activation import Activation, Block
+from lorakit.adapters.choice import Blend, Choice
 from lorakit.adapters.row_layout import RowLayout
-from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.errors import AdapterStateError
-from lorakit.methods.module import AdapterModule, ModuleHook
-from lorakit.models.layers import ADAPTERS, layer_input
-from lorakit.models.packed import packed_by
-from lorakit.models.parameter_swaps import (
-    ReplacedParameters,
-    hide_parameters,
-    show_parameters,
-)
+from lorakit.methods.lora.layer import LoRALayer
+from lorakit.methods.lora.linear import output_is_unshared
+from lorakit.methods.module import AdapterModule, LowRank
+from lorakit.models.layers import layer_input
+from lorakit.models.parameter_swaps import ReplacedParameters, with_parameters
 from lorakit.models.quantised import quantised_weight
-from lorakit.models.tree import base_modules
 from lorakit.ops.autocast import no_autocast, wide_dtype
+from lorakit.ops.lora_linear import Product, Rows, lora_linear, put, take
 from lorakit.ops.low_rank_sum import LowRankSum, concatenated
+
+
+class Call(NamedTuple):
+    """A call of a layer."""
+
+    layer: nn.Module
+    x: Tensor
+    """The input that the adapters read."""
+    args: tuple
+    kwargs: Mapping[str, Any]
+
+    def at(self, rows: Rows) -> Call:
+        """Return the call with some entries of the first axis of every tensor."""
+        if rows is None:
+            return self
+        x = take(self.x, rows)
+
+        def part(value: Any) -> Any:
+            if value is self.x:
+                return x
+            if not isinstance(value, Tensor):
+                return value
+            if len(value) != len(self.x):
+                raise AdapterStateError(
+                    f"{type(self.layer).__name__} takes tensors with other numbers of rows, so it cannot compute some "
+                    "rows only. Run one batch for each adapter."
+                )
+            return take(value, rows)
+
+        args = tuple(map(part, self.args))
+        return Call(self.layer, x, args, {name: part(v) for name, v in self.kwargs.items()})
+
+    def with_input(self, x: Tensor) -> Call:
+        """Return the call with another input."""
+        args = tuple(x if value is self.x else value for value in self.args)
+        kwargs = {name: x if value is self.x else value for name, value in self.kwargs.items()}
+        return Call(self.layer, x, args, kwargs)
 
 
 class LayerAdapters(ReplacedParameters):
@@ -43,38 +80,192 @@ class LayerAdapters(ReplacedParameters):
         def values(self) -> ValuesView[AdapterModule]: ...
         def items(self) -> ItemsView[str, AdapterModule]: ...
 
-    # --- effect on the forward pass ----------------------------------------------------------------
+    # --- the forward pass --------------------------------------------------------------------------------
 
-    def effective_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        """Return the weights to use in one call, where an adapter cannot add its effect to the layer's output.
+    def adapted(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Return the layer's output with the effect of the adapters that act in this call."""
+        if isinstance(output, tuple):  # a block's hidden states and further outputs
+            return (self.adapted(layer, args, kwargs, output[0]), *output[1:])
+        choice = self.activation.current().choice
+        acts = any(name in self._modules for name in choice.names)
+        if not acts and (choice is self.activation.active or not self.replaced):
+            return output
+        call = Call(layer, layer_input(layer, args, kwargs), args, kwargs)
+        if choice.whole is None and not self._has_rows(call, output, choice):
+            return output  # it is empty
+        delta, left = self._from_slots(call, output, choice)
+        if delta is not None:
+            output = output + delta
+        products = self._products(call.x, choice, left)
+        if products is None:
+            return self._add_parts(call, output, choice, left)
+        in_place = delta is not None or output_is_unshared(layer)
+        return lora_linear(call.x, output, products, in_place=in_place) if products else output
 
-        `nn.MultiheadAttention`, for example, reads `out_proj.weight` without calling `out_proj`.
+    def _products(
+        self, x: Tensor, choice: Choice, left: Collection[Blend] | None
+    ) -> list[Product] | None:
+        """Return the low-rank products of each part; None if an adapter has another effect on the layer.
+
+        `left` are the blends that are not computed yet; None is all.
         """
-        choice = self.activation.moment().of_pass.choice
-        blend = choice.whole
-        # `adapt_by_part` calls a layer that splits again for each adapter.
-        if blend is None and (
-            self.replaced or not all(self[name].splits for name in choice.names & self.keys())
-        ):
-            raise AdapterStateError(
-                f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
-                "weights directly. Run one batch for each adapter."
-            )
-        blend = blend or ()
-        tensors = self.parameters_to_swap(layer, blend)
-        layer.__dict__.update(tensors)  # the adapters add to these
-        return tensors | self.shadows(layer, blend)
+        copies_in_place = choice is self.activation.active
+        if self.replaced and not copies_in_place:
+            return None
+        low_rank: dict[str, LowRank] = {}
+        for name in choice.names:
+            module: Any = self._modules.get(name)
+            if module is None or (copies_in_place and module.leaves_output):
+                continue
+            has_copies = module.trained and not copies_in_place
+            product = None if has_copies or module.shadows else module.low_rank()
+            if product is None:
+                return None
+            low_rank[name] = product
+        if not low_rank or x.is_nested:
+            return None if low_rank else []
+        return [
+            Product(rows, low_rank[name].A, low_rank[name].B, weight * low_rank[name].scaling)
+            for blend, rows in choice.parts(x.shape[:-1].numel(), x.device)
+            if left is None or blend in left
+            for name, weight in blend
+            if name in low_rank
+        ]
+
+    def _add_parts(
+        self, call: Call, output: Any, choice: Choice, left: Collection[Blend] | None
+    ) -> Any:
+        """Return the layer's output with the effect of each blend on its rows, which may be any effect."""
+        if choice.whole is not None:
+            return self._with_blend(call, output, choice.whole, choice)
+        shape, x = output.shape, call.x
+        if choice.unit == "token":
+            axes = x.ndim - _features(call.layer)
+            call = call.with_input(x.flatten(0, axes - 1))
+            output = output.flatten(0, axes - 1)
+        for blend, rows in choice.parts(len(call.x), x.device):
+            if left is None or blend in left:
+                values = self._with_blend(call.at(rows), take(output, rows), blend, choice)
+                output = put(output, rows, values)
+        return output.view(shape)
+
+    def _with_blend(self, call: Call, output: Any, blend: Blend, choice: Choice) -> Any:
+        """Return the layer's output with the effect of one blend, computed again if it has other parameters."""
+        layer, parameters = call.layer, {}
+        if choice is not self.activation.active and not (choice.whole and self.hides_parameters):
+            parameters = self._to_swap(layer, blend)
+        if choice.whole is None:
+            parameters |= self.shadows(layer, blend)
+        if parameters:
+            return self._computed_again(call, blend, parameters)
+        return self._with_modules(layer, call.x, output, blend)
+
+    def _with_modules(self, layer: nn.Module, x: Any, output: Any, blend: Blend) -> Any:
+        """Return the output of a layer that has a blend's parameters, with the effects of its modules."""
+        block = self.activation.block
+        slots = None if block is None or torch.is_grad_enabled() or self.training else block.slots
+        for name, weight in blend:
+            module: Any = self._modules.get(name)
+            if module is None or module.shadows:
+                continue
+            if slots is not None and isinstance(module, LoRALayer) and module.magnitude is not None:
+                output = module.adapt_rows(layer, x, output, slots.row_factors(module, layer))
+            else:
+                output = module.adapt(layer, x, output, weight)
+        return output
+
+    def _from_slots(
+        self, call: Call, output: Any, choice: Choice
+    ) -> tuple[Tensor | None, Collection[Blend] | None]:
+        """Return what the block's slots add to the output, and the blends that they leave; None is all of them."""
+        block, x = self.activation.block, call.x
+        if block is None or block.slots is None or torch.compiler.is_compiling():
+            return None, None
+        if torch.is_grad_enabled() or self.training:
+            block.slots.forget()
+            return None, None
+        if self.replaced or not isinstance(x, Tensor) or x.ndim < 2 or x.is_nested:
+            return None, None
+        serials, size = self.activation.serials, x.shape[:-1].numel()
+        if choice.unit == "token" and size != sum(choice.tokens):
+            return None, None
+        step = block.slots.step(choice, serials, size, x.device)
+        delta = None if step is None else block.slots.delta(self, step, x, output.dtype)
+        return delta, None if step is None or delta is None else step.others
+
+    def _has_rows(self, call: Call, output: Any, choice: Choice) -> bool:
+        """Check that a layer sees the rows or tokens of a choice, and return whether there are any.
+
+        Raises:
+            AdapterStateError: It may see something else, or an adapter mixes the tokens of a row.
+        """
+        x = call.x
+        for name, value in (("input", x), ("output", output)):
+            if not isinstance(value, Tensor):
+                raise self.layout.refuse(f"its {name} is a {type(value).__name__}")
+        if not x.numel():
+            return False
+        self.layout.check(x, choice, axes=x.ndim - _features(call.layer))
+        if choice.unit == "token":
+            acting = [self[name] for name in choice.names if name in self._modules]
+            copies = self.replaced or any(module.trained for module in acting)
+            by_token = all(module.by_token or module.leaves_output for module in acting)
+            if not by_token or (copies and not _computes_by_token(call.layer)):
+                raise self.layout.refuse("the adapters there may mix the tokens of a sequence")
+        return True
+
+    def _computed_again(self, call: Call, blend: Blend, parameters: Mapping[str, Tensor]) -> Any:
+        """Return the layer's output with other parameters and with the effect of one blend."""
+        if reason := _why_not_computed_again(call.layer, parameters):
+            raise self.layout.refuse(reason)
+        inside = Block(Choice((blend,)), is_part=True)  # for the layers inside this one
+        with with_parameters(call.layer, parameters) as layer:
+            with self.activation.opened(inside):
+                output = layer.forward(*call.args, **call.kwargs)
+            if not isinstance(output, Tensor):
+                raise self.layout.refuse(f"its output is a {type(output).__name__}")
+            return self._with_modules(layer, call.x, output, blend)
+
+    def _to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
+        """Return the parameters that a blend needs on this layer and that are not in place now."""
+        wanted: dict[str, Tensor] = {a: self.current_base(a) for a in self.replaced}
+        for name, _ in blend:
+            if name in self._modules:
+                wanted.update(self[name].trained)
+        return {a: tensor for a, tensor in wanted.items() if layer._parameters.get(a) is not tensor}
+
+    # --- weights that a layer reads itself -----------------------------------------------------------------
 
     @property
     def hides_parameters(self) -> bool:
         """Whether hooks put the `effective_weights` in place for each call of the layer."""
         return any(module.shadows for module in self.values())
 
+    def effective_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the weights to use in one call, where an adapter cannot add its effect to the layer's output.
+
+        `nn.MultiheadAttention`, for example, reads `out_proj.weight` without calling `out_proj`.
+        """
+        choice = self.activation.current().choice
+        if choice.whole is None and (
+            self.replaced or not all(self[n].splits for n in choice.names & self._modules.keys())
+        ):
+            raise AdapterStateError(
+                f"per_sample cannot use different weights for each row of a {type(layer).__name__}, which reads its "
+                "weights directly. Run one batch for each adapter."
+            )
+        if self.activation.merged is not None:
+            return {}
+        blend = choice.whole or ()  # rows that differ are computed again for each adapter
+        tensors = self._to_swap(layer, blend)
+        layer.__dict__.update(tensors)  # the adapters add to these
+        return tensors | self.shadows(layer, blend)
+
     def shadows(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
         """Return the weights that the adapters of a blend put in place of the layer's for a call."""
-        shadowing = [(n, w) for n, w in blend if n in self and self[n].shadows]
-        attributes = dict.fromkeys(a for name, _ in shadowing for a in self[name].shadows)
-        return {attribute: self._shadow(layer, attribute, shadowing) for attribute in attributes}
+        acting = [(n, w) for n, w in blend if n in self._modules and self[n].shadows]
+        attributes = dict.fromkeys(a for name, _ in acting for a in self[name].shadows)
+        return {attribute: self._shadow(layer, attribute, acting) for attribute in attributes}
 
     def _shadow(
         self, layer: nn.Module, attribute: str, blend: Iterable[tuple[str, float]]
@@ -86,81 +277,15 @@ class LayerAdapters(ReplacedParameters):
                 continue
             product = self[name].shadow_factors(attribute)
             if product is None or torch.compiler.is_compiling():
-                return self.effective_weight(layer, attribute, blend)
+                return self.merge_weight(layer, attribute, blend)[-1]
             L, R, scale = product
             products.append((L, R, weight * scale))
         return LowRankSum(getattr(layer, attribute), *concatenated(products))
 
-    def after(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Return the layer's output with the effect of the active adapters."""
-        if isinstance(output, tuple):  # a block's hidden states and further outputs
-            return self._after_block(layer, args, kwargs, output)
-        x = layer_input(layer, args, kwargs)
-        step = self.activation.step
-        if step is not None and (adapted := step.adapt(self, x, output)) is not None:
-            return adapted
-        of_pass = self.activation.moment().of_pass
-        choice = of_pass.choice
-        if choice is not self.activation.active:
-            return adapt_by_part(self, Call(layer, x, args, kwargs), output, of_pass)
-        # `activate` chose for the whole batch, and trained copies are in place. This runs in every call of the
-        # layer, and a lookup in ModuleDict is slow.
-        modules = self._modules
-        for name, weight in choice.blends[0]:
-            module = modules.get(name)
-            if module is not None and not module.shadows:
-                output = adapt_by(module, self.activation, layer, x, output, weight)  # type: ignore[arg-type]
-        return output
-
-    def _after_block(self, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple:
-        choice = self.activation.moment().of_pass.choice
-        if choice is not self.activation.active and any(
-            self.parameters_to_swap(layer, blend) for blend in choice.blends
-        ):
-            raise self.layout.refuse("it returns several tensors, which trained copies change")
-        return (self.after(layer, args, kwargs, output[0]), *output[1:])
-
-    def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
-        """Return the modules of the active adapters; None if rows use different ones, or parameters need a swap."""
-        choice = self.activation.now.choice
-        names, blend = choice.names & self.keys(), choice.whole or ()
-        if names and choice.whole is None:
-            return None
-        if choice is not self.activation.active and self.parameters_to_swap(layer, blend):
-            return None
-        return [self[name] for name in names]
-
-    def leave_output(self, layer: nn.Module) -> bool:
-        """Return whether the layer computes its output from its own (or trained) parameters alone."""
-        acting = self.acting(layer)
-        return acting is not None and all(module.leaves_output for module in acting)
-
-    def parameters_to_swap(self, layer: nn.Module, blend: Blend) -> dict[str, Tensor]:
-        """Return the parameters that a blend needs on this layer and that are not in place now."""
-        if self.activation.merged:
-            return {}
-        wanted: dict[str, Tensor] = {a: self.current_base(a) for a in self.replaced}
-        for name, _ in blend:
-            if name in self:
-                wanted.update(self[name].trained)
-        return {a: tensor for a, tensor in wanted.items() if layer._parameters.get(a) is not tensor}
-
-    def changes(self, layer: nn.Module, blend: Blend) -> bool:
-        """Whether the layer's output has to change for a blend."""
-        return any(name in self for name, _ in blend) or bool(self.parameters_to_swap(layer, blend))
-
-    # --- effective weights -------------------------------------------------------------------------
-
-    def effective_weight(
-        self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
-    ) -> Tensor:
-        """Return ``W + sum of weight * delta``, computed in float32 (or wider) and rounded once to the dtype of W."""
-        return self.merge_weight(layer, attribute, weights)[-1]
-
     def merge_weight(
         self, layer: nn.Module, attribute: str, weights: Iterable[tuple[str, float]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return W, `effective_weight` before it is rounded, and `effective_weight`.
+        """Return W, ``W + sum of weight * delta`` in float32 or wider, and the same rounded to the dtype of W.
 
         For a quantised weight, W is ``W_q``; all three are matrices (out, in). An adapter whose merged weight is not a
         sum (DoRA) is always active alone and with weight 1 (`Adapters.activate`).
@@ -189,169 +314,74 @@ class LayerAdapters(ReplacedParameters):
         exact = W.to(wide) + total.to(wide)
         return W, exact, exact.to(dtype)
 
-    def weights_changed_by(
-        self, path: str, layer: nn.Module, names: list[str], *, packed: bool = False
-    ) -> list[str]:
-        """Return the attributes of the layer at `path` that merging these adapters replaces.
+    # --- what other code asks of a layer -------------------------------------------------------------------
 
-        `packed` leaves out those that another library than bitsandbytes has quantised, instead of an error.
+    def acting(self, layer: nn.Module) -> list[AdapterModule] | None:
+        """Return the modules of the active adapters; None if rows use different ones, or parameters need a swap."""
+        choice = self.activation.choice
+        names, blend = choice.names & self._modules.keys(), choice.whole or ()
+        if names and choice.whole is None:
+            return None
+        if choice is not self.activation.active and self._to_swap(layer, blend):
+            return None
+        return [self[name] for name in names]
 
-        Raises:
-            AdapterStateError: One is not a parameter, so it cannot be replaced. Or it is on the meta device, or
-                quantised by another library than bitsandbytes.
-            AdapterFileError: An adapter holds NaN or infinity, which a file or the merged model must not keep.
-        """
-        show_parameters(layer)  # after an interrupted call
-        modules = {name: self[name] for name in names if name in self}
-        for name, module in modules.items():
-            for key, tensor in module.state_dict(prefix=f"{path}.{ADAPTERS}.{name}.").items():
-                check_tensor(f"'{key}'", tensor)
-        changed = dict.fromkeys(a for m in modules.values() for a in m.changed_weights(layer))
-        if packed:
-            changed = [a for a in changed if packed_by(layer, a) is None]
-        for attribute in changed:
-            name = f"{path}.{attribute}" if path else attribute
-            if (kind := packed_by(layer, attribute)) is not None:
-                raise AdapterStateError(
-                    f"'{name}' is quantised ({kind}), and lorakit reads only the numbers of bitsandbytes, so no delta "
-                    "can be added to it. Merge into the unquantised base: `lorakit merge FOLDER OUTPUT --base.name "
-                    "MODEL --allow_other_base true`."
-                )
-            if attribute not in layer._parameters:
-                raise AdapterStateError(
-                    f"'{name}' is computed from other tensors in each pass (as weight norm and pruning do), so a "
-                    "merged weight cannot replace it. Before you attach the adapter, make it a parameter: "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, '{attribute}'), for the old weight "
-                    f"norm torch.nn.utils.remove_weight_norm(layer, '{attribute}'), or after pruning "
-                    f"torch.nn.utils.prune.remove(layer, '{attribute}')."
-                )
-            parameter = layer._parameters[attribute]
-            if parameter is not None and parameter.is_meta:
-                raise AdapterStateError(
-                    f"'{name}' is on the meta device (offloaded by accelerate, or not loaded), so no delta can be "
-                    "added to it. Merge into a base that is loaded without offloading: `lorakit merge FOLDER OUTPUT`."
-                )
-        return list(changed)
+    def leave_output(self, layer: nn.Module) -> bool:
+        """Return whether the layer computes its output from its own (or trained) parameters alone."""
+        acting = self.acting(layer)
+        return acting is not None and all(module.leaves_output for module in acting)
 
 
-# The hooks are module-level functions and find their state on the layer, so deepcopy and pickle work.
+def why_not_by_token(
+    layer: nn.Module, layout: RowLayout, module: AdapterModule | None, trained: Iterable[str]
+) -> str | None:
+    """Return why a choice by token cannot use an adapter on a layer, or None if it can.
 
+    The adapter adds `module`, if it is not None, to the layer's output, and trains copies of the layer's attributes
+    `trained`.
 
-def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any = None) -> Any:
-    """Forward hook of every adapted layer."""
-    adapters = layer._modules.get(ADAPTERS)
-    if adapters is None:  # PyTorch's quantize_dynamic copies the hook, and calls it without kwargs
-        raise AdapterStateError(
-            f"This {type(layer).__name__} has replaced an adapted layer and lacks its adapters. Call "
-            "merge(keep_base=False) before you convert the model."
-        )
-    return adapters.after(layer, args, kwargs, output)  # type: ignore[operator]
-
-
-def shadow_weights(caller: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a module that reads adapted weights directly: hide them by the effective weights."""
-    for layer in _read_by(caller):
-        hide_parameters(layer, layer.adapters.effective_weights)  # type: ignore[union-attr]
-
-
-def unshadow_weights(caller: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook that also runs after an exception: show the layer's own weights again."""
-    for layer in _read_by(caller):
-        show_parameters(layer)
-
-
-def _read_by(caller: nn.Module) -> list[nn.Module]:
-    """Return the adapted layers whose weights `caller` reads: itself, and the output projection of attention."""
-    layers = [caller]
-    if isinstance(caller, nn.MultiheadAttention):
-        layers.append(caller.out_proj)
-    return [layer for layer in layers if ADAPTERS in layer._modules]
-
-
-def check_free(path: str, layer: nn.Module) -> None:
-    """Reject a layer that already has an attribute with the name of the adapters' child module."""
-    if hasattr(layer, ADAPTERS) and not isinstance(layer._modules.get(ADAPTERS), LayerAdapters):
-        raise AdapterStateError(
-            f"'{path}' ({type(layer).__name__}) already has an attribute named '{ADAPTERS}', which lorakit needs for "
-            "its tensors. Remove that attribute first."
-        )
-
-
-def add_module(
-    layer: nn.Module,
-    owner: nn.Module,
-    name: str,
-    module: AdapterModule,
-    activation: Activation,
-    layout: RowLayout | None,
-) -> None:
-    """Add an adapter's module to a layer inside `owner`, with the `adapters` child and the hooks that it needs.
-
-    `layout` may be None for a layer that already has an adapter.
+    A forward pass may refuse more: a layer that sees another number of tokens than the batch has, such as the pooler of
+    an encoder, which sees the first token of each row.
     """
-    if ADAPTERS not in layer._modules:
-        assert layout is not None
-        layer.register_module(ADAPTERS, LayerAdapters(activation, layout).train(layer.training))
-        layer.register_forward_hook(after_forward, with_kwargs=True)
-    layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
-    add_hooks(layer, module.layer_hooks)
-    module.train(layer.training)
-    caller = owner if isinstance(owner, nn.MultiheadAttention) else layer
-    reads_weights = isinstance(caller, nn.MultiheadAttention) or module.shadows
-    if reads_weights and shadow_weights not in caller._forward_pre_hooks.values():
-        caller.register_forward_pre_hook(shadow_weights)
-        caller.register_forward_hook(unshadow_weights, always_call=True)
+    if layout.refused is not None:
+        return layout.refused
+    shadows = module is not None and module.shadows and not module.splits
+    if shadows or isinstance(layer, nn.MultiheadAttention):
+        return "the model reads its weights directly"
+    if module is not None:
+        has_hooks = module.layer_hooks or module.backbone_hooks
+        if has_hooks or not (module.by_token or module.leaves_output):
+            return "the adapter there may mix the tokens of a sequence"
+    trained = dict.fromkeys(trained)
+    if trained and not _computes_by_token(layer):
+        return f"the adapter trains it in full, and a {type(layer).__name__} may mix the tokens of a sequence"
+    return _why_not_computed_again(layer, trained) if trained else None
 
 
-def output_is_unadapted(layer: nn.Module) -> bool:
-    """Return whether the layer computes its output from its own (or trained) parameters, and no hook changes it."""
-    hooks = foreign_hooks(layer)
-    adapters = layer._modules.get(ADAPTERS)
-    if hooks == [after_forward] and isinstance(adapters, LayerAdapters):
-        return adapters.leave_output(layer)
-    return not hooks
-
-
-def hooks_act_by_token(layer: nn.Module) -> bool:
-    """Return whether no hook on the layer mixes tokens."""
-    for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
-        if hook is after_forward:
-            acting = layer.adapters.acting(layer)  # type: ignore[operator, union-attr]
-            if acting is None or not all(m.by_token or m.leaves_output for m in acting):
-                return False
-        elif not (getattr(hook, "by_token", False) or _is_of_fsdp(hook)):
-            return False
-    return True
-
-
-def _is_of_fsdp(hook: Any) -> bool:
-    """Whether a hook gathers and drops the weights of a module, and leaves its input and output as they are."""
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
-
-
-def add_hooks(module: nn.Module, hooks: Iterable[ModuleHook]) -> None:
-    """Register the hooks that an adapter's module declares, each once."""
+def _why_not_computed_again(layer: nn.Module, parameters: Mapping[str, Any]) -> str | None:
+    """Return why the layer's forward with other parameters may differ from a call of the layer; None if it cannot."""
+    hooks = (
+        *layer._forward_pre_hooks.values(),
+        *layer._forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+    )
     for hook in hooks:
-        if hook.before and hook.run not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(hook.run, with_kwargs=True)
-        elif not hook.before and hook.run not in module._forward_hooks.values():
-            module.register_forward_hook(hook.run)
+        if not (getattr(hook, "__module__", None) or "").startswith("lorakit."):
+            return f"its hook {getattr(hook, '__qualname__', repr(hook))} would not run for rows with trained copies"
+    if not parameters.keys() <= layer._parameters.keys() or is_parametrized(layer):
+        return "its parameters are computed from other tensors"
+    return None
 
 
-def remove_adapter(layer: nn.Module, adapters: LayerAdapters, name: str) -> None:
-    """Remove one of a layer's adapters, with the hooks that no other adapter on it needs."""
-    show_parameters(layer)  # after an interrupted call
-    removed = adapters[name]
-    del adapters[name]
-    needed = {hook for module in adapters.values() for hook in module.layer_hooks}
-    remove_hooks(layer, *(hook.run for hook in {*removed.layer_hooks} - needed))
-    if not adapters:
-        del layer._modules[ADAPTERS]
-        remove_hooks(layer, after_forward)
+def _computes_by_token(layer: nn.Module) -> bool:
+    """Return whether the layer is of a type that computes each token on its own."""
+    known = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
+    return isinstance(layer, known) or type(layer).__name__.endswith("RMSNorm")
 
 
-def remove_idle_hooks(model: nn.Module) -> None:
-    """Remove the hooks of modules that no longer read an adapted weight."""
-    for _, module in base_modules(model):
-        if shadow_weights in module._forward_pre_hooks.values() and not _read_by(module):
-            remove_hooks(module, shadow_weights, unshadow_weights)
+def _features(layer: nn.Module) -> int:
+    """Return how many of the last axes of the layer's input are not batch or length."""
+    if isinstance(layer, nn.Embedding):
+        return 0
+    return layer.weight.ndim - 1 if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1

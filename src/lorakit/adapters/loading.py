@@ -23,29 +23,26 @@ from lorakit.adapters.names import ADAPTER_NAME, is_attribute
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.file_names import ADAPTER
 from lorakit.methods.combined import lora_of, parts
-from lorakit.methods.fake_modules import fake_modules
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.convolution import ConvLoRA, LoralibConvLoRA
 from lorakit.methods.lora.experts import on_experts
-from lorakit.methods.lora.forms import LoralibConvForm
 from lorakit.methods.lora.kinds import kind_of, tied_head
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import AdapterModule
 from lorakit.models.dtype_choice import MERGED
-from lorakit.models.heads import input_embeddings, output_embeddings
 from lorakit.models.layers import type_name
 from lorakit.models.packed import require_gradients
 from lorakit.models.tokenizer import tokenizer_digest
-from lorakit.models.tree import layers_by_path, submodule
+from lorakit.models.tree import layers_by_path
 from lorakit.ops.autocast import wide_dtype
 from lorakit.ops.seeding import seeded
 
 _LOG = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # the adapter's tensors outlive a caller's inference mode
 def load(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | StoredAdapter,
     *,
     name: str | None = None,
     allow_other_base: bool = False,
@@ -57,7 +54,7 @@ def load(
 
     Args:
         model: The base the adapter was made for.
-        path: A folder of lorakit or PEFT, or a loralib file.
+        path: A folder of lorakit or PEFT, a loralib file, or an adapter that has been read or computed.
         name: Its name on this model; None uses the folder's name, and for RUN/adapter the run's.
         allow_other_base: Load the adapter even if the file records another base, and log a warning.
         alpha: Alpha of a loralib file, which does not record it.
@@ -74,35 +71,17 @@ def load(
         WrongBaseError: It was trained on another base.
         AdapterStateError: The name is taken, or an adapter is merged.
     """
-    return load_stored(
-        model,
-        formats.read(path, alpha=alpha),
-        path,
-        name=name,
-        allow_other_base=allow_other_base,
-        trainable=trainable,
-        tokenizer=tokenizer,
-    )
-
-
-def load_stored(
-    model: nn.Module,
-    stored: StoredAdapter,
-    path: str | Path,
-    *,
-    name: str | None = None,
-    allow_other_base: bool = False,
-    trainable: bool = False,
-    tokenizer: Any = None,
-) -> Adapters:
-    """Load an adapter that was read from `path` onto a model; arguments and errors as for `load`."""
-    name = name or default_name(path)
+    stored = path.copy() if isinstance(path, StoredAdapter) else formats.read(path, alpha=alpha)
+    name = name or default_name(stored.path)
     handle = handle_for(model)
     handle.check_can_add(name)
-    model = handle.model
     digest = None if tokenizer is None else tokenizer_digest(tokenizer)
-    check_base(model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
-    return put_on(model, stored, name=name, trainable=trainable, origin=str(path))
+    check_base(handle.model, stored, allow_other_base=allow_other_base, tokenizer=digest)
+    modules = build_modules(handle.model, stored)
+    with handle.changing():
+        install(handle, stored, modules, name, trainable=trainable)
+        handle.activate(name)  # before a forward pass of another thread can begin
+    return handle
 
 
 def default_name(path: str | Path) -> str:
@@ -119,28 +98,6 @@ def usable_name(word: str) -> str:
     if ADAPTER_NAME.fullmatch(word) is None:
         word = re.sub(r"[^A-Za-z0-9_-]+", "_", word).strip("_-") or "adapter"
     return f"{word}_adapter" if is_attribute(word) else word
-
-
-@torch.inference_mode(False)  # the adapter's tensors outlive a caller's inference mode
-def put_on(
-    model: nn.Module,
-    stored: StoredAdapter,
-    *,
-    name: str,
-    trainable: bool,
-    origin: str = "the adapter",
-) -> Adapters:
-    """Build a stored adapter's modules on the model's layers and activate it; `load_stored` without its checks.
-
-    Errors are those of `build_modules`, and name the adapter's file by `origin`.
-    """
-    handle = handle_for(model)
-    handle.check_can_add(name)
-    model = handle.model
-    with handle.changing():
-        install(handle, stored, build_modules(model, stored, origin), name, trainable=trainable)
-        handle.activate(name)  # before a forward pass of another thread can begin
-    return handle
 
 
 def install(
@@ -172,13 +129,12 @@ def install(
     return adapter
 
 
-def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[str, AdapterModule]:
+def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterModule]:
     """Return the adapter's modules with the file's tensors, by layer path; the model is not changed.
 
     Args:
         model: The base, without active adapters.
         stored: The adapter, checked by `check_base`.
-        origin: The adapter's file, or a phrase for it, for messages.
 
     Raises:
         AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
@@ -187,59 +143,46 @@ def build_modules(model: nn.Module, stored: StoredAdapter, origin: str) -> dict[
     missing = [path for path in stored.layers if path not in known]
     if missing:
         raise AdapterFileError(
-            f"{origin} holds tensors for {len(missing)} layers that the model does not have, the first is "
+            f"'{stored.path}' holds tensors for {len(missing)} layers that the model does not have, the first is "
             f"'{missing[0]}'.{nearest(missing[0], known)} Load it on the model class it was trained with."
         )
+    _check_trained(model, stored)
     modules = on_experts(
         {
-            path: _build_layer(model, path, known[path], layer, stored, origin)
+            path: _build_layer(model, path, known[path], layer, stored)
             for path, layer in stored.layers.items()
         }
     )
-    modules.update(_build_other_modules(model, stored, origin))
+    modules.update(_build_other_modules(model, stored))
     lora = lora_of(stored.method)
     if lora is not None and lora.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
-    _check_trained(model, stored, origin)
     return modules
 
 
-def _build_other_modules(
-    model: nn.Module, stored: StoredAdapter, origin: str
-) -> dict[str, AdapterModule]:
+def _build_other_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterModule]:
     """Return the modules of methods other than LoRA: built by the method, then filled with the file's tensors."""
     others = [part for part in parts(stored.method) if not isinstance(part, LoRA)]
-    # Compare before anything is allocated: an untrusted file may state any size.
-    shapes = {
-        path: module.state_dict()
-        for part in others
-        for path, module in fake_modules(part, model).items()
-    }
-    for path in {**shapes, **stored.modules}:
-        expected, in_file = shapes.get(path, {}), stored.modules.get(path, {})
-        if expected.keys() != in_file.keys():
-            raise AdapterFileError(
-                f"{origin} holds {', '.join(in_file) or 'no tensor'} for '{path}', and {type(stored.method).__name__} "
-                f"needs {', '.join(expected) or 'no tensor'} on this model. Load it on the model class it was trained "
-                "with."
-            )
-        for name, tensor in in_file.items():
-            if tensor.shape != expected[name].shape:
-                raise AdapterFileError(
-                    f"{origin}: '{name}' of '{path}' has shape {tuple(tensor.shape)}, and this model needs "
-                    f"{tuple(expected[name].shape)}. Load it on the base it was trained on."
-                )
     modules: dict[str, AdapterModule] = {}
     if others:
         # The initial values are overwritten. The state of the global generator stays.
         with seeded(0, (parameter.device for _, parameter in base_parameters(model))):
             for part in others:
                 modules.update(part.modules(model))
-    for path, module in modules.items():
-        in_file = stored.modules.get(path, {})
-        tensors = {name: t.to(shapes[path][name].device, copy=True) for name, t in in_file.items()}
-        module.load_state_dict(tensors, assign=True)  # in the file's dtype
+    for path in {**modules, **stored.modules}:
+        module, tensors = modules.get(path), stored.modules.get(path, {})
+        try:
+            if module is None:
+                raise RuntimeError("the method has none there")
+            devices = {name: tensor.device for name, tensor in module.state_dict().items()}
+            copies = {n: t.to(devices.get(n, t.device), copy=True) for n, t in tensors.items()}
+            module.load_state_dict(copies, assign=True)  # in the file's dtype
+        except RuntimeError as error:
+            raise AdapterFileError(
+                f"'{stored.path}' holds {', '.join(tensors) or 'no tensor'} for '{path}', which does not fit "
+                f"{type(stored.method).__name__} on this model: {error}. Load it on the base it was trained on."
+            ) from error
     return modules
 
 
@@ -249,16 +192,12 @@ def _build_layer(
     layer: nn.Module,
     stored_layer: StoredLayer,
     stored: StoredAdapter,
-    origin: str,
 ) -> LoRALayer:
     """Return the LoRA module of one layer with the file's tensors, in the file's dtype."""
     lora_class = kind_of(layer, model, path)
-    # The model's layer does not show loralib's factorisation of a convolution; only the file does.
-    if lora_class is ConvLoRA and isinstance(stored_layer.form, LoralibConvForm):
-        lora_class = LoralibConvLoRA
     if lora_class.form_class.kind != stored_layer.kind:
         raise AdapterFileError(
-            f"{origin} holds {stored_layer.kind} factors for '{path}', which is a {type_name(layer)} in this "
+            f"'{stored.path}' holds {stored_layer.kind} factors for '{path}', which is a {type_name(layer)} in this "
             "model. Load it on the model class it was trained with."
         )
     lora = lora_of(stored.method)
@@ -283,7 +222,7 @@ def _build_layer(
         expected = getattr(module, attribute.replace("initial", "lora"))
         if tensor.shape != expected.shape:
             raise AdapterFileError(
-                f"{origin}: {attribute} of '{path}' has shape {tuple(tensor.shape)}, and this model's "
+                f"'{stored.path}': {attribute} of '{path}' has shape {tuple(tensor.shape)}, and this model's "
                 f"{type_name(layer)} needs {tuple(expected.shape)}. Load it on the base it was trained on."
             )
         if attribute.startswith("initial"):
@@ -294,7 +233,7 @@ def _build_layer(
     return module
 
 
-def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None:
+def _check_trained(model: nn.Module, stored: StoredAdapter) -> None:
     """Reject a parameter trained in full that the model lacks or has in another shape."""
     if not stored.trained:
         return
@@ -302,28 +241,21 @@ def _check_trained(model: nn.Module, stored: StoredAdapter, origin: str) -> None
     for name, tensor in stored.trained.items():
         if name not in known:
             raise AdapterFileError(
-                f"{origin} holds a trained '{name}', and the model has no such parameter."
+                f"'{stored.path}' holds a trained '{name}', and the model has no such parameter."
                 f"{nearest(name, known)} Load it on the model class it was trained with."
             )
         if known[name].shape != tensor.shape:
-            owner = submodule(model, name.rpartition(".")[0])
-            is_vocabulary = owner in (input_embeddings(model), output_embeddings(model))
-            fix = (
-                f"If the vocabulary grew, resize the model first: model.resize_token_embeddings({len(tensor)})."
-                if is_vocabulary
-                else "For a classification head, load the base with the adapter's number of labels: "
-                f"num_labels={len(tensor)}."
-            )
             raise AdapterFileError(
-                f"{origin}: the trained '{name}' has shape {tuple(tensor.shape)}, and the model's has "
-                f"{tuple(known[name].shape)}. {fix}"
+                f"'{stored.path}': the trained '{name}' has shape {tuple(tensor.shape)}, and the model's has "
+                f"{tuple(known[name].shape)}. For an embedding whose vocabulary grew, resize the model first: "
+                f"model.resize_token_embeddings({len(tensor)}). For a classification head, load the base with the "
+                f"adapter's number of labels: num_labels={len(tensor)}."
             )
 
 
 def check_base(
     model: nn.Module,
     stored: StoredAdapter,
-    path: str | Path,
     *,
     allow_other_base: bool,
     tokenizer: str | None,
@@ -338,7 +270,7 @@ def check_base(
         AdapterFileError: The options and tensors of the file do not fit the model.
         WrongBaseError: It is another base, and `allow_other_base` is False; if True, a warning is logged.
     """
-    formats.check_targets(stored, path, model)
+    formats.check_targets(stored, model)
     if stored.base is not None:
         if record is None or stored.trained:
             record = formats.base_record(model, exclude=tuple(stored.trained), for_comparison=True)
@@ -359,7 +291,7 @@ def check_base(
         stored.notices.append(note)
     # For example: the base has another dtype, a rank exceeds a layer's width, allow_other_base accepted another base.
     for notice in stored.notices:
-        _LOG.warning("%s: %s", path, notice)
+        _LOG.warning("%s: %s", stored.path, notice)
 
 
 def _other_name(model: nn.Module, stored: StoredAdapter) -> str | None:

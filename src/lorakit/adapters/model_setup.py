@@ -7,26 +7,36 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import casting, export, generation, refused_methods, ties
+from lorakit.adapters import ties
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import unwatch, watch
+from lorakit.adapters.generation import generate
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.replaced_methods import replace_in_owner, replace_methods
-from lorakit.adapters.state_loading import guard_loading
-from lorakit.adapters.statistics import forget_statistics, record_statistics
+from lorakit.adapters.replaced_methods import (
+    cast,
+    fuse_qkv_projections,
+    replace_in_owner,
+    replace_method,
+)
+from lorakit.adapters.save_pretrained import load_beside_adapters, save_pretrained
+from lorakit.adapters.statistics import RECORDED, record_statistics
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.models.quantised import Cleared, allow_training, restore_flags
 
+_METHODS = (
+    (PreTrainedModel, "save_pretrained", save_pretrained),
+    (PreTrainedModel, "resize_token_embeddings", ties.resize_token_embeddings),
+    (PreTrainedModel, "tie_weights", ties.tie_weights),
+    (PreTrainedModel, "half", cast),
+    (PreTrainedModel, "float", cast),
+    (PyTorchModelHubMixin, "save_pretrained", save_pretrained),
+    (GenerationMixin, "generate", generate),
+)
+
 # Of the class, because a model cannot tell which other models contain it. On import, because a process that
 # unpickles an adapted model never calls `attach`.
-replace_methods(
-    PreTrainedModel,
-    *(casting.half, casting.float),
-    *(export.save_pretrained, export.push_to_hub, ties.resize_token_embeddings, ties.tie_weights),
-    *(refused_methods.add_adapter, refused_methods.load_adapter),
-)
-replace_methods(PyTorchModelHubMixin, export.save_pretrained)
-replace_methods(GenerationMixin, generation.generate, generation.init_continuous_batching)
+for _kind, _name, _function in _METHODS:
+    replace_method(_kind, _name, _function)
 
 
 def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
@@ -43,14 +53,15 @@ def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
     # By every name, because a merge separates tied parameters.
     setattr(model, REQUIRED_GRADIENT, gradient_flags(model))
     # A class may have a `generate` that does not call that of transformers (MusicGen).
-    replace_in_owner(type(model), generation.generate)
+    replace_in_owner(type(model), "generate", generate)
     if not isinstance(model, PreTrainedModel):
-        replace_in_owner(type(model), export.save_pretrained)
-        for method in (refused_methods.add_adapter, refused_methods.fuse_qkv_projections):
-            replace_in_owner(type(model), method, library="diffusers")
+        replace_in_owner(type(model), "save_pretrained", save_pretrained)
+        replace_in_owner(
+            type(model), "fuse_qkv_projections", fuse_qkv_projections, library="diffusers"
+        )
     watch(model, activation)
     record_statistics(model)
-    guard_loading(model)
+    model.register_load_state_dict_pre_hook(load_beside_adapters)
     return allow_training(model)  # last: an error above must not leave a flag cleared
 
 
@@ -64,11 +75,12 @@ def freeze_base(model: nn.Module) -> None:
 
 def release_model(model: nn.Module, cleared: list[Cleared]) -> None:
     """Undo `prepare_model` and `freeze_base`, after the last adapter has been removed."""
-    forget_statistics(model)
-    guard_loading(model)
-    flags = model.__dict__.get(REQUIRED_GRADIENT, {})
+    hooks = model._load_state_dict_pre_hooks
+    for key in [k for k, h in hooks.items() if getattr(h, "hook", h) is load_beside_adapters]:
+        del hooks[key]
+    model.__dict__.pop(RECORDED, None)
+    flags = model.__dict__.pop(REQUIRED_GRADIENT, {})
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-    model.__dict__.pop(REQUIRED_GRADIENT, None)
     restore_flags(cleared)
     unwatch(model)

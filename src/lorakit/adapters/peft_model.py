@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
-from lorakit.adapters.choice import choice_for_batch
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.installed import InstalledAdapter, check_installable
 from lorakit.adapters.loading import build_modules, check_base, install, usable_name
 from lorakit.errors import AdapterStateError, LorakitError
 
@@ -25,8 +24,8 @@ from lorakit.errors import AdapterStateError, LorakitError
 def from_peft(peft_model: Any) -> Adapters:
     """Convert a live PEFT model: restore its base's own modules and attach its adapters with lorakit.
 
-    An adapter whose name lorakit cannot use gets another one, and a warning says so. After an error the PEFT model is
-    as it was.
+    An adapter whose name lorakit cannot use gets another one, and a warning says so. The PEFT model is not changed
+    before its adapters have been written to a temporary folder and read by lorakit.
 
     Args:
         peft_model: A `peft.PeftModel` with one or more unmerged LoRA adapters. It cannot be used afterwards.
@@ -37,8 +36,7 @@ def from_peft(peft_model: Any) -> Adapters:
     Raises:
         AdapterFileError: An adapter uses an option of PEFT that lorakit does not support, or does not fit the base.
         AdapterStateError: The model is no `PeftModel` with an adapter, or has a merged one. Or a scaling was changed by
-            `set_scale`, or only some layers have their adapters disabled. Or several adapters are active, and the
-            effect of one is not linear in a weight.
+            `set_scale`. Or several adapters are active, and the effect of one is not linear in a weight.
     """
     names = list(getattr(peft_model, "peft_config", {}))
     if not names or not hasattr(peft_model, "unload"):  # transformers has a peft_config of its own
@@ -47,41 +45,33 @@ def from_peft(peft_model: Any) -> Adapters:
             "PeftModel.from_pretrained returned. If add_adapter or inject_adapter_in_model has added the adapters, "
             "save them, load the base again, and lorakit.load(base, FOLDER)."
         )
-    if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
+    status = peft_model.get_model_status()
+    if status.merged_adapters or status.enabled == "irregular":
         raise AdapterStateError(
-            "The PEFT model has an adapter merged into its weights, and PEFT can only unmerge it by subtraction, which "
-            "rounds. Call unmerge_adapter() first, or reload the base and the adapter's folder."
+            "The PEFT model has an adapter merged into its weights, or disabled on some layers only. PEFT can only "
+            "unmerge by subtraction, which rounds: reload the base and the adapter's folder, or call unmerge_adapter() "
+            "first. For the other, call enable_adapter_layers() or disable_adapter_layers() of its base_model."
         )
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, selected_adapters=names)
         stored = {name: _read(Path(folder), name) for name in names}
-    wrappers = {path: m for path, m in peft_model.named_modules() if _inner(m) is not None}
-    _require_configured_scalings(peft_model, wrappers)
-    active = [] if _are_disabled(wrappers.values()) else list(peft_model.active_adapters)
-    base = _unwrapped(peft_model.get_base_model(), {})
+    _require_all_of(peft_model, stored)
     named = _usable_names(names)
-    converted: dict[str, InstalledAdapter] = {}
-    for name, adapter in stored.items():
-        handle_for(base).check_can_add(named[name])
-        adapter.notices += _notices(adapter, name, named[name])
-        check_base(base, adapter, name, allow_other_base=False, tokenizer=None)
-        modules = build_modules(base, adapter, f"'{name}'")
-        trained = list(adapter.trained)
-        check_installable(base, modules, trained)
-        converted[name] = InstalledAdapter(named[name], adapter.method, modules, trained)
-    trainable = {name for name in names if _is_trainable(wrappers.values(), name)}
-    choice = {named[name]: 1.0 for name in active}
-    choice_for_batch(choice, {one.name: one for one in converted.values()}.__getitem__)
-    # All checks have passed, so the PEFT model may be changed.
+    active = [named[name] for name in (peft_model.active_adapters if status.enabled else ())]
     _restore_originals(peft_model)
-    base = peft_model.unload()
-    for parameter in base.parameters():  # PEFT froze them without a record of their previous flags
+    handle = handle_for(peft_model.unload())
+    for (
+        parameter
+    ) in handle.model.parameters():  # PEFT froze them without a record of their previous flags
         parameter.requires_grad_(parameter.is_floating_point())
-    handle = handle_for(base)
     with handle.changing():
-        for name, one in converted.items():
-            install(handle, stored[name], one.modules, one.name, trainable=name in trainable)
-        handle.activate(choice)
+        for name, adapter in stored.items():
+            adapter.notices += _notices(adapter, name, named[name])
+            check_base(handle.model, adapter, allow_other_base=False, tokenizer=None)
+            modules = build_modules(handle.model, adapter)
+            is_trainable = bool(status.requires_grad[name])
+            install(handle, adapter, modules, named[name], trainable=is_trainable)
+        handle.activate(dict.fromkeys(active, 1.0) or None)
     return handle
 
 
@@ -89,55 +79,30 @@ def _read(folder: Path, name: str) -> StoredAdapter:
     """Return an adapter that `save_pretrained` wrote. Errors name the adapter instead of its temporary folder."""
     path = folder if name == "default" else folder / name
     try:
-        return formats.read(path)
+        return replace(formats.read(path), path=name)
     except LorakitError as error:
         raise type(error)(str(error).replace(f"'{path}", f"'{name}")) from error
 
 
-# --- the state of a PEFT model --------------------------------------------------------------------------
-
-
-def _require_configured_scalings(peft_model: Any, wrappers: dict[str, Any]) -> None:
-    """Reject a scaling that `set_scale` or `scale_layer` has changed: an adapter's configuration does not hold it."""
-    for path, layer in wrappers.items():
-        if "base_layer" not in layer._modules:
-            continue  # it has a copy of a module (modules_to_save), and the attributes of the original
-        for name, scaling in getattr(layer, "scaling", {}).items():
-            rank, alpha = layer.r[name], layer.lora_alpha[name]
-            expected = alpha / (
-                math.sqrt(rank) if peft_model.peft_config[name].use_rslora else rank
+def _require_all_of(peft_model: Any, stored: Mapping[str, StoredAdapter]) -> None:
+    """Reject what the files of the adapters do not hold: scalings that `set_scale` has changed, and omitted layers."""
+    layers = {p: m for p, m in peft_model.named_modules() if "base_layer" in m._modules}
+    for name, adapter in stored.items():
+        if len(adapter.layers) < sum(name in layer.scaling for layer in layers.values()):
+            raise AdapterStateError(
+                f"PEFT saves only a part of the adapter '{name}', because another one has the name of a module. Give "
+                "that adapter another name."
             )
-            if not math.isclose(scaling, expected, rel_tol=1e-6):
+    for path, layer in layers.items():
+        for name, scaling in layer.scaling.items():
+            rank, alpha = layer.r[name], layer.lora_alpha[name]
+            root = math.sqrt(rank) if peft_model.peft_config[name].use_rslora else rank
+            if not math.isclose(scaling, alpha / root, rel_tol=1e-6):
                 raise AdapterStateError(
-                    f"'{name}' has the scaling {scaling:g} on '{path}', and its configuration gives {expected:g}: "
+                    f"'{name}' has the scaling {scaling:g} on '{path}', and its configuration gives {alpha / root:g}: "
                     f"set_scale or scale_layer has changed it. Call set_scale('{name}', 1) on each such layer first. "
-                    f"To scale the converted adapter: adapters.activate({{'{name}': {scaling / expected:g}}})."
+                    f"To scale the converted adapter: adapters.activate({{'{name}': {scaling * root / alpha:g}}})."
                 )
-
-
-def _are_disabled(wrappers: Iterable[Any]) -> bool:
-    """Return whether `disable_adapter_layers` has disabled the adapters."""
-    flags = {bool(wrapper.disable_adapters) for wrapper in wrappers}
-    if len(flags) > 1:
-        raise AdapterStateError(
-            "Some layers of the PEFT model have their adapters disabled, and others have not. Call its "
-            "enable_adapter_layers() or disable_adapter_layers() first."
-        )
-    return flags == {True}
-
-
-def _is_trainable(wrappers: Iterable[Any], name: str) -> bool:
-    """Return whether a tensor of the adapter requires a gradient."""
-    for wrapper in wrappers:
-        for attribute in wrapper.adapter_layer_names:
-            held = getattr(wrapper, attribute, {})
-            if name not in held:
-                continue
-            part = held[name]
-            tensors = part.parameters() if isinstance(part, nn.Module) else [part]
-            if any(tensor.requires_grad for tensor in tensors):
-                return True
-    return False
 
 
 def _usable_names(names: Sequence[str]) -> dict[str, str]:
@@ -163,34 +128,6 @@ def _notices(adapter: StoredAdapter, name: str, own: str) -> list[str]:
             "original base. To get that, save this adapter and load it on the base from its file."
         )
     return notices
-
-
-# --- the base -------------------------------------------------------------------------------------------
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """Return the module of the base that a module of PEFT wraps; None for other modules."""
-    if not type(module).__module__.startswith("peft."):
-        return None
-    inner = module._modules.get("base_layer")
-    return module._modules.get("original_module") if inner is None else inner
-
-
-def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of a module without the wrappers of PEFT, which shares all tensors; the module is not changed.
-
-    `done` holds the copies made so far, by the `id` of the original.
-    """
-    while (inner := _inner(module)) is not None:
-        module = inner
-    if id(module) not in done:
-        copy = done[id(module)] = object.__new__(type(module))
-        copy.__dict__.update(module.__dict__)
-        copy.__dict__["_modules"] = {
-            name: None if child is None else _unwrapped(child, done)
-            for name, child in module._modules.items()
-        }
-    return done[id(module)]
 
 
 def _restore_originals(peft_model: nn.Module) -> None:

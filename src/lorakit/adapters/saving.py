@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit import storage
 from lorakit.adapters import formats
+from lorakit.adapters.formats.layout import base_layout
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.installed import InstalledAdapter, base_parameters
@@ -55,7 +56,7 @@ def _without_data(tensor: Tensor) -> Tensor:
 def store(
     model: nn.Module,
     adapter: InstalledAdapter,
-    base: formats.BaseRecord,
+    base: formats.BaseRecord | None,
     copy: _Copy = _cpu_copy,
 ) -> StoredAdapter:
     """Return the stored form of a live adapter, with a `copy` of each tensor: on the CPU, by default."""
@@ -73,14 +74,15 @@ def store(
         modules={path: tensors for path, tensors in modules.items() if tensors},
         trained={name: copy(tensor) for name, tensor in adapter.trained_tensors().items()},
         base=base,
+        layout=base_layout(model),
         provenance=dict(adapter.provenance),
     )
 
 
 def file_bytes(model: nn.Module, adapter: InstalledAdapter) -> int:
     """Return the size of the tensors that `save` writes, without computing or copying any."""
-    stored = store(model, adapter, formats.base_record(model, hashed=False), _without_data)
-    return sum(tensor.nbytes for tensor in formats.tensors_of(stored).values())
+    stored = store(model, adapter, None, _without_data)
+    return sum(tensor.nbytes for tensor in formats.tensors_of(stored))
 
 
 def save(
@@ -133,7 +135,6 @@ def _store_layer(
         slices=form.slices,
         grouped=form.grouped,
         transposed=form.transposed,
-        weight_shape=form.weight_shape,
         base_norms=_base_norms(layer, module, copy),
         tied_head=tied_head,
     )

@@ -47,3 +47,8 @@ def check_merged(name: str, merged: Tensor, base: Tensor) -> None:
     """
     if not merged.sum().isfinite():
         check_tensor(f"the merged '{name}'", merged.masked_fill(~base.isfinite(), 0))
+
+
+def equals_base(loaded: Tensor, base: Tensor) -> bool:
+    """Return whether the numbers are equal once those of the wider dtype are rounded to the other."""
+    return not base.is_meta and (loaded.to(base).equal(base) or loaded.equal(base.to(loaded)))

@@ -6,7 +6,6 @@ with its layer, and the tensor that an adapter trains or has merged would be tie
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,11 +49,13 @@ def separate_names(groups: list[list[str]], tensors: dict[str, Tensor]) -> None:
                 seen.add(address)
 
 
-def resize_token_embeddings(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+def resize_token_embeddings(
+    model: nn.Module, own: OwnMethod, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
     """Resize by the model's own method, unless an adapter is on an embedding or on the head.
 
     Raises:
-        AdapterStateError: An adapter is there, and the size would change.
+        AdapterStateError: An adapter is there, and another size is given, or one to round up to.
     """
     embeddings = input_embeddings(model)
     resized = [
@@ -63,31 +64,18 @@ def resize_token_embeddings(model: nn.Module, own: OwnMethod, *args: Any, **kwar
         if layer is not None and "weight" in layer._parameters
     ]
     for path, layer, adapters in adapted_layers(model):
-        if "weight" in layer._parameters:
-            weight = base_parameter(layer, "weight")
-            if not any(weight is one for one in resized):
-                continue
-            size = getattr(embeddings, "num_embeddings", None)
-            if _new_size(size, *args, **kwargs) == size:
-                return embeddings  # T5's own method would put `shared` in place of the embeddings that it calls
-            raise AdapterStateError(
-                f"resize_token_embeddings() would replace '{path}', which the adapter '{next(iter(adapters))}' "
-                "changes. Resize the base before you attach or load the adapter."
-            )
-    return own(*args, **kwargs)
-
-
-def _new_size(
-    size: int | None,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    mean_resizing: bool = True,
-) -> int | None:
-    """Return the size that transformers gives an embedding of `size` rows."""
-    wanted = size if new_num_tokens is None else new_num_tokens
-    if wanted is None or not pad_to_multiple_of:
-        return wanted
-    return math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
+        weight = base_parameter(layer, "weight") if "weight" in layer._parameters else None
+        if not any(weight is one for one in resized):
+            continue
+        if new_num_tokens in (None, getattr(embeddings, "num_embeddings", None)) and not any(
+            (*args[:1], kwargs.get("pad_to_multiple_of"))
+        ):
+            return embeddings  # T5's own method would put `shared` in place of the embeddings that it calls
+        raise AdapterStateError(
+            f"resize_token_embeddings() would replace '{path}', which the adapter '{next(iter(adapters))}' changes. "
+            "Resize the base before you attach or load the adapter."
+        )
+    return own(new_num_tokens, *args, **kwargs)
 
 
 def tie_weights(model: nn.Module, own: OwnMethod, *args: Any, **kwargs: Any) -> Any:

@@ -251,7 +251,7 @@ def table7_row(adapter: StoredAdapter | str | Path, base: BaseConfig) -> dict[st
 
 def _middle_query(stored: StoredAdapter, base: BaseConfig) -> str:
     """Return the adapter's name for W_q of the middle block: that of a layer, or of the rows of a fused one."""
-    class_name = stored.base.architecture.class_name if stored.base else None
+    class_name = stored.base.class_name if stored.base else None
     queries = find_places(empty_model(base, class_name), "attention.q")
     middle = queries[(len(queries) - 1) // 2]
     return middle.path if middle.slice is None else f"{middle.path} {middle.slice}"

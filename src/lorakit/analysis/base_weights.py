@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakit.adapters.formats import BaseRecord, base_record, compare
-from lorakit.adapters.formats.fingerprint import ArchitectureRecord, Origin, hash_weights
+from lorakit.adapters.formats.fingerprint import hash_weights
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
 from lorakit.analysis.deltas import read, weight_name
@@ -133,7 +133,7 @@ def open_weights(
             weights.notices += _differences(recorded, live, allow_other_base)
     names = [weight_name(path, layer) for path, layer in stored.layers.items()]
     if weights is None or any(name not in weights for name in names):
-        loaded = load_float32(base, recorded.architecture.class_name if recorded else None)
+        loaded = load_float32(base, recorded.class_name if recorded else None)
         weights = weights_of(loaded)
         if recorded is not None:
             live = base_record(loaded.model, loaded.source, exclude=recorded.excluded)
@@ -295,7 +295,7 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
     """
     import transformers
 
-    model_class = getattr(transformers, recorded.architecture.class_name, None)
+    model_class = getattr(transformers, recorded.class_name, None)
     if not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
@@ -303,9 +303,15 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
     config = _shape_of(base).config
     if not isinstance(config, model_class.config_class):  # type: ignore[arg-type]
         name = (config.architectures or [type(config).__name__])[0]
-        other = ArchitectureRecord(class_name=name, model_type=config.model_type, shapes="")
-        source = Origin(weights.source.name, weights.source.revision)
-        return dataclasses.replace(recorded, architecture=other, source=source)
+        source = weights.source
+        return dataclasses.replace(
+            recorded,
+            class_name=name,
+            model_type=config.model_type,
+            shapes="",
+            name=source.name,
+            revision=source.revision,
+        )
     with torch.device("meta"):
         shapes = model_class(config)
     names = [name for name, _ in base_parameters(shapes) if name not in recorded.excluded]
@@ -313,4 +319,4 @@ def _fingerprint(weights: Weights, recorded: BaseRecord, base: BaseConfig) -> Ba
         return None
     live = base_record(shapes, weights.source, exclude=recorded.excluded)
     hashed = hash_weights((name, weights[name]) for name in names)
-    return dataclasses.replace(live, weights=hashed)
+    return dataclasses.replace(live, **hashed._asdict())

@@ -237,8 +237,8 @@ def _check_bases(stored: Sequence[StoredAdapter], allow_other_base: bool) -> lis
         except WrongBaseError as error:
             if not allow_other_base:
                 raise WrongBaseError(
-                    f"The adapters were trained on different bases: '{recorded[0].source.name}' and "
-                    f"'{other.source.name}' (or other weights of that name). Their sum is meaningless on either base. "
+                    f"The adapters were trained on different bases: '{recorded[0].name}' and "
+                    f"'{other.name}' (or other weights of that name). Their sum is meaningless on either base. "
                     "Set allow_other_base (--allow_other_base) to combine them anyway."
                 ) from error
             notices.append("Combined adapters of different bases because allow_other_base is set.")

@@ -128,13 +128,11 @@ def fit(
     Returns:
         The layer, and its rank and error.
     """
-    unit = layer.form.taps
     if rank is None:
         assert energy is not None
         k = max(change.rank_for(energy) for change in changes)
     else:
         k = min(layer.form.part_rank(rank), max(len(change.S) for change in changes))
-    k = -(-k // unit) * unit
     fitted = with_parts(layer, [change.factors(k, wide_dtype(layer.A)) for change in changes])
     return fitted, LayerResult(
         rank=fitted.rank,

@@ -2,8 +2,7 @@
 
 A layer has one pair of factors per adapted slice of a fused projection, or per group of a convolution.
 PiSSA's frozen initial factors are appended with a minus sign. A convolution's kernel is reshaped to the matrix
-(out, in * taps). For loralib's convolution factors, the kernel is reshaped to (out * K, in * K), the shape of
-their product.
+(out, in * taps).
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def base_notices(one: StoredAdapter, other: StoredAdapter) -> list[str]:
     try:
         formats.compare(*bases)
     except WrongBaseError:
-        named = [f"'{b.source.name or 'unnamed'}' ({b.architecture.class_name})" for b in bases]
+        named = [f"'{b.name or 'unnamed'}' ({b.class_name})" for b in bases]
         return [
             "The adapters record different bases, other weights of one base, or weights that cannot be compared: "
             f"{listed(named)}."

@@ -19,9 +19,6 @@ from lorakit.methods.lora import LoRA
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OF_FACTORS = ("init_lora_weights", "ensure_weight_tying")
-"""Options of PEFT that say something about the original's factors, which a computed adapter does not have."""
-
 TASK = ("task", "generic_task", "labels", "encoding")
 """Keys of the provenance that say, with the run's templates, which texts the original was trained on."""
 
@@ -108,6 +105,7 @@ def derive(original: StoredAdapter, layers: Mapping[str, StoredLayer]) -> Stored
         layers=layers,
         trained=dict(original.trained),
         base=original.base,
+        layout=original.layout,
         provenance=inherited_provenance(original),
     )
 
@@ -123,7 +121,7 @@ def inherited_provenance(*originals: StoredAdapter) -> dict[str, Any]:
     kept = _agreed(records, ("data",))
     of_peft = [record["peft"] for record in records if isinstance(record.get("peft"), Mapping)]
     if len(of_peft) == len(records):
-        kept["peft"] = _agreed(of_peft, [key for key in of_peft[0] if key not in OF_FACTORS])
+        kept["peft"] = _agreed(of_peft, list(of_peft[0]))
         versions = [record.get("peft_version") for record in of_peft]
         if all(versions):  # without one, `load` warns that it may be one before 0.18
             kept["peft"]["peft_version"] = versions[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit.adapters import attach
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.loading import put_on
+from lorakit.adapters.loading import load
 from lorakit.adapters.ties import tied_names
 from lorakit.analysis.base_weights import load_float32
 from lorakit.analysis.compress import check_target, decompose, fit
@@ -157,7 +157,7 @@ def extract_adapter(
             whole = isinstance(tuned_model, WholeModel)
             if whole and _outputs(tuned_model.empty) != outputs:
                 raise BaseModelError("The fine-tuned model has another head or vocabulary.")
-            handle = put_on(model, adapter, name="extracted", trainable=False)
+            handle = load(model, adapter, name="extracted")
             adapted = logits_of_prompts(model, reader)
             handle.detach()
             del loaded, model, handle  # two models may not fit into the memory

@@ -138,10 +138,8 @@ def save(
         "error": made.error,
         "versions": versions(),
     }
-    base_of_result = made.adapter.base
-    # A record read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
-    is_live = base_of_result is not None and base_of_result.layout is not None
-    for_peft = is_live or not any(map(_is_lorakit_only, folders))
+    # An adapter read from a file does not tell what PEFT cannot express on the base; the inputs' folders do.
+    for_peft = made.adapter.layout is not None or not any(map(_is_lorakit_only, folders))
 
     def write(scores: dict[str, dict[str, float]], *, overwrite: bool) -> Saved:
         recorded = {**provenance, "scores": scores[RESULT]} if scores else provenance
@@ -217,7 +215,7 @@ def _adapter_file(source: Input, alpha: float | None = None) -> AdapterFile:
 
 
 def _score(file: AdapterFile, config: EvaluateConfig) -> dict[str, float]:
-    return evaluate_adapter(config, dataclasses.replace(file, stored=file.stored.copy())).scores
+    return evaluate_adapter(config, file).scores
 
 
 def _evaluation(scoring: ScoringConfig, **settings: Any) -> EvaluateConfig:

@@ -34,8 +34,6 @@ class Spectrum:
     """(min(r, out, in),), descending, float64."""
     groups: int = 1
     """Groups that share the layer's rank, as those of a convolution. This is the change of one of them."""
-    taps: int = 1
-    """Singular values for each rank of the layer: the width of the kernel for loralib's convolutions."""
 
     @property
     def rank(self) -> int:
@@ -45,8 +43,7 @@ class Spectrum:
     @property
     def squares_by_rank(self) -> Tensor:
         """Sum of the squares of the singular values that each rank of the layer adds, (rank,)."""
-        first = torch.arange(len(self.singular_values)) // self.taps
-        ranks = (first + 1) * self.groups
+        ranks = (torch.arange(len(self.singular_values)) + 1) * self.groups
         squares = self.singular_values.square()
         return squares.new_zeros(int(ranks[-1])).index_add_(0, ranks - 1, squares)
 
@@ -166,7 +163,7 @@ def adapter_spectrum(
     for name, delta in deltas_of(stored).items():
         form = stored.layers[delta.path].form
         values = singular_values(delta.A, delta.B, delta.scaling)
-        layers[name] = Spectrum(values, groups=form.rank_groups, taps=form.taps)
+        layers[name] = Spectrum(values, groups=form.rank_groups)
     return AdapterSpectrum(layers=layers, notices=notices(stored))
 
 

@@ -58,7 +58,7 @@ def open_tuned(
             f"'{tuned}' is an adapter already ({type(stored.method).__name__}); a fully fine-tuned model was expected. "
             "lorakit compress changes the rank of an adapter."
         )
-    class_name = stored.base and stored.base.architecture.class_name
+    class_name = stored.base and stored.base.class_name
     W = stored.trained.get(f"{logits_layer(empty_model(base, class_name))}.weight")
     return FullFineTuned(stored, (class_name, None if W is None else len(W)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ def describe(stored: StoredAdapter) -> dict[str, Any]:
         },
         "modules": {name: list(tensor.shape) for name, tensor in stored.module_tensors.items()},
         "trained": {name: list(tensor.shape) for name, tensor in stored.trained.items()},
-        "base": None if stored.base is None else stored.base.to_json(),
+        "base": None if stored.base is None else dataclasses.asdict(stored.base),
         "provenance": stored.provenance,
         "notices": stored.notices,
     }
@@ -123,8 +124,7 @@ def _print(console: Any, method: str, facts: dict[str, Any], each_layer: bool) -
     for name, shape in facts["trained"].items():
         console.print(visible(f"trained in full: {name} {tuple(shape)}"), markup=False)
     if facts["base"]:
-        source = facts["base"].get("source", {})
-        name, class_name = source.get("name"), facts["base"]["architecture"]["class_name"]
+        name, class_name = facts["base"]["name"], facts["base"]["class_name"]
         console.print(visible(f"base: {name or 'unnamed'} ({class_name})"), markup=False)
     for key, value in facts["provenance"].items():
         if text := _recorded(key, value):

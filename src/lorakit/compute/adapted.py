@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.loading import check_base, put_on
+from lorakit.adapters.loading import load
 from lorakit.compute.adapter_file import AdapterFile, opening_task
 from lorakit.compute.base import OTHER_CLASSES, open_base, read_text_tokenizer
 from lorakit.data import DataTask
@@ -22,7 +22,6 @@ from lorakit.models.base_config import BaseConfig, as_base_config
 from lorakit.models.heads import input_embeddings, logits_layer
 from lorakit.models.loading import NEW_WEIGHTS, Base, set_padding
 from lorakit.models.sources import is_gguf, resolve
-from lorakit.models.tokenizer import tokenizer_digest
 from lorakit.models.tree import is_inside
 
 _LOG = logging.getLogger(__name__)
@@ -161,15 +160,22 @@ def add_adapter(
     Raises:
         LorakitError: The base and the adapter do not fit each other. The model is unchanged.
     """
-    own, stored, path = adapter.tokenizer, adapter.stored, adapter.path
-    digest = None
-    if own is None and base.tokenizer is not None:
-        digest = tokenizer_digest(base.tokenizer)
-    check_base(base.model, stored, path, allow_other_base=allow_other_base, tokenizer=digest)
-    if own is not None:
-        require_known_tokens(base, own, path)
-    put_on(base.model, stored, name=name, trainable=False, origin=path)
-    return base.tokenizer if own is None else own
+    own = adapter.tokenizer
+    handle = load(
+        base.model,
+        adapter.stored,
+        name=name,
+        allow_other_base=allow_other_base,
+        tokenizer=base.tokenizer if own is None else None,
+    )
+    if own is None:
+        return base.tokenizer
+    try:
+        require_known_tokens(base, own, adapter.path)
+    except BaseException:
+        handle.remove(name)
+        raise
+    return own
 
 
 def require_known_tokens(base: Base, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

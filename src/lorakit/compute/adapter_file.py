@@ -101,7 +101,7 @@ def opening_task(adapter: AdapterFile) -> tuple[DataTask | None, int | None]:
     recorded = stored.provenance.get("peft")
     is_classifier = isinstance(recorded, Mapping) and recorded.get("task_type") == "SEQ_CLS"
     if stored.base is not None:
-        name = stored.base.architecture.class_name
+        name = stored.base.class_name
         is_classifier = head_of_class(name, is_encoder_decoder=False) == "sequence-classification"
     if task is not None or not is_classifier:
         return task, None

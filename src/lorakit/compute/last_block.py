@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.layer_adapters import hooks_act_by_token
+from lorakit.adapters.hooks import hooks_act_by_token
 from lorakit.models import blocks
 from lorakit.models.tree import submodule
 from lorakit.ops.dropout import register_gathered

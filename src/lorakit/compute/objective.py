@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.adapters.entry import foreign_hooks
-from lorakit.adapters.layer_adapters import output_is_unadapted
+from lorakit.adapters.hooks import output_is_unadapted
 from lorakit.compute.last_block import LastBlock
 from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED

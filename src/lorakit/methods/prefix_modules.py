@@ -102,7 +102,7 @@ def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     is_first = not any(map(has_past, caches))
     adapters.activation.state = PassState(is_first)
     if kwargs.get("inputs_embeds") is not None and _needs_vectors(
-        adapters, adapters.activation.now.choice
+        adapters, adapters.activation.current().choice
     ):
         raise AdapterStateError(
             "The model was called with inputs_embeds, and the active adapter finds its virtual tokens by their ids. "
@@ -152,7 +152,7 @@ def put_before_block(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
     """Write the vectors of the active adapters into hidden states (B, T, d) at the virtual tokens."""
     adapters: Any = layer.adapters
-    of_pass, state, _ = adapters.activation.moment()
+    choice, state = adapters.activation.current()
     if state is None or state.virtual is None:
         return hidden
     positions = state.virtual
@@ -162,7 +162,7 @@ def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
             f"{tuple(positions.ids.shape)}, so the adapter cannot locate its virtual tokens. Call the model with ids "
             "of shape (batch, length), or call activate(None)."
         )
-    by_row = _vectors_by_row(adapters, of_pass, len(hidden))
+    by_row = _vectors_by_row(adapters, choice, len(hidden))
     for module in dict.fromkeys(by_row):
         if module is not None:
             rows = [row for row, of_row in enumerate(by_row) if of_row is module]
@@ -176,9 +176,8 @@ def _needs_vectors(adapters: Any, choice: Any) -> bool:
     return any(isinstance(_module(adapters, name), VirtualVectors) for name in choice.names)
 
 
-def _vectors_by_row(adapters: Any, of_pass: Any, batch: int) -> list[VirtualVectors | None]:
+def _vectors_by_row(adapters: Any, choice: Any, batch: int) -> list[VirtualVectors | None]:
     """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
-    choice = of_pass.choice
     if not _needs_vectors(adapters, choice):
         return [None] * batch
     if choice.unit == "token":
@@ -207,7 +206,7 @@ def _module(adapters: Any, name: str) -> Any:
 def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) -> None:
     """Reject ids whose virtual tokens are not those of the active adapter."""
     batch = len(positions.ids)
-    modules = _vectors_by_row(adapters, adapters.activation.moment().of_pass, batch)
+    modules = _vectors_by_row(adapters, adapters.activation.current().choice, batch)
     assert positions.rows is not None
     if not len(positions.rows) and not any(modules):
         return

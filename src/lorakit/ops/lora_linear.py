@@ -1,9 +1,15 @@
-"""Addition of the low-rank product to a frozen layer's output.
+"""Addition of low-rank products to a frozen layer's output, each to its own tokens of a batch.
 
-Suffixes name dimensions: N tokens of the batch, D inputs, R rank, O outputs.
+The tokens of a product are gathered, multiplied by its thin matrices and scattered back. No product is ever masked, so
+NaN of one adapter stays in its tokens.
+
+Suffixes name dimensions: N tokens of the batch, M tokens of one product, D inputs, R rank, O outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,34 +18,64 @@ from lorakit.errors import AdapterStateError
 from lorakit.ops.autocast import no_autocast
 from lorakit.ops.derivatives import Function, apply, is_transformed
 
+Rows = slice | Tensor | None
+"""Entries of the first axis of a tensor: one contiguous slice, an int64 index of unique entries, or None for all."""
+
+
+class Product(NamedTuple):
+    """``scaling * x A^T B^T`` for some tokens."""
+
+    tokens: Rows
+    A: Tensor
+    """Shape (rank, in)."""
+    B: Tensor
+    """Shape (out, rank)."""
+    scaling: float
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """Return these entries of the first axis of `x`: `x` itself for all, a view of a slice, a copy for an index."""
+    if rows is None:
+        return x
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def put(x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    """Return `x` with `values` at these entries of its first axis, out of place."""
+    if rows is None:
+        return values
+    if isinstance(rows, slice):
+        return torch.slice_scatter(x, values, 0, rows.start, rows.stop)
+    return x.index_copy(0, rows, values)
+
 
 def lora_linear(
-    x: Tensor, out: Tensor, A: Tensor, B: Tensor, scaling: float, *, in_place: bool = True
+    x: Tensor, out: Tensor, products: Sequence[Product], *, in_place: bool = False
 ) -> Tensor:
-    """Return ``out + scaling * x A^T B^T`` (Hu et al. 2021, equation 3).
+    """Return ``out + scaling * x A^T B^T`` for the tokens of each product (Hu et al. 2021, equation 3).
 
-    The product is computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the
-    activations are not. The backward pass needs only `x` and the rank-sized intermediate.
+    The products are computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the activations are
+    not. The backward pass needs only `x` and the rank-sized intermediates.
 
     Args:
-        x: Input of the layer, shape (..., in).
+        x: Input of the layer, shape (..., in). Its leading axes are the N tokens, in row-major order.
         out: Output of the frozen layer, shape (..., out).
-        A: Shape (rank, in).
-        B: Shape (out, rank).
-        scaling: Factor on the product.
+        products: Their tokens may overlap: the products are then added. Other tokens keep `out`.
         in_place: Write into `out`, which no other code may use afterwards. False returns a new tensor. So does True
             if `out` is a view or not contiguous.
 
     Returns:
         Shape (..., out), the dtype of `out`. Never a view, so the caller may modify it in place.
     """
-    require_data(A, x)
+    for product in products:
+        require_data(product.A, x)
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
+    factors = [factor for product in products for factor in (product.A, product.B)]
     is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    # Plain operations have every derivative, and torch.jit.trace cannot record a custom function that writes in place.
-    if is_traced or is_transformed(x, out, A, B):
-        return out + (x @ A.to(out.dtype).T @ B.to(out.dtype).T) * scaling
+    # torch.jit.trace cannot record a custom function that writes in place.
+    if is_traced or is_transformed(x, out, *factors):
+        return add_products(x, out, products)
     # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
     # addition anyway.
     in_place = (
@@ -50,9 +86,21 @@ def lora_linear(
     )
     with no_autocast(out):
         if torch.is_grad_enabled():
-            return apply(_LoraLinear, x, out, A, B, scaling, in_place)
-        h_NR = x.reshape(-1, x.shape[-1]) @ A.to(out.dtype).T
-        return _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
+            places = [(product.tokens, product.scaling) for product in products]
+            return apply(_LoraLinear, x, out, in_place, places, *factors)
+        total = out if in_place else out.clone(memory_format=torch.contiguous_format)
+        for product in products:
+            _add(total, _hidden(x, product.tokens, product.A), product)
+        return total
+
+
+def add_products(x: Tensor, out: Tensor, products: Sequence[Product]) -> Tensor:
+    """Compute `lora_linear` with plain operations, which have every derivative: its test oracle."""
+    flat, total = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+    for tokens, A, B, scaling in products:
+        change = take(flat, tokens) @ A.to(out.dtype).T @ B.to(out.dtype).T
+        total = put(total, tokens, take(total, tokens) + change * scaling)
+    return total.view(out.shape)
 
 
 def require_data(A: Tensor, x: Tensor) -> None:
@@ -69,45 +117,80 @@ def require_data(A: Tensor, x: Tensor) -> None:
         )
 
 
-def _add_matmul(out: Tensor, h_NR: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
-    """Return ``out + scaling * h B^T``: `out` itself if `in_place` is set, else a new tensor.
+def _hidden(x: Tensor, tokens: Rows, A: Tensor) -> Tensor:
+    """Return the product of some tokens of `x` (..., D) with A, (M, R)."""
+    return take(x.reshape(-1, x.shape[-1]), tokens) @ A.to(x.dtype).T
 
-    Autograd rejects in-place operations on a view that a custom function returns, and models apply them to outputs
-    of layers (Falcon's residual sum, `nn.ReLU(inplace=True)`). So the product is added to a copy of `out`;
-    `torch.addmm` makes the same copy, but its result would have to be viewed in the shape of `out`.
-    """
-    total = out if in_place else out.clone(memory_format=torch.contiguous_format)
-    total.view(-1, total.shape[-1]).addmm_(h_NR, B.T, alpha=scaling)
-    return total
+
+def _add(total: Tensor, h_MR: Tensor, product: Product) -> None:
+    """Add ``scaling * h B^T`` to the tokens of `total` (..., O), in place."""
+    tokens, _, B, scaling = product
+    flat_NO, B = total.view(-1, total.shape[-1]), B.to(total.dtype)
+    if isinstance(tokens, Tensor):
+        sums = torch.addmm(flat_NO.index_select(0, tokens), h_MR, B.T, alpha=scaling)
+        flat_NO.index_copy_(0, tokens, sums)
+    else:
+        take(flat_NO, tokens).addmm_(h_MR, B.T, alpha=scaling)
+
+
+_INDEX = "index"
+"""Marks the tokens of a product that are among the saved tensors."""
 
 
 class _LoraLinear(Function):
+    instead = "activate one adapter for the whole batch"
+
     @staticmethod
-    def forward(ctx, x, out, A, B, scaling, in_place):
-        x_ND = x.reshape(-1, x.shape[-1])
-        h_NR = x_ND @ A.to(out.dtype).T
-        ctx.save_for_backward(x, h_NR, A, B)
-        ctx.scaling = scaling
-        total = _add_matmul(out, h_NR, B.to(out.dtype), scaling, in_place)
+    def forward(ctx, x, out, in_place, places, *factors):
+        # Autograd rejects in-place operations on a view that a custom function returns, and models apply them to
+        # outputs of layers (Falcon's residual sum, `nn.ReLU(inplace=True)`). So the sum is no view of another shape.
+        total = out if in_place else out.clone(memory_format=torch.contiguous_format)
         if in_place:
             ctx.mark_dirty(out)
+        hidden = []
+        for (tokens, scaling), A, B in zip(places, factors[::2], factors[1::2], strict=True):
+            hidden.append(_hidden(x, tokens, A))
+            _add(total, hidden[-1], Product(tokens, A, B, scaling))
+        indices = [tokens for tokens, _ in places if isinstance(tokens, Tensor)]
+        ctx.save_for_backward(x, *factors, *hidden, *indices)
+        ctx.places = [(_INDEX if isinstance(t, Tensor) else t, scaling) for t, scaling in places]
         return total
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, h_NR, A, B = ctx.saved_tensors
-        x_ND = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # for a second derivative, which h has too
-            h_NR = x_ND @ A.to(x.dtype).T
-        needs_x, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        grad_NO = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = None
-        if needs_B:
-            grad_B = (grad_NO.T @ h_NR).mul_(ctx.scaling).to(B.dtype)
-        if needs_x or needs_A:
-            grad_h_NR = (grad_NO @ B.to(grad.dtype)).mul_(ctx.scaling)
-            if needs_A:
-                grad_A = (grad_h_NR.T @ x_ND).to(A.dtype)
-            if needs_x:
-                grad_x = (grad_h_NR @ A.to(grad.dtype)).view(x.shape)
-        return grad_x, grad, grad_A, grad_B, None, None
+        count = len(ctx.places)
+        x, *saved = ctx.saved_tensors
+        factors, hidden = saved[: 2 * count], saved[2 * count : 3 * count]
+        indices = iter(saved[3 * count :])
+        x_ND, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grad_x, grads = None, []
+        for i, (place, scaling) in enumerate(ctx.places):
+            tokens = next(indices) if place == _INDEX else place
+            A, B, h_MR = factors[2 * i], factors[2 * i + 1], hidden[i]
+            needs_A, needs_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+            if torch.is_grad_enabled():  # for a second derivative, which h has too
+                h_MR = _hidden(x, tokens, A)
+            grad_MO = take(grad_NO, tokens)
+            grad_A = grad_B = None
+            if needs_B:
+                grad_B = (grad_MO.T @ h_MR).mul_(scaling).to(B.dtype)
+            if needs_A or ctx.needs_input_grad[0]:
+                grad_h_MR = (grad_MO @ B.to(grad.dtype)).mul_(scaling)
+                if needs_A:
+                    grad_A = (grad_h_MR.T @ take(x_ND, tokens)).to(A.dtype)
+                if ctx.needs_input_grad[0]:
+                    grad_x = _added(grad_x, x_ND, tokens, grad_h_MR, A.to(grad.dtype))
+            grads += [grad_A, grad_B]
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.zeros_like(x) if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad, None, None, *grads
+
+
+def _added(
+    total: Tensor | None, like: Tensor, tokens: Rows, grad_h_MR: Tensor, A: Tensor
+) -> Tensor:
+    """Return the gradient of the input (N, D) with that of one product added."""
+    if total is None and tokens is None:
+        return grad_h_MR @ A
+    total = torch.zeros_like(like) if total is None else total
+    return put(total, tokens, torch.addmm(take(total, tokens), grad_h_MR, A))

@@ -255,11 +255,11 @@ def _origin(run: RunRecord) -> list[Block]:
         columns = ("Split", "Source", "Examples", "SHA-256")
         blocks.append(Table(caption="The data of the run.", columns=columns, rows=rows))
     facts = [
-        ("Base model", setting(run.base, "source.name") or run.base_name),
-        ("Revision", setting(run.base, "source.revision")),
-        ("Class", setting(run.base, "architecture.class_name")),
-        ("Weights", setting(run.base, "weights.dtype")),
-        ("SHA-256 of the weights", setting(run.base, "weights.exact")),
+        ("Base model", setting(run.base, "name") or run.base_name),
+        ("Revision", setting(run.base, "revision")),
+        ("Class", setting(run.base, "class_name")),
+        ("Weights", setting(run.base, "dtype")),
+        ("SHA-256 of the weights", setting(run.base, "exact")),
     ]
     rows = [fact for fact in facts if fact[1]]
     blocks.append(Table(caption="The base model.", columns=("Fact", "Value"), rows=rows))

@@ -75,7 +75,7 @@ def read_card(location: Location, state: State) -> Card:
     return Card(
         path=location.path,
         size=size,
-        base=_typed(_mapping(_mapping(record, "base"), "source").get("name"), str),
+        base=_typed(_mapping(record, "base").get("name"), str),
         method=_typed(method.get("name"), str),
         rank=_typed(method.get("rank"), int),
         alpha=_typed(method.get("alpha"), (int, float)),

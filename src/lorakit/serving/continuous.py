@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.handle import own_handle
 from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.slots import Slots
 from lorakit.evaluation.prompt_cache import ARGUMENT
 from lorakit.models.heads import output_embeddings
 from lorakit.models.layers import ADAPTERS
@@ -104,6 +105,7 @@ class ContinuousEngine(ThreadedEngine):
         super().__init__(model, tokenizer, limits, bound)
         self._step_tokens = max(STEP_TOKENS, running)
         self._requests: list[_Running] = []
+        self._slots = Slots()
         self._stock = model.config._attn_implementation or "sdpa"
         model.set_attn_implementation(NAME)
 
@@ -272,7 +274,7 @@ class ContinuousEngine(ThreadedEngine):
         step = Step(self._storage, parts, self.model.device)
         handle = own_handle(self.model)
         spans = [(choice_of(r.answer.request.lease.blend), r.count) for r in batch]
-        choosing = nullcontext() if handle is None else handle.per_token(spans, unchanged=True)
+        choosing = nullcontext() if handle is None else handle.per_token(spans, slots=self._slots)
         with choosing:
             return compute(self.model, step, adapts_head=self._adapts_head(batch))
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.layer_adapters import LayerAdapters, why_not_by_token
 from lorakit.adapters.loading import build_modules, check_base
-from lorakit.adapters.mixed_batch import why_not_by_token
 from lorakit.adapters.row_layout import row_layouts
 from lorakit.compute.adapted import require_new_weights
 from lorakit.errors import AdapterFileError, AdapterStateError
@@ -70,12 +69,11 @@ def prepare(
     check_base(
         model,
         stored,
-        path,
         allow_other_base=allow_other_base,
         tokenizer=tokenizer,
         record=None if base.new_weights else record,
     )
-    modules = build_modules(model, stored, path)
+    modules = build_modules(model, stored)
     if not modules and not stored.trained:
         raise AdapterFileError(
             f"'{path}' changes no layer of this base, which would answer in its place. Load the adapter on the base it "

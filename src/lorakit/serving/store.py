@@ -87,7 +87,7 @@ class AdapterStore:
         """The handle on the model; the names of a lease's blend are names of its adapters."""
         self.handle.keep()
         self._record = base_record(base.model, exclude=base.new_weights, tokenizer=tokenizer)
-        self.base_digest = self._record.weights.exact or self._record.architecture.shapes
+        self.base_digest = self._record.exact or self._record.shapes
         """SHA-256 of the base's weights; of their names and shapes, where weights cannot be hashed."""
         self._loaded = LoadedAdapters(self.handle, budget)
         self._catalogue = Catalogue(root, pinned, self._loaded.retain)

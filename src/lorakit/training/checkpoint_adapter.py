@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path) -> StoredAdapter:
     """
     path = Path(path)
     saved = saved_adapter(path)
-    stored = formats.read(saved)
+    stored = replace(formats.read(saved), path=str(path))
     tensors = read_safetensors(path / WEIGHTS, mapped=True)
     try:
         for module, layer in stored.layers.items():

@@ -204,7 +204,6 @@ class Job:
         record = self.base_record
         if record.excluded:
             record = base_record(self.model, for_comparison=True)
-        weights = record.weights
         files = {"task": file_of(self.train.task)}
         files |= {f"method {name}": file_of(name) for name in self.config.method_names}
         start = self.config.from_adapter
@@ -214,7 +213,7 @@ class Job:
         return {
             "base model": {
                 "source": self.config.base.name,
-                "sha256": weights.exact or weights.dtype,  # without a hash, dtype is the reason
+                "sha256": record.exact or record.dtype,  # without a hash, dtype is the reason
             },
             "base configuration": fields_input(self.config.base.name, record.configuration),
             "tokenizer": {

@@ -58,7 +58,7 @@ def prepare(
         inputs = job.inputs if processes.count > 1 else {}
     processes.require_same({name: source["sha256"] for name, source in inputs.items()})
     if config.shard:  # from here on, all processes must run the same passes
-        shard_base(job.model, job.base_record, pick_device(config.base.device))
+        shard_base(job.model, pick_device(config.base.device))
     # The others have placeholders (PiSSA), or may differ in the last bits (DoRA's magnitudes).
     processes.copy_from_first(t for t in job.weights.values() if not is_sharded(t))
     return _confirmed(job)

@@ -7,7 +7,7 @@ shape differs (3 classes against 2 or 1), and loads the other layers, for exampl
 from __future__ import annotations
 
 from lorakit.adapters import Adapters, formats
-from lorakit.adapters.loading import load_stored
+from lorakit.adapters.loading import load
 from lorakit.errors import ConfigurationError
 from lorakit.methods import Method
 from lorakit.methods.combined import lora_of
@@ -60,9 +60,7 @@ def warm_start(base: Base, path: str, *, name: str) -> Adapters:
         if parameter in new:
             stored.trained[parameter] = tensor.detach().clone()
             stored.base_copies.pop(parameter, None)
-    adapters = load_stored(
-        base.model, stored, path, name=name, trainable=True, tokenizer=base.tokenizer
-    )
+    adapters = load(base.model, stored, name=name, trainable=True, tokenizer=base.tokenizer)
     if new:
         parts = f"{', '.join(sorted(loaded))} and the adapter" if loaded else "the adapter"
         base.notices.append(

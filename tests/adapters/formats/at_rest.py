@@ -79,25 +79,6 @@ def convolution(
     )
 
 
-def loralib_convolution(
-    n_in: int = 4,
-    n_out: int = 6,
-    rank: int = 2,
-    kernel: tuple[int, ...] = (3, 3),
-    groups: int = 1,
-    alpha: float = 3.0,
-) -> StoredLayer:
-    taps = kernel[0]
-    return StoredLayer(
-        kind="conv-loralib",
-        A=numbers(rank * taps, n_in * taps),
-        B=numbers(n_out // groups * taps, rank * taps),
-        scaling=alpha / rank,
-        alpha=alpha,
-        weight_shape=(n_out, n_in // groups, *kernel),
-    )
-
-
 def embedding(count: int = 10, dim: int = 6, rank: int = 2, **more) -> StoredLayer:
     return StoredLayer(
         kind="embedding",
@@ -132,8 +113,6 @@ def with_dora(layer: StoredLayer) -> StoredLayer:
     layer.magnitude = numbers(layer.B.shape[0]).abs()
     if layer.slices:
         layer.base_norms = numbers(layer.slices[0].groups * layer.slices[0].stride).abs()
-        # The values that reading returns for unused rows.
-        layer.base_norms[torch.cat([s.rows() for s in layer.slices])] = 0
     return layer
 
 
@@ -195,9 +174,6 @@ def product(layer: StoredLayer, A: Tensor, B: Tensor) -> Tensor:
                     out[g * piece.stride + piece.offset + j] = B[row] @ own
                     row += 1
         return out
-    if layer.kind == "conv-loralib":
-        assert layer.weight_shape is not None
-        return (B @ A).view(layer.weight_shape)
     if layer.kind == "experts":
         count = len(A) // B.shape[1]
         pairs = zip(A.chunk(count), B.chunk(count), strict=True)

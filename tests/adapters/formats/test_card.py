@@ -14,7 +14,11 @@ import yaml
 from at_rest import adapter, convolution, embedding, linear, numbers, with_dora
 from huggingface_hub import ModelCard
 from tiny_runs import save_base
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 import lorakit
 from lorakit.adapters.formats import peft
@@ -81,10 +85,9 @@ def test_what_the_card_says():
         "| Base model | `owner/tiny` |",
         "| Base revision | `0123abc` |",
         "| Base class | `LlamaForCausalLM` |",
-        "| Method | LoRA, rsLoRA, dropout 0.1 |",
+        "| Method | `LoRA(rank=4, alpha=6.0, targets=('attention.qv',), dropout=0.1, scaling='rslora')` |",
         "| Rank | 4 |",
         "| Scaling | 3 |",
-        "| Targets | `attention.qv` |",
         "| Adapted layers | 4 |",
         f"| Trained parameters | {2 * 4 * (32 + 32 + 32 + 16):,} |",
         "|  | before training | this adapter |",
@@ -94,9 +97,9 @@ def test_what_the_card_says():
         "| train | e2e.jsonl | 42,061 | `abababababababab…` |",
         "| validation | e2e.jsonl | 4,672 | not recorded |",
         '"learning_rate": 0.001',
-        'model = transformers.LlamaForCausalLM.from_pretrained("owner/tiny", revision="0123abc")',
+        'model = lorakit.load_base("owner/tiny", task="causal-lm", revision="0123abc").model',
         'adapters = lorakit.load(model, "path/to/this/folder")',
-        'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "vllm serve owner/tiny --revision 0123abc --enable-lora --max-lora-rank 8 \\",
     ):
         assert line in (text.splitlines() if line.startswith("|") else text), line
@@ -106,11 +109,10 @@ def test_a_gguf_file_is_a_base_that_only_lorakit_loads():
     """Its folder is not recorded: it means nothing on another machine."""
     text = text_of(live(name="tiny.Q4_K_M.gguf"))
     call = 'lorakit.load_base("path/to/tiny.Q4_K_M.gguf"'
-    assert text.count(f'model = {call}, task="causal-lm").model') == 2
+    assert f'model = {call}, task="causal-lm", revision="0123abc").model' in text
     assert f"vLLM needs the base as a folder: `{call}).model.save_pretrained(...)`." in text
     assert "vllm serve path/to/that/folder" in text
-    assert "transformers.LlamaForCausalLM" not in text
-    call = 'lorakit.load_base("path/to/t5.gguf", task="seq2seq-lm").model'
+    call = 'lorakit.load_base("path/to/t5.gguf", task="seq2seq-lm", revision="0123abc").model'
     assert f"model = {call}" in text_of(live("t5", name="t5.gguf"))
 
 
@@ -150,7 +152,7 @@ def test_a_folder_that_peft_cannot_load():
 def test_full_fine_tuning():
     stored = StoredAdapter(method=lorakit.FullFineTuning(), trained={"a": numbers(2, 3)})
     text = card(stored, None)
-    assert "# Fine-tuned weights" in text
+    assert "# FullFineTuning adapter" in text
     assert "| Trained parameters | 6 |" in text
     assert front_matter(text)["tags"] == ["lorakit"]
 
@@ -237,12 +239,12 @@ def test_a_card_for_an_unnamed_base():
 # --- the code that loads the adapter --------------------------------------------------------------
 
 
-def run_code(folder: Path) -> list[dict[str, Any]]:
+def run_code(folder: Path, base: PreTrainedModel | None = None) -> list[dict[str, Any]]:
     """Run the card's blocks of Python, and return the names that each defines."""
     text = (folder / "README.md").read_text()
     found = []
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        names: dict[str, Any] = {}
+        names: dict[str, Any] = {} if base is None else {"base": base}
         exec(code.replace("path/to/this/folder", str(folder)), names)
         found.append(names)
     return found
@@ -254,7 +256,9 @@ def test_the_code_gives_a_classifier_its_number_of_labels(labels: int, tmp_path:
     base = save_base(tmp_path / "encoder", "roberta", "masked-lm")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
     handle = lorakit.attach(model, lorakit.LoRA(rank=2, train_modules="classifier"))
-    with_lorakit, with_peft = run_code(handle.save(tmp_path / "adapter"))
+    folder = handle.save(tmp_path / "adapter")
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    with_lorakit, with_peft = run_code(folder, fresh)
     for loaded in (with_lorakit["model"], with_peft["model"].base_model.model):
         assert type(loaded) is type(model)
         assert loaded.config.num_labels == labels
@@ -270,8 +274,6 @@ def test_the_code_for_an_adapter_that_peft_cannot_load(tmp_path: Path) -> None:
 
 def test_the_code_names_the_revision_and_a_method_of_ones_own() -> None:
     stored = live()
-    code = 'transformers.LlamaForCausalLM.from_pretrained("owner/tiny", revision="0123abc")'
-    assert text_of(stored).count(code) == 2
     assert "vllm serve owner/tiny --revision 0123abc --enable-lora" in text_of(stored)
 
     @dataclasses.dataclass(frozen=True)
@@ -282,24 +284,16 @@ def test_the_code_names_the_revision_and_a_method_of_ones_own() -> None:
     assert 'lorakit.use_method("path/to/its/file.py:Mine")' in card(stored, None)
 
 
-@pytest.mark.parametrize("name", ["os", "Net", "x; import os"])
-def test_the_code_imports_no_class_that_transformers_lacks(name: str) -> None:
-    stored = live()
-    architecture = dataclasses.replace(stored.base.architecture, class_name=name)
-    stored.base = dataclasses.replace(stored.base, architecture=architecture)
-    assert "model = ...  # the base model" in text_of(stored)
-
-
 @pytest.mark.parametrize(
     ("labels", "arguments"),
     [
-        (["no", "maybe", "yes"], 'task="sequence-classification", num_labels=3'),
-        ([], 'task="regression"'),
+        (["a", "b", "c"], 'task="sequence-classification", revision="0123abc", num_labels=3'),
+        ([], 'task="regression", revision="0123abc"'),
     ],
 )
 def test_the_code_for_a_base_in_a_python_package(labels: list[str], arguments: str) -> None:
     stored = live("roberta", "all-minilm-l6-v2", "sequence-classification")
-    stored.base = dataclasses.replace(stored.base, layout=None)  # as in a file
+    stored.layout = None  # as in a file
     generic_task = "classification" if labels else "regression"
     stored.provenance = {"labels": labels, "generic_task": generic_task}
     code = f'model = lorakit.load_base("all-minilm-l6-v2", {arguments}).model'

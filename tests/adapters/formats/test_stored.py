@@ -11,12 +11,10 @@ from at_rest import (
     adapter,
     contiguous,
     convolution,
-    delta,
     embedding,
     fused,
     interleaved,
     linear,
-    loralib_convolution,
     numbers,
     with_dora,
     with_start,
@@ -40,9 +38,6 @@ from lorakit.models.layers import RowSlice
         (embedding(rank=3), 3),
         (convolution(rank=4), 4),
         (convolution(rank=4, groups=2), 4),
-        (loralib_convolution(rank=2, kernel=(3, 3)), 2),
-        (replace(loralib_convolution(rank=2, kernel=(3, 3)), weight_shape=None), 2),
-        (loralib_convolution(rank=2, kernel=(1,)), 2),
     ],
 )
 def test_rank(layer: StoredLayer, rank: int):
@@ -107,20 +102,6 @@ def test_what_a_convolution_refuses(change: dict, message: str):
         replace(convolution(), **change)
 
 
-def test_loralib_factors_must_fit_the_kernel():
-    layer = loralib_convolution(n_in=4, n_out=6, rank=2, kernel=(3, 3))
-    with pytest.raises(AdapterFileError, match=r"A \(rank \* 3, in \* 3\)"):
-        replace(layer, weight_shape=(6, 5, 3, 3))
-    with pytest.raises(AdapterFileError, match="cannot have DoRA"):
-        replace(layer, magnitude=numbers(18))
-    plain = StoredLayer(kind="linear", A=layer.A, B=layer.B, scaling=3.0 / 6, alpha=3.0)
-    again = plain.as_loralib_conv((6, 4, 3, 3))
-    assert again.rank == 2
-    assert torch.equal(delta(again), delta(layer))
-    with pytest.raises(AdapterFileError, match="conv-loralib layer needs"):
-        plain.as_loralib_conv((6, 4, 5, 5))
-
-
 def test_an_adapter_holds_something():
     with pytest.raises(AdapterFileError, match="no lora_A and lora_B"):
         StoredAdapter(method=LoRA())
@@ -152,7 +133,8 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()
     command = f"lorakit train --config '{run}/config.yaml' --resume --output '{run}'"
-    expected = f"'{run}' is an unfinished run, which has no adapter yet. Finish it: {command}"
+    unfinished = "is a run without an adapter: it is unfinished, or its adapter was deleted."
+    expected = f"'{run}' {unfinished} Finish it: {command}"
     with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.$"):
         formats.read(run / name)
     (run / "best").mkdir()  # empty: neither the best adapter nor a reason to name one
@@ -162,20 +144,6 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     best = f"{expected}, or use its best adapter, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
         formats.read(run / name)
-
-
-@pytest.mark.parametrize("name", ["", "adapter"])
-def test_a_finished_run_whose_adapter_was_deleted(tmp_path, name) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").touch()
-    (run / "result.json").touch()
-    expected = f"'{run}' is a finished run whose adapter was deleted. "
-    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
-        formats.read(run / name)
-    (run / "adapter").mkdir()  # only its files were deleted
-    with pytest.raises(AdapterFileError, match=f"^{re.escape(expected)}.*--resume --output "):
-        formats.read(run)
 
 
 def test_files_of_the_user_beside_an_adapter_make_no_run(tmp_path) -> None:

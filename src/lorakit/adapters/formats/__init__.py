@@ -3,9 +3,9 @@
 =============== =============================================== ======= =======
 format          files                                           read    written
 =============== =============================================== ======= =======
-lorakit         lorakit.json, and PEFT's or its own tensors     yes     yes
+lorakit         lorakit.json, beside PEFT's files or its own    yes     yes
 PEFT            adapter_config.json, adapter_model.safetensors  yes     yes
-loralib         one file of tensors                             yes     `loralib.write_loralib`
+loralib         one file of tensors                             yes     `write_loralib`
 =============== =============================================== ======= =======
 """
 
@@ -26,10 +26,10 @@ from lorakit import storage
 from lorakit.adapters.formats import card, lorakit_json, peft
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record, compare
 from lorakit.adapters.formats.fit import check_targets
-from lorakit.adapters.formats.loralib import SUFFIXES, read_loralib, write_loralib
-from lorakit.adapters.formats.other_tools import hint_of
+from lorakit.adapters.formats.loralib import read_loralib, write_loralib
 from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.formats.tensors import SUFFIXES
 from lorakit.errors import AdapterFileError, ConfigurationError, LorakitError, nearest_path
 from lorakit.file_names import (
     ADAPTER,
@@ -39,9 +39,7 @@ from lorakit.file_names import (
     CHECKPOINTS,
     CONFIG,
     LORAKIT_JSON,
-    LORAKIT_TENSORS,
     MODEL_CARD,
-    OPTIMIZER,
     PEFT_CONFIG,
     RESULT,
     TOKENIZER_CONFIG,
@@ -49,7 +47,6 @@ from lorakit.file_names import (
 )
 from lorakit.formatting import resume_command
 from lorakit.models.sources import is_gguf
-from lorakit.storage.tensors import write_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +89,9 @@ def read(path: str | Path, *, alpha: float | None = None) -> StoredAdapter:
         )
     path = Path(path)
     with storage.reading(path, AdapterFileError):
-        return _read(path, alpha)
+        stored = _read(path, alpha)
+    stored.path = str(path)
+    return stored
 
 
 def _read(path: Path, alpha: float | None) -> StoredAdapter:
@@ -107,8 +106,6 @@ def _read(path: Path, alpha: float | None) -> StoredAdapter:
                 "which the GGUF file was made."
             )
         return read_loralib(path, alpha=alpha)
-    if path.exists() and not path.is_dir():
-        raise AdapterFileError(f"'{path}' is a pipe or a device; a folder or a file was expected.")
     if not path.is_dir():
         _reject_run_without_adapter(path.parent)
         raise AdapterFileError(
@@ -157,7 +154,6 @@ def write(stored: StoredAdapter, folder: str | Path, *, for_peft: bool = True) -
         notices += form.notices
     except NotExpressibleError as error:
         notices.append(f"Only lorakit can load this folder; PEFT cannot: {error}")
-        write_safetensors(folder / LORAKIT_TENSORS, lorakit_json.tensors_of(stored))
     (folder / MODEL_CARD).write_bytes(card.card(stored, form).encode())
     lorakit_json.write(stored, folder, form)
     return notices
@@ -185,12 +181,13 @@ def tensor_file(path: str | Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def tensors_of(stored: StoredAdapter) -> dict[str, Tensor]:
-    """Return the tensors that `write` writes, by their keys in the file; their data is not read."""
-    try:
-        return peft_form(stored).tensors
-    except NotExpressibleError:
-        return lorakit_json.tensors_of(stored)
+def tensors_of(stored: StoredAdapter) -> list[Tensor]:
+    """Return the tensors that `write` writes; their data is not read."""
+    form: peft.PeftForm | None = None
+    with suppress(NotExpressibleError):
+        form = peft_form(stored)
+    theirs = () if form is None else form.tensors.values()
+    return [*theirs, *lorakit_json.beside(stored, form).values()]
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
@@ -288,37 +285,29 @@ def _check_alpha(stored: StoredAdapter, alpha: float | None, path: Path) -> None
 
 def _reject_run_without_adapter(folder: Path) -> None:
     """Raise an error for a run that is not finished, and so has no adapter/ yet, or whose adapter/ was deleted."""
-    config, best = folder / CONFIG, folder / BEST
-    is_finished = (folder / RESULT).is_file()
-    is_run = config.is_file() and (is_finished or (folder / CHECKPOINTS).is_dir())
-    if not is_run or is_adapter(folder / ADAPTER):
+    is_run = (folder / RESULT).is_file() or (folder / CHECKPOINTS).is_dir()
+    if not (folder / CONFIG).is_file() or not is_run or is_adapter(folder / ADAPTER):
         return
-    command = resume_command(folder)
+    best = folder / BEST
     instead = f", or use its best adapter, '{best}'" if is_adapter(best) else ""
-    if is_finished:
-        raise AdapterFileError(
-            f"'{folder}' is a finished run whose adapter was deleted. Continue it from its newest checkpoint, or from "
-            f"the start if it has none: {command}{instead}."
-        )
     raise AdapterFileError(
-        f"'{folder}' is an unfinished run, which has no adapter yet. Finish it: {command}{instead}."
+        f"'{folder}' is a run without an adapter: it is unfinished, or its adapter was deleted. Finish it: "
+        f"{resume_command(folder)}{instead}."
     )
 
 
 def _no_adapter_in(folder: Path) -> str:
     """Return the message for a folder without an adapter, with what it contains instead."""
     entries = sorted(folder.iterdir())
-    adapters = [p for p in entries if p.is_dir() and is_adapter(p)]
-    tensors = [p for p in entries if p.name.endswith(SUFFIXES)]
-    hint = hint_of(p.name for p in entries)
-    if adapters:
-        hint = f" Did you mean '{adapters[0]}'?"
+    adapter = next((p for p in entries if p.is_dir() and is_adapter(p)), None)
+    file = next((p for p in entries if p.name.endswith(SUFFIXES)), None)
+    hint = ""
+    if adapter is not None:
+        hint = f" Did you mean '{adapter}'?"
     elif (folder / "config.json").exists():
         hint = " It is the folder of a model."
-    elif (folder / OPTIMIZER).exists():
-        hint = " It is a checkpoint of a run. Name the run's best/ or adapter/."
-    elif tensors and not hint:
-        hint = f" For a loralib file, give the path of the file, for example '{tensors[0]}'."
+    elif file is not None:
+        hint = f" For a loralib file, give the path of the file, for example '{file}'."
     return (
         f"'{folder}' holds no adapter: it has neither {LORAKIT_JSON} nor {PEFT_CONFIG}, only "
         f"{', '.join(p.name for p in entries[:5]) or 'nothing'}.{hint}"

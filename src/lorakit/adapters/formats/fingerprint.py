@@ -1,8 +1,8 @@
 """Fingerprints of base models, to check that a live model is the base of an adapter.
 
-A fingerprint has five parts: the architecture, the name of the source, a hash of the weights, the fields of the
-configuration that change the computation, and a hash of the tokenizer. An older file lacks the last two, and a model
-without a configuration or tokenizer has none; a part that is missing is not compared.
+A fingerprint has the architecture, the name of the source, a hash of the weights, the fields of the configuration that
+change the computation, and a hash of the tokenizer. A model without a configuration or tokenizer lacks the last two; a
+part that is missing is not compared.
 The weights are hashed twice: exactly, and rounded to bfloat16 to recognise the same weights in another
 dtype. The second hash of a quantised weight is that of the original weight before quantisation, to
 recognise a quantised base and the unquantised one as the same.
@@ -14,15 +14,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.adapters.formats.layout import BaseLayout, base_layout
 from lorakit.adapters.installed import base_weights
-from lorakit.configuration import converted
+from lorakit.configuration import conform, converted
 from lorakit.errors import AdapterFileError, ConfigurationError, WrongBaseError
 from lorakit.models.config_fields import changed_fields, computing_fields
 from lorakit.models.digests import Digests, digests, known_digests, remember
@@ -34,29 +33,10 @@ from lorakit.models.sources import ModelSource
 from lorakit.models.tokenizer import tokenizer_digest
 
 PACKED = "quantised"
-"""`Weights.dtype` of a base that another library than bitsandbytes has quantised."""
+"""`BaseRecord.dtype` of a base that another library than bitsandbytes has quantised."""
 
 
-@dataclass(frozen=True)
-class ArchitectureRecord:
-    """The class, type and parameter shapes of a model."""
-
-    class_name: str
-    model_type: str | None
-    shapes: str
-    """SHA-256 of the names and shapes of the parameters."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The source of a model; None where it is not known."""
-
-    name: str | None
-    revision: str | None
-
-
-@dataclass(frozen=True)
-class Weights:
+class WeightHashes(NamedTuple):
     """The hashes of a model's weights."""
 
     dtype: str
@@ -68,13 +48,21 @@ class Weights:
     """SHA-256 of the weights rounded to bfloat16, of quantised ones before quantisation; None if not known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseRecord:
     """The fingerprint of a base model."""
 
-    architecture: ArchitectureRecord
-    source: Origin
-    weights: Weights
+    class_name: str
+    model_type: str | None
+    shapes: str
+    """SHA-256 of the names and shapes of the parameters."""
+    name: str | None
+    """The source of the model; None if it is not known, as for `revision`."""
+    revision: str | None
+    dtype: str
+    """`dtype`, `exact` and `bfloat16` are those of `WeightHashes`."""
+    exact: str | None
+    bfloat16: str | None
     excluded: tuple[str, ...] = ()
     """Names of the parameters that are not hashed, because the adapter replaces them."""
     configuration: dict[str, Any] | None = None
@@ -82,55 +70,26 @@ class BaseRecord:
     """
     tokenizer: str | None = None
     """SHA-256 of the tokenizer (`lorakit.models.tokenizer`); None if not known."""
-    layout: BaseLayout | None = field(default=None, compare=False, repr=False)
-    """Other facts about a live model that the formats need; not written to files."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        return {
-            **{name: vars(getattr(self, name)) for name in _PARTS},
-            "excluded": list(self.excluded),
-            "configuration": self.configuration,
-            "tokenizer": self.tokenizer,
-        }
 
     @classmethod
     def from_json(cls, values: Any) -> BaseRecord:
-        """Read the values that `to_json` returned.
+        """Read the values of a record in a file.
 
         Raises:
-            AdapterFileError: A part is missing or of another type.
+            AdapterFileError: A value is missing, unknown or of another type.
         """
         try:
-            values = converted(values, dict[str, Any], "the record")
-            parts: dict[str, Any] = {
-                name: _part(values.get(name), name, kind) for name, kind in _PARTS.items()
-            }
-            return cls(
-                **parts,
-                excluded=converted(values.get("excluded", ()), tuple[str, ...], "excluded"),
-                configuration=converted(
-                    values.get("configuration"), dict[str, Any] | None, "configuration"
-                ),
-                tokenizer=converted(values.get("tokenizer"), str | None, "tokenizer"),
-            )
-        except ConfigurationError as error:
-            raise AdapterFileError(f"the record of the base model is not valid: {error}") from error
+            record = cls(**converted(values, dict[str, Any], "it"))
+            conform(record)
+        except (ConfigurationError, TypeError) as error:
+            raise AdapterFileError(
+                f"the record of the base model is not valid: {error}. Download or save the adapter again."
+            ) from error
+        return record
 
-
-def _part(value: Any, name: str, kind: type) -> Any:
-    """Return a part of a record, built from its entry in the file."""
-    entries = converted(value, dict[str, str | None], name)
-    names = [f.name for f in fields(kind)]
-    if entries.keys() != set(names):
-        raise AdapterFileError(
-            f"the record of the base model has {', '.join(entries) or 'no entries':.60} in '{name}'; it must have "
-            f"{', '.join(names)}."
-        )
-    return kind(**entries)
-
-
-_PARTS: dict[str, type] = {"architecture": ArchitectureRecord, "source": Origin, "weights": Weights}
+    def __str__(self) -> str:
+        revision = f" at revision {self.revision}" if self.name and self.revision else ""
+        return f"'{self.name}'{revision}" if self.name else f"an unnamed {self.class_name}"
 
 
 def base_record(
@@ -140,7 +99,6 @@ def base_record(
     tokenizer: Any = None,
     *,
     for_comparison: bool = False,
-    hashed: bool = True,
 ) -> BaseRecord:
     """Return the fingerprint of a model's base, without its adapters, merged or not.
 
@@ -150,13 +108,12 @@ def base_record(
         exclude: Names of parameters to skip, because an adapter replaces them (a head of its
             own, trained biases).
         tokenizer: The tokenizer, if it is known.
-        for_comparison: Return a record for `compare` only: without `layout`, and with the hashes that an earlier call
-            computed of weights that have not changed since (`lorakit.models.digests.known_digests`).
-        hashed: False leaves out the hashes of the weights, which take long.
+        for_comparison: Take the hashes that an earlier call computed of weights that have not changed since
+            (`lorakit.models.digests.known_digests`).
 
     Returns:
         The record. A tied weight counts once. Weights have no hash if they are on the meta device,
-        sharded over processes, or in a class that hides its numbers; `Weights.dtype` holds the reason.
+        sharded over processes, or in a class that hides its numbers; `BaseRecord.dtype` holds the reason.
     """
     excluded = set(exclude)
     weights = [(n, w) for n, w in base_weights(model) if n not in excluded]
@@ -165,25 +122,19 @@ def base_record(
     for name, weight in sorted(weights, key=lambda item: item[0]):
         shape = full_shape(weight) if isinstance(weight, Tensor) else weight.shape
         shapes.update(f"{name}\0{tuple(shape)}\0".encode())
-    if source is None:
-        origin = Origin(
-            getattr(config, "_name_or_path", None) or None,
-            getattr(config, "_commit_hash", None) or None,
-        )
-    else:
-        origin = Origin(source.name, source.revision)
+    name, revision = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    if source is not None:
+        name, revision = source.name, source.revision
     return BaseRecord(
-        architecture=ArchitectureRecord(
-            class_name=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds it
-            model_type=getattr(config, "model_type", None) or None,
-            shapes=shapes.hexdigest(),
-        ),
-        source=origin,
-        weights=hash_weights(weights, reuse=for_comparison) if hashed else Weights("", None, None),
+        class_name=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds it
+        model_type=getattr(config, "model_type", None) or None,
+        shapes=shapes.hexdigest(),
+        name=name or None,
+        revision=revision or None,
+        **hash_weights(weights, reuse=for_comparison)._asdict(),
         excluded=tuple(sorted(excluded)),
         configuration=computing_fields(config),
         tokenizer=None if tokenizer is None else tokenizer_digest(tokenizer),
-        layout=None if for_comparison else base_layout(model),
     )
 
 
@@ -201,16 +152,15 @@ def compare(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     Raises:
         WrongBaseError: The architecture, the weights or the configuration differ.
     """
-    then, now = recorded.architecture, live.architecture
     for attribute, a, b in (
-        ("class", then.class_name, now.class_name),
-        ("model type", then.model_type, now.model_type),
+        ("class", recorded.class_name, live.class_name),
+        ("model type", recorded.model_type, live.model_type),
     ):
         if a != b:
             raise _wrong_base(recorded, live, f"its {attribute} is {b}, not {a}")
-    # Older records have the shapes of packed weights, not of the weights that they hold.
-    packed = PACKED in (recorded.weights.dtype, live.weights.dtype)
-    if then.shapes != now.shapes and not packed:
+    # A library that packs weights may pack them, and so their shapes, in another way.
+    packed = PACKED in (recorded.dtype, live.dtype)
+    if recorded.shapes != live.shapes and not packed:
         reason = "it has other parameters or other shapes (another size or vocabulary)"
         raise _wrong_base(recorded, live, reason)
     # Dropout and other fields of training do not change the adapted model.
@@ -232,53 +182,45 @@ def _compare_tokenizers(recorded: BaseRecord, live: BaseRecord) -> list[str]:
 
 def _compare_weights(recorded: BaseRecord, live: BaseRecord) -> list[str]:
     """Compare the hashes; without hashes, the sources. Weights that were rounded twice pass if the revisions match."""
-    then, now = recorded.weights, live.weights
-    if then.exact is not None and then.exact == now.exact:
+    if recorded.exact is not None and recorded.exact == live.exact:
         return []
-    change = f"The adapter was trained on {then.dtype} weights and runs on {now.dtype} ones"
-    rounded_alike = then.bfloat16 is not None and then.bfloat16 == now.bfloat16
-    if rounded_alike and not KINDS.isdisjoint({then.dtype, now.dtype}):
-        return [f"{change}; the original weights, rounded to bfloat16, are the same."]
-    if rounded_alike and then.dtype == "bfloat16":
-        return []  # these weights round to those of the training, so they are at least as precise
-    if rounded_alike and then.dtype != now.dtype:
-        return [f"{change}; rounded to bfloat16 they are the same."]
-    source, other = recorded.source, live.source
-    if then.bfloat16 is None or now.bfloat16 is None:
-        unhashed = now if now.bfloat16 is None else then
-        if source.name is None or other.name is None:
+    dtypes = {recorded.dtype, live.dtype}
+    change = f"The adapter was trained on {recorded.dtype} weights and runs on {live.dtype} ones"
+    if recorded.bfloat16 is None or live.bfloat16 is None:
+        if recorded.name is None or live.name is None:
             return [
                 f"{change}, which cannot be compared: make sure that it is the same base model."
             ]
-        if source.name == other.name:  # most commits leave the weights as they are
-            of = f"both of '{other.name}'"
-            if source != other and None not in (source.revision, other.revision):
-                of = f"of {_describe(recorded)} and {_describe(live)}"
-            return [f"{change}, {of}. {unhashed.dtype} weights cannot be compared."]
-        reason = f"it is {_describe(live)}, and its weights cannot be compared"
+        if recorded.name == live.name:  # most commits leave the weights as they are
+            unhashed = live if live.bfloat16 is None else recorded
+            bases = dict.fromkeys([str(recorded), str(live)])
+            return [
+                f"{change}, of {' and '.join(bases)}. {unhashed.dtype} weights cannot be compared."
+            ]
+        reason = f"it is {live}, and its weights cannot be compared"
         raise _wrong_base(recorded, live, reason)
-    reason = f"its {now.dtype} weights differ"
+    if recorded.bfloat16 == live.bfloat16:
+        if not KINDS.isdisjoint(dtypes):
+            return [f"{change}; the original weights, rounded to bfloat16, are the same."]
+        if recorded.dtype == "bfloat16":
+            return []  # these weights round to those of the training, so they are at least as precise
+        if len(dtypes) == 2:
+            return [f"{change}; rounded to bfloat16 they are the same."]
+    reason = f"its {live.dtype} weights differ"
     # float32 is rounded to bfloat16 once, in the load or for the hash, so equal weights have equal hashes. Other
     # dtypes round a second time. A local path has no revision: its weights may have been replaced.
-    if then.dtype != now.dtype and {then.dtype, now.dtype} != {"float32", "bfloat16"}:
-        if source == other and None not in (other.name, other.revision):
-            return [f"{change}, both of {_describe(live)}. Rounded twice, they cannot be compared."]
-        reason += f", perhaps only by rounding (load it as in the training, in {then.dtype}, to compare them)"
+    if len(dtypes) == 2 and dtypes != {"float32", "bfloat16"}:
+        if str(recorded) == str(live) and None not in (live.name, live.revision):
+            return [f"{change}, both of {live}. Rounded twice, they cannot be compared."]
+        reason += f", perhaps only by rounding (load it as in the training, in {recorded.dtype}, to compare them)"
     raise _wrong_base(recorded, live, reason)
 
 
 def _wrong_base(recorded: BaseRecord, live: BaseRecord, reason: str) -> WrongBaseError:
     return WrongBaseError(
-        f"The adapter was trained on {_describe(recorded)}, but this model ({_describe(live)}) is another "
-        f"base: {reason}. Load the adapter on its own base, or set allow_other_base "
-        "(--allow_other_base) to load it anyway."
+        f"The adapter was trained on {recorded}, but this model ({live}) is another base: {reason}. Load the adapter "
+        "on its own base, or set allow_other_base (--allow_other_base) to load it anyway."
     )
-
-
-def _describe(record: BaseRecord) -> str:
-    name = record.source.name
-    revision = f" at revision {record.source.revision}" if name and record.source.revision else ""
-    return f"'{name}'{revision}" if name else f"an unnamed {record.architecture.class_name}"
 
 
 # --- hashing -------------------------------------------------------------------------------------
@@ -286,15 +228,15 @@ def _describe(record: BaseRecord) -> str:
 
 def hash_weights(
     weights: Iterable[tuple[str, Tensor | QuantisedWeight | PackedWeight]], *, reuse: bool = False
-) -> Weights:
+) -> WeightHashes:
     """Hash named weights in any order; `reuse` takes earlier hashes of weights that have not changed since."""
     weights = list(weights)
     plain = [w for _, w in weights if isinstance(w, Tensor)]
     for reason, applies in (("meta", attrgetter("is_meta")), ("sharded", is_sharded)):
         if any(map(applies, plain)):
-            return Weights(reason, None, None)
+            return WeightHashes(reason, None, None)
     if any(isinstance(w, PackedWeight) and not w.tensors for _, w in weights):
-        return Weights(PACKED, None, None)
+        return WeightHashes(PACKED, None, None)
     known = {name: known_digests(_tensors(w)) if reuse else None for name, w in weights}
     hashed = {name: pair for name, pair in known.items() if pair is not None}
     # hashlib releases the GIL while it hashes. The largest weights go first, to balance the threads.
@@ -304,7 +246,7 @@ def hash_weights(
             digests_of = pool.map(_digests, (w for _, w in by_size))
             hashed |= {name: pair for (name, _), pair in zip(by_size, digests_of, strict=True)}
     rounded = {name: d.bfloat16 for name, d in hashed.items() if d.bfloat16 is not None}
-    return Weights(
+    return WeightHashes(
         _dtype_label(w for _, w in weights),
         _combine({name: d.exact for name, d in hashed.items()}),
         _combine(rounded) if rounded.keys() == hashed.keys() else None,

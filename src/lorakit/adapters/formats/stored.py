@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.adapters.formats.fingerprint import BaseRecord
+from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.tensor_checks import check_tensor
 from lorakit.configuration import setting
@@ -41,10 +42,14 @@ class StoredAdapter:
     """Sentences for the user, which `load` logs as warnings."""
     base_copies: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Base parameters in the file that training may not have changed (PEFT stores those of adapted
-    embeddings, a loralib file of a whole model all of them). `formats.check_targets` drops those that
-    equal the model's and moves the others to `trained`."""
+    embeddings). `formats.check_targets` drops those that equal the model's and moves the others to
+    `trained`."""
     peft_config: dict[str, Any] | None = None
     """adapter_config.json of the PEFT folder it was read from."""
+    layout: BaseLayout | None = field(default=None, repr=False)
+    """Names and shapes of the live base, which writing PEFT's form needs; None for an adapter from a file."""
+    path: str = "the adapter"
+    """The file or folder that it was read from, for messages."""
 
     def __post_init__(self) -> None:
         lora = lora_of(self.method)
@@ -75,7 +80,7 @@ class StoredAdapter:
     def base_name(self) -> str | None:
         """The name of the base: that of its record, else the one in the file of PEFT."""
         if self.base is not None:
-            return self.base.source.name
+            return self.base.name
         name = (self.from_peft or {}).get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,13 +18,11 @@ from lorakit.methods.lora.forms import (
     ExpertsForm,
     FactorForm,
     LinearForm,
-    LoralibConvForm,
 )
 from lorakit.models.layers import RowSlice
 
 KINDS = tuple(
-    form.kind
-    for form in (LinearForm, EmbeddingForm, ConvForm, LoralibConvForm, AttentionForm, ExpertsForm)
+    form.kind for form in (LinearForm, EmbeddingForm, ConvForm, AttentionForm, ExpertsForm)
 )
 
 LAYER_ATTRIBUTES = {
@@ -41,7 +39,7 @@ TENSORS = (*LAYER_ATTRIBUTES, "base_norms")
 class StoredLayer:
     """One adapter on one layer: ``delta W = scaling * (B A - B0 A0)``, and ``scaling * B_bias`` on its bias.
 
-    A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. `FactorForm` documents `slices`, `weight_shape`,
+    A0 and B0 are `initial_A` and `initial_B`, which only PiSSA has. `FactorForm` documents `slices`,
     `grouped` and `transposed`, and its module the shapes of A and B on each kind of layer.
 
     Raises:
@@ -66,7 +64,6 @@ class StoredLayer:
     """DoRA on slices: the norms of all rows of the base weight, (out,), for export to PEFT. PEFT has a magnitude
     for every row; with its base norm as magnitude, a row outside the slices stays unchanged. The norms of rows in
     the slices are never read."""
-    weight_shape: tuple[int, ...] | None = None
     grouped: bool = True
     transposed: bool = False
     tied_head: str | None = None
@@ -100,10 +97,8 @@ class StoredLayer:
                 return EmbeddingForm()
             case ConvForm.kind:
                 return ConvForm(groups=self._groups(), grouped=self.grouped)
-            case ExpertsForm.kind:
-                return ExpertsForm(groups=self._groups(), transposed=self.transposed)
             case _:
-                return LoralibConvForm(taps=self._taps(), weight_shape=self.weight_shape)
+                return ExpertsForm(groups=self._groups(), transposed=self.transposed)
 
     @property
     def rank(self) -> int:
@@ -125,29 +120,10 @@ class StoredLayer:
         """The layer's tensors by field name."""
         return {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
 
-    def as_loralib_conv(self, weight_shape: Iterable[int]) -> StoredLayer:
-        """Return the same tensors as loralib's factors of a convolution with a weight of this shape.
-
-        loralib's files do not distinguish convolutions from linear layers; only the model does.
-
-        Raises:
-            AdapterFileError: The factors do not fit the weight.
-        """
-        shape = tuple(weight_shape)
-        scaling = self.alpha * shape[-1] / self.A.shape[0]
-        return replace(self, kind=LoralibConvForm.kind, weight_shape=shape, scaling=scaling)
-
     def _groups(self) -> int:
         """Return the number of groups: A has the rank's rows for each of them, and B only the rank's columns."""
         are_matrices = min(self.A.ndim, self.B.ndim) > 1 and self.B.shape[1]
         return max(1, self.A.shape[0] // self.B.shape[1]) if are_matrices else 1
-
-    def _taps(self) -> int:
-        """Return K of loralib's convolution; loralib supports only square kernels and the scaling alpha / r."""
-        if self.weight_shape is not None:
-            return self.weight_shape[-1]
-        # A has r * K rows, and scaling / alpha is 1 / r.
-        return max(1, round(self.A.shape[:1].numel() * self.scaling / self.alpha))
 
     def _check_shapes(self) -> None:
         form = self.form
@@ -166,8 +142,6 @@ class StoredLayer:
                 raise AdapterFileError(
                     f"the slices {', '.join(map(str, self.slices))} overlap, or are of different layers."
                 )
-        if self.magnitude is not None and not form.supports_dora:
-            raise AdapterFileError("loralib's convolution factors cannot have DoRA magnitudes.")
         if self.B_bias is not None and not form.supports_bias:
             raise AdapterFileError(
                 f"B of a layer of kind {self.kind!r} cannot have a bias (lora_bias)."

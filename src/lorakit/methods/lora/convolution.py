@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterStateError, ConfigurationError
-from lorakit.methods.lora.forms import ConvForm, LoralibConvForm
-from lorakit.methods.lora.layer import LoRALayer, unsupported
+from lorakit.methods.lora.forms import ConvForm
+from lorakit.methods.lora.layer import LoRALayer
 from lorakit.models.layers import RowSlice
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -90,27 +90,3 @@ class ConvLoRA(LoRALayer):
     def _product(self, A: Tensor, B: Tensor) -> Tensor:
         self._require_kernel()
         return super()._product(A, B)
-
-
-class LoralibConvLoRA(LoRALayer):
-    """loralib's factorisation, read from its files: ``dW = (B A)`` viewed in the kernel's shape.
-
-    A is (rank * K, in * K) and B (out / groups * K, rank * K) for a square kernel of width K. The view
-    mixes rows and kernel elements, so the kernel is replaced during the call, and dropout is impossible.
-    """
-
-    form_class = LoralibConvForm
-    shadows = ("weight",)
-
-    def __init__(self, layer: nn.Module, **options) -> None:
-        if options.get("dropout") or options.get("dora") or options.get("lora_bias"):
-            raise unsupported(
-                layer, "dropout, dora or lora_bias with loralib's convolution factors"
-            )
-        super().__init__(layer, **options)
-
-    def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(layer, Convolution)
-        width = layer.kernel_size[0]
-        rows = layer.weight.numel() // (layer.in_channels * width)
-        return (self.rank * width, layer.in_channels * width), (rows, self.rank * width)

@@ -1,7 +1,7 @@
 """The form of A and B on each kind of layer: their shapes, and the weight that they change.
 
 Adapters on a live model (`LoRALayer`) and in a file (`StoredLayer`) use the same classes. An instance holds only
-facts that A and B do not show. With r the rank and K the kernel's width, A and B have these shapes:
+facts that A and B do not show. With r the rank, A and B have these shapes:
 
 ============== ===================================== =======================================
 kind           A                                     B
@@ -10,20 +10,17 @@ linear         (r, in)                               (out, r)
 attention      (r, embed_dim)                        (3 * embed_dim, r)
 embedding      (r, num_embeddings)                   (embedding_dim, r)
 conv           (r, in or in / groups, *kernel)       (out, r / groups, 1, ...)
-conv-loralib   (r * K, in * K)                       (out / groups * K, r * K)
 experts        (experts * r, in)                     (experts * out, r)
 ============== ===================================== =======================================
 
 A linear or attention layer may be adapted by slices of its output rows. A then stacks r rows for each slice,
 (number of slices * r, in), and B the rows of the slices, (sum of widths, r).
 
-`to_peft` and `from_peft` convert to PEFT's one pair for the whole layer and back. They only move numbers, so both are
-exact to the bit.
+`to_peft` converts to PEFT's one pair for the whole layer. It only moves numbers, so it is exact to the bit.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +53,6 @@ class FactorForm:
     """Name of the kind of layer in files."""
     weight_name = "weight"
     """Attribute of the adapted layer that holds the changed weight."""
-    supports_dora = True
     supports_bias = False
     """Whether B may have a bias (`LoRA.lora_bias`)."""
     limits_rank = True
@@ -69,10 +65,6 @@ class FactorForm:
     """conv: groups of the convolution. experts: number of experts, each with its rows of A and B."""
     grouped: bool = True
     """conv: whether A reads the input channels of one group; PEFT's A reads all input channels."""
-    taps: int = 1
-    """conv-loralib: K."""
-    weight_shape: tuple[int, ...] | None = None
-    """conv-loralib: shape of the layer's weight, (out, in / groups, K, K), if it is known."""
 
     @classmethod
     def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> FactorForm:
@@ -96,7 +88,7 @@ class FactorForm:
 
     def rank(self, A: Tensor) -> int:
         """Return the rank of the adapter; of each slice, for a fused projection."""
-        return A.shape[0] // (max(1, len(self.slices)) * self.taps)
+        return A.shape[0] // max(1, len(self.slices))
 
     def out_features(self, B: Tensor) -> int:
         """Return the number of rows of the weight as a matrix."""
@@ -108,7 +100,7 @@ class FactorForm:
 
     def part_rank(self, rank: int) -> int:
         """Return the rank of each of the `parts` of a layer of at most this rank; at least 1 for each group."""
-        return max(1, rank // self.rank_groups) * self.taps
+        return max(1, rank // self.rank_groups)
 
     @property
     def rank_groups(self) -> int:
@@ -166,17 +158,6 @@ class FactorForm:
         """Return PEFT's rank of an A that `to_peft` returned."""
         return A.shape[0]
 
-    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
-        """Undo `to_peft`."""
-        if not self.slices:
-            return A, B
-        blocks = enumerate(B[self.rows()].split([s.total for s in self.slices]))
-        return A, torch.cat([block.chunk(len(self.slices), dim=1)[i] for i, block in blocks])
-
-    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
-        """Return loralib's A and B; raise `AdapterFileError` if there are none."""
-        return A.flatten(1), B.flatten(1)
-
 
 class LinearForm(FactorForm):
     """A linear layer or GPT-2's `Conv1D`, whole or by slices of a fused projection."""
@@ -203,9 +184,6 @@ class AttentionForm(LinearForm):
     kind = "attention"
     supports_bias = False
     weight_name = "in_proj_weight"
-
-    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
-        raise AdapterFileError("loralib has no layer for nn.MultiheadAttention.")
 
 
 class EmbeddingForm(FactorForm):
@@ -243,23 +221,10 @@ class ConvForm(FactorForm):
 
     def to_peft(self, A: Tensor, B: Tensor) -> Factors:
         """Return A with zeros at the input channels of the other groups, and B."""
-        if not self.grouped:
+        if not self.grouped or self.groups == 1:
             return A, B
         wide = torch.block_diag(*A.flatten(1).chunk(self.groups))
         return wide.view(A.shape[0], -1, *A.shape[2:]), B
-
-    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
-        if not self.grouped:
-            return A, B
-        parts = enumerate(A.chunk(self.groups))
-        return torch.cat([part.chunk(self.groups, dim=1)[group] for group, part in parts]), B
-
-    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
-        if self.groups > 1 or A.shape[2:].numel() > 1:
-            raise AdapterFileError(
-                "loralib factorises convolutions differently; it supports only pointwise ones without groups."
-            )
-        return super().to_loralib(A, B)
 
 
 class ExpertsForm(FactorForm):
@@ -300,50 +265,3 @@ class ExpertsForm(FactorForm):
     def weight(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         stacked = matrix.unflatten(0, (self.groups, -1))
         return stacked.mT.contiguous() if self.transposed else stacked
-
-    def to_loralib(self, A: Tensor, B: Tensor) -> Factors:
-        raise AdapterFileError("loralib has no layer for stacked experts.")
-
-
-class LoralibConvForm(FactorForm):
-    """loralib's factors of a convolution with a square kernel: ``dW = (B A)`` viewed in the weight's shape."""
-
-    kind = "conv-loralib"
-    supports_dora = False
-    limits_rank = False
-
-    @classmethod
-    def of(cls, layer: Any, slices: tuple[RowSlice, ...], grouped: bool) -> LoralibConvForm:
-        return cls(taps=layer.kernel_size[0], weight_shape=tuple(layer.weight.shape))
-
-    def required_shapes(self, A: Tensor, B: Tensor) -> str | None:
-        K, shape = self.taps, self.weight_shape
-        fit = super().required_shapes(A, B) is None and not any(n % K for n in (*A.shape, len(B)))
-        fit = fit and (shape is None or math.prod(shape) == A.shape[1] * B.shape[0])
-        return None if fit else f"A (rank * {K}, in * {K}) and B (out / groups * {K}, rank * {K})"
-
-    def matrix(self, W: Tensor, shape: tuple[int, int]) -> Tensor:
-        return W.reshape(shape) if W.numel() == math.prod(shape) else W
-
-    def to_peft(self, A: Tensor, B: Tensor) -> Factors:
-        """Return A (r * K * K, in, *kernel), block-diagonal with K copies, and B (out, r * K * K, 1, ...).
-
-        The delta is ``[B_0 A | B_1 A | ...]`` over the K taps of the kernel's height.
-        """
-        if self.weight_shape is None:
-            raise NotExpressibleError(
-                "loralib's factors of a convolution do not show its shape. Save the adapter from a live model."
-            )
-        n_out, n_in, *kernel = self.weight_shape
-        if A.shape[1] != n_in * self.taps:
-            raise NotExpressibleError(
-                "loralib's factors of a grouped convolution mix its groups, but PEFT's cannot."
-            )
-        wide = torch.block_diag(*[A] * self.taps).view(-1, n_in, *kernel)
-        side_by_side = B.unflatten(0, (n_out, self.taps)).flatten(1)
-        return wide, side_by_side.view(n_out, -1, *(1 for _ in kernel))
-
-    def from_peft(self, A: Tensor, B: Tensor) -> Factors:
-        rank, n_in = A.shape[0] // self.taps, A.shape[1]
-        first = A[:rank].flatten(1)[:, : n_in * self.taps]
-        return first, B.flatten(1).unflatten(1, (self.taps, rank)).flatten(0, 1)

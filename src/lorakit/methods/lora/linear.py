@@ -16,7 +16,7 @@ from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.module import LowRank
 from lorakit.models.checkpoints import caches_outputs
 from lorakit.models.quantised import quantised_weight
-from lorakit.ops.lora_linear import lora_linear
+from lorakit.ops.lora_linear import Product, lora_linear
 
 _NEW_TENSOR = (nn.Linear.forward, Conv1D.forward)
 """Forward methods that return a new tensor and keep no reference to it. Others, such as those of quantised layers, may
@@ -37,9 +37,9 @@ class LinearLoRA(LoRALayer):
         """Return `LoRALayer.adapt`, by one autograd function that adds in place if possible."""
         if self.magnitude is not None or x.is_nested:
             return super().adapt(layer, x, output, weight)
-        A, B = self.factors()
+        product = Product(None, *self.factors(), weight * self.scaling)
         in_place = output_is_unshared(layer)
-        output = lora_linear(self.drop(x), output, A, B, weight * self.scaling, in_place=in_place)
+        output = lora_linear(self.drop(x), output, [product], in_place=in_place)
         return output if self.lora_B_bias is None else self._add_bias(output, weight)
 
     def low_rank(self) -> LowRank | None:

@@ -1,6 +1,5 @@
 """The format of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors."""
 
-from lorakit.adapters.formats.peft.adapter_config import expected_layers
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.peft.reading import option_notices, read_peft
 from lorakit.adapters.formats.peft.writing import PeftForm, peft_form, write_peft
@@ -8,7 +7,6 @@ from lorakit.adapters.formats.peft.writing import PeftForm, peft_form, write_pef
 __all__ = [
     "NotExpressibleError",
     "PeftForm",
-    "expected_layers",
     "option_notices",
     "peft_form",
     "read_peft",

@@ -1,30 +1,25 @@
-"""Validate the options in adapter_config.json, and apply PEFT's rules to select layers."""
+"""The options in adapter_config.json: which of them lorakit implements, and PEFT's rules for ranks and alphas."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-import regex
-from torch import nn
-from transformers import PreTrainedModel
-
-from lorakit.adapters.formats.layout import parameters_by_name
-from lorakit.adapters.formats.other_tools import hint_of
 from lorakit.configuration import conform
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG
 from lorakit.methods.lora.method import check_numbers
-from lorakit.models.heads import output_embeddings
-from lorakit.models.layers import StackedWeight, is_linear
-from lorakit.models.patterns import Matcher, PatternTable, endings, pattern_errors
-from lorakit.models.tree import layers_by_path, unwrapped
+from lorakit.models.patterns import Matcher, PatternTable, pattern_errors
 
 _NO_EFFECT = {
+    *(
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),  # select layers, which the file's tensors show
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",  # settings of an initialisation; init_lora_weights is checked instead
@@ -35,10 +30,11 @@ _NO_EFFECT = {
     "lora_ga_config",
     "megatron_core",  # a package name, used only with megatron_config
     "merge_weights",  # written by the first releases
-    "peft_version",  # read in `attention.as_computed` and `fit.check_targets`
+    "peft_version",  # read in `attention.as_computed` and `fit.fit`
     "qalora_group_size",  # used only with use_qalora
     "revision",
     "runtime_config",
+    "task_type",
 }
 """Options that do not change the meaning of the tensors in the file."""
 
@@ -84,11 +80,7 @@ class PeftConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
     target_parameters: tuple[str, ...] = ()
-    exclude_modules: str | tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
-    layers_pattern: tuple[str, ...] = ()
-    task_type: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -96,33 +88,19 @@ class PeftConfig:
             check_numbers(self, "r", "lora_alpha", "lora_dropout")
         except ConfigurationError as error:
             raise AdapterFileError(str(error)) from None
-        _ = self._ranks, self._alphas  # rejects an invalid pattern
-        for option in (
-            *("target_modules", "target_parameters"),
-            *("exclude_modules", "modules_to_save", "layers_pattern"),
-        ):
-            names = getattr(self, option)
-            if isinstance(names, tuple) and "" in names:
-                raise AdapterFileError(
-                    f"{option} lists an empty name; names of modules were expected."
-                )
-        if isinstance(self.target_modules, str) and (
-            self.layers_to_transform or self.layers_pattern
-        ):
+        if "" in (*self.modules_to_save, *self.target_parameters):
             raise AdapterFileError(
-                "target_modules is a pattern, but PEFT combines layers_to_transform only with a list. "
-                "List the names of the modules."
+                "modules_to_save or target_parameters lists an empty name, which fits every module. Remove it."
             )
+        _ = self._tables  # rejects an invalid pattern
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the layer at PEFT's `path`."""
-        with _valid("rank_pattern"):
-            return self._ranks.get(path, self.r)
+        return self._value("rank_pattern", path, self.r)
 
     def alpha_of(self, path: str) -> float:
         """Return the alpha of the layer at PEFT's `path`."""
-        with _valid("alpha_pattern"):
-            return self._alphas.get(path, self.lora_alpha)
+        return self._value("alpha_pattern", path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
         """Return the factor on ``B A`` at `path`."""
@@ -131,75 +109,22 @@ class PeftConfig:
 
     def used_entries(self, option: str, paths: Collection[str]) -> dict[str, Any]:
         """Return rank_pattern or alpha_pattern without the entries that cover none of PEFT's paths."""
-        table: PatternTable[Any] = self._ranks if option == "rank_pattern" else self._alphas
-        with _valid(option):
-            unused = set(table.unused(paths))
+        with pattern_errors(option, AdapterFileError, "", f" in {PEFT_CONFIG}"):
+            unused = set(self._tables[option].unused(paths))
         return {key: value for key, value in getattr(self, option).items() if key not in unused}
 
-    def is_target(self, path: str) -> bool:
-        """Whether PEFT would adapt the module at `path`, by exactly its rule."""
-        if self._is_excluded(path) or self.target_modules is None:
-            return False
-        if isinstance(self.target_modules, str):
-            return self._match("target_modules", self.target_modules, path) is not None
-        if path in self._targets:
-            return True
-        is_listed = not self._targets.isdisjoint(endings(path))
-        return is_listed and (not self.layers_to_transform or self._layer_index_fits(path))
-
-    def _is_excluded(self, path: str) -> bool:
-        if isinstance(self.exclude_modules, str):
-            pattern = self.exclude_modules
-            if pattern and self._match("exclude_modules", pattern, path):
-                return True
-        elif self._excluded and not self._excluded.isdisjoint(endings(path)):
-            return True
-        return any(
-            self._match("modules_to_save", rf"(^|.*\.){module}($|\..*)", path)
-            for module in self.modules_to_save
-        )
-
-    def _layer_index_fits(self, path: str) -> bool:
-        """Whether layers_to_transform lists the block number in `path`, by PEFT's rule."""
-        patterns = [rf"(?:^|.*?\.){name}" for name in self.layers_pattern] or [r".*?\.[^.]*"]
-        for pattern in patterns:
-            match = self._match("layers_pattern", rf"{pattern}\.(?P<index>\d+)\..*", path)
-            if match is not None:
-                return int(match["index"]) in self.layers_to_transform
-        return False
-
-    def _match(self, option: str, pattern: str, path: str) -> regex.Match[str] | None:
-        """Return the match of a pattern of this option with the whole path, or None.
-
-        Raises:
-            AdapterFileError: It is not a valid regular expression, or takes too long.
-        """
-        with _valid(option, pattern):
-            return self._matcher.fullmatch(pattern, path)
-
-    # Compiled at their first use. All patterns of a file share one time limit.
+    def _value(self, option: str, path: str, default: Any) -> Any:
+        with pattern_errors(option, AdapterFileError, "", f" in {PEFT_CONFIG}"):
+            return self._tables[option].get(path, default)
 
     @cached_property
-    def _matcher(self) -> Matcher:
-        return Matcher()
-
-    @cached_property
-    def _ranks(self) -> PatternTable[int]:
-        with _valid("rank_pattern"):
-            return PatternTable(self.rank_pattern, self._matcher)
-
-    @cached_property
-    def _alphas(self) -> PatternTable[float]:
-        with _valid("alpha_pattern"):
-            return PatternTable(self.alpha_pattern, self._matcher)
-
-    @cached_property
-    def _targets(self) -> frozenset[str]:
-        return frozenset(self.target_modules or ())
-
-    @cached_property
-    def _excluded(self) -> frozenset[str]:
-        return frozenset(self.exclude_modules or ())
+    def _tables(self) -> dict[str, PatternTable[Any]]:
+        """The patterns by their option. All of a file share one time limit."""
+        matcher, tables = Matcher(), {}
+        for option in ("rank_pattern", "alpha_pattern"):
+            with pattern_errors(option, AdapterFileError, "", f" in {PEFT_CONFIG}"):
+                tables[option] = PatternTable(getattr(self, option), matcher)
+        return tables
 
 
 _IMPLEMENTED = {"peft_type", *(option.name for option in fields(PeftConfig))}
@@ -215,66 +140,21 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
     _check_supported(options)
     names = _IMPLEMENTED - {"peft_type"}
     values = {name: options[name] for name in names if options.get(name) is not None}
-    for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
-        value = values.get(name)
-        if isinstance(value, str | int):  # PEFT also accepts one value instead of a list
-            values[name] = [] if value == "" else [value]
+    if isinstance(
+        module := values.get("modules_to_save"), str
+    ):  # PEFT accepts one name instead of a list
+        values["modules_to_save"] = [module]
     if isinstance(init := values.get("init_lora_weights"), str):
         values["init_lora_weights"] = init.lower()
     return PeftConfig(**values)
-
-
-def expected_layers(options: Mapping[str, Any], model: nn.Module) -> set[str] | None:
-    """Return the layers of a live model that PEFT would adapt with the options of an adapter_config.json.
-
-    Returns:
-        The paths; for an `nn.MultiheadAttention` also its `out_proj`, since PEFT adapts both. None if
-        the file names no target modules. Stacked weights of experts are layers here, other parameters are not.
-
-    Raises:
-        AdapterFileError: The options are not valid, or a pattern takes too long.
-    """
-    config = parse(options)
-    if config.target_modules is None:
-        return None
-    layers = layers_by_path(model)
-    modules = {p: m for p, m in layers.items() if p and not isinstance(m, StackedWeight)}
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config = replace(config, target_modules=tuple(_all_linear(config, model, modules)))
-    targets = {path for path in modules if config.is_target(path)}
-    if options.get("ensure_weight_tying"):
-        for first, others in parameters_by_name(model).aliases.items():
-            tied = {name.removesuffix(".weight") for name in (first, *others)}
-            targets |= tied if tied & targets else set()
-    attention = {path for path in targets if isinstance(modules[path], nn.MultiheadAttention)}
-    parameters = frozenset(config.target_parameters)
-    stacked = layers.keys() - modules.keys()
-    selected = {path for path in stacked if not parameters.isdisjoint(endings(path))}
-    return targets | {f"{path}.out_proj" for path in attention} | selected
-
-
-def _all_linear(config: PeftConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return PEFT's "all-linear": every linear layer except the output head or the classifier."""
-    linear = {path for path, module in modules.items() if is_linear(module)}
-    if isinstance(model, PreTrainedModel):
-        head = output_embeddings(model)
-        if head is None and config.task_type == "SEQ_CLS":
-            heads = (getattr(model, name, None) for name in ("score", "classifier"))
-            head = next((unwrapped(head) for head in heads if head is not None), None)
-        linear -= {path for path, module in modules.items() if module is head}
-    return linear
-
-
-def _valid(option: str, pattern: str = "") -> AbstractContextManager[None]:
-    """Raise an AdapterFileError that names the option if one of its patterns is invalid or takes too long."""
-    return pattern_errors(option, AdapterFileError, pattern, f" in {PEFT_CONFIG}")
 
 
 def _check_supported(options: Mapping[str, Any]) -> None:
     kind = options.get("peft_type")
     if kind is None:
         raise AdapterFileError(
-            f"it has no peft_type, so it is not the configuration of a PEFT adapter.{hint_of(options)}"
+            "it has no peft_type, so it is not the configuration of a PEFT adapter. Convert it with the software that "
+            "wrote it."
         )
     if kind != "LORA":
         raise AdapterFileError(f"it is a PEFT adapter of type {kind!r}; lorakit reads only LORA.")

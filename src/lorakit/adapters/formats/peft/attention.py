@@ -29,7 +29,9 @@ LAST_VERSION = "0.21.2"
 """The last release of PEFT that is known to add the change twice."""
 
 
-def attention_paths(layers: Mapping[str, StoredLayer], layout: BaseLayout | None) -> set[str]:
+def attention_paths(
+    layers: Mapping[str, StoredLayer], layout: BaseLayout | None = None
+) -> set[str]:
     """Return the paths of the attention modules among the adapted layers, also if only their out_proj is adapted."""
     attention = {path for path, layer in layers.items() if isinstance(layer.form, AttentionForm)}
     if layout is not None:
@@ -52,7 +54,7 @@ def as_computed(layers: dict[str, StoredLayer], version: Any) -> list[str]:
     Raises:
         AdapterFileError: The file is of a later PEFT, whose arithmetic is not known.
     """
-    adapted = attention_paths(layers, None)
+    adapted = attention_paths(layers)
     paths = [f"{path}.out_proj" for path in adapted if f"{path}.out_proj" in layers]
     paths = [path for path in paths if layers[path].B.any()]
     if not paths:

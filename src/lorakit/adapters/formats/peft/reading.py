@@ -1,10 +1,11 @@
-"""Read PEFT folders: every tensor must be explained, and every layer complete."""
+"""Read PEFT folders: each option must be known, and each tensor must be a factor or a weight of the base."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lorakit import storage
 from lorakit.adapters.formats.peft import experts
 from lorakit.adapters.formats.peft.adapter_config import PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
-from lorakit.adapters.formats.peft.trained import PREFIX
+from lorakit.adapters.formats.peft.trained import PREFIX, is_trained_bias
 from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
@@ -22,7 +23,13 @@ from lorakit.adapters.formats.tensors import read_tensors
 from lorakit.errors import AdapterFileError, ConfigurationError
 from lorakit.file_names import PEFT_CONFIG, PEFT_PICKLE, PEFT_TENSORS
 from lorakit.methods.lora import LoRA
-from lorakit.methods.lora.forms import ExpertsForm
+from lorakit.methods.lora.forms import (
+    AttentionForm,
+    ConvForm,
+    EmbeddingForm,
+    ExpertsForm,
+    LinearForm,
+)
 from lorakit.models.patterns import endings
 from lorakit.models.tree import parents, without_wrappers
 
@@ -31,18 +38,20 @@ _PART = re.compile(
 )
 _ADAPTER_NAME = re.compile(r"(?<=\.)(lora_\w+)\.default((\.weight|\.bias)?)$")
 """The default name of an adapter in a key of a live PEFT model; PEFT's own files leave it out."""
-_LIVE_COPY = re.compile(r"\.modules_to_save\.default(?=\.)")
+_LIVE_COPY = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 """What a live PEFT model has in the name of a module that it trains in full."""
 _OUT_PROJ = ".base_layer.out_proj"
 """End of PEFT's path of an `nn.MultiheadAttention`'s output projection, after the path of the module."""
+
+_Parts = Mapping[str, Tensor]
+"""The tensors of one layer, by their names in PEFT without the suffix ``.weight``."""
 
 
 def read_peft(folder: str | Path) -> StoredAdapter:
     """Read a PEFT LoRA folder.
 
-    Every pair of factors must be complete and match the options, and no tensor may remain. Only a
-    live model can show whether the layers exist (`expected_layers`), and whether other weights are those of embeddings,
-    which PEFT saves along if they were resized (`check_targets`).
+    Every pair of factors must be complete and match the options. Only a live model can show whether the layers exist,
+    and which of the other weights were trained (`check_targets`).
 
     Raises:
         AdapterFileError: The folder is damaged, incomplete or unsafe, or sets an option that lorakit
@@ -88,43 +97,31 @@ def _adapter(
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
-        if match is None:
-            others[key] = tensor
-        else:
-            part = match["part"].removesuffix(".weight")
-            parts.setdefault(match["path"], {})[part] = tensor
-    layers = {}
-    stacked = experts.paths(parts.keys(), config.target_parameters)
-    for key, layer_parts in parts.items():
-        if key in stacked:
-            path = stacked[key]
-            layers[path] = _stacked_weight(path, layer_parts, config)
-            continue
-        # PEFT looks up the options of an out_proj under the attention module's path, of any other layer under its own.
-        options_path = key.removesuffix(_OUT_PROJ)
-        is_out_proj = options_path != key
-        if is_out_proj and options_path not in parts:
+        if match is not None:
+            parts.setdefault(match["path"], {})[match["part"].removesuffix(".weight")] = tensor
+        elif "lora_" in key:
             raise AdapterFileError(
-                f"'{key}' has factors, but its parent '{options_path}' has none."
+                f"'{key}' is no name of PEFT. Keys of factors end in lora_A.weight or lora_B.weight, without an "
+                "adapter name other than default. Download or save the adapter again."
             )
-        path = f"{options_path}.out_proj" if is_out_proj else key
-        if path in layers:
-            raise AdapterFileError(f"'{path}' has factors under two names.")
-        is_attention = key + _OUT_PROJ in parts
-        layers[path] = _layer(path, options_path, layer_parts, config, is_attention=is_attention)
+        else:
+            others[key] = tensor
+    layers = _layers(parts, config)
     notices = as_computed(layers, options.get("peft_version"))
-    classified = _OtherTensors(config, parts, others)
-    saved_modules = classified.saved_modules
-    if config.modules_to_save and not saved_modules:
+    method = _method(config, layers)
+    trained, copies = _sort(others, layers, method)
+    found = {path for name in trained for path in parents(name)}
+    saved = [entry for entry in config.modules_to_save if any(p.endswith(entry) for p in found)]
+    if config.modules_to_save and not saved:
         raise AdapterFileError(
             f"modules_to_save names {', '.join(config.modules_to_save)}, but the file has no tensors for "
             "them: the trained head is missing."
         )
     return StoredAdapter(
-        method=_method(config, layers, saved_modules),
+        method=replace(method, train_modules=tuple(saved)),
         layers=layers,
-        trained=classified.trained,
-        base_copies=classified.base_copies,
+        trained=trained,
+        base_copies=copies,
         provenance={"peft": _provenance(options)},
         notices=[*notices, *rank_notices(layers)],
         peft_config=options,
@@ -133,225 +130,125 @@ def _adapter(
 
 def option_notices(recorded: Mapping[str, Any]) -> list[str]:
     """Return what the user should know about the options in the record of a PEFT folder."""
-    notices = []
-    if recorded.get("ensure_weight_tying"):
-        notices.append(
-            "PEFT trained this adapter with ensure_weight_tying. The tied layers are equal in the file; "
-            "further training with lorakit would untie them."
-        )
-    if recorded.get("loftq_config"):
-        notices.append(
-            "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. "
-            "Make sure that this model has those weights, not the original ones."
-        )
-    if recorded.get("init_lora_weights") == "mica":
-        notices.append(
-            "PEFT trains only A of this adapter (init_lora_weights is 'mica'); further training with lorakit would "
-            "train B too."
-        )
-    return notices
+    if not recorded.get("loftq_config"):
+        return []
+    return [
+        "LoftQ initialised this adapter (loftq_config is set), so it belongs to the base that LoftQ quantised. Make "
+        "sure that this model has those weights, not the original ones."
+    ]
 
 
-def _layer(
-    path: str,
-    options_path: str,
-    parts: Mapping[str, Tensor],
-    config: PeftConfig,
-    *,
-    is_attention: bool,
-) -> StoredLayer:
-    """Return the layer at `path`, with the rank and alpha that PEFT looks up under `options_path`."""
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+def _layers(parts: Mapping[str, _Parts], config: PeftConfig) -> dict[str, StoredLayer]:
+    """Return the layers by path, with the rank and alpha that PEFT looks up for each."""
+    layers: dict[str, StoredLayer] = {}
+    stacked = experts.paths(parts.keys(), config.target_parameters)
+    for key, tensors in parts.items():
+        kind = LinearForm.kind
+        if "lora_embedding_A" in tensors:
+            kind = EmbeddingForm.kind
+        elif key in stacked:
+            kind = ExpertsForm.kind
+        elif key + _OUT_PROJ in parts:
+            kind = AttentionForm.kind
+        # PEFT looks up the options of an out_proj under the attention module's path, of any other layer under its own.
+        options_path = stacked.get(key, key.removesuffix(_OUT_PROJ))
+        is_out_proj = key.endswith(_OUT_PROJ)
+        if is_out_proj and options_path not in parts:
+            raise AdapterFileError(
+                f"'{key}' has factors, but its parent '{options_path}' has none."
+            )
+        path = f"{options_path}.out_proj" if is_out_proj else options_path
+        if path in layers:
+            raise AdapterFileError(f"'{path}' has factors under two names.")
+        with located(f"'{path}'"):
+            layers[path] = _layer(kind, options_path, tensors, config)
+    return layers
+
+
+def _layer(kind: str, options_path: str, parts: _Parts, config: PeftConfig) -> StoredLayer:
+    embedding = kind == EmbeddingForm.kind
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    if parts.keys() - {MAGNITUDE, B_BIAS} != set(names):
+    options = ((MAGNITUDE, config.use_dora), (B_BIAS, config.lora_bias))
+    expected = {*names, *(name for name, is_set in options if is_set)}
+    if parts.keys() != expected:
         raise AdapterFileError(
-            f"'{path}' has {', '.join(sorted(parts))}; {' and '.join(names)} were expected."
-        )
-    if config.use_dora != (MAGNITUDE in parts):
-        raise AdapterFileError(
-            f"'{path}' has {'a' if MAGNITUDE in parts else 'no'} {MAGNITUDE}, but use_dora is "
-            f"{str(config.use_dora).lower()}."
-        )
-    if config.lora_bias != (B_BIAS in parts):
-        raise AdapterFileError(
-            f"'{path}' has {'a' if B_BIAS in parts else 'no'} {B_BIAS}, but lora_bias is "
-            f"{str(config.lora_bias).lower()}."
+            f"it has {', '.join(sorted(parts))}; with use_dora {str(config.use_dora).lower()} and lora_bias "
+            f"{str(config.lora_bias).lower()}, {', '.join(sorted(expected))} were expected. Download or save the "
+            "adapter again."
         )
     A, B = (parts[name] for name in names)
-    magnitude = parts.get(MAGNITUDE)
-    if magnitude is not None and A.ndim > 2:
-        expected = (1, B.shape[0], *(1 for _ in A.shape[2:]))
-        if tuple(magnitude.shape) != expected:
-            raise AdapterFileError(
-                f"'{path}': {MAGNITUDE} has shape {tuple(magnitude.shape)}; {expected} was expected."
-            )
-        magnitude = magnitude.flatten()
     rank = config.rank_of(options_path)
-    if A.numel() and A.shape[:1] != (rank,):  # `StoredLayer` rejects an empty one
+    experts_count = A.shape[0] // rank if kind == ExpertsForm.kind and A.ndim == B.ndim == 2 else 1
+    if A.numel() and A.shape[:1] != (experts_count * rank,):  # `StoredLayer` rejects an empty one
         raise AdapterFileError(
-            f"'{path}': {names[0]} has shape {tuple(A.shape)}, but {PEFT_CONFIG} gives it rank {rank}."
+            f"{names[0]} has shape {tuple(A.shape)}, but {PEFT_CONFIG} gives it rank {rank}."
         )
-    kind = "conv" if A.ndim > 2 else "linear"
-    if embedding or is_attention:
-        kind = "embedding" if embedding else "attention"
-    with located(f"'{path}'"):
-        layer = StoredLayer(
-            kind=kind,
-            A=A,
-            B=B,
-            B_bias=parts.get(B_BIAS),
-            scaling=config.scaling_of(options_path),
-            alpha=config.alpha_of(options_path),
-            magnitude=magnitude,
-            transposed=config.fan_in_fan_out and kind == "linear",
-        )
-    if layer.groups > 1:  # PEFT's A of a grouped convolution reads all input channels
+    if kind == ExpertsForm.kind and B.numel():
+        if B.shape[1:] != (A.shape[0],):
+            raise AdapterFileError(
+                f"lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}; (experts * {rank}, in) and "
+                f"(out, {rank} * experts) were expected."
+            )
+        B = experts.from_file(B, experts_count)
+    magnitude = parts.get(MAGNITUDE)
+    layer = StoredLayer(
+        kind=ConvForm.kind if A.ndim > 2 and kind == LinearForm.kind else kind,
+        A=A,
+        B=B,
+        B_bias=parts.get(B_BIAS),
+        scaling=config.scaling_of(options_path),
+        alpha=config.alpha_of(options_path),
+        magnitude=None if magnitude is None else magnitude.flatten(),
+        transposed=config.fan_in_fan_out and kind == LinearForm.kind and A.ndim == 2,
+    )
+    if layer.kind == ConvForm.kind and layer.groups > 1:
+        layer.grouped = False  # PEFT's A of a grouped convolution reads all input channels
         if magnitude is not None:
             raise AdapterFileError(
-                f"'{path}' has DoRA (use_dora) on a grouped convolution, for which PEFT computes the norms of weights "
-                "that the layer does not use. Load it with PEFT."
+                "it has DoRA (use_dora) on a grouped convolution, for which PEFT computes the norms of weights that "
+                "the layer does not use. Load it with PEFT."
             )
-        layer.grouped = False
     return layer
 
 
-def _stacked_weight(path: str, parts: Mapping[str, Tensor], config: PeftConfig) -> StoredLayer:
-    """Return the layer of a stacked weight of experts."""
-    if parts.keys() != {"lora_A", "lora_B"}:
-        raise AdapterFileError(
-            f"'{path}' has {', '.join(sorted(parts))}; lora_A and lora_B were expected."
-        )
-    A, B, rank = parts["lora_A"], parts["lora_B"], config.rank_of(path)
-    count = A.shape[0] // rank if A.ndim == B.ndim == 2 else 0
-    if not count or A.shape[0] != count * rank or B.shape[1] != count * rank:
-        raise AdapterFileError(
-            f"'{path}': lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}; with the rank {rank} of "
-            f"{PEFT_CONFIG}, (experts * {rank}, in) and (out, {rank} * experts) were expected."
-        )
-    with located(f"'{path}'"):
-        return StoredLayer(
-            kind=ExpertsForm.kind,
-            A=A,
-            B=experts.from_file(B, count),
-            scaling=config.scaling_of(path),
-            alpha=config.alpha_of(path),
-        )
-
-
-class _OtherTensors:
-    """The tensors other than factors, classified as PEFT would use them.
-
-    Raises:
-        AdapterFileError: The options do not explain one of them.
-    """
-
-    def __init__(
-        self, config: PeftConfig, layers: Iterable[str], tensors: Mapping[str, Tensor]
-    ) -> None:
-        self.config, self.layers, self.tensors = config, set(layers), tensors
-        self.trained: dict[str, Tensor] = {}
-        self.base_copies: dict[str, Tensor] = {}
-        self.saved_modules: set[str] = set()
-        """The entries of modules_to_save for which the file has tensors."""
-        surplus = [key for key in tensors if not self._classify(key)]
-        if surplus:
-            hint = ""
-            if any("lora_" in key for key in surplus):
-                hint = (
-                    " Keys of factors end in lora_A.weight or lora_B.weight, without an adapter name other than "
-                    "default."
-                )
+def _sort(
+    tensors: Mapping[str, Tensor], layers: Collection[str], method: LoRA
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors other than factors by their names in the base: those that the options train, and others."""
+    trained: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        # PEFT moves a layer's own parameters to its child `base_layer`. With bias "all" it saves the biases of modules
+        # trained in full under several names.
+        if (plain := key.replace(".original_module.", ".")) != key and plain in tensors:
+            continue
+        name = _LIVE_COPY.sub("", key).replace(".base_layer.", ".")
+        # PEFT's rule, which does not require a dot before an entry of modules_to_save.
+        in_module = any(path.endswith(tuple(method.train_modules)) for path in parents(name))
+        into = trained if in_module or is_trained_bias(name, method, layers) else copies
+        if not into.setdefault(name, tensor).equal(tensor):
             raise AdapterFileError(
-                f"it holds {len(surplus)} tensors that its options do not explain, the first "
-                f"'{surplus[0]}'.{hint} Download or save the adapter again."
+                f"it holds '{name}' twice, with different numbers. Download or save the adapter again."
             )
-
-    def _classify(self, key: str) -> bool:
-        """Store a tensor as trained or as a base copy; return whether the options explain it."""
-        tensor, name = self.tensors[key], self._base_name(key)
-        if "lora_" in key:
-            return False
-        if self._is_duplicate(key):
-            return True
-        entry = self._entry_of(name)
-        if entry is not None:
-            self.saved_modules.add(entry)
-            name = _LIVE_COPY.sub("", name)
-            return self.trained.setdefault(name, tensor) is tensor  # not a second one of this name
-        owner, _, attribute = key.rpartition(".")
-        in_layer = name != key  # the key has a `base_layer`, so it belongs to an adapted layer
-        if (self.config.bias == "all" and "bias" in name) or (
-            self.config.bias == "lora_only" and in_layer and attribute.endswith("bias")
-        ):
-            self.trained[name] = tensor
-        elif (
-            attribute in ("weight", "bias")
-            and f"{owner}.weight" in self.tensors
-            # PEFT skips a weight of an adapted layer without `base_layer`, but for those of embeddings.
-            and (
-                in_layer or owner not in self.layers or f"{owner}.lora_embedding_A" in self.tensors
-            )
-        ):
-            self.base_copies[name] = tensor
-        else:
-            return False
-        return True
-
-    def _base_name(self, key: str) -> str:
-        """Return the key without PEFT's `base_layer` between a layer and its own tensors."""
-        name, rest = "", key
-        while rest:
-            step, _, rest = rest.partition(".")
-            parent = name.removesuffix(".out_proj")
-            adapted = name in self.layers or (parent != name and parent + _OUT_PROJ in self.layers)
-            if not (step == "base_layer" and adapted):
-                name = f"{name}.{step}" if name else step
-        return name
-
-    def _entry_of(self, name: str) -> str | None:
-        """Return the entry of modules_to_save under which PEFT saves this parameter, or None."""
-        for path in parents(name):
-            for entry in self.config.modules_to_save:
-                # PEFT's rule, which does not require a dot before the entry.
-                if path.endswith(entry):
-                    return entry
-        return None
-
-    def _is_duplicate(self, key: str) -> bool:
-        """Whether the tensor is a duplicate: with bias "all" PEFT saves biases of wrapped modules twice."""
-        match = re.fullmatch(r"(.+?)\.(original_module|modules_to_save)\.(.+)", key)
-        if match is None or self.config.bias != "all":
-            return False
-        module, wrapper, name = match.groups()
-        for inner in (name, name.partition(".")[2]):  # an adapter name may precede it
-            plain = self.tensors.get(f"{module}.{inner}")
-            if plain is not None:
-                return wrapper == "original_module" or plain.equal(self.tensors[key])
-        return False
+    return trained, copies
 
 
-def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules: set[str]) -> LoRA:
+def _method(config: PeftConfig, layers: Mapping[str, StoredLayer]) -> LoRA:
     """Return lorakit's settings with the same meaning as PEFT's options."""
-    listed = config.target_modules
-    restricted = config.exclude_modules or config.layers_to_transform
-    names = (*listed, *config.target_parameters) if isinstance(listed, tuple) else ()
-    if names and not restricted:
-        # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
-        used = {ending for path in layers for ending in endings(path)}
-        targets = tuple(sorted(used.intersection(names))) or tuple(layers)
-    elif (
-        isinstance(listed, str)
-        and listed.lower() != "all-linear"
-        and not (restricted or config.target_parameters)
-    ):
-        targets = (listed,)
-    else:  # lorakit has no equal of these options, so list the layers
-        targets = tuple(layers)
+    listed = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    # PEFT allows names that the model lacks, in options for several models; a new adapter of lorakit does not.
+    names = {*listed, *config.target_parameters}
+    used = sorted({ending for path in layers for ending in endings(path)} & names)
+    # An attention module's name covers its out_proj too.
+    covered = all(
+        not names.isdisjoint((*endings(path), *endings(path.removesuffix(".out_proj"))))
+        for path in layers
+    )
     try:
         return LoRA(
             rank=config.r,
             alpha=config.lora_alpha,
-            targets=targets,
+            targets=tuple(used) if covered else tuple(layers),
             dropout=config.lora_dropout,
             bias=config.bias,
             init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
@@ -360,7 +257,7 @@ def _method(config: PeftConfig, layers: Mapping[str, StoredLayer], saved_modules
             dora=config.use_dora,
             rank_pattern=config.used_entries("rank_pattern", layers),
             alpha_pattern=config.used_entries("alpha_pattern", layers),
-            train_modules=tuple(e for e in config.modules_to_save if e in saved_modules),
+            train_modules=config.modules_to_save,
         )
     except ConfigurationError as error:
         raise AdapterFileError(f"{PEFT_CONFIG}: {error}") from error
@@ -370,5 +267,4 @@ def _provenance(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that also matter for an adapter made from this one."""
     names = ("base_model_name_or_path", "revision", "task_type", "peft_version")
     recorded = {name: options[name] for name in names if isinstance(options.get(name), str)}
-    noted = ("ensure_weight_tying", "loftq_config", "init_lora_weights")
-    return recorded | {n: options[n] for n in noted if option_notices({n: options.get(n)})}
+    return recorded | ({"loftq_config": loftq} if (loftq := options.get("loftq_config")) else {})

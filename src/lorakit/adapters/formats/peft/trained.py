@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers.models.auto import modeling_auto
@@ -13,6 +12,7 @@ from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.methods.lora import LoRA
+from lorakit.models.sharding import is_sharded
 from lorakit.models.tree import is_inside, parents
 
 PREFIX = "base_model.model."
@@ -26,90 +26,77 @@ _CLASSES_BY_TASK = {
 """PEFT's task_type -> the table in transformers' modeling_auto with the model classes of this task."""
 
 
-@dataclass
-class TrainedForm:
-    """Parameters trained in full, in PEFT's form."""
+def trained_tensors(
+    stored: StoredAdapter, layer_keys: Mapping[str, str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the parameters trained in full by PEFT's keys, and the entries of modules_to_save.
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    """The key of each parameter, by its name in the base; of a tied one, the key of its first copy."""
-    modules: list[str] = field(default_factory=list)
-    """The entries of modules_to_save."""
-
-
-def assign_keys(
-    stored: StoredAdapter, layout: BaseLayout | None, layer_keys: Mapping[str, str]
-) -> TrainedForm:
-    """Assign PEFT's key to each parameter trained in full: that of a bias, or of a part of a whole module.
-
-    `layer_keys` has the prefix of the keys of every layer that PEFT wraps, by path.
+    A parameter is a bias, or a part of a whole module. `layer_keys` has the prefix of the keys of every layer that PEFT
+    wraps, by path.
 
     Raises:
         NotExpressibleError: A parameter is neither a bias nor in a module that is trained in full.
     """
-    names = _with_aliases(stored, layout)
-    modules = _modules_to_save(stored, names, layer_keys)
+    assert isinstance(stored.method, LoRA)
+    layout = stored.layout
+    names = _with_aliases(stored, stored.method)
+    modules = _modules_to_save(stored.method, names, layer_keys)
     frozen = {}
     if layout is not None:
         _check_whole(modules, layout, names)
         frozen = _also_matched(modules, layout)
     _check_not_adapted((*modules, *frozen), layer_keys)
-    form = TrainedForm(modules=modules)
-    for tensors in frozen.values():
-        form.tensors.update({PREFIX + name: tensor for name, tensor in tensors.items()})
+    tensors = {PREFIX + name: t for module in frozen.values() for name, t in module.items()}
     for name, stored_name in names.items():
         in_module = is_inside(name, *modules)
-        if not in_module and not is_trained_bias(name, stored, layer_keys):
+        if not in_module and not is_trained_bias(name, stored.method, layer_keys):
             raise NotExpressibleError(
                 f"'{name}' is trained, but PEFT saves only biases and whole modules."
             )
         key = PREFIX + (name if in_module else _bias_key(name, layer_keys))
-        form.tensors[key] = stored.trained[stored_name]
-        form.keys.setdefault(stored_name, key)
-    return form
+        tensors[key] = stored.trained[stored_name]
+    return tensors, modules
 
 
-def task_type(
-    stored: StoredAdapter, layout: BaseLayout | None, modules: Collection[str]
-) -> str | None:
+def task_type(stored: StoredAdapter, modules: Collection[str]) -> str | None:
     """Return PEFT's name of the task, or None if the base's class does not determine it."""
     if stored.base is None:
         return None
-    class_name = stored.base.architecture.class_name
+    class_name = stored.base.class_name
     for task, table in _CLASSES_BY_TASK.items():
         if class_name in getattr(modeling_auto, table).values():
             # With SEQ_CLS, PEFT assumes that the file contains the classification head.
-            known = layout.modules if layout is not None else modules
+            known = stored.layout.modules if stored.layout is not None else modules
             heads = [path for path in known if path.endswith(("classifier", "score"))]
             stored_heads = heads and all(path.endswith(tuple(modules)) for path in heads)
             return None if task == "SEQ_CLS" and not stored_heads else task
     return None
 
 
-def _with_aliases(stored: StoredAdapter, layout: BaseLayout | None) -> dict[str, str]:
+def _with_aliases(stored: StoredAdapter, method: LoRA) -> dict[str, str]:
     """Map every name of a trained parameter to the name it is stored under.
 
     A tied parameter that the method trains under several names is stored once. PEFT unties the modules
     that it wraps, so it needs one copy for each.
     """
     names = {name: name for name in stored.trained}
-    if layout is not None:
+    if stored.layout is not None:
         for name in stored.trained:
-            others = (n for n in layout.names.names_of(name) if trained_parents(n, stored))
+            others = (n for n in stored.layout.names.names_of(name) if trained_parents(n, method))
             names.update({other: name for other in others if other not in names})
     return names
 
 
 def _modules_to_save(
-    stored: StoredAdapter, names: Collection[str], layer_keys: Mapping[str, str]
+    method: LoRA, names: Collection[str], layer_keys: Mapping[str, str]
 ) -> list[str]:
     """Return the modules that PEFT must save whole: those with a trained parameter other than a trained bias."""
     outermost: dict[str, None] = {}
     for name in names:
-        roots = trained_parents(name, stored)
+        roots = trained_parents(name, method)
         if roots:
             outermost[roots[0]] = None
-        elif not is_trained_bias(name, stored, layer_keys):
+        elif not is_trained_bias(name, method, layer_keys):
             outermost[name.rpartition(".")[0]] = None
     return list(outermost)
 
@@ -151,22 +138,24 @@ def _also_matched(modules: list[str], layout: BaseLayout) -> dict[str, dict[str,
         if path in modules or not path.endswith(tuple(modules)):
             continue
         keys = layout.below(path)
-        if path in layout.beyond_peft or not all(key in layout.names.parameters for key in keys):
+        parameters = {key: layout.names.parameters.get(key) for key in keys}
+        if path in layout.beyond_peft or any(
+            t is None or is_sharded(t) for t in parameters.values()
+        ):
             raise NotExpressibleError(
                 f"PEFT would also train '{path}', because it ends with the name of a trained module."
             )
-        frozen[path] = {key: layout.names.parameters[key] for key in keys}
+        frozen[path] = parameters
     return frozen
 
 
-def is_trained_bias(name: str, stored: StoredAdapter, adapted: Collection[str]) -> bool:
+def is_trained_bias(name: str, method: LoRA, adapted: Collection[str]) -> bool:
     """Return whether LoRA's `bias` selects the parameter; `adapted` are the paths of the adapted layers."""
-    assert isinstance(stored.method, LoRA)
-    if stored.method.bias == "all":
+    if method.bias == "all":
         return "bias" in name
     path, _, attribute = name.rpartition(".")
     of_layer = path in adapted and attribute in ("bias", "in_proj_bias")
-    return stored.method.bias == "lora_only" and of_layer
+    return method.bias == "lora_only" and of_layer
 
 
 def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
@@ -175,8 +164,7 @@ def _bias_key(name: str, layer_keys: Mapping[str, str]) -> str:
     return f"{layer_keys[path]}.base_layer.{attribute}" if path in layer_keys else name
 
 
-def trained_parents(name: str, stored: StoredAdapter) -> list[str]:
+def trained_parents(name: str, method: LoRA) -> list[str]:
     """Return the modules that train_modules names and that contain the parameter, the outermost first."""
-    assert isinstance(stored.method, LoRA)
-    entries = stored.method.train_modules
+    entries = method.train_modules
     return [p for p in parents(name) if any(p == e or p.endswith(f".{e}") for e in entries)]

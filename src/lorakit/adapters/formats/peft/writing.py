@@ -53,14 +53,10 @@ _EXPERTS = {
 
 @dataclass(frozen=True)
 class PeftForm:
-    """An adapter in PEFT's form, with the key of each of its parts."""
+    """An adapter in PEFT's form."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    layer_keys: dict[str, str]
-    """Prefix of the keys of each adapted layer, without `trained.PREFIX`, by path."""
-    trained_keys: dict[str, str]
-    """Key of each parameter trained in full, by name."""
     notices: list[str]
     """Sentences for the user on what the folder means to PEFT."""
 
@@ -86,7 +82,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     method = stored.method
     if not isinstance(method, LoRA):
         raise NotExpressibleError(f"PEFT's format has no method {type(method).__name__}.")
-    layout = stored.base.layout if stored.base is not None else None
+    layout = stored.layout
     for path in stored.layers:
         if layout is not None and path in layout.beyond_peft:
             raise NotExpressibleError(f"'{path}': {layout.beyond_peft[path]}.")
@@ -102,8 +98,8 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     parameters = {path for path in targets if entries[path].is_stacked}
     keys = {path: _key_start(path, attention) for path in entries} | experts.key_starts(entries)
     arithmetic = written_notices(entries, attention)
-    model_type = stored.base.architecture.model_type if stored.base is not None else None
-    trained_form = trained.assign_keys(stored, layout, keys)
+    model_type = stored.base.model_type if stored.base is not None else None
+    trained_tensors, modules = trained.trained_tensors(stored, keys)
     if len({layer.B_bias is None for layer in entries.values()}) > 1:
         raise NotExpressibleError(
             "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
@@ -112,14 +108,14 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         **_ranks(entries, targets, method),
         "target_modules": target_modules(targets - parameters, layout.modules if layout else None),
         **({"target_parameters": target_parameters(parameters, layout)} if parameters else {}),
-        "modules_to_save": trained_form.modules or None,
+        "modules_to_save": modules or None,
         "bias": method.bias,
         "lora_dropout": method.dropout,
         "use_dora": any(layer.magnitude is not None for layer in stored.layers.values()),
         "fan_in_fan_out": any(
             layer.transposed for layer in stored.layers.values() if not layer.is_stacked
         ),
-        **_base_options(stored, trained.task_type(stored, layout, trained_form.modules)),
+        **_base_options(stored, trained.task_type(stored, modules)),
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -136,9 +132,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         tensors |= _layer_tensors(keys[path], entry)
     return PeftForm(
         config,
-        tensors | trained_form.tensors,
-        layer_keys={path: keys[path] for path in stored.layers},
-        trained_keys=trained_form.keys,
+        tensors | trained_tensors,
         notices=[*arithmetic, *_taken_for_experts(entries.keys() - parameters, model_type)],
     )
 
@@ -163,31 +157,19 @@ def _key_start(path: str, attention: set[str]) -> str:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def factor_keys(key: str, kind: str, *, dora: bool, lora_bias: bool) -> dict[str, str]:
-    """Return the keys of a layer's A, B, magnitude and bias of B, for the prefix `key` of the layer."""
-    names = dict(zip("AB", _KEYS.get(kind, _KEYS[LinearForm.kind]), strict=True))
-    if dora:
-        names["magnitude"] = MAGNITUDE
-    if lora_bias:
-        names["B_bias"] = B_BIAS
-    return {part: f"{trained.PREFIX}{key}.{name}" for part, name in names.items()}
-
-
-def layer_keys(key: str, layer: StoredLayer) -> dict[str, str]:
-    """Return `factor_keys` of a layer."""
-    dora, lora_bias = layer.magnitude is not None, layer.B_bias is not None
-    return factor_keys(key, layer.kind, dora=dora, lora_bias=lora_bias)
-
-
 def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
-    magnitude = entry.magnitude
-    if magnitude is not None and entry.A.ndim > 2:
-        # A convolution's magnitudes broadcast over (batch, channels, *space).
-        magnitude = magnitude.view(1, -1, *(1 for _ in entry.A.shape[2:]))
-    parts = {**entry.tensors, "magnitude": magnitude}
+    """Return a layer's tensors by their keys, which begin with `key` after PEFT's prefix."""
+    A_name, B_name = _KEYS.get(entry.kind, _KEYS[LinearForm.kind])
+    tensors = {A_name: entry.A, B_name: entry.B}
     if entry.is_stacked:
-        parts["B"] = experts.to_file(entry.B, entry.groups)
-    return {full: parts[part] for part, full in layer_keys(key, entry).items()}  # type: ignore[misc]
+        tensors[B_name] = experts.to_file(entry.B, entry.groups)
+    if entry.B_bias is not None:
+        tensors[B_BIAS] = entry.B_bias
+    if entry.magnitude is not None:
+        # A convolution's magnitudes broadcast over (batch, channels, *space).
+        shape = (1, -1, *(1 for _ in entry.A.shape[2:])) if entry.A.ndim > 2 else None
+        tensors[MAGNITUDE] = entry.magnitude.view(shape) if shape else entry.magnitude
+    return {f"{trained.PREFIX}{key}.{name}": tensor for name, tensor in tensors.items()}
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------
@@ -306,9 +288,11 @@ def _taken_for_experts(paths: Collection[str], model_type: str | None) -> list[s
 def _base_options(stored: StoredAdapter, task_type: str | None) -> dict[str, Any]:
     options = {"base_model_name_or_path": None, "revision": None, "task_type": task_type}
     recorded = stored.provenance.get("peft")
-    if stored.base is not None and stored.base.source.name is not None:
-        source = stored.base.source
-        options |= {"base_model_name_or_path": source.name, "revision": source.revision}
+    if stored.base is not None and stored.base.name is not None:
+        options |= {
+            "base_model_name_or_path": stored.base.name,
+            "revision": stored.base.revision,
+        }
     elif isinstance(recorded, Mapping):
         options = {name: value or recorded.get(name) for name, value in options.items()}
     return options
