@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fuzz_running import CASES, Report, limit_process, replay, run
+from fuzz_running import CASES, limit_process, replay, run
 from fuzz_targets import BY_NAME, TARGETS
 
 EXECUTIONS = {"gguf": 120, "tokenizer": 400}
@@ -25,20 +25,9 @@ KNOWN: dict[str, tuple[str, ...]] = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
-    return {}
-
-
-def _report(name: str, reports: dict[str, Report]) -> Report:
-    if name not in reports:
-        reports[name] = run(BY_NAME[name], EXECUTIONS.get(name, 600))
-    return reports[name]
-
-
 @pytest.mark.parametrize("name", [target.name for target in TARGETS])
-def test_a_reader_accepts_or_rejects_every_file(name: str, reports: dict[str, Report]) -> None:
-    report = _report(name, reports)
+def test_a_reader_accepts_or_rejects_every_file(name: str) -> None:
+    report = run(BY_NAME[name], EXECUTIONS.get(name, 600))
     known = KNOWN.get(name, ())
     new = [f for f in report.findings.values() if not any(part in f.kind for part in known)]
     assert not new, "\n".join(f"{f.kind} (input {f.index}): {f.detail}" for f in new)
