@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_runs
 from scenarios import made_once, outcomes
