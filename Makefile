@@ -43,7 +43,7 @@ test: $(VENV)/.dev ## Run the whole test suite, offline
 test-fast: $(VENV)/.dev ## Run the tests that are not marked slow
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-fuzz: $(VENV)/.dev ## Run damaged files through every reader (10 CPU minutes; ARGS="--reader yaml --seed 1")
+fuzz: $(VENV)/.dev ## Run damaged files through every reader (10 CPU minutes; ARGS="--reader peft --seed 1")
 	$(BIN)/python tests/fuzz/fuzz_running.py $(ARGS)
 
 golden: $(VENV)/.dev ## Compare runs, files and answers with those of the baseline commit

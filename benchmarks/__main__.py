@@ -23,7 +23,6 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.workloads import WORKLOADS
-from lorakit import storage
 
 DEFAULT = {
     "training": "benchmarks.training",
@@ -88,9 +87,8 @@ def main() -> None:
     prepare_work(places, quick=args.quick, resume=args.resume)
     began = time.monotonic()
     options = {"rows": args.rows} if args.rows else {}
-    with storage.quiet():
-        for name in parts:
-            import_module(PARTS[name]).main(quick=args.quick, **options)
+    for name in parts:
+        import_module(PARTS[name]).main(quick=args.quick, **options)
     report.say(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -34,7 +34,6 @@ from benchmarks.server_process import COMMAND, ServerProcess
 from benchmarks.serving_workload import prompts, write_adapter
 from benchmarks.soak_check import BOUNDS, Checked, Reference, Vocabulary, check
 from benchmarks.soak_load import NAN, TRUNCATED, Outcome, Site, Timeline, soak
-from lorakit import storage
 from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.evaluation.generation_settings import ending_tokens
 from lorakit.models.loading import Base, load_base
@@ -77,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     """Soak and check; return the exit status."""
     args = arguments(argv)
     bound = args.bound or BOUNDS[args.dtype]
-    with TemporaryDirectory() as folder, storage.quiet():
+    with TemporaryDirectory() as folder:
         record = _soak_and_check(args, Path(folder), bound)
     report.show(sections(record))
     if args.results:

@@ -34,7 +34,6 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from lorakit import storage
 from lorakit.cli.parsing import parse
 from lorakit.cli.serve import app_of
 from lorakit.errors import ConfigurationError
@@ -223,7 +222,7 @@ async def _read(request: Request, most: int) -> bytes:
 def _prepared(path: str, body: bytes) -> tuple[str, bytes]:
     """Return the adapter that a body names, and the body with a seed. The replica rejects an invalid one."""
     try:
-        content = storage.parse_json(body.decode())
+        content = json.loads(body.decode())
     except ValueError:
         return "", body
     if not isinstance(content, dict):

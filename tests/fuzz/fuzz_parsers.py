@@ -17,10 +17,9 @@ import zipfile
 from typing import Any
 
 import numpy as np
-import yaml
 from gguf import GGML_QUANT_SIZES
 
-# --- JSON and YAML --------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -34,68 +33,13 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
 def strict_json(data: bytes | str) -> Any:
-    """Parse JSON without duplicate keys, NaN, infinities and lone surrogates. Uses Python's json, as lorakit does."""
+    """Parse JSON without duplicate keys, NaN and infinities. Uses Python's json, as lorakit does."""
     text = data if isinstance(data, str) else data.decode()
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is not UTF-8
-    return value
-
-
-class Undecided(Exception):
-    """A file that uses a feature which the parser leaves out."""
-
-
-_YAML_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?")
-
-
-def strict_yaml(data: bytes) -> Any:
-    """Parse YAML 1.2's core schema, and yes, no, on and off as in YAML 1.1. Uses PyYAML's parser of the syntax.
-
-    Raises:
-        Undecided: The file has an alias, a tag, a merge key or a number that is not decimal.
-    """
-    return _yaml_value(yaml.compose(data.decode(), Loader=yaml.BaseLoader), set())
-
-
-def _yaml_value(node: yaml.Node | None, seen: set[int]) -> Any:
-    if node is None:
-        return None
-    usual = {yaml.MappingNode: "map", yaml.SequenceNode: "seq", yaml.ScalarNode: "str"}
-    if id(node) in seen or node.tag != f"tag:yaml.org,2002:{usual[type(node)]}":
-        raise Undecided
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-            raise ValueError("a key that is not a scalar")
-        return _unique([(_yaml_value(k, seen), _yaml_value(v, seen)) for k, v in node.value])
-    if isinstance(node, yaml.SequenceNode):
-        return [_yaml_value(item, seen) for item in node.value]
-    text = node.value
-    if node.style is not None:
-        return text
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    if text.lower() in ("true", "false", "yes", "no", "on", "off"):
-        return text.lower() in ("true", "yes", "on")
-    if text in ("<<", "=") or re.fullmatch(
-        r"0x[0-9a-fA-F_]+|[-+]?[\d.]*_[\d_.]*|[-+]?\.(inf|nan)", text, re.I
-    ):
-        raise Undecided
-    if re.fullmatch(r"[-+]?\d+", text):
-        return int(text)
-    return float(text) if _YAML_FLOAT.fullmatch(text) else text
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -164,7 +108,7 @@ def strict_safetensors(data: bytes) -> dict[str, np.ndarray]:
     (length,) = struct.unpack("<Q", data[:8].ljust(8, b"\xff"))
     if length > len(data) - 8:
         raise ValueError("the header is longer than the file")
-    header, body = strict_json(data[8 : 8 + length]), data[8 + length :]
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     header.pop("__metadata__", None)
     place, tensors = 0, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

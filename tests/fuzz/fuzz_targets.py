@@ -28,13 +28,11 @@ import pyarrow.parquet
 import torch
 from fuzz_parsers import (
     Gguf,
-    Undecided,
     strict_csv,
     strict_json,
     strict_jsonl,
     strict_pt,
     strict_safetensors,
-    strict_yaml,
 )
 from tokenizers import Tokenizer
 
@@ -51,7 +49,6 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from lorakit.adapters import formats
 from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.cli.config_files import read_options
 from lorakit.data.readers import reader_for
 from lorakit.data.rows import Problem, Row
 from lorakit.errors import BaseModelError
@@ -59,7 +56,6 @@ from lorakit.models.gguf import converted_folder
 from lorakit.models.loading import load_tokenizer
 from lorakit.tasks.chat_template import ChatTemplate
 from lorakit.tasks.task import BadRow
-from lorakit.training.config import TrainConfig
 
 Files = dict[str, bytes]
 """The content of a folder."""
@@ -583,75 +579,6 @@ def _rendered(source: str) -> str:
         raise ValueError(f"{type(error).__name__}") from error
 
 
-# --- configuration --------------------------------------------------------------------------------
-
-_YAMLS = (
-    """base:
-  name: smollm2-135m
-data:
-  train: rows.jsonl
-  columns: {prompt: question}
-output: run
-method: lora
-lora:
-  rank: 8
-  alpha: 16
-  targets: [attention.q, attention.v]
-optimizer:
-  learning_rate: 5e-4
-epochs: 1
-""",
-    """# a comment
-output: 'a run'
-seed: 7
-batch_size: 16
-lora:
-  rank_pattern:
-    layers.0: 4
-    layers.1: 2
-  dropout: 0.05
-  dora: false
-data:
-  train:
-    - a.jsonl
-    - b.csv
-  max_length: null
-""",
-)
-
-
-def _yaml_files(folder: Path) -> list[Files]:
-    return [{"run.yaml": text.encode()} for text in _YAMLS]
-
-
-def _check_yaml(folder: Path) -> list[str]:
-    """The options are those of YAML 1.2, whether the command uses them or skips them."""
-    used, skipped = read_options(str(folder / "run.yaml"), TrainConfig, "train")
-    found = {**used, **skipped}
-    _require(all(isinstance(name, str) for name in found), "a name that is not text")
-    try:
-        content = _strictly(strict_yaml, (folder / "run.yaml").read_bytes()) or {}
-    except Undecided:
-        return []
-    for name, value in found.items():
-        told: Any = content
-        for part in _parts(name, content):
-            told = told[part]
-        detail = f"{name}: {value!r}, {told!r}"[:200]
-        _require(
-            _same(value, told), f"a {type(told).__name__} is read as {type(value).__name__}", detail
-        )
-    return []
-
-
-def _parts(name: str, content: dict) -> list[Any]:
-    """Return the keys of a dotted name: the longest key that exists at each level."""
-    if name in content or "." not in name:
-        return [next((key for key in content if str(key) == name), name)]
-    first, rest = name.split(".", 1)
-    return [first, *_parts(rest, content[first])]
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -766,7 +693,6 @@ TARGETS = (
         _check_loralib,
     ),
     Target("gguf", _gguf_files, _of_file("tiny.gguf", mutators.gguf_mutator), _check_gguf),
-    Target("yaml", _yaml_files, _of_file("run.yaml", mutators.yaml_mutator), _check_yaml),
     Target("jsonl", _jsonl_files, _of_file("rows.jsonl", mutators.jsonl_mutator), _check_jsonl),
     Target("csv", _csv_files, _of_file("rows.csv", mutators.csv_mutator), _check_csv),
     Target(

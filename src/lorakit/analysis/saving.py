@@ -82,16 +82,12 @@ class Input:
 
     @classmethod
     def read(cls, path: str | Path, *, alpha: float | None = None) -> Input:
-        """Read an adapter; again, if it is replaced between its digest and its tensors.
+        """Read an adapter.
 
         Raises:
-            AdapterFileError: As for `lorakit.adapters.formats.read`, or it was replaced during each attempt.
+            AdapterFileError: As for `lorakit.adapters.formats.read`.
         """
-        return storage.read_unchanged(
-            path,
-            lambda: cls.of(path),
-            lambda source: dataclasses.replace(source, stored=read(path, alpha=alpha)),
-        )
+        return dataclasses.replace(cls.of(path), stored=read(path, alpha=alpha))
 
 
 def save(

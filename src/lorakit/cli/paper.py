@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorakit.cli.background import IN_BACKGROUND, run_in_background
 from lorakit.cli.parsing import parse
 from lorakit.formatting import visible
 from lorakit.paper.paper_config import PaperConfig
@@ -29,9 +27,7 @@ def run(argv: Sequence[str]) -> None:
         argv,
         "table",
     )
-    if config.background and IN_BACKGROUND not in os.environ:
-        sys.exit(run_in_background([sys.executable, "-m", "lorakit", "paper", *argv]))
-    elif config.reproduce:
+    if config.reproduce:
         _reproduce(config)
     elif config.table == "table1":
         _latency(config)

@@ -18,15 +18,15 @@ from lorakit.paper.study import MAX_TRIALS, Study
 from lorakit.training.config import Sampling
 
 CHANGE_NO_NUMBER = (
-    *("output", "log", "reproduce", "background", "keep_weights", "dry_run"),
+    *("output", "log", "reproduce", "keep_weights", "dry_run"),
     *("base.device", "data.root", "decoding.batch_size"),
 )
 """Settings that change no number; grid.json and the command on a page do not have them."""
 _OF_A_REPETITION = (
-    *("table", "log", "reproduce", "output", "background"),
+    *("table", "log", "reproduce", "output"),
     *("data.root", "base.device", "base.trust_remote_code"),
 )
-_OF_LATENCY = ("table", "base", "budget", "output", "background", "dry_run")
+_OF_LATENCY = ("table", "base", "budget", "output", "dry_run")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -99,8 +99,6 @@ class PaperConfig:
     reproduce: str | None = None
     """Repeat the runs of a row of a log (DATA/METHOD or DATA/METHOD/SEED, such as rte/lora/0), and compare the
     scores."""
-    background: bool = False
-    """Run at the lowest priority, and pause while lorakit's tests or benchmarks run on this machine."""
     keep_weights: bool = True
     """Keep the adapter of every run; false deletes it after it is scored."""
     dry_run: bool = False

@@ -1,8 +1,7 @@
-"""Atomic writes of files and folders.
+"""Atomic writes of files and folders, and locks on folders.
 
-A save writes to a temporary sibling of its target and renames it at the end. After a crash, a full
-disk or a killed process the target has either its old or its new content. Everything is flushed to
-the disk before the rename: after a power cut a rename can otherwise survive the data it points to.
+A save writes to a temporary sibling of its target, flushes it to the disk, and renames it. After a crash, a full disk
+or a kill at any instant the target has either its old or its new content.
 """
 
 from __future__ import annotations
@@ -13,125 +12,192 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import count
 from pathlib import Path
 
+import filelock
+
 from lorakit.errors import RunFolderError
-from lorakit.storage.outputs import require_free_file, require_free_folder, require_no_mount
-from lorakit.storage.refusals import full_disk_explained, writing
+from lorakit.storage.paths import (
+    disk_full_explained,
+    holds_files,
+    require_free_file,
+    require_free_folder,
+    require_no_mount,
+    writing,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_OLD_SUFFIX = "-old"
-_TEMPORARY = re.compile(r"\.(.+)\.tmp-[0-9a-f]{12}(-old)?", re.DOTALL)
-"""Names of temporaries (`_temporary_name`), and of their targets."""
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_PAUSES = tuple(0.01 * 2**n for n in range(9))
-"""Seconds between the tries of a rename on Windows, 5 in total."""
+LOCK_NAME = ".lock"
+"""The file in a folder that `lock_folder` locks."""
+
+_SIBLING = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|old)-[0-9a-f]{12}", re.DOTALL)
+"""Names of temporaries (tmp), and of old folders during their replacement (old)."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces `path` when the block ends without an exception.
 
-    On any exception `path` keeps its old content and the temporary folder is removed. An existing
-    folder is swapped with the new one in a single step if the system supports it (Linux). Otherwise
-    the old folder is renamed first; if the process is killed between the two steps, the next call
-    renames it back. Every call also removes the temporary folders of killed processes, but not on
-    Windows, which cannot lock a folder.
+    On any exception `path` keeps its old content. Linux swaps an old folder with the new one in a single step. Other
+    systems rename it first; if the process is killed between the two steps, the next save there renames it back.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount
-            point, or cannot be written.
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount point, or cannot be
+            written; or another process has written it meanwhile, and the result has a name beside it.
     """
     target = require_free_folder(path, overwrite=overwrite)
     require_no_mount(target)
-    with (
-        full_disk_explained(target),
-        _created_parents(target),
-        _temporary(target, Path.mkdir) as temporary,
-    ):
+    with _temporary(target, Path.mkdir) as temporary:
         yield temporary
         with writing(target):
-            if target.is_dir():
-                copy_mode(target, temporary)
-            _sync_tree(temporary)
-            require_free_folder(target, overwrite=overwrite)
-            _put_in_place(temporary, target)
+            for root, _, files in os.walk(temporary):
+                for name in files:
+                    _sync(Path(root, name))
+                _sync(Path(root))
+            _put_in_place(temporary, target, is_free=overwrite or not holds_files(target))
 
 
 @contextmanager
 def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield the path of an empty temporary file that replaces `path` when the block ends normally.
+    """Yield the path of an empty temporary file that replaces `path` when the block ends without an exception.
 
-    On any exception `path` keeps its old content and the temporary file is removed. The new file has
-    the mode of the old one: a private file stays private. If `path` exists at the end and `overwrite`
-    is false, the new file gets a name beside it, and an error names it.
+    On any exception `path` keeps its old content. The new file has the mode of the old one: a private file stays
+    private.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, cannot be written, or is a file and
-            `overwrite` is false.
+        RunFolderError: `path` is a folder or a device, cannot be written, or is a file and `overwrite` is false; or
+            another process has written it meanwhile, and the result has a name beside it.
     """
-    target = require_free_file(path, overwrite=True)
-    create = partial(Path.touch, mode=0o600 if target.exists() else 0o666, exist_ok=False)
-    with (
-        full_disk_explained(target),
-        _created_parents(target),
-        _temporary(target, create) as temporary,
-    ):
+    target = require_free_file(path, overwrite=overwrite)
+    with _temporary(target, Path.touch) as temporary:
         yield temporary
         with writing(target):
-            if target.exists():
-                copy_mode(target, temporary)
             _sync(temporary)
-            place = target if overwrite or not target.exists() else _free_name(target)
-            _put_in_place(temporary, place)
-        if place != target:
-            raise RunFolderError(
-                f"'{target}' was written by another process in the meantime, so the result is in '{place}'."
-            )
-
-
-def _free_name(path: Path) -> Path:
-    """Return a path beside a file that is not in use: NAME-2.jsonl for NAME.jsonl."""
-    numbered = (path.with_stem(f"{path.stem}-{n}") for n in count(2))
-    return next(other for other in numbered if not other.exists())
-
-
-def copy_mode(source: Path, target: Path) -> None:
-    """Give a file or folder the permissions of another, unless the file system refuses it, as a mounted share may."""
-    try:
-        shutil.copymode(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS):
-            raise
+            _put_in_place(temporary, target, is_free=overwrite or not target.exists())
 
 
 @contextmanager
 def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Create a file or folder beside the target, yield its path, and remove it at the end."""
-    with writing(target):
-        _remove_leftovers(target.parent, target.name)
-        temporary, lock = _created(target, create)
+    """Create a file or folder beside the target, with its mode; yield its path, and remove it at the end."""
+    temporary = _sibling(target, "tmp")
+    with disk_full_explained(target):
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, target.name)
+            create(temporary)
+        lock = _lock(temporary)
+        try:
+            with suppress(OSError):  # a mounted share has modes of its own
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IWUSR)
+            yield temporary
+        finally:
+            _remove(temporary)
+            if lock is not None:
+                os.close(lock)
+            with suppress(
+                RunFolderError
+            ):  # restores the old folder if only the second rename failed
+                remove_leftovers(target.parent, target.name)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(6)}")
+
+
+def _put_in_place(temporary: Path, target: Path, *, is_free: bool) -> None:
+    """Rename the temporary to the target, or to a free name beside it so that neither result is lost."""
+    numbered = (target.with_stem(f"{target.stem}-{n}") for n in count(2))
+    place = target if is_free else next(path for path in numbered if not path.exists())
+    if not place.is_dir():
+        os.replace(temporary, place)
+    elif not _exchange(temporary, place):
+        old = _sibling(place, "old")
+        os.replace(place, old)
+        os.replace(temporary, place)
+        _remove(old)
+    _sync(place.parent)
+    if not is_free:
+        raise RunFolderError(
+            f"'{target}' was written by another process in the meantime, so the result is in '{place}'."
+        )
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in a single step; return False if the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if not hasattr(libc, "renameat2"):
+        return False
+    names = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return libc.renameat2(*names, _RENAME_EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    """Flush to the disk: after a power cut a rename can otherwise survive the data it points to."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        yield temporary
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush folders, such as the shared folders of VirtualBox.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        _remove(temporary)
-        old = temporary.with_name(temporary.name + _OLD_SUFFIX)
-        if old.exists():
-            with suppress(OSError):
-                _restore_or_remove(old, target)
-        if lock is not None:
-            os.close(lock)
+        os.close(descriptor)
+
+
+def _lock(temporary: Path) -> int | None:
+    """Lock a temporary until the returned descriptor is closed; the kernel closes those of a killed process.
+
+    Returns None if another save holds the lock, or the system or the file system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_leftovers(folder: Path, target: str | None = None) -> None:
+    """Remove what killed saves left in `folder`: those of the name `target`, or all.
+
+    An old folder that a killed save has not replaced yet is renamed back. Temporaries of running saves stay, and on
+    Windows, which cannot lock a folder, all temporaries.
+
+    Raises:
+        RunFolderError: `folder` cannot be read, or an old folder cannot be renamed back.
+    """
+    with writing(folder):
+        for name in os.listdir(folder):
+            match = _SIBLING.fullmatch(name)
+            if match is None or target not in (None, match["target"]):
+                continue
+            leftover, place = folder / name, folder / match["target"]
+            if match["kind"] == "old" and not place.exists():
+                os.replace(leftover, place)
+            elif match["kind"] == "old":
+                _remove(leftover)
+            elif (lock := _lock(leftover)) is not None:
+                _remove(leftover)
+                os.close(lock)
 
 
 def delete_folder(path: Path) -> None:
@@ -142,99 +208,13 @@ def delete_folder(path: Path) -> None:
     Raises:
         OSError: It cannot be renamed, or not be deleted.
     """
-    temporary = path.with_name(_temporary_name(path))
-    _rename(path, temporary)
+    temporary = _sibling(path, "tmp")
+    os.replace(path, temporary)
     shutil.rmtree(temporary)
 
 
-def _temporary_name(target: Path) -> str:
-    return f".{target.name}.tmp-{secrets.token_hex(6)}"
-
-
-def _created(target: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
-    """Return a new temporary and the descriptor of its lock, which the kernel releases with the process.
-
-    A save of another process that sees the temporary before its lock takes it for abandoned; then create another.
-    """
-    while True:
-        temporary = target.with_name(_temporary_name(target))
-        try:
-            create(temporary)
-            if fcntl is None:
-                return temporary, None
-            with suppress(FileNotFoundError):
-                lock = os.open(temporary, os.O_RDONLY)
-                with suppress(OSError):  # without file locks, leftovers are never removed
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if temporary.exists():
-                    return temporary, lock
-                os.close(lock)
-        except BaseException:
-            _remove(temporary)
-            raise
-
-
-def _lock_of_abandoned(path: Path) -> int | None:
-    """Lock a temporary whose process has ended, and return the lock's descriptor; None for those of others."""
-    if fcntl is None:
-        return None
-    try:
-        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except OSError:
-        os.close(lock)
-        return None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what saves of killed processes left in `folder`, whatever their targets.
-
-    A save does this for its own target alone, and a run may never save a checkpoint of the same step again.
-
-    Raises:
-        RunFolderError: `folder` cannot be read, or an old folder cannot be renamed back.
-    """
-    with writing(folder):
-        _remove_leftovers(folder)
-
-
-def _remove_leftovers(folder: Path, of: str | None = None) -> None:
-    """Remove the temporaries of killed processes; only those of the target named `of`, if it is given."""
-    for name in sorted(os.listdir(folder)):
-        match = _TEMPORARY.fullmatch(name)
-        if match is None or of not in (None, match[1]):
-            continue
-        leftover, target, is_old = folder / name, folder / match[1], match[2] is not None
-        if fcntl is None and is_old and not target.exists():
-            # If its process still runs, the save there fails, but no content is lost.
-            _rename(leftover, target)
-            continue
-        lock = _lock_of_abandoned(leftover)
-        if lock is None:
-            continue
-        try:
-            if is_old:
-                _restore_or_remove(leftover, target)
-            else:
-                _remove(leftover)
-        finally:
-            os.close(lock)
-
-
-def _restore_or_remove(old: Path, target: Path) -> None:
-    """Remove the old folder, or rename it back if the new one has not replaced it yet."""
-    if target.exists():
-        _remove(old)
-    else:
-        _rename(old, target)
-
-
 def _remove(path: Path) -> None:
-    # Best effort: the next save retries.
+    """Remove a file or folder as far as possible; the next save tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -242,100 +222,29 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    is_folder = path.is_dir()
-    if is_folder and os.name == "nt":
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems, such as shared folders of VirtualBox, have no flush of folders.
-        if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename the temporary to the target; the old content moves to the temporary's name."""
-    undo = _swap(temporary, target)
-    try:
-        _sync(target.parent)
-    except BaseException:
-        # The save fails, so restore the old content.
-        with suppress(OSError):
-            undo()
-        raise
-
-
-def _rename(path: Path, new: Path) -> None:
-    """Rename a file or folder. On Windows, repeat it for some seconds while the system refuses it.
-
-    Windows refuses to rename a folder with an open file, and virus scanners and indexers open each new file.
-    """
-    for pause in _PAUSES if sys.platform == "win32" else ():
-        with suppress(PermissionError):
-            os.replace(path, new)
-            return
-        time.sleep(pause)
-    os.replace(path, new)
-
-
-def _swap(temporary: Path, target: Path) -> Callable[[], object]:
-    """Replace the target by the temporary; return a function that reverts it."""
-    if not target.exists():
-        _rename(temporary, target)
-        return lambda: _rename(target, temporary)
-    if _exchange(temporary, target):
-        return lambda: _exchange(temporary, target)
-    if not target.is_dir():
-        _rename(temporary, target)
-        return lambda: None
-    old = temporary.with_name(temporary.name + _OLD_SUFFIX)
-    _rename(target, old)
-    _rename(temporary, target)
-
-    def undo() -> None:
-        _rename(target, temporary)
-        _rename(old, target)
-
-    return undo
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in a single step; return False if the system or file system does not support it."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
-
-
 @contextmanager
-def _created_parents(target: Path) -> Iterator[None]:
-    """Create the parent folders of the target, and remove those again if the save fails."""
-    missing = [parent for parent in target.parents if not parent.exists()]
+def lock_folder(path: str | Path) -> Iterator[None]:
+    """Lock a folder for this process, without waiting. Create the folder if it is missing.
+
+    The system releases the lock when the process ends, also if it is killed.
+
+    Raises:
+        RunFolderError: Another run holds the lock, or the folder cannot be created or locked.
+    """
+    file = Path(path) / LOCK_NAME
+    lock = filelock.FileLock(file, is_singleton=False)
+    with writing(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        # filelock raises RuntimeError if this thread holds the lock through another object.
+        except (filelock.Timeout, RuntimeError) as error:
+            # Without locks in the file system, the lock file of a process that was killed on another machine stays.
+            raise RunFolderError(
+                f"'{path}' is in use by another run. Wait for it to end, or choose another folder. If no such run "
+                f"exists on any machine, delete '{file}'."
+            ) from error
     try:
-        with writing(target):
-            for parent in reversed(missing):
-                parent.mkdir(exist_ok=True)
-                _sync(parent.parent)
         yield
-    except BaseException:
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
+    finally:
+        lock.release()

@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import AdapterFileError, LorakitError
-from lorakit.formatting import size
 from lorakit.storage.atomic import atomic_file
-from lorakit.storage.refusals import reading, regular_file
+from lorakit.storage.paths import reading, regular_file
 
 CHECKSUM = "sha256"
 """The key of the checksum in a record."""
-_CHUNK = 1 << 20
-_MAX_JSON_BYTES = 1 << 28
-_MAX_DEPTH = 100
-"""Deeper content would exceed Python's recursion limit where it is copied or written again."""
-_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
-_MAX_DIGITS = 100
-"""Enough for the 128-bit integers of random generators; a float64 can still hold such a number."""
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -67,51 +59,45 @@ def finite(value: Any) -> Any:
     return list(map(finite, value)) if isinstance(value, list | tuple) else value
 
 
+class StrictJsonError(ValueError):
+    """JSON text that Python's json reads in another way than it is written."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise StrictJsonError(f"the key {key!r:.80} is duplicated")
+        content[key] = value
+    return content
+
+
+def _reject_constant(name: str) -> float:
+    raise StrictJsonError(f"{name} is not a JSON number")
+
+
+STRICT_JSON: dict[str, Any] = {
+    "object_pairs_hook": _unique_keys,
+    "parse_constant": _reject_constant,
+}
+"""Options of `json.loads`: a StrictJsonError for a duplicate key, of which Python would use the last value, and for NaN
+and infinities, which a template would write as text."""
+
+
 def read_json(path: str | Path, error: type[LorakitError] = AdapterFileError) -> dict[str, Any]:
     """Read a file whose content is one JSON object.
 
     Raises:
-        error: The file is not a regular file, cannot be read, is not JSON (with the position), is not an object, or
-            holds a duplicate key, a huge number or very deep nesting.
+        error: The file cannot be read, is not strict JSON (with the position), or is not an object.
     """
-    path = regular_file(Path(path), error)
     with reading(path, error):
-        length = path.stat().st_size  # `read` reserves memory for as many bytes as it may return
-        if length > _MAX_JSON_BYTES:
-            raise error(
-                f"'{path}' is larger than {size(_MAX_JSON_BYTES)}, the limit for a JSON file."
-            )
-        with path.open("rb") as file:
-            text = file.read(length).decode()
-    try:
-        content = parse_json(text)
-    except json.JSONDecodeError as wrong:
-        raise error(
-            f"'{path}' is not JSON: line {wrong.lineno}, column {wrong.colno}: {wrong.msg}. "
-            "Restore it from a copy."
-        ) from wrong
-    except ValueError as wrong:
-        raise error(f"'{path}' cannot be read as JSON: {wrong}. Restore it from a copy.") from wrong
-    if not isinstance(content, dict):
-        raise error(
-            f"'{path}' holds a JSON {_json_name(content)}, expected an object, {{...}}. Restore it from a copy."
-        )
-    return content
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON document that may come from anyone.
-
-    Raises:
-        json.JSONDecodeError: The text is not JSON.
-        ValueError: It holds a duplicate key, NaN, a huge number, half a character or very deep nesting.
-    """
+        text = regular_file(Path(path), error).read_text(encoding="utf-8")
     try:
         content = json.loads(text, **STRICT_JSON)
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    _reject_deep_nesting(content)
-    _reject_lone_surrogates(text, content)
+    except (ValueError, RecursionError) as wrong:
+        raise error(f"'{path}' is not JSON: {wrong}. Restore it from a copy.") from wrong
+    if not isinstance(content, dict):
+        raise error(f"'{path}' does not hold a JSON object, {{...}}. Restore it from a copy.")
     return content
 
 
@@ -151,84 +137,16 @@ def require_checksum(
         )
 
 
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal. What others append meanwhile does not count."""
-    digest = hashlib.sha256()
-    left = Path(path).stat().st_size
-    with Path(path).open("rb") as file:
-        while left and (chunk := file.read(min(_CHUNK, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
 def _checksum(record: Mapping[str, Any]) -> str:
     content = {key: value for key, value in record.items() if key != CHECKSUM}
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class StrictJsonError(ValueError):
-    """A JSON value that Python's json reads, but not everyone, or not as written."""
-
-
-def _parse_integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise StrictJsonError(
-            f"a number has {len(digits):,} digits; at most {_MAX_DIGITS} are read"
-        )
-    return int(digits)
-
-
-def _parse_float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        shown = digits if len(digits) <= _MAX_DIGITS else digits[:_MAX_DIGITS] + "..."
-        raise StrictJsonError(f"the number {shown} is beyond the range of a 64-bit float")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise StrictJsonError(f"the key {key!r:.80} is duplicated")
-        content[key] = value
-    return content
-
-
-def _reject_deep_nesting(content: Any) -> None:
-    level = [[content]]
-    for _ in range(_MAX_DEPTH + 1):
-        children = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [c for several in children for c in several if isinstance(c, (dict, list))]
-    if level:
-        raise ValueError(_TOO_DEEP)
-
-
-def _reject_lone_surrogates(text: str, content: Any) -> None:
-    """Reject half a character: it cannot be written as UTF-8 again."""
-    if "\\u" in text:  # only an escape can name one
-        try:
-            json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise ValueError(f"a text has half a character (\\u{ord(half):04x})") from None
-
-
-def _reject_constant(name: str) -> float:
-    raise StrictJsonError(f"{name} is not a JSON number")
-
-
-STRICT_JSON: dict[str, Any] = {
-    "object_pairs_hook": _unique_keys,
-    "parse_constant": _reject_constant,
-    "parse_int": _parse_integer,
-    "parse_float": _parse_float,
-}
-"""Options of `json.loads`: a StrictJsonError for a duplicate key, NaN, an infinity, or a number of too many digits."""
-
-
-def _json_name(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "true or false", int: "number", float: "number"}
-    return names.get(type(value), "null")
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, LorakitError, is_momentary
-from lorakit.storage.atomic import copy_mode
-from lorakit.storage.refusals import reading, regular_file
+from lorakit.storage.paths import reading
 
 _METADATA = {"format": "pt"}
 
@@ -30,21 +27,17 @@ def read_safetensors(
     Raises:
         error: The file is missing, truncated, or not a safetensors file; or the process has too many open files.
     """
-    regular_file(path, error)
     with reading(path, error):
         try:
+            # Copies: a later change of a mapped file would change its tensors, and unaligned tensors may round
+            # their products differently.
             if mapped:
                 with safe_open(path, framework="pt") as file:
-                    _require_unique_names(path)
-                    # Without the copies, a later change of the file would change the tensors.
                     return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            with path.open("rb") as file:
-                content = file.read(path.stat().st_size)
-            tensors = load(content)
-            _require_unique_names(content)
-            del content
-            # The copies are aligned as other tensors are: products of others may round differently.
+            tensors = load(path.read_bytes())
             return {name: tensors.pop(name).clone() for name in list(tensors)}
+        except OSError:
+            raise
         except Exception as wrong:  # damaged bytes can make any part of the parser raise
             if is_momentary(wrong):
                 raise
@@ -52,20 +45,6 @@ def read_safetensors(
                 f"'{path}' cannot be read as safetensors: {wrong}. The file is truncated, damaged or of "
                 "another type; download or save it again."
             ) from wrong
-
-
-def _require_unique_names(source: Path | bytes) -> None:
-    """Reject a header in which a name occurs twice; safetensors reads the last of them without a word."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            raise ValueError("a name in its header occurs twice")
-        return content
-
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        # safetensors has validated the length
-        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=unique)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -100,5 +79,6 @@ def use_default_mode(*paths: Path) -> None:
     for path in paths:
         probe = path.with_name(f".{path.name}.mode")
         probe.touch()
-        copy_mode(probe, path)
+        with suppress(OSError):  # a mounted share has modes of its own
+            path.chmod(probe.stat().st_mode)
         probe.unlink()

@@ -96,10 +96,9 @@ def _open_locked(config: TrainConfig, copies: int) -> Iterator[RunFolder]:
             finally:
                 if not (path / CONFIG).exists():
                     # Before the lock is released: afterwards another run may hold this file.
-                    for name in (storage.LOCK_NAME, storage.HOLDER_NAME):
-                        # Windows refuses to delete the open lock file; filelock deletes it after the release.
-                        with suppress(OSError):
-                            (path / name).unlink()
+                    # Windows refuses to delete the open lock file; filelock deletes it after the release.
+                    with suppress(OSError):
+                        (path / storage.LOCK_NAME).unlink()
     finally:
         if not (path / CONFIG).exists():
             for folder in new_folders:

@@ -32,7 +32,6 @@ from at_rest import (
 import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
-from lorakit.adapters.formats import lorakit_json
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
 from lorakit.storage import atomic
@@ -263,29 +262,6 @@ def test_an_edited_card_is_no_damage(folder):
     assert_equal(stored, ADAPTERS["plain"])
 
 
-@pytest.mark.parametrize("times", [1, 9])
-@pytest.mark.parametrize("step", ["_check_files", "read_safetensors"])
-def test_a_folder_replaced_while_it_is_read(tmp_path, monkeypatch, step, times):
-    versions = [adapter({"a": linear(alpha=a)}) for a in (1.0, 64.0)]
-    for stored, folder in zip(versions, ("adapter", "new"), strict=True):
-        stored.layers["a"].A *= stored.layers["a"].alpha
-        formats.write(stored, tmp_path / folder)
-    original, left = getattr(lorakit_json, step), iter(range(times))
-
-    def replaced_before(*arguments):
-        if next(left, None) is not None:
-            for name, new in (("adapter", "old"), ("new", "adapter"), ("old", "new")):
-                (tmp_path / name).rename(tmp_path / new)
-        return original(*arguments)
-
-    monkeypatch.setattr(lorakit_json, step, replaced_before)
-    if times == 1:
-        assert_equal(formats.read(tmp_path / "adapter"), versions[1])
-    else:
-        with pytest.raises(AdapterFileError, match="changed each time it was read"):
-            formats.read(tmp_path / "adapter")
-
-
 def rewrite(folder: Path, change) -> None:
     """Change lorakit.json and recompute its checksum."""
     path = folder / "lorakit.json"
@@ -335,7 +311,6 @@ def set_in(*keys):
         (set_in("layers", "a.0.q", "kind", "attention-like"), "kind of layer is"),
         (set_in("layers", "a.0.q", "scaling", 0), "scaling is 0"),
         (set_in("layers", "a.0.q", "scaling", "1"), "scaling is '1'"),
-        (set_in("layers", "a.0.q", "scaling", 10**400), "a number has 401 digits"),
         (set_in("layers", "a.0.q", "alpha", 1e308), "alpha is 1e\\+308"),
         (set_in("layers", "a.0.q", "alpha", 1e400), "not JSON|does not match|alpha is inf"),
         (

@@ -516,8 +516,8 @@ def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "holds a JSON list"),
-        ("{", "is not JSON: line 1"),
+        ("[1, 2]", "does not hold a JSON object"),
+        ("{", "is not JSON: .*line 1"),
         ("", "is not JSON"),
         ('{"peft_type": "LORA", "r": 0}', "r is 0"),
         ('{"peft_type": "LORA", "lora_alpha": 0}', "lora_alpha is 0"),

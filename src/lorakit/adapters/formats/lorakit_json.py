@@ -126,23 +126,13 @@ def _describe(layer: StoredLayer) -> dict[str, Any]:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """Read a folder with a lorakit.json; again, if another process replaces it meanwhile.
+    """Read a folder with a lorakit.json.
 
     Raises:
-        AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json. Or the folder was
-            replaced during every attempt.
+        AdapterFileError: A file is missing or changed, or the tensors do not match lorakit.json.
     """
-    # lorakit.json has the checksum of each file. If it is the same afterwards, all that was read belongs to it.
-    return storage.read_unchanged(
-        folder,
-        lambda: storage.read_json(folder / LORAKIT_JSON),
-        lambda record: _read(record, folder),
-    )
-
-
-def _read(record: Mapping[str, Any], folder: Path) -> StoredAdapter:
-    """Return the adapter that `record`, the content of the folder's lorakit.json, describes."""
     path = folder / LORAKIT_JSON
+    record = storage.read_json(path)
     _check_record(record, path)
     try:
         notices = _check_files(record["files"], folder)

@@ -109,12 +109,16 @@ def _parsed(body: bytes) -> Any:
         ApiError: It is no JSON, or not everyone reads it alike.
     """
     try:
-        return storage.parse_json(body.decode("utf-8"))
+        value = json.loads(body.decode("utf-8"), **storage.STRICT_JSON)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except UnicodeDecodeError:
         reason = "it is not UTF-8"
+    except UnicodeEncodeError:  # a client has cut a text inside an emoji
+        reason = "a text has half of a surrogate pair"
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
     raise ApiError(400, f"The body is not JSON: {reason}.", code="invalid_json")
 
