@@ -153,10 +153,15 @@ def test_dropout_modules_are_faster_and_put_back():
     assert not any("forward" in vars(module) for module in dropouts)
 
 
+def flex_without_dropout(*tensors, scale, dropout):
+    assert not dropout
+    return flex_masked_attention(*tensors, scale=scale)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_compiled_attention_gives_the_logits_of_the_stock_one(monkeypatch):
     """FlexAttention as on a GPU; on a CPU it is not compiled and has no gradients."""
-    monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
+    monkeypatch.setattr(faster, "masked_attention", flex_without_dropout)
     model, batch = build("llama"), padded_batch()
     with torch.no_grad():
         before = model(**batch).logits
@@ -183,7 +188,7 @@ def test_another_device_keeps_the_stock_attention_unless_kernels_are_compiled():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_compiled_attention_without_gradients_is_not_taken(monkeypatch):
     """FlexAttention on a CPU has a correct forward pass, but no backward pass."""
-    monkeypatch.setattr(faster, "masked_attention", flex_masked_attention)
+    monkeypatch.setattr(faster, "masked_attention", flex_without_dropout)
     model = build("llama")
     reason = try_faster(model, padded_batch(), padded_batch(), "attention")
     assert reason.startswith(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from references import masked_attention_reference
 from test_attention import MASKS, inputs, tree
-from torch.nn.functional import scaled_dot_product_attention
 
 from lorakit.ops import flex_attention
 from lorakit.ops.attention import masked_attention
@@ -76,16 +75,9 @@ def test_inference_tensors_and_a_batch_without_rows():
             assert attend(q[:0], k[:0], v[:0], mask[:0], scale=0.3).shape == (0, 11, 4, 8)
 
 
-def test_dropout_and_a_single_query_go_to_the_fused_kernel(monkeypatch):
+def test_a_single_query_goes_to_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(flex_attention, "_block_mask", None)  # a call of it would fail
     q, k, v = (x.detach() for x in inputs(2, 9))
-    mask = MASKS["short"][:2]
-    short = [x[:, :, :7] for x in (q, k, v)]
-    torch.manual_seed(0)
-    dropped = flex_masked_attention(*short, mask, scale=0.3, dropout=0.5)
-    torch.manual_seed(0)
-    expected = scaled_dot_product_attention(*short, mask, dropout_p=0.5, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(dropped.transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
     one = flex_masked_attention(q[:, :, -1:], k, v, MASKS["keys alone"], scale=0.3)
     expected = masked_attention_reference(q[:, :, -1:], k, v, MASKS["keys alone"], scale=0.3)
     torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from lorakit.ops.seeding import in_one_thread, seed_device, seeded
+from lorakit.ops.seeding import seed_device, seeded
 
 CPU = torch.device("cpu")
 
@@ -102,18 +100,3 @@ def test_a_gpu() -> None:
     with seeded(3):
         draws()
     assert draws(gpu) == expected
-
-
-def _enter() -> None:
-    with in_one_thread():
-        pass
-
-
-def test_a_process_forked_while_another_thread_trains_can_train() -> None:
-    process = multiprocessing.get_context("fork").Process(target=_enter)
-    with in_one_thread():
-        thread = threading.Thread(target=process.start)
-        thread.start()
-        thread.join()
-    process.join()
-    assert process.exitcode == 0

@@ -48,7 +48,6 @@ from lorakit.training import step as steps
 from lorakit.training.config import CheckpointConfig, HeldOutConfig, OptimizerConfig, TrainConfig
 from lorakit.training.distributed import joined
 from lorakit.training.loop import train
-from lorakit.training.noise import require_keyed_noise
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.setup import prepare
 
@@ -59,7 +58,6 @@ LIMIT = 60.0
 """Seconds after which the processes of a run are killed."""
 
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
-DROPOUT = LoRA(dropout=0.1)
 RATE = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup=2)
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -77,20 +75,10 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "bottleneck": {"method": "bottleneck", "bottleneck": BottleneckAdapter(size=4)},
     "prefixes": {"method": "lora+prefix_embedding"},
-    "dropout": {"base": "noisy decoder", "lora": DROPOUT},
-    "dropout padded": {"base": "noisy decoder", "lora": DROPOUT, "packing": False},
-    "dropout checkpointing": {
-        "base": "noisy decoder",
-        "lora": DROPOUT,
-        "gradient_checkpointing": True,
-    },
-    "dropout classes": {
-        "base": "noisy encoder",
-        "lora": DROPOUT,
-        "data": "labels",
-        "evaluation": HeldOutConfig(),
-    },
-    "dropout sequences": {"base": "noisy encoder-decoder", "lora": DROPOUT},
+    "padded": {"packing": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "classes": {"base": "encoder", "data": "labels", "evaluation": HeldOutConfig()},
+    "sequences": {"base": "encoder-decoder"},
 }
 """Settings of the runs whose gradients and weights are compared."""
 
@@ -101,7 +89,7 @@ def steps_of(way: str) -> int:
 
 def ways_on(count: int) -> list[str]:
     """Return the ways to compare on `count` processes: all of them on 2, some on 4."""
-    return list(WAYS) if count < 4 else ["packed", "full padded", "dropout classes"]
+    return list(WAYS) if count < 4 else ["packed", "full padded", "classes"]
 
 
 def with_data(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,9 +127,7 @@ def run_scenarios(
 
 def write_inputs(root: Path) -> None:
     tiny_runs.save_base(root / "decoder")
-    tiny_runs.save_base(root / "noisy decoder", attention_dropout=0.1)
-    tiny_runs.save_base(root / "noisy encoder", "bert", "base")
-    tiny_runs.save_base(root / "noisy encoder-decoder", "t5")
+    tiny_runs.save_base(root / "encoder-decoder", "t5", dropout_rate=0.0)
     tiny_runs.save_base(root / "encoder", "bert", "base", **NO_DROPOUT)
     # The last step of an epoch has a single example.
     tiny_runs.write_rows(root / "train.jsonl", completions(73, prompts=24))
@@ -283,9 +269,8 @@ def equality(root: Path) -> Any:
             for name in ways_on(count):
                 settings = {"max_steps": steps_of(name), **with_data(root, WAYS[name])}
                 job = prepare(run_config(root, "equality", **settings), processes)
-                is_decoder = "decoder" in WAYS[name].get("base", "decoder").split()[-1:]
+                is_decoder = WAYS[name].get("base", "decoder") == "decoder"
                 assert job.computation.packed == ("padded" not in name and is_decoder), name
-                require_keyed_noise(job)
                 job.model.double()
                 move(job.parameters)
                 job.optimizer = build_optimizer(job.parameters, job.config.optimizer, 1e-2)

@@ -59,9 +59,8 @@ COUNTS = (1, 2, 4)
 several_processes.LIMIT = 150.0
 
 MAIN = ("packed", "full padded")
-NOT_SHARDED = ("grouped", "dropout", "dropout padded")
-"""Ways that are not repeated with sharded weights. The order of the data does not depend on the weights, and "dropout
-checkpointing" and "dropout classes" draw masks in the same way as the two others."""
+NOT_SHARDED = ("grouped", "padded")
+"""Ways that are not repeated with sharded weights, which do not change the order of the data and its padding."""
 WAYS: dict[str, dict[str, Any]] = {
     **{name: way for name, way in several_processes.WAYS.items() if name not in NOT_SHARDED},
     "top layer": {"method": "full", "full": FullFineTuning(top_layers=1)},
@@ -80,6 +79,7 @@ def main() -> None:
 
 def write_models(root: Path) -> None:
     write_inputs(root)
+    tiny_runs.save_base(root / "noisy decoder", attention_dropout=0.1)
     tiny_runs.save_base(root / "wide", hidden_size=128, intermediate_size=512)
 
 

@@ -36,7 +36,7 @@ from lorakit.training.checkpoint import State
 from lorakit.training.config import HeldOutConfig, OptimizerConfig
 from lorakit.training.distributed import Processes
 from lorakit.training.loop import train
-from lorakit.training.noise import keyed_noise
+from lorakit.training.noise import seed_batch
 from lorakit.training.optimizer import build_optimizer
 from lorakit.training.progress import first_lines
 from lorakit.training.setup import enable_gradient_checkpointing, prepare
@@ -115,6 +115,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path,
 def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
     """Return the gradients of one step over `batches` of example indices."""
     job = prepare(config)
+    job.model.eval()  # without dropout
     collated = [job.collate([job.train[i] for i in batch]) for batch in batches]
     with torch.no_grad():
         for name, parameter in job.parameters.items():
@@ -124,8 +125,7 @@ def step_gradients(config, batches: list[list[int]]) -> dict[str, torch.Tensor]:
             assert "lora" in name or "vectors" in name
     targets = sum(job.objective.count(batch) for batch in collated)
     for batch in collated:
-        with keyed_noise(job, batch, step=0):
-            (job.objective.loss_sum(job.model, batch) / targets).backward()
+        (job.objective.loss_sum(job.model, batch) / targets).backward()
     return {name: p.grad for name, p in job.parameters.items() if p.grad is not None}
 
 
@@ -262,9 +262,9 @@ def test_loss_in_metrics_is_the_mean_over_targets(
     batches = [job.collate([job.train[i] for i in indices]) for indices in job.share(step)]
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     total, count = 0.0, 0
-    for batch, model_inputs in zip(batches, inputs, strict=True):
-        with keyed_noise(job, batch, step=0):
-            logits = job.model(**model_inputs).logits[:, :-1]
+    for number, (batch, model_inputs) in enumerate(zip(batches, inputs, strict=True)):
+        seed_batch(job, 0, number)
+        logits = job.model(**model_inputs).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=smoothing

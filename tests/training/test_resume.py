@@ -206,15 +206,15 @@ def test_a_signal_gives_up_a_step_before_its_last_batch(
     """A step of many batches takes minutes, and a killer waits for seconds."""
     config = tiny_runs.config(tmp_path, base, max_steps=4, evaluation=HeldOutConfig(every=100))
     train(dataclasses.replace(config, output=str(tmp_path / "whole")))
-    original = optimizer_steps.keyed_noise
+    original = optimizer_steps.seed_batch
 
-    def signalling(job, inputs, step, number):
+    def signalling(job, step, number):
         if (step, number) == (2, batch):
             signal.raise_signal(signal.SIGTERM)
-        return original(job, inputs, step, number)
+        return original(job, step, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_steps, "keyed_noise", signalling)
+        patch.setattr(optimizer_steps, "seed_batch", signalling)
         with pytest.raises(SystemExit):
             train(config)
     assert f"Stopped at step {stopped}. Resume" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_a_layer_without_gradient_in_the_first_step(root: Path) -> None:
 def test_gradient_checkpoints_are_never_reentrant(root: Path) -> None:
     """The scenario has broken `CheckpointFunction`, which reentrant checkpoints call."""
     require_success(outcomes(root, "equality")["2"])
-    assert (root / "dropout checkpointing 2 0.safetensors").exists()
+    assert (root / "checkpointing 2 0.safetensors").exists()
 
 
 @pytest.mark.slow

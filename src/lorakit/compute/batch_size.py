@@ -77,8 +77,8 @@ class BatchSize:
         self.size = computed // 2
         where = f"{self._process} is out of memory" if self._process else "Out of memory"
         _LOG.warning(
-            "%s during %s%s. This process now computes %d instead of %d examples at a time, with the same result up to "
-            "rounding.",
+            "%s during %s%s. This process now computes %d instead of %d examples at a time. Without dropout, this "
+            "changes the result by rounding only.",
             where,
             during,
             requested,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lorakit.adapters.hooks import hooks_act_by_token
 from lorakit.models import blocks
 from lorakit.models.tree import submodule
-from lorakit.ops.dropout import register_gathered
 from lorakit.ops.rows import put_rows, rounded_rows, take_rows
 
 MAX_SHARE = 0.9
@@ -76,7 +75,6 @@ class LastBlock:
         """Register the hooks of all parts, and their removal in `handles`."""
         if len(at) == shape[0] * shape[1]:
             return  # rounding has added all other tokens
-        register_gathered(at, shape, (1, len(at)))
         gather, scatter = partial(_gather, self, at, shape), partial(_scatter, at, shape)
         for part in self.parts:
             handles.enter_context(part.register_forward_pre_hook(gather, with_kwargs=True))

@@ -24,7 +24,6 @@ from lorakit.compute.mode import evaluating
 from lorakit.data.batches import IGNORED
 from lorakit.models.heads import backbone_of, output_embeddings
 from lorakit.models.packed import packed_by
-from lorakit.ops.dropout import register_gathered
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
 from lorakit.ops.rows import gather_rows
 
@@ -91,10 +90,6 @@ class LanguageModellingLoss:
         if self.path == "own head":
             rows, columns = targets.at // targets.width, targets.at % targets.width
             columns, places = columns.unique(return_inverse=True)
-            count = len(batch["input_ids"])
-            at = torch.arange(count, device=columns.device)[:, None] * targets.width + columns
-            # Dropout before the head sees these tokens only.
-            register_gathered(at.flatten(), (count, targets.width), (count, len(columns)))
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
             return gather_rows(logits.flatten(0, 1), rows * len(columns) + places)
         logits = model(**inputs, use_cache=False).logits

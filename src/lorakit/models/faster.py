@@ -100,7 +100,7 @@ def _attention(
         or (attention_mask is not None and not _is_plain(attention_mask))
         or any(options.get(name) is not None for name in UNSUPPORTED)
         or value.shape[-1] != query.shape[-1]  # DeepSeek, MiniCPM 3
-        or (query.device.type != "cpu" and not flex_serves(query, dropout))
+        or (query.device.type != "cpu" and (dropout or not flex_serves(query)))
     ):
         return sdpa_attention_forward(
             module,
@@ -114,8 +114,10 @@ def _attention(
             **options,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = masked_attention if query.device.type == "cpu" else flex_masked_attention
-    return attend(query, key, value, attention_mask, scale=scale, dropout=dropout), None
+    if query.device.type != "cpu":
+        return flex_masked_attention(query, key, value, attention_mask, scale=scale), None
+    attended = masked_attention(query, key, value, attention_mask, scale=scale, dropout=dropout)
+    return attended, None
 
 
 def _is_plain(mask: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.autocast import autocast_to, no_autocast, wide_dtype
 from lorakit.ops.derivatives import Function, apply, once_differentiable
-from lorakit.ops.dropout import Draw, active, draws_itself, kept, multiplier
+from lorakit.ops.dropout import keep_mask, multiplier
 from lorakit.ops.rows import round_up
 
 BLOCK_SIZES = (32, 64, 128)
@@ -81,7 +81,7 @@ def masked_attention(
     if not len(query):
         return fused_attention(query, key, value, mask, scale=scale)
     blocks = _blocks(mask, query, key)
-    if blocks.length > MAX_KEYS and not (dropout and active.keys is not None):
+    if blocks.length > MAX_KEYS:
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     with no_autocast(query):
         return apply(_MaskedAttention, query, key, value, blocks, scale, dropout)
@@ -280,19 +280,18 @@ class _MaskedAttention(Function):
     def forward(ctx, query, key, value, blocks, scale, dropout):
         Q = blocks.split(query, key.shape[1])
         out = _empty(Q)
-        draw = _KeptWeights(dropout, blocks, query, key) if dropout else None
         saved_P, dropout_masks = [], []
         for group in blocks.groups:
             P = weights = _probabilities(Q[group.blocks], group.gather(key), group.bias, scale)
-            if draw is not None:
-                keep, ctx.factor = draw.kept(group, P)
-                weights = multiplier(keep, ctx.factor, P.dtype).mul_(P)
+            if dropout:
+                keep = keep_mask(P, dropout)
+                weights = multiplier(keep, dropout, P.dtype).mul_(P)
                 dropout_masks.append(keep)
             if blocks.length <= MAX_SAVED_KEYS:
                 saved_P.append(P)
             torch.bmm(weights, group.gather(value), out=out[group.blocks].flatten(0, 1))
         ctx.save_for_backward(query, key, value, *saved_P, *dropout_masks)
-        ctx.blocks, ctx.scale, ctx.saved_count = blocks, scale, len(saved_P)
+        ctx.blocks, ctx.scale, ctx.dropout, ctx.saved_count = blocks, scale, dropout, len(saved_P)
         return blocks.join(out, query.shape)
 
     @staticmethod
@@ -308,7 +307,7 @@ class _MaskedAttention(Function):
             q, g = (x[group.blocks].flatten(0, 1) for x in (Q, G))
             k, v = group.gather(key), group.gather(value)
             P = saved_P[i] if saved_P else _probabilities(Q[group.blocks], k, group.bias, ctx.scale)
-            factors = multiplier(dropout_masks[i], ctx.factor, P.dtype) if dropout_masks else None
+            factors = multiplier(dropout_masks[i], ctx.dropout, P.dtype) if ctx.dropout else None
             weights = P if factors is None else factors * P
             grads_V.append(torch.bmm(weights.transpose(1, 2), g).flatten(0, 1))
             grad_P = torch.bmm(g, v.transpose(1, 2))
@@ -344,36 +343,3 @@ def _probabilities(Q: Tensor, K: Tensor, bias: Tensor | None, scale: float) -> T
         b, length = bias.shape[-2:]
         scores.view(len(Q), Q.shape[1], -1, b, length).add_(bias)
     return scores.softmax(-1).to(Q.dtype)
-
-
-class _KeptWeights:
-    """The attention weights that dropout keeps. Within `keyed_dropout.keyed`, they do not depend on the blocks."""
-
-    def __init__(self, p: float, blocks: _Blocks, query: Tensor, key: Tensor) -> None:
-        self._p, self._rows, self._columns = p, None, None
-        (B, H, T, _), (_, K, S, _) = query.shape, key.shape
-        shape, keys = torch.Size((B, H, T, S)), active.keys
-        rows = None if keys is None else keys.of_rows(shape)
-        if keys is None or rows is None:
-            return
-        self._draw, self._width = Draw(p, query.device), S
-        self._rows = blocks.split(rows[..., None], K)
-        columns = keys.columns(shape)
-        if columns is not None:
-            self._width = keys.width
-        elif any(group.keys is not None for group in blocks.groups):
-            columns = torch.arange(S, device=key.device).expand(B, S)
-        if columns is not None:
-            self._columns = columns[:, None, :, None].expand(B, K, S, 1)
-
-    def kept(self, group: _Group, P: Tensor) -> tuple[Tensor, float]:
-        """Return a bool tensor that marks the weights `P` (G * K, H / K * b, L) to keep, and their factor."""
-        if self._rows is None:
-            if draws_itself(P):
-                return kept(P, self._p)
-            return torch.rand_like(P, dtype=torch.float32) >= self._p, 1 / (1 - self._p)
-        keep = self._draw.kept(self._rows[group.blocks].flatten(), self._width)
-        if self._columns is not None:
-            columns = group.gather(self._columns).mT
-            keep = keep.view(len(P), -1, self._width).gather(2, columns.expand(P.shape))
-        return keep.view(P.shape), self._draw.factor

@@ -26,17 +26,16 @@ def flex_masked_attention(
     mask: Tensor | None = None,
     *,
     scale: float,
-    dropout: float = 0.0,
 ) -> Tensor:
     """Compute `lorakit.ops.attention.masked_attention` with FlexAttention.
 
-    The fused kernel computes the cases that FlexAttention does not support: dropout, no mask, no rows. It also
-    computes a single query (decoding), because no block can be skipped. On a CPU, FlexAttention computes all pairs
-    and has no gradient.
+    The fused kernel computes the cases that FlexAttention does not support: no mask, no rows. It also computes a
+    single query (decoding), because no block can be skipped. On a CPU, FlexAttention computes all pairs and has no
+    gradient.
     """
     query, key, value = autocast_to(query, key, value)
-    if mask is None or not flex_serves(query, dropout):
-        return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
+    if mask is None or not flex_serves(query):
+        return fused_attention(query, key, value, mask, scale=scale)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     for tensor in (query, key, value):
         # The number of heads and their size never change. Without this mark the compiler may unify the number of
@@ -48,10 +47,10 @@ def flex_masked_attention(
     return out.transpose(1, 2)
 
 
-def flex_serves(query: Tensor, dropout: float) -> bool:
-    """Return whether FlexAttention supports these arguments and can skip blocks."""
+def flex_serves(query: Tensor) -> bool:
+    """Return whether FlexAttention supports this number of queries and can skip blocks."""
     rows, _, length, _ = query.shape
-    return not dropout and length > 1 and rows > 0
+    return length > 1 and rows > 0
 
 
 @cache

@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-
-from lorakit.errors import LorakitError
-
-_TRAINING = [threading.RLock()]
-"""Held by the thread that trains. A forked process replaces it: it does not have the thread."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _TRAINING.__setitem__(0, threading.RLock()))
-
-
-@contextmanager
-def in_one_thread() -> Iterator[None]:
-    """Let one thread of the process train or plan at a time. Blocks of that thread can be nested.
-
-    A run seeds the global random generators and replaces torch's dropout: each of two runs would change the other.
-
-    Raises:
-        LorakitError: Another thread is inside such a block.
-    """
-    (lock,) = _TRAINING
-    if not lock.acquire(blocking=False):
-        raise LorakitError(
-            "Another thread of this process trains or plans. That seeds the global random generators and replaces "
-            "torch's dropout in the whole process. Start each run in a process of its own."
-        )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -27,7 +27,8 @@ KINDS: tuple[Kind, ...] = ("activations", "gradients", "logits", "temporary")
 
 _ATEN = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
-_DRAWS = ("bernoulli", "bernoulli_", "native_dropout")
+_DRAWS = {"bernoulli": 1, "bernoulli_": 1, "native_dropout": 1, "random_": 4}
+"""Operations that draw dropout masks, with the elements of the mask for each element of their result."""
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -229,6 +230,7 @@ class Ledger(TorchDispatchMode):
             if packet not in _FUSED_ATTENTION:  # its kernel reorders no matrix
                 segment.widest = max(segment.widest, *(x.nbytes for x in inputs))
         elif name in _DRAWS:
-            segment.work.drawn += self.repeated * max(x.numel() for x in outputs)
+            count = max(x.numel() for x in outputs)
+            segment.work.drawn += self.repeated * _DRAWS[name] * count
         elif allocates or name.endswith("_"):  # a view moves no bytes
             segment.work.traffic += self.repeated * (sum(x.nbytes for x in inputs) + moved)

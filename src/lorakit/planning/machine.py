@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.models.dtypes import dtype_name
 from lorakit.models.float32_products import faster_float32, onednn_is_faster
 from lorakit.models.measurements import keep_measurement, measurement_file, read_measurement
-from lorakit.ops.dropout import kept
+from lorakit.ops.dropout import keep_mask
 from lorakit.ops.rms_norm import rms_norm
 from lorakit.ops.silu_product import silu_product
 from lorakit.planning.ledger import Ledger, Work
@@ -118,7 +118,7 @@ class Machine:
 A100 = Machine(
     products=120e12,
     traffic=1.2e12,
-    draws=4e10,  # 28 bytes of traffic each
+    draws=1e12,  # one kernel draws and applies the mask
     sent=GPU_TRAFFIC,
     call=6e-6,
     software=0,
@@ -158,7 +158,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     call = A100.call if gpu else CALL_SECONDS
     drawn = torch.ones(2**26 if gpu else 2**20, dtype=dtype, device=device)
     # Separate operations apply the mask; they count as traffic.
-    draw = timed("draw(drawn, 0.1)", SECONDS, draw=kept, drawn=drawn)
+    draw = timed("draw(drawn, 0.1)", SECONDS, draw=keep_mask, drawn=drawn)
     measured: dict[str, Any] = {
         "products": 2 * rows * width * out / product,
         "traffic": _traffic(device, dtype, call),

@@ -18,8 +18,6 @@ from lorakit.compute.objective import Batch, Objective
 from lorakit.models.blocks import stacks
 from lorakit.models.layers import by_token
 from lorakit.ops import linear_cross_entropy
-from lorakit.ops.dropout import Keys
-from lorakit.ops.keyed_dropout import keyed
 from lorakit.planning.ledger import KINDS, Kind, Ledger, Segment, Work
 
 row_chunks = linear_cross_entropy.row_chunks
@@ -88,7 +86,6 @@ def run_step(
     known = [*model.parameters(), *model.buffers(), *batch.values(), *gradients]
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 0) or 0
     ledger = Ledger(known, vocabulary)
-    keys = Keys(0, lambda length: None)  # fake tensors have masks without keys
     handles = _mark_blocks(ledger, [block for block, _ in blocks])
 
     def count_gradient(parameter: Tensor) -> None:
@@ -97,7 +94,7 @@ def run_step(
 
     handles += [p.register_post_accumulate_grad_hook(count_gradient) for p in trained]
     try:
-        with ledger, _short_loss(ledger), keyed(keys):
+        with ledger, _short_loss(ledger):
             with autocast, ledger.saved_tensors():
                 loss = objective.loss_sum(model, batch)
             ledger.mark(None)

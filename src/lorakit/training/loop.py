@@ -31,7 +31,7 @@ from lorakit.training.interruption import Interrupted, Interruption
 from lorakit.training.job import Job
 from lorakit.training.loggers import Loggers, require_loggers
 from lorakit.training.memory import reset_peak_memory, trim_heap
-from lorakit.training.noise import own_generators, require_keyed_noise
+from lorakit.training.noise import own_generators
 from lorakit.training.opening import open_run
 from lorakit.training.optimizer import set_rate, slow_down
 from lorakit.training.progress import Reporter
@@ -49,11 +49,11 @@ def train(config: TrainConfig) -> RunResult:
 
     A run can be interrupted at any instant and resumed: it reaches the same weights as an uninterrupted run, bit for
     bit on a CPU. `torchrun` starts it in several processes, which share each step and reach the same weights up to
-    rounding. The global random generators end in the states that they had before.
+    rounding where no dropout is set. A run seeds the global random generators, so a process should run one at a time.
+    They end in the states that they had before.
 
     Raises:
-        LorakitError: The settings, the data, the base model or the folder are invalid, the loss diverges, or another
-            thread of this process trains or plans.
+        LorakitError: The settings, the data, the base model or the folder are invalid, or the loss diverges.
         KeyboardInterrupt, SystemExit: The run received SIGINT (Ctrl-C), or SIGTERM or SIGHUP (a closed terminal), and
             has written a checkpoint.
     """
@@ -191,7 +191,6 @@ def _start(run: RunFolder, processes: Processes) -> tuple[Job, State]:
     with memory_errors():  # `joined` tells the other processes
         job = prepare(run.config, processes, resumes=resumes)
         _require_longer(run, job)
-        require_keyed_noise(job)
         state = State(inputs=job.inputs)
     processes.require_same({"computation": job.computation.note})
     if resumes:

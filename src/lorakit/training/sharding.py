@@ -53,11 +53,18 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
     """Reject a base whose weights cannot be sharded.
 
     Raises:
-        ConfigurationError: It has no blocks, or it is quantised.
+        ConfigurationError: It has no blocks, skips blocks at random, or is quantised.
     """
     if not blocks_of(model):
         raise ConfigurationError(
             f"shard is true, but {type(model).__name__} has no list of blocks to shard. Set it to false."
+        )
+    # A process that skips a block would compute the next one with the weights that the others gather.
+    rates = {name: rate for name, rate in vars(model.config).items() if name.endswith("layerdrop")}
+    if dropped := [name for name, rate in rates.items() if rate]:
+        raise ConfigurationError(
+            f"shard is true, but '{base.name}' skips blocks at random ({dropped[0]} {rates[dropped[0]]}), in each "
+            "process others. Set it to 0 in the config.json of the base, or set shard to false (--shard false)."
         )
     for name, weight in base_weights(model):
         if isinstance(weight, (QuantisedWeight, PackedWeight)):

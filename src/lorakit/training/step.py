@@ -13,7 +13,7 @@ from lorakit.models.sharding import is_sharded
 from lorakit.training.divergence import require_finite
 from lorakit.training.interruption import Interruption, Signals
 from lorakit.training.job import Job
-from lorakit.training.noise import keyed_noise
+from lorakit.training.noise import seed_batch
 from lorakit.training.optimizer import clip_gradients, set_rate
 from lorakit.training.schedule import Step
 from lorakit.training.sharding import drop_unreached_gradients, local_gradient_terms
@@ -116,10 +116,10 @@ def _accumulate_gradients(
     for number, batch in enumerate(batches):
         check()
         computed += sum(batch[name].numel() for name in inputs)
-        with keyed_noise(job, batch, step, number):
-            with job.autocast():
-                batch_share = job.objective.loss_sum(job.model, batch) / target_count
-            batch_share.backward()
+        seed_batch(job, step, number)
+        with job.autocast():
+            batch_share = job.objective.loss_sum(job.model, batch) / target_count
+        batch_share.backward()
         shares.append(batch_share.detach())
     # Read once, after the last batch: reading a loss waits for a GPU, which could compute the next batch meanwhile.
     return sum(torch.stack(shares).tolist()) if shares else 0.0, computed
@@ -134,7 +134,6 @@ def _take_part(job: Job, examples: Step, step: int) -> None:
     surplus = max(map(len, batches)) - len(batches[job.processes.rank])
     for _ in range(surplus):
         batch = job.collate([job.train[examples[0]]])
-        with keyed_noise(job, batch, step):
-            with job.autocast():
-                loss = job.objective.loss_sum(job.model, batch)
-            (0.0 * loss).backward()
+        with job.autocast():
+            loss = job.objective.loss_sum(job.model, batch)
+        (0.0 * loss).backward()
