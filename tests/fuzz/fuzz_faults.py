@@ -37,7 +37,6 @@ FAULTS = (
         "not tensor.is_meta and (not tensor.sum().isfinite()) and (not tensor.isfinite().all())",
     ),
     Fault("safetensors", "lorakit.adapters.formats.lorakit_json:_read", "tensors"),
-    Fault("safetensors", "lorakit.storage.tensors:read_safetensors", "except Exception"),
     # a rank, DoRA without magnitudes, another method
     Fault(
         "peft",
