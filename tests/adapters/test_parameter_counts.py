@@ -128,7 +128,7 @@ def test_the_file_has_the_size_of_the_summary(settings, tmp_path):
     "of_output", [{}, {"alpha_pattern": {"0.out_proj": 32.0}}, {"rank_pattern": {"0.out_proj": 3}}]
 )
 def test_the_file_of_an_attention_module_has_the_size_of_the_summary(of_output, tmp_path):
-    """PEFT has one rank for both projections, and the input's factors twice if both scalings are equal."""
+    """PEFT has one rank for both projections, so the smaller one is padded."""
     model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))
     adapters = lorakit.attach(model, LoRA(rank=2, targets="0", **of_output))
     assert adapters.summary().file_bytes == tensor_bytes(adapters.save(tmp_path / "adapter"))

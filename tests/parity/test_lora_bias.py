@@ -196,14 +196,14 @@ def test_files(tmp_path: Path):
     stored = formats.read(folder)
     assert stored.num_parameters == 2 * (6 + 8) + 2 * (24 + 5) + 8 + 5
     assert "B has a bias in 2 layers (lora_bias), which B A does not cover." in notices(stored)
-    assert "Bias of B" in (folder / "README.md").read_text()
+    assert "lora_bias=True" in (folder / "README.md").read_text()
     with pytest.raises(AdapterFileError, match="which compress and combine do not support"):
         require_low_rank(stored)
     with pytest.raises(AdapterFileError, match="loralib has no bias of B"):
         formats.write_loralib(stored, tmp_path / "loralib.pt")
     for change, message in (
-        ({"lora_bias": False}, "has a lora_B.bias, but lora_bias is false"),
-        ({"use_dora": True}, "lora_magnitude_vector, but use_dora is true"),
+        ({"lora_bias": False}, "lora_B.bias; with use_dora false and lora_bias false"),
+        ({"use_dora": True}, "with use_dora true and lora_bias"),
     ):
         (folder / "lorakit.json").unlink(missing_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))

@@ -163,7 +163,7 @@ def add_adapter(
     own = adapter.tokenizer
     handle = load(
         base.model,
-        adapter.stored,
+        dataclasses.replace(adapter.stored, path=adapter.path),
         name=name,
         allow_other_base=allow_other_base,
         tokenizer=base.tokenizer if own is None else None,

@@ -711,17 +711,18 @@ def test_attention_projections_of_different_ranks_are_filled_up():
     form = peft_form(stored)
     assert (form.config["r"], form.config["lora_alpha"]) == (4, 32)
     assert form.tensors[f"{PREFIX}attn.lora_A.weight"].shape == (4, 8)
-    for scaling in (3.0, 32.0):
-        stored.layers["attn"].scaling = scaling
-        with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
-            peft_form(stored)
+    stored.layers["attn"].scaling = 3.0
+    with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
+        peft_form(stored)
 
 
-def test_equal_scalings_of_an_attention_module_double_the_input_projection():
+def test_equal_scalings_of_an_attention_module_halve_the_output_projection():
     stored = from_live(Net(), rank=2, alpha=16, targets="attn")
     form = peft_form(stored)
-    assert (form.config["r"], form.config["lora_alpha"]) == (4, 16)
-    same_bits(form.tensors[f"{PREFIX}attn.lora_B.weight"], stored.layers["attn"].B.repeat(1, 2))
+    assert (form.config["r"], form.config["lora_alpha"]) == (2, 16)
+    same_bits(form.tensors[f"{PREFIX}attn.lora_B.weight"], stored.layers["attn"].B)
+    key = f"{PREFIX}attn.base_layer.out_proj.lora_B.weight"
+    same_bits(form.tensors[key], stored.layers["attn.out_proj"].B / 2)
     assert form.config["peft_version"] == "0.21.2"
     assert [notice.partition(" twice")[0] for notice in form.notices] == [
         "PEFT up to 0.21.2 adds the change of an nn.MultiheadAttention's output projection"

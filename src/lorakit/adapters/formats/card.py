@@ -133,16 +133,14 @@ def _facts(stored: StoredAdapter) -> str:
 def _base_code(stored: StoredAdapter) -> str:
     """Return the expression with which Python loads the base."""
     name, base = stored.base_name, stored.base
-    if name is None:
+    if name is None or base is None:
         return "...  # the base model"
-    arguments: dict[str, Any] = {}
-    if base is not None:
-        is_encoder_decoder = bool((base.configuration or {}).get("is_encoder_decoder"))
-        head = head_of_class(base.class_name, is_encoder_decoder=is_encoder_decoder)
-        arguments = {"task": head or "base", "revision": base.revision}
-        if base.class_name.endswith("Classification"):
-            labels = _num_labels(stored)
-            arguments |= {"task": "regression"} if labels == 1 else {"num_labels": labels}
+    is_encoder_decoder = bool((base.configuration or {}).get("is_encoder_decoder"))
+    head = head_of_class(base.class_name, is_encoder_decoder=is_encoder_decoder)
+    arguments: dict[str, Any] = {"task": head or "base", "revision": base.revision}
+    if base.class_name.endswith("Classification"):
+        labels = _num_labels(stored)
+        arguments |= {"task": "regression"} if labels == 1 else {"num_labels": labels}
     words = (f"{key}={json.dumps(value)}" for key, value in arguments.items() if value is not None)
     return f"lorakit.load_base({', '.join([json.dumps(_path_of(name)), *words])}).model"
 

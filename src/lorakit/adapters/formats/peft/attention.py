@@ -11,12 +11,11 @@ correctly in this way.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from lorakit.adapters.formats.layout import BaseLayout
 from lorakit.adapters.formats.peft.factors import NotExpressibleError
@@ -92,8 +91,7 @@ def both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str,
     """Return both projections of the attention module at `path`, as PEFT needs them.
 
     Both have one rank and one scaling s, padded with zeros. PEFT computes ``s B A`` on the input projection and
-    ``2 s B A`` on the output projection. If both scalings should be equal, s is half of it, and the input projection
-    has its factors twice: ``[B, B] [A; A]``. No number is rounded.
+    ``2 s B A`` on the output projection, whose B is multiplied by a power of two, so that no number is rounded.
 
     Raises:
         NotExpressibleError: They have DoRA or other scalings.
@@ -103,33 +101,24 @@ def both_projections(path: str, entries: Mapping[str, StoredLayer]) -> dict[str,
     if any(entry.magnitude is not None for entry in present.values()):
         raise NotExpressibleError(f"'{path}': PEFT has no DoRA for nn.MultiheadAttention.")
     first = next(iter(present.values()))
-    scalings = {name: entry.scaling for name, entry in present.items()}
-    scaling = scalings[names[1]] / 2 if names[1] in scalings else first.scaling
-    copies = {names[0]: round(scalings.get(names[0], scaling) / scaling), names[1]: 1}
-    fits = (
-        copies[names[0]] in (1, 2) and scalings.get(names[0], scaling) == copies[names[0]] * scaling
-    )
-    if not fits or len({entry.A.dtype for entry in present.values()}) > 1:
+    scaling = present[path].scaling if path in present else first.scaling / 2
+    factors = {name: entry.scaling / scaling for name, entry in present.items()}
+    factors = {name: f / 2 if name != path else f for name, f in factors.items()}
+    is_exact = all(abs(math.frexp(factor)[0]) == 0.5 for factor in factors.values())
+    if not is_exact or len({entry.A.dtype for entry in present.values()}) > 1:
         raise NotExpressibleError(
             f"'{path}': PEFT has one alpha for an nn.MultiheadAttention, but its input and output "
             "projections have different scalings."
         )
-    rank = max(copies[name] * entry.rank for name, entry in present.items())
+    rank = max(entry.rank for entry in present.values())
     width = first.A.shape[1]  # in_proj and out_proj both have embed_dim inputs
     padded = {}
     for name, rows in zip(names, (3 * width, width), strict=True):
         A, B = first.A.new_zeros(rank, width), first.A.new_zeros(rows, rank)
         if name in present:
-            used = copies[name] * present[name].rank
-            A[:used] = torch.cat([present[name].A] * copies[name])
-            B[:, :used] = torch.cat([present[name].B] * copies[name], dim=1)
-        padded[name] = replace(
-            first,
-            A=A,
-            B=B,
-            scaling=scaling,
-            alpha=first.alpha / first.scaling * scaling * rank / first.rank,
-        )
+            entry = present[name]
+            A[: entry.rank], B[:, : entry.rank] = entry.A, entry.B * factors[name]
+        padded[name] = replace(first, A=A, B=B, scaling=scaling, alpha=scaling * rank)
     return padded
 
 
