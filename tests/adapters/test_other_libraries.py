@@ -90,14 +90,10 @@ class OfAChild(OfAnotherLibrary):
     def save_pretrained(self, folder: Path) -> None:
         save_file(self.to_q.state_dict(), folder / "weights.safetensors")
 
-    def add_adapter(self, name: str) -> str:
-        return name
-
 
 def test_a_save_that_does_not_read_the_merged_weights_is_an_error(tmp_path: Path) -> None:
     model = OfAChild()
     attach(model, LoRA(rank=2, targets="to_q"))
-    assert model.add_adapter("its own") == "its own"
     with pytest.raises(AdapterStateError, match=r"does not write model\.state_dict\(\)"):
         model.save_pretrained(tmp_path)
 
@@ -136,16 +132,6 @@ def test_fusing_adapted_layers_is_refused() -> None:
 
 
 OPTIONS = peft.LoraConfig(r=2, target_modules=["k_proj"])
-
-
-@pytest.mark.parametrize(
-    ("method", "instead"), [("add_adapter", "attach"), ("load_adapter", "load")]
-)
-def test_methods_of_transformers_add_no_second_adapter(method: str, instead: str) -> None:
-    model = tiny_models.build("llama")
-    attach(model, LoRA(rank=2))
-    with pytest.raises(AdapterStateError, match=rf"{method}\(\) would .* lorakit\.{instead}\("):
-        getattr(model, method)(OPTIONS)
 
 
 @pytest.mark.parametrize("left_over", [False, True])

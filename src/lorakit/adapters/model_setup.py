@@ -7,35 +7,29 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from lorakit.adapters import ties
+from lorakit.adapters import generation, replaced_methods, ties
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import unwatch, watch
-from lorakit.adapters.generation import generate
 from lorakit.adapters.installed import base_parameters
-from lorakit.adapters.replaced_methods import (
-    cast,
-    fuse_qkv_projections,
-    replace_in_owner,
-    replace_method,
-)
+from lorakit.adapters.replaced_methods import replace_in_owner, replace_method
 from lorakit.adapters.save_pretrained import load_beside_adapters, save_pretrained
 from lorakit.adapters.statistics import RECORDED, record_statistics
 from lorakit.methods.trained import REQUIRED_GRADIENT, gradient_flags
 from lorakit.models.quantised import Cleared, allow_training, restore_flags
 
-_METHODS = (
-    (PreTrainedModel, "save_pretrained", save_pretrained),
-    (PreTrainedModel, "resize_token_embeddings", ties.resize_token_embeddings),
-    (PreTrainedModel, "tie_weights", ties.tie_weights),
-    (PreTrainedModel, "half", cast),
-    (PreTrainedModel, "float", cast),
-    (PyTorchModelHubMixin, "save_pretrained", save_pretrained),
-    (GenerationMixin, "generate", generate),
-)
+_REPLACED = {
+    (PreTrainedModel, "save_pretrained"): save_pretrained,
+    (PyTorchModelHubMixin, "save_pretrained"): save_pretrained,
+    (PreTrainedModel, "resize_token_embeddings"): ties.resize_token_embeddings,
+    (PreTrainedModel, "tie_weights"): ties.tie_weights,
+    (PreTrainedModel, "half"): replaced_methods.cast,
+    (PreTrainedModel, "float"): replaced_methods.cast,
+    (GenerationMixin, "generate"): generation.generate,
+}
 
 # Of the class, because a model cannot tell which other models contain it. On import, because a process that
 # unpickles an adapted model never calls `attach`.
-for _kind, _name, _function in _METHODS:
+for (_kind, _name), _function in _REPLACED.items():
     replace_method(_kind, _name, _function)
 
 
@@ -53,12 +47,12 @@ def prepare_model(model: nn.Module, activation: Activation) -> list[Cleared]:
     # By every name, because a merge separates tied parameters.
     setattr(model, REQUIRED_GRADIENT, gradient_flags(model))
     # A class may have a `generate` that does not call that of transformers (MusicGen).
-    replace_in_owner(type(model), "generate", generate)
+    kind = type(model)
+    replace_in_owner(kind, "generate", generation.generate)
     if not isinstance(model, PreTrainedModel):
-        replace_in_owner(type(model), "save_pretrained", save_pretrained)
-        replace_in_owner(
-            type(model), "fuse_qkv_projections", fuse_qkv_projections, library="diffusers"
-        )
+        replace_in_owner(kind, "save_pretrained", save_pretrained)
+        fuse = "fuse_qkv_projections"
+        replace_in_owner(kind, fuse, replaced_methods.fuse_qkv_projections, library="diffusers")
     watch(model, activation)
     record_statistics(model)
     model.register_load_state_dict_pre_hook(load_beside_adapters)

@@ -31,6 +31,7 @@ from lorakit.adapters.installed import (
     require_unsharded,
     unmergeable,
 )
+from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.merging import MergedLayer, changed_weights
 from lorakit.adapters.replaced_methods import OwnMethod
 from lorakit.adapters.statistics import record_loaded
@@ -113,11 +114,11 @@ def _why_not_merged(model: nn.Module) -> str | None:
 def _training_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' tensors, and the parameters of the base that the user has unfrozen."""
     state = {
-        f"{path}.{ADAPTERS}.{key}": tensor
-        for path, _, adapters in adapted_layers(model)
-        for key, tensor in adapters.state_dict().items()
+        key: tensor
+        for start, _, adapters in _layers(model)
+        for key, tensor in adapters.state_dict(prefix=f"{start}{ADAPTERS}.").items()
     }
-    _drop_second_names(model, state, set())
+    _drop_second_names(model, state)
     return state | {name: p.detach() for name, p in base_parameters(model) if p.requires_grad}
 
 
@@ -143,10 +144,8 @@ def _state_dict_is_merged(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterStateError: An adapter or a tie would be lost; or the block has not called `model.state_dict()`.
     """
-    is_read = any(
-        isinstance(part, PreTrainedModel) and any(True for _ in adapted_layers(part))
-        for part in model.modules()
-    )
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    is_read = any(next(adapted_layers(part), None) for part in parts)
 
     def merge(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
         nonlocal is_read
@@ -187,18 +186,14 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
     """
     merged: dict[str, Tensor] = {}
     marks: dict[str, dict[str, Tensor]] = {}  # by the key of a changed weight
-    unpacked: set[str] = (
-        set()
-    )  # keys whose weight is a merged or trained one, which is never quantised
-    in_use: set[int] = set()
-    for path, layer, adapters in adapted_layers(model):
+    for start, layer, adapters in _layers(model):
         if adapters.activation.users_block is not None:
             raise AdapterStateError(
                 "The model cannot be saved inside per_sample, per_token, using or disabled: rows may have other "
                 "weights. Leave the block first."
             )
         blend = adapters.activation.active.blends[0]
-        start = f"{path}." if path else ""
+        path = start.removesuffix(".")
         changed = changed_weights(path, layer, adapters, blend)
         has_changed = False
         # On a GPU, all merged weights together may not fit beside the base.
@@ -210,8 +205,6 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         if changed:
             mark = torch.tensor([CHANGED if has_changed else 1], dtype=torch.uint8)
             marks[start + changed[0]] = {f"{start}{ADAPTERS}.{MARK}": mark}
-        unpacked.update(start + attribute for attribute in (*changed, *adapters.replaced))
-        in_use.update(map(id, layer._parameters.values()))
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = without_wrappers(key)
@@ -219,12 +212,12 @@ def adapted_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, 
             result[name] = merged.pop(name, tensor)
         # A file may be split into shards, which are loaded one by one: a mark stays with its weight.
         result |= marks.pop(name, {})
-    _dequantise(model, result, unpacked)
-    _drop_second_names(model, result, in_use)
+    _dequantise(model, result)
+    _drop_second_names(model, result)
     return result
 
 
-def _dequantise(model: nn.Module, state: dict[str, Tensor], unpacked: set[str]) -> None:
+def _dequantise(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Dequantise weights to ``W_q``, in the layout of the layer that bitsandbytes quantised."""
     for key, weight in base_weights(model):
         if not isinstance(weight, QuantisedWeight) or key not in state:
@@ -234,7 +227,9 @@ def _dequantise(model: nn.Module, state: dict[str, Tensor], unpacked: set[str]) 
         scales = (f"{path}.SCB", f"{path}.weight_format")
         for other in [k for k in state if k.startswith(f"{key}.") or k in scales]:
             del state[other]
-        state[key] = weight.in_layout(state[key]) if key in unpacked else weight.dequantised().cpu()
+        held = state[key]
+        is_merged = held.is_floating_point() and held.numel() == weight.numel()
+        state[key] = weight.in_layout(held) if is_merged else weight.dequantised().cpu()
 
 
 class _Copy(NamedTuple):
@@ -244,25 +239,38 @@ class _Copy(NamedTuple):
     """Key of the base tensor that it replaces while its adapter is active."""
     key: str
     tensor: nn.Parameter
+    is_in_use: bool
 
 
 def _trained_copies(model: nn.Module) -> list[_Copy]:
     """Return the trained copies of base tensors, with their keys in the model without wrappers."""
     return [
-        _Copy(start + attribute, f"{start}{ADAPTERS}.{name}.trained.{attribute}", copy)
-        for path, _, adapters in adapted_layers(model)
-        for start in [f"{path}." if path else ""]
+        _Copy(
+            start + attribute,
+            f"{start}{ADAPTERS}.{name}.trained.{attribute}",
+            copy,
+            layer._parameters[attribute] is copy,
+        )
+        for start, layer, adapters in _layers(model)
         for name, module in adapters.items()
         for attribute, copy in module.trained.items()
     ]
 
 
-def _drop_second_names(model: nn.Module, state: dict[str, Tensor], written: set[int]) -> None:
-    """Keep one key of each trained copy, and none of those `written` under a base key: files hold a tensor once."""
-    for copy in _trained_copies(model):
+def _drop_second_names(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Keep one key of each trained copy: the base's key if the copy is in use, because a file holds a tensor once."""
+    copies = _trained_copies(model)
+    written = {id(copy.tensor) for copy in copies if copy.is_in_use and copy.base_key in state}
+    for copy in copies:
         if id(copy.tensor) in written:
             state.pop(copy.key, None)
         written.add(id(copy.tensor))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerAdapters]]:
+    """Yield `adapted_layers` with the start of the layer's keys in place of its path."""
+    for path, layer, adapters in adapted_layers(model):
+        yield f"{path}." if path else "", layer, adapters
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -297,7 +305,6 @@ def load_beside_adapters(
             "used in. Load without assign, or call activate(None) first."
         )
     is_of_run = _has_adapter_tensors(model, state)
-    _refuse_merged_base(model, state)
     _keep_quantised(model, state)
     _keep_base(model, state, is_of_run)
     if is_of_run:
@@ -311,10 +318,13 @@ def load_beside_adapters(
 
 
 def _keep_base(model: nn.Module, state: dict[str, Tensor], is_of_run: bool) -> None:
-    """Give base keys that contain an adapter's effect to the trained copies, never to the base's own parameters.
+    """Load base keys that contain an adapter's effect into the trained copies, never into the base's own parameters.
 
     The base keys of a marked layer are such. So are those in a file of the trainable parameters alone, where
     `model.named_parameters()` gives a trained copy in use the base's key.
+
+    Raises:
+        AdapterStateError: The adapter would act on weights that contain its effect already.
     """
     copies = _trained_copies(model)
     held = {id(copy.tensor) for copy in copies if copy.key in state}
@@ -325,18 +335,19 @@ def _keep_base(model: nn.Module, state: dict[str, Tensor], is_of_run: bool) -> N
     only_trained = is_of_run and all(
         is_of_adapter(key) or len(lacking.get(key, ())) == 1 for key in state
     )
-    for path, layer, adapters in adapted_layers(model):
-        start = f"{path}." if path else ""
-        mark = f"{start}{ADAPTERS}.{MARK}"
-        is_marked = state.pop(mark, None) is not None
+    were_loaded: list[bool] = []  # whether the base has the merged weights of the file
+    for start, layer, adapters in _layers(model):
+        mark = state.pop(f"{start}{ADAPTERS}.{MARK}", None)
         is_active = bool(adapters.activation.active.names & adapters.keys())
         for attribute, parameter in layer._parameters.items():
             key = start + attribute
             if parameter is None or key not in state:
                 continue
             own = lacking.get(key, [])
-            if is_marked or only_trained:
-                if len(own) == 1 and own[0].tensor is parameter:
+            if mark is not None and mark.eq(CHANGED).all():
+                were_loaded.append(equals_base(state[key], base_parameter(layer, attribute)))
+            if mark is not None or only_trained:
+                if len(own) == 1 and own[0].is_in_use:
                     continue
                 if len(own) == 1:
                     state[own[0].key] = state[key]
@@ -347,7 +358,12 @@ def _keep_base(model: nn.Module, state: dict[str, Tensor], is_of_run: bool) -> N
             elif is_active and not is_of_run:
                 _require_base(key, state[key], parameter)
         if adapters.replaced:  # the live layer has this buffer, so strict loading expects the key
-            state[mark] = getattr(adapters, MARK)
+            state[f"{start}{ADAPTERS}.{MARK}"] = getattr(adapters, MARK)
+    if were_loaded and all(were_loaded):
+        raise AdapterStateError(
+            "The base of this model was loaded from a checkpoint that holds the same adapter merged, so the adapter "
+            "would act twice. Load the original base, attach the adapter, and resume from the checkpoint."
+        )
 
 
 def _require_base(key: str, loaded: Tensor, base: Tensor) -> None:
@@ -368,12 +384,12 @@ def _has_adapter_tensors(model: nn.Module, state: dict[str, Tensor]) -> bool:
     Raises:
         AdapterStateError: The model's adapters lack one of them; loading with strict=False would ignore it.
     """
-    known = {
-        f"{path}.{ADAPTERS}.{key}".removeprefix(".")
-        for path, _, adapters in adapted_layers(model)
+    ours = {
+        f"{start}{ADAPTERS}.{key}"
+        for start, _, adapters in _layers(model)
         for key in (MARK, *adapters.state_dict())
     }
-    unknown = {key for key in state if is_of_adapter(key)} - known
+    unknown = {key for key in state if is_of_adapter(key)} - ours
     if unknown:  # unless a module of the base is also called `adapters`
         unknown -= {without_wrappers(key) for key in model.state_dict()}
     if unknown:
@@ -381,27 +397,7 @@ def _has_adapter_tensors(model: nn.Module, state: dict[str, Tensor]) -> bool:
             f"'{min(unknown)}' belongs to an adapter, and this layer of the model has no such tensor. Attach the "
             "adapters that the file was saved with, under the same names, before you load it."
         )
-    return not known.isdisjoint(state)
-
-
-def _refuse_merged_base(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Reject the file of a base that was loaded from it, and so contains the adapter's effect already."""
-    equal = []
-    for path, layer, _ in adapted_layers(model):
-        start = f"{path}." if path else ""
-        mark = state.get(f"{start}{ADAPTERS}.{MARK}")
-        if mark is not None and not mark.is_meta and bool(mark.eq(CHANGED).all()):
-            attributes = [
-                a for a, p in layer._parameters.items() if p is not None and start + a in state
-            ]
-            equal.append(
-                all(equals_base(state[start + a], base_parameter(layer, a)) for a in attributes)
-            )
-    if equal and all(equal):
-        raise AdapterStateError(
-            "The base of this model was loaded from a checkpoint that holds the same adapter merged, so the adapter "
-            "would act twice. Load the original base, attach the adapter, and resume from the checkpoint."
-        )
+    return not ours.isdisjoint(state)
 
 
 def _keep_quantised(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -411,10 +407,9 @@ def _keep_quantised(model: nn.Module, state: dict[str, Tensor]) -> None:
         loaded = state.get(key)
         if loaded is None or (loaded.shape, loaded.dtype) == (packed.shape, packed.dtype):
             continue
-        is_marked = f"{path}.{ADAPTERS}.{MARK}" in state
-        if not is_marked and not (
-            loaded.shape == weight.shape and loaded.to(packed.device).equal(weight.dequantised())
-        ):
+        if f"{path}.{ADAPTERS}.{MARK}" in state:
+            continue
+        if loaded.shape != weight.shape or not equals_base(loaded, weight.dequantised()):
             raise AdapterStateError(
                 f"'{key}' differs from this model's dequantised {weight.kind} weight: the file was saved from another "
                 "base, or from another quantisation of the same one. Load the base that it was saved from."
