@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from lorakit.adapters import Adapters, activation
-from lorakit.adapters.activation import Activation, Moment
+from lorakit.adapters.activation import Activation, Current
 from lorakit.methods.lora.layer import LoRALayer
 
 Fault = Callable[[], contextlib.AbstractContextManager[None]]
@@ -21,18 +20,17 @@ Fault = Callable[[], contextlib.AbstractContextManager[None]]
 @contextlib.contextmanager
 def stale_choice() -> Iterator[None]:
     """A layer uses the choice of the lookup before: that of an earlier pass after a change."""
-    original = Activation.moment
+    original = Activation.current
 
-    def moment(self: Activation) -> Moment:
+    def current(self: Activation) -> Current:
         now = original(self)
         before = getattr(self, "_last", now)
-        # Without the decoding step, which cannot be copied with the model.
-        self._last = now._replace(of_pass=replace(now.of_pass, step=None))  # type: ignore[attr-defined]
-        fits = before.of_pass.batch == now.of_pass.batch
-        known = before.of_pass.choice.names <= self.adapters.keys()
+        self._last = now  # type: ignore[attr-defined]
+        fits = before.choice.rows == now.choice.rows and before.choice.tokens == now.choice.tokens
+        known = before.choice.names <= self.serials.keys()
         return before if fits and known else now
 
-    with mock.patch.object(Activation, "moment", moment):
+    with mock.patch.object(Activation, "current", current):
         yield
 
 

@@ -17,7 +17,6 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.activation import _BLOCKS
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -240,26 +239,6 @@ def test_disabled_is_the_base_bit_for_bit_and_using_is_the_adapter(method) -> No
     assert not torch.allclose(adapted, base)
 
 
-def test_a_block_that_ends_in_another_thread_is_an_error(toy, other_thread) -> None:
-    _, adapters = toy
-
-    def stream() -> Iterator[int]:
-        with adapters.per_sample(["a", "a"]):
-            yield 1
-
-    stepwise = stream()
-    other_thread(lambda: next(stepwise))
-    with pytest.raises(AdapterStateError, match="another thread or task"):
-        next(stepwise)
-
-    def blocks_after_another() -> tuple[object, ...]:
-        with adapters.per_sample(["b", "b"]):
-            pass
-        return _BLOCKS.get()
-
-    assert other_thread(blocks_after_another) == ()  # the ended one would keep its model
-
-
 def test_two_models_do_not_share_a_block(toy, x, expected) -> None:
     model, adapters = toy
     adapters.activate("b")
@@ -271,96 +250,6 @@ def test_two_models_do_not_share_a_block(toy, x, expected) -> None:
     with copied.per_sample(["a", "a"]):
         assert torch.equal(model(x), expected["b"])
         torch.testing.assert_close(other(x), expected["a"])
-
-
-# --- changes beside a running pass ---------------------------------------------------------------------
-
-CHANGES: dict[str, Callable[[Adapters], object]] = {
-    "activate": lambda adapters: adapters.activate("b"),
-    "merge": lambda adapters: adapters.merge(),
-    "remove": lambda adapters: adapters.remove("b"),
-    "detach": lambda adapters: adapters.detach(),
-    "attach": lambda adapters: attach(adapters.model, LoRA(rank=1, targets="first"), name="c"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_refused_while_another_thread_runs(toy, x, expected, change) -> None:
-    model, adapters = toy
-    adapters.activate("a")
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        inside.set()
-        go_on.wait(60)
-
-    model.between = wait
-    with ThreadPoolExecutor(1) as pool:
-        output = pool.submit(model, x)
-        assert inside.wait(60)
-        with pytest.raises(AdapterStateError, match="another thread"):
-            change(adapters)
-        go_on.set()
-        assert torch.equal(output.result(60), expected["a"])
-    assert adapters.active == {"a": 1.0}
-    change(adapters)  # the pass has ended
-
-
-@pytest.mark.parametrize("change", [c for n, c in CHANGES.items() if n != "activate"])
-def test_changes_are_refused_inside_the_own_pass(toy, x, change) -> None:
-    model, adapters = toy
-    model.between = lambda: change(adapters)
-    with pytest.raises(AdapterStateError, match="this thread"):
-        model(x)
-    model.between = lambda: None
-    change(adapters)
-
-
-def test_a_pass_keeps_the_choice_that_it_began_with(toy, x, expected) -> None:
-    model, adapters = toy
-    adapters.activate("a")
-    model.between = lambda: adapters.activate("b")
-    assert torch.equal(model(x), expected["a"])
-    assert torch.equal(model(x), expected["b"])
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_pass_that_was_interrupted_is_over(toy, x, expected, error, other_thread) -> None:
-    """PyTorch calls no hook after a KeyboardInterrupt."""
-    model, adapters = toy
-    adapters.activate("a")
-
-    def interrupt() -> None:
-        raise error
-
-    model.between = interrupt
-    with pytest.raises(error):
-        model(x)
-    model.between = lambda: None
-    other_thread(lambda: adapters.activate("b"))
-    assert torch.equal(model(x), expected["b"])
-    adapters.detach()
-
-
-def test_an_adapter_of_an_open_block_that_was_removed_is_an_error(toy, x, other_thread) -> None:
-    model, adapters = toy
-    with adapters.per_sample(["b", "a"]):
-        other_thread(lambda: adapters.remove("b"))
-        with pytest.raises(AdapterStateError, match="'b' was removed"):
-            model(x)
-        other_thread(lambda: attach(model, LoRA(rank=1, targets="first"), name="b"))
-        with pytest.raises(AdapterStateError, match="'b' was removed"):
-            model(x)  # another adapter of the same name
-
-
-def test_a_merge_beside_an_open_block_is_an_error(toy, x, expected, other_thread) -> None:
-    model, adapters = toy
-    with adapters.per_sample(["b", None]):
-        other_thread(lambda: adapters.merge("a"))
-        with pytest.raises(AdapterStateError, match="merged while"):
-            model(x)
-        other_thread(adapters.unmerge)
-        torch.testing.assert_close(model(x)[1], expected[None][1])
 
 
 # --- trained copies beside a block ---------------------------------------------------------------------
@@ -385,31 +274,6 @@ def test_rows_do_not_see_the_copies_that_activate_put_in_place() -> None:
             with trained.per_sample([name] * 3):
                 torch.testing.assert_close(model(x), outputs[name])
         assert torch.equal(model(x), outputs[active])
-
-
-def test_the_backbone_keeps_the_choice_of_the_pass_around_it() -> None:
-    model, adapters = generator()
-    adapters.activate("a")
-    expected = model(IDS).logits  # type: ignore[operator]
-    model.model.register_forward_pre_hook(lambda *_: adapters.activate("b"))  # type: ignore[union-attr]
-    assert torch.equal(model(IDS).logits, expected)  # type: ignore[operator]
-
-
-def test_an_interrupted_pass_does_not_outlive_its_block() -> None:
-    """A part that is called alone must not find the rows of the dead pass."""
-    model, adapters = generator()
-    adapters.activate(None)
-    head, hidden = model.lm_head, torch.randn(2, 3, 32)
-    base = head(hidden)  # type: ignore[operator]
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    hook = head.register_forward_pre_hook(interrupt)  # type: ignore[union-attr]
-    with pytest.raises(KeyboardInterrupt), adapters.per_sample(["a", "b"]):
-        model(IDS)
-    hook.remove()
-    assert torch.equal(head(hidden), base)  # type: ignore[operator]
 
 
 # --- generations ---------------------------------------------------------------------------------------
@@ -507,20 +371,6 @@ def test_a_generation_repeats_the_rows_for_its_beams(part: str) -> None:
     for i, name in enumerate(("a", "b")):
         adapters.activate(name)
         assert torch.equal(mixed[i], generate(model, num_beams=3)[i])
-
-
-def test_activate_is_refused_between_two_passes_of_another_thread() -> None:
-    model, adapters = generator()
-    adapters.activate("a")
-    inside, go_on = threading.Event(), threading.Event()
-    pause = Between(lambda: (inside.set(), go_on.wait(60)))
-    with ThreadPoolExecutor(1) as pool:
-        output = pool.submit(generate, model, stopping_criteria=[pause])
-        assert inside.wait(60)
-        with pytest.raises(AdapterStateError, match="another thread"):
-            adapters.activate("b")
-        go_on.set()
-        assert torch.equal(output.result(60), generate(model))
 
 
 def test_a_block_inside_a_generation_is_for_its_own_calls() -> None:

@@ -81,15 +81,6 @@ def test_gradients_of_effects_that_read_the_layer() -> None:
     torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_pass_that_activates_copies_keeps_its_own_parameters() -> None:
-    model = tiny_models.build("llama")
-    adapters = adapted(model, dora=DORA, full=FullFineTuning(top_layers=1))
-    adapters.activate("dora")
-    expected = model(IDS).logits
-    model.model.layers[0].register_forward_pre_hook(lambda *_: adapters.activate("full"))
-    torch.testing.assert_close(model(IDS).logits, expected)
-
-
 class TwoOutputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -396,3 +396,35 @@ def test_an_error_before_the_first_change_of_a_permanent_merge_leaves_the_adapte
         handle.merge(keep_base=False)
     assert "merged in part" not in caplog.text
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("point", range(1, 4))
+@pytest.mark.parametrize("method", ["replace", "restore"])
+def test_an_interrupt_between_two_layers_loses_nothing(
+    method: str, point: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).eval()
+    adapters = attach(model, LoRA(rank=2, targets=tuple("0123")), name="a")
+    randomise(adapters)
+    x = torch.randn(2, 4)
+    adapted = model(x)
+    adapters.activate(None)
+    base = model(x)
+    adapters.activate("a")
+    if method == "restore":
+        adapters.merge()
+    own, calls = getattr(LayerAdapters, method), []
+
+    def interrupted(*args: Any) -> None:
+        calls.append(own(*args))
+        if len(calls) == point:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerAdapters, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapters.unmerge() if method == "restore" else adapters.merge()
+    assert not adapters.merged
+    torch.testing.assert_close(model(x), adapted)
+    adapters.activate(None)
+    assert torch.equal(model(x), base)

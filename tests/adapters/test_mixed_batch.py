@@ -89,15 +89,6 @@ def test_another_number_of_rows_is_an_error(rows: Rows, batch: int) -> None:
         model(torch.randn(batch, 4))
 
 
-def test_a_layer_called_by_itself_checks_its_rows() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    adapters = adapted(model, "0")
-    refuses(adapters, ["a"], lambda: model[0](torch.randn(3, 4)), "0")
-    refuses(adapters, ["a", "b"], lambda: model[0](torch.randn(4, 4)), "0")
-    with adapters.per_sample(["a", "b"]):
-        model[0](torch.randn(2, 4))
-
-
 @pytest.mark.parametrize("batch", [2, 6])
 def test_a_stated_repeat(batch: int) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(batch, 4)
@@ -242,19 +233,23 @@ def test_one_adapter_for_all_rows_proves_no_order() -> None:
     refuses(adapters, ["a", "b"], lambda: model(torch.randn(2, 2, 4)), "layer")
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("length", [2, 3])
-def test_layers_of_pytorch_that_declare_their_axis(batch_first: bool, length: int) -> None:
+def encoder(*, batch_first: bool) -> Adapters:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dropout=0.0)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    x = torch.randn(2, length, 8)
-    axis = 0 if batch_first else 1
-    x = x if batch_first else x.transpose(0, 1).contiguous()
-    adapters = adapted(model, "mlp")
+    return adapted(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "mlp")
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_layers_of_pytorch_with_rows_in_the_first_axis(length: int) -> None:
+    adapters, x = encoder(batch_first=True), torch.randn(2, length, 8)
     rows: Rows = ["a", None]
     with adapters.per_sample(rows):
-        actual = model(x)
-    torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x), axis))
+        actual = adapters.model(x)
+    torch.testing.assert_close(actual, separately(adapters, rows, lambda: adapters.model(x)))
+
+
+def test_sequence_first_layers_of_pytorch_are_refused() -> None:
+    adapters = encoder(batch_first=False)
+    refuses(adapters, ["a", None], lambda: adapters.model(torch.randn(2, 2, 8)), "linear1")
 
 
 class Doubled(nn.Module):
@@ -312,24 +307,6 @@ def test_positions_that_all_rows_share() -> None:
     adapters = adapted(model, "wpe")
     ids = torch.arange(3, 7).view(2, 2)  # as many positions as rows
     refuses(adapters, ["a", "b"], lambda: model(ids).logits, r"transformer\.wpe")
-
-
-def test_a_table_that_looks_up_an_input_of_the_model() -> None:
-    model = tiny_models.build("bert")
-    for seed, name in enumerate(("a", "b")):
-        method = LoRA(rank=seed + 1, targets="token_type_embeddings")
-        adapters = attach(model, method, name=name)
-        randomise(adapters, name, seed=seed)
-    ids = torch.arange(3, 17).view(2, 7)
-    kinds = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 1]])
-
-    def call() -> Tensor:
-        return model(input_ids=ids, token_type_ids=kinds).logits
-
-    rows: Rows = ["b", "a"]
-    with adapters.per_sample(rows):
-        actual = call()
-    torch.testing.assert_close(actual, separately(adapters, rows, call))
 
 
 class Flattened(nn.Module):
@@ -401,19 +378,6 @@ def test_a_table_of_positions_that_is_as_long_as_the_batch() -> None:
         pytest.raises(AdapterStateError, match=r"query_proj.*table of positions"),
     ):
         model(ids)
-
-
-def test_relative_positions_by_token() -> None:
-    model = tiny_models.build("t5")
-    adapters = adapted(model, "relative_attention_bias")
-    ids = torch.arange(3, 19).view(4, 4)
-    with (
-        adapters.per_token([("a", 8), (None, 8)]),
-        pytest.raises(
-            AdapterStateError, match=r"relative_attention_bias.*not known to be an input"
-        ),
-    ):
-        model(input_ids=ids, decoder_input_ids=ids)
 
 
 class Prototypes(nn.Module):

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.installed import adapted_layers
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
@@ -168,18 +167,6 @@ def test_merge_or_removal_before_backward_is_refused(
         value.backward()
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_merge_in_evaluation_before_backward_is_refused(use_reentrant: bool) -> None:
-    """A merge in eval mode removes the hooks; a recomputation still raises the error."""
-    model, adapters = build(use_reentrant=use_reentrant)
-    unchanged(model, adapters)
-    value = loss(model)
-    model.eval()
-    adapters.merge()
-    with pytest.raises(AdapterStateError, match="backward"):
-        value.backward()
-
-
 @pytest.mark.parametrize("outer_reentrant", [False, True])
 @pytest.mark.parametrize("inner_reentrant", [False, True])
 def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> None:
@@ -235,9 +222,6 @@ def test_a_copy_made_before_the_backward_pass() -> None:
     value.backward()
     assert any(gradient is not None for gradient in gradients(adapters))
     assert all(gradient is None for gradient in gradients(copied))
-    copied.model.eval()
-    copied.merge()
-    assert not any(layer._forward_hooks for _, layer, _ in adapted_layers(copied.model))
 
 
 def test_a_reentrant_block_that_switches_gradients_on_keeps_its_choice():
@@ -274,7 +258,7 @@ def test_detach_before_backward_is_refused(use_reentrant: bool, only_one: bool) 
         adapters.remove("a")
     value = loss(model)
     adapters.detach()
-    with pytest.raises(AdapterStateError, match="detached between"):
+    with pytest.raises(AdapterStateError, match="between the forward and the backward"):
         value.backward()
 
 
@@ -284,7 +268,7 @@ def test_detach_and_attach_before_backward_is_refused(use_reentrant: bool) -> No
     value = loss(model)
     adapters.detach()
     attach(model, METHOD, name="a")
-    with pytest.raises(AdapterStateError, match="detached between"):
+    with pytest.raises(AdapterStateError, match="between the forward and the backward"):
         value.backward()
 
 
@@ -307,22 +291,6 @@ def test_merge_and_unmerge_before_backward_is_refused(use_reentrant: bool) -> No
     value = loss(model)
     adapters.merge()
     adapters.unmerge()
-    with pytest.raises(AdapterStateError, match="merged between"):
-        value.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_detach_after_a_pass_of_the_merged_model_is_refused(use_reentrant: bool) -> None:
-    """In evaluation a merge removes the hooks; a pass with gradients needs them to record its checkpoints."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
-    adapters = attach(model, LoRA(rank=2, targets="0"), name="a")
-    randomise(adapters)
-    adapters.merge()
-    assert not model[0]._forward_hooks
-    x = torch.randn(3, 8, requires_grad=True)
-    value = checkpoint(model, x, use_reentrant=use_reentrant).sum()
-    adapters.detach()
-    attach(model, LoRA(rank=2, targets="1"), name="b")
     with pytest.raises(AdapterStateError, match="between the forward and the backward"):
         value.backward()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import tiny_models
 import torch
@@ -186,22 +184,6 @@ def test_classification_pipeline() -> None:
         assert left["score"] == pytest.approx(right["score"], abs=1e-5)
     adapters.detach()
     assert pipe(["A man is playing"])[0] == base
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        lambda model: model.generate_batch(BATCH["input_ids"].tolist()),
-        lambda model: model.generate(BATCH["input_ids"], cache_implementation="paged"),
-    ],
-    ids=["generate_batch", "paged"],
-)
-def test_continuous_batching_in_a_block_is_an_error(run: Callable) -> None:
-    """transformers generates in a new thread, which would use what `activate` set."""
-    model, adapters = adapted("a")
-    message = r"does not see per_sample.*call activate\(\)"
-    with adapters.disabled(), pytest.raises(AdapterStateError, match=message):
-        run(model)
 
 
 def test_continuous_batching_uses_the_active_adapter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -12,10 +13,9 @@ from transformers import PreTrainedModel
 from lorakit.adapters.handle import Adapters, own_handle
 from lorakit.adapters.installed import adapted_layers
 from lorakit.adapters.statistics import running_statistics
-from lorakit.configuration import is_whole
 from lorakit.errors import AdapterStateError, ConfigurationError, TargetError
 from lorakit.methods.method import Method, require_method
-from lorakit.methods.module import AdapterModule, ModuleHook
+from lorakit.methods.module import AdapterModule
 from lorakit.methods.trained import require_called
 from lorakit.models.dtypes import FLOATS, dtype_name
 from lorakit.models.packed import require_gradients, require_own_parameters
@@ -59,12 +59,7 @@ def attach(
     if dtype not in FLOATS:
         names = ", ".join(f"torch.{dtype_name(one)}" for one in FLOATS)
         raise ConfigurationError(f"dtype is {dtype!r}; it must be one of {names}.")
-    if seed is not None:
-        if not is_whole(seed) or not -(2**63) <= seed < 2**64:
-            raise ConfigurationError(
-                f"seed is {seed!r}; it must be a whole number of 64 bits, or None."
-            )
-        seed = int(seed)  # torch rejects NumPy's
+    seed = None if seed is None else operator.index(seed)  # torch rejects NumPy's
     handle = handle_for(model)
     handle.check_can_add(name)
     with handle.changing():
@@ -78,7 +73,7 @@ def attach(
         if trained_names:
             require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
-        handle.activate(name)  # before a forward pass of another thread can begin
+        handle.activate(name)
     if (name := next(iter(running_statistics(handle.model)), None)) is not None:
         _LOG.warning(
             "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "
@@ -115,12 +110,6 @@ def _check_modules(modules: Mapping[str, AdapterModule]) -> None:
                 f"The method's modules() gives {kind.__name__} for '{path}'; an AdapterModule was expected. Derive "
                 "the class from lorakit.methods.AdapterModule."
             )
-        for hook in (*module.layer_hooks, *module.backbone_hooks):
-            if not isinstance(hook, ModuleHook):
-                raise ConfigurationError(
-                    f"{kind.__name__} on '{path}' has the hook {hook!r:.100}; a ModuleHook was expected: "
-                    "ModuleHook(function)."
-                )
         for name, tensor in module.state_dict().items():
             if tensor.dtype not in FLOATS:
                 raise ConfigurationError(

@@ -81,10 +81,8 @@ class MergedLayer:
         return unquantised
 
 
-def merged_layers(model: nn.Module, blend: Blend, *, packed: bool = False) -> list[MergedLayer]:
+def merged_layers(model: nn.Module, blend: Blend) -> list[MergedLayer]:
     """Return what merging these adapters changes, after all checks that need no numbers of the merge.
-
-    `packed` leaves out the weights that another library than bitsandbytes has quantised, instead of an error.
 
     Raises:
         AdapterStateError: A weight is quantised in an unsupported way, is not a parameter or has no numbers; or an
@@ -93,15 +91,13 @@ def merged_layers(model: nn.Module, blend: Blend, *, packed: bool = False) -> li
     """
     require_mergeable(model, [name for name, _ in blend])
     return [
-        MergedLayer(
-            path, layer, adapters, changed_weights(path, layer, adapters, blend, packed=packed)
-        )
+        MergedLayer(path, layer, adapters, changed_weights(path, layer, adapters, blend))
         for path, layer, adapters in adapted_layers(model)
     ]
 
 
 def changed_weights(
-    path: str, layer: nn.Module, adapters: LayerAdapters, blend: Blend, *, packed: bool
+    path: str, layer: nn.Module, adapters: LayerAdapters, blend: Blend
 ) -> list[str]:
     """Return the attributes of a layer that a merge replaces; see `merged_layers`."""
     show_parameters(layer)  # after an interrupted call
@@ -110,8 +106,6 @@ def changed_weights(
         for key, tensor in module.state_dict(prefix=f"{path}.{ADAPTERS}.{name}.").items():
             check_tensor(f"'{key}'", tensor)
     changed = dict.fromkeys(a for m in modules.values() for a in m.changed_weights(layer))
-    if packed:
-        changed = [a for a in changed if packed_by(layer, a) is None]
     for attribute in changed:
         if reason := _why_no_delta(layer, attribute):
             raise AdapterStateError(f"'{f'{path}.{attribute}'.lstrip('.')}' {reason}")
