@@ -34,7 +34,6 @@ from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
-from lorakit.storage import atomic
 
 PROVENANCE = {"seed": 3, "scores": {"loss": 1.25, "bleu": None}, "data": {"train": {"source": "é"}}}
 
@@ -344,61 +343,6 @@ def test_a_record_edited_by_hand(folder):
     path.write_text(text.replace('"seed": 3', '"seed": 4'))
     with pytest.raises(AdapterFileError, match="edited by hand"):
         formats.read(folder)
-
-
-# --- saves that fail -----------------------------------------------------------------------------
-
-
-class InjectedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [InjectedError(), OSError(28, "No space left on device")])
-def test_a_save_that_fails_at_any_step_leaves_the_old_adapter(tmp_path, monkeypatch, error):
-    """Every write, flush and rename of a save fails in turn."""
-    old, new = ADAPTERS["plain"], ADAPTERS["fused"]
-    target = tmp_path / "adapter"
-
-    def save(stored: StoredAdapter) -> None:
-        with storage.atomic_folder(target, overwrite=True) as temporary:
-            formats.write(stored, temporary)
-
-    save(old)
-    steps = (
-        (os, "fsync"),
-        (os, "replace"),
-        (atomic, "_exchange"),
-        (Path, "write_bytes"),
-        (Path, "touch"),
-        (os, "chmod"),
-        (formats.peft.writing, "write_safetensors"),
-        (lorakit_json, "write_safetensors"),
-    )
-    call, failed = 0, True
-    while failed:
-        call, count = call + 1, 0
-
-        def failing(original, call=call):
-            def step(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == call:
-                    raise error
-                return original(*args, **kwargs)
-
-            return step
-
-        failed = False
-        with monkeypatch.context() as patch:
-            for owner, name in steps:
-                patch.setattr(owner, name, failing(getattr(owner, name)))
-            try:
-                save(new)
-            except (InjectedError, RunFolderError):
-                failed = True
-        assert_equal(formats.read(target), old if failed else new)
-        assert os.listdir(tmp_path) == ["adapter"]
-    assert call > 10
 
 
 def test_overwriting_what_is_no_adapter_is_refused(tmp_path):
