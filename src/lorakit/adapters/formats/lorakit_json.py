@@ -254,7 +254,9 @@ def _layer(path: str, description: Mapping[str, Any], tensors: dict[str, Tensor]
         raise AdapterFileError(
             f"it has unknown settings or lacks some: {', '.join(different)}. Update lorakit, or save the adapter again."
         )
-    parts = {name: tensors.pop(f"layers.{path}.{name}", None) for name in TENSORS[2:]}
+    parts: dict[str, Any] = {
+        name: tensors.pop(f"layers.{path}.{name}", None) for name in TENSORS[2:]
+    }
     return StoredLayer(
         **{name: description[name] for name in _FIELDS},
         slices=tuple(RowSlice(**piece) for piece in description["slices"]),
