@@ -96,7 +96,7 @@ def _soak_and_check(args: argparse.Namespace, folder: Path, bound: float) -> dic
     base = load_base(args.base, dtype=args.dtype)
     assert base.tokenizer is not None
     root = folder / "adapters"
-    digest = base_record(base.model, tokenizer=base.tokenizer).weights.exact or ""
+    digest = base_record(base.model, tokenizer=base.tokenizer).exact or ""
     versions = write_contents(root, base.model.config, args.seed)
     timeline = Timeline()
     names = [f"t{i:02}" for i in range(NAMES)]

@@ -188,14 +188,6 @@ def test_an_adapter_without_numbers_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("provenance", [{1: 2}, {"data": [{"rows": {2: 3}}]}])
-def test_keys_of_the_provenance_are_texts(adapters: Adapters, tmp_path: Path, provenance) -> None:
-    with pytest.raises(ConfigurationError, match=r"the key \d is not a string"):
-        adapters.save(tmp_path / "saved", "sql", provenance=provenance)
-    assert not list(tmp_path.iterdir())
-    adapters.save(tmp_path / "saved", "sql", provenance={"a": 1})
-
-
 REPLACED = (
     r"layer 'model\.layers\.0\.self_attn\.q_proj' was replaced after the adapter 'sql' was attached"
 )

@@ -78,7 +78,7 @@ def test_json_stays_json(adapter: Path, capsys) -> None:
     assert main(["inspect", str(adapter), "--json", "true"]) == 0
     output = capsys.readouterr().out
     assert_harmless(output)
-    assert json.loads(output)["base"]["source"]["name"] == f"base{HIDDEN}"
+    assert json.loads(output)["base"]["name"] == f"base{HIDDEN}"
 
 
 def test_notices(adapter: Path, tmp_path: Path, capsys) -> None:

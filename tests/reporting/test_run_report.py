@@ -65,7 +65,7 @@ def test_the_numbers_of_a_run_are_on_its_page(run: Path) -> None:
     assert f"{weights / 1000:.3g} kB" in text
     record = json.loads((run / "adapter" / "lorakit.json").read_text())
     assert record["provenance"]["data"]["train"]["sha256"] in text
-    assert record["base"]["weights"]["exact"] in text
+    assert record["base"]["exact"] in text
     assert "batch_size: 4" in text
 
 

@@ -531,9 +531,9 @@ def test_a_refused_adapter_leaves_memory(root: Path, monkeypatch: pytest.MonkeyP
     """The error is remembered: neither the tensors nor the first request may stay with it."""
     tensors: list[weakref.ref[torch.Tensor]] = []
 
-    def refuse(model: Any, stored: Any, path: str, **_: Any) -> None:
+    def refuse(model: Any, stored: Any, **_: Any) -> None:
         tensors.append(weakref.ref(next(iter(stored.layers.values())).A))
-        raise WrongBaseError(f"'{path}' was trained on another base.")
+        raise WrongBaseError(f"'{stored.path}' was trained on another base.")
 
     monkeypatch.setattr("lorakit.serving.preparing.check_base", refuse)
     store = AdapterStore(open_base(), root, budget=LARGE)

@@ -59,7 +59,7 @@ def test_the_run_and_its_adapter_say_what_they_were_trained_over(tmp_path, base,
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert written["base"]["dtype"] == kind
     record = json.loads((tmp_path / "run/adapter/lorakit.json").read_text())["base"]
-    assert record["weights"]["dtype"] == kind
+    assert record["dtype"] == kind
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
