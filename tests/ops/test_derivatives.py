@@ -6,7 +6,6 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from lorakit.ops.lora_segments import Segment, lora_segments
 from random_adapters import randomise
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +17,7 @@ from lorakit.models.faster import make_faster, make_stock
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.dropout import dropout
 from lorakit.ops.linear_cross_entropy import linear_cross_entropy
-from lorakit.ops.lora_linear import lora_linear
+from lorakit.ops.lora_linear import Product, lora_linear
 from lorakit.ops.rms_norm import rms_norm
 from lorakit.ops.rows import put_rows, take_rows
 from lorakit.ops.silu_product import silu_product
@@ -35,13 +34,12 @@ ONCE = {
 """Functions without a second derivative, by their module."""
 
 TWICE = {
-    "lora_segments": lambda x: lora_segments(x, x * x, [Segment(AT, A, B, 2.0)]),
     "rows": lambda x: put_rows(take_rows(x, AT).square(), AT, 3),
 }
 """Functions with one."""
 
 EVERY = {
-    "lora_linear": lambda x: lora_linear(x, x * x, A, B, 2.0),
+    "lora_linear": lambda x: lora_linear(x, x * x, [Product(None, A, B, 2.0)]),
     "dropout": lambda x: dropout(x, 0.5).square(),
 }
 """Functions with every derivative."""
@@ -114,16 +112,15 @@ def test_a_first_derivative_with_a_graph_is_the_same(module: str) -> None:
     assert torch.equal(plain, with_graph)
 
 
-@pytest.mark.parametrize("module", [*TWICE, "lora_linear"])
-def test_second_derivatives(module: str) -> None:
+@pytest.mark.parametrize("tokens", [None, slice(1, 3), AT], ids=["all", "slice", "index"])
+def test_second_derivatives_of_products(tokens: slice | Tensor | None) -> None:
     x = rows().double().requires_grad_()
-    segment = Segment(AT, A.double(), B.double(), 2.0)
-    f = {
-        "lora_linear": lambda x: lora_linear(x, x * x, segment.A, segment.B, 2.0),
-        "lora_segments": lambda x: lora_segments(x, x * x, [segment]),
-        "rows": TWICE["rows"],
-    }[module]
-    assert torch.autograd.gradgradcheck(f, (x,))
+    product = Product(tokens, A.double(), B.double(), 2.0)
+    assert torch.autograd.gradgradcheck(lambda x: lora_linear(x, x * x, [product]), (x,))
+
+
+def test_second_derivatives_of_rows() -> None:
+    assert torch.autograd.gradgradcheck(TWICE["rows"], (rows().double().requires_grad_(),))
 
 
 def test_an_adapted_model_has_every_transform() -> None:
