@@ -1,4 +1,4 @@
-"""A process that runs out of memory halves its batches, with the same result."""
+"""A process that runs out of memory halves its batches: without dropout the result stays the same."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import tiny_runs
 import torch
 from safetensors.torch import load_file
@@ -270,6 +271,15 @@ def test_models_that_cannot_be_sharded(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="WithoutBlocks has no list of blocks to shard"):
         require_shardable(WithoutBlocks(), BaseConfig(name="x"))
+
+
+def test_a_model_that_skips_blocks_at_random_cannot_be_sharded() -> None:
+    """Each process would skip others, and compute a block with the weights of the next one."""
+    model = tiny_models.build("bart", encoder_layerdrop=0.3)
+    with pytest.raises(
+        ConfigurationError, match=r"skips blocks at random \(encoder_layerdrop 0\.3"
+    ):
+        require_shardable(model, BaseConfig(name="x"))
 
 
 @pytest.mark.slow

@@ -121,7 +121,8 @@ def _event_sentences(run: RunRecord) -> list[str]:
         if event.get("event") == OUT_OF_MEMORY:
             sentences.append(
                 f"Process {event.get('process')} ran out of memory at step {step}: its {event.get('setting')} was "
-                f"{event.get('after')} instead of {event.get('before')} from there on, with the same result."
+                f"{event.get('after')} instead of {event.get('before')} from there on. Without dropout, this "
+                "changes the result by rounding only."
             )
         if event.get("event") == REWIND:
             sentences.append(

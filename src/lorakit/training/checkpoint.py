@@ -6,7 +6,7 @@ A checkpoint is a folder ``step-000100`` of
 - ``optimizer.safetensors``: AdamW's two running means and step count of each trained tensor;
 - ``state.json``: the fields of `State`, the digests of the other files, and its own checksum.
 
-The step number is the position in the data (see schedule.py), and it seeds the random numbers (see noise.py).
+The step number is the position in the data (see schedule.py), and each batch seeds its random numbers (see noise.py).
 
 A checkpoint folder is written under a temporary name and renamed when it is complete. Disks fail, so a resumed run
 verifies the digests of the newest checkpoint. It skips a damaged checkpoint and uses the one before: every checkpoint

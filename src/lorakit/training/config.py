@@ -182,8 +182,8 @@ class TrainConfig:
     batch_size: int = 16
     """Examples per forward and backward pass."""
     accumulation: int = 1
-    """Batches per optimizer step. A step uses the same batch_size x accumulation examples, and gives the same result up
-    to rounding, however it is cut into batches."""
+    """Batches per optimizer step. A step uses the same batch_size x accumulation examples, however it is cut into
+    batches, and without dropout gives the same result up to rounding."""
     packing: bool = True
     """Compute tokens that examples of a batch share (a common prompt) only once. Loss and gradients equal those of
     separate examples. If the model does not support packing, the run pads its batches and prints a note."""
