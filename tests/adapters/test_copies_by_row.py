@@ -44,7 +44,7 @@ def assert_right(adapters: Adapters, rows: Rows, active: str | None, call: Calla
 
 def assert_refused(adapters: Adapters, rows: Rows, active: str | None, call: Callable) -> None:
     adapters.activate(active)
-    with adapters.per_sample(rows), pytest.raises(AdapterStateError, match="cannot"):
+    with pytest.raises(AdapterStateError, match="cannot"), adapters.per_sample(rows):
         call()
 
 
@@ -177,7 +177,7 @@ def test_a_layer_that_mamba_only_reads(method: object) -> None:
     model = transformers.MambaForCausalLM(config).eval()
     adapters = adapted(model, t=method)
     assert_refused(adapters, [None], "t", lambda: model(input_ids=IDS[:1]))
-    with adapters.disabled(), pytest.raises(AdapterStateError, match="without calling its layer"):
+    with pytest.raises(AdapterStateError, match="without calling its layer"), adapters.disabled():
         model(input_ids=IDS)
 
 

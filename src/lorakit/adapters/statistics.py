@@ -37,7 +37,7 @@ def record_statistics(model: nn.Module) -> None:
 
 def record_loaded(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Record the statistics in a state dict of base weights, which is about to be loaded into `model`."""
-    recorded: dict[str, Tensor] = getattr(model, RECORDED)
+    recorded: dict[str, Tensor] = getattr(model, RECORDED, {})
     recorded |= {name: state[name].detach().clone() for name in recorded if name in state}
 
 
@@ -62,7 +62,7 @@ def restore_statistics(model: nn.Module) -> None:
 
 def _changed(model: nn.Module) -> dict[str, Tensor]:
     """Return the recorded statistics that have changed."""
-    recorded: dict[str, Tensor] = getattr(model, RECORDED)
+    recorded: dict[str, Tensor] = getattr(model, RECORDED, {})
     return {
         name: recorded[name]
         for name, buffer in running_statistics(model).items()
