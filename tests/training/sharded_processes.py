@@ -93,7 +93,8 @@ def opened(root: Path, processes: Any, **settings: Any) -> Job:
     setup.shard_base = shard
     job.model.double()
     if job.config.shard:
-        shard(job.model, job.base_record, job.device)
+        _ = job.base_record  # hashes the weights before sharding drops them
+        shard(job.model, job.device)
     return job
 
 
