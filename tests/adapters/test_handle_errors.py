@@ -17,7 +17,7 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of, installed, load, merging
+from lorakit.adapters import Adapters, attach, handle_of, installed, load
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import (
     AdapterFileError,
