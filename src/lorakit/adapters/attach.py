@@ -79,11 +79,11 @@ def attach(
             require_called(handle.model, {*trained_names})
         handle.add(name, method, modules, trained_names)
         handle.activate(name)  # before a forward pass of another thread can begin
-    if (name := next(iter(running_statistics(handle.model)), None)) is not None:
+    if (statistic := next(iter(running_statistics(handle.model)), None)) is not None:
         _LOG.warning(
             "'%s' has running statistics. model.train() lets a forward pass change them, and an adapter's file cannot "
             "hold them: call eval() on such layers after each model.train().",
-            name.rpartition(".")[0],
+            statistic.rpartition(".")[0],
         )
     if (inner := _wrapped_model(handle.model)) is not None:
         path, kind = inner[0], type(inner[1]).__name__
