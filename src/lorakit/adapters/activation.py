@@ -73,6 +73,9 @@ class Activation:
     serials: dict[str, int] = field(default_factory=dict)
     """A number for each adapter of the model by name, which no other adapter gets."""
 
+    of_peft: list[Any] = field(default_factory=list)
+    """The configurations that earlier adapters of PEFT have left on the model."""
+
     def __post_init__(self) -> None:
         self._thread = _Thread()
         self._records: WeakKeyDictionary[Any, Current] = WeakKeyDictionary()

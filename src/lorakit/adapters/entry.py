@@ -27,6 +27,7 @@ def watch(model: nn.Module, activation: Activation) -> None:
     """Hook a model and its backbone."""
     for module in _entries(model):
         setattr(module, _ACTIVATION, activation)
+        activation.of_peft += _adapters_of_peft(module)
         module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
@@ -52,9 +53,15 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a model: check that its batch has the rows or tokens of the choice.
 
     Raises:
-        AdapterStateError: It does not. Or TRL would read the weight of an adapted head without calling the head.
+        AdapterStateError: It does not. Or TRL would read the weight of an adapted head without calling the head. Or
+            PEFT has put an adapter on the model since.
     """
     activation: Activation = module.__dict__[_ACTIVATION]
+    if any(config not in activation.of_peft for config in _adapters_of_peft(module)):
+        raise AdapterStateError(
+            "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
+            "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
+        )
     if kwargs.get("fused_lm_head") and activation.merged is None:
         _require_unadapted_head(module)
     choice = activation.current().choice  # a checkpoint around the model records it
@@ -76,6 +83,13 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             "Give one name (or None) for each row of the batch. If each row comes several times in a row, say "
             "per_sample(names, repeat=...)."
         )
+
+
+def _adapters_of_peft(module: nn.Module) -> list[Any]:
+    """Return the configurations of PEFT's adapters on a model; some versions leave them there after `unload`."""
+    configs = module.__dict__.get("peft_config")
+    of_each = configs.values() if isinstance(configs, dict) else ()
+    return [config for config in of_each if hasattr(config, "peft_type")]
 
 
 def _require_unadapted_head(model: nn.Module) -> None:
