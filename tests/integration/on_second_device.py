@@ -51,7 +51,12 @@ from lorakit.training.step import optimizer_step
 SECOND = f"{second_device.NAME}:0"
 BATCHES = (1, 4)
 """Numbers of batches in a step whose waits for the device are counted."""
-NO_DROPOUT = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
+NO_DROPOUT = {
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "roberta": {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+"""Settings that turn off a base's dropout, whose masks another device draws otherwise."""
 REQUESTS = (4, 32)
 """Numbers of requests in a decoding step."""
 Scenario = Callable[[str, Path], Any]
@@ -84,7 +89,7 @@ def _outcome(scenario: Scenario, device: str, folder: Path) -> Any:
 def _config(device: str, folder: Path, arch: str = "llama", **settings: Any) -> TrainConfig:
     base = folder / "base"
     if not base.exists():
-        tiny_runs.save_base(base, arch)
+        tiny_runs.save_base(base, arch, **NO_DROPOUT.get(arch, {}))
     if arch in tiny_models.ENCODERS and "data" not in settings:
         train_file = tiny_runs.write_rows(folder / "labelled.jsonl", tiny_runs.labelled(72))
         held_out = tiny_runs.write_rows(folder / "held_out.jsonl", tiny_runs.labelled(12, 1))
@@ -112,7 +117,7 @@ def _trained(arch: str = "llama", **settings: Any) -> Scenario:
 
 def _resumed(device: str, folder: Path) -> Any:
     """Stop in step 4, and train on from the checkpoint of step 3."""
-    config = _config(device, folder, lora=LoRA(dropout=0.1), max_steps=5)
+    config = _config(device, folder, max_steps=5)
     with pytest.MonkeyPatch.context() as patch:
         tiny_runs.crash_in_step(patch, 4)
         with pytest.raises(tiny_runs.Crash):
@@ -224,7 +229,7 @@ def _refusal(device: str, folder: Path) -> Any:
 SCENARIOS: dict[str, Scenario] = {
     "train packed": _trained(),
     "train padded": _trained(packing=False),
-    "train with dropout": _trained(lora=LoRA(dropout=0.2, dora=True)),
+    "train with DoRA": _trained(lora=LoRA(dora=True)),
     "train every weight": _trained(method="full"),
     "train a prefix": _trained(method="prefix_layer"),
     "train bottleneck layers": _trained(method="bottleneck", bottleneck=BottleneckAdapter(size=8)),

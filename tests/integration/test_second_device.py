@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("on_second_device.py")
 NAMES = [
     "train packed",
     "train padded",
-    "train with dropout",
+    "train with DoRA",
     "train every weight",
     "train a prefix",
     "train bottleneck layers",
@@ -52,7 +52,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_results_are_those_of_the_cpu(name: str, outcomes: dict[str, Any]) -> None:
-    """Up to rounding: on another device than the CPU, other ones of lorakit's and PyTorch's kernels run."""
+    """Up to rounding, without dropout: other kernels of lorakit and PyTorch run than on the CPU."""
     expected, found = outcomes[name].values()
     assert not isinstance(expected, str), expected
     assert not isinstance(found, str), found

@@ -281,41 +281,6 @@ def test_a_file_that_cannot_fit_is_refused_unread(
         store.acquire("a")
 
 
-@pytest.mark.slow
-def test_a_file_that_grows_while_it_is_read_ends(
-    store: AdapterStore, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lorakit.storage import records
-
-    monkeypatch.setattr(records, "_CHUNK", 4096)
-    path, original, reads = root / "a" / TENSORS, Path.open, []
-
-    def growing(self: Path, *options: Any) -> Any:
-        file = original(self, *options)
-        if self != path:
-            return file
-
-        class Growing:
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                file.close()
-
-            def read(self, length: int = -1) -> bytes:
-                reads.append(length)
-                assert len(reads) < 10_000, "the file is read for ever"
-                with open(path, "ab") as end:
-                    end.write(b"x" * 5000)
-                return file.read(length)
-
-        return Growing()
-
-    monkeypatch.setattr(Path, "open", growing)
-    with pytest.raises(AdapterFileError, match="changed each time"):
-        store.acquire("a")
-
-
 def test_paths_outside_the_root_are_refused(
     store: AdapterStore, root: Path, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def test_equal_batches_of_a_step_have_different_masks(tmp_path: Path) -> None:
 def test_recomputed_blocks_draw_the_same_masks(tmp_path: Path, arch: str) -> None:
     """Gradient checkpointing restores the generators' states."""
     usual = job_of(tmp_path, arch)
-    usual.objective.last_block = None  # checkpointed blocks are computed whole
+    usual.objective.last_block = None  # type: ignore[union-attr]  # checkpointed blocks are computed whole
     recomputed = job_of(tmp_path, arch, gradient_checkpointing=True)
     assert distance(gradient(recomputed), gradient(usual)) < 1e-12
 

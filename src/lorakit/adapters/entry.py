@@ -57,7 +57,8 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             PEFT has put an adapter on the model since.
     """
     activation: Activation = module.__dict__[_ACTIVATION]
-    if any(config not in activation.of_peft for config in _adapters_of_peft(module)):
+    known = {id(config) for config in activation.of_peft}
+    if any(id(config) not in known for config in _adapters_of_peft(module)):
         raise AdapterStateError(
             "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
             "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."

@@ -73,8 +73,9 @@ def release_model(model: nn.Module, cleared: list[Cleared]) -> None:
     for key in [k for k, h in hooks.items() if getattr(h, "hook", h) is load_beside_adapters]:
         del hooks[key]
     model.__dict__.pop(RECORDED, None)
-    flags = model.__dict__.pop(REQUIRED_GRADIENT, {})
+    flags = model.__dict__.get(REQUIRED_GRADIENT, {})
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    model.__dict__.pop(REQUIRED_GRADIENT, None)
     restore_flags(cleared)
     unwatch(model)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lorakit.adapters.formats import BaseRecord
 from lorakit.adapters.installed import adapted_layers, base_weights
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import size
@@ -64,8 +65,7 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
     if dropped := [name for name, rate in rates.items() if rate]:
         raise ConfigurationError(
             f"shard is true, but '{base.name}' skips blocks at random ({dropped[0]} {rates[dropped[0]]}), and each "
-            "process would skip others. Set it to 0 in the config.json of the base, or set shard to false (--shard "
-            "false)."
+            "process would skip others. Set it to 0 in the config.json of the base, or set shard to false."
         )
     for name, weight in base_weights(model):
         if isinstance(weight, (QuantisedWeight, PackedWeight)):
@@ -75,16 +75,20 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
             )
 
 
-def shard_base(model: nn.Module, device: torch.device) -> None:
+def shard_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
     """Shard the weights of a base, with its adapter, over the processes, and drop all full copies.
 
     Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only. The
-    base's fingerprint has to be taken before.
+    base's fingerprint `record` has to be taken before. Afterwards it lacks the dropped tensors.
     """
     for _, _, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
             adapters.forget(attribute)
     shard_blocks(model, device)
+    assert record.layout is not None  # it has just been taken
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_sharded(parameter) or name in record.excluded:
+            record.layout.names.parameters.pop(name, None)
 
 
 @contextmanager

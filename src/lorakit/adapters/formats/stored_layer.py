@@ -171,7 +171,7 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except LorakitError as error:
-        if str(error).startswith(where):
+        if str(error).startswith(where.removesuffix("'")):
             raise
         raise type(error)(f"{where}: {error}") from error
 
