@@ -65,7 +65,8 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
     if dropped := [name for name, rate in rates.items() if rate]:
         raise ConfigurationError(
             f"shard is true, but '{base.name}' skips blocks at random ({dropped[0]} {rates[dropped[0]]}), and each "
-            "process would skip others. Set it to 0 in the config.json of the base, or set shard to false."
+            "process would skip others. Set it to 0 in the config.json of the base, or set shard to false (--shard "
+            "false)."
         )
     for name, weight in base_weights(model):
         if isinstance(weight, (QuantisedWeight, PackedWeight)):
