@@ -135,9 +135,10 @@ def metrics(run: Path, split: str) -> list[dict[str, Any]]:
 
 
 def adapter_bytes(run: Path, which: str = "adapter") -> bytes:
-    """Return the weights file of a run's adapter; full fine-tuning has a file of its own name."""
-    (weights,) = (run / which).glob("*.safetensors")
-    return weights.read_bytes()
+    """Return the weights files of a run's adapter: PEFT's, lorakit's own, or both."""
+    files = sorted((run / which).glob("*.safetensors"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
 
 
 def require_same_bytes(run: Path, other: Path) -> None:

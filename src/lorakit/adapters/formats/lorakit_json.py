@@ -134,8 +134,8 @@ def read(folder: Path) -> StoredAdapter:
     path = folder / LORAKIT_JSON
     record = storage.read_json(path)
     _check_record(record, path)
+    notices = _check_files(record["files"], folder)
     try:
-        notices = _check_files(record["files"], folder)
         tensors = _read_tensors(record, folder)
         layers = {}
         for layer_path, description in record["layers"].items():
