@@ -59,6 +59,8 @@ class RowLayout:
             raise self.refuse(self.refused)
         if isinstance(x, nn.Parameter):
             raise self.refuse("its input is a parameter")
+        if not all(isinstance(n, int) for n in x.shape[:axes]):
+            raise self.refuse("it is traced, or exported with dynamic_shapes, so its rows can vary")
         shape, size = tuple(x.shape), x.shape[0] if axes else 1
         if choice.unit == "token":
             if x.shape[:axes].numel() != sum(choice.tokens):

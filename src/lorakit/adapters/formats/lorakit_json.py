@@ -134,8 +134,8 @@ def read(folder: Path) -> StoredAdapter:
     path = folder / LORAKIT_JSON
     record = storage.read_json(path)
     _check_record(record, path)
-    notices = _check_files(record["files"], folder)
     try:
+        notices = _check_files(record["files"], folder)
         tensors = _read_tensors(record, folder)
         layers = {}
         for layer_path, description in record["layers"].items():
@@ -162,6 +162,8 @@ def read(folder: Path) -> StoredAdapter:
             notices=[*notices, *rank_notices(layers)],
         )
     except LorakitError as error:
+        if str(error).startswith(f"'{folder}"):  # it names a file
+            raise
         raise AdapterFileError(f"'{folder}': {error}") from error
     except Exception as error:  # untrusted: a value may have any type or size
         if is_momentary(error):

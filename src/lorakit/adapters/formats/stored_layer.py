@@ -171,7 +171,7 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except LorakitError as error:
-        if str(error).startswith(where.removesuffix("'")):
+        if str(error).startswith(where):
             raise
         raise type(error)(f"{where}: {error}") from error
 
