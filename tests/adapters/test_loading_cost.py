@@ -166,9 +166,7 @@ def test_a_false_size_in_a_small_file_allocates_nothing(tmp_path: Path) -> None:
     storage.write_record(record, content)
     with (
         RealTensors() as real,
-        pytest.raises(
-            AdapterFileError, match=r"shape \(2, 32\), and this model needs \(999999, 32\)"
-        ),
+        pytest.raises(AdapterFileError, match="size mismatch for embedding"),
     ):
         lorakit.load(model, tmp_path / "adapter")
     assert 0 < real.largest <= expected

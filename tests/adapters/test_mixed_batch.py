@@ -249,7 +249,7 @@ def test_layers_of_pytorch_with_rows_in_the_first_axis(length: int) -> None:
 
 def test_sequence_first_layers_of_pytorch_are_refused() -> None:
     adapters = encoder(batch_first=False)
-    refuses(adapters, ["a", None], lambda: adapters.model(torch.randn(2, 2, 8)), "linear1")
+    refuses(adapters, ["a", None], lambda: adapters.model(torch.randn(2, 2, 8)), "layers.0.linear1")
 
 
 class Doubled(nn.Module):

@@ -347,5 +347,5 @@ def test_a_peft_folder_with_a_file_of_no_tensors(
     shell.refuses(
         COMMANDS_ON_AN_ADAPTER[command].format(base=base),
         "adapter_model.bin",
-        "is not a tensor file",
+        "is no file of named tensors",
     )

@@ -47,8 +47,8 @@ class Call(NamedTuple):
         def part(value: Any) -> Any:
             if value is self.x:
                 return x
-            if not isinstance(value, Tensor):
-                return value
+            if not isinstance(value, Tensor) or len(value) == 1:
+                return value  # one entry is for all rows
             if len(value) != len(self.x):
                 raise AdapterStateError(
                     f"{type(self.layer).__name__} takes tensors with other numbers of rows, so it cannot compute some "

@@ -161,21 +161,16 @@ def add_adapter(
         LorakitError: The base and the adapter do not fit each other. The model is unchanged.
     """
     own = adapter.tokenizer
-    handle = load(
+    if own is not None:
+        require_known_tokens(base, own, adapter.path)
+    load(
         base.model,
         dataclasses.replace(adapter.stored, path=adapter.path),
         name=name,
         allow_other_base=allow_other_base,
         tokenizer=base.tokenizer if own is None else None,
     )
-    if own is None:
-        return base.tokenizer
-    try:
-        require_known_tokens(base, own, adapter.path)
-    except BaseException:
-        handle.remove(name)
-        raise
-    return own
+    return base.tokenizer if own is None else own
 
 
 def require_known_tokens(base: Base, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

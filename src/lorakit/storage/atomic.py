@@ -72,13 +72,13 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces `path` when the block ends without an exception.
 
     On any exception `path` keeps its old content. The new file has the mode of the old one: a private file stays
-    private.
+    private. Before long work, call `require_free_file`.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, cannot be written, or is a file and `overwrite` is false; or
+        RunFolderError: `path` is a folder or a device, or cannot be written. Or it is a file and `overwrite` is false:
             another process has written it meanwhile, and the result has a name beside it.
     """
-    target = require_free_file(path, overwrite=overwrite)
+    target = require_free_file(path, overwrite=True)
     with _temporary(target, Path.touch) as temporary:
         yield temporary
         with writing(target):

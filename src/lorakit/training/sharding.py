@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lorakit.adapters.formats import BaseRecord
 from lorakit.adapters.installed import adapted_layers, base_weights
 from lorakit.errors import ConfigurationError
 from lorakit.formatting import size
@@ -76,20 +75,16 @@ def require_shardable(model: nn.Module, base: BaseConfig) -> None:
             )
 
 
-def shard_base(model: nn.Module, record: BaseRecord, device: torch.device) -> None:
+def shard_base(model: nn.Module, device: torch.device) -> None:
     """Shard the weights of a base, with its adapter, over the processes, and drop all full copies.
 
     Where the adapter trains a copy of a base tensor, the original is dropped: a run computes with the copy only. The
-    base's fingerprint `record` has to be taken before. Afterwards it lacks the dropped tensors.
+    base's fingerprint has to be taken before.
     """
     for _, _, adapters in adapted_layers(model):
         for attribute in list(adapters.replaced):
             adapters.forget(attribute)
     shard_blocks(model, device)
-    assert record.layout is not None  # it has just been taken
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_sharded(parameter) or name in record.excluded:
-            record.layout.names.parameters.pop(name, None)
 
 
 @contextmanager

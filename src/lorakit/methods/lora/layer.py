@@ -90,6 +90,7 @@ class LoRALayer(AdapterModule):
             dropout=dropout,
             form=self.form_class.of(layer, slices, grouped),
             scales=not dora,
+            merges=not lora_bias or getattr(layer, "bias", None) is not None,
             out_features=self.dimensions(layer)[1],
         )
         if dora:
