@@ -19,7 +19,6 @@ from effective_weights import (
     PlainAdapter,
     SmallModel,
     Weights,
-    pause_in_block,
     random,
 )
 from hypothesis import strategies as st
@@ -390,29 +389,3 @@ class AdapterMachine(MachineState):
             return await running
 
         self.check(own_loop.run(both()), choices)
-
-    @precondition(MachineState.attached)
-    @rule(call=st.sampled_from(["activate", "merge", "unmerge", "remove", "detach"]), name=USED)
-    def change_during_a_pass(self, call: str, name: str) -> None:
-        """Every change is refused while another thread's forward pass is between two layers."""
-        handle = self.handle
-        entered, go_on = threading.Event(), threading.Event()
-
-        def pause() -> None:
-            entered.set()
-            assert go_on.wait(60)
-
-        @torch.no_grad()
-        def other_thread() -> Tensor:
-            pause_in_block(pause)
-            return self.model(IDS[:BATCH])
-
-        running = started(other_thread)
-        try:
-            assert entered.wait(60)
-            arguments = () if call in ("unmerge", "detach") else (name,)
-            self.assert_refused(lambda: getattr(handle, call)(*arguments))
-        finally:
-            go_on.set()
-            output = running.result(60)
-        self.check(output, self.everywhere())

@@ -6,7 +6,6 @@ effective weights ``W + sum of weight * scaling * B A`` as plain matrices, and m
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,13 +32,6 @@ Method = LoRA | BitFit
 Weights = tuple[tuple[str, float], ...]
 """Name and weight of each adapter that acts on a token; empty for the base alone."""
 
-_THREAD = threading.local()
-
-
-def pause_in_block(pause: object) -> None:
-    """Make forward passes of this thread call `pause` between two adapted layers; None stops that."""
-    _THREAD.pause = pause
-
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -49,8 +41,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x).tanh()
-        if pause := getattr(_THREAD, "pause", None):
-            pause()
         return x + self.down(hidden)
 
 
@@ -66,6 +56,10 @@ class SmallModel(nn.Module):
         self.double()
         for parameter in self.parameters():
             parameter.data = 0.7 * random(parameter.shape, generator)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Name the table of tokens, as transformers' models do: its rows are those of the batch."""
+        return self.table
 
     def forward(
         self, ids: Tensor, probe: Tensor | None = None, use_reentrant: bool | None = None

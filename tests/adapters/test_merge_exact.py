@@ -18,11 +18,9 @@ from torch.nn.utils import prune
 
 from lorakit import Adapters, FullFineTuning, LoRA, attach
 from lorakit.adapters import merging
-from lorakit.adapters.entry import leave
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.errors import AdapterFileError, AdapterStateError
-from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.method import Method, describe
 from lorakit.methods.module import AdapterModule
 
@@ -153,6 +151,10 @@ def test_merged_parameter_is_a_tensor_of_its_own():
     assert all(model.state_dict(keep_vars=True)[key] is tensor for key, (tensor, _) in held.items())
 
 
+def ours(hook: Any) -> bool:
+    return hook.__module__.startswith("lorakit.")
+
+
 def test_a_merged_model_is_called_as_the_base_is():
     """A merge in eval mode removes the adapters' hooks, except among others, whose order unmerge must restore."""
     model = tiny_models.build("llama").eval()
@@ -167,15 +169,16 @@ def test_a_merged_model_is_called_as_the_base_is():
     handle.merge()
     hooks[layer] += 1
     assert {
-        module: len([hook for hook in module._forward_hooks.values() if hook is not leave])
+        module: len([h for h in module._forward_hooks.values() if module is layer or not ours(h)])
         for module in hooks
     } == hooks
     # Another order of summation: the rounding error is relative to the largest numbers.
     rounding = 3e-5 * float(adapted.detach().abs().max())
     torch.testing.assert_close(model(ids).logits, adapted, rtol=0, atol=rounding)
     handle.unmerge()
+    seen.clear()
     assert torch.equal(model(ids).logits, adapted)
-    assert len(seen) == 4  # three passes and the trial of `linearity`
+    assert len(seen) == 1
 
 
 def test_a_model_merged_in_inference_mode_can_be_trained_later():
@@ -292,24 +295,6 @@ def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
     handle.detach()
     restore(model["b"])
     attach(model, LoRA(rank=2, targets=("a", "b"))).merge()
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_each_product_is_computed_once(monkeypatch: pytest.MonkeyPatch, dora: bool):
-    computed = []
-    delta_matrix = LoRALayer.delta_matrix
-
-    def counted(module: LoRALayer) -> Tensor:
-        computed.append(module)
-        return delta_matrix(module)
-
-    monkeypatch.setattr(LoRALayer, "delta_matrix", counted)
-    model = tiny_models.build("llama")
-    handle = attach(model, LoRA(rank=2, dora=dora))
-    adapted_state_dict(model, model.state_dict())
-    assert len(computed) == len(handle.modules())
-    handle.merge()
-    assert len(computed) == 2 * len(handle.modules())
 
 
 class Doubling(AdapterModule):

@@ -12,7 +12,6 @@ from random_adapters import randomise
 from torch import Tensor, nn
 
 from lorakit.adapters import attach, handle_of
-from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
 IDS = torch.arange(3, 17).view(2, 7)
@@ -188,13 +187,3 @@ def test_blocks_of_threads_under_compilation() -> None:
                 other.submit(logits, compiled).result()
             torch.testing.assert_close(logits(compiled), torch.stack([adapted[0], base[1]]))
         torch.testing.assert_close(other.submit(logits, compiled).result(), adapted)
-
-        def stream():
-            with adapters.per_sample([None, None]):
-                yield logits(compiled)
-
-        stepwise = stream()
-        torch.testing.assert_close(next(stepwise), base)
-        with pytest.raises(AdapterStateError, match="another thread or task"):
-            other.submit(next, stepwise).result()
-        torch.testing.assert_close(logits(compiled), adapted)  # the block has ended

@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import tiny_models
@@ -180,21 +179,6 @@ def test_a_copy_of_one_layer_of_a_merged_model_is_one_layer(
     assert torch.equal(twin.weight, layer.weight)
     # The base weight is kept, and a copy has it twice.
     assert size_of_file(twin) < before + 2.5 * layer.weight.nbytes
-
-
-def test_a_model_is_not_sent_to_a_process_inside_a_block() -> None:
-    """The process would not see the block, and would silently use the adapter."""
-    model = nn.Sequential(nn.Linear(4, 4))
-    adapters = attach(model, LoRA(rank=2, targets="0"))
-    with adapters.disabled():
-        for copied in COPIES.values():
-            copied(model)
-        with pytest.raises(AdapterStateError, match="another process"):
-            ForkingPickler.dumps(model)
-    with adapters.using("default"):  # as outside
-        ForkingPickler.dumps(model)
-    sent = pickle.loads(ForkingPickler.dumps(model))
-    assert handle_of(sent).active == {"default": 1.0}
 
 
 def test_the_handle_is_found_in_a_module_around_the_model() -> None:

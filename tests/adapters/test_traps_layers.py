@@ -11,7 +11,7 @@ from tiny_models import assert_same_tensors
 from torch import Tensor, nn
 
 from lorakit.adapters import attach
-from lorakit.errors import AdapterStateError, ConfigurationError
+from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.method import LoRA
 
 
@@ -268,12 +268,3 @@ def test_autocast_gives_the_output_the_dtype_that_the_base_has(
 
 
 # --- layers that another tool replaces --------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_layer_that_was_quantised_without_its_adapter_refuses_to_run() -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    attach(model, LoRA(rank=2, targets="0"))
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    with pytest.raises(AdapterStateError, match=r"lacks its adapters. Call merge\(keep_base=False"):
-        quantised(torch.randn(2, 8))

@@ -246,7 +246,9 @@ def test_wrapped_layers(order: str, tmp_path: Path) -> None:
     adapters.unmerge()
     with adapters.per_sample(["default", None]):
         rows = logits(model)
-    torch.testing.assert_close(rows, torch.stack([expected[0], logits(base())[1]]))
+    torch.testing.assert_close(
+        rows, torch.stack([expected[0], logits(base())[1]]), atol=2e-4, rtol=0
+    )
     adapters.merge(keep_base=False)
     assert_adapted(model, expected, atol=1e-3, rtol=0)
 

@@ -19,7 +19,7 @@ from lorakit import LoRA
 from lorakit.adapters.handle import handle_of
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
-from lorakit.methods.lora.experts import ExpertsLoRA, StackedLoRA
+from lorakit.methods.lora.experts import ExpertsLoRA
 from lorakit.ops.low_rank_sum import LowRankSum
 
 ARCHITECTURES = tiny_models.WITH_EXPERTS
@@ -270,18 +270,6 @@ def test_experts_that_are_adapted_and_trained_in_full(other):
         method = lorakit.Combined(methods=(LoRA(targets="experts", rank=2), other))
     with pytest.raises(LorakitError, match=r"in full.*(Remove it|Choose one of the two)"):
         lorakit.attach(mixture(), method)
-
-
-def test_a_merge_computes_each_weight_once(monkeypatch):
-    computed, delta = [], StackedLoRA.delta_matrix
-    monkeypatch.setattr(
-        StackedLoRA, "delta_matrix", lambda module: computed.append(module) or delta(module)
-    )
-    for options in ({}, {"dora": True}):
-        handle = adapted(mixture(), **options)
-        computed.clear()
-        handle.merge()
-        assert len(computed) == len({*computed}) == 4
 
 
 def test_copies_files_and_detaching(tmp_path: Path):

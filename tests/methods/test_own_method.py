@@ -174,17 +174,11 @@ class Doubles(AdapterModule):
         return (1 + weight) * output
 
 
-def test_a_module_without_weights_is_not_merged(tmp_path: Path) -> None:
+def test_a_module_without_weights_is_not_merged() -> None:
     model = tiny_models.build("llama")
     adapters = attach(model, OnOutput(kind=Doubles))
-    says = (
-        "Doubles at 'model.layers.0.mlp.up_proj' defines neither delta_weights nor merged_weights"
-    )
-    with pytest.raises(AdapterStateError, match=f"'default' cannot be merged: {says}"):
+    with pytest.raises(AdapterStateError, match="'default' cannot be merged"):
         adapters.merge()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'default' is no part of the weights"):
-        type(model).from_pretrained(tmp_path)
 
 
 def test_a_method_without_a_rate_has_that_of_lora() -> None:
@@ -209,10 +203,6 @@ class CountsForNow(Counts):
     persistent = False
 
 
-class HasPlainHook(AdapterModule):
-    layer_hooks = (print,)
-
-
 def test_a_tensor_that_no_file_can_hold_is_refused_before_training() -> None:
     model = tiny_models.build("llama")
     with pytest.raises(
@@ -224,20 +214,12 @@ def test_a_tensor_that_no_file_can_hold_is_refused_before_training() -> None:
     assert list(tensors) == ["offset"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (nn.Identity, "gives Identity for 'model.layers.0.*; an AdapterModule was expected"),
-        (
-            HasPlainHook,
-            "HasPlainHook on 'model.layers.0.* has the hook .*a ModuleHook was expected",
-        ),
-    ],
-)
-def test_modules_that_cannot_be_installed(kind: type[nn.Module], message: str) -> None:
+def test_a_module_of_another_class_is_not_installed() -> None:
     model = tiny_models.build("llama")
-    with pytest.raises(ConfigurationError, match=message):
-        attach(model, OnOutput(kind=kind))
+    with pytest.raises(
+        ConfigurationError, match=r"gives Identity for 'model.layers.0.*AdapterModule"
+    ):
+        attach(model, OnOutput(kind=nn.Identity))
     attach(model, LoRA(rank=2))
 
 

@@ -107,7 +107,7 @@ def row_layouts(model: nn.Module, paths: list[str]) -> dict[str, RowLayout]:
         is_table = isinstance(layer, nn.Embedding) and id(layer) not in inputs
         refused = _SEQUENCE_FIRST if batch_first is False else None
         if is_table and refused is None:
-            refused = "its input may be positions, or something else than the tokens"
+            refused = "its input may be positions (a model names its table of tokens by get_input_embeddings)"
         layouts[path] = RowLayout(
             path,
             refused=refused or _why_refused(model, path, layer, config),
