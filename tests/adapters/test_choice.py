@@ -89,6 +89,18 @@ def test_per_sample_is_local_to_its_thread(toy, x, expected, other_thread) -> No
     assert torch.equal(model(x), expected["a"])
 
 
+def test_a_replica_of_data_parallel_sees_no_block_and_says_so(
+    toy, x, expected, other_thread
+) -> None:
+    model, adapters = toy
+    adapters.activate("a")
+    replica = model._replicate_for_data_parallel()
+    replica._parameters = model._parameters
+    assert torch.equal(other_thread(lambda: replica(x)), expected["a"])
+    with adapters.per_sample(["b", "b"]), pytest.raises(AdapterStateError, match="nn.DataParallel"):
+        other_thread(lambda: replica(x))
+
+
 def test_spans_may_come_from_an_iterator_and_an_array(toy, x, expected) -> None:
     model, adapters = toy
     adapters.activate(None)

@@ -54,7 +54,7 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
     Raises:
         AdapterStateError: It does not. Or TRL would read the weight of an adapted head without calling the head. Or
-            PEFT has put an adapter on the model since.
+            PEFT has put an adapter on the model since. Or the model is a replica of `nn.DataParallel`.
     """
     activation: Activation = module.__dict__[_ACTIVATION]
     known = {id(config) for config in activation.of_peft}
@@ -62,6 +62,11 @@ def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise AdapterStateError(
             "PEFT has put an adapter on this model, which has adapters of lorakit: both would act, and PEFT freezes "
             "lorakit's. Load the base again, and put all adapters on it with lorakit.attach and lorakit.load."
+        )
+    if getattr(module, "_is_replica", False) and activation.has_blocks:
+        raise AdapterStateError(
+            "nn.DataParallel splits the batch over new threads, which do not see per_sample, per_token, using or "
+            "disabled. Call the model itself, or use one process for each device."
         )
     if kwargs.get("fused_lm_head") and activation.merged is None:
         _require_unadapted_head(module)

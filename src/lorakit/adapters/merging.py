@@ -196,6 +196,7 @@ def merge_permanently(model: nn.Module, blend: Blend, *, abandon: Callable[[], N
             tensors = layer.tensors(blend)
             has_begun |= bool(tensors or layer.adapters.replaced)
             layer.replace(tensors)
+            del tensors  # before the next layer's are computed
             unquantised += layer.forget(kept)
         _record_untying(model)
         _separate_names(model)
