@@ -97,7 +97,10 @@ def test_a_replica_of_data_parallel_sees_no_block_and_says_so(
     replica = model._replicate_for_data_parallel()
     replica._parameters = model._parameters
     assert torch.equal(other_thread(lambda: replica(x)), expected["a"])
-    with adapters.per_sample(["b", "b"]), pytest.raises(AdapterStateError, match="nn.DataParallel"):
+    with (
+        adapters.per_sample(["b", "b"]),
+        pytest.raises(AdapterStateError, match=r"nn\.DataParallel"),
+    ):
         other_thread(lambda: replica(x))
 
 

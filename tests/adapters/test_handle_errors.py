@@ -17,7 +17,8 @@ from random_adapters import randomise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of, installed, load
+from lorakit.adapters import Adapters, attach, handle_of, load
+from lorakit.adapters import handle as handle_module
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.errors import (
     AdapterFileError,
@@ -291,14 +292,14 @@ def test_attach_that_is_interrupted_while_it_installs(
     if not first:
         randomise(attach(model, LoRA(rank=2, targets="mlp")))
     before, expected = trace(model), logits(model)
-    add, calls = installed.add_module, iter(range(3))
+    add, calls = handle_module.add_module, iter(range(3))
 
     def interrupted(*arguments: Any) -> None:
         add(*arguments)
         if next(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(installed, "add_module", interrupted)
+    monkeypatch.setattr(handle_module, "add_module", interrupted)
     with pytest.raises(KeyboardInterrupt):
         attach(model, LoRA(rank=2, targets="all-linear", train_modules="lm_head"), name="other")
     assert_unchanged(model, before)
@@ -789,7 +790,7 @@ def test_a_load_that_fails_while_it_copies_leaves_nothing(
     randomise(other)
     other.save(tmp_path / "new")
     before, expected = trace(model), logits(model)
-    fail_at(monkeypatch, installed.InstalledAdapter, "trained_tensors", 0)
+    fail_at(monkeypatch, handle_module, "add_copies", 0)
     with pytest.raises(torch.OutOfMemoryError):
         load(model, tmp_path / "new")
     assert_unchanged(model, before)

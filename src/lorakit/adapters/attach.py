@@ -72,7 +72,7 @@ def attach(
         require_gradients(handle.model, [*modules, *(n.rpartition(".")[0] for n in trained_names)])
         if trained_names:
             require_called(handle.model, {*trained_names})
-        handle.add(name, method, modules, trained_names)
+        handle.add(name, method, modules, dict.fromkeys(trained_names))
         handle.activate(name)
     if (statistic := next(iter(running_statistics(handle.model)), None)) is not None:
         _LOG.warning(

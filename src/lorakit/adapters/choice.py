@@ -79,8 +79,6 @@ class Choice:
 
     def parts(self, size: int, device: torch.device) -> list[Part]:
         """Return each blend with its entries of an axis of `size` (see `runs`); indices are on `device`."""
-        if self.whole is not None:
-            return [(self.whole, None)]
         parts = self.known_parts.get((size, device))
         if parts is None:
             parts = [(blend, _rows(own, device)) for blend, own in self.runs(size).items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,19 @@ from lorakit.adapters.choice import (
 )
 from lorakit.adapters.formats.fingerprint import BaseRecord, base_record
 from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters.hooks import add_hooks, add_module
 from lorakit.adapters.installed import (
     InstalledAdapter,
     adapted_layers,
-    install,
+    add_copies,
+    check_installable,
+    ignore_in_ddp,
     uninstall,
 )
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.model_setup import freeze_base, prepare_model, release_model
 from lorakit.adapters.names import require_valid
+from lorakit.adapters.row_layout import row_layouts
 from lorakit.adapters.slots import Slots
 from lorakit.adapters.statistics import require_unchanged_statistics, restore_statistics
 from lorakit.adapters.summary import Summary, summarise
@@ -41,8 +45,10 @@ from lorakit.errors import AdapterStateError, nearest
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule
 from lorakit.methods.virtual_tokens import VirtualTokens, virtual_tokens_of
+from lorakit.models.heads import backbone_of
+from lorakit.models.layers import ADAPTERS
 from lorakit.models.quantised import Cleared
-from lorakit.models.tree import base_modules, unwrapped
+from lorakit.models.tree import base_modules, submodule, unwrapped
 
 _LOG = logging.getLogger(__name__)
 
@@ -455,30 +461,48 @@ class Adapters:
         name: str,
         method: Method,
         modules: dict[str, AdapterModule],
-        trained: list[str],
+        trained: Mapping[str, Tensor | None],
+        *,
+        trainable: bool = True,
         provenance: dict[str, Any] | None = None,
-    ) -> InstalledAdapter:
-        """Add an adapter's modules and a copy of each base parameter named in `trained`.
+    ) -> None:
+        """Add an adapter to the layers, without activating it: its modules, and copies of base parameters.
 
         The first adapter freezes the base. A parameter that the user unfreezes afterwards stays trainable.
+
+        Args:
+            name: See `check_can_add`.
+            method: Its settings.
+            modules: Its modules by the path of the layer.
+            trained: The numbers of each copy by the parameter's name; None copies the base's.
+            trainable: Whether the copies require a gradient.
+            provenance: See `provenance`.
         """
+        check_installable(self.model, modules, trained)
+        copied = add_copies(self.model, modules, trained, trainable=trainable)
+        adapter = InstalledAdapter(name, method, modules, copied, provenance or {})
+        layers = {path: submodule(self.model, path) for path in modules}
+        new = [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
+        layouts = row_layouts(self.model, new)
         is_first = own_handle(self.model) is None
         try:
             if is_first:
                 self._put_on_model()
-            adapter = install(self.model, name, method, modules, trained, self._activation)
+            for path, layer in layers.items():
+                owner = submodule(self.model, path.rpartition(".")[0])
+                layout = layouts.get(path)
+                add_module(layer, owner, name, modules[path], self._activation, layout)
+            add_hooks(backbone_of(self.model), adapter.backbone_hooks)
         except BaseException:
-            partial = InstalledAdapter(name, method, modules)  # on some layers only
-            uninstall(self.model, partial, self._installed.values())
+            uninstall(self.model, adapter, self._installed.values())
             if is_first:
                 self._remove_all()
             raise
-        adapter.provenance = provenance or {}
+        ignore_in_ddp(self.model, adapter)
         self._installed[name] = adapter
         self._activation.add(name)
         if is_first:
             freeze_base(self.model)
-        return adapter
 
     def _put_on_model(self) -> None:
         setattr(self.model, _HANDLE, self)

@@ -12,17 +12,12 @@ from torch import nn
 
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import foreign_hooks, remove_hooks
-from lorakit.adapters.layer_adapters import LayerAdapters
+from lorakit.adapters.layer_adapters import LayerAdapters, after_forward
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.models.layers import ADAPTERS
 from lorakit.models.parameter_swaps import hide_parameters, show_parameters
 from lorakit.models.tree import base_modules
-
-
-def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Forward hook of every adapted layer."""
-    return layer.adapters.adapted(layer, args, kwargs, output)  # type: ignore[operator, union-attr]
 
 
 def shadow_weights(caller: nn.Module, args: tuple) -> None:
@@ -59,7 +54,8 @@ def add_module(
     """
     if ADAPTERS not in layer._modules:
         assert layout is not None
-        layer.register_module(ADAPTERS, LayerAdapters(activation, layout).train(layer.training))
+        adapters = LayerAdapters(layer, activation, layout).train(layer.training)
+        layer.register_module(ADAPTERS, adapters)
         layer.register_forward_hook(after_forward, with_kwargs=True)
     layer.adapters[name] = module  # type: ignore[index, operator, union-attr]
     add_hooks(layer, module.layer_hooks)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.activation import Activation
 from lorakit.adapters.entry import remove_hooks
-from lorakit.adapters.hooks import add_hooks, add_module, remove_adapter, remove_idle_hooks
+from lorakit.adapters.hooks import remove_adapter, remove_idle_hooks
 from lorakit.adapters.layer_adapters import LayerAdapters
-from lorakit.adapters.row_layout import row_layouts
 from lorakit.errors import AdapterStateError, ConfigurationError
 from lorakit.methods.method import Method
 from lorakit.methods.module import AdapterModule, ModuleHook
@@ -116,53 +114,45 @@ class InstalledAdapter:
         return {n: self.modules[path].trained[a] for n, (path, _, a) in places.items()}
 
 
-def install(
+def add_copies(
     model: nn.Module,
-    name: str,
-    method: Method,
     modules: dict[str, AdapterModule],
-    trained_names: list[str],
-    activation: Activation,
-) -> InstalledAdapter:
-    """Add an adapter's modules to the model's layers, with a copy of each base tensor in `trained_names`.
+    trained: Mapping[str, Tensor | None],
+    *,
+    trainable: bool,
+) -> list[str]:
+    """Add copies of base parameters to an adapter's modules, and return their names; of a tied one the first.
 
-    `modules` receives a plain `AdapterModule` for each layer that only has trained copies. Errors are those of
-    `check_installable`.
+    Args:
+        model: The base.
+        modules: By the path of the layer. It receives a plain `AdapterModule` for each layer that only has copies.
+        trained: The numbers of each copy by the name of the parameter; None copies the base's.
+        trainable: Whether the copies require a gradient.
     """
-    check_installable(model, modules, trained_names)
-    installed = InstalledAdapter(name, method, modules)
+    names: list[str] = []
     copies: dict[int, nn.Parameter] = {}  # the names of a tied parameter share one
     seen: set[tuple[int, str]] = set()
-    for parameter_name in trained_names:
-        path, _, attribute = parameter_name.rpartition(".")
+    for name, numbers in trained.items():
+        path, _, attribute = name.rpartition(".")
         layer = submodule(model, path)
         if (id(layer), attribute) in seen:  # one module at two paths
             continue
         seen.add((id(layer), attribute))
         base = base_parameter(layer, attribute)
         if id(base) not in copies:
-            copies[id(base)] = nn.Parameter(base.detach().clone())
-            installed.trained.append(parameter_name)
+            copy = base.detach().clone()
+            if numbers is not None:
+                copy.copy_(numbers)
+            copies[id(base)] = nn.Parameter(copy, requires_grad=trainable)
+            names.append(name)
         modules.setdefault(path, AdapterModule()).add_trained(attribute, copies[id(base)])
-    layers = {path: submodule(model, path) for path in modules}
-    layouts = row_layouts(
-        model, [path for path, layer in layers.items() if ADAPTERS not in layer._modules]
-    )
-    for path, module in modules.items():
-        layer = layers[path]
-        owner = submodule(model, path.rpartition(".")[0])
-        add_module(layer, owner, name, module, activation, layouts.get(path))
-    add_hooks(backbone_of(model), installed.backbone_hooks)
-    if constant := installed.constant_buffers(model):
-        # DistributedDataParallel would broadcast them before each forward pass.
-        setattr(model, _DDP_IGNORES, constant.union(getattr(model, _DDP_IGNORES, ())))
-    return installed
+    return names
 
 
 def check_installable(
-    model: nn.Module, modules: dict[str, AdapterModule], trained_names: list[str]
+    model: nn.Module, modules: dict[str, AdapterModule], trained_names: Iterable[str]
 ) -> None:
-    """Check whether `install` can add an adapter's modules and trained copies; nothing is changed.
+    """Check whether `Adapters.add` can add an adapter's modules and trained copies; nothing is changed.
 
     Raises:
         ConfigurationError: A base tensor to be trained is quantised.
@@ -190,6 +180,12 @@ def _refuse_offloaded(model: nn.Module, tensors: dict[str, Tensor | None]) -> No
             "cannot be offloaded. Load the base without offloading, quantised if it is too large, or adapt layers that "
             "are not offloaded."
         )
+
+
+def ignore_in_ddp(model: nn.Module, adapter: InstalledAdapter) -> None:
+    """Let DistributedDataParallel leave the adapter's constant buffers alone: it would broadcast them in each pass."""
+    if constant := adapter.constant_buffers(model):
+        setattr(model, _DDP_IGNORES, constant.union(getattr(model, _DDP_IGNORES, ())))
 
 
 def uninstall(

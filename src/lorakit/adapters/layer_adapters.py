@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, ItemsView, Iterable, KeysView, Mapping, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, KeysView, Mapping, Sequence, ValuesView
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.activation import Activation, Block
-from lorakit.adapters.choice import Blend, Choice
+from lorakit.adapters.choice import Blend, Choice, Part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.layer import LoRALayer
 from lorakit.methods.lora.linear import output_is_unshared
 from lorakit.methods.module import AdapterModule, LowRank
-from lorakit.models.layers import layer_input
+from lorakit.models.layers import input_parameter
 from lorakit.models.parameter_swaps import ReplacedParameters, with_parameters
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops.autocast import no_autocast, wide_dtype
@@ -66,12 +66,19 @@ class Call(NamedTuple):
         return Call(self.layer, x, args, kwargs)
 
 
+def after_forward(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Forward hook of every adapted layer."""
+    return layer.adapters.adapted(layer, args, kwargs, output)  # type: ignore[operator, union-attr]
+
+
 class LayerAdapters(ReplacedParameters):
     """The adapters on one layer, by name: the layer's child module `adapters`."""
 
-    def __init__(self, activation: Activation, layout: RowLayout) -> None:
+    def __init__(self, layer: nn.Module, activation: Activation, layout: RowLayout) -> None:
         super().__init__()
         self.activation, self.layout = activation, layout
+        self.input = input_parameter(type(layer))
+        """Position and name of the argument that the adapters read."""
 
     if TYPE_CHECKING:
 
@@ -87,10 +94,12 @@ class LayerAdapters(ReplacedParameters):
         if isinstance(output, tuple):  # a block's hidden states and further outputs
             return (self.adapted(layer, args, kwargs, output[0]), *output[1:])
         choice = self.activation.current().choice
-        acts = any(name in self._modules for name in choice.names)
+        acts = not choice.names.isdisjoint(self._modules)
         if not acts and (choice is self.activation.active or not self.replaced):
             return output
-        call = Call(layer, layer_input(layer, args, kwargs), args, kwargs)
+        position, name = self.input
+        x: Any = args[position] if position < len(args) else kwargs.get(name)
+        call = Call(layer, x, args, kwargs)
         if choice.whole is None and not self._has_rows(call, output, choice):
             return output  # it is empty
         delta, left = self._from_slots(call, output, choice)
@@ -109,24 +118,24 @@ class LayerAdapters(ReplacedParameters):
 
         `left` are the blends that are not computed yet; None is all.
         """
-        copies_in_place = choice is self.activation.active
-        if self.replaced and not copies_in_place:
+        has_own_copies = choice is self.activation.active
+        if self.replaced and not has_own_copies:
             return None
         low_rank: dict[str, LowRank] = {}
-        for name in choice.names:
-            module: Any = self._modules.get(name)
-            if module is None or (copies_in_place and module.leaves_output):
-                continue
-            has_copies = module.trained and not copies_in_place
-            product = None if has_copies or module.shadows else module.low_rank()
-            if product is None:
+        for name in choice.names & self._modules.keys():
+            module = self[name]
+            if module.shadows or (not has_own_copies and module.trained):
+                return None
+            if (product := module.low_rank()) is None:
                 return None
             low_rank[name] = product
-        if not low_rank or x.is_nested:
-            return None if low_rank else []
+        if low_rank and x.is_nested:
+            return None
+        parts: Sequence[Part] = ((choice.whole, None),) if choice.whole is not None else ()
+        parts = parts or choice.parts(x.shape[:-1].numel(), x.device)
         return [
             Product(rows, low_rank[name].A, low_rank[name].B, weight * low_rank[name].scaling)
-            for blend, rows in choice.parts(x.shape[:-1].numel(), x.device)
+            for blend, rows in parts
             if left is None or blend in left
             for name, weight in blend
             if name in low_rank

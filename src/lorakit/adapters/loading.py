@@ -18,7 +18,7 @@ from lorakit.adapters.formats.layout import parameters_by_name
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import LAYER_ATTRIBUTES, StoredLayer
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.installed import InstalledAdapter, base_parameters
+from lorakit.adapters.installed import base_parameters
 from lorakit.adapters.names import ADAPTER_NAME, is_attribute
 from lorakit.errors import AdapterFileError, WrongBaseError, nearest
 from lorakit.file_names import ADAPTER
@@ -77,10 +77,17 @@ def load(
     handle.check_can_add(name)
     digest = None if tokenizer is None else tokenizer_digest(tokenizer)
     check_base(handle.model, stored, allow_other_base=allow_other_base, tokenizer=digest)
-    modules = build_modules(handle.model, stored)
+    modules = build_modules(handle.model, stored, trainable=trainable)
     with handle.changing():
-        install(handle, stored, modules, name, trainable=trainable)
-        handle.activate(name)  # before a forward pass of another thread can begin
+        handle.add(
+            name,
+            stored.method,
+            modules,
+            stored.trained,
+            trainable=trainable,
+            provenance=stored.provenance,
+        )
+        handle.activate(name)
     return handle
 
 
@@ -100,41 +107,15 @@ def usable_name(word: str) -> str:
     return f"{word}_adapter" if is_attribute(word) else word
 
 
-def install(
-    handle: Adapters,
-    stored: StoredAdapter,
-    modules: dict[str, AdapterModule],
-    name: str,
-    *,
-    trainable: bool = False,
-) -> InstalledAdapter:
-    """Add the modules that `build_modules` returned to the model, without activating the adapter; all or none."""
-    if trainable:
-        trained = [*modules, *(name.rpartition(".")[0] for name in stored.trained)]
-        require_gradients(handle.model, trained)
-        for module in modules.values():
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(wide_dtype(tensor))
-    adapter = handle.add(name, stored.method, modules, list(stored.trained), stored.provenance)
-    try:
-        with torch.no_grad():
-            for parameter_name, copy in adapter.trained_tensors().items():
-                copy.copy_(stored.trained[parameter_name])
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(trainable and parameter.is_floating_point())
-    except BaseException:  # its copies may still hold the base's numbers
-        handle.remove(name)
-        raise
-    return adapter
-
-
-def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterModule]:
+def build_modules(
+    model: nn.Module, stored: StoredAdapter, *, trainable: bool = False
+) -> dict[str, AdapterModule]:
     """Return the adapter's modules with the file's tensors, by layer path; the model is not changed.
 
     Args:
         model: The base, without active adapters.
         stored: The adapter, checked by `check_base`.
+        trainable: Whether the tensors require a gradient, in float32 or wider.
 
     Raises:
         AdapterFileError: A tensor has no matching layer, or another shape than the layer needs.
@@ -158,6 +139,14 @@ def build_modules(model: nn.Module, stored: StoredAdapter) -> dict[str, AdapterM
     if lora is not None and lora.tie_head:
         path, head = tied_head(model, modules)
         modules[path] = head
+    if trainable:
+        trained = (name.rpartition(".")[0] for name in stored.trained)
+        require_gradients(model, [*modules, *trained])
+    for module in modules.values():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if trainable and tensor.is_floating_point():
+                tensor.data = tensor.data.to(wide_dtype(tensor))
+        module.requires_grad_(trainable)
     return modules
 
 

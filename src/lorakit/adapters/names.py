@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 from lorakit.adapters.activation import Activation
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.row_layout import RowLayout
@@ -15,7 +17,7 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 def is_attribute(name: str) -> bool:
     """Return whether the module that holds a layer's adapters has an attribute of this name, such as "train"."""
-    return hasattr(LayerAdapters(Activation(), RowLayout("")), name)
+    return hasattr(LayerAdapters(nn.Identity(), Activation(), RowLayout("")), name)
 
 
 def require_valid(name: str) -> None:

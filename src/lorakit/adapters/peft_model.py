@@ -16,7 +16,7 @@ from lorakit.adapters import formats
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.loading import build_modules, check_base, install, usable_name
+from lorakit.adapters.loading import build_modules, check_base, usable_name
 from lorakit.errors import AdapterStateError, LorakitError
 
 
@@ -68,9 +68,16 @@ def from_peft(peft_model: Any) -> Adapters:
         for name, adapter in stored.items():
             adapter.notices += _notices(adapter, name, named[name])
             check_base(handle.model, adapter, allow_other_base=False, tokenizer=None)
-            modules = build_modules(handle.model, adapter)
-            is_trainable = bool(status.requires_grad[name])
-            install(handle, adapter, modules, named[name], trainable=is_trainable)
+            trainable = bool(status.requires_grad[name])
+            modules = build_modules(handle.model, adapter, trainable=trainable)
+            handle.add(
+                named[name],
+                adapter.method,
+                modules,
+                adapter.trained,
+                trainable=trainable,
+                provenance=adapter.provenance,
+            )
         handle.activate(dict.fromkeys(active, 1.0) or None)
     return handle
 

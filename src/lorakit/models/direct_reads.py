@@ -29,6 +29,9 @@ _FUSED = {
 """The layers that an attention of diffusers calls after `fuse_qkv_projections`, and those that it keeps and no longer
 calls."""
 
+_READERS = ("causal_conv1d_forward",)
+"""Functions of transformers that get a layer, read its weight and do not call it."""
+
 _OF_TENSOR = ("dtype", "device", "shape", "data")
 """Attributes of a weight that say nothing of its use."""
 
@@ -77,7 +80,7 @@ def _methods(kind: type[nn.Module]) -> tuple[ast.AST, ...]:
         if isinstance(method := inspect.unwrap(value) if callable(value) else value, FunctionType)
         if not re.search("init|reset", name)
     ]
-    if not any("weight" in method.__code__.co_names for method in methods):
+    if all({"weight", *_READERS}.isdisjoint(method.__code__.co_names) for method in methods):
         return ()
     try:
         return tuple(ast.parse(textwrap.dedent(inspect.getsource(method))) for method in methods)
@@ -126,6 +129,8 @@ def _uses(
                     if not _is_harmless(outer):
                         in_training = any(map(_tests_training, around))
                         yield name, "read in training" if in_training else "read"
+                case [*_, ast.Call(func=ast.Name(id=function))] if function in _READERS:
+                    yield name, "read"
                 case [*_, ast.Attribute(attr=attribute)] if attribute != "forward":
                     pass
                 case [*_, outer] if not _is_harmless(outer):

@@ -255,6 +255,7 @@ def _read_model(gguf: Path, config: PretrainedConfig, header: Header) -> PreTrai
         "config": config,
         "dtype": config.dtype,
         "output_loading_info": True,
+        "use_kernels": False,  # as in `loading`
     }
     if hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights quantised
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

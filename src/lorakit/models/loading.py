@@ -285,7 +285,9 @@ def _load_model(
     # With PEFT installed, transformers adds an adapter that lies beside the model, and reports the adapter's missing
     # weights in place of the model's. Let it search in a folder that does not exist.
     no_adapter = {"subfolder": "no-adapter", "local_files_only": located.source.from_cache}
-    settings = located.options | settings | {"adapter_kwargs": no_adapter}
+    # By default, transformers 5.25 replaces layers by compiled code from the hub, which may skip a layer's adapter.
+    own = {"adapter_kwargs": no_adapter, "use_kernels": False}
+    settings = located.options | settings | own
     with seeded(seed, [torch.get_default_device()]):
         return model_class(task).from_pretrained(
             located.path,

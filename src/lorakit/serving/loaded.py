@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.adapters.handle import Adapters
-from lorakit.adapters.loading import install
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.formatting import size
 from lorakit.serving.errors import StoreFullError
@@ -190,8 +189,11 @@ class LoadedAdapters:
                 self.loads += 1
 
     def _add(self, loaded: Loaded, prepared: Prepared) -> None:
+        stored = prepared.stored
         with self.handle.changing():
-            install(self.handle, prepared.stored, prepared.modules, loaded.name)
+            self.handle.add(
+                loaded.name, stored.method, prepared.modules, stored.trained, trainable=False
+            )
 
     def require_room(self, needed: int, path: str, beside: Collection[Loaded]) -> None:
         """Raise if an adapter of `needed` bytes cannot be installed now (`install`)."""
