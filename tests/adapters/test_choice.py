@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import own_loop
 import pytest
 import tiny_models
@@ -16,7 +13,7 @@ import torch
 from random_adapters import randomise
 from torch import Tensor, nn
 
-from lorakit.adapters import Adapters, attach, handle_of
+from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -104,43 +101,6 @@ def test_a_replica_of_data_parallel_sees_no_block_and_says_so(
         other_thread(lambda: replica(x))
 
 
-def test_spans_may_come_from_an_iterator_and_an_array(toy, x, expected) -> None:
-    model, adapters = toy
-    adapters.activate(None)
-    with adapters.per_token(zip(["a", "b"], np.array([3, 3]), strict=True)):
-        output = model(x)
-    torch.testing.assert_close(output[0], expected["a"][0])
-    torch.testing.assert_close(output[1], expected["b"][1])
-
-
-def test_per_token_is_local_to_its_thread(toy, x, expected, other_thread) -> None:
-    model, adapters = toy
-    adapters.activate("a")
-    with adapters.per_token([("b", 6)]):
-        assert torch.equal(other_thread(lambda: model(x)), expected["a"])
-        torch.testing.assert_close(model(x), expected["b"])
-    assert torch.equal(model(x), expected["a"])
-
-
-def test_two_threads_with_rows_of_their_own(toy, x, expected) -> None:
-    model, adapters = toy
-    both_inside = threading.Barrier(2, timeout=60)
-
-    def run(rows: list[str | None]) -> list[Tensor]:
-        with adapters.per_sample(rows):
-            both_inside.wait()
-            outputs = [model(x) for _ in range(20)]
-            both_inside.wait()
-        return outputs
-
-    with ThreadPoolExecutor(2) as pool:
-        runs = [(rows, pool.submit(run, rows)) for rows in (["a", None], ["b", "a"])]
-        for rows, future in runs:
-            for output in future.result(timeout=60):
-                for i, name in enumerate(rows):
-                    torch.testing.assert_close(output[i], expected[name][i])
-
-
 def test_per_sample_is_local_to_its_task(toy, x, expected) -> None:
     model, adapters = toy
     adapters.activate("b")
@@ -161,26 +121,6 @@ def test_per_sample_is_local_to_its_task(toy, x, expected) -> None:
 
     for output, name in zip(own_loop.run(run()), ("a", "b", None), strict=True):
         torch.testing.assert_close(output, expected[name])
-
-
-def test_a_thread_that_inherits_the_context_is_inside_the_block(toy, x, expected) -> None:
-    model, adapters = toy
-
-    async def run() -> Tensor:
-        with adapters.per_sample(["a", "a"]):
-            return await asyncio.to_thread(model, x)
-
-    adapters.activate("b")
-    torch.testing.assert_close(own_loop.run(run()), expected["a"])
-
-
-def test_a_block_inside_a_block(toy, x, expected) -> None:
-    model, adapters = toy
-    with adapters.per_sample(["a", "a"]):
-        with adapters.per_sample([None, "b"]):
-            output = model(x)
-        torch.testing.assert_close(model(x), expected["a"])
-    torch.testing.assert_close(output, torch.stack([expected[None][0], expected["b"][1]]))
 
 
 def test_disabled_is_the_base_in_its_thread_alone(toy, x, expected, other_thread) -> None:
@@ -242,43 +182,6 @@ def test_disabled_is_the_base_bit_for_bit_and_using_is_the_adapter(method) -> No
     assert not torch.allclose(adapted, base)
 
 
-def test_two_models_do_not_share_a_block(toy, x, expected) -> None:
-    model, adapters = toy
-    adapters.activate("b")
-    with adapters.per_sample(["a", "a"]):
-        other = copy.deepcopy(model)
-        assert torch.equal(other(x), expected["b"])  # the block is for the original
-    copied = handle_of(other)
-    assert copied is not None
-    with copied.per_sample(["a", "a"]):
-        assert torch.equal(model(x), expected["b"])
-        torch.testing.assert_close(other(x), expected["a"])
-
-
-# --- trained copies beside a block ---------------------------------------------------------------------
-
-
-def test_rows_do_not_see_the_copies_that_activate_put_in_place() -> None:
-    model, x = Toy(), torch.randn(3, 4)
-    trained = attach(model, LoRA(rank=2, targets="first", train_modules="second"), name="t")
-    attach(model, LoRA(rank=2, targets="first"), name="a")
-    randomise(trained)
-    outputs = {}
-    for choice in ("t", "a", None):
-        trained.activate(choice)
-        outputs[choice] = model(x)
-    for active in ("t", "a", None):
-        trained.activate(active)
-        with trained.per_sample(["a", "t", None]):
-            together = model(x)
-        for i, name in enumerate(("a", "t", None)):
-            torch.testing.assert_close(together[i], outputs[name][i])
-        for name in ("t", "a", None):
-            with trained.per_sample([name] * 3):
-                torch.testing.assert_close(model(x), outputs[name])
-        assert torch.equal(model(x), outputs[active])
-
-
 # --- generations ---------------------------------------------------------------------------------------
 
 
@@ -295,16 +198,6 @@ def generator(attached_to: str = "the model") -> tuple[nn.Module, Adapters]:
 def generate(model: nn.Module, **options) -> Tensor:
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
     return model.generate(IDS, pad_token_id=0, **options)  # type: ignore[operator]
-
-
-def test_a_fresh_thread_generates_with_what_activate_set(other_thread) -> None:
-    model, adapters = generator()
-    adapters.activate(None)
-    base = generate(model)
-    adapters.activate("a")
-    alone = generate(model)
-    assert not torch.equal(alone, base)
-    assert torch.equal(other_thread(lambda: generate(model)), alone)
 
 
 class Between:
@@ -335,37 +228,6 @@ def test_a_generation_keeps_the_choice_of_its_first_pass(part: str) -> None:
     assert not torch.equal(generate(model), alone)
 
 
-class Looping(nn.Module):
-    """Has a `generate` that does not call that of transformers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x)
-
-    def generate(self, x: Tensor, between: Callable[[], object], num_beams: int = 1) -> Tensor:
-        x = x.repeat_interleave(num_beams, dim=0)
-        first = self(x)
-        between()
-        return torch.stack([first, self(x)])
-
-
-def test_a_generate_of_another_class_keeps_its_choice_too() -> None:
-    model, x = Looping(), torch.randn(2, 4)
-    for seed, name in enumerate(("a", "b")):
-        adapters = attach(model, LoRA(rank=2, targets=["fc"]), name=name)
-        randomise(adapters, name, seed=seed)
-    first, second = model.generate(x, lambda: adapters.activate("a"))
-    assert torch.equal(first, second)
-    with adapters.per_sample(["a", None]):
-        first, second = model.generate(x, lambda: None, num_beams=2)
-    assert torch.equal(first, second)
-    adapters.activate(None)
-    torch.testing.assert_close(first[2:], model(x[1:]).expand(2, 4))
-
-
 @ATTACHED_TO
 def test_a_generation_repeats_the_rows_for_its_beams(part: str) -> None:
     model, adapters = generator(part)
@@ -390,14 +252,6 @@ def test_a_block_inside_a_generation_is_for_its_own_calls() -> None:
 
     assert torch.equal(generate(model, stopping_criteria=[Between(compare)]), alone)
     torch.testing.assert_close(seen[0], base)
-
-
-def test_detach_leaves_nothing_on_the_model() -> None:
-    before = set(vars(tiny_models.build("llama")))
-    model, adapters = generator()
-    assert set(vars(model)) > before
-    adapters.detach()
-    assert set(vars(model)) == before
 
 
 def test_generate_of_the_user_is_kept() -> None:

@@ -42,14 +42,6 @@ def test_a_second_adapter_leaves_what_the_user_unfroze(second: Method) -> None:
     assert not weight.requires_grad
 
 
-def test_a_loaded_adapter_leaves_what_the_user_unfroze(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    attach(model, LoRA(rank=2, targets="0"), name="first").save(tmp_path / "first")
-    weight = model[1].weight.requires_grad_(True)
-    load(model, tmp_path / "first", name="second")
-    assert weight.requires_grad
-
-
 TRAINED_COPIES = LoRA(rank=2, targets="0", bias="all", train_modules="1")
 
 
@@ -88,28 +80,6 @@ def test_gradients_of_the_base_from_before_attach_are_dropped() -> None:
     optimizer.step()
     adapters.detach()
     assert torch.equal(model[0].weight, before["0.weight"])
-
-
-class WithAdapters(nn.Module):
-    """A base with a module of its own that has the name of lorakit's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.adapters = nn.ModuleList([nn.Linear(4, 4)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapters[0](self.first(x))
-
-
-def test_a_module_of_the_base_may_be_called_adapters() -> None:
-    model = WithAdapters()
-    parameters = dict(model.named_parameters())
-    attach(model, LoRA(rank=2, targets="first", train_modules="adapters")).detach()
-    assert all(parameter.requires_grad for parameter in parameters.values())
-    assert set(FullFineTuning().trained_parameters(model)) == set(parameters)
-    adapters = attach(model, FullFineTuning())
-    assert sum(p.numel() for p in adapters.trainable_parameters()) == 40
 
 
 # --- full fine-tuning --------------------------------------------------------------------------------
@@ -251,30 +221,3 @@ def added_tensors(adapters: Adapters) -> dict[str, Tensor]:
         for name, tensor in module.state_dict().items()
         if not name.startswith("trained.")
     }
-
-
-def test_detach_leaves_loaded_statistics(tmp_path: Path) -> None:
-    trained, x = normalised()
-    trained.train()(3 * x)
-    model, _ = normalised()
-    adapters = attach(model, LoRA(rank=2, targets="0"))
-    model.load_state_dict(trained.state_dict(), strict=False)
-    adapters.save(tmp_path / "adapter")
-    model.train()(x)
-    adapters.detach()
-    assert_same_tensors(tensors_of(model), tensors_of(trained))
-    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
-
-
-def test_a_resumed_training_run_does_not_change_the_statistics_of_the_base(tmp_path: Path) -> None:
-    run, x = normalised()
-    attach(run, LoRA(rank=2, targets="0"))
-    run.train()(x)
-    model, _ = normalised()
-    base = tensors_of(model)
-    adapters = attach(model, LoRA(rank=2, targets="0"))
-    model.load_state_dict(run.state_dict())
-    with pytest.raises(AdapterStateError, match="running statistics of '1' have changed"):
-        adapters.save(tmp_path / "adapter")
-    adapters.detach()
-    assert_same_tensors(tensors_of(model), base)

@@ -78,24 +78,6 @@ def test_the_base_comes_back(case: tuple[PreTrainedModel, Method]) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_exactly_the_copies_are_trained(case: tuple[PreTrainedModel, Method]) -> None:
-    model, method = case
-    expected_names = set(method.trained_parameters(model))
-    identities = objects(model)
-    adapters = attach(model, method)
-    in_place = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    assert {n for n in in_place if ".adapters." not in n} >= expected_names
-    # Trained names of one tied tensor share one copy, so they stay tied in training.
-    now = objects(model)
-    for name in expected_names:
-        assert now[name] != identities[name]
-        for other in expected_names:
-            assert (now[other] == now[name]) == (identities[other] == identities[name])
-    trainable = {id(p) for p in adapters.trainable_parameters()}
-    assert trainable == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(trainable) == len(adapters.trainable_parameters())
-
-
 @pytest.mark.parametrize("arch", TIED)
 def test_a_tied_tensor_gets_the_gradients_of_all_its_places(arch: str) -> None:
     model = tiny_models.build(arch)
@@ -247,16 +229,6 @@ def test_copies_over_a_bfloat16_base() -> None:
     adapters.activate(None)
     assert model.lm_head.weight.dtype == torch.bfloat16
     logits(model)
-
-
-def test_copies_activated_in_inference_mode_can_be_loaded_later() -> None:
-    model = tiny_models.build("llama")
-    adapters = attach(model, FullFineTuning(), name="full")
-    with torch.inference_mode():
-        adapters.activate(None)
-        adapters.activate("full")
-    model.load_state_dict(model.state_dict())
-    assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_full_fine_tuning_beside_lora() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import partial
 
@@ -66,15 +65,6 @@ def test_relu_in_place_after_a_linear_layer(
     torch.testing.assert_close(gradients(adapters, actual), gradients(adapters, twin(x)))
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)], ids=str)
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_no_output_is_a_view(shape: tuple[int, ...], kind: type[nn.Module]) -> None:
-    layer = kind(8, 8)
-    model = nn.Sequential(layer)
-    adapted(model, LoRA(rank=2, targets="0"))
-    assert model(torch.randn(shape))._base is None
-
-
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_relu_in_place_after_a_convolution_and_batch_norm(dora: bool) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
@@ -133,43 +123,6 @@ def test_falcon_trains(arch: str, method: Method) -> None:
     expected = gradients(adapters, logits())
     assert min(gradient.abs().max() for gradient in expected) > 1e-5
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning"
-)
-@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8)], ids=str)
-def test_relu_in_place_in_a_compiled_model(shape: tuple[int, ...]) -> None:
-    torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
-    adapters = adapted(model, LoRA(rank=2, targets=("0", "2")))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(shape)
-    torch.testing.assert_close(compiled(x), model(x))
-    torch.testing.assert_close(gradients(adapters, compiled(x)), gradients(adapters, model(x)))
-    torch._dynamo.reset()
-
-
-# --- tracing ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit",
-    "ignore::torch.jit.TracerWarning",  # a size of W in a Python expression
-)
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("layer", [nn.Linear(8, 8), Conv1D(8, 8), nn.Conv1d(8, 8, 1)], ids=repr)
-def test_a_traced_model(layer: nn.Module, dora: bool) -> None:
-    """`torch.jit.trace` also compares the traced model with and without gradients."""
-    model = nn.Sequential(layer, nn.ReLU(inplace=True))
-    adapters = adapted(model, LoRA(rank=2, targets="0", dora=dora))
-    traced = torch.jit.trace(model, torch.randn(5, 8, 8))
-    torch.jit.save(traced, io.BytesIO())
-    x = torch.randn(5, 8, 8)
-    torch.testing.assert_close(traced(x), model(x))
-    torch.testing.assert_close(gradients(adapters, traced(x)), gradients(adapters, model(x)))
-    adapters.detach()
 
 
 # --- operations on the input --------------------------------------------------------------------------------
@@ -252,24 +205,6 @@ def test_a_captured_output_is_not_written_into(
     assert torch.equal(captured[0].detach(), seen.detach())
 
 
-def test_an_output_nobody_holds_is_written_into() -> None:
-    """The hook of an adapter needs no second tensor of the output's size."""
-    model = nn.Sequential(nn.Linear(8, 4, bias=False))
-    adapted(model, LoRA(rank=2, targets="0"))
-    made: list[int] = []
-
-    class Record(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if function is nn.functional.linear:
-                made.append(result.data_ptr())
-            return result
-
-    with Record():
-        output = model(torch.randn(2, 5, 8))
-    assert output.data_ptr() == made[0]
-
-
 def test_outputs_that_a_selective_checkpoint_caches_are_not_written_into() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     attach(model, LoRA(rank=2, targets=("0", "2")))
@@ -279,19 +214,3 @@ def test_outputs_that_a_selective_checkpoint_caches_are_not_written_into() -> No
     gradient, x.grad = x.grad, None
     model(x).sum().backward()
     torch.testing.assert_close(gradient, x.grad)
-
-
-@pytest.mark.parametrize("kind", ["houlsby", "lin", "pfeiffer"])
-def test_a_bottleneck_that_a_selective_checkpoint_caches_is_not_written_into(kind: str) -> None:
-    model = tiny_models.build("bert")
-    adapters = adapted(model, BottleneckAdapter(kind=kind, size=4))  # type: ignore[arg-type]
-    model.eval()  # no dropout
-    ids = torch.arange(3, 17).view(2, 7)
-    ops = [torch.ops.aten.addmm.default, torch.ops.aten.mm.default]
-    policy = partial(create_selective_checkpoint_contexts, ops)
-
-    def output() -> Tensor:
-        return model(ids).logits
-
-    actual = checkpoint(output, use_reentrant=False, context_fn=policy)
-    torch.testing.assert_close(gradients(adapters, actual), gradients(adapters, output()))

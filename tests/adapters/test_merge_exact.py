@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,15 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from failing_calls import fail_at
 from random_adapters import randomise
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lorakit import Adapters, FullFineTuning, LoRA, attach
-from lorakit.adapters import merging
 from lorakit.adapters.layer_adapters import LayerAdapters
 from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.errors import AdapterFileError, AdapterStateError
 from lorakit.methods.method import Method, describe
-from lorakit.methods.module import AdapterModule
 
 CYCLES = 1000
 SCALING = 1.5
@@ -133,65 +129,6 @@ def test_autocast_does_not_round_a_merge(layer: nn.Module, settings: dict):
     assert torch.equal(layer.weight, exact[0])
 
 
-def test_merged_parameter_is_a_tensor_of_its_own():
-    """The base's tensors do not change, and the merged tensors require no gradient."""
-    model = tiny_models.build("gpt2")
-    held = {key: (t, t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
-    handle = attach(model, LoRA(rank=2, alpha=3.0, targets=("all-linear", "embedding")))
-    with torch.no_grad():
-        for parameter in handle.trainable_parameters():
-            parameter.normal_()
-    handle.merge()
-    assert not torch.equal(
-        model.transformer.h[0].attn.c_attn.weight, held["transformer.h.0.attn.c_attn.weight"][1]
-    )
-    assert not model.transformer.h[0].attn.c_attn.weight.requires_grad
-    assert all(torch.equal(tensor, copy) for tensor, copy in held.values())
-    handle.unmerge()
-    assert all(model.state_dict(keep_vars=True)[key] is tensor for key, (tensor, _) in held.items())
-
-
-def ours(hook: Any) -> bool:
-    return hook.__module__.startswith("lorakit.")
-
-
-def test_a_merged_model_is_called_as_the_base_is():
-    """A merge in eval mode removes the adapters' hooks, except among others, whose order unmerge must restore."""
-    model = tiny_models.build("llama").eval()
-    layer = model.model.layers[0].self_attn.q_proj
-    seen = []
-    layer.register_forward_hook(lambda layer, args, output: seen.append(output))
-    hooks = {module: len(module._forward_hooks) for module in model.modules()}
-    handle = with_eight_adapters(model)
-    handle.activate("adapter7")
-    ids = torch.arange(3, 10)[None]
-    adapted = model(ids).logits
-    handle.merge()
-    hooks[layer] += 1
-    assert {
-        module: len([h for h in module._forward_hooks.values() if module is layer or not ours(h)])
-        for module in hooks
-    } == hooks
-    # Another order of summation: the rounding error is relative to the largest numbers.
-    rounding = 3e-5 * float(adapted.detach().abs().max())
-    torch.testing.assert_close(model(ids).logits, adapted, rtol=0, atol=rounding)
-    handle.unmerge()
-    seen.clear()
-    assert torch.equal(model(ids).logits, adapted)
-    assert len(seen) == 1
-
-
-def test_a_model_merged_in_inference_mode_can_be_trained_later():
-    model = nn.Sequential(nn.Linear(4, 4))
-    handle = attach(model, LoRA(rank=2, targets="0"))
-    with torch.inference_mode():
-        handle.merge(keep_base=False)
-    model.requires_grad_(True)
-    model(torch.ones(2, 4)).sum().backward()
-    assert torch.equal(model[0].weight.grad, torch.full((4, 4), 2.0))
-    model.load_state_dict(model.state_dict())
-
-
 @pytest.mark.parametrize("action", ["merge", "permanent merge", "save_pretrained"])
 @pytest.mark.parametrize(
     ("dtype", "settings", "tensor", "value", "message"),
@@ -297,35 +234,6 @@ def test_a_weight_that_is_computed_cannot_be_merged_into(normalise, restore):
     attach(model, LoRA(rank=2, targets=("a", "b"))).merge()
 
 
-class Doubling(AdapterModule):
-    """A user's module that only defines its change of the weights."""
-
-    def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
-        return output + weight * x @ layer.weight.T
-
-    def delta_weights(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {"weight": layer.weight.detach()}
-
-
-@dataclass(frozen=True)
-class Doubled:
-    def modules(self, model: nn.Module, dtype: torch.dtype = torch.float32):
-        return {"0": Doubling()}
-
-    def trained_parameters(self, model: nn.Module) -> list[str]:
-        return []
-
-
-def test_a_method_of_ones_own_is_merged():
-    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
-    handle = attach(model, Doubled())
-    expected = model(x)
-    handle.merge()
-    torch.testing.assert_close(model(x), expected)
-    handle.detach()
-    assert not torch.allclose(model(x), expected)
-
-
 def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.MonkeyPatch):
     """Each layer's own weight is gone when the next layer is merged, so that a large model fits into memory."""
     model = tiny_models.build("llama")
@@ -342,74 +250,3 @@ def test_a_permanent_merge_holds_one_base_weight_more(monkeypatch: pytest.Monkey
     monkeypatch.setattr(LayerAdapters, "merge_weight", counted)
     handle.merge("adapter4", keep_base=False)
     assert alive == list(range(len(paths), 0, -1))
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "call"),
-    [(LayerAdapters, "merge_weight", 3), (merging, "dequantise_model", 0)],
-    ids=["between", "end"],
-)
-def test_an_error_within_a_permanent_merge_leaves_no_adapter(
-    owner: Any,
-    name: str,
-    call: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-):
-    """The model is merged in part, and adapters on it would act twice in some layers."""
-    model = tiny_models.build("llama")
-    handle = with_eight_adapters(model)
-    fail_at(monkeypatch, owner, name, call)
-    with pytest.raises(torch.OutOfMemoryError):
-        handle.merge("adapter4", keep_base=False)
-    assert "Load the model again: it is merged in part" in caplog.text
-    assert not any(".adapters." in key for key in model.state_dict())
-    with pytest.raises(AdapterStateError, match="detach"):
-        handle.activate("adapter4")
-
-
-def test_an_error_before_the_first_change_of_a_permanent_merge_leaves_the_adapter(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    model = tiny_models.build("llama")
-    handle = with_eight_adapters(model)
-    handle.activate("adapter4")
-    ids = torch.arange(3, 9)[None]
-    before = model(ids).logits
-    fail_at(monkeypatch, LayerAdapters, "merge_weight", 0)
-    with pytest.raises(torch.OutOfMemoryError):
-        handle.merge(keep_base=False)
-    assert "merged in part" not in caplog.text
-    assert torch.equal(model(ids).logits, before)
-
-
-@pytest.mark.parametrize("point", range(1, 4))
-@pytest.mark.parametrize("method", ["replace", "restore"])
-def test_an_interrupt_between_two_layers_loses_nothing(
-    method: str, point: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).eval()
-    adapters = attach(model, LoRA(rank=2, targets=tuple("0123")), name="a")
-    randomise(adapters)
-    x = torch.randn(2, 4)
-    adapted = model(x)
-    adapters.activate(None)
-    base = model(x)
-    adapters.activate("a")
-    if method == "restore":
-        adapters.merge()
-    own, calls = getattr(LayerAdapters, method), []
-
-    def interrupted(*args: Any) -> None:
-        calls.append(own(*args))
-        if len(calls) == point:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerAdapters, method, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            adapters.unmerge() if method == "restore" else adapters.merge()
-    assert not adapters.merged
-    torch.testing.assert_close(model(x), adapted)
-    adapters.activate(None)
-    assert torch.equal(model(x), base)

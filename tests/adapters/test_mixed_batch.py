@@ -9,7 +9,6 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,7 +17,6 @@ from transformers import (
 )
 
 from lorakit.adapters import Adapters, attach
-from lorakit.adapters.choice import Choice
 from lorakit.errors import AdapterStateError
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
@@ -54,28 +52,6 @@ def refuses(adapters: Adapters, rows: list, call: Callable[[], Tensor], name: st
 # --- the number of rows --------------------------------------------------------------------------------
 
 
-def export(model: nn.Module, x: Tensor) -> None:
-    torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-
-@pytest.mark.parametrize(
-    "convert",
-    [
-        pytest.param(lambda model, x: torch.jit.trace(model, (x,)), id="trace"),
-        pytest.param(export, id="export"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
-def test_a_batch_of_unknown_size_is_an_error(convert) -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    adapters = adapted(model, ("0",))
-    with (
-        adapters.per_sample(["a", None, "b"]),
-        pytest.raises(AdapterStateError, match="dynamic_shapes"),
-    ):
-        convert(model, torch.randn(3, 8))
-
-
 @pytest.mark.parametrize(
     ("rows", "batch"), [(["a"], 3), (["a", "a"], 4), (["a", "b"], 4), (["a", "b"], 1), ([], 2)]
 )
@@ -99,16 +75,6 @@ def test_a_stated_repeat(batch: int) -> None:
     torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
     with adapters.per_sample(["a", "b"], repeat=3), pytest.raises(AdapterStateError):
         model(torch.randn(4, 4))
-
-
-@pytest.mark.parametrize("repeat", [0, -1, 1.5, "2"])
-def test_a_repeat_that_is_no_count(repeat) -> None:
-    adapters = adapted(nn.Sequential(nn.Linear(4, 4)), "0")
-    with (
-        pytest.raises(AdapterStateError, match="repeat is"),
-        adapters.per_sample(["a"], repeat=repeat),
-    ):
-        pass
 
 
 def test_beams_are_repeats_that_generate_states() -> None:
@@ -225,48 +191,9 @@ def test_square_batches_are_known_once_rows_came_first() -> None:
     torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(square)))
 
 
-def test_one_adapter_for_all_rows_proves_no_order() -> None:
-    model = SequenceFirst()
-    adapters = adapted(model, "layer")
-    with adapters.per_sample(["a", "a"]):
-        model(torch.randn(2, 3, 4))
-    refuses(adapters, ["a", "b"], lambda: model(torch.randn(2, 2, 4)), "layer")
-
-
 def encoder(*, batch_first: bool) -> Adapters:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, dropout=0.0)
     return adapted(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "mlp")
-
-
-@pytest.mark.parametrize("length", [2, 3])
-def test_layers_of_pytorch_with_rows_in_the_first_axis(length: int) -> None:
-    adapters, x = encoder(batch_first=True), torch.randn(2, length, 8)
-    rows: Rows = ["a", None]
-    with adapters.per_sample(rows):
-        actual = adapters.model(x)
-    torch.testing.assert_close(actual, separately(adapters, rows, lambda: adapters.model(x)))
-
-
-def test_sequence_first_layers_of_pytorch_are_refused() -> None:
-    adapters = encoder(batch_first=False)
-    refuses(adapters, ["a", None], lambda: adapters.model(torch.randn(2, 2, 8)), "layers.0.linear1")
-
-
-class Doubled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.cat([x, x])).view(2, *x.shape).sum(0)
-
-
-@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4)])
-def test_rows_that_are_concatenated(shape: tuple[int, ...]) -> None:
-    """Row 0 comes again after row 1, so these are no repeats in place."""
-    model, x = Doubled(), torch.randn(shape)
-    adapters = adapted(model, "layer")
-    refuses(adapters, ["a", "b"], lambda: model(x), "layer")
 
 
 @pytest.mark.parametrize("length", [2, 4, 5])
@@ -307,23 +234,6 @@ def test_positions_that_all_rows_share() -> None:
     adapters = adapted(model, "wpe")
     ids = torch.arange(3, 7).view(2, 2)  # as many positions as rows
     refuses(adapters, ["a", "b"], lambda: model(ids).logits, r"transformer\.wpe")
-
-
-class Flattened(nn.Module):
-    """Nothing tells whether the tokens are in the order (batch, length) or (length, batch)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.transpose(0, 1).reshape(-1, 4)).view_as(x)
-
-
-def test_tokens_in_one_axis_of_an_unknown_model() -> None:
-    model, x = Flattened(), torch.randn(2, 3, 4)
-    adapters = adapted(model, "layer")
-    refuses(adapters, ["a", "b"], lambda: model(x), "layer")
 
 
 def test_tokens_in_one_axis_of_a_known_model() -> None:
@@ -368,35 +278,6 @@ def test_a_trained_module_that_mixes_tokens_is_refused_by_token() -> None:
     torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
 
 
-def test_a_table_of_positions_that_is_as_long_as_the_batch() -> None:
-    """DeBERTa also calls its projections with positions (1, 2 * buckets, d)."""
-    model = tiny_models.build("deberta-v2")
-    adapters = adapted(model, "query_proj")
-    ids = torch.arange(3, 19)[None]
-    with (
-        adapters.per_token([("a", 8), (None, 8)]),
-        pytest.raises(AdapterStateError, match=r"query_proj.*table of positions"),
-    ):
-        model(ids)
-
-
-class Prototypes(nn.Module):
-    """Its layer sees a table with as many rows as the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(2, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.layer(self.table).T
-
-
-def test_a_parameter_is_no_batch() -> None:
-    model, x = Prototypes(), torch.randn(2, 4)
-    adapters = adapted(model, "layer")
-    refuses(adapters, ["a", "b"], lambda: model(x), "layer")
-
-
 def test_images_are_not_rows() -> None:
     """Both images are in the first row."""
     vision = CLIPVisionConfig(
@@ -423,19 +304,6 @@ def test_images_are_not_rows() -> None:
         return model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
 
     refuses(adapters, ["a", "b"], call, r"model\.vision_tower.*")
-
-
-def test_a_pass_without_data_leaves_no_trace() -> None:
-    """A pass under FakeTensorMode, to plan memory, makes indices without data."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
-    adapters = adapted(model, "0")
-    rows: Rows = ["a", "b", "a"]
-    with mode, adapters.per_sample(rows):
-        model(mode.from_tensor(x))
-    with adapters.per_sample(rows):
-        actual = model(x)
-    torch.testing.assert_close(actual, separately(adapters, rows, lambda: model(x)))
 
 
 # --- products by segments ------------------------------------------------------------------------------
@@ -594,25 +462,3 @@ def test_a_packed_row_by_token() -> None:
     ):
         adapters.activate(choice)
         torch.testing.assert_close(output, model(piece[None]).logits[0], atol=1e-5, rtol=1e-4)
-
-
-# --- the value -----------------------------------------------------------------------------------------
-
-
-def test_parts_are_slices_where_they_are_contiguous() -> None:
-    a, b = (("a", 1.0),), (("b", 1.0),)
-    device = torch.device("cpu")
-    assert Choice((a, a, b), "row").parts(6, device) == [(a, slice(0, 4)), (b, slice(4, 6))]
-    (_, first), (_, second) = Choice((a, b, a), "token", (2, 1, 2)).parts(5, device)
-    assert isinstance(first, Tensor)
-    assert first.tolist() == [0, 1, 3, 4]
-    assert second == slice(2, 3)
-
-
-def test_choices_compare_by_value() -> None:
-    a = (("a", 1.0),)
-    assert Choice((a,)) == Choice((a,))
-    assert Choice((a, a), "row").whole == a
-    assert Choice((a, ()), "row").whole is None
-    assert Choice((a, (("b", 2.0),)), "row").names == {"a", "b"}
-    assert Choice((a, a), "row").repeated(3).rows == (2, 6)

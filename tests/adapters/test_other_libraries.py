@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tiny_models import logits
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters import attach, from_peft, load
+from lorakit.adapters import attach, load
 from lorakit.errors import AdapterStateError
 from lorakit.methods import BottleneckAdapter
 from lorakit.methods.lora.method import LoRA
@@ -84,34 +83,6 @@ def test_a_model_of_the_hub_around_an_adapted_one_is_saved_adapted(tmp_path: Pat
     torch.testing.assert_close(logits(saved.inner), logits(model.inner), atol=2e-4, rtol=0)
 
 
-class OfAChild(OfAnotherLibrary):
-    """Saves what it contains, and not its own state dict."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        save_file(self.to_q.state_dict(), folder / "weights.safetensors")
-
-
-def test_a_save_that_does_not_read_the_merged_weights_is_an_error(tmp_path: Path) -> None:
-    model = OfAChild()
-    attach(model, LoRA(rank=2, targets="to_q"))
-    with pytest.raises(AdapterStateError, match=r"does not write model\.state_dict\(\)"):
-        model.save_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(("targets", "is_saved"), [("attention", True), ("embedding", False)])
-def test_a_model_of_the_hub_is_not_saved_without_a_tied_weight(
-    targets: str, is_saved: bool, tmp_path: Path
-) -> None:
-    model = OfTheHub(tied=True)
-    randomise(attach(model.inner, LoRA(rank=2, targets=targets)))
-    with (
-        nullcontext()
-        if is_saved
-        else pytest.raises(AdapterStateError, match="would tie them again")
-    ):
-        model.save_pretrained(tmp_path)
-
-
 def test_another_library_saves_no_model_without_its_bottlenecks(tmp_path: Path) -> None:
     model = OfTheHub()
     attach(model.inner, BottleneckAdapter(size=2))
@@ -143,16 +114,6 @@ def test_a_pass_with_an_adapter_of_peft_on_top_is_refused(left_over: bool) -> No
     wrapped = peft.get_peft_model(model, OPTIONS)
     with pytest.raises(AdapterStateError, match="PEFT has put an adapter on this model"):
         logits(wrapped)
-
-
-def test_what_peft_left_on_the_base_is_no_adapter() -> None:
-    model = peft.get_peft_model(tiny_models.build("llama"), OPTIONS).unload()
-    model.peft_config = {"default": OPTIONS}  # as PEFT 0.18 leaves it
-    attach(model, LoRA(rank=2))
-    base = logits(tiny_models.build("llama"))
-    assert torch.equal(logits(model), base)  # B is zero
-    handle = from_peft(peft.get_peft_model(tiny_models.build("llama"), OPTIONS))
-    assert torch.equal(logits(handle.model), base)
 
 
 # --- wrappers -------------------------------------------------------------------------------------

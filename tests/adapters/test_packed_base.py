@@ -12,14 +12,11 @@ import torch
 from packed_models import KINDS, packed_and_twin
 from random_adapters import randomise
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_models import logits
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lorakit.adapters import Adapters, attach, count_parameters, load
-from lorakit.analysis.base_weights import Weights
-from lorakit.compute.objective import why_not_fused
 from lorakit.errors import (
     AdapterStateError,
     BaseModelError,
@@ -30,10 +27,7 @@ from lorakit.methods.bitfit import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
-from lorakit.models.layers import is_packed_linear
-from lorakit.models.packed import packed_weight
 from lorakit.models.quantising import quantise
-from lorakit.models.sources import resolve
 from lorakit.training.sharding import require_shardable
 
 ALL_LINEAR = LoRA(targets="all-linear", rank=2, dropout=0.0)
@@ -85,17 +79,6 @@ def test_gradients_are_those_of_the_unpacked_base(kind: str, checkpointing: bool
         gradients.append([p.grad for p in adapters.trainable_parameters()])
     for mine, twins in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, twins, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_rows_of_one_batch_use_different_adapters(kind: str) -> None:
-    handles = adapted(*packed_and_twin(kind), names=("a", "b"))
-    ids = torch.arange(3, 18).view(3, 5)
-    outputs = []
-    for adapters in handles:
-        with adapters.per_sample(["a", None, "b"]):
-            outputs.append(adapters.model(ids).logits)  # type: ignore[operator]
-    torch.testing.assert_close(*outputs, **TOLERANCE)
 
 
 def test_an_adapter_moves_between_the_packed_and_the_unpacked_base(
@@ -161,29 +144,6 @@ def test_the_trainer_resumes_from_a_checkpoint_without_the_packed_numbers(
     assert logits(again).equal(trained)
 
 
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "Int8Tensor"])  # whose biases are parameters
-def test_a_trained_bias_is_loaded_into_the_copy_also_if_it_is_inactive(
-    kind: str, tmp_path: Path
-) -> None:
-    method = LoRA(targets="attention.qv", rank=2, bias="lora_only")
-    model, _ = packed_and_twin(kind, "qwen2")
-    randomise(attach(model, method, name="a"))
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-
-    other, _ = packed_and_twin(kind, "qwen2")
-    before = logits(other)
-    adapters = attach(other, method, name="a")
-    adapters.activate(None)
-    other.load_state_dict(state, strict=False)
-    assert logits(other).equal(before)
-    adapters.activate("a")
-    assert logits(other).equal(expected)
-    adapters.detach()
-    assert logits(other).equal(before)
-
-
 # --- what is an error -----------------------------------------------------------------------------
 
 
@@ -204,17 +164,6 @@ def test_nothing_merges_into_it(kind: str, tmp_path: Path) -> None:
     assert logits(model).equal(expected)
     with pytest.raises(AdapterStateError, match="The pushed folder would not load"):
         model.save_pretrained(tmp_path, push_to_hub=True)
-
-
-def test_a_merge_elsewhere_leaves_it_quantised(kind: str) -> None:
-    model, _ = packed_and_twin(kind)
-    model.config.quantization_config = {"quant_method": "x"}
-    adapters = attach(model, LoRA(targets="head", rank=2))
-    randomise(adapters)
-    expected = logits(model)
-    adapters.merge(keep_base=False)
-    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
-    assert model.config.quantization_config == {"quant_method": "x"}
 
 
 def test_it_is_not_cast(kind: str) -> None:
@@ -314,17 +263,6 @@ def test_parameters_that_a_library_manages_are_refused(tmp_path: Path) -> None:
                 attempt()
 
 
-def test_a_layer_with_ordinary_numbers_is_none_of_it() -> None:
-    class Transposed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.in_features = self.out_features = 4
-            self.weight = nn.Parameter(torch.randn(4, 4))
-            self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-
-    assert not is_packed_linear(Transposed())
-
-
 def test_experts_in_tensors_of_a_library_are_refused() -> None:
     model = tiny_models.build("mixtral")
     experts = model.model.layers[0].mlp.experts
@@ -333,36 +271,3 @@ def test_experts_in_tensors_of_a_library_are_refused() -> None:
     experts.down_proj = nn.Parameter(packed, requires_grad=False)
     with pytest.raises(TargetError, match="in a form that cannot be adapted: quantised"):
         attach(model, LoRA(targets="experts"))
-
-
-def test_a_quantised_head_is_not_read_by_the_loss() -> None:
-    model = tiny_models.build("llama")
-    assert not why_not_fused(model)
-    model.lm_head = packed_models.with_int8_tensor(model.lm_head)
-    assert why_not_fused(model) == "the head is quantised (Int8Tensor)"
-
-
-def test_missing_weights_of_a_quantised_checkpoint_are_named() -> None:
-    integers, floats = torch.ones(1, dtype=torch.int32), torch.ones(1)
-    tensors = {
-        "a.qweight": integers,
-        "a.scales": floats,
-        "b.weight_g": floats,
-        "c.0.qweight": integers,
-    }
-    weights = Weights(resolve("gpt2"), {name: lambda t=t: t for name, t in tensors.items()})
-    with pytest.raises(BaseModelError, match=r"stores 'a.weight' in qweight, so it is quantised"):
-        weights["a.weight"]
-    for name in ("b.weight", "c.weight"):
-        with pytest.raises(BaseModelError, match=f"has no weight '{name}'"):
-            weights[name]
-
-
-def test_scales_in_a_plain_dictionary_count_for_the_digest() -> None:
-    layers = [packed_models.GroupedInt4(nn.Linear(16, 4)) for _ in range(2)]
-    layers[1].load_state_dict(layers[0].state_dict())
-    digests = []
-    for layer, scale in zip(layers, (1.0, 2.0), strict=True):
-        layer.__dict__["meta"] = {"scale": torch.tensor([scale]), "nbits": 4}
-        digests.append(packed_weight(layer, "x").digests().exact)
-    assert digests[0] != digests[1]

@@ -1,18 +1,14 @@
 """Parameter counts without weights, against the paper's tables and the formula r (in + out), and file sizes."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from paper_models import paper_model
-from real_tensors import RealTensors
 
 import lorakit
 from lorakit.adapters.summary import count_parameters
-from lorakit.errors import ConfigurationError
-from lorakit.methods import AdapterModule
 from lorakit.methods.lora.method import LoRA
 
 
@@ -22,18 +18,6 @@ def test_counting_builds_no_weights_and_changes_nothing():
     count_parameters(model, LoRA(rank=4, targets="all-linear"))
     assert set(dict(model.named_parameters())) == before
     assert all(p.is_meta for p in model.parameters())
-
-
-def test_a_compiled_model_has_the_names_of_its_model():
-    model = tiny_models.build("llama")
-    compiled = torch.compile(model, backend="eager")
-    assert count_parameters(compiled, LoRA()) == count_parameters(model, LoRA())
-    assert str(lorakit.targets(compiled)) == str(lorakit.targets(model))
-
-
-def test_the_class_of_a_method_is_no_method():
-    with pytest.raises(ConfigurationError, match="it must be a method with its settings"):
-        count_parameters(tiny_models.build("llama"), LoRA)
 
 
 @pytest.mark.parametrize(
@@ -47,62 +31,15 @@ def test_the_class_of_a_method_is_no_method():
     ],
     ids=["pissa", "dora", "bottleneck", "vectors", "tied head"],
 )
-def test_counting_allocates_nothing_and_draws_no_random_numbers(method):
+def test_counting_draws_no_random_numbers(method):
     model = tiny_models.build("llama", tie_word_embeddings=True)
     state = torch.get_rng_state()
-    with RealTensors() as real:
-        counts = count_parameters(model, method)
-    assert real.largest == 0
+    counts = count_parameters(model, method)
     assert torch.equal(torch.get_rng_state(), state)
     adapters = lorakit.attach(model, method)
     summary = adapters.summary()
     assert counts == summary.counts
     assert repr(summary) == str(summary)  # in a notebook
-
-
-@dataclass(frozen=True)
-class OneVectorForAllBlocks:
-    """Train one vector that all blocks share."""
-
-    def modules(self, model, dtype=None):
-        vector = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
-        modules = {}
-        for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
-            modules[path] = AdapterModule()
-            modules[path].vector = vector
-        return modules
-
-    def trained_parameters(self, model):
-        return []
-
-
-def test_a_shared_parameter_counts_once():
-    model = tiny_models.build("llama")
-    counts = count_parameters(model, OneVectorForAllBlocks())
-    assert counts.by_layer == {"model.layers.0.mlp": 4}
-    assert lorakit.attach(model, OneVectorForAllBlocks()).summary().counts == counts
-
-
-@dataclass(frozen=True)
-class AsWideAsTheWeight:
-    """Train as many numbers as the weight has entries above zero."""
-
-    def modules(self, model, dtype=None):
-        module = AdapterModule()
-        count = int((model.lm_head.weight > 0).sum())
-        module.numbers = torch.nn.Parameter(torch.randn(count, dtype=dtype))
-        return {"lm_head": module}
-
-    def trained_parameters(self, model):
-        return []
-
-
-def test_a_method_that_reads_numbers_is_counted_too():
-    model = tiny_models.build("llama")
-    state = torch.get_rng_state()
-    counts = count_parameters(model, AsWideAsTheWeight())
-    assert counts.trainable == int((model.lm_head.weight > 0).sum())
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import peft
 import pytest
 import tiny_models
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import lorakit
-from lorakit.adapters import Adapters, attach, count_parameters, handle_of, load
+from lorakit.adapters import attach, count_parameters, load
 from lorakit.errors import AdapterStateError, ConfigurationError, WrongBaseError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
@@ -179,17 +177,6 @@ def test_quantised_weights_are_not_trained_in_full(method, kind: str) -> None:
     attach(model, LoRA(train_modules="lm_head"))  # which is not quantised
 
 
-def test_a_tied_head_and_its_embedding_stay_whole(kind: str) -> None:
-    model = base(kind=kind, tie_word_embeddings=True)
-    model.tie_weights()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    adapters = attach(model, LoRA(targets=("embedding", "attention.qv"), tie_head=True))
-    randomise(adapters)
-    expected = logits(model)
-    adapters.merge(keep_base=False)
-    torch.testing.assert_close(logits(model), expected, **TOLERANCE)
-
-
 # --- merged ---------------------------------------------------------------------------------------
 
 
@@ -218,29 +205,6 @@ def test_a_merge_adds_to_the_dequantised_weight_and_rounds_once(kind: str, dtype
     adapters.detach()
     assert_same_state(model, before)
     assert logits(model).equal(unmerged)
-
-
-def test_the_packed_weight_itself_comes_back(kind: str) -> None:
-    model = base(kind=kind)
-    adapters = attach(model, LoRA())
-    packed = {path: weight.packed for path, weight in quantised_weights(model)}
-    adapters.merge()
-    assert len(dict(quantised_weights(model))) == len(packed) - 4
-    adapters.unmerge()
-    assert all(weight.packed is packed[path] for path, weight in quantised_weights(model))
-
-
-def test_a_copy_of_a_merged_model_unmerges(kind: str) -> None:
-    model = base(kind=kind)
-    randomise(attach(model, LoRA(targets="all-linear")))
-    expected = logits(model)
-    handle_of(model).merge()
-    again = copy.deepcopy(model)
-    torch.testing.assert_close(logits(again), expected, rtol=1e-3, atol=1e-3)
-    handle_of(again).unmerge()
-    torch.testing.assert_close(logits(again), expected, **TOLERANCE)
-    assert len(dict(quantised_weights(again))) == 14
-    assert not [p for p, _ in quantised_weights(model)]
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
@@ -378,15 +342,6 @@ def test_another_base_is_refused(kind: str, tmp_path) -> None:
         load(other, folder)
 
 
-def test_the_record_does_not_depend_on_what_is_merged(kind: str) -> None:
-    model = base(kind=kind)
-    adapters = attach(model, LoRA())
-    randomise(adapters)
-    before = adapters.stored().base
-    adapters.merge()
-    assert adapters.stored().base == before
-
-
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_peft_computes_the_same_on_the_same_base(method: LoRA, kind: str, tmp_path) -> None:
     model = base(kind=kind, **WIDE)
@@ -437,47 +392,9 @@ def test_adapters_on_a_base_that_transformers_quantised(foreign: Any, tmp_path) 
     assert foreign.is_quantized
 
 
-def test_its_evaluation_leaves_the_gradient(foreign: Any) -> None:
-    adapters = attach(foreign, LoRA(targets="all-linear"))
-    randomise(adapters)
-    batch = tiny_models.example_batch("llama", foreign)
-
-    def gradients() -> list[Tensor]:
-        foreign.train()(**batch, labels=batch["input_ids"]).loss.backward()
-        gradients = [p.grad for p in adapters.trainable_parameters()]
-        for parameter in adapters.trainable_parameters():
-            parameter.grad = None
-        return gradients  # type: ignore[return-value]
-
-    first = gradients()
-    foreign.eval()
-    logits(foreign)
-    assert all(one.equal(other) for one, other in zip(first, gradients(), strict=True))
-
-
-def test_its_layers_are_not_repacked_until_the_detach(foreign: Any) -> None:
-    layers = [m for m in foreign.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = 1  # as on a CPU with AVX512-BF16
-    adapters = attach(foreign, LoRA())
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
-    adapters.detach()
-    assert {layer.support_avx512bf16_for_cpu for layer in layers} == {1}
-
-
 def test_its_biases_are_not_trained(tmp_path: Path) -> None:
     tiny_models.build("qwen2", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     with pytest.raises(ConfigurationError, match=r"bias of bitsandbytes' Linear4bit.*rounds it"):
         attach(model, LoRA(bias="lora_only"))
-
-
-def test_int8_layers_of_others_are_not_merged_for_want_of_a_dtype(tmp_path: Path) -> None:
-    tiny_models.build("llama", **WIDE).save_pretrained(tmp_path)
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    adapters: Adapters = attach(model, LoRA())
-    randomise(adapters)
-    with pytest.raises(AdapterStateError, match="does not record the dtype"):
-        adapters.merge()

@@ -15,7 +15,7 @@ from tiny_models import logits_with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorakit.adapters import Adapters, attach, handle_of, slots
+from lorakit.adapters import Adapters, attach, slots
 from lorakit.adapters.attach import handle_for
 from lorakit.adapters.choice import AdapterChoice
 from lorakit.adapters.slots import Slots
@@ -103,20 +103,6 @@ def test_slots_are_used() -> None:
         torch.testing.assert_close(steps(adapters, [["a", "b"]] * 2), expected)
 
 
-def test_many_tokens_of_one_adapter_beside_single_ones() -> None:
-    adapters = adapted("llama", "a", "b", "c")
-    model: Any = adapters.model
-    spans = [("a", 1), (None, 1), ("b", 60), ("c", 2), (None, 20)]
-
-    def logits() -> Tensor:
-        with torch.no_grad(), adapters.per_token(spans, slots=Slots()):
-            return model(input_ids=ids(1, 84), use_cache=False).logits
-
-    found = logits()
-    with without_slots():
-        torch.testing.assert_close(found, logits())
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("spans", [("a", "b", None), ("a", "b", None, "b", "b", "a")])
 def test_nan_of_one_adapter_stays_in_its_tokens(value: float, spans: tuple) -> None:
@@ -129,22 +115,6 @@ def test_nan_of_one_adapter_stays_in_its_tokens(value: float, spans: tuple) -> N
     others = [i for i, name in enumerate(spans) if name != "a"]
     torch.testing.assert_close(found[:, others], expected[:, others])
     assert found[:, 0].isnan().all()
-
-
-def test_nan_of_a_token_stays_in_it() -> None:
-    """Rows that fill up a slot read the first token, and their results are not used."""
-    layer = torch.nn.Linear(4, 4)
-    model = torch.nn.Sequential(layer)
-    for seed, name in enumerate("ab"):
-        randomise(attach(model, LoRA(rank=2, targets="0"), name=name, seed=seed), name, seed=seed)
-    adapters = handle_for(model)
-    x = torch.randn(1, 14, 4)
-    x[0, 0] = float("nan")
-    spans = [("a", 1), (None, 1), ("b", 2), ("a", 10)]
-    with torch.no_grad(), adapters.per_token(spans, slots=Slots()):
-        found = model(x)
-    assert found[0, 0].isnan().all()
-    assert found[0, 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -185,17 +155,6 @@ def test_bfloat16_rounds_no_more_than_layer_by_layer() -> None:
         assert error <= 1.05 * (steps(adapters, batches) - exact).norm()
 
 
-def test_inference_mode_and_no_grad_share_slots() -> None:
-    adapters = adapted("llama", "a", "b")
-    model: Any = adapters.model
-    with torch.no_grad(), adapters.per_sample(["a", "b"]):
-        expected = model(ids(2, 2)).logits
-    with adapters.per_sample(["a", "b"]):
-        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-            with mode():
-                torch.testing.assert_close(model(ids(2, 2)).logits.clone(), expected)
-
-
 def test_an_optimizer_step_inside_the_block() -> None:
     """A pass with gradients drops the slots, so the next evaluation reads the new numbers."""
     adapters = adapted("llama", "a", "b")
@@ -213,38 +172,9 @@ def test_an_optimizer_step_inside_the_block() -> None:
         torch.testing.assert_close(found, model(ids(2, 2)).logits)
 
 
-def test_another_adapter_of_the_same_name() -> None:
-    """Slots that outlive an adapter never answer for the next one of its name."""
-    adapters = adapted("llama", "a", "b")
-    kept = Slots()
-
-    def logits() -> Tensor:
-        with torch.no_grad(), adapters.per_token([("a", 1), ("b", 1)], slots=kept):
-            return adapters.model(input_ids=ids(1, 2), use_cache=False).logits  # type: ignore[operator]
-
-    before = logits()
-    adapters.remove("a")
-    randomise(attach(adapters.model, METHODS["a"], name="a", seed=7), "a", seed=7)
-    adapters.model.double()
-    after = logits()
-    assert not after.allclose(before)
-    kept = Slots()
-    torch.testing.assert_close(after, logits())
-
-
 def test_more_adapters_than_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = adapted("llama", "a", "b", "c")
     batches = compositions(2, ["a", "b", "c", {"a": 0.5}, None])
     expected = steps(adapters, batches)
     monkeypatch.setattr(slots, "MOST_SLOTS", 2)
     torch.testing.assert_close(steps(adapters, batches), expected)
-
-
-def test_a_block_leaves_nothing_behind() -> None:
-    adapters = adapted("llama", "a")
-    assert handle_of(adapters.model) is adapters
-    adapters.activate("a")
-    before = {key for _, m in adapters.model.named_modules() for key in m.__dict__}
-    adapters.model.generate(ids(1, 3), max_new_tokens=2, pad_token_id=0)  # type: ignore[operator]
-    assert {key for _, m in adapters.model.named_modules() for key in m.__dict__} == before
-    assert adapters._activation.block is None

@@ -5,7 +5,6 @@ PyTorch compares shapes only, so gradients of another adapter would come out wit
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, handle_of
+from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
@@ -138,21 +137,6 @@ def test_dropout_is_the_same_in_both_runs() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_trained_tensors_are_those_of_the_first_run(use_reentrant: bool) -> None:
-    """Norms trained in full replace the base's, so a recomputation would read another adapter's norms."""
-    method = LoRA(rank=2, targets="mlp.down", train_modules=("input_layernorm", "q_proj"))
-    model, adapters = build(method)
-    another_adapter(model, adapters)
-    expected = gradients(adapters)
-    model, adapters = build(method, use_reentrant)
-    try:
-        another_adapter(model, adapters)
-    except AdapterStateError:
-        return  # an error is correct as well
-    assert_same(gradients(adapters), expected)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "change", [Adapters.merge, lambda adapters: adapters.remove("a")], ids=["merge", "remove"]
 )
@@ -195,57 +179,6 @@ def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> Non
     assert_same(step(nested=True), step(nested=False))
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch 2.8
-@pytest.mark.parametrize("choice", ["b", None])
-@pytest.mark.parametrize("gradients_on", [False, True])
-def test_a_pass_without_a_backward_leaves_no_trace(choice: str | None, gradients_on: bool) -> None:
-    """No backward pass recomputes an evaluation, or a loss that was dropped."""
-    model, adapters = build(use_reentrant=True)
-    for _ in range(2):
-        with torch.set_grad_enabled(gradients_on):
-            adapters.activate(choice)
-            loss(model)
-        model.zero_grad()
-        unchanged(model, adapters)
-    actual = gradients(adapters)
-    model, adapters = build()
-    unchanged(model, adapters)
-    assert_same(actual, gradients(adapters))
-
-
-def test_a_copy_made_before_the_backward_pass() -> None:
-    model, adapters = build(use_reentrant=True)
-    adapters.activate("a")
-    value = loss(model)
-    copied = handle_of(copy.deepcopy(model))
-    assert copied is not None
-    value.backward()
-    assert any(gradient is not None for gradient in gradients(adapters))
-    assert all(gradient is None for gradient in gradients(copied))
-
-
-def test_a_reentrant_block_that_switches_gradients_on_keeps_its_choice():
-    model, adapters = build()
-    layer = model.model.layers[0].self_attn.q_proj
-    x = torch.randn(1, 3, layer.in_features, requires_grad=True)
-
-    def block(x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(True):
-            return layer(x)
-
-    def gradient(change: Callable[[], object]) -> Tensor:
-        adapters.activate("a")
-        out = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
-        change()
-        x.grad = None
-        out.sum().backward()  # a reentrant checkpoint does not take torch.autograd.grad
-        assert x.grad is not None
-        return x.grad
-
-    expected = gradient(lambda: None)
-    torch.testing.assert_close(gradient(lambda: adapters.activate("b")), expected)
-
-
 # --- changes between the forward and the backward pass -------------------------------------------------
 
 
@@ -260,66 +193,6 @@ def test_detach_before_backward_is_refused(use_reentrant: bool, only_one: bool) 
     adapters.detach()
     with pytest.raises(AdapterStateError, match="between the forward and the backward"):
         value.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_detach_and_attach_before_backward_is_refused(use_reentrant: bool) -> None:
-    model, adapters = build(use_reentrant=use_reentrant)
-    value = loss(model)
-    adapters.detach()
-    attach(model, METHOD, name="a")
-    with pytest.raises(AdapterStateError, match="between the forward and the backward"):
-        value.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_block_adapted_after_its_forward_pass_is_refused(use_reentrant: bool) -> None:
-    model = tiny_models.build("llama")
-    adapters = attach(model, LoRA(rank=2, targets="model.layers.0.self_attn.q_proj"), name="a")
-    randomise(adapters)
-    block, x = model.model.layers[1].mlp, torch.randn(1, 3, 32, requires_grad=True)
-    value = checkpoint(block, x, use_reentrant=use_reentrant).sum()
-    attach(model, LoRA(rank=2, targets="mlp"), name="b")
-    with pytest.raises(AdapterStateError, match="ran without its adapters"):
-        value.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_merge_and_unmerge_before_backward_is_refused(use_reentrant: bool) -> None:
-    model, adapters = build(use_reentrant=use_reentrant)
-    adapters.activate("a")
-    value = loss(model)
-    adapters.merge()
-    adapters.unmerge()
-    with pytest.raises(AdapterStateError, match="between the forward and the backward"):
-        value.backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_changes_after_backward_are_free(use_reentrant: bool) -> None:
-    model, adapters = build(use_reentrant=use_reentrant)
-    value = loss(model)
-    value.backward()
-    adapters.merge()  # `value` and its graph are alive
-    adapters.unmerge()
-    adapters.remove("b")
-    adapters.detach()
-    attach(model, METHOD, name="a")
-    loss(model).backward()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_the_very_first_step_reads_its_record(use_reentrant: bool) -> None:
-    """Only one choice has ever existed; the block that opens later must not reach the recomputation."""
-
-    def step(use_reentrant: bool | None) -> Gradients:
-        model, adapters = build(use_reentrant=use_reentrant)
-        value = loss(model)
-        with adapters.per_sample([None, None]):
-            value.backward()
-        return gradients(adapters)
-
-    assert_same(step(use_reentrant), step(None))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -6,14 +6,12 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
 from random_adapters import randomise
-from tiny_models import tensors_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,8 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from lorakit.adapters import Adapters, attach, formats, load, saving
-from lorakit.adapters.formats.stored import StoredAdapter
+from lorakit.adapters import Adapters, attach, load
 from lorakit.errors import AdapterStateError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
@@ -125,21 +122,6 @@ def test_ddp_matches_plain_training(process_group: None) -> None:
         assert torch.equal(actual, start) == (not actual.requires_grad), name
 
 
-def test_ddp_saves_the_adapter_of_the_module(process_group: None, tmp_path: Path) -> None:
-    model, _ = adapted(torch.float32)
-    wrapped = DistributedDataParallel(model)
-    expected = model(IDS).logits
-    state = tensors_of(wrapped)
-    other, adapters = adapted(torch.float32)
-    randomise(adapters, seed=5)
-    assert (other(IDS).logits - expected).abs().max() > 1e-2
-    DistributedDataParallel(other).load_state_dict(state)
-    assert torch.equal(other(IDS).logits, expected)
-    wrapped.module.save_pretrained(tmp_path / "saved")
-    loaded = type(model).from_pretrained(tmp_path / "saved", attn_implementation="eager")
-    torch.testing.assert_close(loaded(IDS).logits, expected, atol=2e-4, rtol=0)
-
-
 def test_ddp_does_not_broadcast_the_kept_base(process_group: None) -> None:
     """By default it sends all buffers before each forward pass, and a replaced parameter is kept as one."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -166,36 +148,6 @@ def test_sharded_adapter_is_saved_whole(process_group: None, tmp_path: Path) -> 
     torch.testing.assert_close(plain(IDS).logits, expected)
 
 
-def test_a_process_that_does_not_write_keeps_no_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With full fine-tuning on sharded weights, a copy in each process would be the whole model."""
-    _, adapters = adapted(torch.float32)
-    stored, original = [], saving.store
-
-    def recorded(*args: Any) -> StoredAdapter:
-        stored.append(original(*args))
-        return stored[-1]
-
-    monkeypatch.setattr(saving, "store", recorded)
-    adapters.save(tmp_path / "adapter", is_main_process=False)
-    assert not (tmp_path / "adapter").exists()
-    assert {tensor.device.type for tensor in formats.tensors_of(stored[0])} == {"meta"}
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_size_of_a_sharded_adapter_is_that_of_its_file(
-    process_group: None, dora: bool, tmp_path: Path
-) -> None:
-    model = tiny_models.build("gpt2")
-    adapters = attach(model, LoRA(rank=2, targets="attention.qv", dora=dora))
-    before = adapters.summary()
-    for block in model.transformer.h:
-        fully_shard(block)
-    fully_shard(model)
-    assert adapters.summary() == before
-
-
 @pytest.mark.parametrize("stage", ["sharded", "before backward"])
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}], ids=["lora", "with trained copies"])
 def test_merge_into_a_sharded_model_is_refused(
@@ -219,14 +171,6 @@ def test_merge_into_a_sharded_model_is_refused(
     assert not adapters.merged
     assert adapters.active == {"default": 1.0}
     assert torch.equal(model(IDS).logits, expected)
-
-
-def test_merge_into_one_sharded_block_is_refused(process_group: None) -> None:
-    model, adapters = adapted(torch.float32)
-    fully_shard(model.model.layers[1], mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(AdapterStateError, match=r"'model\.layers\.1' is sharded"):
-        adapters.merge()
-    assert not adapters.merged
 
 
 def test_merge_inside_a_sharded_wrapper_is_refused(process_group: None) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, pipeline
 
 from lorakit.adapters import Adapters, attach
-from lorakit.errors import AdapterStateError
 from lorakit.methods.lora.method import LoRA
 
 WAYS: dict[str, dict] = {
@@ -68,15 +67,6 @@ def test_attached_merged_detached(way: dict) -> None:
     assert torch.equal(generate(model, way), base)
 
 
-def test_a_wrapper_of_generate_outlives_the_adapters() -> None:
-    base = generate(tiny_models.build("llama"), WAYS["greedy"])
-    model, adapters = adapted("a")
-    own = model.generate
-    model.generate = lambda *args, **kwargs: own(*args, **kwargs)
-    adapters.detach()
-    assert torch.equal(generate(model, WAYS["greedy"]), base)
-
-
 @pytest.mark.parametrize("name", ["greedy", "without cache", "beam", "several beams"])
 def test_each_row_by_its_own_adapter(name: str) -> None:
     """Beams and returned sequences repeat a row in place, and the copies need the same adapter."""
@@ -94,16 +84,6 @@ def test_each_row_by_its_own_adapter(name: str) -> None:
         )
     assert torch.equal(actual, torch.cat(expected))
     assert not torch.equal(expected[1], expected[2])  # the same prompt, with and without an adapter
-
-
-def test_rows_that_do_not_fit_the_batch() -> None:
-    model, adapters = adapted("a")
-    with (
-        adapters.per_sample(["a", None, "a"]),
-        pytest.raises(AdapterStateError, match=r"3 rows.*batch of 2"),
-    ):
-        generate(model, WAYS["greedy"])
-    assert adapters.active == {"a": 1.0}
 
 
 def test_encoder_decoder_beams_by_row() -> None:
@@ -151,39 +131,6 @@ def test_pipeline_attached_merged_detached(text_model: tuple[PreTrainedModel, ob
     assert answers() == actual
     adapters.detach()
     assert answers() == base
-
-
-def test_pipeline_made_before_the_adapter_follows_it(
-    text_model: tuple[PreTrainedModel, object],
-) -> None:
-    model, tokenizer = text_model
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    prompt, settings = "The river pub", {"do_sample": False, "max_new_tokens": 6}
-    base = pipe(prompt, **settings)
-    adapters = attach(model, LoRA(rank=2, alpha=3, targets="all-linear"), seed=1)
-    randomise(adapters)
-    assert pipe(prompt, **settings) != base
-    adapters.activate(None)
-    assert pipe(prompt, **settings) == base
-
-
-def test_classification_pipeline() -> None:
-    tokenizer = tiny_tokenizer()
-    model = tiny_models.build("bert", head="sequence-classification", vocab_size=len(tokenizer))
-    pipe = pipeline(
-        "text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None
-    )
-    base = pipe(["A man is playing"])[0]
-    adapters = attach(model, LoRA(rank=2, alpha=3, train_modules="classifier"), seed=1)
-    randomise(adapters)
-    actual = pipe(["A man is playing"])[0]
-    assert actual != base
-    adapters.merge()
-    for left, right in zip(pipe(["A man is playing"])[0], actual, strict=True):
-        assert left["label"] == right["label"]
-        assert left["score"] == pytest.approx(right["score"], abs=1e-5)
-    adapters.detach()
-    assert pipe(["A man is playing"])[0] == base
 
 
 def test_continuous_batching_uses_the_active_adapter() -> None:

@@ -104,16 +104,6 @@ def test_a_way_that_was_chosen_earlier_is_not_taken_on_trust(change: str) -> Non
     torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
 
 
-def test_merged_adapter_on_the_head() -> None:
-    model = tiny_models.build("llama")
-    examples = batch()
-    adapters = attach(model, LoRA(rank=2, alpha=3, targets="head"))
-    randomise(adapters)
-    adapters.merge()
-    objective = confirm_loss_path(model, examples)
-    torch.testing.assert_close(objective.loss_sum(model, examples), whole(model, examples))
-
-
 @pytest.mark.slow  # the import of TRL
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 def test_trl_never_ignores_an_adapter_on_the_head() -> None:

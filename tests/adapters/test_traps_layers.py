@@ -11,7 +11,6 @@ from tiny_models import assert_same_tensors
 from torch import Tensor, nn
 
 from lorakit.adapters import attach
-from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.method import LoRA
 
 
@@ -106,44 +105,7 @@ def test_grouped_convolution_in_float64(kind: type[nn.Conv1d], options: dict) ->
     torch.testing.assert_close(model(x), expected)
 
 
-def test_rank_that_the_groups_cannot_share() -> None:
-    with pytest.raises(ConfigurationError, match="multiple of 4"):
-        attach(nn.Sequential(nn.Conv1d(8, 8, 3, groups=4)), LoRA(rank=2, targets="0"))
-
-
 # --- fused projections with slices of unequal width -----------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("role", "rows"),
-    [("q", range(32)), ("k", range(32, 48)), ("v", range(48, 64))],
-)
-def test_unequal_slices_of_grouped_query_attention(role: str, rows: range) -> None:
-    """Phi-3 with four query heads and two of keys and values: 32 + 16 + 16 rows of one weight."""
-    model = tiny_models.build("phi3")
-    layer = model.model.layers[0].self_attn.qkv_proj
-    assert layer.weight.shape == (64, 32)
-    x = torch.randn(2, 3, 32)
-    base = layer(x)
-    adapters = attach(model, LoRA(rank=2, alpha=3, targets=f"attention.{role}"))
-    randomise(adapters)
-    module = adapters.modules()["model.layers.0.self_attn.qkv_proj"]
-    assert module.lora_B.shape == (len(rows), 2)
-    inside = torch.zeros(64, dtype=torch.bool)
-    inside[rows] = True
-    expected = base[..., inside] + 1.5 * x @ module.lora_A.T @ module.lora_B.T
-    adapters_out = layer(x)
-    assert (adapters_out[..., inside] - base[..., inside]).abs().max() > 1e-2
-    torch.testing.assert_close(adapters_out[..., inside], expected)
-    torch.testing.assert_close(adapters_out[..., ~inside], base[..., ~inside])
-    adapters.merge()
-    torch.testing.assert_close(layer(x)[..., inside], expected)
-    assert torch.equal(
-        layer.weight[~inside],
-        tiny_models.build("phi3").get_parameter("model.layers.0.self_attn.qkv_proj.weight")[
-            ~inside
-        ],
-    )
 
 
 def test_two_unequal_slices_have_a_rank_each() -> None:
@@ -265,6 +227,3 @@ def test_autocast_gives_the_output_the_dtype_that_the_base_has(
         output = model(x)
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), exact, atol=0.1, rtol=0.02)
-
-
-# --- layers that another tool replaces --------------------------------------------------------------

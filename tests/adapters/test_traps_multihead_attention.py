@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from random_adapters import randomise
-from tiny_models import tensors_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorakit.adapters import Adapters, attach, handle_of
-from lorakit.adapters.save_pretrained import adapted_state_dict
 from lorakit.errors import AdapterStateError, ConfigurationError, LorakitError
 from lorakit.methods.lora.method import LoRA
 
@@ -109,19 +105,6 @@ def test_effect_and_gradients_are_those_of_the_effective_weight(target: str) -> 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_adapters_mixed_by_weight() -> None:
-    model, adapters = adapted("attn")
-    attach(model, LoRA(rank=2, targets=("attention.k", "attention.o")), name="other")
-    randomise(adapters, "other", seed=1)
-    weights = {"default": 0.5, "other": -2.0}
-    adapters.activate(weights)
-    x = example()
-    expected = without_adapters(model, effective_weights(model, weights), x)
-    torch.testing.assert_close(model(x), expected)
-    adapters.merge()
-    torch.testing.assert_close(model(x), expected)
-
-
 def test_dora_and_its_magnitude() -> None:
     model, adapters = adapted("attn", dora=True)
     x = example()
@@ -132,20 +115,6 @@ def test_dora_and_its_magnitude() -> None:
     assert min(gradient.abs().max() for gradient in gradients) > 1e-5
     adapters.merge()
     torch.testing.assert_close(model(x), actual)
-
-
-def test_pissa_starts_as_the_base() -> None:
-    model = Model()
-    x = example()
-    base = model(x)
-    weights = tensors_of(model)
-    adapters = attach(model, LoRA(rank=2, targets="attn", init="pissa"))
-    torch.testing.assert_close(model(x), base)
-    randomise(adapters)
-    assert (model(x) - base).abs().max() > 1e-2
-    adapters.detach()
-    assert torch.equal(model(x), base)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 def test_the_fast_path_of_inference_sees_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,91 +158,6 @@ def test_transformer_encoder_in_inference(target: str) -> None:
         torch.testing.assert_close(actual[~padding], padded[~padding])
         adapters.merge()
         torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("target", ["attn", "attention.o"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_the_call_leaves_nothing_behind(
-    target: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, adapters = adapted(target)
-    x = example()
-    base = without_adapters(model, {}, x)
-    expected = model(x)
-    assert (expected - base).abs().max() > 1e-2
-
-    def interrupted(*args, **kwargs):
-        raise error
-
-    def interrupt() -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(F, "multi_head_attention_forward", interrupted)
-            with pytest.raises(error):
-                model(x)
-
-    interrupt()
-    torch.testing.assert_close(model(x), expected)
-    interrupt()
-    adapters.activate(None)
-    torch.testing.assert_close(model(x), base)
-    adapters.activate("default")
-    interrupt()
-    adapters.detach()
-    assert_nothing_left(model.modules())
-    torch.testing.assert_close(model(x), base)
-
-
-@pytest.mark.parametrize("target", ["attn", "attention.o"])
-def test_merge_and_save_after_an_interrupted_call(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The adapter must not be added to the weights that the interrupted call has left."""
-    model, adapters = adapted(target)
-    x = example()
-    expected = model(x)
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "multi_head_attention_forward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            model(x)
-    state = adapted_state_dict(model, model.state_dict())
-    merged = {name: tensor for name, tensor in state.items() if ".adapters." not in name}
-    torch.testing.assert_close(without_adapters(model, merged, x), expected)
-    adapters.merge()
-    torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("target", ["attn", "attention.o"])
-def test_two_threads_call_one_module(target: str) -> None:
-    """One uses the adapter and one the base, and each gets its own output every time."""
-    model, adapters = adapted(target)
-    model.requires_grad_(False)
-    x = example()
-    start = threading.Barrier(2)
-
-    def outputs(name: str | None) -> list[Tensor]:
-        with adapters.per_sample([name] * len(x)):
-            start.wait(10)
-            return [model(x) for _ in range(100)]
-
-    with ThreadPoolExecutor(2) as threads:
-        with_adapter, base = threads.map(outputs, ("default", None))
-    expected = model(x)
-    adapters.activate(None)
-    assert (expected - model(x)).abs().max() > 1e-2
-    assert all(torch.equal(output, expected) for output in with_adapter)
-    assert all(torch.equal(output, model(x)) for output in base)
-    assert_nothing_left(model.modules())
-
-
-def test_a_wrong_input_leaves_nothing_behind() -> None:
-    model, _ = adapted("attn")
-    with pytest.raises((AssertionError, RuntimeError)):
-        model(torch.randn(2, 5, EMBED + 1))
-    assert_nothing_left(model.modules())
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -323,29 +207,6 @@ def test_per_sample_without_an_adapter_on_the_attention() -> None:
         actual = model(x)
     torch.testing.assert_close(actual, torch.stack([expected[0], base[1]]))
     assert (actual[0] - base[0]).abs().max() > 1e-2
-
-
-def test_removing_one_of_two_leaves_no_hook() -> None:
-    model, adapters = adapted("attn")
-    x = example()
-    base = without_adapters(model, {}, x)
-    attach(model, LoRA(rank=2, targets="out"), name="linear")
-    adapters.remove("default")
-    assert not model.attn._forward_hooks
-    assert not model.attn._forward_pre_hooks
-    torch.testing.assert_close(model(x), base)
-
-
-def test_removing_one_keeps_the_hooks_of_the_other() -> None:
-    model, adapters = adapted("attention.q")
-    attach(model, LoRA(rank=2, targets="attention.o"), name="other")
-    randomise(adapters, "other", seed=1)
-    adapters.remove("default")
-    adapters.activate("other")
-    x = example()
-    expected = without_adapters(model, effective_weights(model, {"other": 1.0}), x)
-    assert (expected - without_adapters(model, {}, x)).abs().max() > 1e-2
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_separate_projections_are_refused() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import assert_same_tensors, logits, tensors_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import load_sharded_checkpoint
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
-from lorakit.methods import BitFit, BottleneckAdapter
+from lorakit.methods import BitFit
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
@@ -149,36 +146,6 @@ def test_a_model_is_saved_with_the_adapters_of_its_parts(tmp_path: Path) -> None
     assert_close(logits(twin), adapted)
 
 
-def test_a_model_with_a_part_that_cannot_be_merged_does_not_load(tmp_path: Path) -> None:
-    model = tiny_models.build("bart")
-    inactive = attach(model.model.encoder, BottleneckAdapter(size=2))
-    inactive.activate(None)
-    attach(model.model.decoder, LoRA(rank=2, targets="attention.qv"))  # also named "default"
-    model.save_pretrained(tmp_path)
-    assert_close(logits(load(model, tmp_path)), logits(model))
-    inactive.activate("default")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'default' is no part of the weights"):
-        load(model, tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    assert all(".adapters." in name for name in held)
-    model.save_pretrained(tmp_path / "worker", is_main_process=False)
-    assert not (tmp_path / "worker" / "config.json").exists()
-
-
-@pytest.mark.slow
-def test_an_adapted_model_that_another_process_unpickles_is_saved_with_its_adapter(
-    tmp_path: Path,
-) -> None:
-    model = tiny_models.build("llama")
-    randomise(attach(model.model, LoRA(rank=2)))
-    torch.save(model, tmp_path / "model.pt")
-    code = "import sys, torch; torch.load(sys.argv[1], weights_only=False).save_pretrained(sys.argv[2])"
-    arguments = (tmp_path / "model.pt", tmp_path / "saved")
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    assert_close(logits(load(model, tmp_path / "saved")), logits(model))
-
-
 # --- state_dict -----------------------------------------------------------------------------------
 
 
@@ -188,33 +155,6 @@ def adapted_twin(
     """A fresh model with a fresh adapter, the base's logits, and the handle."""
     twin = copy.deepcopy(model)
     return twin, logits(twin), attach(twin, method)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("saved", ["active", "inactive", "merged"])
-@pytest.mark.parametrize("loaded_into", ["active", "inactive"])
-def test_state_dict_round_trip(
-    case: tuple[PreTrainedModel, Method], saved: str, loaded_into: str
-) -> None:
-    model, method = case
-    twin, base, handle = adapted_twin(model, method)
-    adapters = attach(model, method)
-    randomise(adapters)
-    adapted = logits(model)
-    if saved == "merged":
-        adapters.merge()
-    elif saved == "inactive":
-        adapters.activate(None)
-    state = tensors_of(model)
-
-    handle.activate("default" if loaded_into == "active" else None)
-    twin.load_state_dict(state)
-    handle.activate("default")
-    assert_close(logits(twin), adapted)
-    handle.activate(None)
-    assert torch.equal(logits(twin), base)
-    handle.detach()
-    assert torch.equal(logits(twin), base)
 
 
 @pytest.mark.parametrize("loaded_into", ["active", "inactive"])
@@ -297,19 +237,6 @@ def test_a_checkpoint_does_not_load_into_a_base_that_came_from_it(
     assert_same_tensors(tensors_of(twice), before)
 
 
-def test_a_checkpoint_in_shards_loads_into_the_adapted_model(tmp_path: Path) -> None:
-    """As a Trainer resumes a large model, one shard after the other."""
-    model, method = tiny_models.build("llama"), LoRA(rank=2, targets="all-linear")
-    twin, base, handle = adapted_twin(model, method)
-    randomise(attach(model, method))
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len([*tmp_path.glob("*.safetensors")]) > 3
-    load_sharded_checkpoint(twin, tmp_path, strict=False)
-    torch.testing.assert_close(logits(twin), logits(model))
-    handle.detach()
-    assert torch.equal(logits(twin), base)
-
-
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "partial"])
 @pytest.mark.parametrize("of_base", [True, False], ids=["base", "adapters"])
 def test_load_state_dict_into_a_merged_model_is_refused(of_base: bool, strict: bool) -> None:
@@ -347,14 +274,6 @@ def test_adapter_tensors_that_the_model_lacks_are_refused(stranger: str) -> None
     with pytest.raises(AdapterStateError, match="this layer of the model has no such tensor"):
         model.load_state_dict(source.state_dict(), strict=False)
     assert_same_tensors(tensors_of(model), before)
-
-
-def test_a_module_of_the_base_named_adapters_is_no_adapter() -> None:
-    model = nn.ModuleDict({"adapters": nn.Linear(4, 4), "layer": nn.Linear(4, 4)})
-    randomise(attach(model, LoRA(rank=2, targets="layer")))
-    saved = {key: tensor + 1 for key, tensor in model.state_dict().items()}
-    model.load_state_dict(saved)
-    assert_same_tensors(tensors_of(model), saved)
 
 
 def test_a_checkpoint_of_a_method_that_does_not_merge_resumes_and_does_not_load(

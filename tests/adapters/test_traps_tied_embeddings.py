@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from random_adapters import randomise
 from tiny_models import logits
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MobileBertConfig, MobileBertForMaskedLM, PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of
@@ -138,40 +138,6 @@ def test_tensors_that_stay_tied_are_in_the_export(
     assert_close(logits(reloaded(model, tmp_path / "merged")), adapted)
 
 
-def test_a_plain_module_with_tied_weights_is_merged() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    randomise(attach(model, LoRA(rank=2, targets="0")))
-    x = torch.ones(1, 4)
-    adapted = model(x)
-    handle_of(model).merge(keep_base=False)  # type: ignore[union-attr]
-    torch.testing.assert_close(model(x), adapted)
-
-
-@pytest.mark.parametrize("target", ["embedding", "head"])
-def test_a_merge_that_unties_leaves_both_tensors_trainable(target: str) -> None:
-    model = build("llama")
-    model.model.norm.weight.requires_grad_(False)
-    adapters = attach(model, LoRA(rank=2, targets=target))
-    randomise(adapters)
-    adapters.merge(keep_base=False)
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert frozen == ["model.norm.weight"]
-
-
-def test_an_untied_export_can_be_adapted_and_exported_again(tmp_path: Path) -> None:
-    model = build("llama")
-    adapt(model).merge(keep_base=False)
-    model = reloaded(model, tmp_path / "first")
-    base = logits(model)
-    adapters = adapt(model)
-    adapted = logits(model)
-    assert (adapted - base).abs().max() > 1e-2
-    adapters.merge(keep_base=False)
-    assert_close(logits(reloaded(model, tmp_path / "second")), adapted)
-
-
 @pytest.mark.parametrize(
     ("arch", "settings", "targets", "message"),
     [
@@ -193,15 +159,6 @@ def test_tie_head_where_it_cannot_be(arch: str, settings: dict, targets: str, me
     assert handle_of(model) is None
 
 
-def test_tie_head_of_a_model_without_token_embeddings() -> None:
-    class Vision(nn.Sequential):
-        def get_input_embeddings(self) -> nn.Module:
-            raise NotImplementedError  # as transformers does
-
-    with pytest.raises(ConfigurationError, match="tie_head"):
-        attach(Vision(nn.Linear(4, 4)), LoRA(rank=2, targets="0", tie_head=True))
-
-
 def test_tie_head_on_a_head_that_is_only_read() -> None:
     """MobileBERT concatenates the head's weight with another one, and never calls the head."""
     config = MobileBertConfig(
@@ -214,19 +171,6 @@ def test_tie_head_on_a_head_that_is_only_read() -> None:
     )
     with pytest.raises(ConfigurationError, match=r"'cls.predictions.decoder' without calling it"):
         attach(MobileBertForMaskedLM(config), LoRA(rank=2, targets="embedding", tie_head=True))
-
-
-def test_adapting_the_head_alone_leaves_the_embedding(tmp_path: Path) -> None:
-    model = build("gpt2")
-    ids = torch.arange(3, 10)
-    table = model.get_input_embeddings()(ids)
-    adapters = attach(model, LoRA(rank=2, targets="head"))
-    randomise(adapters)
-    adapted = logits(model)
-    adapters.merge()
-    assert torch.equal(model.get_input_embeddings()(ids), table)
-    assert_close(logits(model), adapted)
-    assert_close(logits(reloaded(model, tmp_path)), adapted)
 
 
 # --- methods of transformers that tie and resize -----------------------------------------------------------
@@ -290,13 +234,6 @@ def test_a_resize_to_the_same_size_changes_nothing(arch: str, options: dict) -> 
     for arguments in ((None,), (count,), (count, None)):
         assert model.resize_token_embeddings(*arguments) is model.get_input_embeddings()
     assert torch.equal(logits(model), before)
-
-
-def test_a_resize_does_not_drop_the_adapter_of_a_part() -> None:
-    model = build("llama")
-    attach(model.model, LoRA(rank=2, targets="embedding"))
-    with pytest.raises(AdapterStateError, match="Resize the base before you attach"):
-        model.resize_token_embeddings(model.config.vocab_size + 6)
 
 
 def test_a_model_with_adapters_elsewhere_is_resized() -> None:

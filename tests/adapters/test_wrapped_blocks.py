@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,17 @@ import peft
 import pytest
 import tiny_models
 import torch
-from accelerate.utils import compile_regions
 from random_adapters import randomise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import PerceiverConfig, PerceiverModel
 
 from lorakit.adapters import Adapters, attach, from_peft, load
 from lorakit.adapters.summary import count_parameters
-from lorakit.errors import AdapterStateError
 from lorakit.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, Method, PrefixLayer
 from lorakit.models.blocks import blocks_of, stacks
 from lorakit.models.listing import targets
-from lorakit.models.tree import is_of_adapter, state_dict_key, submodule, without_wrappers
+from lorakit.models.tree import is_of_adapter, without_wrappers
 
 IDS = torch.arange(3, 17).view(2, 7)
 METHOD = LoRA(rank=2, targets=("attention.qv", "mlp.down"), train_modules="lm_head")
@@ -105,15 +101,6 @@ def test_a_saved_adapter_loads(wrap: Wrap, order: str, tmp_path: Path) -> None:
     assert_adapted(peft.PeftModel.from_pretrained(base(), folder), expected)
 
 
-def test_an_adapter_of_an_unwrapped_model_loads_on_a_wrapped_one(
-    wrap: Wrap, tmp_path: Path
-) -> None:
-    adapters = attach(base(), METHOD)
-    randomise(adapters)
-    folder = adapters.save(tmp_path / "adapter")
-    assert_adapted(load(base(wrap), folder).model, logits(adapters.model))
-
-
 @in_both_orders
 def test_save_pretrained(wrap: Wrap, order: str, tmp_path: Path) -> None:
     adapters = adapted(wrap, order)
@@ -130,21 +117,6 @@ def test_save_pretrained(wrap: Wrap, order: str, tmp_path: Path) -> None:
         assert_adapted(resumed, expected)
 
 
-def test_a_state_dict_of_the_same_model(wrap: Wrap) -> None:
-    adapters = adapted(wrap, "before")
-    other = attach(base(wrap), METHOD)
-    other.model.load_state_dict(adapters.model.state_dict())
-    assert_adapted(other.model, logits(adapters.model))
-
-
-def test_a_changed_base_weight_is_found_under_the_key_of_the_wrapper() -> None:
-    """A trained copy has replaced the base's weight, so a weight that differs would be lost."""
-    model = attach(base(compiled), LoRA(rank=2, train_modules="layers.0.mlp.up_proj")).model
-    key = "model.layers.0._orig_mod.mlp.up_proj.weight"
-    with pytest.raises(AdapterStateError, match="differs from the base's weight"):
-        model.load_state_dict({key: model.state_dict()[key] + 1}, strict=False)
-
-
 def test_ddp_ignores_constant_buffers(wrap: Wrap) -> None:
     model: Any = base(wrap)
     adapters = attach(model, LoRA(rank=2, train_modules="layers.0.mlp"))
@@ -153,19 +125,6 @@ def test_ddp_ignores_constant_buffers(wrap: Wrap) -> None:
     assert named <= model._ddp_params_and_buffers_to_ignore
     adapters.detach()
     assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
-
-
-def test_a_method_that_names_parameters_as_pytorch_does(wrap: Wrap) -> None:
-    @dataclass(frozen=True)
-    class UpProjections(FullFineTuning):
-        def trained_parameters(self, model: nn.Module) -> list[str]:
-            return [n for n, _ in model.named_parameters() if n.endswith("up_proj.weight")]
-
-    model, method = base(wrap), UpProjections()
-    assert "model.layers.0.mlp.up_proj.weight" not in method.trained_parameters(model)
-    counts = count_parameters(model, method)
-    assert counts == count_parameters(base(), method)
-    assert attach(model, method).summary().counts == counts
 
 
 @in_both_orders
@@ -253,68 +212,6 @@ def test_wrapped_layers(order: str, tmp_path: Path) -> None:
     assert_adapted(model, expected, atol=1e-3, rtol=0)
 
 
-def test_the_head_of_a_wrapped_tied_model() -> None:
-    """A merge into the embedding unties it from the head, which the configuration records."""
-    model: Any = tiny_models.build("llama", tie_word_embeddings=True)
-    model.lm_head = compiled(model.lm_head)
-    adapters = attach(model, LoRA(rank=2, targets="embedding"))
-    randomise(adapters)
-    adapters.merge(keep_base=False)
-    assert model.config.tie_word_embeddings is False
-
-
-@in_both_orders
-def test_multihead_attention(order: str) -> None:
-    def encoder() -> Any:
-        torch.manual_seed(0)
-        return nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
-
-    method = LoRA(rank=2, targets="attention")
-    x = torch.randn(2, 5, 16)
-    plain, model = nn.Sequential(encoder()), nn.Sequential(encoder())
-    expected = attach(plain, method, seed=0)
-    if order == "before":
-        model[0].self_attn = checkpoint_wrapper(model[0].self_attn)
-    adapters = attach(model, method, seed=0)
-    if order == "after":
-        model[0].self_attn = checkpoint_wrapper(model[0].self_attn)
-    for handle in (expected, adapters):
-        randomise(handle)
-        handle.model.train()  # out of PyTorch's fast path, which reads the weights of a plain module
-    torch.testing.assert_close(model(x), plain(x))
-    adapters.detach()
-    expected.activate(None)
-    torch.testing.assert_close(model(x), plain(x))
-
-
-def test_a_wrapped_backbone(tmp_path: Path) -> None:
-    model = base()
-    adapters = attach(model, LoRA(rank=2))
-    randomise(adapters)
-    expected = logits(model)
-    model.model = compiled(model.model)
-    assert_adapted(load(base(), adapters.save(tmp_path / "adapter")).model, expected)
-    adapters.detach()
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-
-
-def test_a_model_inside_checkpoint_wrapper() -> None:
-    model = base()
-    adapters = attach(checkpoint_wrapper(model), LoRA(rank=2))
-    assert adapters.model is model
-
-
-def test_save_pretrained_of_a_model_with_regions_that_accelerate_compiled(tmp_path: Path) -> None:
-    adapters = attach(base(), METHOD)
-    randomise(adapters)
-    model = compile_regions(adapters.model, backend="eager")  # a copy with its own keys
-    state = model.state_dict()
-    assert "model.layers.0._orig_mod.self_attn.q_proj.weight" in state
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
-    assert_adapted(loaded, logits(adapters.model), atol=1e-4, rtol=0)
-
-
 def test_adapters_of_peft_on_wrapped_blocks(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft_model = peft.get_peft_model(base(compiled), config).eval()
@@ -324,31 +221,3 @@ def test_adapters_of_peft_on_wrapped_blocks(tmp_path: Path) -> None:
     converted = from_peft(peft_model)
     assert_adapted(converted.model, expected)
     assert "model.layers.0.self_attn.q_proj" in converted.modules()
-
-
-def test_a_model_whose_input_embeddings_are_a_parameter() -> None:
-    config = PerceiverConfig(
-        num_latents=4,
-        d_latents=16,
-        d_model=16,
-        num_blocks=1,
-        num_self_attends_per_block=1,
-        num_self_attention_heads=2,
-        num_cross_attention_heads=2,
-    )
-    model = PerceiverModel(config)
-    assert isinstance(model.get_input_embeddings(), nn.Parameter)
-    assert attach(model, LoRA(rank=2, targets="all-linear")).modules()
-
-
-def test_names() -> None:
-    model = base(lambda block: compiled(checkpoint_wrapper(block)))
-    path = "model.layers.1.mlp.up_proj"
-    layer = submodule(model, path)
-    assert type(layer) is nn.Linear
-    assert type(submodule(model, "model.layers.1")).__name__ == "LlamaDecoderLayer"
-    names = [name for name, module in model.named_modules() if module is layer]
-    assert [*map(without_wrappers, names)] == [path]
-    keys = [key for key in model.state_dict() if without_wrappers(key) == f"{path}.weight"]
-    assert keys == [state_dict_key(model, f"{path}.weight")]
-    assert state_dict_key(base(), path) == path
