@@ -12,122 +12,91 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorakit.version import __version__
+from lorakit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lorakit import analysis, errors, methods, metrics, planning, reporting, tasks
-    from lorakit.adapters.attach import attach
-    from lorakit.adapters.handle import Adapters, handle_of
-    from lorakit.adapters.loading import load
-    from lorakit.adapters.peft_model import from_peft
-    from lorakit.adapters.summary import count_parameters
-    from lorakit.data.data_config import DataConfig
-    from lorakit.errors import LorakitError
-    from lorakit.evaluation.decoding import Decoding
-    from lorakit.evaluation.evaluate import evaluate
-    from lorakit.evaluation.evaluate_config import EvaluateConfig
-    from lorakit.evaluation.predict import predict
-    from lorakit.evaluation.predict_config import PredictConfig
-    from lorakit.methods.bitfit import BitFit
-    from lorakit.methods.bottleneck import BottleneckAdapter
-    from lorakit.methods.combined import Combined
-    from lorakit.methods.full import FullFineTuning
-    from lorakit.methods.lora.method import LoRA
-    from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
-    from lorakit.methods.registry import use_method
-    from lorakit.models.base_config import BaseConfig
-    from lorakit.models.listing import targets
-    from lorakit.models.loading import load_base
-    from lorakit.training.config import (
-        CheckpointConfig,
-        HeldOutConfig,
-        OptimizerConfig,
-        TrainConfig,
+    from lorakit import (
+        analysis as analysis,
+        errors as errors,
+        methods as methods,
+        metrics as metrics,
+        planning as planning,
+        reporting as reporting,
+        tasks as tasks,
     )
-    from lorakit.training.loop import train
-
-_HOME = {
-    "Adapters": "lorakit.adapters.handle",
-    "attach": "lorakit.adapters.attach",
-    "from_peft": "lorakit.adapters.peft_model",
-    "handle_of": "lorakit.adapters.handle",
-    "load": "lorakit.adapters.loading",
-    "count_parameters": "lorakit.adapters.summary",
-    "DataConfig": "lorakit.data.data_config",
-    "LorakitError": "lorakit.errors",
-    "Decoding": "lorakit.evaluation.decoding",
-    "EvaluateConfig": "lorakit.evaluation.evaluate_config",
-    "evaluate": "lorakit.evaluation.evaluate",
-    "PredictConfig": "lorakit.evaluation.predict_config",
-    "predict": "lorakit.evaluation.predict",
-    "BitFit": "lorakit.methods.bitfit",
-    "BottleneckAdapter": "lorakit.methods.bottleneck",
-    "Combined": "lorakit.methods.combined",
-    "FullFineTuning": "lorakit.methods.full",
-    "LoRA": "lorakit.methods.lora.method",
-    "PrefixEmbedding": "lorakit.methods.prefix",
-    "PrefixLayer": "lorakit.methods.prefix",
-    "use_method": "lorakit.methods.registry",
-    "BaseConfig": "lorakit.models.base_config",
-    "load_base": "lorakit.models.loading",
-    "targets": "lorakit.models.listing",
-    "CheckpointConfig": "lorakit.training.config",
-    "HeldOutConfig": "lorakit.training.config",
-    "OptimizerConfig": "lorakit.training.config",
-    "TrainConfig": "lorakit.training.config",
-    "train": "lorakit.training.loop",
-}
-
-__all__ = [
-    "Adapters",
-    "BaseConfig",
-    "BitFit",
-    "BottleneckAdapter",
-    "CheckpointConfig",
-    "Combined",
-    "DataConfig",
-    "Decoding",
-    "EvaluateConfig",
-    "FullFineTuning",
-    "HeldOutConfig",
-    "LoRA",
-    "LorakitError",
-    "OptimizerConfig",
-    "PredictConfig",
-    "PrefixEmbedding",
-    "PrefixLayer",
-    "TrainConfig",
-    "__version__",
-    "analysis",
-    "attach",
-    "count_parameters",
-    "errors",
-    "evaluate",
-    "from_peft",
-    "handle_of",
-    "load",
-    "load_base",
-    "methods",
-    "metrics",
-    "planning",
-    "predict",
-    "reporting",
-    "targets",
-    "tasks",
-    "train",
-    "use_method",
-]
-
-
-if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
+    from lorakit.adapters.attach import attach as attach
+    from lorakit.adapters.handle import Adapters as Adapters, handle_of as handle_of
+    from lorakit.adapters.loading import load as load
+    from lorakit.adapters.peft_model import from_peft as from_peft
+    from lorakit.adapters.summary import count_parameters as count_parameters
+    from lorakit.data.data_config import DataConfig as DataConfig
+    from lorakit.errors import LorakitError as LorakitError
+    from lorakit.evaluation.decoding import Decoding as Decoding
+    from lorakit.evaluation.evaluate import evaluate as evaluate
+    from lorakit.evaluation.evaluate_config import EvaluateConfig as EvaluateConfig
+    from lorakit.evaluation.predict import predict as predict
+    from lorakit.evaluation.predict_config import PredictConfig as PredictConfig
+    from lorakit.methods.bitfit import BitFit as BitFit
+    from lorakit.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
+    from lorakit.methods.combined import Combined as Combined
+    from lorakit.methods.full import FullFineTuning as FullFineTuning
+    from lorakit.methods.lora.method import LoRA as LoRA
+    from lorakit.methods.prefix import (
+        PrefixEmbedding as PrefixEmbedding,
+        PrefixLayer as PrefixLayer,
+    )
+    from lorakit.methods.registry import use_method as use_method
+    from lorakit.models.base_config import BaseConfig as BaseConfig
+    from lorakit.models.listing import targets as targets
+    from lorakit.models.loading import load_base as load_base
+    from lorakit.training.config import (
+        CheckpointConfig as CheckpointConfig,
+        HeldOutConfig as HeldOutConfig,
+        OptimizerConfig as OptimizerConfig,
+        TrainConfig as TrainConfig,
+    )
+    from lorakit.training.loop import train as train
+else:  # a type checker would take any misspelt name for one of `__getattr__`
+    _HOME = {
+        "Adapters": "lorakit.adapters.handle",
+        "attach": "lorakit.adapters.attach",
+        "from_peft": "lorakit.adapters.peft_model",
+        "handle_of": "lorakit.adapters.handle",
+        "load": "lorakit.adapters.loading",
+        "count_parameters": "lorakit.adapters.summary",
+        "DataConfig": "lorakit.data.data_config",
+        "LorakitError": "lorakit.errors",
+        "Decoding": "lorakit.evaluation.decoding",
+        "EvaluateConfig": "lorakit.evaluation.evaluate_config",
+        "evaluate": "lorakit.evaluation.evaluate",
+        "PredictConfig": "lorakit.evaluation.predict_config",
+        "predict": "lorakit.evaluation.predict",
+        "BitFit": "lorakit.methods.bitfit",
+        "BottleneckAdapter": "lorakit.methods.bottleneck",
+        "Combined": "lorakit.methods.combined",
+        "FullFineTuning": "lorakit.methods.full",
+        "LoRA": "lorakit.methods.lora.method",
+        "PrefixEmbedding": "lorakit.methods.prefix",
+        "PrefixLayer": "lorakit.methods.prefix",
+        "use_method": "lorakit.methods.registry",
+        "BaseConfig": "lorakit.models.base_config",
+        "load_base": "lorakit.models.loading",
+        "targets": "lorakit.models.listing",
+        "CheckpointConfig": "lorakit.training.config",
+        "HeldOutConfig": "lorakit.training.config",
+        "OptimizerConfig": "lorakit.training.config",
+        "TrainConfig": "lorakit.training.config",
+        "train": "lorakit.training.loop",
+    }
+    _PACKAGES = ("analysis", "errors", "methods", "metrics", "planning", "reporting", "tasks")
+    __all__ = sorted([*_HOME, *_PACKAGES, "__version__"])
 
     def __getattr__(name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
-        if name not in _HOME:
+        if name in _PACKAGES:
             return import_module(f"lorakit.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'lorakit' has no attribute '{name}'")
         return getattr(import_module(_HOME[name]), name)
 
-
-def __dir__() -> list[str]:
-    return list(__all__)
+    def __dir__() -> list[str]:
+        return __all__

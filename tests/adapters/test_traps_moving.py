@@ -155,9 +155,9 @@ def test_offloaded_layers_are_refused(method: Method, tmp_path: Path) -> None:
     model, x = two_linear(), torch.ones(3, 4)
     base = model(x)
     cpu_offload(model, CPU)
-    with pytest.raises(AdapterStateError, match="accelerate has offloaded '0'"):
+    with pytest.raises(AdapterStateError, match="accelerate has offloaded"):
         attach(model, method)
-    with pytest.raises(AdapterStateError, match="accelerate has offloaded '0'"):
+    with pytest.raises(AdapterStateError, match="accelerate has offloaded"):
         load(model, tmp_path / "adapter", allow_other_base=True)
     assert torch.equal(model(x), base)
 

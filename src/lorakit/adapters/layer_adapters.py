@@ -18,8 +18,7 @@ from lorakit.adapters.activation import Activation, Block
 from lorakit.adapters.choice import Blend, Choice, Part
 from lorakit.adapters.row_layout import RowLayout
 from lorakit.errors import AdapterStateError
-from lorakit.methods.lora.layer import LoRALayer
-from lorakit.methods.lora.linear import output_is_unshared
+from lorakit.methods.lora.layer import LoRALayer, output_is_unshared
 from lorakit.methods.module import AdapterModule, LowRank
 from lorakit.models.layers import input_parameter
 from lorakit.models.parameter_swaps import ReplacedParameters, with_parameters

@@ -313,14 +313,6 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
-def layer_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Return the input among the arguments of a layer's call; None if there is none."""
-    position, name = input_parameter(type(layer))
-    if position < len(args):
-        return args[position]
-    return kwargs[name] if name in kwargs else next(iter(kwargs.values()), None)
-
-
 @torch.compiler.assume_constant_result  # Dynamo traces neither `inspect` nor a cache
 def input_parameter(kind: type[nn.Module]) -> tuple[int, str]:
     """Return position and name of the parameter of ``kind.forward`` that takes the layer's input.

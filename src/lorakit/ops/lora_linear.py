@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lorakit.errors import AdapterStateError
-from lorakit.ops.autocast import no_autocast
-from lorakit.ops.derivatives import Function, apply, is_transformed
 
 Rows = slice | Tensor | None
 """Entries of the first axis of a tensor: one contiguous slice, an int64 index of unique entries, or None for all."""
@@ -71,11 +70,12 @@ def lora_linear(
         require_data(product.A, x)
     if x.dtype != out.dtype:  # autocast: the layer's output dtype differs from its input dtype
         x = x.to(out.dtype)
-    factors = [factor for product in products for factor in (product.A, product.B)]
-    is_traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    # torch.jit.trace cannot record a custom function that writes in place.
-    if is_traced or is_transformed(x, out, *factors):
+    if _needs_plain_operations():
         return add_products(x, out, products)
+    kind = out.device.type
+    if torch.is_autocast_enabled(kind):  # it would change the dtypes chosen here
+        with torch.autocast(kind, enabled=False):
+            return lora_linear(x, out, products, in_place=in_place)
     # A custom function cannot modify a view and return it. A compiler cannot check for views, and fuses the
     # addition anyway.
     in_place = (
@@ -84,14 +84,22 @@ def lora_linear(
         and out.is_contiguous()
         and not out._is_view()
     )
-    with no_autocast(out):
-        if torch.is_grad_enabled():
-            places = [(product.tokens, product.scaling) for product in products]
-            return apply(_LoraLinear, x, out, in_place, places, *factors)
-        total = out if in_place else out.clone(memory_format=torch.contiguous_format)
-        for product in products:
-            _add(total, _hidden(x, product.tokens, product.A), product)
-        return total
+    if torch.is_grad_enabled():
+        places = [(product.tokens, product.scaling) for product in products]
+        factors = [factor for product in products for factor in (product.A, product.B)]
+        return _LoraLinear.apply(x, out, in_place, places, *factors)
+    total = out if in_place else out.clone(memory_format=torch.contiguous_format)
+    for product in products:
+        _add(total, _hidden(x, product.tokens, product.A), product)
+    return total
+
+
+def _needs_plain_operations() -> bool:
+    """Whether torch.jit.trace, torch.func or forward-mode derivatives are active, which the custom function lacks."""
+    if torch.compiler.is_compiling():
+        return False
+    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_transformed or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def add_products(x: Tensor, out: Tensor, products: Sequence[Product]) -> Tensor:
@@ -137,9 +145,7 @@ _INDEX = "index"
 """Marks the tokens of a product that are among the saved tensors."""
 
 
-class _LoraLinear(Function):
-    instead = "activate one adapter for the whole batch"
-
+class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, out, in_place, places, *factors):
         # Autograd rejects in-place operations on a view that a custom function returns, and models apply them to

@@ -12,14 +12,18 @@ Each subclass treats its weight as one matrix ``W`` of shape (out, in), and its 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ConfigurationError
 from lorakit.methods.lora.forms import FactorForm, in_each_group
 from lorakit.methods.lora.init import GAUSSIAN_STD, Init, decomposes
-from lorakit.methods.module import AdapterModule
+from lorakit.methods.module import AdapterModule, LowRank
+from lorakit.models.checkpoints import caches_outputs
 from lorakit.models.layers import RowSlice, device_of, type_name, weight_shape
 from lorakit.models.packed import require_numbers
 from lorakit.ops.autocast import no_autocast, wide_dtype
@@ -32,6 +36,9 @@ _CHUNK = 1 << 20
 4096 x 4096 matrix at once took ten times as long."""
 _LARGE_CHUNK = 1 << 24
 """The same on a GPU, where smaller chunks would spend more time on kernel launches."""
+_NEW_TENSOR = (nn.Linear.forward, Conv1D.forward)
+"""Forward methods that return a new tensor and keep no reference to it. Others, such as those of quantised layers, may
+return a buffer that they still need."""
 
 
 class LoRALayer(AdapterModule):
@@ -52,6 +59,8 @@ class LoRALayer(AdapterModule):
 
     form_class: type[FactorForm]
     """The form of A and B on this layer type."""
+    is_product: ClassVar[bool] = False
+    """Whether ``B A x`` is the product of two matrices with each token's features."""
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_B_bias: nn.Parameter | None
@@ -213,7 +222,9 @@ class LoRALayer(AdapterModule):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (R, in) and B (out, R) of the whole layer, with ``delta W = scaling * B A``."""
-        A, B = self.form.all_rows(self.lora_A, self.lora_B)
+        A, B = self.lora_A, self.lora_B
+        if self.slices:
+            A, B = self.form.all_rows(A, B)
         if self.initial_A is not None and self.initial_B is not None:
             A0, B0 = self.form.all_rows(self.initial_A, self.initial_B)
             A, B = in_each_group(A, A0, self.form.groups), torch.cat([B, -B0], dim=1)
@@ -226,6 +237,17 @@ class LoRALayer(AdapterModule):
         return self.form.rows(self.lora_B.device)
 
     # --- effect ----------------------------------------------------------------------------------
+
+    def low_rank(self) -> LowRank | None:
+        drops = self.training and self.dropout
+        if (
+            not self.is_product
+            or drops
+            or self.magnitude is not None
+            or self.lora_B_bias is not None
+        ):
+            return None
+        return LowRank(*self.factors(), self.scaling)
 
     def adapt(self, layer: nn.Module, x: Tensor, output: Tensor, weight: float) -> Tensor:
         """Return ``output + weight * scaling * (B A x + b)``, or the output with DoRA's magnitudes."""
@@ -350,6 +372,17 @@ class LoRALayer(AdapterModule):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, kind={self.form.kind}"
+
+
+def output_is_unshared(layer: nn.Module) -> bool:
+    """Return whether no code but the adapter's hook can hold the layer's output: no other hook or cache saw it."""
+    return (
+        type(layer).forward in _NEW_TENSOR
+        and "forward" not in layer.__dict__
+        and len(layer._forward_hooks) == 1
+        and not _global_forward_hooks
+        and not caches_outputs()
+    )
 
 
 def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:

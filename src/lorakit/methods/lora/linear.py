@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
-from transformers.pytorch_utils import Conv1D
 
 from lorakit.methods.lora.forms import AttentionForm, LinearForm
-from lorakit.methods.lora.layer import LoRALayer
-from lorakit.methods.module import LowRank
-from lorakit.models.checkpoints import caches_outputs
+from lorakit.methods.lora.layer import LoRALayer, output_is_unshared
 from lorakit.models.quantised import quantised_weight
 from lorakit.ops.lora_linear import Product, lora_linear
-
-_NEW_TENSOR = (nn.Linear.forward, Conv1D.forward)
-"""Forward methods that return a new tensor and keep no reference to it. Others, such as those of quantised layers, may
-return a buffer that they still need."""
 
 
 class LinearLoRA(LoRALayer):
@@ -28,6 +20,7 @@ class LinearLoRA(LoRALayer):
 
     form_class = LinearForm
     by_token = True
+    is_product = True
 
     def weight_matrix(self, layer: nn.Module) -> Tensor:
         quantised = quantised_weight(layer)
@@ -41,13 +34,6 @@ class LinearLoRA(LoRALayer):
         in_place = output_is_unshared(layer)
         output = lora_linear(self.drop(x), output, [product], in_place=in_place)
         return output if self.lora_B_bias is None else self._add_bias(output, weight)
-
-    def low_rank(self) -> LowRank | None:
-        if self.magnitude is not None or self.lora_B_bias is not None:
-            return None
-        if self.training and self.dropout:
-            return None
-        return LowRank(*self.factors(), self.scaling)
 
     def branch(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
@@ -64,14 +50,3 @@ class OutProjectionLoRA(LinearLoRA):
     """Adapts the `out_proj` of `nn.MultiheadAttention`, a linear layer that is never called."""
 
     shadows = ("weight",)
-
-
-def output_is_unshared(layer: nn.Module) -> bool:
-    """Return whether no code but the adapter's hook can hold the layer's output: no other hook or cache saw it."""
-    return (
-        type(layer).forward in _NEW_TENSOR
-        and "forward" not in layer.__dict__
-        and len(layer._forward_hooks) == 1
-        and not _global_forward_hooks
-        and not caches_outputs()
-    )
