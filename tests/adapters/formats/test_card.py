@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import yaml
-from at_rest import adapter, convolution, embedding, linear, numbers, with_dora
+from at_rest import adapter, convolution, embedding, linear, with_dora
 from huggingface_hub import ModelCard
 from tiny_runs import save_base
 from transformers import (
@@ -23,7 +21,6 @@ from transformers import (
 import lorakit
 from lorakit.adapters.formats import peft
 from lorakit.adapters.formats.card import card, vllm_obstacle
-from lorakit.adapters.formats.fingerprint import base_record
 from lorakit.adapters.formats.stored import StoredAdapter
 
 PROVENANCE = {
@@ -116,45 +113,12 @@ def test_a_gguf_file_is_a_base_that_only_lorakit_loads():
     assert f"model = {call}" in text_of(live("t5", name="t5.gguf"))
 
 
-def test_the_card_says_how_many_examples_a_run_scored():
-    stored = live()
-    stored.provenance = {**PROVENANCE, "config": {"evaluation": {"limit": 300}}}
-    assert "On 300 validation examples.\n" in text_of(stored)
-    del stored.provenance["data"]  # of an adapter that is computed from others
-    assert "validation examples" not in text_of(stored)
-
-
-def test_the_settings_leave_out_methods_that_are_not_used():
-    config = {"method": "lora+bitfit", "lora": {"rank": 4}, "bitfit": {}, "seed": 7}
-    unused = {
-        "full": {"top_layers": None},
-        "bottleneck": {"kind": "houlsby"},
-        "method_settings": {},
-    }
-    stored = live()
-    stored.provenance = {**PROVENANCE, "config": {**config, **unused}}
-    made = text_of(stored).split("```json\n")[1].split("\n```")[0]
-    assert json.loads(made)["config"] == config
-    own = {"method": "own.py:Mine", "method_settings": {"size": 2}}
-    stored.provenance = {"config": {**own, "lora": {"rank": 4}}}
-    made = text_of(stored).split("```json\n")[1].split("\n```")[0]
-    assert json.loads(made)["config"] == own
-
-
 def test_a_folder_that_peft_cannot_load():
     stored = adapter({"a": with_dora(convolution(rank=4, groups=2))})
     text = card(stored, None)
     assert "PEFT and vLLM cannot load it" in text
     assert "PeftModel" not in text
     assert front_matter(text)["library_name"] == "lorakit"
-
-
-def test_full_fine_tuning():
-    stored = StoredAdapter(method=lorakit.FullFineTuning(), trained={"a": numbers(2, 3)})
-    text = card(stored, None)
-    assert "# FullFineTuning adapter" in text
-    assert "| Trained parameters | 6 |" in text
-    assert front_matter(text)["tags"] == ["lorakit"]
 
 
 @pytest.mark.parametrize(
@@ -180,18 +144,6 @@ def test_what_keeps_vllm_from_serving_it(arch, settings, obstacle):
         assert "vllm serve" not in card(live(arch, **settings), form)
 
 
-def test_convolutions_and_high_ranks_keep_vllm_too():
-    base = live().base
-    assert base is not None
-    for layers, word in (
-        ({"a": convolution()}, "convolutions"),
-        ({"a": linear(6, 8, 600)}, "above 512"),
-    ):
-        form = peft.peft_form(adapter(layers))
-        form.config["task_type"] = "CAUSAL_LM"
-        assert word in (vllm_obstacle(form) or "")
-
-
 def test_text_from_outside_stays_text():
     hostile = "x`|<script>alert(1)</script>\n---\n# pwned [a](b)"
     stored = adapter(
@@ -215,25 +167,6 @@ def test_text_from_outside_stays_text():
         assert "<script>" not in line.replace("\\<", "") or line.startswith("| Base model | `")
     for row in (line for line in lines if line.startswith("| Base model")):
         assert row.replace("\\|", "").count("|") == 3
-
-
-def test_scores_without_a_before_and_odd_values():
-    stored = adapter(
-        {"a": linear()}, provenance={"scores": {"accuracy": 0.875, "n": 10}, "data": "x.csv"}
-    )
-    text = card(stored, peft.peft_form(stored))
-    assert "| accuracy | 0.8750 |" in text
-    assert "| n | 10 |" in text
-    for odd in ({"scores": [1]}, {"scores": {}}, {"data": []}, {"scores": {"a": None}}):
-        assert card(adapter({"a": linear()}, provenance=odd), None)
-
-
-def test_a_card_for_an_unnamed_base():
-    stored = adapter({"a": linear()}, base=base_record(tiny_models.build("bert")))
-    text = card(stored, None)
-    assert "# LoRA adapter\n" in text
-    assert "| Base model | `not recorded` |" in text
-    assert "model = ...  # the base model" in text
 
 
 # --- the code that loads the adapter --------------------------------------------------------------
@@ -270,18 +203,6 @@ def test_the_code_for_an_adapter_that_peft_cannot_load(tmp_path: Path) -> None:
     handle = lorakit.attach(model, lorakit.BottleneckAdapter(size=4))
     (names,) = run_code(handle.save(tmp_path / "adapter"))
     assert type(names["adapters"].method()) is lorakit.BottleneckAdapter
-
-
-def test_the_code_names_the_revision_and_a_method_of_ones_own() -> None:
-    stored = live()
-    assert "vllm serve owner/tiny --revision 0123abc --enable-lora" in text_of(stored)
-
-    @dataclasses.dataclass(frozen=True)
-    class Mine(lorakit.BitFit):
-        pass
-
-    stored = StoredAdapter(method=Mine(), trained={"a": numbers(2)}, base=stored.base)
-    assert 'lorakit.use_method("path/to/its/file.py:Mine")' in card(stored, None)
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import os
 import pickle
 import traceback
-import zipfile
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from at_rest import adapter, linear, numbers
-from hypothesis import HealthCheck, given, settings
-from safetensors.torch import load_file, save_file
 
 from lorakit.adapters import formats
-from lorakit.cli import main
 from lorakit.errors import AdapterFileError, RunFolderError
-from lorakit.storage.tensors import read_safetensors, write_safetensors
+from lorakit.storage.tensors import read_safetensors
 
 
 def as_safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -66,42 +59,6 @@ def test_what_is_no_safetensors_file(tmp_path, content):
     assert str(path) in str(caught.value)
     with pytest.raises(RunFolderError, match="cannot be read as safetensors"):
         read_safetensors(path, RunFolderError)
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=300), st.integers(0, 300))
-def test_no_bytes_make_it_stumble(tmp_path, junk, place):
-    path = tmp_path / "file.safetensors"
-    save_file({"a.lora_A": numbers(2, 3), "a.lora_B": numbers(4, 2)}, path)
-    whole = path.read_bytes()
-    for content in (junk, whole[:place] + junk + whole[place + len(junk) :]):
-        path.write_bytes(content)
-        try:
-            stored = formats.read(path, alpha=1)
-        except AdapterFileError:
-            continue
-        assert stored.layers  # numbers may have changed: a bare file has no checksum
-
-
-def test_reading_does_not_hold_on_to_the_file(tmp_path):
-    path = tmp_path / "file.safetensors"
-    save_file({"a": numbers(1000)}, path)
-    found = read_safetensors(path)["a"]
-    with path.open(
-        "r+b"
-    ) as file:  # with a memory map, this would change the tensor or crash the process
-        file.truncate(0)
-    assert torch.equal(found, numbers(1000))
-
-
-def test_names_for_the_same_memory_are_written_apart(tmp_path):
-    whole = numbers(6, 4)
-    tensors = {"a": whole, "b": whole, "part": whole[2:4], "turned": whole.T, "one": numbers(1)}
-    write_safetensors(tmp_path / "x.safetensors", tensors)
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor)
 
 
 # --- pickles --------------------------------------------------------------------------------------
@@ -170,22 +127,6 @@ def test_what_is_no_pytorch_file(tmp_path, content):
     assert str(path) in refused(path)
 
 
-def test_every_truncation_of_a_pytorch_file(tmp_path):
-    buffer = io.BytesIO()
-    torch.save({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2)}, buffer)
-    path = tmp_path / "file.bin"
-    for length in range(0, len(buffer.getvalue()), 97):
-        path.write_bytes(buffer.getvalue()[:length])
-        refused(path)
-
-
-def test_a_zip_of_something_else(tmp_path):
-    with zipfile.ZipFile(tmp_path / "file.bin", "w") as archive:
-        archive.writestr("../../escape", "x")
-    refused(tmp_path / "file.bin")
-    assert os.listdir(tmp_path) == ["file.bin"]
-
-
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, about these kinds of tensors
 @pytest.mark.parametrize(
     "make",
@@ -215,41 +156,3 @@ def test_tied_tensors_are_read(tmp_path):
 
 
 # --- a system without memory or file handles ------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "reader"),
-    [
-        ("folder", "lorakit.storage.tensors.load"),
-        ("folder", "lorakit.adapters.formats.lorakit_json._layer"),
-        ("lora.bin", "torch.load"),
-    ],
-)
-def test_a_sound_file_is_not_called_damaged_when_the_system_lacks_something(
-    tmp_path, monkeypatch, capsys, name, reader
-):
-    path = tmp_path / name
-    formats.write(adapter({"a": linear()}), tmp_path / "folder")
-    formats.write_loralib(formats.read(tmp_path / "folder"), tmp_path / "lora.bin")
-    short: Exception
-
-    def fail(*_, **__):
-        raise short
-
-    monkeypatch.setattr(reader, fail)
-    alpha = 3 if name == "lora.bin" else None
-    for short in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(type(short)):
-            formats.read(path, alpha=alpha)
-    short = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    options = [] if alpha is None else ["--alpha", "3"]
-    assert main(["convert", str(path), str(tmp_path / "out"), *options]) == 1
-    assert "Out of memory. Close other programs" in capsys.readouterr().err
-    short = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    with pytest.raises(AdapterFileError, match="cannot be read: Too many open files"):
-        formats.read(path, alpha=alpha)
-
-
-def test_names_with_a_null_byte():
-    with pytest.raises(AdapterFileError, match="does not exist"):
-        formats.read("a\0b")

@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import tiny_models
 import torch
@@ -33,7 +32,7 @@ import lorakit
 from lorakit import storage
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.errors import AdapterFileError, ConfigurationError, RunFolderError
+from lorakit.errors import AdapterFileError, RunFolderError
 
 PROVENANCE = {"seed": 3, "scores": {"loss": 1.25, "bleu": None}, "data": {"train": {"source": "é"}}}
 
@@ -132,24 +131,6 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path, name):
         assert len(contents) == 1, file
 
 
-def test_files_are_readable_for_others(tmp_path):
-    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
-    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "adapter").iterdir()}
-    (tmp_path / "usual").touch()
-    assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
-
-
-def test_a_copied_tokenizer_has_the_mode_of_any_new_file(tmp_path):
-    """A mounted share may refuse any other; a cached download may be read-only."""
-    source, target = tmp_path / "tokenizer.json", tmp_path / "adapter" / "tokenizer.json"
-    source.write_text("{}")
-    usual = source.stat().st_mode
-    source.chmod(0o400)
-    target.parent.mkdir()
-    formats.copy_tokenizer(tmp_path, target.parent)
-    assert target.stat().st_mode == usual
-
-
 def test_a_live_adapter_with_its_base(tmp_path):
     model = tiny_models.build("gpt-neox")
     handle = lorakit.attach(model, lorakit.LoRA(rank=2, targets="attention.qv", dora=True), seed=0)
@@ -158,13 +139,6 @@ def test_a_live_adapter_with_its_base(tmp_path):
     assert_equal(stored, handle.stored())
     assert stored.base is not None
     assert stored.base.class_name == "GPTNeoXForCausalLM"
-
-
-def test_provenance_that_is_no_json(tmp_path):
-    for value in ({1, 2}, float("nan"), torch.ones(1)):
-        stored = adapter({"a": linear()}, provenance={"scores": value})
-        with pytest.raises(ConfigurationError, match="provenance cannot be written as JSON"):
-            formats.write(stored, tmp_path / "adapter")
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -222,26 +196,6 @@ def test_a_truncated_or_missing_file_is_found(folder):
             with pytest.raises(AdapterFileError, match="does not exist"):
                 formats.read(folder)
         (folder / name).write_bytes(data)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
-def test_a_folder_into_which_peft_saved_names_the_way_out(tmp_path):
-    """PEFT leaves lorakit.json, whose record belongs to the old tensors."""
-    adapters = lorakit.attach(tiny_models.build("llama"), lorakit.LoRA(rank=2, targets="q_proj"))
-    folder = adapters.save(tmp_path / "adapter")
-    adapted = peft.PeftModel.from_pretrained(tiny_models.build("llama"), folder)
-    factors = adapted.base_model.model.model.layers[0].self_attn.q_proj
-    factors.lora_B["default"].weight.data.fill_(0.5)
-    adapted.save_pretrained(folder)
-    with pytest.raises(
-        AdapterFileError,
-        match=r"adapter_config\.json' has changed .* delete lorakit\.json: the folder is",
-    ):
-        formats.read(folder)
-    (folder / "lorakit.json").unlink()
-    lorakit.load(model := tiny_models.build("llama"), folder)
-    ids = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer/vocabulary.txt"])
@@ -366,22 +320,6 @@ def test_overwriting_an_adapter_deletes_nothing_beside_it(tmp_path, other):
         formats.check_replaceable(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [None, "lorakit.json"])
-def test_all_files_of_an_adapter_can_be_overwritten(tmp_path, damage):
-    """Also the files of PEFT alone, and those that only lorakit.json names: Marian's tokenizer has a source.spm."""
-    (tmp_path / "additional_chat_templates").mkdir()
-    names = ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/rag.jinja")
-    for name in (*names, *(() if damage else ("source.spm",))):
-        (tmp_path / name).write_text("{}")
-    formats.write(ADAPTERS["plain"], tmp_path)
-    if damage:
-        (tmp_path / damage).write_text("{")
-    formats.check_replaceable(tmp_path)
-    (tmp_path / "lorakit.json").unlink()
-    (tmp_path / "source.spm").unlink(missing_ok=True)
-    formats.check_replaceable(tmp_path)
-
-
 # --- which format? ------------------------------------------------------------------------------
 
 
@@ -417,13 +355,6 @@ def test_paths_that_hold_no_adapter(tmp_path):
         formats.read(tmp_path / ".run" / "adapter")
 
 
-def test_an_alpha_beside_a_file_that_records_one(tmp_path):
-    formats.write(ADAPTERS["plain"], tmp_path / "adapter")
-    assert_equal(formats.read(tmp_path / "adapter", alpha=3), ADAPTERS["plain"])
-    with pytest.raises(ConfigurationError, match=r"alpha is 16, but .* records 3"):
-        formats.read(tmp_path / "adapter", alpha=16)
-
-
 def test_a_folder_of_links_into_a_cache(tmp_path):
     """A snapshot in the hub's cache is a folder of links."""
     formats.write(ADAPTERS["plain"], tmp_path / "adapter")
@@ -436,22 +367,3 @@ def test_a_folder_of_links_into_a_cache(tmp_path):
         )
     stored = formats.read(tmp_path / "snapshot")
     same_bits(stored.layers["a.0.q"].A, ADAPTERS["plain"].layers["a.0.q"].A)
-
-
-@pytest.mark.parametrize(
-    "name", ["lorakit.json", "adapter_config.json", "adapter_model.safetensors"]
-)
-@pytest.mark.parametrize("kind", ["nowhere", "itself", "folder", "pipe", "device"])
-def test_links_to_what_is_no_file(tmp_path, name, kind):
-    folder = tmp_path / "adapter"
-    formats.write(ADAPTERS["plain"], folder)
-    if name == "adapter_config.json":
-        (folder / "lorakit.json").unlink()
-    (folder / name).unlink()
-    if kind == "pipe":  # reading it would block forever
-        os.mkfifo(folder / name)
-    else:
-        target = {"nowhere": "absent", "itself": name, "folder": "..", "device": "/dev/zero"}[kind]
-        (folder / name).symlink_to(target)
-    with pytest.raises(AdapterFileError):
-        formats.read(folder)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import loralib
-import peft
 import pytest
 import torch
 from at_rest import (
@@ -32,7 +30,6 @@ import lorakit
 from lorakit.adapters import formats
 from lorakit.adapters.formats import read_loralib, write_loralib
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.storage.tensors import safetensors_bytes, write_safetensors
 
 # FACTS: Frobenius norms of the unscaled B A in microsoft/LoRA's roberta_base_lora_mnli.bin, by layer.
 QUERY_NORMS = "4.8136 3.8974 3.7993 4.4383 4.6199 4.7180 5.1077 6.1256 6.1628 6.9218 7.2132 6.3886"
@@ -94,24 +91,6 @@ def test_alpha_must_be_given(published):
     for alpha in (0, 0.0, math.nan, math.inf, True):
         with pytest.raises(ConfigurationError, match="alpha is"):
             formats.read(published, alpha=alpha)
-
-
-def test_alpha_is_asked_of_a_loralib_file_only(tmp_path):
-    model, text = tmp_path / "model.safetensors", tmp_path / "run.yaml"
-    save_file({"h.weight": torch.ones(2, 2)}, model)
-    text.write_text("max_steps: 1")
-    (tmp_path / "config.json").write_text("{}")
-    checkpoint = tmp_path / "step-000200"
-    checkpoint.mkdir()
-    save_file({"h.weight": torch.ones(2, 2)}, checkpoint / "optimizer.safetensors")
-    for path, message in (
-        (model, "it holds no lora_A and lora_B"),
-        (text, "is no file of named tensors"),
-        (tmp_path, r"It is the folder of a model\.$"),
-        (checkpoint, r"holds no adapter"),
-    ):
-        with pytest.raises(AdapterFileError, match=message):
-            formats.read(path)
 
 
 # --- the layouts ----------------------------------------------------------------------------------
@@ -255,39 +234,6 @@ def test_what_loralib_saves(tmp_path, bias, names):
         assert stored.layers[path].rank == 2
 
 
-def test_a_file_without_weights_converts_to_a_folder_of_peft(tmp_path):
-    """The kinds are assumed from the names; only a base shows them."""
-    model = nn.ModuleDict({"embed_tokens": nn.Embedding(11, 6), "embed_out": nn.Linear(6, 11)})
-    theirs = nn.ModuleDict(
-        {"embed_tokens": loralib.Embedding(11, 6, r=2), "embed_out": loralib.Linear(6, 11, r=2)}
-    )
-    theirs.load_state_dict(model.state_dict(), strict=False)
-    state = {name: numbers(*t.shape) for name, t in loralib.lora_state_dict(theirs).items()}
-    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=3)
-    assert {path: layer.kind for path, layer in stored.layers.items()} == {
-        "embed_tokens": "embedding",
-        "embed_out": "linear",
-    }
-    assert any("does not record the kinds of its layers" in notice for notice in stored.notices)
-    formats.write(stored, tmp_path / "folder")
-    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "folder")
-    factors = state["embed_tokens.lora_A"], state["embed_tokens.lora_B"]
-    ids = torch.arange(11)
-    expected = model["embed_tokens"].get_base_layer()(ids) + 1.5 * (factors[1] @ factors[0]).T
-    torch.testing.assert_close(adapted.base_model.model["embed_tokens"](ids), expected)
-
-
-@pytest.mark.parametrize("assumed", ["linear", "embedding"])
-def test_the_base_shows_the_kinds(assumed, tmp_path):
-    state = loralib.lora_state_dict(random_net())
-    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=3)
-    stored.layers = {path: replace(layer, kind=assumed) for path, layer in stored.layers.items()}
-    formats.check_targets(stored, random_net(lora=False))
-    kinds = {path: layer.kind for path, layer in stored.layers.items()}
-    assert kinds == {"table": "embedding", "fc": "linear"}
-    assert not any("kinds of its layers" in notice for notice in stored.notices)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -340,16 +286,6 @@ def test_loralib_loads_what_was_written(tmp_path):
     )
 
 
-def test_a_start_of_pissas_goes_along_by_slice(tmp_path):
-    layer = with_start(fused(*contiguous(6, 0, 2)))
-    write_loralib(adapter({"c_attn": layer}), tmp_path / "a.bin")
-    found = torch.load(tmp_path / "a.bin", weights_only=True)
-    A, B = found["c_attn.lora_A"], found["c_attn.lora_B"]
-    assert (A.shape, B.shape) == ((8, 6), (12, 4))
-    ours = layer.scaling * gpt2_delta(A, B, [True, False, True])
-    torch.testing.assert_close(ours.double(), delta(layer), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -370,21 +306,6 @@ def test_what_loralib_cannot_say(tmp_path, layers, message):
     with pytest.raises(AdapterFileError, match=message):
         write_loralib(adapter(layers), tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists()
-
-
-def test_vectors_of_another_method_are_refused(tmp_path):
-    method = lorakit.Combined(methods=(lorakit.LoRA(), lorakit.PrefixLayer(prefix_length=1)))
-    vectors = {"h.0": {"prefix": numbers(1, 6)}}
-    both = replace(adapter({"a": linear()}), method=method, modules=vectors)
-    with pytest.raises(AdapterFileError, match="loralib has no method Combined"):
-        write_loralib(both, tmp_path / "a.bin")
-    assert not (tmp_path / "a.bin").exists()
-
-
-def test_names_that_say_no_format(tmp_path):
-    for name in ("file", "file.onnx"):
-        with pytest.raises(ConfigurationError, match=r"must end in \.safetensors, \.bin"):
-            write_loralib(adapter({"a": linear()}), tmp_path / name)
 
 
 # --- damaged files --------------------------------------------------------------------------------------
@@ -420,26 +341,6 @@ def test_files_that_do_not_fit(tmp_path, state, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_rank_above_the_width_is_a_notice(tmp_path):
-    state = {"a.lora_A": numbers(9, 6), "a.lora_B": numbers(8, 9)}
-    stored = read_loralib(saved(state, tmp_path / "a.bin"), alpha=1)
-    assert "'a' (rank 9, width 6)" in stored.notices[0]
-
-
 def test_safetensors_with_loralibs_names(tmp_path):
     save_file({"a.lora_A": numbers(2, 6), "a.lora_B": numbers(8, 2)}, tmp_path / "a.safetensors")
     assert formats.read(tmp_path / "a.safetensors", alpha=3).layers["a"].scaling == 1.5
-
-
-def test_relabelling_leaves_other_formats_alone(tmp_path):
-    stored = adapter({"table": linear(10, 6)}, provenance={"peft": {}})
-    formats.check_targets(stored, random_net(lora=False))
-    assert stored.layers["table"].kind == "linear"
-    assert replace(stored.layers["table"], kind="embedding").rank == 2
-
-
-def test_bytes_of_safetensors_are_those_of_the_file(tmp_path):
-    shared = torch.arange(4.0)
-    tensors = {"b": shared[:2], "a": shared[2:], "c": torch.ones(3, 2).T}
-    write_safetensors(tmp_path / "a.safetensors", tensors)
-    assert safetensors_bytes(tensors) == (tmp_path / "a.safetensors").read_bytes()

@@ -14,14 +14,14 @@ import peft
 import pytest
 import tiny_models
 import torch
-from at_rest import adapter, linear, numbers, same_bits
+from at_rest import numbers, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedModel
 
 import lorakit
 from lorakit.adapters import formats
-from lorakit.adapters.formats.peft import NotExpressibleError, peft_form, read_peft, write_peft
+from lorakit.adapters.formats.peft import peft_form, read_peft, write_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.errors import AdapterFileError
 
@@ -346,37 +346,6 @@ def test_factors_without_a_place(tmp_path, sound, key, message):
         lorakit.load(Net(), folder)
 
 
-def test_layers_on_which_peft_computes_something_else(tmp_path):
-    def build(**settings) -> nn.Sequential:
-        return nn.Sequential(nn.Conv1d(4, 4, 3, **settings))
-
-    by_peft(build(), tmp_path, target_modules=["0"])
-    formats.check_targets(read_peft(tmp_path), build())
-    for settings, word in (
-        ({"dilation": 2}, "dilation"),
-        ({"padding_mode": "circular"}, "circular"),
-    ):
-        with pytest.raises(AdapterFileError, match=word):
-            formats.check_targets(read_peft(tmp_path), build(**settings))
-    formats.write(read_peft(tmp_path), tmp_path / "converted")
-    lorakit.load(build(), tmp_path / "converted")
-    with pytest.raises(AdapterFileError, match="dilation"):
-        lorakit.load(build(dilation=2), tmp_path / "converted")
-
-
-def test_notices_on_pefts_options_stay_with_a_converted_folder(tmp_path):
-    by_peft(Net(), tmp_path / "theirs", target_modules=["body.0"])
-    config = tmp_path / "theirs" / "adapter_config.json"
-    told = {"loftq_config": {"loftq_bits": 4}}
-    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
-    stored = formats.read(tmp_path / "theirs")
-    assert len(stored.notices) == 1
-    formats.write(stored, tmp_path / "converted")
-    assert formats.read(tmp_path / "converted").notices == stored.notices
-    handle = lorakit.load(Net(), tmp_path / "converted")
-    assert formats.read(handle.save(tmp_path / "saved")).notices == []
-
-
 @pytest.mark.parametrize("version", [None, "0.18.0"])
 def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
     version, tmp_path, caplog
@@ -410,14 +379,6 @@ def test_an_old_adapter_on_gemma_3s_embedding_is_said_to_act_too_strongly(
     assert "0.18" not in caplog.text
 
 
-def test_an_own_adapter_on_gemma_3s_embedding_is_not_taken_for_an_old_one(tmp_path, caplog):
-    handle = lorakit.attach(tiny_models.build("gemma3"), lorakit.LoRA(targets="embedding"))
-    handle.save(tmp_path / "saved")
-    (tmp_path / "saved" / "lorakit.json").unlink()
-    lorakit.load(tiny_models.build("gemma3"), tmp_path / "saved")
-    assert "0.18" not in caplog.text
-
-
 def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
     """PEFT adapts one of the two uses, lorakit both."""
 
@@ -431,24 +392,6 @@ def test_a_layer_that_the_model_uses_at_two_paths(tmp_path):
         AdapterFileError, match=r"'body\.0', but the model uses it at several paths"
     ):
         lorakit.load(build(), tmp_path)
-
-
-def test_a_layer_inside_a_block_that_the_model_uses_at_two_paths(tmp_path):
-    """PEFT replaces it inside the block, so for both uses, and warns of keys for the second path."""
-
-    def build() -> Net:
-        net = Net().double()
-        net.body[0] = net.body[1] = nn.Sequential(net.body[0])
-        return net
-
-    adapted, _ = by_peft(build(), tmp_path / "theirs", target_modules=["body.0.0"])
-    model = build()
-    handle = lorakit.load(model, tmp_path / "theirs")
-    torch.testing.assert_close(model(IDS), adapted(IDS), rtol=0, atol=1e-12)
-    handle.save(tmp_path / "ours")
-    with pytest.warns(UserWarning, match="missing adapter keys"):
-        again = loaded_by_peft(build(), tmp_path / "ours")
-    torch.testing.assert_close(again(IDS), adapted(IDS), rtol=0, atol=1e-12)
 
 
 # --- damaged and hostile folders ------------------------------------------------------------------
@@ -499,18 +442,6 @@ def test_tensors_that_do_not_fit(tmp_path, sound, change, message):
     with pytest.raises(AdapterFileError, match=message) as caught:
         read_peft(folder)
     assert str(file) in str(caught.value)
-
-
-def test_only_the_expected_layers_of_another_rank(tmp_path, sound):
-    folder = shutil.copytree(sound, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps({**config, "rank_pattern": {"body.1": 4}})
-    )
-    with pytest.raises(
-        AdapterFileError, match=r"'body\.1': lora_A .* but adapter_config\.json gives it rank 4"
-    ):
-        read_peft(folder)
 
 
 @pytest.mark.parametrize(
@@ -700,40 +631,6 @@ def test_one_projection_of_an_attention_module_brings_the_other_as_zeros():
     )
 
 
-def test_attention_projections_of_different_ranks_are_filled_up():
-    stored = from_live(
-        Net(),
-        rank=2,
-        targets="attn",
-        rank_pattern={"out_proj": 4},
-        alpha_pattern={"out_proj": 64.0},
-    )
-    form = peft_form(stored)
-    assert (form.config["r"], form.config["lora_alpha"]) == (4, 32)
-    assert form.tensors[f"{PREFIX}attn.lora_A.weight"].shape == (4, 8)
-    stored.layers["attn"].scaling = 3.0
-    with pytest.raises(NotExpressibleError, match=r"one alpha for an nn\.MultiheadAttention"):
-        peft_form(stored)
-
-
-def test_equal_scalings_of_an_attention_module_halve_the_output_projection():
-    stored = from_live(Net(), rank=2, alpha=16, targets="attn")
-    form = peft_form(stored)
-    assert (form.config["r"], form.config["lora_alpha"]) == (2, 16)
-    same_bits(form.tensors[f"{PREFIX}attn.lora_B.weight"], stored.layers["attn"].B)
-    key = f"{PREFIX}attn.base_layer.out_proj.lora_B.weight"
-    same_bits(form.tensors[key], stored.layers["attn.out_proj"].B / 2)
-    assert form.config["peft_version"] == "0.21.2"
-    assert [notice.partition(" twice")[0] for notice in form.notices] == [
-        "PEFT up to 0.21.2 adds the change of an nn.MultiheadAttention's output projection"
-    ]
-    only_input = from_live(Net(), rank=2, alpha=16, targets="attn")
-    only_input.layers.pop("attn.out_proj")
-    form = peft_form(only_input)  # means the same to every version of PEFT
-    assert (form.config["r"], form.config["lora_alpha"], form.notices) == (2, 16, [])
-    assert "peft_version" not in form.config
-
-
 @pytest.mark.parametrize(
     ("version", "notice"),
     [
@@ -780,44 +677,6 @@ def test_an_attention_module_of_a_later_peft_is_refused(version: str, tmp_path: 
     config_path.write_text(json.dumps({**options, "peft_version": version}))
     with pytest.raises(AdapterFileError, match="lorakit does not know what this version does"):
         read_peft(tmp_path)
-
-
-def test_modules_that_peft_would_confuse():
-    class Heads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(4, 4)
-            self.head = nn.Linear(4, 2)
-            self.forehead = nn.Linear(4, 2)
-
-    settings = {"rank": 1, "targets": "body", "train_modules": ["head"]}
-    stored = from_live(Heads(), **settings)
-    assert stored.trained.keys() == {"head.weight", "head.bias"}
-    form = peft_form(stored)
-    # PEFT also matches `forehead` for `head`: the file holds its frozen weights.
-    assert stored.layout is not None
-    base = stored.layout.names.parameters["forehead.weight"]
-    assert torch.equal(form.tensors[f"{PREFIX}forehead.weight"], base)
-    with pytest.raises(NotExpressibleError, match="'forehead' is adapted"):
-        peft_form(from_live(Heads(), **{**settings, "targets": "forehead"}))
-
-
-def test_a_module_that_is_trained_in_part():
-    stored = from_live(Net(), rank=2, targets="body.0", train_modules=["head"])
-    del stored.trained["head.bias"]
-    with pytest.raises(
-        NotExpressibleError, match=r"'head' is trained in part, without 'head\.bias'"
-    ):
-        peft_form(stored)
-    loose = adapter({"a": linear()}, trained={"b.weight": numbers(2, 2)}, settings={"bias": "all"})
-    assert peft_form(loose).config["modules_to_save"] == ["b"]
-
-
-def test_without_the_live_model_whole_paths_are_written():
-    layers = {f"h.{i}.q": linear() for i in (10, 2)}
-    config = peft_form(adapter(layers)).config
-    assert config["target_modules"] == ["h.2.q", "h.10.q"]
-    assert (config["base_model_name_or_path"], config["task_type"]) == (None, None)
 
 
 def with_saved_modules(path: Path, *, more: int = 0) -> PreTrainedModel:

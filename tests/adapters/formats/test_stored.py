@@ -16,17 +16,14 @@ from at_rest import (
     interleaved,
     linear,
     numbers,
-    with_dora,
-    with_start,
 )
 
 from lorakit.adapters import formats
 from lorakit.adapters.formats.stored import StoredAdapter
-from lorakit.adapters.formats.stored_layer import StoredLayer, rank_notices
+from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.errors import AdapterFileError
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
-from lorakit.models.layers import RowSlice
 
 
 @pytest.mark.parametrize(
@@ -78,16 +75,6 @@ def test_what_a_layer_refuses(change: dict, message: str | None):
         replace(layer, **change)
 
 
-def test_slices_must_be_of_one_layer_and_apart():
-    one = RowSlice(groups=1, stride=12, offset=0, width=4)
-    with pytest.raises(AdapterFileError, match="overlap"):
-        fused(one, RowSlice(groups=1, stride=12, offset=2, width=4))
-    with pytest.raises(AdapterFileError, match="different layers"):
-        fused(one, RowSlice(groups=1, stride=16, offset=4, width=4))
-    with pytest.raises(AdapterFileError, match="cannot be adapted by slices"):
-        replace(fused(one), kind="embedding")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -111,22 +98,6 @@ def test_an_adapter_holds_something():
         adapter({"a": linear()}, trained={"head.weight": torch.tensor([1.0, float("nan")])})
 
 
-def test_counted_are_trained_numbers_alone():
-    layers = {
-        "a": with_dora(fused(*contiguous(4, 0, 2), rank=2, n_in=6)),
-        "b": with_start(linear(6, 8, 2)),
-    }
-    stored = adapter(layers, trained={"a.bias": numbers(12)})
-    assert stored.num_parameters == (2 * 2 * 6 + 8 * 2 + 8) + (2 * 6 + 8 * 2) + 12
-
-
-def test_a_rank_above_the_width_is_a_notice():
-    assert rank_notices({"a": linear(6, 8, 6)}) == []
-    (notice,) = rank_notices({"a": linear(6, 8, 6), "b.c": linear(6, 8, 7)})
-    assert "1 layers" in notice
-    assert "'b.c' (rank 7, width 6)" in notice
-
-
 @pytest.mark.parametrize("name", ["", "adapter"])
 def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, name) -> None:
     run = tmp_path / "a run"
@@ -144,10 +115,3 @@ def test_an_unfinished_run_is_named_with_the_command_that_finishes_it(tmp_path, 
     best = f"{expected}, or use its best adapter, '{run}/best'."
     with pytest.raises(AdapterFileError, match=f"^{re.escape(best)}$"):
         formats.read(run / name)
-
-
-def test_files_of_the_user_beside_an_adapter_make_no_run(tmp_path) -> None:
-    formats.write(adapter({"a": linear(6, 8, 2)}), tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.yaml").touch()
-    assert set(formats.read(tmp_path).layers) == {"a"}
