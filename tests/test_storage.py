@@ -239,7 +239,7 @@ READERS = {
 UNREADABLE = {
     "missing": (None, "does not exist"),
     "a folder": (Path.mkdir, "cannot be read|directory|not a file but a folder"),
-    "a broken link": (lambda path: path.symlink_to("nowhere"), "broken symbolic link|No such file"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), "does not exist|No such file"),
     "no text": (lambda path: path.write_bytes(b"caf\xe9 \xff\0\0\0\0"), "UTF-8|safetensors"),
 }
 

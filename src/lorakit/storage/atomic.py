@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -24,10 +24,9 @@ import filelock
 from lorakit.errors import RunFolderError
 from lorakit.storage.paths import (
     disk_full_explained,
-    holds_files,
+    is_used,
     require_free_file,
     require_free_folder,
-    require_no_mount,
     writing,
 )
 
@@ -42,34 +41,24 @@ LOCK_NAME = ".lock"
 _SIBLING = re.compile(r"\.(?P<target>.+)\.(?P<kind>tmp|old)-[0-9a-f]{12}", re.DOTALL)
 """Names of temporaries (tmp), and of old folders during their replacement (old)."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Constants of renameat2(2)."""
 
 
-@contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `path` when the block ends without an exception.
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """Return a context of an empty temporary folder that replaces `path` when it ends without an exception.
 
     On any exception `path` keeps its old content. Linux swaps an old folder with the new one in a single step. Other
     systems rename it first; if the process is killed between the two steps, the next save there renames it back.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount point, or cannot be
-            written; or another process has written it meanwhile, and the result has a name beside it.
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be written; or another
+            process has written it meanwhile, and the result has a name beside it.
     """
-    target = require_free_folder(path, overwrite=overwrite)
-    require_no_mount(target)
-    with _temporary(target, Path.mkdir) as temporary:
-        yield temporary
-        with writing(target):
-            for root, _, files in os.walk(temporary):
-                for name in files:
-                    _sync(Path(root, name))
-                _sync(Path(root))
-            _put_in_place(temporary, target, is_free=overwrite or not holds_files(target))
+    return _save(require_free_folder(path, overwrite=overwrite), Path.mkdir, overwrite)
 
 
-@contextmanager
-def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield the path of an empty temporary file that replaces `path` when the block ends without an exception.
+def atomic_file(path: str | Path, *, overwrite: bool = True) -> AbstractContextManager[Path]:
+    """Return a context of an empty temporary file that replaces `path` when it ends without an exception.
 
     On any exception `path` keeps its old content. The new file has the mode of the old one: a private file stays
     private. Before long work, call `require_free_file`.
@@ -78,17 +67,12 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         RunFolderError: `path` is a folder or a device, or cannot be written. Or it is a file and `overwrite` is false:
             another process has written it meanwhile, and the result has a name beside it.
     """
-    target = require_free_file(path, overwrite=True)
-    with _temporary(target, Path.touch) as temporary:
-        yield temporary
-        with writing(target):
-            _sync(temporary)
-            _put_in_place(temporary, target, is_free=overwrite or not target.exists())
+    return _save(require_free_file(path, overwrite=True), Path.touch, overwrite)
 
 
 @contextmanager
-def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Create a file or folder beside the target, with its mode; yield its path, and remove it at the end."""
+def _save(target: Path, create: Callable[[Path], object], overwrite: bool) -> Iterator[Path]:
+    """Create a file or folder beside the target, with its mode; yield its path, then put it in the target's place."""
     temporary = _sibling(target, "tmp")
     with disk_full_explained(target):
         with writing(target):
@@ -100,13 +84,15 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             with suppress(OSError):  # a mounted share has modes of its own
                 temporary.chmod(stat.S_IMODE(target.stat().st_mode) | stat.S_IWUSR)
             yield temporary
+            with writing(target):
+                for written in (*temporary.rglob("*"), temporary):
+                    _sync(written)
+                _put_in_place(temporary, target, is_free=overwrite or not is_used(target))
         finally:
             _remove(temporary)
             if lock is not None:
                 os.close(lock)
-            with suppress(
-                RunFolderError
-            ):  # restores the old folder if only the second rename failed
+            with suppress(RunFolderError):  # restores the old folder if the second rename failed
                 remove_leftovers(target.parent, target.name)
 
 
@@ -143,18 +129,16 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _sync(path: Path) -> None:
     """Flush to the disk: after a power cut a rename can otherwise survive the data it points to."""
-    is_folder = path.is_dir()
-    if is_folder and os.name == "nt":
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        # Some file systems cannot flush folders, such as the shared folders of VirtualBox.
-        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        # Windows cannot open a folder (EACCES); some file systems, as VirtualBox's, cannot flush one.
+        if not path.is_dir() or error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _lock(temporary: Path) -> int | None:
@@ -164,16 +148,14 @@ def _lock(temporary: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    try:
+    with suppress(OSError):
         descriptor = os.open(temporary, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            os.close(descriptor)
+    return None
 
 
 def remove_leftovers(folder: Path, target: str | None = None) -> None:

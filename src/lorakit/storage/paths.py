@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
@@ -34,20 +34,14 @@ def reading(path: str | Path, error: type[LorakitError]) -> Iterator[None]:
     except OSError as failure:
         if is_disk_full(failure) or is_out_of_memory(failure):  # the disk: a write inside the block
             raise
-        name = failure.filename or path
-        if not isinstance(failure, FileNotFoundError):
-            reason = (
-                f"cannot be read: {failure.strerror or failure}. Check its type and permissions."
-            )
-        elif os.path.islink(name):
-            reason = "is a broken symbolic link. Check the path."
-        else:
+        reason = f"cannot be read: {failure.strerror or failure}. Check its type and permissions."
+        if isinstance(failure, FileNotFoundError):
             reason = "does not exist. Check the path."
-        raise error(f"'{name}' {reason}") from failure
+        raise error(f"'{failure.filename or path}' {reason}") from failure
     except UnicodeDecodeError as failure:
         raise error(
-            f"'{path}' is not UTF-8 text: byte {failure.start} is 0x{failure.object[failure.start]:02x}. The file is "
-            "not text, damaged or in another encoding; save it as UTF-8."
+            f"'{path}' is not UTF-8 text: {failure}. The file is not text, damaged or in another encoding; save it as "
+            "UTF-8."
         ) from failure
 
 
@@ -116,18 +110,9 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     """Return the real path of an output folder that can be written. Call this before long work.
 
     Raises:
-        RunFolderError: As for `atomic_folder`; but a mount point passes, for files that are written in place.
+        RunFolderError: As for `atomic_folder`.
     """
-    target = _writable(path)
-    with writing(target):
-        if target.exists() and not target.is_dir():
-            raise RunFolderError(f"'{target}' is a file, expected a folder. Choose another path.")
-        if not overwrite and holds_files(target):
-            raise RunFolderError(
-                f"'{target}' already exists. Choose another folder, or pass overwrite=True (--overwrite on the command "
-                "line) to replace it."
-            )
-    return target
+    return _free(path, overwrite, "folder", os.path.isdir, "Choose another folder")
 
 
 def require_free_file(path: str | Path, *, overwrite: bool = False, option: str = "") -> Path:
@@ -136,21 +121,36 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
     `option` is the command-line option that names the file, if it is not the usual --output.
 
     Raises:
-        RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is
-            false, or cannot be written.
+        RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot be written.
     """
-    target = _writable(path)
+    choice = f"Choose another file{f' ({option} FILE)' if option else ''}"
+    return _free(path, overwrite, "file", os.path.isfile, choice)
+
+
+_KINDS = (("folder", os.path.isdir), ("file", os.path.isfile))
+
+
+def _free(
+    path: str | Path, overwrite: bool, kind: str, fits: Callable[[Path], bool], choice: str
+) -> Path:
+    target = Path(os.path.realpath(path))
     with writing(target):
-        if target.exists() and not target.is_file():
-            kind = "a folder" if target.is_dir() else "a device"
-            raise RunFolderError(f"'{target}' is {kind}, expected a file. Choose another path.")
-        if target.exists() and not overwrite:
+        above = next(parent for parent in (*target.parents, target) if parent.exists())
+        if not above.is_dir():
+            problem = f"'{above}' is a file, not a folder"
+        elif not os.access(above, os.W_OK | os.X_OK):
+            problem = f"no permission to write to '{above}'"
+        elif target.exists() and not fits(target):
+            found = next((k for k, is_kind in _KINDS if is_kind(target)), "device")
+            problem = f"it is a {found}, expected a {kind}"
+        elif is_used(target) and not overwrite:
             raise RunFolderError(
-                f"'{target}' already exists. Choose another file{f' ({option} FILE)' if option else ''}, or pass "
-                "overwrite=True (--overwrite on the command line) to replace it."
+                f"'{target}' already exists. {choice}, or pass overwrite=True (--overwrite on the command line) to "
+                "replace it."
             )
-    require_no_mount(target)
-    return target
+        else:
+            return target
+    raise RunFolderError(f"Cannot write '{target}': {problem}. Choose another path.")
 
 
 def require_replaceable(
@@ -168,7 +168,10 @@ def require_replaceable(
         RunFolderError: The folder has other files, or none of `marks`, or is a mount point.
     """
     folder = Path(os.path.realpath(folder))
-    require_no_mount(folder)
+    if os.path.ismount(folder):  # such as a volume of a container: no rename can replace it
+        raise RunFolderError(
+            f"'{folder}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
+        )
     if others := other_files(folder, written=written, marks=marks):
         raise RunFolderError(
             f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
@@ -194,17 +197,9 @@ def other_files(folder: Path, *, written: Collection[str], marks: Collection[str
         return sorted(islice(others, 3))  # the folder may have millions
 
 
-def require_no_mount(target: Path) -> None:
-    """Reject a mount point, such as a volume of a container: no rename can replace it."""
-    if os.path.ismount(target):
-        raise RunFolderError(
-            f"'{target}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
-        )
-
-
-def holds_files(folder: Path) -> bool:
-    """Return whether a folder exists and has more in it than the files of a file manager."""
-    return folder.is_dir() and not all(map(_is_disposable, folder.iterdir()))
+def is_used(target: Path) -> bool:
+    """Return whether a file exists, or a folder with more in it than the files of a file manager."""
+    return target.exists() and not (target.is_dir() and all(map(_is_disposable, target.iterdir())))
 
 
 def visible_names(folder: Path) -> list[str]:
@@ -226,19 +221,3 @@ def is_within(path: str | Path, folder: Path) -> bool:
         return False
     place = Path(os.path.realpath(path))
     return any(above.samefile(folder) for above in (place, *place.parents))
-
-
-def _writable(path: str | Path) -> Path:
-    """Return the real path if this process has permission to write there."""
-    target = Path(os.path.realpath(path))
-    with writing(target):
-        above = next((parent for parent in target.parents if parent.exists()), target)
-        if not above.is_dir():
-            raise RunFolderError(
-                f"Cannot write '{target}': '{above}' is a file, not a folder. Choose another path."
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise RunFolderError(
-                f"Cannot write '{target}': no permission to write to '{above}'. Choose another path."
-            )
-    return target
