@@ -802,13 +802,10 @@ def test_modules_that_peft_would_confuse():
         peft_form(from_live(Heads(), **{**settings, "targets": "forehead"}))
 
 
-def test_a_module_that_is_trained_in_part():
-    stored = from_live(Net(), rank=2, targets="body.0", train_modules=["head"])
+def test_modules_are_saved_whole():
+    stored = from_live(model := Net(), rank=2, targets="body.0", train_modules=["head"])
     del stored.trained["head.bias"]
-    with pytest.raises(
-        NotExpressibleError, match=r"'head' is trained in part, without 'head\.bias'"
-    ):
-        peft_form(stored)
+    assert torch.equal(peft_form(stored).tensors[f"{PREFIX}head.bias"], model.head.bias)
     loose = adapter({"a": linear()}, trained={"b.weight": numbers(2, 2)}, settings={"bias": "all"})
     assert peft_form(loose).config["modules_to_save"] == ["b"]
 
