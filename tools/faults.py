@@ -59,7 +59,7 @@ FAULTS = {
     ),
     "tensor": Fault(
         "adapters/formats/peft/writing.py",
-        "tensors | trained_form.tensors,",
+        "tensors | trained_tensors,",
         "tensors,",
         "adapters/formats parity",
     ),

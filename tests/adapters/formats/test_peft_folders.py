@@ -14,7 +14,7 @@ import peft
 import pytest
 import tiny_models
 import torch
-from at_rest import numbers, same_bits
+from at_rest import adapter, linear, numbers, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedModel
@@ -677,6 +677,14 @@ def test_an_attention_module_of_a_later_peft_is_refused(version: str, tmp_path: 
     config_path.write_text(json.dumps({**options, "peft_version": version}))
     with pytest.raises(AdapterFileError, match="lorakit does not know what this version does"):
         read_peft(tmp_path)
+
+
+def test_modules_are_saved_whole():
+    stored = from_live(Net(), rank=2, targets="body.0", train_modules=["head"])
+    del stored.trained["head.bias"]
+    assert torch.equal(peft_form(stored).tensors[f"{PREFIX}head.bias"], Net().head.bias)
+    loose = adapter({"a": linear()}, trained={"b.weight": numbers(2, 2)}, settings={"bias": "all"})
+    assert peft_form(loose).config["modules_to_save"] == ["b"]
 
 
 def with_saved_modules(path: Path, *, more: int = 0) -> PreTrainedModel:

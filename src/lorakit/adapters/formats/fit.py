@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorakit.adapters.formats.layout import ParameterNames, beyond_peft, parameters_by_name
 from lorakit.adapters.formats.loralib import with_kinds
-from lorakit.adapters.formats.peft.trained import is_trained_bias, trained_parents
+from lorakit.adapters.formats.peft.writing import is_trained_bias, trained_parents
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer
 from lorakit.adapters.tensor_checks import equals_base

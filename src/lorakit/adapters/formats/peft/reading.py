@@ -15,8 +15,7 @@ from lorakit import storage
 from lorakit.adapters.formats.peft import experts
 from lorakit.adapters.formats.peft.adapter_config import PeftConfig, parse
 from lorakit.adapters.formats.peft.attention import as_computed
-from lorakit.adapters.formats.peft.trained import PREFIX, is_trained_bias
-from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE
+from lorakit.adapters.formats.peft.writing import B_BIAS, MAGNITUDE, PREFIX, is_trained_bias
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.adapters.formats.stored_layer import StoredLayer, located, rank_notices
 from lorakit.adapters.formats.tensors import read_tensors

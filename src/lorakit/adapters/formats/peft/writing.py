@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import conversion_mapping
+from transformers.models.auto import modeling_auto
 
 from lorakit import storage
 from lorakit.adapters.formats.layout import BaseLayout
-from lorakit.adapters.formats.peft import experts, trained
+from lorakit.adapters.formats.peft import experts
 from lorakit.adapters.formats.peft.attention import (
     LAST_VERSION,
     attention_paths,
@@ -30,8 +31,12 @@ from lorakit.formatting import listed
 from lorakit.methods.lora import LoRA
 from lorakit.methods.lora.forms import EmbeddingForm, LinearForm
 from lorakit.models.patterns import endings
-from lorakit.models.tree import natural
+from lorakit.models.sharding import is_sharded
+from lorakit.models.tree import is_inside, natural, parents
 from lorakit.storage.tensors import write_safetensors
+
+PREFIX = "base_model.model."
+"""Prefix of every key in a PEFT file."""
 
 MAGNITUDE = "lora_magnitude_vector"
 B_BIAS = "lora_B.bias"
@@ -49,6 +54,14 @@ _EXPERTS = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 """PEFT's `_MOE_TARGET_MODULE_MAPPING`: the names that it replaces by those of stacked experts, on every path."""
+
+
+_CLASSES_BY_TASK = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
+"""PEFT's task_type -> the table in transformers' modeling_auto with the model classes of this task."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
     keys = {path: _key_start(path, attention) for path in entries} | experts.key_starts(entries)
     arithmetic = written_notices(entries, attention)
     model_type = stored.base.model_type if stored.base is not None else None
-    trained_tensors, modules = trained.trained_tensors(stored, keys)
+    trained_tensors, modules = _trained(stored, method, keys)
     if len({layer.B_bias is None for layer in entries.values()}) > 1:
         raise NotExpressibleError(
             "PEFT's lora_bias is for all layers, but only some of them have a bias of B."
@@ -115,7 +128,7 @@ def peft_form(stored: StoredAdapter) -> PeftForm:
         "fan_in_fan_out": any(
             layer.transposed for layer in stored.layers.values() if not layer.is_stacked
         ),
-        **_base_options(stored, trained.task_type(stored, modules)),
+        **_base_options(stored, _task_type(stored, modules)),
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -169,7 +182,7 @@ def _layer_tensors(key: str, entry: StoredLayer) -> dict[str, Tensor]:
         # A convolution's magnitudes broadcast over (batch, channels, *space).
         shape = (1, -1, *(1 for _ in entry.A.shape[2:])) if entry.A.ndim > 2 else None
         tensors[MAGNITUDE] = entry.magnitude.view(shape) if shape else entry.magnitude
-    return {f"{trained.PREFIX}{key}.{name}": tensor for name, tensor in tensors.items()}
+    return {f"{PREFIX}{key}.{name}": tensor for name, tensor in tensors.items()}
 
 
 # --- ranks and alphas ----------------------------------------------------------------------------
@@ -282,6 +295,80 @@ def _taken_for_experts(paths: Collection[str], model_type: str | None) -> list[s
     ]
 
 
+# --- parameters trained in full ------------------------------------------------------------------
+
+
+def _trained(
+    stored: StoredAdapter, method: LoRA, layer_keys: Mapping[str, str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the parameters trained in full by PEFT's keys, and the entries of modules_to_save.
+
+    PEFT saves biases and whole modules: frozen parameters of a module come from the base. `layer_keys` has the start of
+    the keys of every layer that PEFT wraps, by path.
+
+    Raises:
+        NotExpressibleError: PEFT cannot save a module whole, or would not adapt a layer in it.
+    """
+    layout, tensors = stored.layout, dict(stored.trained)
+    for name in stored.trained:
+        # PEFT unties the modules that it wraps, so it needs a copy for each name that the method trains.
+        for other in layout.names.names_of(name) if layout is not None else ():
+            if trained_parents(other, method):
+                tensors.setdefault(other, stored.trained[name])
+    entries: dict[str, None] = {}
+    for name in tensors:
+        if roots := trained_parents(name, method):
+            entries[roots[0]] = None
+        elif not is_trained_bias(name, method, layer_keys):
+            entries[name.rpartition(".")[0]] = None
+    if "" in entries:
+        raise NotExpressibleError("a parameter of no module is trained, but PEFT saves modules.")
+    modules = list(entries)
+    if layout is not None:
+        # PEFT needs no dot before an entry: it also trains DistilBERT's pre_classifier for the entry classifier.
+        modules = [path for path in layout.modules if path.endswith(tuple(entries))]
+    in_file: dict[str, Tensor] = {}
+    for module in modules:
+        for path in layer_keys:
+            if re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", path):  # PEFT's rule
+                raise NotExpressibleError(
+                    f"'{path}' is adapted, but PEFT trains its parent '{module}' in full."
+                )
+        if layout is None:
+            continue
+        if module in layout.beyond_peft:
+            raise NotExpressibleError(f"'{module}': {layout.beyond_peft[module]}.")
+        for key in layout.below(module):
+            tensor = tensors.get(key, layout.names.parameters.get(key))
+            if tensor is None or is_sharded(tensor):
+                raise NotExpressibleError(
+                    f"PEFT would save '{module}' whole, but '{key}' is a buffer or sharded."
+                )
+            in_file[PREFIX + key] = tensor
+    for name, tensor in tensors.items():
+        # PEFT moves an adapted layer's own parameters to its child `base_layer`.
+        path, _, attribute = name.rpartition(".")
+        if path in layer_keys and not is_inside(name, *entries):
+            name = f"{layer_keys[path]}.base_layer.{attribute}"
+        in_file[PREFIX + name] = tensor
+    return in_file, list(entries)
+
+
+def is_trained_bias(name: str, method: LoRA, adapted: Collection[str]) -> bool:
+    """Return whether LoRA's `bias` selects the parameter; `adapted` are the paths of the adapted layers."""
+    if method.bias == "all":
+        return "bias" in name
+    path, _, attribute = name.rpartition(".")
+    of_layer = path in adapted and attribute in ("bias", "in_proj_bias")
+    return method.bias == "lora_only" and of_layer
+
+
+def trained_parents(name: str, method: LoRA) -> list[str]:
+    """Return the modules that train_modules names and that contain the parameter, the outermost first."""
+    entries = method.train_modules
+    return [p for p in parents(name) if any(p == e or p.endswith(f".{e}") for e in entries)]
+
+
 # --- the base ------------------------------------------------------------------------------------
 
 
@@ -296,3 +383,18 @@ def _base_options(stored: StoredAdapter, task_type: str | None) -> dict[str, Any
     elif isinstance(recorded, Mapping):
         options = {name: value or recorded.get(name) for name, value in options.items()}
     return options
+
+
+def _task_type(stored: StoredAdapter, modules: Collection[str]) -> str | None:
+    """Return PEFT's name of the task, or None if the base's class does not determine it."""
+    if stored.base is None:
+        return None
+    class_name = stored.base.class_name
+    for task, table in _CLASSES_BY_TASK.items():
+        if class_name in getattr(modeling_auto, table).values():
+            # With SEQ_CLS, PEFT assumes that the file contains the classification head.
+            known = stored.layout.modules if stored.layout is not None else modules
+            heads = [path for path in known if path.endswith(("classifier", "score"))]
+            stored_heads = heads and all(path.endswith(tuple(modules)) for path in heads)
+            return None if task == "SEQ_CLS" and not stored_heads else task
+    return None
