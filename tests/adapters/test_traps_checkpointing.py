@@ -151,6 +151,17 @@ def test_merge_or_removal_before_backward_is_refused(
         value.backward()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_unmerge_before_backward_is_refused(use_reentrant: bool) -> None:
+    model, adapters = build(use_reentrant=use_reentrant)
+    adapters.merge("a")
+    model.enable_input_require_grads()
+    value = loss(model)
+    adapters.unmerge()
+    with pytest.raises(AdapterStateError, match="backward"):
+        value.backward()
+
+
 @pytest.mark.parametrize("outer_reentrant", [False, True])
 @pytest.mark.parametrize("inner_reentrant", [False, True])
 def test_nested_checkpoints(outer_reentrant: bool, inner_reentrant: bool) -> None:

@@ -292,6 +292,7 @@ class Adapters:
         merged = self._activation.merged
         if merged is None:
             raise AdapterStateError("No adapter is merged, so there is nothing to unmerge.")
+        self._activation.forbid_recomputation()
         try:
             self._undo_merge(merged)
         except BaseException:

@@ -160,7 +160,9 @@ class LayerAdapters(ReplacedParameters):
     def _with_blend(self, call: Call, output: Any, blend: Blend, choice: Choice) -> Any:
         """Return the layer's output with the effect of one blend, computed again if it has other parameters."""
         layer, parameters = call.layer, {}
-        if choice is not self.activation.active and not (choice.whole and self.hides_parameters):
+        if choice is not self.activation.active and not (
+            choice.whole is not None and self.hides_parameters
+        ):
             parameters = self._to_swap(layer, blend)
         if choice.whole is None:
             parameters |= self.shadows(layer, blend)

@@ -60,9 +60,8 @@ def from_peft(peft_model: Any) -> Adapters:
     active = [named[name] for name in (peft_model.active_adapters if status.enabled else ())]
     _restore_originals(peft_model)
     handle = handle_for(peft_model.unload())
-    for (
-        parameter
-    ) in handle.model.parameters():  # PEFT froze them without a record of their previous flags
+    # PEFT froze them without a record of their previous flags.
+    for parameter in handle.model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     with handle.changing():
         for name, adapter in stored.items():

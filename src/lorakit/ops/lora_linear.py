@@ -53,18 +53,19 @@ def lora_linear(
 ) -> Tensor:
     """Return ``out + scaling * x A^T B^T`` for the tokens of each product (Hu et al. 2021, equation 3).
 
-    The products are computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, the activations are
-    not. The backward pass needs only `x` and the rank-sized intermediates.
+    The products are computed in the dtype of `out`: A and B (thin, often float32 masters) are cast, and under autocast
+    `x` is. The backward pass needs only `x` and the rank-sized intermediates.
 
     Args:
         x: Input of the layer, shape (..., in). Its leading axes are the N tokens, in row-major order.
         out: Output of the frozen layer, shape (..., out).
         products: Their tokens may overlap: the products are then added. Other tokens keep `out`.
         in_place: Write into `out`, which no other code may use afterwards. False returns a new tensor. So does True
-            if `out` is a view or not contiguous.
+            if `out` is a view or not contiguous, and while compiling.
 
     Returns:
-        Shape (..., out), the dtype of `out`. Never a view, so the caller may modify it in place.
+        Shape (..., out), the dtype of `out`. The caller may modify it in place: it is a view only under
+        torch.jit.trace, torch.func and forward-mode derivatives.
     """
     for product in products:
         require_data(product.A, x)

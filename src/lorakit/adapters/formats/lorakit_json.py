@@ -2,7 +2,8 @@
 
 It describes each layer, and names the tensors of lorakit's own form that PEFT's file has too, with their keys there.
 `lorakit_model.safetensors` has all others: those of adapters that PEFT's format cannot represent, and those whose form
-is another in PEFT's file (slices, PiSSA, attention). They are read while PEFT's file has the recorded checksum.
+is another in PEFT's file (slices, PiSSA, attention). If a listed file has changed since, reading fails; only the card
+may be edited.
 """
 
 from __future__ import annotations
@@ -193,9 +194,8 @@ def _check_record(record: Mapping[str, Any], path: Path) -> None:
             f"'{path}' has format version {version}, but this lorakit reads version {FORMAT_VERSION}. {fix}"
         )
     storage.require_checksum(record, path, AdapterFileError)
-    if different := sorted(
-        record.keys() ^ _RECORD_KEYS
-    ):  # an unknown key may change what the adapter computes
+    # An unknown key may change what the adapter computes.
+    if different := sorted(record.keys() ^ _RECORD_KEYS):
         raise AdapterFileError(
             f"'{path}' has unknown keys or lacks some: {', '.join(different)}. Update lorakit, or save the adapter "
             "again."

@@ -39,7 +39,7 @@ class StoredAdapter:
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was trained (configuration, data, scores); JSON values."""
     notices: list[str] = field(default_factory=list)
-    """Sentences for the user, which `load` logs as warnings."""
+    """Sentences for the user, which are logged as warnings when it is loaded."""
     base_copies: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Base parameters in the file that training may not have changed (PEFT stores those of adapted
     embeddings). `formats.check_targets` drops those that equal the model's and moves the others to

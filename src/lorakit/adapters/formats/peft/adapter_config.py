@@ -15,11 +15,8 @@ from lorakit.methods.lora.method import check_numbers
 from lorakit.models.patterns import Matcher, PatternTable, pattern_errors
 
 _NO_EFFECT = {
-    *(
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    ),  # select layers, which the file's tensors show
+    # These select layers, which the file's tensors show.
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",  # settings of an initialisation; init_lora_weights is checked instead
@@ -140,9 +137,8 @@ def parse(options: Mapping[str, Any]) -> PeftConfig:
     _check_supported(options)
     names = _IMPLEMENTED - {"peft_type"}
     values = {name: options[name] for name in names if options.get(name) is not None}
-    if isinstance(
-        module := values.get("modules_to_save"), str
-    ):  # PEFT accepts one name instead of a list
+    # PEFT accepts one name instead of a list.
+    if isinstance(module := values.get("modules_to_save"), str):
         values["modules_to_save"] = [module]
     if isinstance(init := values.get("init_lora_weights"), str):
         values["init_lora_weights"] = init.lower()
