@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,8 @@ def in_child(save: Callable[[], object], step: int, fail: Callable[[], None]) ->
             status = SAVED
         except RunFolderError as error:
             status = REFUSED if "disk full while writing" in str(error) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
