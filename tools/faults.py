@@ -77,8 +77,8 @@ FAULTS = {
     ),
     "recomputation": Fault(
         "adapters/activation.py",
-        "moment = self._replay(checkpoint.key)",
-        "self._replay(checkpoint.key)",
+        "now = recorded",
+        "now = now",
         "adapters",
     ),
     "optimizer": Fault(
