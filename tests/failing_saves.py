@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from lorakit.adapters.formats import fingerprint
 from lorakit.errors import RunFolderError
 from lorakit.storage import atomic
 
@@ -42,6 +44,7 @@ def in_child(save: Callable[[], object], step: int, fail: Callable[[], None]) ->
     if child == 0:
         status = 1
         try:
+            fingerprint.ThreadPoolExecutor = _InThisThread
             _fail_at(step, fail)
             save()
             status = SAVED
@@ -52,6 +55,15 @@ def in_child(save: Callable[[], object], step: int, fail: Callable[[], None]) ->
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class _InThisThread(contextlib.nullcontext):
+    """In place of a pool: after PyTorch has used its own pool, new threads of a forked process cannot compute."""
+
+    def __init__(self, **unused: Any) -> None:
+        super().__init__(self)
+
+    map = staticmethod(map)
 
 
 def _fail_at(step: int, fail: Callable[[], None]) -> None:
