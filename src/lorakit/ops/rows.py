@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lorakit.ops.derivatives import Function, apply
 
 STEP = 32
 """Largest multiple to which row counts are rounded up."""
@@ -41,21 +40,15 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
     The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
     and unique ones do not.
     """
-    return apply(_Take, x, at)
+    return _Take.apply(x, at)
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
     """Scatter `rows` (M, ...) to the unique int64 indices `at` (M,) of a zero tensor with `count` rows."""
-    return apply(_Put, rows, at, count)
+    return _Put.apply(rows, at, count)
 
 
-def _scatter(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
-
-
-class _Take(Function):
-    instead = "call the model itself, not lorakit's training loss"
-
+class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, at):
         ctx.save_for_backward(at)
@@ -65,20 +58,17 @@ class _Take(Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (at,) = ctx.saved_tensors
-        return _scatter(grad, at, ctx.count), None
+        return put_rows(grad, at, ctx.count), None
 
 
-class _Put(Function):
+class _Put(torch.autograd.Function):
     """PyTorch's `index_copy` keeps the rows until the backward pass, which needs the indices alone."""
-
-    instead = "call the model itself, not lorakit's training loss"
 
     @staticmethod
     def forward(ctx, rows, at, count):
         ctx.save_for_backward(at)
-        return _scatter(rows, at, count)
+        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (at,) = ctx.saved_tensors
-        return grad.index_select(0, at), None, None
+        return take_rows(grad, *ctx.saved_tensors), None, None
