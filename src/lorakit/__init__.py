@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.evaluate_config import EvaluateConfig as EvaluateConfig
     from lorakit.evaluation.predict import predict as predict
     from lorakit.evaluation.predict_config import PredictConfig as PredictConfig
-    from lorakit.methods.full import BitFit as BitFit
+    from lorakit.methods.bitfit import BitFit as BitFit
     from lorakit.methods.bottleneck import BottleneckAdapter as BottleneckAdapter
     from lorakit.methods.combined import Combined as Combined
     from lorakit.methods.full import FullFineTuning as FullFineTuning
@@ -71,7 +71,7 @@ else:  # a type checker would take any misspelt name for one of `__getattr__`
         "evaluate": "lorakit.evaluation.evaluate",
         "PredictConfig": "lorakit.evaluation.predict_config",
         "predict": "lorakit.evaluation.predict",
-        "BitFit": "lorakit.methods.full",
+        "BitFit": "lorakit.methods.bitfit",
         "BottleneckAdapter": "lorakit.methods.bottleneck",
         "Combined": "lorakit.methods.combined",
         "FullFineTuning": "lorakit.methods.full",

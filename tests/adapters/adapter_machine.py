@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.adapters import attach, handle_of, load
-from lorakit.methods.full import BitFit
+from lorakit.methods.bitfit import BitFit
 
 
 def through_pickle(model: SmallModel) -> SmallModel:

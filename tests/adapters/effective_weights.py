@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.methods.full import BitFit
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.lora.method import LoRA
 
 VOCABULARY, WIDTH, INNER, CLASSES = 7, 4, 6, 5

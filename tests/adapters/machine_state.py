@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from lorakit.adapters import Adapters, handle_of
 from lorakit.errors import AdapterStateError
-from lorakit.methods.full import BitFit
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.lora.method import LoRA
 
 BATCH = 3

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters import Adapters, attach
 from lorakit.errors import AdapterStateError
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 
 Rows = list[str | None]

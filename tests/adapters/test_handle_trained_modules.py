@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lorakit.adapters import Adapters, attach, handle_of, load
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
 

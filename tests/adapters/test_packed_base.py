@@ -23,7 +23,8 @@ from lorakit.errors import (
     ConfigurationError,
     TargetError,
 )
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.models.base_config import BaseConfig
 from lorakit.models.quantising import quantise

@@ -29,7 +29,8 @@ from lorakit.adapters.formats.peft.factors import to_peft
 from lorakit.adapters.formats.stored import StoredAdapter
 from lorakit.analysis import adapter_diff, difference
 from lorakit.errors import AdapterFileError, ConfigurationError
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.training.loop import train
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorakit.compute.objective import HeadPath, LanguageModellingLoss
-from lorakit.methods.prefix_modules import VirtualVectors
-from lorakit.methods.virtual_tokens import PREFIX_START, VirtualTokens
+from lorakit.methods.prefix_modules import VirtualPositions
+from lorakit.methods.virtual_tokens import PREFIX_START
 
 COUNT = 1200
 """Rows to add. PyTorch uses one thread for fewer than 32,768 numbers."""
@@ -52,6 +52,6 @@ def test_targets_of_one_position(arch: str, path: HeadPath) -> None:
 
 def test_a_virtual_token_in_many_rows() -> None:
     ids = torch.arange(PREFIX_START, PREFIX_START + 8).repeat(COUNT // 8, 1)
-    module = VirtualVectors(VirtualTokens(prefix=8), 32, {})
-    hidden = module.write(torch.zeros(*ids.shape, 32), ids)
-    assert_same((hidden * torch.randn_like(hidden)).sum(), module.vectors)
+    vectors = torch.randn(8, 32, requires_grad=True)
+    hidden = VirtualPositions.of(ids).put(torch.zeros(*ids.shape, 32), vectors, prefix=8)
+    assert_same((hidden * torch.randn_like(hidden)).sum(), vectors)

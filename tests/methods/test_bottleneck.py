@@ -172,7 +172,7 @@ def test_an_adapted_model_offers_the_same_targets_and_blocks() -> None:
         ({"size": 0}, "size is 0"),
         ({"size": 2.5}, "whole number"),
         ({"activation": "swish"}, "relu, gelu, silu"),
-        ({"drop_layers": (-1,)}, "drop_layers is -1"),
+        ({"drop_layers": (-1,)}, "counted from 0"),
         ({"drop_layers": 1}, "drop_layers is 1"),
         ({"train_modules": ("",)}, "train_modules"),
     ],

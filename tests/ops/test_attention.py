@@ -82,7 +82,7 @@ def test_groups_of_blocks_change_nothing(name, kept, monkeypatch):
     found = []
     for pairs in (2**30, 2000):
         monkeypatch.setattr(attention, "GROUP_PAIRS", pairs)
-        attention._by_mask.clear()
+        attention._blocks_by_mask.clear()
         x = inputs(rows, length)
         groups = attention._blocks(mask, *x[:2]).groups
         assert (len(groups) > 1) == (pairs == 2000 and name != "none")
@@ -135,7 +135,7 @@ def test_any_mask(seed, length, rows, density):
 def test_trees_are_cut_into_blocks_that_leave_most_pairs_out():
     mask = MASKS["side by side"]
     masked_attention(*inputs(1, 240), mask, scale=1.0)
-    (blocks,) = attention.mask_cache(mask).values()
+    (blocks,) = attention.mask_cache(mask, attention._blocks_by_mask).values()
     assert blocks.count > 1
     assert blocks.length < 120
 

@@ -7,7 +7,7 @@ import torch
 from references import masked_attention_reference
 from test_attention import MASKS, inputs, tree
 
-from lorakit.ops import attention, flex_attention
+from lorakit.ops import flex_attention
 from lorakit.ops.attention import masked_attention
 from lorakit.ops.flex_attention import flex_masked_attention
 
@@ -99,12 +99,12 @@ def test_blocks_are_found_once_for_a_mask_and_anew_where_it_was_written_into():
 def test_what_is_known_of_a_mask_is_forgotten_with_it():
     mask = tree(5, 3, 2)[None, None]
     q, k, v = (x.detach() for x in inputs(1, 11))
-    before = len(attention._by_mask)
+    before = len(flex_attention._block_masks)
     flex_masked_attention(q, k, v, mask, scale=0.3)
-    assert len(attention._by_mask) == before + 1
+    assert len(flex_attention._block_masks) == before + 1
     del mask
     gc.collect()
-    assert len(attention._by_mask) == before
+    assert len(flex_attention._block_masks) == before
 
 
 @needs_gpu

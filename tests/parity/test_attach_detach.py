@@ -192,8 +192,10 @@ def test_a_failed_attach_leaves_nothing_behind():
 
 def test_a_suffix_that_matches_a_layer_of_the_new_head():
     model = tiny_models.build("roberta", "sequence-classification")
-    says = r"adapts 'classifier\.dense', and 'classifier' .* such as output\.dense"
-    with pytest.raises(TargetError, match=says):
+    names = r"such as intermediate\.dense, output\.dense, or"
+    with pytest.raises(
+        TargetError, match=rf"adapts 'classifier\.dense', and 'classifier' .* {names}"
+    ):
         attach(model, LoRA(rank=2, targets="dense", train_modules="classifier"))
 
 

@@ -14,7 +14,8 @@ import yaml
 from lorakit.cli.parsing import parse
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.bitfit import BitFit
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.registry import SECTIONS, unused_settings
 from lorakit.models.base_config import BaseConfig

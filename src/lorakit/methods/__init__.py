@@ -1,13 +1,14 @@
-"""Training methods.
+"""Training methods: one file or folder for each.
 
 A method is a frozen dataclass of settings and imports no torch; the modules that it adds are imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.combined import Combined
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer

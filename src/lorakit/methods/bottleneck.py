@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lorakit.methods.bottleneck_module import Bottleneck
     from lorakit.methods.module import AdapterModule
+    from lorakit.models.blocks import Site
 
 Kind = Literal["houlsby", "lin", "pfeiffer"]
 Nonlinearity = Literal["relu", "gelu", "silu"]
@@ -59,7 +61,10 @@ class BottleneckAdapter(TrainsModules):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("size", self.size, 1)
-        require_at_least("drop_layers", min(self.drop_layers, default=0), 0)
+        if min(self.drop_layers, default=0) < 0:
+            raise ConfigurationError(
+                f"drop_layers is {self.drop_layers}; blocks are counted from 0, so each must be 0 or more."
+            )
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
@@ -70,13 +75,18 @@ class BottleneckAdapter(TrainsModules):
             TargetError: The blocks of the model's architecture are unknown.
             ConfigurationError: `size` exceeds the width, or `drop_layers` names a block that does not exist.
         """
-        import torch
-        from torch import nn
+        from lorakit.models.blocks import block_outputs, residual_branches
 
-        from lorakit.methods.bottleneck_module import Bottleneck
-        from lorakit.models.blocks import block_outputs, residual_branches, stacks
-        from lorakit.models.layers import device_of
-        from lorakit.models.tree import submodule
+        sites = residual_branches if self.kind == "houlsby" else block_outputs
+        dropped = self._dropped(model)
+        return {
+            site.path: self._bottleneck(model, site, dtype)
+            for site in sites(model)
+            if site.block not in dropped
+        }
+
+    def _dropped(self, model: nn.Module) -> set[str]:
+        from lorakit.models.blocks import stacks
 
         dropped = set()
         for stack in stacks(model).values():
@@ -86,24 +96,27 @@ class BottleneckAdapter(TrainsModules):
                     f"{len(stack) - 1}."
                 )
             dropped.update(stack[i] for i in self.drop_layers)
-        modules: dict[str, AdapterModule] = {}
-        sites = residual_branches if self.kind == "houlsby" else block_outputs
-        for site in sites(model):
-            if site.block in dropped:
-                continue
-            if self.size > site.width:
-                raise ConfigurationError(
-                    f"size {self.size} exceeds the width {site.width} of '{site.path}', so it is not a bottleneck. "
-                    f"Use at most {site.width}."
-                )
-            is_norm = isinstance(submodule(model, site.path), nn.LayerNorm)
-            modules[site.path] = Bottleneck(
-                site.width,
-                self.size,
-                activation=self.activation or ("silu" if self.kind == "houlsby" else "relu"),
-                own_norm=self.kind == "lin",
-                renormalise=self.kind == "pfeiffer" and is_norm,
-                device=device_of(submodule(model, site.block)),
-                dtype=dtype or torch.float32,
+        return dropped
+
+    def _bottleneck(self, model: nn.Module, site: Site, dtype: torch.dtype | None) -> Bottleneck:
+        import torch
+        from torch import nn
+
+        from lorakit.methods.bottleneck_module import Bottleneck
+        from lorakit.models.tree import submodule
+
+        if self.size > site.width:
+            raise ConfigurationError(
+                f"size {self.size} exceeds the width {site.width} of '{site.path}', so it is not a bottleneck. "
+                f"Use at most {site.width}."
             )
-        return modules
+        layer = submodule(model, site.path)
+        device = next(submodule(model, site.block).parameters()).device
+        return Bottleneck(
+            site.width,
+            self.size,
+            activation=self.activation or ("silu" if self.kind == "houlsby" else "relu"),
+            own_norm=self.kind == "lin",
+            renormalise=self.kind == "pfeiffer" and isinstance(layer, nn.LayerNorm),
+            options={"device": device, "dtype": dtype or torch.float32},
+        )

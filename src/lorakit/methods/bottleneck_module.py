@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ class Bottleneck(AdapterModule):
         activation: The nonlinearity's name in `torch.nn.functional`.
         own_norm: Normalise the input of f with a trained LayerNorm.
         renormalise: The layer is a LayerNorm: add f of its output to its input and normalise again.
-        **options: Device and dtype of the tensors.
+        options: Device and dtype of the tensors.
     """
 
     scales = merges = False
@@ -38,7 +36,7 @@ class Bottleneck(AdapterModule):
         activation: str,
         own_norm: bool,
         renormalise: bool,
-        **options: Any,
+        options: dict,
     ) -> None:
         super().__init__()
         self.activation, self.renormalise = activation, renormalise

@@ -39,10 +39,19 @@ class Combined(TrainsModules):
         for method in self.methods:
             require_method(method)
         kinds = [type(method).__name__ for method in self.methods]
-        if len(kinds) < 2 or len({*kinds, "Combined"}) <= len(kinds):
+        if len(kinds) < 2:
             raise ConfigurationError(
-                f"Combined has the methods {', '.join(kinds) or 'none'}. Give it two or more, each of another kind and "
-                "none a Combined. One LoRA can have different ranks: rank_pattern sets those of single layers."
+                f"Combined has {len(kinds)} method(s); give it two or more, or use the one method directly."
+            )
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ConfigurationError(
+                    f"Combined has {kind} twice. Use one {kind} for all layers (LoRA's rank_pattern sets ranks "
+                    "of single layers)."
+                )
+        if type(self).__name__ in kinds:
+            raise ConfigurationError(
+                "Combined cannot contain another Combined; list all methods in one."
             )
         prefix_kinds = [type(m).__name__ for m in self.methods if hasattr(m, "virtual_tokens")]
         if len(prefix_kinds) > 1:
@@ -64,14 +73,16 @@ class Combined(TrainsModules):
             ConfigurationError: Two methods need the same layer.
         """
         modules: dict[str, AdapterModule] = {}
+        owner: dict[str, str] = {}
         for method in self.methods:
-            added = method.modules(model, dtype)
-            if both := sorted(modules.keys() & added.keys()):
-                raise ConfigurationError(
-                    f"{type(method).__name__} and an earlier method of Combined both adapt '{both[0]}', and a "
-                    "layer can have only one of them. Remove it from the targets of one, or choose another kind."
-                )
-            modules |= added
+            for path, module in method.modules(model, dtype).items():
+                kind = type(method).__name__
+                if path in modules:
+                    raise ConfigurationError(
+                        f"{owner[path]} and {kind} both adapt '{path}', and a layer can have only one of them. Remove "
+                        "it from the targets of one, or choose another kind."
+                    )
+                modules[path], owner[path] = module, kind
         return modules
 
     def trained_parameters(self, model: nn.Module) -> list[str]:

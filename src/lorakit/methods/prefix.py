@@ -46,20 +46,6 @@ class _Prefix(TrainsModules):
         """The virtual tokens that each sequence needs."""
         return VirtualTokens(prefix=self.prefix_length, infix=self.infix_length)
 
-    def modules(
-        self, model: nn.Module, dtype: torch.dtype | None = None
-    ) -> dict[str, AdapterModule]:
-        """Return the vectors on the input embedding (see `Method`).
-
-        Raises:
-            TargetError: The model has no table of token embeddings, or reads two sequences.
-        """
-        import torch
-
-        from lorakit.methods.prefix_modules import embedding_vectors
-
-        return embedding_vectors(model, self.virtual_tokens, dtype or torch.float32)
-
 
 @strict
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +61,18 @@ class PrefixEmbedding(_Prefix):
     default_rate: ClassVar[float] = 1e-3
     """Peak learning rate. The vectors start small and random. The paper uses 5e-4 (section D.4), with many more
     steps."""
+
+    def modules(
+        self, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> dict[str, AdapterModule]:
+        """Return the vectors on the input embedding (see `Method`).
+
+        Raises:
+            TargetError: The model has no table of token embeddings, or reads two sequences.
+        """
+        from lorakit.methods.prefix_modules import embedding_vectors
+
+        return embedding_vectors(model, self.virtual_tokens, dtype, method=type(self).__name__)
 
 
 @strict
@@ -102,9 +100,10 @@ class PrefixLayer(_Prefix):
             TargetError: The model has no table of token embeddings, reads two sequences, or its blocks
                 cannot be identified.
         """
-        import torch
+        from lorakit.methods.prefix_modules import block_vectors, embedding_vectors
 
-        from lorakit.methods.prefix_modules import block_vectors
-
-        on_embedding = super().modules(model, dtype)
-        return on_embedding | block_vectors(model, self.virtual_tokens, dtype or torch.float32)
+        tokens, name = self.virtual_tokens, type(self).__name__
+        return {
+            **embedding_vectors(model, tokens, dtype, method=name),
+            **block_vectors(model, tokens, dtype),
+        }

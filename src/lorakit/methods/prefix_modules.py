@@ -1,12 +1,13 @@
 """The trained vectors of virtual tokens, and the hooks that write them into the hidden states.
 
 The ids of virtual tokens exceed every vocabulary. A hook on the input embedding replaces them by token 0 and stores
-the ids for the forward pass; further hooks write the trained vectors at the virtual tokens, after the embedding and,
-for PrefixLayer, before each block. All hooks are module-level functions, so that deepcopy and pickle work.
+their positions for the forward pass; further hooks write the trained vectors at these positions, after the embedding
+and, for PrefixLayer, before each block. All hooks are module-level functions, so that deepcopy and pickle work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +20,64 @@ from lorakit.methods.module import AdapterModule, ModuleHook
 from lorakit.methods.virtual_tokens import INFIX_START, PREFIX_START, VirtualTokens
 from lorakit.models.blocks import stacks
 from lorakit.models.heads import input_embeddings
-from lorakit.models.layers import ADAPTERS, by_token, device_of
+from lorakit.models.layers import ADAPTERS, by_token
 from lorakit.models.past import has_past
 from lorakit.models.tree import base_modules, submodule
-from lorakit.ops.lora_linear import Rows, put, take
 from lorakit.ops.rows import gather_rows
 
 INIT_STD = 0.02
 """Standard deviation of the initial vectors, as in the first release of the paper's code."""
+
+HOW_TO_PLACE = (
+    "Insert them into the ids with adapters.virtual_tokens.place. lorakit's own training, evaluation and generation "
+    "do so."
+)
+
+
+# --- positions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualPositions:
+    """The positions of the N virtual tokens in a batch of ids (B, T)."""
+
+    ids: Tensor
+    """The ids, shape (B, T); those of `PREFIX_START` and above are virtual."""
+    rows: Tensor | None = None
+    """Row of each virtual token, shape (N,); None in a compiled graph, where shapes cannot depend on data."""
+    columns: Tensor | None = None
+    """Column of each, shape (N,)."""
+
+    @classmethod
+    def of(cls, ids: Tensor) -> VirtualPositions:
+        """Find the virtual tokens in `ids`."""
+        if torch.compiler.is_compiling():
+            return cls(ids)
+        return cls(ids, *(ids >= PREFIX_START).nonzero(as_tuple=True))
+
+    def among(self, rows: Sequence[int]) -> VirtualPositions:
+        """Return the positions in some rows only, as indices into the whole batch."""
+        selected = torch.zeros(len(self.ids), 1, dtype=torch.bool, device=self.ids.device)
+        selected[list(rows)] = True
+        return VirtualPositions.of(self.ids.masked_fill(~selected, 0))
+
+    def put(self, hidden: Tensor, vectors: Tensor, prefix: int) -> Tensor:
+        """Return `hidden` (B, T, d) with the rows of `vectors` (prefix + infix, d) at the virtual tokens."""
+        ids = self.ids.to(vectors.device)
+        if self.rows is None or self.columns is None:
+            index = _vector_index(ids, prefix).clamp(0, len(vectors) - 1)
+            is_virtual = (ids >= PREFIX_START).unsqueeze(-1).to(hidden.device)
+            rows = gather_rows(vectors, index).to(hidden.device, hidden.dtype)
+            return torch.where(is_virtual, rows, hidden)
+        index = _vector_index(ids[self.rows, self.columns], prefix)
+        positions = (self.rows.to(hidden.device), self.columns.to(hidden.device))
+        rows = gather_rows(vectors, index).to(hidden.device, hidden.dtype)
+        return hidden.index_put(positions, rows)
+
+
+def _vector_index(ids: Tensor, prefix: int) -> Tensor:
+    """Return the row of each virtual token in a table of prefix vectors followed by infix vectors."""
+    return torch.where(ids >= INFIX_START, ids - INFIX_START + prefix, ids - PREFIX_START)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +86,8 @@ class PassState:
 
     is_first: bool
     """Whether the cache is empty."""
-    ids: Tensor | None = None
-    """The ids, shape (B, T), those of `PREFIX_START` and above are virtual; None if there are no virtual tokens."""
+    virtual: VirtualPositions | None = None
+    """Positions of the virtual tokens; None if there are none."""
 
 
 # --- hooks ----------------------------------------------------------------------------------------------
@@ -44,47 +95,43 @@ class PassState:
 
 @by_token
 def begin_pass(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of the backbone: start a pass, and reject inputs in which virtual tokens cannot be found."""
+    """Forward pre-hook of the backbone: start a pass, and reject inputs without ids."""
     adapters = _embedding_adapters(backbone)
     # The name of the cache argument differs between architectures.
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-    adapters.activation.state = PassState(is_first=not any(map(has_past, caches)))
-    choice = adapters.activation.current().choice
-    if not any(isinstance(_module(adapters, name), VirtualVectors) for name in choice.names):
-        return
-    if kwargs.get("inputs_embeds") is not None:
+    is_first = not any(map(has_past, caches))
+    adapters.activation.state = PassState(is_first)
+    if kwargs.get("inputs_embeds") is not None and _needs_vectors(
+        adapters, adapters.activation.current().choice
+    ):
         raise AdapterStateError(
             "The model was called with inputs_embeds, and the active adapter finds its virtual tokens by their ids. "
             "Pass input_ids, or call activate(None)."
-        )
-    if choice.unit == "token":
-        raise AdapterStateError(
-            "per_token cannot use an adapter with virtual tokens, which are placed by row. Use per_sample."
         )
 
 
 @by_token
 def end_pass(backbone: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of the backbone: drop the ids."""
+    """Forward hook of the backbone: drop the positions."""
     _embedding_adapters(backbone).activation.state = None
 
 
 @by_token
 def hide_ids(embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the input embedding: store the ids, and look up token 0 at the virtual tokens."""
+    """Forward pre-hook of the input embedding: store the positions of virtual tokens and look up token 0 there."""
     ids = args[0] if args else kwargs["input"]
-    activation: Any = embedding.adapters.activation  # type: ignore[union-attr]
+    adapters: Any = embedding.adapters
     if ids.ndim != 2:
         return args, kwargs  # not a batch of sequences
-    state = activation.state or PassState(is_first=False)
-    is_virtual = ids >= PREFIX_START
+    state = adapters.activation.state or PassState(is_first=False)
+    positions = VirtualPositions.of(ids)
     has_virtual = True  # unknown in a compiled graph
     if not torch.compiler.is_compiling():
-        has_virtual = bool(is_virtual.any())
-        if has_virtual or state.is_first:
-            _check_ids(embedding, ids, is_first=state.is_first)
-    activation.state = replace(state, ids=ids if has_virtual else None)
-    ids = ids.masked_fill(is_virtual, 0)
+        _check_ids(adapters, positions, is_first=state.is_first)
+        has_virtual = positions.rows is not None and len(positions.rows) > 0
+    adapters.activation.state = replace(state, virtual=positions if has_virtual else None)
+    if has_virtual:
+        ids = ids.masked_fill(ids >= PREFIX_START, 0)
     return ((ids, *args[1:]), kwargs) if args else ((), {**kwargs, "input": ids})
 
 
@@ -104,52 +151,91 @@ def put_before_block(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 
 def _put_vectors(layer: nn.Module, hidden: Tensor) -> Tensor:
     """Write the vectors of the active adapters into hidden states (B, T, d) at the virtual tokens."""
-    choice, state = layer.adapters.activation.current()  # type: ignore[union-attr, operator]
-    if state is None or state.ids is None:
+    adapters: Any = layer.adapters
+    choice, state = adapters.activation.current()
+    if state is None or state.virtual is None:
         return hidden
-    ids = state.ids.to(hidden.device)
-    for module, rows in _parts(layer, choice, hidden):
+    positions = state.virtual
+    if hidden.shape[:2] != positions.ids.shape:
+        raise AdapterStateError(
+            f"{type(layer).__name__} received hidden states of shape {tuple(hidden.shape)} for ids of shape "
+            f"{tuple(positions.ids.shape)}, so the adapter cannot locate its virtual tokens. Call the model with ids "
+            "of shape (batch, length), or call activate(None)."
+        )
+    by_row = _vectors_by_row(adapters, choice, len(hidden))
+    for module in dict.fromkeys(by_row):
         if module is not None:
-            hidden = put(hidden, rows, module.write(take(hidden, rows), take(ids, rows)))
+            rows = [row for row, of_row in enumerate(by_row) if of_row is module]
+            in_rows = positions if len(rows) == len(by_row) else positions.among(rows)
+            hidden = in_rows.put(hidden, module.vectors, module.tokens.prefix)
     return hidden
 
 
-def _check_ids(embedding: nn.Module, ids: Tensor, *, is_first: bool) -> None:
-    """Reject ids (B, T) whose virtual tokens are not those of the active adapter."""
-    choice, rows = embedding.adapters.activation.current().choice, ids.tolist()  # type: ignore[union-attr, operator]
-    for module, part in _parts(embedding, choice, ids):
-        tokens = VirtualTokens() if module is None else module.tokens
-        allowed = set(tokens.place([]))
-        for row in take(torch.arange(len(ids), device=ids.device), part).tolist():
-            found = [token for token in rows[row] if token >= PREFIX_START]
-            is_missing = is_first and tokens.total and not found
-            if is_missing or not allowed.issuperset(found):
-                raise AdapterStateError(
-                    f"Row {row} of the ids holds the virtual tokens {found}, and the active adapter needs "
-                    f"{tokens.prefix} before its prompt (from {PREFIX_START}) and {tokens.infix} after it (from "
-                    f"{INFIX_START}). Activate the adapter that they are for, and insert them with "
-                    "adapters.virtual_tokens.place, as lorakit's own training, evaluation and generation do."
-                )
+def _needs_vectors(adapters: Any, choice: Any) -> bool:
+    """Return whether an adapter with virtual tokens acts on some row."""
+    return any(isinstance(_module(adapters, name), VirtualVectors) for name in choice.names)
 
 
-def _parts(
-    layer: nn.Module, choice: Any, batch: Tensor
-) -> list[tuple[VirtualVectors | None, Rows]]:
-    """Return the module that gives vectors to each part of the rows, or None for rows without."""
-    modules = {name: _module(layer.adapters, name) for name in choice.names}
-    modules = {name: m for name, m in modules.items() if isinstance(m, VirtualVectors)}
-    if not modules or choice.whole is not None:
-        parts = [(choice.whole or (), None)]
-    else:
-        parts = choice.parts(len(batch), batch.device)
-    return [
-        (next((modules[name] for name, _ in blend if name in modules), None), rows)
-        for blend, rows in parts
+def _vectors_by_row(adapters: Any, choice: Any, batch: int) -> list[VirtualVectors | None]:
+    """Return the module with the vectors of each row's virtual tokens, or None for a row without."""
+    if not _needs_vectors(adapters, choice):
+        return [None] * batch
+    if choice.unit == "token":
+        raise AdapterStateError(
+            "per_token cannot use an adapter with virtual tokens, which are placed by row. Use per_sample."
+        )
+    if choice.unit == "row" and batch not in choice.rows:
+        raise AdapterStateError(
+            f"per_sample names {len(choice.blends)} rows, and the model received a batch of {batch}. Give one name (or "
+            "None) for each row of the batch."
+        )
+    by_blend = [
+        next(
+            (m for name, _ in blend if isinstance(m := _module(adapters, name), VirtualVectors)),
+            None,
+        )
+        for blend in choice.blends
     ]
+    return [module for module in by_blend for _ in range(batch // len(by_blend))]
 
 
 def _module(adapters: Any, name: str) -> Any:
     return adapters[name] if name in adapters else None  # noqa: SIM401, nn.ModuleDict has no get
+
+
+def _check_ids(adapters: Any, positions: VirtualPositions, *, is_first: bool) -> None:
+    """Reject ids whose virtual tokens are not those of the active adapter."""
+    batch = len(positions.ids)
+    modules = _vectors_by_row(adapters, adapters.activation.current().choice, batch)
+    assert positions.rows is not None
+    if not len(positions.rows) and not any(modules):
+        return
+    by_row: list[list[int]] = [[] for _ in range(batch)]
+    virtual_ids = positions.ids[positions.rows, positions.columns].tolist()
+    for row, token in zip(positions.rows.tolist(), virtual_ids, strict=True):
+        by_row[row].append(token)
+    for row, (module, tokens_of_row) in enumerate(zip(modules, by_row, strict=True)):
+        if module is None:
+            if tokens_of_row:
+                raise AdapterStateError(
+                    f"Row {row} of the ids holds {len(tokens_of_row)} virtual tokens, and no active adapter gives them "
+                    "vectors. Activate the adapter that they were inserted for, or remove them."
+                )
+            continue
+        tokens = module.tokens
+        if not tokens_of_row and is_first:
+            raise AdapterStateError(
+                f"Row {row} of the ids holds no virtual token, and the active adapter needs {tokens.prefix} before "
+                f"and {tokens.infix} after each prompt: without them it has no effect. {HOW_TO_PLACE}"
+            )
+        for token in tokens_of_row:
+            is_infix = token >= INFIX_START
+            if token >= (INFIX_START + tokens.infix if is_infix else PREFIX_START + tokens.prefix):
+                raise AdapterStateError(
+                    f"Row {row} of the ids holds the virtual token {token}, and the active adapter has "
+                    f"{tokens.prefix} for a prefix (from {PREFIX_START}) and {tokens.infix} for an infix (from "
+                    f"{INFIX_START}). {HOW_TO_PLACE}"
+                )
 
 
 def _embedding_adapters(backbone: nn.Module) -> Any:
@@ -178,13 +264,6 @@ class VirtualVectors(AdapterModule):
         self.vectors = nn.Parameter(torch.empty(tokens.total, width, **options))
         nn.init.normal_(self.vectors, std=INIT_STD)
 
-    def write(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Return `hidden` (B, T, d) with the vectors at the virtual tokens of `ids` (B, T)."""
-        starts = torch.where(ids >= INFIX_START, INFIX_START - self.tokens.prefix, PREFIX_START)
-        index = (ids - starts).to(self.vectors.device)  # below 0 for other tokens
-        rows = gather_rows(self.vectors, index.clamp(min=0)).to(hidden.device, hidden.dtype)
-        return torch.where((ids >= PREFIX_START).unsqueeze(-1), rows, hidden)
-
     def extra_repr(self) -> str:
         return (
             f"prefix {self.tokens.prefix}, infix {self.tokens.infix}, width {self.vectors.shape[1]}"
@@ -205,27 +284,37 @@ class BlockVectors(VirtualVectors):
 
 
 def embedding_vectors(
-    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype
+    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None, *, method: str
 ) -> dict[str, AdapterModule]:
     """Return the vectors on the input embedding, by its path.
 
     Raises:
         TargetError: The model has no table of token embeddings, or reads two sequences.
     """
-    table = input_embeddings(model)
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if is_encoder_decoder or not isinstance(table, nn.Embedding):
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TargetError(
-            f"{type(model).__name__} is an encoder-decoder or has no table of token embeddings, and a prefix method "
-            "needs a text model of transformers that reads one sequence. Use another method."
+            f"{name} is an encoder-decoder, and {method} supports models with one sequence only. Use an encoder, a "
+            "decoder, or another method."
+        )
+    table = input_embeddings(model)
+    if not isinstance(table, nn.Embedding):
+        raise TargetError(
+            f"{name} has no table of token embeddings, which {method} needs. Use a text model of transformers, or "
+            "another method."
+        )
+    if table.num_embeddings > PREFIX_START:
+        raise TargetError(
+            f"The vocabulary of {name} has {table.num_embeddings:,} entries, and the ids of virtual tokens start at "
+            f"{PREFIX_START:,}. Use another method."
         )
     path = next(path for path, module in base_modules(model) if module is table)
-    options = {"device": device_of(table), "dtype": dtype}
+    options = {"device": table.weight.device, "dtype": dtype or torch.float32}
     return {path: EmbeddingVectors(tokens, table.embedding_dim, options)}
 
 
 def block_vectors(
-    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype
+    model: nn.Module, tokens: VirtualTokens, dtype: torch.dtype | None
 ) -> dict[str, AdapterModule]:
     """Return the vectors on every block but the first, by path.
 
@@ -241,7 +330,8 @@ def block_vectors(
             "PrefixEmbedding, which needs the embedding only."
         )
     modules: dict[str, AdapterModule] = {}
-    for path in lists[0][1:]:
-        options = {"device": device_of(submodule(model, path)), "dtype": dtype}
-        modules[path] = BlockVectors(tokens, config.hidden_size, options)
+    for block in lists[0][1:]:
+        device = next(submodule(model, block).parameters()).device
+        options = {"device": device, "dtype": dtype or torch.float32}
+        modules[block] = BlockVectors(tokens, config.hidden_size, options)
     return modules

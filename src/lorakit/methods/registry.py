@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from lorakit.configuration import converted
-from lorakit.errors import ConfigurationError
+from lorakit.errors import ConfigurationError, nearest
 from lorakit.extensions import installed, load_from_file, load_installed, names_a_file
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.combined import Combined, parts
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer
@@ -90,7 +92,20 @@ def user_method(name: str, settings: Mapping[str, Any]) -> Method:
     Raises:
         ConfigurationError: The method does not exist, or has no such setting.
     """
-    return converted(settings, use_method(name), "method_settings")
+    method_class = use_method(name)
+    known = [field.name for field in dataclasses.fields(method_class) if field.init]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigurationError(
+                f"method_settings has {setting!r}, and {method_class.__name__} has the settings "
+                f"{', '.join(known) or 'none'}." + nearest(setting, known)
+            )
+    try:
+        return method_class(**settings)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"method_settings do not fit {method_class.__name__}: {error}."
+        ) from error
 
 
 def recorded_method(name: object) -> type[Method] | None:
@@ -123,4 +138,8 @@ def _load(name: str) -> object:
 
 
 def _is_method(value: object) -> TypeGuard[type[Method]]:
-    return isinstance(value, type) and isinstance(value, Method)
+    return (
+        inspect.isclass(value)
+        and dataclasses.is_dataclass(value)
+        and all(callable(getattr(value, name, None)) for name in ("modules", "trained_parameters"))
+    )

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.models.digests import digest
 from lorakit.models.quantised import expanded_4bit
+from lorakit.ops.derivatives import Function, apply
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         if exact and (bias is None or not bias.requires_grad):
             product = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state, bias=bias)
         else:
-            product = _Product.apply(x.to(dtype), self.weight, state, bias, expanded_4bit)
+            product = apply(_Product, x.to(dtype), self.weight, state, bias, expanded_4bit)
         return product.to(x.dtype)
 
 
@@ -83,7 +84,7 @@ class Int8Linear(bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W_q^T + b``, computed in the dtype of `x`: (..., in) to (..., out)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _Product.apply(x, self.weight, self.weight.SCB, bias, _expanded_8bit)
+        return apply(_Product, x, self.weight, self.weight.SCB, bias, _expanded_8bit)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         super()._apply(fn, recurse)
@@ -92,8 +93,10 @@ class Int8Linear(bnb.nn.Linear8bitLt):
         return self
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """``x W_q^T + b``. The backward pass dequantises again, so neither ``W_q`` nor `x` is saved."""
+
+    instead = "load the base in bfloat16 or float32"
 
     @staticmethod
     def forward(ctx, x, packed, scales, bias, expand):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.autocast import autocast_to, no_autocast, wide_dtype
-from lorakit.ops.derivatives import once_differentiable
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 from lorakit.ops.dropout import keep_mask, multiplier
 from lorakit.ops.rows import round_up
 
@@ -84,7 +84,7 @@ def masked_attention(
     if blocks.length > MAX_KEYS:
         return fused_attention(query, key, value, mask, scale=scale, dropout=dropout)
     with no_autocast(query):
-        return _MaskedAttention.apply(query, key, value, blocks, scale, dropout)
+        return apply(_MaskedAttention, query, key, value, blocks, scale, dropout)
 
 
 def fused_attention(
@@ -173,20 +173,20 @@ class _Blocks:
         return F.embedding_bag(self.uses, x, self.offsets, mode="sum").view(shape)
 
 
-_by_mask: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_blocks_by_mask: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Cached blocks by mask; all layers of a model share one mask."""
 
 
-def mask_cache(mask: Tensor) -> dict[Any, Any]:
+def mask_cache(mask: Tensor, caches: WeakTensorKeyDictionary) -> dict[Any, Any]:
     """Return the mutable cache entry of this mask; a new one if the mask was modified since.
 
     A tensor made in `torch.inference_mode` counts no modifications, so such a mask must not be modified.
     """
     # Inference tensors have no version counter.
     version = 0 if mask.is_inference() else mask._version
-    if mask not in _by_mask or _by_mask[mask][0] != version:
-        _by_mask[mask] = (version, {})
-    return _by_mask[mask][1]
+    if mask not in caches or caches[mask][0] != version:
+        caches[mask] = (version, {})
+    return caches[mask][1]
 
 
 def _blocks(mask: Tensor | None, query: Tensor, key: Tensor) -> _Blocks:
@@ -195,7 +195,7 @@ def _blocks(mask: Tensor | None, query: Tensor, key: Tensor) -> _Blocks:
         return _whole_rows(B, H * T, S)
     if mask.is_floating_point():
         return _whole_rows(B, H * T, S, mask.expand(B, H, T, S).unflatten(1, (K, -1)))
-    cached: dict[tuple[int, ...], _Blocks] = mask_cache(mask)
+    cached: dict[tuple[int, ...], _Blocks] = mask_cache(mask, _blocks_by_mask)
     shape = (B, H, T, K)
     if shape not in cached:
         cached[shape] = _cheapest_blocks(mask.expand(B, 1, T, -1)[:, 0], H, K)
@@ -275,7 +275,7 @@ def _bias(mask: Tensor) -> Tensor:
     return bias.masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-class _MaskedAttention(torch.autograd.Function):
+class _MaskedAttention(Function):
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale, dropout):
         Q = blocks.split(query, key.shape[1])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.ops.derivatives import is_transformed
+from lorakit.ops.derivatives import Function, apply, is_transformed
 
 STEPS = 2**16
 """Resolution of the probability: it is rounded to a multiple of 1 / 65,536."""
@@ -25,7 +25,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     is_ours = x.device.type == "cpu" and p > 0 and not torch.compiler.is_compiling()
     if not is_ours or is_transformed(x):
         return F.dropout(x, p)
-    return _Dropout.apply(x, p)
+    return apply(_Dropout, x, p)
 
 
 def keep_mask(x: Tensor, p: float) -> Tensor:
@@ -52,7 +52,7 @@ def _dropped(p: float) -> int:
     return max(round(p * STEPS), 1)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx, x, p):
         keep, ctx.p = keep_mask(x, p), p

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorakit.ops.attention import fused_attention, mask_cache
 from lorakit.ops.autocast import autocast_to
@@ -63,9 +64,13 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
+_block_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Cached block masks by mask; all layers of a model share one mask."""
+
+
 def _block_mask(mask: Tensor, query: Tensor, key: Tensor) -> BlockMask:
     B, T, S = query.shape[0], query.shape[2], key.shape[2]
-    cached: dict[tuple[int, int, int], BlockMask] = mask_cache(mask)
+    cached: dict[tuple[int, int, int], BlockMask] = mask_cache(mask, _block_masks)
     if (B, T, S) not in cached:
         # A view would keep the mask and its cache entry alive until the backward pass.
         visible = mask.clone().expand(B, 1, T, S)[:, 0]

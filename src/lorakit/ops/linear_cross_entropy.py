@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops.autocast import wide_dtype
-from lorakit.ops.derivatives import once_differentiable
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 from lorakit.ops.rows import STEP, rounded_rows
 
 CHUNK_BYTES = 32 * 2**20
@@ -55,10 +55,12 @@ def linear_cross_entropy(
         chunk = max(16, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]) // STEP * STEP)
     # Under no_grad, `needs_input_grad` is still true for a parameter.
     settings = label_smoothing, chunk, torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, weights, *settings)
+    return apply(_LinearCrossEntropy, hidden, weight, targets, bias, weights, *settings)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
+    instead = "the model's own loss, or torch.nn.functional.cross_entropy of its logits"
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, weights, label_smoothing, chunk, grad_enabled):
         needs_hidden, needs_weight, _, needs_bias = (
@@ -70,12 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In the dtype of the products.
         narrow_weight, narrow_bias = weight.to(hidden.dtype), _cast(bias, hidden.dtype)
         losses = torch.empty(len(hidden), dtype=wide_dtype(hidden), device=hidden.device)
-        block_rows = chunk
-        if hidden.device.type == "cpu":  # five passes over logits that stay in the cache
-            block_rows = max(1, CACHE_BYTES // (weight.shape[0] * losses.element_size()))
+        block_rows = _rows_in_cache(hidden.device, weight.shape[0], losses.dtype)
         for rows in row_chunks(hidden, chunk):
-            count = len(hidden[rows])
-            padded = F.pad(hidden[rows], (0, 0, 0, rounded_rows(count) - count))
+            count, padded = len(hidden[rows]), _pad_rows(hidden[rows])
             logits = F.linear(padded, narrow_weight, narrow_bias)
             live, chunk_targets, chunk_losses = logits[:count], targets[rows], losses[rows]
             factors = None if weights is None else weights[rows]
@@ -94,16 +93,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 hidden_grad[rows] = (logits @ narrow_weight)[:count]
             if weight_grad is not None:
-                if weight_grad.dtype == logits.dtype:  # without a full-size temporary
-                    weight_grad.addmm_(logits.t(), padded)
-                else:
-                    weight_grad += logits.t() @ padded
+                _accumulate_product(weight_grad, logits.t(), padded)
             if bias_grad is not None:
                 bias_grad += logits.sum(0, dtype=bias_grad.dtype)
         ctx.save_for_backward(
             hidden_grad,
             _cast(weight_grad, weight.dtype),
-            None if bias is None else _cast(bias_grad, bias.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
         )
         return losses.sum()
 
@@ -122,6 +118,12 @@ def row_chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
         yield slice(start, start + chunk)
 
 
+def _pad_rows(rows: Tensor) -> Tensor:
+    """Pad `rows` (n, d) with zeros to `rounded_rows`."""
+    padding = rounded_rows(len(rows)) - len(rows)
+    return F.pad(rows, (0, 0, 0, padding)) if padding else rows
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -129,6 +131,14 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _accumulator(tensor: Tensor) -> Tensor:
     """Return zeros in float32 or wider, for the gradient of `tensor`."""
     return torch.zeros_like(tensor, dtype=wide_dtype(tensor))
+
+
+def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute ``total += a b``, without a full-size temporary if the dtypes are equal."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def _to_gradient(
@@ -165,3 +175,10 @@ def _to_gradient(
         gradient.mul_(factor[:, None])
     if gradient is not logits:
         logits.copy_(gradient)
+
+
+def _rows_in_cache(device: torch.device, vocabulary: int, dtype: torch.dtype) -> int:
+    """Return the number of rows whose logits stay in the CPU's cache during five passes; no limit on a GPU."""
+    if device.type != "cpu":
+        return 2**30
+    return max(1, CACHE_BYTES // (vocabulary * dtype.itemsize))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.autocast import no_autocast, wide_dtype
-from lorakit.ops.derivatives import once_differentiable
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,10 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Shape (..., D), the dtype that `weight` and `x` promote to.
     """
     with no_autocast(x):
-        return _RMSNorm.apply(x, weight, eps)
+        return apply(_RMSNorm, x, weight, eps)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorakit.ops.derivatives import Function, apply
 
 STEP = 32
 """Largest multiple to which row counts are rounded up."""
@@ -40,15 +41,21 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
     The backward pass copies the gradients into place. Indexing would accumulate them, which duplicate indices need
     and unique ones do not.
     """
-    return _Take.apply(x, at)
+    return apply(_Take, x, at)
 
 
 def put_rows(rows: Tensor, at: Tensor, count: int) -> Tensor:
     """Scatter `rows` (M, ...) to the unique int64 indices `at` (M,) of a zero tensor with `count` rows."""
-    return _Put.apply(rows, at, count)
+    return apply(_Put, rows, at, count)
 
 
-class _Take(torch.autograd.Function):
+def _scatter(rows: Tensor, at: Tensor, count: int) -> Tensor:
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
+
+
+class _Take(Function):
+    instead = "call the model itself, not lorakit's training loss"
+
     @staticmethod
     def forward(ctx, x, at):
         ctx.save_for_backward(at)
@@ -58,17 +65,20 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (at,) = ctx.saved_tensors
-        return put_rows(grad, at, ctx.count), None
+        return _scatter(grad, at, ctx.count), None
 
 
-class _Put(torch.autograd.Function):
+class _Put(Function):
     """PyTorch's `index_copy` keeps the rows until the backward pass, which needs the indices alone."""
+
+    instead = "call the model itself, not lorakit's training loss"
 
     @staticmethod
     def forward(ctx, rows, at, count):
         ctx.save_for_backward(at)
-        return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, at, rows)
+        return _scatter(rows, at, count)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return take_rows(grad, *ctx.saved_tensors), None, None
+        (at,) = ctx.saved_tensors
+        return grad.index_select(0, at), None, None

@@ -20,13 +20,28 @@ def seeded(seed: int | None, devices: Iterable[torch.device] = ()) -> Iterator[N
         seed: None draws from the global generators.
         devices: Devices to seed in addition to the CPU.
     """
-    with ExitStack() as restored:
-        if seed is not None:
-            for device in {torch.device("cpu"), *devices} - {torch.device("meta")}:
-                state = _call_generator(device, "get_rng_state")
-                restored.callback(_call_generator, device, "set_rng_state", state)
-                seed_device(seed, device)
+    if seed is None:
         yield
+        return
+    with ExitStack() as forks:
+        forks.enter_context(torch.random.fork_rng(devices=()))
+        torch.default_generator.manual_seed(seed)
+        for device in set(devices):
+            if device.type not in ("cpu", "meta"):
+                forks.enter_context(_seeded_device(seed, device))
+        yield
+
+
+@contextmanager
+def _seeded_device(seed: int, device: torch.device) -> Iterator[None]:
+    with _generator(device) as module:
+        state = module.get_rng_state()
+        module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        with _generator(device) as module:
+            module.set_rng_state(state)
 
 
 def seed_device(seed: int, device: torch.device) -> None:
@@ -34,15 +49,15 @@ def seed_device(seed: int, device: torch.device) -> None:
     if device.type == "cpu":
         # torch.manual_seed formats a traceback for each device without use.
         torch.default_generator.manual_seed(seed)
-    else:
-        _call_generator(device, "manual_seed", seed)
+        return
+    with _generator(device) as module:
+        module.manual_seed(seed)
 
 
-def _call_generator(device: torch.device, function: str, *args: Any) -> Any:
-    """Call a function of the global generator of `device`."""
-    if device.type == "cpu":
-        return getattr(torch, function)(*args)
+@contextmanager
+def _generator(device: torch.device) -> Iterator[Any]:
+    """Return the module whose functions act on the generator of `device` inside the block."""
     module: Any = torch.get_device_module(device)
-    # The function acts on the module's current device. mps has a single device.
+    # They act on the module's current device. mps has a single device.
     with getattr(module, "device", nullcontext)(device):
-        return getattr(module, function)(*args)
+        yield module

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.ops.derivatives import once_differentiable
+from lorakit.ops.derivatives import Function, apply, once_differentiable
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -15,10 +15,10 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     `gate` and `up` have the same shape and dtype. Two separate operations would also save silu(gate), a tensor as large
     as `gate`. Here the backward pass recomputes it.
     """
-    return _SiLUProduct.apply(gate, up)
+    return apply(_SiLUProduct, gate, up)
 
 
-class _SiLUProduct(torch.autograd.Function):
+class _SiLUProduct(Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)

@@ -10,9 +10,10 @@ from lorakit.configuration import LocalPath, as_dict, changed, conform, strict
 from lorakit.data import DataConfig
 from lorakit.errors import ConfigurationError, nearest, require_at_least, require_choice
 from lorakit.evaluation.score import DIRECTIONS
+from lorakit.methods.bitfit import BitFit
 from lorakit.methods.bottleneck import BottleneckAdapter
 from lorakit.methods.combined import Combined
-from lorakit.methods.full import BitFit, FullFineTuning
+from lorakit.methods.full import FullFineTuning
 from lorakit.methods.lora.method import LoRA
 from lorakit.methods.method import Method
 from lorakit.methods.prefix import PrefixEmbedding, PrefixLayer

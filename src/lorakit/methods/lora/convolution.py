@@ -40,12 +40,16 @@ class ConvLoRA(LoRALayer):
     ) -> None:
         """Reject a rank that is no multiple of the groups, or above the width of the groups together."""
         assert isinstance(layer, Convolution)
-        super().check_rank(path, layer, rank, slices)
-        if rank % layer.groups:
-            name = path.rpartition(".")[2]
+        groups = layer.groups
+        if groups == 1:
+            super().check_rank(path, layer, rank, slices)
+            return
+        largest = cls.largest_rank(layer, slices)
+        if rank % groups or rank > largest:
+            nearest = min(max(rank // groups, 1) * groups, largest)
             raise ConfigurationError(
-                f"Rank {rank} does not fit '{path}', a convolution of {layer.groups} groups. Use a multiple of "
-                f"{layer.groups} for it, for example rank_pattern={{'{name}': {layer.groups}}}."
+                f"Rank {rank} does not fit '{path}', a convolution of {groups} groups. Use a multiple of {groups} up "
+                f"to {largest} for it, for example rank_pattern={{'{path.rsplit('.', 1)[-1]}': {nearest}}}."
             )
 
     def factor_shapes(self, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -70,11 +74,19 @@ class ConvLoRA(LoRALayer):
     def output_shape(self, output: Tensor) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.lora_A.ndim - 2)
 
-    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+    def changed_weights(self, layer: nn.Module) -> list[str]:
+        self._require_kernel()
+        return super().changed_weights(layer)
+
+    def _require_kernel(self) -> None:
+        """Raise an AdapterStateError if the product of the factors is no kernel of the layer."""
         if self.form.groups > 1 and not self.form.grouped:
             raise AdapterStateError(
                 "This adapter's file mixes all input channels of a grouped convolution, which a grouped kernel cannot "
                 "express, so the adapter cannot be merged. Use it unmerged, or train an adapter with lorakit, whose "
                 "factors are grouped."
             )
+
+    def _product(self, A: Tensor, B: Tensor) -> Tensor:
+        self._require_kernel()
         return super()._product(A, B)

@@ -7,7 +7,7 @@ experts, because they act in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,35 +78,43 @@ class ExpertsLoRA(AdapterModule):
         return self.weights[attribute].stacked_factors()
 
     def delta_weights(self, layer: nn.Module) -> Mapping[str, Tensor]:
-        return _OnDemand(layer, self.weights, StackedLoRA.delta_weights)
+        def delta(name: str) -> Tensor:
+            return self.weights[name].delta_weights(StackedWeight(layer, name))["weight"]
+
+        return _OnDemand(self.weights, delta)
 
     def changed_weights(self, layer: nn.Module) -> list[str]:
         return list(self.weights)
 
     def merged_weights(self, layer: nn.Module) -> Mapping[str, Tensor] | None:
-        dora = {name: m for name, m in self.weights.items() if m.magnitude is not None}
-        return _OnDemand(layer, dora, StackedLoRA.merged_weights) if dora else None
+        def merged(name: str) -> Tensor:
+            weights = self.weights[name].merged_weights(StackedWeight(layer, name))
+            assert weights is not None  # it has DoRA's magnitudes
+            return weights["weight"]
+
+        dora = [name for name, module in self.weights.items() if module.magnitude is not None]
+        return _OnDemand(dora, merged) if dora else None
 
 
 class _OnDemand(Mapping[str, Tensor]):
     """Tensors that are computed when they are read: those of all experts together may not fit into memory."""
 
-    def __init__(
-        self, layer: nn.Module, weights: Mapping[str, StackedLoRA], compute: Callable[..., Any]
-    ) -> None:
-        self._layer, self._weights, self._compute = layer, weights, compute
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = tuple(names), compute
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._compute(self._weights[name], StackedWeight(self._layer, name))["weight"]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._weights  # without computing the tensor
+        return name in self._names  # without computing the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._names)
 
 
 def on_experts(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:

@@ -54,17 +54,19 @@ def tied_head(model: nn.Module, modules: dict[str, AdapterModule]) -> tuple[str,
             "tie_head applies the embedding's adapter to the output head, and no target adapts one input embedding "
             "(an encoder and its decoder have two). Add 'embedding' to targets, or remove tie_head."
         )
-    path = path_of.get(id(head), "")
-    parent, _, name = path.rpartition(".")
-    if (
-        head is None
-        or table is None
-        or head.weight is not table.weight
-        or path in modules
-        or never_calls(submodule(model, parent), name)
-    ):
+    if head is None or table is None or head.weight is not table.weight:
         raise ConfigurationError(
-            "tie_head is set, and this model's output head does not share the embedding's weights, is adapted by a "
-            "target, or is never called. Remove tie_head, or the target that adapts the head."
+            "tie_head is set, and this model's output head does not share the embedding's weights. "
+            "Remove tie_head; to adapt the head as well, add 'head' to targets."
         )
-    return path, TiedHeadLoRA(head, source)
+    parent, _, name = path_of[id(head)].rpartition(".")
+    if never_calls(submodule(model, parent), name):
+        raise ConfigurationError(
+            f"tie_head is set, and this model uses the weight of '{path_of[id(head)]}' without calling it, so an "
+            "adapter would have no effect there. Remove tie_head."
+        )
+    if path_of[id(head)] in modules:
+        raise ConfigurationError(
+            "tie_head and a target for the head both adapt the output head. Choose one of the two."
+        )
+    return path_of[id(head)], TiedHeadLoRA(head, source)

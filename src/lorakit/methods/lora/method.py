@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorakit.configuration import strict
 from lorakit.errors import ConfigurationError, TargetError, nearest, require_at_least
+from lorakit.formatting import listed
 from lorakit.methods.lora.init import Init
 from lorakit.methods.method import TrainsModules, as_names
 
@@ -83,16 +84,18 @@ class LoRA(TrainsModules):
             if getattr(self, name):
                 with self._table(name):  # rejects an invalid pattern
                     pass
-        excluded = {
-            "lora_bias": (self.lora_bias, "DoRA's magnitudes scale only the weight"),
-            "tie_head": (self.tie_head, "the head cannot use the embedding's magnitudes"),
-            "init='pissa'": (self.init == "pissa", "both change the meaning of the base weight"),
-        }
-        for other, (is_set, reason) in excluded.items():
-            if self.dora and is_set:
-                raise ConfigurationError(
-                    f"dora and {other} exclude each other: {reason}. Remove one."
-                )
+        if self.dora and self.lora_bias:
+            raise ConfigurationError(
+                "dora and lora_bias exclude each other: DoRA's magnitudes scale only the weight. Remove one."
+            )
+        if self.dora and self.tie_head:
+            raise ConfigurationError(
+                "dora and tie_head exclude each other: the head cannot use the embedding's magnitudes. Remove one."
+            )
+        if self.dora and self.init == "pissa":
+            raise ConfigurationError(
+                "dora and init='pissa' exclude each other: both change the meaning of the base weight. Remove one."
+            )
 
     def modules(
         self, model: nn.Module, dtype: torch.dtype | None = None
@@ -150,9 +153,8 @@ class LoRA(TrainsModules):
 
         Raises:
             TargetError: An entry of train_modules names no module, or one with adapted layers.
-            ConfigurationError: `bias` selects biases, and there are none.
         """
-        from lorakit.methods.trained import modules_named, parameter_names, parameters_below
+        from lorakit.methods.trained import modules_named, parameters_below
         from lorakit.models.roles import resolve_targets
         from lorakit.models.tree import is_inside
 
@@ -161,27 +163,42 @@ class LoRA(TrainsModules):
         adapted = {place.path for place in resolve_targets(model, self.targets)}
         paths = modules_named(model, self.train_modules)
         for layer in sorted(adapted):
-            if path := next((p for p in paths if is_inside(layer, p)), None):
-                raise TargetError(
-                    f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). Choose "
-                    "one of the two. A short name in targets, such as dense, also matches layers of the head: write a "
-                    "longer one, such as output.dense."
+            if (path := next((p for p in paths if is_inside(layer, p)), None)) is None:
+                continue
+            # A suffix such as `dense` matches layers of the head too.
+            last = layer.rpartition(".")[2]
+            outside = [a for a in adapted if a.endswith(f".{last}") and not is_inside(a, *paths)]
+            names = sorted({".".join(a.split(".")[-2:]) for a in outside})
+            fix = "Choose one of the two."
+            if outside:
+                fix = (
+                    f"Name layers outside of it, such as {listed(names, 4)}, or remove it from train_modules, if you "
+                    "named it there."
                 )
-        names = parameters_below(model, paths)
-        if self.bias != "none":
-            of_layers = {f"{path}.{name}" for path in adapted for name in ("bias", "in_proj_bias")}
-            biases = [
-                name  # of all biases, the rule of loralib and PEFT
-                for name in parameter_names(model)
-                if name in of_layers or (self.bias == "all" and "bias" in name)
-            ]
-            if not biases:
-                owner = "the model has" if self.bias == "all" else "the adapted layers have"
-                raise ConfigurationError(
-                    f"bias='{self.bias}' trains biases, and {owner} none. Use bias='none'."
-                )
-            names = [*biases, *names]
+            raise TargetError(
+                f"targets adapts '{layer}', and '{path}' is trained in full (train_modules, or a new head). {fix}"
+            )
+        names = [*self._bias_names(model, adapted), *parameters_below(model, paths)]
         return list(dict.fromkeys(names))
+
+    def _bias_names(self, model: nn.Module, adapted: set[str]) -> list[str]:
+        """Return the biases that `bias` selects; `adapted` are the paths of the adapted layers."""
+        from lorakit.methods.trained import parameter_names
+
+        if self.bias == "none":
+            return []
+        names = parameter_names(model)
+        if self.bias == "all":  # the rule of loralib and PEFT
+            names = [name for name in names if "bias" in name]
+        else:
+            biases = {f"{path}.{bias}" for path in adapted for bias in ("bias", "in_proj_bias")}
+            names = [name for name in names if name in biases]
+        if not names:
+            owner = "the model has" if self.bias == "all" else "the adapted layers have"
+            raise ConfigurationError(
+                f"bias='{self.bias}' trains biases, and {owner} none. Use bias='none'."
+            )
+        return names
 
     def _check_patterns(self, paths: list[str]) -> None:
         """Reject a rank or alpha pattern that matches no adapted layer: most likely a typo."""
