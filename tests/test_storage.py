@@ -188,10 +188,18 @@ def test_a_read_only_folder(
         check(tmp_path / "new")
 
 
-def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_mount_point_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rename onto it would fail, after the work. A run writes its files in place."""
     with pytest.raises(RunFolderError, match=r"is a mount point.*Choose a path inside"):
         storage.require_replaceable("/proc", "mine", written=[], marks=[])
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with (
+        pytest.raises(RunFolderError, match=r"is a mount point.*Choose a path inside"),
+        storage.atomic_folder(tmp_path, overwrite=True),
+    ):
+        pytest.fail("the work has begun")
 
 
 FILES_OF_FILE_MANAGERS = [".DS_Store", "Thumbs.db", "desktop.ini"]

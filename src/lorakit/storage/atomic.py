@@ -27,6 +27,7 @@ from lorakit.storage.paths import (
     is_used,
     require_free_file,
     require_free_folder,
+    require_no_mount,
     writing,
 )
 
@@ -51,10 +52,12 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> AbstractConte
     systems rename it first; if the process is killed between the two steps, the next save there renames it back.
 
     Raises:
-        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, or cannot be written; or another
-            process has written it meanwhile, and the result has a name beside it.
+        RunFolderError: `path` holds files and `overwrite` is false, is not a folder, is a mount point, or cannot be
+            written; or another process has written it meanwhile, and the result has a name beside it.
     """
-    return _save(require_free_folder(path, overwrite=overwrite), Path.mkdir, overwrite)
+    target = require_free_folder(path, overwrite=overwrite)
+    require_no_mount(target)
+    return _save(target, Path.mkdir, overwrite)
 
 
 def atomic_file(path: str | Path, *, overwrite: bool = True) -> AbstractContextManager[Path]:
@@ -64,8 +67,8 @@ def atomic_file(path: str | Path, *, overwrite: bool = True) -> AbstractContextM
     private. Before long work, call `require_free_file`.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, or cannot be written. Or it is a file and `overwrite` is false:
-            another process has written it meanwhile, and the result has a name beside it.
+        RunFolderError: `path` is a folder, a device or a mount point, or cannot be written. Or it is a file and
+            `overwrite` is false: another process has written it meanwhile, and the result has a name beside it.
     """
     return _save(require_free_file(path, overwrite=True), Path.touch, overwrite)
 
@@ -129,6 +132,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _sync(path: Path) -> None:
     """Flush to the disk: after a power cut a rename can otherwise survive the data it points to."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
     try:
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
@@ -136,8 +141,8 @@ def _sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Windows cannot open a folder (EACCES); some file systems, as VirtualBox's, cannot flush one.
-        if not path.is_dir() or error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+        # Some file systems cannot flush folders, such as the shared folders of VirtualBox.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 
 

@@ -110,7 +110,7 @@ def require_free_folder(path: str | Path, *, overwrite: bool = False) -> Path:
     """Return the real path of an output folder that can be written. Call this before long work.
 
     Raises:
-        RunFolderError: As for `atomic_folder`.
+        RunFolderError: As for `atomic_folder`; but a mount point passes, for files that are written in place.
     """
     return _free(path, overwrite, "folder", os.path.isdir, "Choose another folder")
 
@@ -121,10 +121,13 @@ def require_free_file(path: str | Path, *, overwrite: bool = False, option: str 
     `option` is the command-line option that names the file, if it is not the usual --output.
 
     Raises:
-        RunFolderError: `path` is a folder or a device, is a file and `overwrite` is false, or cannot be written.
+        RunFolderError: `path` is a folder, a device or a mount point, is a file and `overwrite` is
+            false, or cannot be written.
     """
     choice = f"Choose another file{f' ({option} FILE)' if option else ''}"
-    return _free(path, overwrite, "file", os.path.isfile, choice)
+    target = _free(path, overwrite, "file", os.path.isfile, choice)
+    require_no_mount(target)
+    return target
 
 
 _KINDS = (("folder", os.path.isdir), ("file", os.path.isfile))
@@ -168,10 +171,7 @@ def require_replaceable(
         RunFolderError: The folder has other files, or none of `marks`, or is a mount point.
     """
     folder = Path(os.path.realpath(folder))
-    if os.path.ismount(folder):  # such as a volume of a container: no rename can replace it
-        raise RunFolderError(
-            f"'{folder}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
-        )
+    require_no_mount(folder)
     if others := other_files(folder, written=written, marks=marks):
         raise RunFolderError(
             f"'{folder}' holds files that are not {what}, and overwriting would delete them: "
@@ -195,6 +195,14 @@ def other_files(folder: Path, *, written: Collection[str], marks: Collection[str
             if not any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)
         )
         return sorted(islice(others, 3))  # the folder may have millions
+
+
+def require_no_mount(target: Path) -> None:
+    """Reject a mount point, such as a volume of a container: no rename can replace it."""
+    if os.path.ismount(target):
+        raise RunFolderError(
+            f"'{target}' is a mount point, which cannot be replaced. Choose a path inside a mounted folder."
+        )
 
 
 def is_used(target: Path) -> bool:

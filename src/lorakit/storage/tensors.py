@@ -75,7 +75,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def use_default_mode(*paths: Path) -> None:
-    """Give safetensors files the access of their folder; safetensors makes them readable by their owner only."""
+    """Give safetensors files the mode of any new file; safetensors makes them readable by their owner only."""
     for path in paths:
+        probe = path.with_name(f".{path.name}.mode")
+        probe.touch()
         with suppress(OSError):  # a mounted share has modes of its own
-            path.chmod(path.parent.stat().st_mode & 0o666)
+            path.chmod(probe.stat().st_mode)
+        probe.unlink()
