@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, ItemsView, Iterable, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -130,8 +130,9 @@ class LayerAdapters(ReplacedParameters):
             low_rank[name] = product
         if low_rank and x.is_nested:
             return None
-        parts: Sequence[Part] = ((choice.whole, None),) if choice.whole is not None else ()
-        parts = parts or choice.parts(x.shape[:-1].numel(), x.device)
+        parts: list[Part] = [(choice.whole or (), None)]
+        if choice.whole is None:
+            parts = choice.parts(x.shape[:-1].numel(), x.device)
         return [
             Product(rows, low_rank[name].A, low_rank[name].B, weight * low_rank[name].scaling)
             for blend, rows in parts

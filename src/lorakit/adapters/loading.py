@@ -77,8 +77,8 @@ def load(
     handle.check_can_add(name)
     digest = None if tokenizer is None else tokenizer_digest(tokenizer)
     check_base(handle.model, stored, allow_other_base=allow_other_base, tokenizer=digest)
-    modules = build_modules(handle.model, stored, trainable=trainable)
     with handle.changing():
+        modules = build_modules(handle.model, stored, trainable=trainable)
         handle.add(
             name,
             stored.method,

@@ -192,7 +192,12 @@ class LoadedAdapters:
         stored = prepared.stored
         with self.handle.changing():
             self.handle.add(
-                loaded.name, stored.method, prepared.modules, stored.trained, trainable=False
+                loaded.name,
+                stored.method,
+                prepared.modules,
+                stored.trained,
+                trainable=False,
+                provenance=stored.provenance,
             )
 
     def require_room(self, needed: int, path: str, beside: Collection[Loaded]) -> None:
